@@ -1,0 +1,47 @@
+"""Typed configs for LLM training losses, built on PyTorch or JAX by a flag, and proved to agree.
+
+>>> from loss_core import MaskedCrossEntropyConfig
+>>> MaskedCrossEntropyConfig(reduction="mean")
+MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean')
+
+Importing this package loads neither torch nor jax; `config.build(backend=...)` does.
+"""
+
+from loss_core.backend import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice, parse_flag
+from loss_core.build import (
+    LOSS_CONFIG_REGISTRY,
+    build_loss_config,
+    build_loss_module,
+    register_loss,
+    unregister_loss,
+)
+from loss_core.config import (
+    FusedLinearCEConfig,
+    KDLossConfig,
+    LossConfig,
+    LossFromFactoryConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOSS_CONFIG_REGISTRY",
+    "BackendFlag",
+    "BackendUnavailable",
+    "Evaluation",
+    "FlagStatus",
+    "FusedLinearCEConfig",
+    "KDLossConfig",
+    "KernelChoice",
+    "LossConfig",
+    "LossFromFactoryConfig",
+    "MaskedCrossEntropyConfig",
+    "TEParallelCEConfig",
+    "build_loss_config",
+    "build_loss_module",
+    "parse_flag",
+    "register_loss",
+    "unregister_loss",
+]

@@ -1,0 +1,263 @@
+"""Typed configs of the losses: plain dataclasses that hold what a loss is, not how it is computed.
+
+A config names no framework. `config.build(backend="torch" | "jax" | ...)` makes the callable.
+Field names, order and defaults of the five configs are those of
+`nemo_automodel.components.loss.loss` (NVIDIA NeMo AutoModel), so that recipes carry over.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, cast
+
+REDUCTIONS = ("sum", "mean", "none")
+
+# Marks a field that holds a live handle (a process group): it belongs to one process, so it
+# enters no dict, no repr and no comparison.
+_RUNTIME = {"loss_core.runtime": True}
+
+
+@dataclass
+class LossConfig:
+    """Base of every loss config.
+
+    Subclass it as a dataclass and either register builders for it with
+    `loss_core.register_loss`, or override `build(self)`.
+    """
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ValueError for a field whose value is not accepted. Called on creation and on build."""
+
+    def build(self, *, backend: str = "torch") -> Any:
+        """Build the loss.
+
+        Args:
+            backend: flag `BACKEND[:KERNEL]`, such as "torch", "torch:eager", "jax:xla".
+        Returns:
+            A `torch.nn.Module` for torch, a hashable callable for JAX.
+        Raises:
+            ValueError: the flag is unknown, or a field has been set to a value that is not accepted.
+            BackendUnavailable: the flag is known but can't be used here; says why and what to install.
+            NotImplementedError: the config has no builder.
+        """
+        from loss_core.backend import build
+
+        self.validate()
+        return build(self, backend)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as plain values, with the registry name under "name". Runtime handles are left out."""
+        from loss_core.build import registered_name
+
+        name = registered_name(type(self))
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if not is_runtime_field(f)}
+        return {"name": name, **values}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Make a config from `to_dict`'s result, or from a YAML mapping of the same form.
+
+        Called on `LossConfig`, "name" chooses the class; called on a subclass, "name" may be left
+        out and must agree when it is there.
+        """
+        from loss_core.build import config_class_for
+
+        if not isinstance(data, Mapping):
+            raise TypeError(f"from_dict expects a mapping of field names to values, got {type(data).__name__}.")
+        values = dict(data)
+        name = values.pop("name", None)
+        if name is None:
+            if cls is LossConfig:
+                raise TypeError(
+                    "from_dict needs the key 'name' to know which loss is meant, got the keys "
+                    f"{sorted(map(str, values))}."
+                )
+            return make_config(cls, values)
+        config_cls = config_class_for(name)
+        if not issubclass(config_cls, cls):
+            raise TypeError(f"name {name!r} is {config_cls.__name__}, which is not a {cls.__name__}.")
+        return cast(Self, make_config(config_cls, values))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A process group can't be copied; copies of a config share it.
+        twin = copy.copy(self)
+        for f in fields(self):
+            if not is_runtime_field(f):
+                setattr(twin, f.name, copy.deepcopy(getattr(self, f.name), memo))
+        return twin
+
+
+@dataclass
+class MaskedCrossEntropyConfig(LossConfig):
+    """Cross entropy over logits `[..., V]`, with a mask.
+
+    Attributes:
+        fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
+            False: in the dtype of the logits, as F.cross_entropy gives it.
+        ignore_index: label that marks a position to leave out; any integer.
+        reduction: "sum", "mean" (over positions that count) or "none".
+    """
+
+    fp32_upcast: bool = True
+    ignore_index: int = -100
+    reduction: str = "sum"
+
+    def validate(self) -> None:
+        _check_bool("fp32_upcast", self.fp32_upcast)
+        _check_integer("ignore_index", self.ignore_index)
+        _check_reduction(self.reduction)
+
+
+@dataclass
+class FusedLinearCEConfig(LossConfig):
+    """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Attributes:
+        ignore_index: label that marks a position to leave out; any integer.
+        logit_softcapping: c in `c * tanh(logits / c)`, in logit units; >= 0, 0 is off.
+        reduction: "sum", "mean" (over positions that count) or "none".
+    """
+
+    ignore_index: int = -100
+    logit_softcapping: float = 0.0
+    reduction: str = "sum"
+
+    def validate(self) -> None:
+        _check_integer("ignore_index", self.ignore_index)
+        _check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", low=0.0)
+        _check_reduction(self.reduction)
+
+
+@dataclass
+class TEParallelCEConfig(LossConfig):
+    """Cross entropy over logits whose vocabulary may be sharded over a tensor-parallel group.
+
+    Attributes:
+        ignore_index: label that marks a position to leave out; any integer.
+        reduction: "sum", "mean" (over positions that count) or "none".
+        tp_group: torch process group over which the vocabulary is sharded, or None. A runtime
+            handle: left out of dicts, repr and comparison.
+    """
+
+    ignore_index: int = -100
+    reduction: str = "sum"
+    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+
+    def validate(self) -> None:
+        _check_integer("ignore_index", self.ignore_index)
+        _check_reduction(self.reduction)
+
+
+@dataclass
+class KDLossConfig(LossConfig):
+    """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
+
+    Attributes:
+        ignore_index: label that marks a position to leave out; any integer.
+        temperature: softmax temperature T, > 0, no unit.
+        fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
+            False: in the dtype of the student's logits.
+        tp_group: as in TEParallelCEConfig.
+        chunk_size: tokens computed at a time, >= 0; 0 lets the kernel choose.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    fp32_upcast: bool = True
+    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    chunk_size: int = 0
+
+    def validate(self) -> None:
+        _check_integer("ignore_index", self.ignore_index)
+        _check_number("temperature", self.temperature, "a finite number > 0", low=0.0, open_end=True)
+        _check_bool("fp32_upcast", self.fp32_upcast)
+        _check_integer("chunk_size", self.chunk_size, low=0)
+
+
+@dataclass
+class LossFromFactoryConfig(LossConfig):
+    """A loss made by any class or callable: `factory(**kwargs)`.
+
+    The factory decides the framework, so `build` takes no backend flag.
+
+    Attributes:
+        factory: callable that returns the loss.
+        kwargs: its keyword arguments.
+    """
+
+    # Any, not Callable: OmegaConf accepts no Callable annotation in a structured config.
+    factory: Any = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, *, backend: str | None = None) -> Any:
+        """Call the factory.
+
+        Raises:
+            AssertionError: factory is not callable (the type is the peer's).
+            ValueError: a backend flag was given.
+        """
+        # An AssertionError is what callers of the peer's class catch; raised by hand so that
+        # `python -O` keeps it.
+        if not callable(self.factory):
+            raise AssertionError(f"LossFromFactoryConfig.factory must be a callable, got {self.factory!r}.")
+        if backend is not None:
+            raise ValueError(
+                f"backend={backend!r} can't be applied to the factory {factory_name(self.factory)}: a factory is of "
+                "one framework. Leave the flag out, or register the loss with loss_core.register_loss."
+            )
+        return self.factory(**self.kwargs)
+
+
+def factory_name(factory: Any) -> str:
+    """A readable name of a callable, for messages."""
+    return getattr(factory, "__qualname__", None) or repr(factory)
+
+
+def is_runtime_field(f: Any) -> bool:
+    """Whether a dataclass field holds a live handle rather than a value."""
+    return bool(f.metadata.get("loss_core.runtime"))
+
+
+def make_config(config_cls: type[LossConfig], values: Mapping[str, Any]) -> LossConfig:
+    """Call the config class; an unknown field is a TypeError that names the closest one."""
+    known = [f.name for f in fields(config_cls) if f.init]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(
+                f"{config_cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(known) or 'none'}."
+            )
+    return config_cls(**values)
+
+
+def _check_reduction(value: object) -> None:
+    if not isinstance(value, str) or value not in REDUCTIONS:
+        raise ValueError(f"Invalid reduction: {value!r}. reduction must be one of {', '.join(map(repr, REDUCTIONS))}.")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def _check_integer(name: str, value: object, low: int | None = None) -> None:
+    accepted = "an integer" if low is None else f"an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or (low is not None and value < low):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}.")
+
+
+def _check_number(name: str, value: object, accepted: str, *, low: float, open_end: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        hint = " (a string: YAML reads 1e-3 as text, write 1.0e-3)" if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be {accepted}, got {value!r}{hint}.")
+    if value < low or (open_end and value == low):
+        raise ValueError(f"{name} must be {accepted}, got {value!r}.")
