@@ -1,0 +1,229 @@
+"""The losses per token as autograd functions: row state forward, local backward.
+
+Everything around them (reduction, weights, counts, dtype of the result) is plain autograd in
+`modules.py`, on [T] values.
+"""
+
+# T = tokens, V = vocabulary (of this rank), H = hidden
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core import row_stats
+from loss_core_torch import distributed, eager, eager_linear
+
+
+class _RefuseSecondDerivative(Function):
+    """Identity whose backward is an error: put behind gradients that are not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, name: str, instead: str, *sources: Tensor | None) -> Tensor:
+        ctx.name, ctx.instead = name, instead
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative (its backward is once_differentiable). Use {ctx.instead} where "
+            "gradients of gradients are needed."
+        )
+
+
+def _once(grad: Tensor | None, name: str, instead: str, *sources: Tensor | None) -> Tensor | None:
+    """The gradient, made to refuse a second derivative where create_graph=True asks for one."""
+    if grad is None or not torch.is_grad_enabled():
+        return grad
+    return _RefuseSecondDerivative.apply(grad, name, instead, *sources)  # type: ignore[no-any-return]
+
+
+class CrossEntropy(Function):
+    """Cross entropy per token over logits whose vocabulary may be sharded over a group.
+
+    Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool;
+    bad_T [T] bool or None, tokens whose label is no class; group or None.
+    Output: loss_T [T] in the dtype of the arithmetic; 0 where keep is False, NaN where bad.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, group: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with _no_autocast(logits):
+            start = distributed.vocab_start(logits.shape[-1], group)
+            state = row_stats.RowState(*eager.cross_entropy_stats(logits, labels_T, start))
+            if group is not None:
+                state = distributed.fold(state, row_stats.combine, logits.shape[-1], group)
+            loss_T = row_stats.finish(torch, state)
+            if bad_T is not None:
+                loss_T = loss_T.masked_fill(bad_T, torch.nan)
+            return loss_T.masked_fill(~keep_T, 0.0), state.m, state.s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, labels_T, keep_T, bad_T, ctx.group = inputs
+        _, m_T, s_T = output
+        ctx.mark_non_differentiable(m_T, s_T)
+        ctx.save_for_backward(logits, labels_T, keep_T, bad_T, m_T, s_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        logits, labels_T, keep_T, bad_T, m_T, s_T = ctx.saved_tensors
+        upstream_T = grads[0]
+        with torch.no_grad(), _no_autocast(logits):
+            coef_T = upstream_T.to(m_T.dtype)
+            if bad_T is not None:
+                coef_T = coef_T.masked_fill(bad_T, torch.nan)
+            start = distributed.vocab_start(logits.shape[-1], ctx.group)
+            grad = eager.cross_entropy_grad(logits, labels_T, start, keep_T, m_T, s_T, coef_T)
+        grad = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
+        return grad, None, None, None, None
+
+
+class Distillation(Function):
+    """KL(teacher || student) per token at temperature T, not yet times T^2.
+
+    Inputs: student, teacher [..., V] float; keep_T [T] bool; temperature; chunk_size rows (0 = chosen);
+    group over which the vocabulary is sharded, or None.
+    Output: kl_T [T] in the dtype of the arithmetic, 0 where keep is False.
+    """
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, keep_T: Tensor, temperature: float, chunk_size: int, group: Any
+    ) -> tuple[Tensor, ...]:
+        with _no_autocast(student):
+            parts = eager.distillation_stats(student, teacher, keep_T, 1.0 / temperature, chunk_size)
+            state = row_stats.KDRowState(*parts)
+            if group is not None:
+                state = distributed.fold(state, row_stats.combine_kd, student.shape[-1], group)
+            kl_T = row_stats.finish_kd(torch, state).masked_fill(~keep_T, 0.0)
+            return (kl_T, *state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, teacher, keep_T, ctx.temperature, ctx.chunk_size, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(student, teacher, keep_T, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, teacher, keep_T, kl_T, *state = ctx.saved_tensors
+        upstream_T = grads[0]
+        with torch.no_grad(), _no_autocast(student):
+            coef_T = upstream_T.to(kl_T.dtype) / ctx.temperature
+            args = (student, teacher, keep_T, 1.0 / ctx.temperature, ctx.chunk_size, state, kl_T, coef_T)
+            found = [eager.distillation_grad(*args, of) if ctx.needs_input_grad[of] else None for of in (False, True)]
+        instead = "torch.nn.functional.kl_div"
+        found = [_once(grad, "KDLoss", instead, student, teacher, upstream_T) for grad in found]
+        return (*found, None, None, None, None)
+
+
+class LinearCrossEntropySum(Function):
+    """sum over tokens of coef * cross entropy of softcap(h @ W.T), with both gradients made in the forward.
+
+    The gradients wait in float32 for the upstream factor, so that they are rounded once. The first
+    backward takes these buffers; a second one (retain_graph) computes them again.
+
+    Inputs: h_TH, w_VH float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; softcap; product dtype.
+    Output: scalar in the dtype of the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        h_TH: Tensor,
+        w_VH: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor,
+        coef_T: Tensor,
+        softcap: float,
+        product_dtype: torch.dtype,
+        want: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with _no_autocast(h_TH):
+            loss_T, grad_h, grad_w = eager_linear.linear_cross_entropy(
+                h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want)
+            )
+            # A coefficient of 0 takes a token out, even one whose loss is infinite.
+            total = torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
+            return total, loss_T, grad_h, grad_w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want = inputs
+        _, loss_T, grad_h, grad_w = output
+        ctx.mark_non_differentiable(loss_T, grad_h, grad_w)
+        ctx.save_for_backward(h_TH, w_VH, labels_T, keep_T, coef_T, loss_T)
+        ctx.buffers = (grad_h, grad_w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream = grads[0]
+        h_TH, w_VH, labels_T, keep_T, coef_T, loss_T = ctx.saved_tensors
+        with torch.no_grad(), _no_autocast(h_TH):
+            if torch.compiler.is_compiling():
+                grad_h, grad_w = (buffer * upstream for buffer in ctx.buffers)
+            else:
+                if ctx.buffers is None:
+                    ctx.buffers = eager_linear.linear_cross_entropy(
+                        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, list(ctx.want)
+                    )[1:]
+                # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
+                (grad_h, grad_w), ctx.buffers = ctx.buffers, None
+                if upstream.device.type != "cpu" or float(upstream) != 1.0:
+                    grad_h, grad_w = grad_h.mul_(upstream), grad_w.mul_(upstream)
+            want_h, want_w = ctx.want
+            grad_h = grad_h.to(h_TH.dtype) if want_h else None
+            grad_w = grad_w.to(w_VH.dtype) if want_w else None
+            grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[4] else None
+        return (*_refused((grad_h, grad_w), h_TH, w_VH, coef_T, upstream), None, None, grad_coef, None, None, None)
+
+
+class LinearCrossEntropy(Function):
+    """Cross entropy of softcap(h @ W.T) per token; the backward computes the logits again.
+
+    For reduction="none", where the upstream gradient of each token is not known before. Inputs as in
+    LinearCrossEntropySum, without coef. Output: loss_T.
+    """
+
+    @staticmethod
+    def forward(
+        h_TH: Tensor, w_VH: Tensor, labels_T: Tensor, keep_T: Tensor, softcap: float, product_dtype: torch.dtype
+    ) -> Tensor:
+        with _no_autocast(h_TH):
+            unused_T = torch.ones_like(keep_T, dtype=eager.compute_dtype(h_TH.dtype))
+            return eager_linear.linear_cross_entropy(
+                h_TH, w_VH, labels_T, keep_T, unused_T, softcap, product_dtype, [False, False]
+            )[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype = inputs
+        ctx.save_for_backward(h_TH, w_VH, labels_T, keep_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream_T = grads[0]
+        h_TH, w_VH, labels_T, keep_T = ctx.saved_tensors
+        want_h, want_w = ctx.needs_input_grad[:2]
+        with torch.no_grad(), _no_autocast(h_TH):
+            coef_T = upstream_T.to(eager.compute_dtype(h_TH.dtype))
+            _, grad_h, grad_w = eager_linear.linear_cross_entropy(
+                h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, [want_h, want_w]
+            )
+            found = (grad_h.to(h_TH.dtype) if want_h else None, grad_w.to(w_VH.dtype) if want_w else None)
+        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None)
+
+
+def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    instead = "F.cross_entropy(F.linear(hidden_states, lm_weight), labels)"
+    return tuple(_once(grad, "FusedLinearCrossEntropy", instead, *sources) for grad in grads)
+
+
+def _no_autocast(like: Tensor) -> torch.autocast:
+    """The kernels choose their own dtypes; autocast must not change them from outside."""
+    return torch.autocast(like.device.type, enabled=False)

@@ -1,0 +1,117 @@
+"""Which kernel of this backend makes which loss, what can be used here, and how a loss is run on NumPy inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loss_core.backend import Evaluation, FlagStatus, KernelChoice
+from loss_core.config import (
+    FusedLinearCEConfig,
+    KDLossConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
+from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def _masked(c: MaskedCrossEntropyConfig) -> MaskedCrossEntropy:
+    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction)
+
+
+def _fused(c: FusedLinearCEConfig) -> FusedLinearCrossEntropy:
+    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction)
+
+
+def _parallel(c: TEParallelCEConfig) -> TEParallelCrossEntropy:
+    return TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group)
+
+
+def _distillation(c: KDLossConfig) -> KDLoss:
+    return KDLoss(c.ignore_index, c.temperature, c.fp32_upcast, c.tp_group, c.chunk_size)
+
+
+_BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
+    (MaskedCrossEntropyConfig, "eager"): _masked,
+    (FusedLinearCEConfig, "eager"): _fused,
+    (TEParallelCEConfig, "eager"): _parallel,
+    (KDLossConfig, "eager"): _distillation,
+}
+
+
+def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
+    """The table (config class, kernel) -> builder."""
+    return _BUILDERS
+
+
+def kernel_status(kernel: str) -> FlagStatus:
+    """Whether a kernel can be used here, and why not."""
+    flag, version = f"torch:{kernel}", f"torch {torch.__version__}"
+    if any(name == kernel for _, name in _BUILDERS):
+        return FlagStatus(flag, True, "", version, "")
+    return FlagStatus(flag, False, f"'{flag}' has no kernels in this version of loss-core: use 'torch:eager'.", "", "")
+
+
+def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
+    """What `auto` takes."""
+    return KernelChoice(f"torch:{candidates[0]}", f"the only kernel for {type(config).__name__} that can be used here")
+
+
+def evaluate(
+    loss: Any,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    dtype: str,
+    upstream: NDArray[Any] | None,
+    grad_of: tuple[str, ...],
+    device: str | None = None,
+) -> Evaluation:
+    """Run a built loss and its gradient on NumPy inputs; see `loss_core.backend.Backend.evaluate`."""
+    where = torch.device(device or "cpu")
+    inputs = {name: _to_tensor(value, _DTYPES[dtype], where) for name, value in arrays.items()}
+    before = {name: value.detach().clone() for name, value in inputs.items()}
+    for name in grad_of:
+        inputs[name].requires_grad_()
+    result = loss(**inputs)
+    seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
+    grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
+    mutated = tuple(name for name, value in inputs.items() if not _same(value.detach(), before[name]))
+    results = {"loss": result.detach(), **dict(zip(grad_of, grads, strict=True))}
+    return Evaluation(
+        loss=_to_numpy(result.detach()),
+        grads={name: _to_numpy(results[name]) for name in grad_of},
+        dtypes={name: str(value.dtype).removeprefix("torch.") for name, value in results.items()},
+        mutated=mutated,
+        kernel=loss.kernel_choice.flag,
+    )
+
+
+def _to_tensor(value: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    value = np.asarray(value)
+    source = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
+    target = dtype if value.dtype.kind == "f" else source.dtype
+    if value.flags.c_contiguous:
+        return source.to(device=device, dtype=target, copy=True)
+    # A sliced NumPy array becomes a tensor with the same strides: kernels must cope with them.
+    strides = [stride // value.itemsize for stride in value.strides]
+    return torch.empty_strided(value.shape, strides, dtype=target, device=device).copy_(source)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
+
+
+def _to_numpy(value: torch.Tensor) -> NDArray[np.float64]:
+    return value.detach().to(device="cpu", dtype=torch.float64).numpy()

@@ -1,0 +1,128 @@
+"""What the losses accept, in one place: shapes, dtypes, labels, masks, counts. Nothing here changes an input."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """A plain tensor, or a TypeError that says what came instead."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, which this loss does not take yet. Pass {name}.full_tensor(), or its local "
+            "shard with tp_group."
+        )
+    return value
+
+
+def floats(name: str, value: Any) -> Tensor:
+    """A floating-point tensor with at least one dimension."""
+    value = tensor(name, value)
+    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a 0-d tensor.")
+    return value
+
+
+def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) -> Tensor:
+    """labels as int64 of shape [T] on the device.
+
+    Args:
+        lead: the leading shape that labels must have; of: name of the tensor it comes from.
+    """
+    labels = tensor("labels", labels)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers of any width, got {labels.dtype}.")
+    if labels.shape != lead:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but {of} has leading shape {tuple(lead)}; they must match "
+            f"({of}.shape[:-1] == labels.shape)."
+        )
+    return labels.detach().to(device=device, dtype=torch.int64).reshape(-1)
+
+
+def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = None) -> Tensor:
+    """Which tokens count, [T] bool: the label is not ignore_index, and mask is not 0 there."""
+    keep_T = labels_T != ignore_index
+    if mask is None:
+        return keep_T
+    mask = tensor("mask", mask)
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool, integer or float, got {mask.dtype}.")
+    mask = mask.detach().to(labels_T.device) != 0
+    if mask.shape != shape:
+        try:
+            mask = mask.broadcast_to(shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)} but labels has shape {tuple(shape)}; "
+                "mask.shape == labels.shape must hold, or mask must broadcast to it."
+            ) from error
+    return keep_T & mask.reshape(-1)
+
+
+def out_of_range(labels_T: Tensor, keep_T: Tensor, shape: torch.Size, vocab: int, ignore_index: int) -> Tensor | None:
+    """Tokens that count but whose label is no class: an error on a CPU, else [T] bool for the caller to make NaN.
+
+    Only a CPU outside of a trace may look at the values; elsewhere that would be a host sync.
+    """
+    bad_T = keep_T & ((labels_T < 0) | (labels_T >= vocab))
+    if labels_T.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(labels_T):
+        return bad_T
+    if not bool(bad_T.any()):
+        return None
+    first = int(bad_T.nonzero()[0, 0])
+    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
+    raise ValueError(
+        f"labels{list(position)} is {int(labels_T[first])}, which is neither a class in [0, {vocab}) nor "
+        f"ignore_index ({ignore_index})."
+    )
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a torch.func transform or a fake-tensor mode hides the values."""
+    return type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
+    """A token count: None, a number, or a 0-d tensor on the device."""
+    if value is None:
+        return None
+    if reduction != "sum":
+        raise ValueError(f"{name} is only supported when reduction is 'sum', got reduction={reduction!r}.")
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype == torch.bool or value.dtype.is_complex:
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}, {value.dtype}."
+            )
+        return value.detach().to(device)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}.")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}.")
+    return value
+
+
+def weights(value: Any, shape: torch.Size, reduction: str, device: torch.device) -> Tensor | None:
+    """loss_weights as [T] on the device, or None."""
+    if value is None:
+        return None
+    value = tensor("loss_weights", value)
+    if reduction != "sum":
+        raise ValueError(f"loss_weights is only supported when reduction is 'sum', got reduction={reduction!r}.")
+    if value.shape != shape:
+        raise ValueError(
+            f"loss_weights has shape {tuple(value.shape)} but labels has shape {tuple(shape)}; they must match."
+        )
+    if value.dtype == torch.bool or value.dtype.is_complex:
+        raise TypeError(f"loss_weights must be numbers, got {value.dtype}.")
+    return value.to(device).reshape(-1)

@@ -1,0 +1,75 @@
+"""Floating-point formats as NumPy sees them: unit roundoff, and rounding float64 values to a format.
+
+NumPy has no bfloat16, so values are kept in float64 and rounded to what the format can hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A binary floating-point format.
+
+    Attributes:
+        name: dtype name shared by torch and JAX.
+        u: unit roundoff, half the distance from 1 to the next number.
+        tiny: smallest normal number; results below it may be flushed to 0.
+        max: largest finite number.
+    """
+
+    name: str
+    u: float
+    tiny: float
+    max: float
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        FloatFormat("float64", 2.0**-53, 2.0**-1022, float(np.finfo(np.float64).max)),
+        FloatFormat("float32", 2.0**-24, 2.0**-126, float(np.finfo(np.float32).max)),
+        FloatFormat("bfloat16", 2.0**-8, 2.0**-126, float.fromhex("0x1.fep127")),
+        FloatFormat("float16", 2.0**-11, 2.0**-14, 65504.0),
+    )
+}
+
+
+def float_format(name: str) -> FloatFormat:
+    """The format of a name; a ValueError lists the known ones."""
+    if name not in FORMATS:
+        raise ValueError(f"Unknown dtype {name!r}. Choose one of: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def compute_format(name: str) -> FloatFormat:
+    """The format of the arithmetic inside for inputs of this dtype: float64 for float64, else float32."""
+    return FORMATS["float64" if name == "float64" else "float32"]
+
+
+def round_to(values: NDArray[Any], name: str) -> NDArray[np.float64]:
+    """Round to nearest even in the format; the result holds those values as float64.
+
+    >>> round_to(np.array([1.001, 257.0]), "bfloat16")
+    array([  1., 256.])
+    """
+    float_format(name)
+    values = np.asarray(values, np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if name == "float64":
+            return values
+        if name == "float32":
+            return values.astype(np.float32).astype(np.float64)
+        if name == "float16":
+            return values.astype(np.float16).astype(np.float64)
+        # frexp gives |mantissa| in [0.5, 1): 8 bits of it are a bfloat16, rounded once from float64.
+        mantissa, exponent = np.frexp(values)
+        exponent = np.maximum(exponent, -125)  # below the normal range the spacing stays constant
+        rounded = np.ldexp(np.round(np.ldexp(values, 8 - exponent)), exponent - 8)
+        rounded = np.where(np.abs(rounded) > FORMATS["bfloat16"].max, np.copysign(np.inf, values), rounded)
+        return np.where(np.isfinite(values), rounded, values)
