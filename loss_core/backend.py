@@ -70,7 +70,9 @@ class Evaluation:
         grads: gradient by argument name, each of the argument's shape.
         dtypes: dtype name by result ("loss", or argument name of the gradient).
         mutated: names of the arguments that the call changed; must be empty.
-        kernel: flag of the kernel that really ran.
+        kernel: flag of the kernel that really ran, "" for a callable that is none of ours.
+        product_dtype: dtype to which the logits' gradient was rounded for the products of a fused
+            loss; None when it kept the dtype of the arithmetic.
     """
 
     loss: np.ndarray
@@ -78,6 +80,7 @@ class Evaluation:
     dtypes: dict[str, str]
     mutated: tuple[str, ...]
     kernel: str
+    product_dtype: str | None = None
 
 
 class Backend(Protocol):

@@ -94,7 +94,7 @@ def evaluate(
         grads={name: _to_numpy(results[name]) for name in grad_of},
         dtypes={name: str(value.dtype).removeprefix("torch.") for name, value in results.items()},
         mutated=mutated,
-        kernel=loss.kernel_choice.flag,
+        kernel=getattr(loss, "kernel_choice", KernelChoice("", "")).flag,
     )
 
 

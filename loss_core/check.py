@@ -1,0 +1,516 @@
+"""The proof that backends agree: every loss, flag, dtype and case against float64, and against each other.
+
+>>> from loss_core.check import check
+>>> report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"])  # doctest: +SKIP
+>>> report.passed  # doctest: +SKIP
+True
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core import oracle
+from loss_core.backend import (
+    AUTO,
+    BackendUnavailable,
+    Evaluation,
+    FlagStatus,
+    all_flags,
+    flag_status,
+    load_backend,
+    parse_flag,
+)
+from loss_core.build import LOSS_CONFIG_REGISTRY, config_class_for
+from loss_core.cases import ALL_LOSSES, Case, named_cases, random_cases
+from loss_core.config import LossConfig
+from loss_core.dtypes import compute_format, float_format, round_to
+from loss_core.oracle import OracleResult
+from loss_core.tolerance import allowances, share_of_allowance
+
+ORACLE = "float64"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Edges of the histogram of errors, as powers of ten of their share of the allowance.
+HISTOGRAM_EDGES = np.linspace(-6, 2, 33)
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or the worst of what is right.
+
+    Attributes:
+        loss, flag, against, dtype, case: what was run; against is "float64" or another flag.
+        tensor: "loss" or the argument whose gradient it is.
+        share: error as a share of its allowance; above 1 is a failure.
+        error, allowed, got, expected: at the worst position.
+        position: index of the worst element.
+        problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
+        reproduce: command that runs this case alone.
+    """
+
+    loss: str
+    flag: str
+    against: str
+    dtype: str
+    case: str
+    tensor: str
+    share: float
+    error: float
+    allowed: float
+    position: tuple[int, ...]
+    got: float
+    expected: float
+    problem: str
+    reproduce: str
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.problem) or not self.share <= 1.0
+
+    def __str__(self) -> str:
+        what = f"{self.loss} {self.flag} against {self.against}, {self.dtype}, case {self.case}, {self.tensor}"
+        if self.problem:
+            return f"{what}: {self.problem}\n  {self.reproduce}"
+        place = "".join(f"[{i}]" for i in self.position)
+        return (
+            f"{what}{place}: {self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g} is "
+            f"{self.share:.3g} times the allowance of {self.allowed:.3g}\n  {self.reproduce}"
+        )
+
+
+@dataclass
+class Row:
+    """One line of the table: all cases of one loss, flag and dtype.
+
+    Attributes:
+        worst: the finding with the largest share of its allowance; None when nothing was run.
+        cases: how many cases were run; failures: findings that failed.
+    """
+
+    loss: str
+    flag: str
+    against: str
+    dtype: str
+    cases: int = 0
+    worst: Finding | None = None
+    failures: list[Finding] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        rows: in the order of the table.
+        unusable: flags that were asked for, or exist, and can't be used here, with reasons.
+        skipped: losses and flags that can't be combined, with reasons.
+        histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
+            bin below for smaller and exact ones, and one above).
+        versions: of Python, NumPy and the frameworks.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    unusable: list[FlagStatus] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    histograms: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was run and nothing failed."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [finding for row in self.rows for finding in row.failures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; infinities and NaN become strings."""
+        return {
+            "passed": self.passed,
+            "seconds": round(self.seconds, 3),
+            "versions": self.versions,
+            "rows": [_plain(asdict(row) | {"passed": row.passed}) for row in self.rows],
+            "unusable": [asdict(status) for status in self.unusable],
+            "skipped": self.skipped,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
+            + (f"worst {row.worst.share:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
+               if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
+            for row in self.rows
+        ]  # fmt: skip
+        return "\n".join([*lines, *(str(finding) for finding in self.failures)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
+
+
+def check(
+    config: str | LossConfig | Sequence[str | LossConfig] | None = None,
+    backends: Sequence[str] | None = None,
+    *,
+    against: str | None = None,
+    dtypes: Sequence[str] | None = None,
+    shape: tuple[int, ...] | None = None,
+    only: Sequence[str] | None = None,
+    num_random: int = 0,
+    seed: int = 0,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check losses on backends against the float64 oracle, and backends against each other.
+
+    Args:
+        config: registry name (its cases then set fields of their own), a config (kept as it is), a
+            list of these, or None for all losses.
+        backends: flags; None for every flag that can be used here.
+        against: a flag; the others are then compared with it alone, besides the oracle. None: pairwise,
+            the first flag of each framework against those of the other frameworks.
+        dtypes: of the inputs; None for float32, bfloat16, float16 and float64.
+        shape: (T, V) or (T, V, H) in place of the shapes of the named cases.
+        only: names of cases; None for all.
+        num_random: random cases on top; seed: theirs.
+        inputs: arguments of one captured call, in place of the named cases.
+        device: such as "cuda"; None for each backend's default.
+        progress: called as progress(done, total, label).
+    Returns:
+        A Report; `report.passed` says it all. A flag that is named but can't be used raises.
+    Raises:
+        BackendUnavailable, ValueError, TypeError: for flags, names, dtypes and shapes that don't exist.
+    """
+    start = time.perf_counter()
+    report = Report(versions={"python": platform.python_version(), "numpy": np.__version__})
+    losses = _losses(config)
+    flags = _flags(backends, against, report)
+    wanted = tuple(dtypes) if dtypes else DTYPES
+    for dtype in wanted:
+        float_format(dtype)
+    if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
+        raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
+    jobs = []
+    for loss in losses:
+        cases = _cases(loss, shape, only, num_random, seed, inputs)
+        if not cases:
+            raise ValueError(f"No case of {_name(loss)} matches {list(only or [])}.")
+        jobs += [(loss, dtype, case) for dtype in wanted for case in cases]
+    suffix = _suffix(shape, num_random, seed, device)
+    table: dict[tuple[str, str, str, str], Row] = {}
+    with ThreadPoolExecutor(max_workers=max(len(flags), 1)) as pool:
+        for done, (loss, dtype, case) in enumerate(jobs):
+            if progress:
+                progress(done, len(jobs), f"{_name(loss)} {dtype} {case.name}")
+            _check_case(_Call(loss, case, dtype, suffix, device), flags, against, table, report, pool)
+    if progress:
+        progress(len(jobs), len(jobs), "done")
+    report.rows = list(table.values())
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def assert_backends_agree(
+    config: str | LossConfig, backends: Sequence[str] = ("torch", "jax"), **options: Any
+) -> Report:
+    """`check`, as an assertion for a test suite.
+
+    Raises:
+        AssertionError: something failed; the message names each failure and how to run it alone.
+    """
+    report = check(config, backends, **options)
+    if not report.passed:
+        raise AssertionError("Backends do not agree:\n" + "\n".join(str(finding) for finding in report.failures))
+    return report
+
+
+@dataclass(frozen=True)
+class _Call:
+    loss: str | LossConfig
+    case: Case
+    dtype: str
+    suffix: str
+    device: str | None
+
+    @property
+    def name(self) -> str:
+        return _name(self.loss)
+
+    def reproduce(self, flag: str, against: str) -> str:
+        other = "" if against == ORACLE else f" --against {against}"
+        config = self.loss if isinstance(self.loss, str) else json.dumps(self.loss.to_dict())
+        quoted = config if isinstance(self.loss, str) else f"'{config}'"
+        return (
+            f"loss-core check --config {quoted} --backend {flag}{other} --dtype {self.dtype} "
+            f"--case {self.case.name}{self.suffix}"
+        )
+
+
+def _name(loss: str | LossConfig) -> str:
+    if isinstance(loss, str):
+        return loss
+    return next((name for name, cls in LOSS_CONFIG_REGISTRY.items() if isinstance(loss, cls)), type(loss).__name__)
+
+
+def _losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[str | LossConfig]:
+    if config is None:
+        return list(ALL_LOSSES)
+    losses = [config] if isinstance(config, str | LossConfig) else list(config)
+    for loss in losses:
+        if isinstance(loss, str):
+            loss = config_class_for(loss)()
+        if not isinstance(loss, LossConfig):
+            raise TypeError(f"config must be a registry name or a LossConfig, got {loss!r}.")
+        if not oracle.has_definition(loss):
+            raise TypeError(
+                f"There is no float64 definition of {type(loss).__name__} to check against; compare two "
+                "implementations of it with loss_core.check.compare."
+            )
+    return losses
+
+
+def _flags(backends: Sequence[str] | None, against: str | None, report: Report) -> list[str]:
+    """Flags to run, each naming its kernel or `auto`; notes what can't be used."""
+    if backends is None:
+        statuses = [flag_status(flag) for flag in all_flags()]
+        report.unusable = [status for status in statuses if not status.usable]
+        found = [status for status in statuses if status.usable]
+        flags = [status.flag for status in found]
+        if not flags:
+            raise BackendUnavailable("; ".join(status.reason for status in report.unusable))
+    else:
+        flags = []
+        for flag in backends:
+            parsed = parse_flag(flag)
+            if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
+                raise BackendUnavailable(status.reason)
+            flags.append(str(parsed))
+    if against is not None and (parsed := str(parse_flag(against))) not in flags:
+        flags.append(parsed)
+    for flag in flags:
+        parsed_flag = parse_flag(flag)
+        backend = load_backend(parsed_flag.backend)
+        first = next(f for f in all_flags() if f.startswith(parsed_flag.backend + ":"))
+        name, _, version = backend.kernel_status(parse_flag(first).kernel).version.partition(" ")
+        if version:
+            report.versions[name] = version
+    return list(dict.fromkeys(flags))
+
+
+def _cases(
+    loss: str | LossConfig,
+    shape: tuple[int, ...] | None,
+    only: Sequence[str] | None,
+    num_random: int,
+    seed: int,
+    inputs: Mapping[str, NDArray[Any]] | None,
+) -> list[Case]:
+    if inputs is not None:
+        config = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        arrays = {name: a.astype(np.float64) if a.dtype.kind not in "iub" else a for name, a in arrays.items()}
+        floats = tuple(n for n, a in arrays.items() if a.dtype.kind == "f" and a.ndim and n != "mask")
+        return [Case("captured", config, arrays, None, floats)]
+    named = named_cases(loss, shape=shape)
+    random = random_cases(loss, num_random, seed, shape)
+    cases = [*named, *random]
+    return cases if only is None else [case for case in cases if case.name in only]
+
+
+def _suffix(shape: tuple[int, ...] | None, num_random: int, seed: int, device: str | None) -> str:
+    parts = []
+    if shape is not None:
+        parts.append(f" --shape {','.join(map(str, shape))}")
+    if num_random:
+        parts.append(f" --cases {num_random} --seed {seed}")
+    if device is not None:
+        parts.append(f" --device {device}")
+    return "".join(parts)
+
+
+def _result_dtype(config: LossConfig, dtype: str) -> str:
+    return dtype if not getattr(config, "fp32_upcast", True) else compute_format(dtype).name
+
+
+def _rounded(call: _Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
+    """The arrays and the upstream gradient as the tested dtype holds them."""
+    case, dtype = call.case, call.dtype
+    arrays = {}
+    for name, value in case.arrays.items():
+        value = round_to(value, dtype) if value.dtype.kind == "f" else value
+        if case.strided and value.dtype.kind == "f" and value.ndim > 1 and name != "lm_weight":
+            longer = np.zeros((*value.shape[:-2], value.shape[-2] + 1, value.shape[-1]))
+            longer[..., :-1, :] = value
+            value = longer[..., :-1, :]
+        arrays[name] = value
+    upstream = case.upstream
+    return arrays, None if upstream is None else round_to(upstream, _result_dtype(case.config, dtype))
+
+
+def _check_case(
+    call: _Call,
+    flags: list[str],
+    against: str | None,
+    table: dict[tuple[str, str, str, str], Row],
+    report: Report,
+    pool: ThreadPoolExecutor,
+) -> None:
+    arrays, upstream = _rounded(call)
+    running = {flag: pool.submit(_evaluate, call, flag, arrays, upstream) for flag in flags}
+    expected = oracle.evaluate(call.case.config, arrays, upstream)
+    done: dict[str, tuple[Evaluation, dict[str, NDArray[np.float64]]]] = {}
+    for flag, future in running.items():
+        row = table.setdefault(
+            (call.name, flag, ORACLE, call.dtype), Row(call.name, flag, ORACLE, call.dtype)
+        )
+        try:
+            got = future.result()
+        except BackendUnavailable as error:
+            note = f"{call.name} {flag}: {error}"
+            if note not in report.skipped:
+                report.skipped.append(note)
+            table.pop((call.name, flag, ORACLE, call.dtype), None)
+            continue
+        except Exception as error:  # a kernel that breaks is a finding, not the end of the check
+            row.cases += 1
+            row.failures.append(_problem(call, flag, "loss", f"{type(error).__name__}: {error}"))
+            continue
+        row.cases += 1
+        allowed = allowances(
+            call.case.config, arrays, expected, call.dtype, upstream=upstream, product_dtype=got.product_dtype
+        )
+        row.failures += _contract_problems(call, flag, got)
+        done[flag] = (got, allowed)
+        shares = _compare(call, row, flag, ORACLE, _results(got), _expected(expected), allowed, got.dtypes)
+        _count(report, flag, call.dtype, shares)
+    for flag, other in _pairs(list(done), against):
+        key = (call.name, flag, other, call.dtype)
+        row = table.setdefault(key, Row(*key))
+        row.cases += 1
+        (got, allowed), (reference, allowed_too) = done[flag], done[other]
+        # Each may be off by its own allowance.
+        both = {name: allowed[name] + allowed_too[name] for name in allowed}
+        _compare(call, row, flag, other, _results(got), _results(reference), both, got.dtypes)
+
+
+def _evaluate(
+    call: _Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None
+) -> Evaluation:
+    loss = call.case.config.build(backend=flag)
+    backend = load_backend(parse_flag(flag).backend)
+    return backend.evaluate(
+        loss, arrays, dtype=call.dtype, upstream=upstream, grad_of=call.case.grad_of, device=call.device
+    )
+
+
+def _pairs(flags: list[str], against: str | None) -> Iterable[tuple[str, str]]:
+    """Which flags are compared with which."""
+    if against is not None:
+        target = str(parse_flag(against))
+        return [(flag, target) for flag in flags if flag != target and target in flags]
+    return [
+        (a, b)
+        for i, a in enumerate(flags)
+        for b in flags[i + 1 :]
+        if parse_flag(a).backend != parse_flag(b).backend
+    ]
+
+
+def _results(got: Evaluation) -> dict[str, NDArray[np.float64]]:
+    return {"loss": got.loss, **got.grads}
+
+
+def _expected(expected: OracleResult) -> dict[str, NDArray[np.float64]]:
+    return {"loss": expected.loss, **expected.grads}
+
+
+def _contract_problems(call: _Call, flag: str, got: Evaluation) -> list[Finding]:
+    """What is wrong besides the numbers: dtypes, inputs that were changed, another kernel than the flag's."""
+    problems = []
+    wanted = {name: call.dtype for name in got.grads} | {"loss": _result_dtype(call.case.config, call.dtype)}
+    for name, dtype in wanted.items():
+        if got.dtypes[name] != dtype:
+            problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
+    for name in got.mutated:
+        problems.append(_problem(call, flag, name, "the caller's input was changed"))
+    if parse_flag(flag).kernel != AUTO and got.kernel != flag:
+        problems.append(_problem(call, flag, "loss", f"the kernel that ran was {got.kernel!r}"))
+    return problems
+
+
+def _problem(call: _Call, flag: str, tensor: str, text: str) -> Finding:
+    nan = float("nan")
+    return Finding(
+        call.name, flag, ORACLE, call.dtype, call.case.name, tensor, float("inf"), nan, nan, (), nan, nan, text,
+        call.reproduce(flag, ORACLE),
+    )  # fmt: skip
+
+
+def _compare(
+    call: _Call,
+    row: Row,
+    flag: str,
+    against: str,
+    got: Mapping[str, NDArray[np.float64]],
+    expected: Mapping[str, NDArray[np.float64]],
+    allowed: Mapping[str, NDArray[np.float64]],
+    dtypes: Mapping[str, str],
+) -> list[NDArray[np.float64]]:
+    shares = []
+    for tensor, value in got.items():
+        if value.shape != expected[tensor].shape:
+            text = f"has shape {value.shape}, not {expected[tensor].shape}"
+            row.failures.append(replace(_problem(call, flag, tensor, text), against=against))
+            continue
+        share = share_of_allowance(value, expected[tensor], allowed[tensor], dtypes[tensor])
+        shares.append(share)
+        if not share.size:
+            continue
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+        finding = Finding(
+            call.name, flag, against, call.dtype, call.case.name, tensor, float(share[at]),
+            float(abs(value[at] - expected[tensor][at])), float(allowed[tensor][at]), at,
+            float(value[at]), float(expected[tensor][at]), "", call.reproduce(flag, against),
+        )  # fmt: skip
+        if finding.failed:
+            row.failures.append(finding)
+        if row.worst is None or finding.share > row.worst.share:
+            row.worst = finding
+    return shares
+
+
+def _count(report: Report, flag: str, dtype: str, shares: list[NDArray[np.float64]]) -> None:
+    edges = np.concatenate([[-np.inf], HISTOGRAM_EDGES, [np.inf]])
+    counts = report.histograms.setdefault((flag, dtype), np.zeros(len(edges) - 1, np.int64))
+    for share in shares:
+        with np.errstate(divide="ignore"):
+            logs = np.log10(share.reshape(-1))
+        counts += np.histogram(np.clip(logs, -1e9, 1e9), bins=np.clip(edges, -2e9, 2e9))[0]
