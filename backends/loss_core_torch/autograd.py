@@ -22,9 +22,12 @@ class _RefuseSecondDerivative(Function):
     """Identity whose backward is an error: put behind gradients that are not differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, name: str, instead: str, *sources: Tensor | None) -> Tensor:
-        ctx.name, ctx.instead = name, instead
+    def forward(grad: Tensor, name: str, instead: str, *sources: Tensor | None) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.name, ctx.instead, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
