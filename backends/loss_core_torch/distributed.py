@@ -26,7 +26,8 @@ def check_group(group: Any) -> None:
         return
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
-            "tp_group is given but torch.distributed is not initialised; call torch.distributed.init_process_group first."
+            "tp_group is given but torch.distributed is not initialised; "
+            "call torch.distributed.init_process_group first."
         )
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
