@@ -46,9 +46,7 @@ def test_hand_computed_distillation():
 
 def test_hand_computed_fused_linear():
     hidden, weight = np.array([[2.0]]), np.array([[0.0], [np.log(3.0) / 2]])
-    result = evaluate(
-        FusedLinearCEConfig(), {"hidden_states": hidden, "labels": np.array([1]), "lm_weight": weight}
-    )
+    result = evaluate(FusedLinearCEConfig(), {"hidden_states": hidden, "labels": np.array([1]), "lm_weight": weight})
     assert result.loss == pytest.approx(np.log(4 / 3))
     np.testing.assert_allclose(result.grads["lm_weight"], [[0.5], [-0.5]])
     np.testing.assert_allclose(result.grads["hidden_states"], [[-0.25 * np.log(3) / 2]])
