@@ -364,6 +364,12 @@ def test_yaml_round_trip(config):
     assert LossConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
+def test_to_dict_shares_nothing_with_the_config(zloss):
+    config = zloss(per_class=[1.0, 2.0])
+    config.to_dict()["per_class"].append(3.0)
+    assert config.per_class == [1.0, 2.0]
+
+
 def test_from_dict_refuses_what_names_no_loss():
     with pytest.raises(TypeError, match="needs the key 'name'"):
         LossConfig.from_dict({"ignore_index": 0})
@@ -516,6 +522,7 @@ def test_hydra_passes_a_nested_config_on_as_it_is(config):
 @dataclass
 class ZLossConfig(LossConfig):
     weight: float = 1e-4
+    per_class: list[float] = dataclasses.field(default_factory=list)
 
     def validate(self):
         if self.weight < 0:
@@ -553,7 +560,7 @@ def test_registered_loss_is_built_by_flag(zloss, flag, ran):
 def test_registered_loss_is_a_citizen_of_the_registry(zloss):
     assert build_loss_config("ZLoss", weight=1.0) == zloss(1.0)
     assert LossConfig.from_dict(zloss(0.5).to_dict()) == zloss(0.5)
-    assert zloss(0.5).to_dict() == {"name": "ZLoss", "weight": 0.5}
+    assert zloss(0.5).to_dict() == {"name": "ZLoss", "weight": 0.5, "per_class": []}
     assert build_loss_config(of_another_library("ZLoss"), weight=2.0) == zloss(2.0)
     with pytest.raises(TypeError, match="Did you mean 'weight'"):
         build_loss_config("ZLoss", wieght=1.0)
@@ -604,10 +611,6 @@ def test_the_names_of_this_library_are_taken(name):
     assert LOSS_CONFIG_REGISTRY == REGISTRY
 
 
-class NoDataclass(LossConfig):
-    pass
-
-
 @pytest.mark.parametrize(
     ("name", "cls", "builders", "error", "message"),
     [
@@ -623,6 +626,51 @@ def test_register_loss_refuses(name, cls, builders, error, message):
     with pytest.raises(error, match=message):
         register_loss(name, cls, builders)
     assert LOSS_CONFIG_REGISTRY == REGISTRY
+
+
+@pytest.mark.xfail(reason="is_dataclass is true of any class that inherits from LossConfig", strict=True)
+def test_register_loss_refuses_a_class_that_forgot_its_decorator():
+    # Without @dataclass its fields are class attributes: `Forgot(weight=2.0)` fails far away from the cause.
+    class Forgot(LossConfig):
+        weight: float = 1.0
+
+    try:
+        with pytest.raises(TypeError, match="dataclass that derives from LossConfig"):
+            register_loss("Forgot", Forgot, {"torch": lambda config: None})
+    finally:
+        LOSS_CONFIG_REGISTRY.pop("Forgot", None)
+
+
+@pytest.mark.xfail(reason="accepted, and unregister_loss can't take it back", strict=True)
+@pytest.mark.parametrize("name", ["KDLoss", "MyKD"])
+def test_register_loss_does_not_replace_the_losses_of_this_library(name):
+    try:
+        with pytest.raises(ValueError, match="KDLossConfig"):
+            register_loss(name, KDLossConfig, {"torch": lambda config: "hijacked"})
+    finally:
+        loss_core.backend._USER_BUILDERS.pop(KDLossConfig, None)
+        LOSS_CONFIG_REGISTRY.pop("MyKD", None)
+
+
+@pytest.mark.xfail(reason="falls through to the builder of the parent, which ignores the new field", strict=True)
+def test_a_registered_subclass_is_not_built_as_its_parent():
+    @dataclass
+    class SmoothedConfig(MaskedCrossEntropyConfig):
+        smoothing: float = 0.1
+
+    register_loss("Smoothed", SmoothedConfig, {"torch": lambda config: "smoothed"})
+    try:
+        assert SmoothedConfig().build() == "smoothed"
+        with pytest.raises(BackendUnavailable, match="SmoothedConfig has no builder for 'jax"):
+            SmoothedConfig().build(backend="jax")
+    finally:
+        unregister_loss("Smoothed")
+
+
+@pytest.mark.xfail(reason="NumPy's numbers pass validation but are no plain values", strict=True)
+def test_to_dict_gives_plain_values_for_numpy_numbers():
+    config = KDLossConfig(ignore_index=np.int64(-1), temperature=np.float32(2.0))
+    assert LossConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
 def test_unregister_loss_refuses_an_unknown_name():
