@@ -40,7 +40,7 @@ check-wheel: setup ## build the wheel and try it without torch and jax, with one
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
 	rm -f demo.html demo.png report.html
-	find loss_core backends tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Re-done only when what is installed would change: the checkout itself is used in place.
 # A Python without ensurepip (Debian has one) gets pip from the pip that stands beside it.
