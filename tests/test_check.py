@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_core_torch import eager, eager_linear, modules
 
 from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core.check import assert_backends_agree, check, compare
+from loss_core_torch import eager, eager_linear, modules
 
 HAS_JAX = importlib.util.find_spec("jax") is not None
 

@@ -37,7 +37,7 @@ def test_round_to_agrees_with_torch(name):
 
 
 def test_unknown_format_lists_the_known():
-    with pytest.raises(ValueError, match="Unknown dtype 'fp8'.*float16"):
+    with pytest.raises(ValueError, match=r"Unknown dtype 'fp8'.*float16"):
         float_format("fp8")
 
 
