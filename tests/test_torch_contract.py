@@ -244,6 +244,9 @@ def test_out_of_range_labels_are_nan_under_a_trace():
     assert loss.isnan().tolist() == [False, True, False]
     loss.sum().backward()
     assert logits.grad.isnan().any(-1).tolist() == [False, True, False]
+    student = torch.randn(3, V, requires_grad=True)
+    torch.compile(KDLoss(), fullgraph=True, backend="aot_eager")(student, torch.randn(3, V), labels).backward()
+    assert student.grad.isnan().all(-1).tolist() == [False, True, False]
     fused = torch.compile(FusedLinearCrossEntropy(), fullgraph=True, backend="aot_eager")
     assert fused(torch.randn(3, H), labels, torch.randn(V, H)).isnan()
     torch._dynamo.reset()
@@ -347,6 +350,7 @@ BAD_CALLS = {
         ValueError,
         r"labels\[0, 0\] is -1",
     ),
+    "kd-label": (lambda: KDLoss()(LOGITS, LOGITS, LABELS + 11), ValueError, r"labels\[0, 0\] is 11"),
     "mask-shape": (
         lambda: MaskedCrossEntropy()(LOGITS, LABELS, mask=torch.ones(28)),
         ValueError,
