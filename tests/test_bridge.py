@@ -750,6 +750,41 @@ def test_importing_the_bridge_loads_no_framework():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+WITHOUT = """
+import dataclasses, sys
+sys.modules[{missing!r}] = None  # the import system's own way to say that a module is not there
+import loss_core
+from loss_core_bridge import build_jax_loss, build_torch_loss
+
+@dataclasses.dataclass
+class Own(loss_core.LossConfig):
+    pass
+
+def torch_loss(config):
+    import torch
+    return torch.nn.L1Loss()
+
+loss_core.register_loss("Own", Own, {{"torch": torch_loss, "jax": lambda config: abs}})
+print({call})
+"""
+
+
+@pytest.mark.parametrize(
+    ("missing", "call", "outcome"),
+    [
+        ("jax", "build_torch_loss(Own(), 'torch')", "L1Loss()"),
+        ("torch", "build_jax_loss(Own(), 'jax')", "<built-in function abs>"),
+        ("jax", "build_torch_loss(Own(), 'jax')", "BackendUnavailable: the bridge needs both frameworks"),
+        ("torch", "build_jax_loss(Own(), 'torch')", "None in sys.modules"),
+    ],
+)
+def test_one_framework_is_enough_for_its_own_flags(missing, call, outcome):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    code = WITHOUT.format(missing=missing, call=call)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert outcome in (done.stdout + done.stderr)
+
+
 # --- the losses of this library ------------------------------------------------------------------
 
 CONFIGS = [
