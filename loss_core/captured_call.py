@@ -93,9 +93,10 @@ def _known_loss(config: LossConfig) -> str:
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageProblem(f"--inputs {path}: holds a single array; store arguments by name, with numpy.savez.")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UsageProblem(f"--inputs {path}: holds a single array; store arguments by name, with numpy.savez.")
+        with file:
             arrays = {name: np.asarray(file[name]) for name in file.files}
     except OSError as error:
         raise UsageProblem(f"--inputs {path} can't be read: {error.strerror or error}.") from error

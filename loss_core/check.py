@@ -235,7 +235,7 @@ def check(
     for loss, name in zip(losses, _distinct_names(losses), strict=True):
         cases = _cases(loss, shape, only, num_random, seed, inputs)
         if not cases:
-            report.skipped.append(f"{name}: no case fits {_filters(shape, only)}")
+            report.skipped.append(f"{name}: no case{_filters(shape, only)}")
         calls += [
             _Call(loss, name, case, dtype, suffix, device, inputs is not None) for dtype in wanted for case in cases
         ]
@@ -321,9 +321,8 @@ def _changed_fields(config: LossConfig) -> str:
 
 
 def _filters(shape: tuple[int, ...] | None, only: Sequence[str] | None) -> str:
-    names = [f"the names {', '.join(only)}"] if only is not None else []
-    shapes = [f"the shape {','.join(map(str, shape))}"] if shape is not None else []
-    return " and ".join([*names, *shapes])
+    names = f" named {' or '.join(only)}" if only is not None else ""
+    return names + (f" at the shape {','.join(map(str, shape))}" if shape is not None else "")
 
 
 def _losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[str | LossConfig]:

@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         app = make_app()
         app(args=arguments, prog_name="loss-core", obj=shlex.join(["loss-core", *arguments]))
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in _LIBRARIES:
+        library = (error.name or "").partition(".")[0]
+        if library not in _LIBRARIES:
             raise
-        print(f"loss-core: the command line needs {error.name} ({error}): {install_line('cli')}", file=sys.stderr)
+        print(f"loss-core: the command line needs {library} ({error}): {install_line('cli')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("loss-core: stopped.", file=sys.stderr)
