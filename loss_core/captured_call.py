@@ -93,10 +93,11 @@ def _known_loss(config: LossConfig) -> str:
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise UsageProblem(f"--inputs {path}: holds a single array; store arguments by name, with numpy.savez.")
-        with file:
+        # Opened here: np.load leaves a file open that it then finds broken.
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UsageProblem(f"--inputs {path}: holds a single array; store arguments by name, with numpy.savez.")
             arrays = {name: np.asarray(file[name]) for name in file.files}
     except OSError as error:
         raise UsageProblem(f"--inputs {path} can't be read: {error.strerror or error}.") from error

@@ -19,7 +19,15 @@ from typer.testing import CliRunner
 
 import loss_core.backend
 import loss_core.cli_check
-from loss_core import KDLossConfig, LossConfig, __version__, register_loss, unregister_loss
+from loss_core import (
+    BackendUnavailable,
+    FlagStatus,
+    KDLossConfig,
+    LossConfig,
+    __version__,
+    register_loss,
+    unregister_loss,
+)
 from loss_core.build import LOSS_CONFIG_REGISTRY
 from loss_core.captured_call import read_call
 from loss_core.check import Finding, Report, Row, check
@@ -243,6 +251,18 @@ def test_naming_a_flag_that_cannot_be_used_is_2(options):
     assert "needs loss_core_absent" in result.stderr
     assert "\n    pip install 'loss-core[jax]'\n" in result.stderr
     assert result.stdout == ""
+
+
+def test_check_never_skips_the_flag_to_compare_with_in_silence(monkeypatch):
+    from loss_core_torch import backend
+
+    def status(kernel):
+        return FlagStatus(f"torch:{kernel}", kernel == "eager", "no such kernel today", "torch 2", "")
+
+    monkeypatch.setattr(backend, "kernel_status", status)
+    for named in (["torch:eager"], None):
+        with pytest.raises(BackendUnavailable, match="no such kernel today"):
+            check("KDLoss", named, against="torch:te", dtypes=["float32"], only=["basic"])
 
 
 @pytest.mark.usefixtures("no_framework")
