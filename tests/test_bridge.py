@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-import torch.nn.functional as F  # noqa: E402, N812
+import torch.nn.functional as F  # noqa: E402
 
 import loss_core  # noqa: E402
 from loss_core_bridge import build_jax_loss, build_torch_loss, jax_loss_as_torch, torch_loss_as_jax  # noqa: E402
