@@ -17,7 +17,6 @@ import dataclasses
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 
 from loss_core.backend import BackendUnavailable, KernelChoice
 from loss_core.config import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
@@ -167,7 +166,7 @@ class FusedLinearCrossEntropy(_Loss):
         checks.check_linear(hidden_states, labels, lm_weight)
         checks.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
         labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, lm_weight.shape[0])
-        hidden_states, lm_weight = jnp.asarray(hidden_states), jnp.asarray(lm_weight)
+        hidden_states, lm_weight = checks.as_jax(hidden_states), checks.as_jax(lm_weight)
         count = checks.as_count(num_label_tokens)
         target, scale = linear_targets_and_scale(
             labels,
@@ -229,7 +228,7 @@ class KDLoss(_Loss):
         checks.check_pair(student_logits, teacher_logits, labels)
         checks.check_count("num_batch_labels", num_batch_labels)
         labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, student_logits.shape[-1])
-        return distillation(
+        loss: jax.Array = distillation(
             student_logits,
             teacher_logits,
             labels,
@@ -239,6 +238,7 @@ class KDLoss(_Loss):
             chunk_size=int(self.chunk_size),
             upcast=self.fp32_upcast,
         )
+        return loss
 
 
 def _refuse_group(name: str, tp_group: Any) -> None:
@@ -265,7 +265,7 @@ def _over_logits(
     checks.check_mask(labels, mask)
     checks.check_reduction_arguments(reduction, labels, num_label_tokens, loss_weights)
     labels, ignore_index = checks.read_labels(labels, mask, ignore_index, logits.shape[-1])
-    return cross_entropy(
+    loss: jax.Array = cross_entropy(
         logits,
         labels,
         mask,
@@ -275,3 +275,4 @@ def _over_logits(
         reduction=reduction,
         upcast=upcast,
     )
+    return loss
