@@ -268,6 +268,21 @@ def test_upstream_scales_and_pull_back_twice(name: str) -> None:
     np.testing.assert_allclose(pull_back(jnp.full_like(value, -0.5))[0], -0.5 * once, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["masked", "te", "fused"])
+def test_upstream_scales_the_gradient_of_loss_weights(name: str) -> None:
+    weights = jnp.ones((B, S))
+    rows = call(name, first(name), LABELS, "none")
+    grad = jax.grad(lambda w: -0.5 * call(name, first(name), LABELS, loss_weights=w))(weights)
+    np.testing.assert_allclose(grad, -0.5 * rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_ignored_row_gets_zero_even_from_an_infinite_weight(reduction: str) -> None:
+    loss = FusedLinearCrossEntropy(reduction=reduction)
+    grad = jax.grad(lambda h: jnp.sum(loss(h, LABELS, WEIGHT.at[3].set(jnp.inf))))(HIDDEN)
+    assert (grad[0, :2] == 0).all()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_jit_and_eager_agree_and_repeat_bitwise(name: str) -> None:
     fn = jax.value_and_grad(lambda x: call(name, x, LABELS))
@@ -320,7 +335,8 @@ def test_second_derivatives_are_right(name: str) -> None:
         # unused for masked: the gradient by w is then 0
         return lambda x, w: sum((g**2).sum() for g in jax.grad(fn, (0, 1))(x, w)) + fn(x, w)
 
-    actual = jax.jit(jax.grad(squared_gradient(ours), (0, 1)))(x, w)
+    poisoned = x.at[0, 0].set(jnp.inf).at[0, 1].set(jnp.nan)  # rows that are ignored
+    actual = jax.jit(jax.grad(squared_gradient(ours), (0, 1)))(poisoned, w)
     expected = jax.jit(jax.grad(squared_gradient(lambda x, w: plain(kind, x, w, labels)), (0, 1)))(x, w)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
