@@ -199,7 +199,7 @@ def classify(xp: Any, labels: Any, mask: Any, ignore_index: int, vocab: int) -> 
         xp: numpy or jax.numpy.
     """
     # Each constant is compared only where the labels' own dtype can hold it: -100 cast to uint8 is a class.
-    info: Any = jnp.iinfo(labels.dtype)  # type: ignore[no-untyped-call]
+    info: Any = jnp.iinfo(labels.dtype)
     in_range = labels >= 0
     if vocab <= int(info.max):
         in_range = in_range & (labels < vocab)

@@ -56,7 +56,7 @@ def take_rows(array: jax.Array, start: jax.Array, num: int) -> jax.Array:
 
 def behind_barrier(*arrays: jax.Array) -> Arrays:
     """The arrays, as values that XLA neither moves code across nor shares with other code."""
-    held: Arrays = lax.optimization_barrier(arrays)  # type: ignore[no-untyped-call]
+    held: Arrays = lax.optimization_barrier(arrays)
     return held
 
 
