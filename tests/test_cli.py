@@ -82,13 +82,13 @@ def kd_without_temperature(monkeypatch):
 def no_jax(monkeypatch):
     """A machine without JAX, whatever this one has."""
     kernels = loss_core.backend._BACKENDS["jax"][1]
-    monkeypatch.setitem(loss_core.backend._BACKENDS, "jax", ("loss_core_absent.backend", kernels))
+    monkeypatch.setitem(loss_core.backend._BACKENDS, "jax", ("absent_framework.backend", kernels))
 
 
 @pytest.fixture
 def no_framework(monkeypatch, no_jax):
     kernels = loss_core.backend._BACKENDS["torch"][1]
-    monkeypatch.setitem(loss_core.backend._BACKENDS, "torch", ("loss_core_absent.backend", kernels))
+    monkeypatch.setitem(loss_core.backend._BACKENDS, "torch", ("absent_framework.backend", kernels))
 
 
 # --- exit codes and what goes where
@@ -239,7 +239,7 @@ def test_flags_that_cannot_be_used_are_listed_with_reason_and_install_line():
     assert checked.exit_code == 0
     for result in (checked, run("backends")):
         flat = " ".join(result.stdout.split())
-        assert "jax:xla, jax:pallas: backend 'jax' needs loss_core_absent" in flat
+        assert "jax:xla, jax:pallas: backend 'jax' needs absent_framework" in flat
         assert "\n    pip install 'loss-core[jax]'\n" in result.stdout
 
 
@@ -248,7 +248,7 @@ def test_flags_that_cannot_be_used_are_listed_with_reason_and_install_line():
 def test_naming_a_flag_that_cannot_be_used_is_2(options):
     result = run("check", "--config", "KDLoss", "--case", "basic", *options)
     assert result.exit_code == 2
-    assert "needs loss_core_absent" in result.stderr
+    assert "needs absent_framework" in result.stderr
     assert "\n    pip install 'loss-core[jax]'\n" in result.stderr
     assert result.stdout == ""
 
@@ -641,7 +641,7 @@ def test_the_page_marks_failures_and_tells_what_could_not_run():
     text, page = page_of(report)
     assert [row[0] for row in page.rows[2:]] == ["FAIL"]
     assert "loss-core check --config KDLoss --backend torch:eager --dtype float32 --case temperature" in text
-    assert "backend &#39;jax&#39; needs loss_core_absent" in text
+    assert "backend &#39;jax&#39; needs absent_framework" in text
     assert "pip install &#39;loss-core[jax]&#39;" in text
 
 

@@ -8,11 +8,10 @@ import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-
-jax = pytest.importorskip("jax")
-import jax.numpy as jnp
 
 from loss_core_jax import (
     FusedLinearCrossEntropy,

@@ -14,7 +14,8 @@ second order are computed in reverse mode (`jax.grad` of `jax.grad`), or forward
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 
@@ -33,9 +34,28 @@ Count = int | ArrayLike
 class _Loss:
     """What the losses share."""
 
+    # The argument, and its axis, that says how large the vocabulary is.
+    _vocab_axis: ClassVar[tuple[str, int]] = ("logits", -1)
+    ignore_index: int
+
     def with_kernel_choice(self, choice: KernelChoice) -> Self:
         """A copy that tells which kernel runs and why."""
         return dataclasses.replace(self, kernel_choice=choice)  # type: ignore[type-var]
+
+    def check_values(self, arguments: Mapping[str, Any]) -> None:
+        """Raise for a label that is no class: for callers that run the loss under jit, where it can't look.
+
+        Args:
+            arguments: of a call, by name. labels and mask are NumPy arrays; of the rest only the shape is used.
+        Raises:
+            ValueError: a label outside [0, V) that is not ignored; names position and value.
+        """
+        name, axis = self._vocab_axis
+        labels, mask, scores = arguments.get("labels"), arguments.get("mask"), arguments.get(name)
+        if labels is None or scores is None:
+            return  # the call itself will name the missing argument
+        checks.check_mask(labels, mask)
+        checks.read_labels(labels, mask, self.ignore_index, scores.shape[axis])
 
 
 @jax.tree_util.register_static
@@ -128,6 +148,7 @@ class FusedLinearCrossEntropy(_Loss):
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
+    _vocab_axis: ClassVar[tuple[str, int]] = ("lm_weight", 0)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
@@ -197,6 +218,7 @@ class KDLoss(_Loss):
     fp32_upcast: bool = True
     tp_group: Any = None
     chunk_size: int = 0
+    _vocab_axis: ClassVar[tuple[str, int]] = ("student_logits", -1)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ class Gradients(NamedTuple):
 
 
 def plan_for(num_rows: int, weight_VH: jax.Array, softcap: float) -> Plan:
+    """Sizes of chunks and tiles for a problem."""
     vocab = weight_VH.shape[0]
     dtype = arithmetic_dtype(weight_VH)
     platform = jax.default_backend()
