@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.check import check
-from loss_core_torch import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy, eager
+from loss_core_torch import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy, eager, values
 
 T, V, H = 6, 11, 5
 CONFIGS = {
@@ -262,11 +262,10 @@ def test_torch_func_grad():
 
 
 def test_forward_only_makes_no_gradient_buffers(monkeypatch):
-    from loss_core_torch import eager_linear
 
     seen = []
-    real = eager_linear.linear_cross_entropy
-    monkeypatch.setattr(eager_linear, "linear_cross_entropy", lambda *args: seen.append(args[-1]) or real(*args))
+    real = eager.linear_cross_entropy
+    monkeypatch.setattr(eager, "linear_cross_entropy", lambda *args: seen.append(args[-1]) or real(*args))
     inputs = _inputs(FusedLinearCEConfig())
     with torch.no_grad():
         FusedLinearCrossEntropy()(**inputs)
@@ -331,7 +330,7 @@ def test_auto_says_what_it_chose_and_why():
 
 def test_the_path_of_devices_whose_values_stay_there(monkeypatch):
     # What an accelerator runs: no skipping of ignored tokens, no look at labels or at the upstream gradient.
-    monkeypatch.setattr(eager, "may_read_values", lambda x: False)
+    monkeypatch.setattr(values, "may_read", lambda x: False)
     report = check(backends=["torch:eager"], dtypes=["float32", "bfloat16"])
     assert report.passed, str(report)
     loss = MaskedCrossEntropy(reduction="none")(torch.randn(3, V), torch.tensor([1, V, -100]))

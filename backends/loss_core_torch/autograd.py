@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from loss_core import row_stats
-from loss_core_torch import distributed, eager, eager_linear
+from loss_core_torch import distributed, kernels, values
+from loss_core_torch.values import compute_dtype
 
 
 class _RefuseSecondDerivative(Function):
@@ -48,17 +49,17 @@ class CrossEntropy(Function):
     """Cross entropy per token over logits whose vocabulary may be sharded over a group.
 
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool;
-    bad_T [T] bool or None, tokens whose label is no class; group or None.
+    bad_T [T] bool or None, tokens whose label is no class; group or None; name of the set of kernels.
     Output: loss_T [T] in the dtype of the arithmetic; 0 where keep is False, NaN where bad.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, group: Any
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, group: Any, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _no_autocast(logits):
             start = distributed.vocab_start(logits.shape[-1], group)
-            state = row_stats.RowState(*eager.cross_entropy_stats(logits, labels_T, start))
+            state = row_stats.RowState(*kernels.find(kernel).cross_entropy_stats(logits, labels_T, start))
             if group is not None:
                 state = distributed.fold(state, row_stats.combine, logits.shape[-1], group)
             loss_T = row_stats.finish(torch, state)
@@ -68,7 +69,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, labels_T, keep_T, bad_T, ctx.group = inputs
+        logits, labels_T, keep_T, bad_T, ctx.group, ctx.kernel = inputs
         _, m_T, s_T = output
         ctx.mark_non_differentiable(m_T, s_T)
         ctx.set_materialize_grads(False)
@@ -83,25 +84,26 @@ class CrossEntropy(Function):
             if bad_T is not None:
                 coef_T = coef_T.masked_fill(bad_T, torch.nan)
             start = distributed.vocab_start(logits.shape[-1], ctx.group)
-            grad = eager.cross_entropy_grad(logits, labels_T, start, keep_T, m_T, s_T, coef_T)
+            cross_entropy_grad = kernels.find(ctx.kernel).cross_entropy_grad
+            grad = cross_entropy_grad(logits, labels_T, start, keep_T, m_T, s_T, coef_T)
         once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
-        return once, None, None, None, None
+        return once, None, None, None, None, None
 
 
 class Distillation(Function):
     """KL(teacher || student) per token at temperature T, not yet times T^2.
 
     Inputs: student, teacher [..., V] float; keep_T [T] bool; temperature; chunk_size rows (0 = chosen);
-    group over which the vocabulary is sharded, or None.
+    group over which the vocabulary is sharded, or None; name of the set of kernels.
     Output: kl_T [T] in the dtype of the arithmetic, 0 where keep is False.
     """
 
     @staticmethod
     def forward(
-        student: Tensor, teacher: Tensor, keep_T: Tensor, temperature: float, chunk_size: int, group: Any
+        student: Tensor, teacher: Tensor, keep_T: Tensor, temperature: float, chunk_size: int, group: Any, kernel: str
     ) -> tuple[Tensor, ...]:
         with _no_autocast(student):
-            parts = eager.distillation_stats(student, teacher, keep_T, 1.0 / temperature, chunk_size)
+            parts = kernels.find(kernel).distillation_stats(student, teacher, keep_T, 1.0 / temperature, chunk_size)
             state = row_stats.KDRowState(*parts)
             if group is not None:
                 state = distributed.fold(state, row_stats.combine_kd, student.shape[-1], group)
@@ -110,7 +112,7 @@ class Distillation(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, teacher, keep_T, ctx.temperature, ctx.chunk_size, _ = inputs
+        student, teacher, keep_T, ctx.temperature, ctx.chunk_size, _, ctx.kernel = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, keep_T, *output)
@@ -122,10 +124,11 @@ class Distillation(Function):
         with torch.no_grad(), _no_autocast(student):
             coef_T = upstream_T.to(kl_T.dtype) / ctx.temperature
             args = (student, teacher, keep_T, 1.0 / ctx.temperature, ctx.chunk_size, state, kl_T, coef_T)
-            found = [eager.distillation_grad(*args, of) if ctx.needs_input_grad[of] else None for of in (False, True)]
+            distillation_grad = kernels.find(ctx.kernel).distillation_grad
+            found = [distillation_grad(*args, of) if ctx.needs_input_grad[of] else None for of in (False, True)]
         instead = "torch.nn.functional.kl_div"
         found = [_once(grad, "KDLoss", instead, student, teacher, upstream_T) for grad in found]
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
 class LinearCrossEntropySum(Function):
@@ -134,7 +137,8 @@ class LinearCrossEntropySum(Function):
     The gradients wait in float32 for the upstream factor, so that they are rounded once. The first
     backward takes these buffers; a second one (retain_graph) computes them again.
 
-    Inputs: h_TH, w_VH float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; softcap; product dtype.
+    Inputs: h_TH, w_VH float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; softcap; product dtype; which
+    gradients are wanted; name of the set of kernels.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -148,9 +152,10 @@ class LinearCrossEntropySum(Function):
         softcap: float,
         product_dtype: torch.dtype,
         want: tuple[bool, bool],
+        kernel: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with _no_autocast(h_TH):
-            loss_T, grad_h, grad_w = eager_linear.linear_cross_entropy(
+            loss_T, grad_h, grad_w = kernels.find(kernel).linear_cross_entropy(
                 h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want)
             )
             # A coefficient of 0 takes a token out, even one whose loss is infinite.
@@ -159,7 +164,7 @@ class LinearCrossEntropySum(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want = inputs
+        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want, ctx.kernel = inputs
         _, loss_T, grad_h, grad_w = output
         ctx.mark_non_differentiable(loss_T, grad_h, grad_w)
         # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
@@ -176,18 +181,27 @@ class LinearCrossEntropySum(Function):
                 grad_h, grad_w = (buffer * upstream for buffer in ctx.buffers)
             else:
                 if ctx.buffers is None:
-                    ctx.buffers = eager_linear.linear_cross_entropy(
+                    ctx.buffers = kernels.find(ctx.kernel).linear_cross_entropy(
                         h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, list(ctx.want)
                     )[1:]
                 # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
                 (grad_h, grad_w), ctx.buffers = ctx.buffers, None
-                if not (eager.may_read_values(upstream) and float(upstream) == 1.0):
+                if not (values.may_read(upstream) and float(upstream) == 1.0):
                     grad_h, grad_w = grad_h.mul_(upstream), grad_w.mul_(upstream)
             want_h, want_w = ctx.want
             grad_h = grad_h.to(h_TH.dtype) if want_h else None
             grad_w = grad_w.to(w_VH.dtype) if want_w else None
             grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[4] else None
-        return (*_refused((grad_h, grad_w), h_TH, w_VH, coef_T, upstream), None, None, grad_coef, None, None, None)
+        return (
+            *_refused((grad_h, grad_w), h_TH, w_VH, coef_T, upstream),
+            None,
+            None,
+            grad_coef,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class LinearCrossEntropy(Function):
@@ -199,17 +213,23 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def forward(
-        h_TH: Tensor, w_VH: Tensor, labels_T: Tensor, keep_T: Tensor, softcap: float, product_dtype: torch.dtype
+        h_TH: Tensor,
+        w_VH: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor,
+        softcap: float,
+        product_dtype: torch.dtype,
+        kernel: str,
     ) -> Tensor:
         with _no_autocast(h_TH):
-            unused_T = torch.ones_like(keep_T, dtype=eager.compute_dtype(h_TH.dtype))
-            return eager_linear.linear_cross_entropy(
+            unused_T = torch.ones_like(keep_T, dtype=compute_dtype(h_TH.dtype))
+            return kernels.find(kernel).linear_cross_entropy(
                 h_TH, w_VH, labels_T, keep_T, unused_T, softcap, product_dtype, [False, False]
             )[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype = inputs
+        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype, ctx.kernel = inputs
         ctx.save_for_backward(h_TH, w_VH, labels_T, keep_T)
 
     @staticmethod
@@ -218,12 +238,12 @@ class LinearCrossEntropy(Function):
         h_TH, w_VH, labels_T, keep_T = ctx.saved_tensors
         want_h, want_w = ctx.needs_input_grad[:2]
         with torch.no_grad(), _no_autocast(h_TH):
-            coef_T = upstream_T.to(eager.compute_dtype(h_TH.dtype))
-            _, grad_h, grad_w = eager_linear.linear_cross_entropy(
+            coef_T = upstream_T.to(compute_dtype(h_TH.dtype))
+            _, grad_h, grad_w = kernels.find(ctx.kernel).linear_cross_entropy(
                 h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, [want_h, want_w]
             )
             found = (grad_h.to(h_TH.dtype) if want_h else None, grad_w.to(w_VH.dtype) if want_w else None)
-        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None)
+        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None, None)
 
 
 def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loss_core_torch import eager
+from loss_core_torch import values
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -75,7 +75,7 @@ def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = Non
 def out_of_range(labels_T: Tensor, keep_T: Tensor, shape: torch.Size, vocab: int, ignore_index: int) -> Tensor | None:
     """Tokens that count but whose label is no class: an error where values may be read, else [T] bool to make NaN."""
     bad_T = keep_T & ((labels_T < 0) | (labels_T >= vocab))
-    if not eager.may_read_values(labels_T):
+    if not values.may_read(labels_T):
         return bad_T
     if not bool(bad_T.any()):
         return None

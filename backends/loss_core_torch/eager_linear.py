@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loss_core_torch import eager
-from loss_core_torch.eager import compute_dtype
+from loss_core_torch import values
 from loss_core_torch.opaque import opaque
+from loss_core_torch.values import compute_dtype
 
 # Bytes of a block's logits. On the CPU a block is the only thing that costs memory besides the
 # gradients; elsewhere products want to be large.
@@ -93,7 +93,7 @@ def linear_cross_entropy(
     grad_w = torch.empty(w_VH.shape if want_w else (0,), dtype=dtype, device=device)
     block = block_tokens(w_VH.shape[0], device, dtype.itemsize)
     # Leaving tokens out needs their number on the host.
-    compact = eager.may_read_values(keep_T)
+    compact = values.may_read(keep_T)
     blocks = list(_token_blocks(keep_T, block, compact))
     if not blocks:
         return loss_T, grad_h, grad_w.zero_()

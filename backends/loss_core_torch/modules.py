@@ -10,9 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core_torch import autograd, checks, distributed
-from loss_core_torch.eager import compute_dtype
+from loss_core import (
+    FusedLinearCEConfig,
+    KDLossConfig,
+    KernelChoice,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+    parse_flag,
+)
+from loss_core_torch import autograd, checks, distributed, kernels
+from loss_core_torch.values import compute_dtype
 
 
 class _Loss(nn.Module):
@@ -26,10 +33,12 @@ class _Loss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernel_choice = KernelChoice("torch:eager", "made directly")
+        self.with_kernel_choice(KernelChoice("torch:eager", "made directly"))
 
     def with_kernel_choice(self, choice: KernelChoice) -> _Loss:
+        """Run the kernels that the choice names; returns the module."""
         self.kernel_choice = choice
+        self._kernel = kernels.load(parse_flag(choice.flag).kernel)
         return self
 
     def extra_repr(self) -> str:
@@ -117,7 +126,7 @@ class _LogitsCrossEntropy(_Loss):
         vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = _keep_if_counted(keep_T, num_tokens)
-        loss_T = autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group)[0]
+        loss_T = autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
         loss = _reduce(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
         return loss if self.fp32_upcast else loss.to(logits.dtype)
 
@@ -210,7 +219,13 @@ class KDLoss(_Loss):
         if wide == torch.float64:
             student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
         kl_T = autograd.Distillation.apply(
-            student_logits, teacher_logits, keep_T, float(self.temperature), self.chunk_size, self.tp_group
+            student_logits,
+            teacher_logits,
+            keep_T,
+            float(self.temperature),
+            self.chunk_size,
+            self.tp_group,
+            self._kernel,
         )[0]
         # The factor is NaN where the label is no class, so that its gradient is NaN as well.
         loss_T = kl_T * _nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
@@ -319,7 +334,9 @@ class FusedLinearCrossEntropy(_Loss):
         h_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         softcap = float(self.logit_softcapping)
         if self.reduction == "none":
-            loss_T = autograd.LinearCrossEntropy.apply(h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype)
+            loss_T = autograd.LinearCrossEntropy.apply(
+                h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel
+            )
             return _nan_where(loss_T, bad_T).view(shape)
         ones_T = torch.ones_like(labels_T, dtype=compute_dtype(hidden_states.dtype))
         weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
@@ -330,7 +347,7 @@ class FusedLinearCrossEntropy(_Loss):
             coef_T = coef_T / _divisor(num_tokens)
         grad = torch.is_grad_enabled()
         want = (grad and hidden_states.requires_grad, grad and weight_VH.requires_grad)
-        args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want)
+        args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
         return autograd.LinearCrossEntropySum.apply(*args)[0]
 
 
