@@ -247,9 +247,7 @@ def _is_ours(config_cls: type[Any]) -> bool:
 def _build_ours(config: LossConfig, flag: BackendFlag, backend: Backend) -> Any:
     builders = backend.builders()
     by_kernel = {
-        kernel: builder
-        for (config_cls, kernel), builder in builders.items()
-        if config_cls in type(config).__mro__
+        kernel: builder for (config_cls, kernel), builder in builders.items() if config_cls in type(config).__mro__
     }
     if flag.kernel != AUTO:
         status = backend.kernel_status(flag.kernel)

@@ -25,9 +25,7 @@ LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {
 }
 
 
-def register_loss(
-    name: str, config_cls: type[LossConfig], builders: Mapping[str, Callable[[Any], Any]]
-) -> None:
+def register_loss(name: str, config_cls: type[LossConfig], builders: Mapping[str, Callable[[Any], Any]]) -> None:
     """Add a loss of your own to the registry, with a builder per backend flag.
 
     Args:

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from loss_core.backend import (
     AUTO,
     BackendUnavailable,
     Evaluation,
-    FlagStatus,
     all_flags,
     flag_status,
     load_backend,
@@ -32,147 +31,19 @@ from loss_core.backend import (
 )
 from loss_core.build import LOSS_CONFIG_REGISTRY, config_class_for
 from loss_core.cases import ALL_LOSSES, Case, named_cases, random_cases
+from loss_core.compare import compare
 from loss_core.config import LossConfig
 from loss_core.dtypes import compute_format, float_format, round_to
 from loss_core.oracle import OracleResult
-from loss_core.tolerance import allowances, share_of_allowance
+from loss_core.report import HISTOGRAM_EDGES, Finding, Report, Row, add_findings, framework_version
+from loss_core.tolerance import allowances
 
 ORACLE = "float64"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# Edges of the histogram of errors, as powers of ten of their share of the allowance.
-HISTOGRAM_EDGES = np.linspace(-6, 2, 33)
+__all__ = ["HISTOGRAM_EDGES", "Finding", "Report", "Row", "assert_backends_agree", "check", "compare"]
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, or the worst of what is right.
-
-    Attributes:
-        loss, flag, against, dtype, case: what was run; against is "float64" or another flag.
-        tensor: "loss" or the argument whose gradient it is.
-        share: error as a share of its allowance; above 1 is a failure.
-        error, allowed, got, expected: at the worst position.
-        position: index of the worst element.
-        problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
-        reproduce: command that runs this case alone.
-    """
-
-    loss: str
-    flag: str
-    against: str
-    dtype: str
-    case: str
-    tensor: str
-    share: float
-    error: float
-    allowed: float
-    position: tuple[int, ...]
-    got: float
-    expected: float
-    problem: str
-    reproduce: str
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.problem) or not self.share <= 1.0
-
-    def __str__(self) -> str:
-        what = f"{self.loss} {self.flag} against {self.against}, {self.dtype}, case {self.case}, {self.tensor}"
-        if self.problem:
-            return f"{what}: {self.problem}\n  {self.reproduce}"
-        place = "".join(f"[{i}]" for i in self.position)
-        return (
-            f"{what}{place}: {self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g} is "
-            f"{self.share:.3g} times the allowance of {self.allowed:.3g}\n  {self.reproduce}"
-        )
-
-
-@dataclass
-class Row:
-    """One line of the table: all cases of one loss, flag and dtype.
-
-    Attributes:
-        worst: the finding with the largest share of its allowance; None when nothing was run.
-        cases: how many cases were run; failures: findings that failed.
-    """
-
-    loss: str
-    flag: str
-    against: str
-    dtype: str
-    cases: int = 0
-    worst: Finding | None = None
-    failures: list[Finding] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-
-@dataclass
-class Report:
-    """What a check found.
-
-    Attributes:
-        rows: in the order of the table.
-        unusable: flags that were asked for, or exist, and can't be used here, with reasons.
-        skipped: losses and flags that can't be combined, with reasons.
-        histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
-            bin below for smaller and exact ones, and one above).
-        versions: of Python, NumPy and the frameworks.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    unusable: list[FlagStatus] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    histograms: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether something was run and nothing failed."""
-        return bool(self.rows) and all(row.passed for row in self.rows)
-
-    @property
-    def failures(self) -> list[Finding]:
-        return [finding for row in self.rows for finding in row.failures]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; infinities and NaN become strings."""
-        return {
-            "passed": self.passed,
-            "seconds": round(self.seconds, 3),
-            "versions": self.versions,
-            "rows": [_plain(asdict(row) | {"passed": row.passed}) for row in self.rows],
-            "unusable": [asdict(status) for status in self.unusable],
-            "skipped": self.skipped,
-        }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
-            + (f"worst {row.worst.share:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
-               if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
-            for row in self.rows
-        ]  # fmt: skip
-        return "\n".join([*lines, *(str(finding) for finding in self.failures)])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
 
 
 def check(
@@ -315,13 +186,8 @@ def _flags(backends: Sequence[str] | None, against: str | None, report: Report) 
             flags.append(str(parsed))
     if against is not None and (parsed := str(parse_flag(against))) not in flags:
         flags.append(parsed)
-    for flag in flags:
-        parsed_flag = parse_flag(flag)
-        backend = load_backend(parsed_flag.backend)
-        first = next(f for f in all_flags() if f.startswith(parsed_flag.backend + ":"))
-        name, _, version = backend.kernel_status(parse_flag(first).kernel).version.partition(" ")
-        if version:
-            report.versions[name] = version
+    for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
+        report.versions[backend] = framework_version(backend)
     return list(dict.fromkeys(flags))
 
 
@@ -388,9 +254,7 @@ def _check_case(
     expected = oracle.evaluate(call.case.config, arrays, upstream)
     done: dict[str, tuple[Evaluation, dict[str, NDArray[np.float64]]]] = {}
     for flag, future in running.items():
-        row = table.setdefault(
-            (call.name, flag, ORACLE, call.dtype), Row(call.name, flag, ORACLE, call.dtype)
-        )
+        row = table.setdefault((call.name, flag, ORACLE, call.dtype), Row(call.name, flag, ORACLE, call.dtype))
         try:
             got = future.result()
         except BackendUnavailable as error:
@@ -409,7 +273,8 @@ def _check_case(
         )
         row.failures += _contract_problems(call, flag, got)
         done[flag] = (got, allowed)
-        shares = _compare(call, row, flag, ORACLE, _results(got), _expected(expected), allowed, got.dtypes)
+        template = _template(call, flag, ORACLE)
+        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes)
         _count(report, flag, call.dtype, shares)
     for flag, other in _pairs(list(done), against):
         key = (call.name, flag, other, call.dtype)
@@ -418,12 +283,11 @@ def _check_case(
         (got, allowed), (reference, allowed_too) = done[flag], done[other]
         # Each may be off by its own allowance.
         both = {name: allowed[name] + allowed_too[name] for name in allowed}
-        _compare(call, row, flag, other, _results(got), _results(reference), both, got.dtypes)
+        template = _template(call, flag, other)
+        add_findings(row, template, _results(got), _results(reference), both, got.dtypes)
 
 
-def _evaluate(
-    call: _Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None
-) -> Evaluation:
+def _evaluate(call: _Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None) -> Evaluation:
     loss = call.case.config.build(backend=flag)
     backend = load_backend(parse_flag(flag).backend)
     return backend.evaluate(
@@ -437,10 +301,7 @@ def _pairs(flags: list[str], against: str | None) -> Iterable[tuple[str, str]]:
         target = str(parse_flag(against))
         return [(flag, target) for flag in flags if flag != target and target in flags]
     return [
-        (a, b)
-        for i, a in enumerate(flags)
-        for b in flags[i + 1 :]
-        if parse_flag(a).backend != parse_flag(b).backend
+        (a, b) for i, a in enumerate(flags) for b in flags[i + 1 :] if parse_flag(a).backend != parse_flag(b).backend
     ]
 
 
@@ -466,45 +327,13 @@ def _contract_problems(call: _Call, flag: str, got: Evaluation) -> list[Finding]
     return problems
 
 
+def _template(call: _Call, flag: str, against: str) -> Finding:
+    """A finding with what all tensors of a call share."""
+    return Finding(call.name, flag, against, call.dtype, call.case.name, reproduce=call.reproduce(flag, against))
+
+
 def _problem(call: _Call, flag: str, tensor: str, text: str) -> Finding:
-    nan = float("nan")
-    return Finding(
-        call.name, flag, ORACLE, call.dtype, call.case.name, tensor, float("inf"), nan, nan, (), nan, nan, text,
-        call.reproduce(flag, ORACLE),
-    )  # fmt: skip
-
-
-def _compare(
-    call: _Call,
-    row: Row,
-    flag: str,
-    against: str,
-    got: Mapping[str, NDArray[np.float64]],
-    expected: Mapping[str, NDArray[np.float64]],
-    allowed: Mapping[str, NDArray[np.float64]],
-    dtypes: Mapping[str, str],
-) -> list[NDArray[np.float64]]:
-    shares = []
-    for tensor, value in got.items():
-        if value.shape != expected[tensor].shape:
-            text = f"has shape {value.shape}, not {expected[tensor].shape}"
-            row.failures.append(replace(_problem(call, flag, tensor, text), against=against))
-            continue
-        share = share_of_allowance(value, expected[tensor], allowed[tensor], dtypes[tensor])
-        shares.append(share)
-        if not share.size:
-            continue
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
-        finding = Finding(
-            call.name, flag, against, call.dtype, call.case.name, tensor, float(share[at]),
-            float(abs(value[at] - expected[tensor][at])), float(allowed[tensor][at]), at,
-            float(value[at]), float(expected[tensor][at]), "", call.reproduce(flag, against),
-        )  # fmt: skip
-        if finding.failed:
-            row.failures.append(finding)
-        if row.worst is None or finding.share > row.worst.share:
-            row.worst = finding
-    return shares
+    return replace(_template(call, flag, ORACLE), tensor=tensor, problem=text)
 
 
 def _count(report: Report, flag: str, dtype: str, shares: list[NDArray[np.float64]]) -> None:

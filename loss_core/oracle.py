@@ -108,9 +108,7 @@ def kept_tokens(arrays: Arrays, ignore_index: int) -> NDArray[np.bool_]:
     return np.asarray(keep.reshape(-1))
 
 
-def _token_cross_entropy(
-    z_TV: Floats, labels_T: NDArray[Any], keep_T: NDArray[np.bool_]
-) -> tuple[Floats, Floats]:
+def _token_cross_entropy(z_TV: Floats, labels_T: NDArray[Any], keep_T: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     """Loss per token, and its derivative by the logits; 0 where ignored."""
     num_tokens, vocab = z_TV.shape
     loss_T = np.zeros(num_tokens)

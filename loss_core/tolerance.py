@@ -275,8 +275,8 @@ def _distillation(
         student.rel_p_TV * student.p_TV + teacher.rel_p_TV * pt_TV + u * (2 + COEF_ROUNDINGS) * difference_TV
     )
     centred_TV = np.abs(_finite(d_TV - kl_T[:, None]))
-    err_teacher_TV = coef_T1 * pt_TV * (
-        (teacher.rel_p_TV + u * (2 + COEF_ROUNDINGS)) * centred_TV + (err_d_T + err_kl_T)[:, None]
+    err_teacher_TV = (
+        coef_T1 * pt_TV * ((teacher.rel_p_TV + u * (2 + COEF_ROUNDINGS)) * centred_TV + (err_d_T + err_kl_T)[:, None])
     )
     for name, error_TV in (("student_logits", err_student_TV), ("teacher_logits", err_teacher_TV)):
         grad = expected.grads[name]

@@ -22,9 +22,12 @@ class _RefuseSecondDerivative(Function):
     """Identity whose backward is an error: put behind gradients that are not differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, name: str, instead: str, *sources: Tensor | None) -> Tensor:
-        ctx.name, ctx.instead = name, instead
+    def forward(grad: Tensor, name: str, instead: str, *sources: Tensor | None) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.name, ctx.instead, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -68,6 +71,7 @@ class CrossEntropy(Function):
         logits, labels_T, keep_T, bad_T, ctx.group = inputs
         _, m_T, s_T = output
         ctx.mark_non_differentiable(m_T, s_T)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels_T, keep_T, bad_T, m_T, s_T)
 
     @staticmethod
@@ -108,6 +112,7 @@ class Distillation(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student, teacher, keep_T, ctx.temperature, ctx.chunk_size, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, keep_T, *output)
 
     @staticmethod
@@ -157,6 +162,8 @@ class LinearCrossEntropySum(Function):
         h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want = inputs
         _, loss_T, grad_h, grad_w = output
         ctx.mark_non_differentiable(loss_T, grad_h, grad_w)
+        # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(h_TH, w_VH, labels_T, keep_T, coef_T, loss_T)
         ctx.buffers = (grad_h, grad_w)
 

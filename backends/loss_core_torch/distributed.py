@@ -26,7 +26,8 @@ def check_group(group: Any) -> None:
         return
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
-            "tp_group is given but torch.distributed is not initialised; call torch.distributed.init_process_group first."
+            "tp_group is given but torch.distributed is not initialised; "
+            "call torch.distributed.init_process_group first."
         )
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
@@ -60,7 +61,9 @@ def fold(state: State, combine: Callable[[Any, State, State], State], vocab: int
     size = state[0].new_full((len(state), 1), float(vocab))
     packed = torch.cat([torch.stack(tuple(state)), size], dim=1).contiguous()
     gathered = packed.new_empty((ranks, *packed.shape))
-    dist.all_gather_into_tensor(gathered.view(-1), packed.view(-1), group=group)
+    # torch 2.13 renamed the collective and warns about the old name.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered.view(-1), packed.view(-1), group=group)
     if gathered.device.type == "cpu":
         sizes = [int(n) for n in gathered[:, 0, -1].tolist()]
         if len(set(sizes)) > 1:

@@ -233,9 +233,7 @@ def distillation_grad(
         kl_T: KL per token; coef_T: [T] upstream, all factors of the temperature included.
         of_teacher: which of the two gradients.
     """
-    grad = _fake_kd_grad(
-        student, teacher, keep_T, inverse_temperature, chunk_size, state, kl_T, coef_T, of_teacher
-    )
+    grad = _fake_kd_grad(student, teacher, keep_T, inverse_temperature, chunk_size, state, kl_T, coef_T, of_teacher)
     vocab = student.shape[-1]
     if vocab == 0:
         return grad

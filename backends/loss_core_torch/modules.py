@@ -342,6 +342,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(device.type)
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"hidden_states is {hidden.dtype} but lm_weight is {weight.dtype}; they must match outside of torch.autocast."
+            f"hidden_states is {hidden.dtype} but lm_weight is {weight.dtype}; "
+            "they must match outside of torch.autocast."
         )
     return hidden.dtype

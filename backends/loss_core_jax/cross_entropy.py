@@ -1,0 +1,101 @@
+"""Cross entropy per row over logits in memory, by chunks of rows: statistics forward, local backward.
+
+The formula stands in `loss_core.oracle`; the row state in `loss_core.row_stats`.
+"""
+
+# T = tokens, C = tokens of a chunk, V = vocabulary
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loss_core.row_stats import RowState, finish
+from loss_core_jax.checks import IGNORED, INVALID
+from loss_core_jax.chunked import map_chunks, rows_within
+
+# XLA for CPU writes exp(z - m) out before it sums it; chunks bound such temporaries, and keep them in the cache.
+_BUDGET_BYTES = 8 << 20
+
+Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def arithmetic_dtype(*arrays: jax.Array) -> Any:
+    """float64 when an array is, else float32."""
+    return jnp.dtype("float64" if any(a.dtype == jnp.float64 for a in arrays) else "float32")
+
+
+@jax.custom_vjp
+def cross_entropy_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Cross entropy per row; 0 where target is IGNORED, NaN where it is INVALID.
+
+    Args:
+        logits: [..., V] floating; computed in float32 (float64 for float64), with no copy in that dtype.
+        target: [...] int32.
+    Returns:
+        [...] in the dtype of the arithmetic.
+    """
+    return _forward(logits, target)[0]
+
+
+def _forward(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, Residuals]:
+    logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    state = RowState(*map_chunks(_row_state, (logits_TV, target_T), chunk_of(logits_TV)))
+    loss_T = losses_of_counted(finish(jnp, state), target_T)
+    # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
+    return loss_T.reshape(target.shape), (logits, target, state.m, state.s)
+
+
+def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array, None]:
+    logits, target, m_T, s_T = residuals
+    logits_TV = logits.reshape(-1, logits.shape[-1])
+    rows = (logits_TV, target.reshape(-1), m_T, s_T, grad.reshape(-1))
+    # No chunks: this is one elementwise pass, which XLA fuses and runs on all cores; it needs no temporaries.
+    return _gradient(*rows).reshape(logits.shape), None
+
+
+cross_entropy_rows.defvjp(_forward, _backward)
+
+
+def chunk_of(logits_TV: jax.Array) -> int:
+    """Rows to compute at a time."""
+    return rows_within(_BUDGET_BYTES, logits_TV.shape[1] * arithmetic_dtype(logits_TV).itemsize, at_least=16)
+
+
+def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:
+    z_CV = counted_or_zero(logits_CV, target_C)
+    # The loss does not depend on m, so it may be held constant: second derivatives get no 0 / 0 from ties.
+    m_C = lax.stop_gradient(jnp.max(z_CV, axis=-1))
+    s_C = jnp.sum(jnp.exp(z_CV - m_C[:, None]), axis=-1)
+    # Gathered from the logits as given: from z it would make XLA write z out.
+    t_C = jnp.take_along_axis(logits_CV, jnp.maximum(target_C, 0)[:, None], axis=-1)[:, 0].astype(z_CV.dtype)
+    return RowState(m_C, s_C, jnp.where(target_C == IGNORED, 0, t_C))
+
+
+def _gradient(
+    logits_CV: jax.Array, target_C: jax.Array, m_C: jax.Array, s_C: jax.Array, grad_C: jax.Array
+) -> jax.Array:
+    z_CV = counted_or_zero(logits_CV, target_C)
+    onehot_CV = lax.broadcasted_iota(jnp.int32, z_CV.shape, 1) == target_C[:, None]
+    # exp(z - m) / s rather than exp(z - lse): at logits of 1e4 the lse has lost the digits that count.
+    softmax_CV = jnp.exp(z_CV - m_C[:, None]) / s_C[:, None]
+    dlogits_CV = (softmax_CV - onehot_CV) * nan_if_invalid(grad_C, target_C)[:, None]
+    return jnp.where(target_C[:, None] == IGNORED, 0, dlogits_CV).astype(logits_CV.dtype)
+
+
+def losses_of_counted(loss_T: jax.Array, target_T: jax.Array) -> jax.Array:
+    """The losses, 0 where the row is ignored and NaN where its label is invalid."""
+    return jnp.where(target_T == IGNORED, 0, nan_if_invalid(loss_T, target_T))
+
+
+def nan_if_invalid(value_T: jax.Array, target_T: jax.Array) -> jax.Array:
+    """The values, NaN where the row's label is invalid."""
+    return jnp.where(target_T == INVALID, jnp.nan, value_T)
+
+
+def counted_or_zero(rows: jax.Array, target_T: jax.Array) -> jax.Array:
+    """Rows in the dtype of the arithmetic; ignored ones are 0, so that their inf or NaN reaches no product."""
+    return jnp.where(target_T[..., None] == IGNORED, 0, rows.astype(arithmetic_dtype(rows)))

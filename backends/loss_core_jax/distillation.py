@@ -1,0 +1,147 @@
+"""KL(teacher || student) per row, times T^2, by chunks of rows: statistics forward, local backward.
+
+The formula stands in `loss_core.oracle`; the row state in `loss_core.row_stats`.
+"""
+
+# T = tokens, C = tokens of a chunk, V = vocabulary; tau = temperature
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loss_core.row_stats import KDRowState, finish_kd
+from loss_core_jax.checks import IGNORED
+from loss_core_jax.chunked import Arrays, map_chunks, rows_within
+from loss_core_jax.cross_entropy import arithmetic_dtype, losses_of_counted, nan_if_invalid
+
+# Of each temporary, of which there are three; as in cross_entropy.
+_BUDGET_BYTES = 8 << 20
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def distillation_rows(
+    student: jax.Array, teacher: jax.Array, target: jax.Array, temperature: float, chunk_size: int
+) -> jax.Array:
+    """T^2 * KL(teacher || student) per row; 0 where target is IGNORED, NaN where it is INVALID.
+
+    Args:
+        student, teacher: [..., V] floating.
+        target: [...] int32; only IGNORED and INVALID matter.
+        chunk_size: rows computed at a time, 0 to choose.
+    Returns:
+        [...] in the dtype of the arithmetic.
+    """
+    return _forward(student, teacher, target, temperature, chunk_size)[0]
+
+
+def _forward(
+    student: jax.Array, teacher: jax.Array, target: jax.Array, temperature: float, chunk_size: int
+) -> tuple[jax.Array, Any]:
+    vocab = student.shape[-1]
+    dtype = arithmetic_dtype(student, teacher)
+
+    def chunk(student_CV: jax.Array, teacher_CV: jax.Array, target_C: jax.Array) -> Arrays:
+        state = _row_state(student_CV, teacher_CV, target_C, temperature, dtype)
+        return finish_kd(jnp, state), state.m_t, state.s_t, state.m_s, state.s_s
+
+    rows = (student.reshape(-1, vocab), teacher.reshape(-1, vocab), target.reshape(-1))
+    kl_T, *stats = map_chunks(chunk, rows, _chunk(chunk_size, vocab, dtype))
+    loss_T = losses_of_counted(temperature**2 * kl_T, rows[2])
+    return loss_T.reshape(target.shape), (student, teacher, target, kl_T, *stats)
+
+
+def _backward(
+    temperature: float, chunk_size: int, residuals: Any, grad: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    student, teacher, target, *stats = residuals
+    vocab = student.shape[-1]
+    dtype = arithmetic_dtype(student, teacher)
+    # No chunks: each gradient is one elementwise pass, which XLA fuses and runs on all cores, with no temporaries.
+    kl_T, m_t, s_t, m_s, s_s = stats
+    rows = _Rows(
+        student.reshape(-1, vocab),
+        teacher.reshape(-1, vocab),
+        target.reshape(-1),
+        kl_T,
+        m_t,
+        s_t,
+        m_s,
+        s_s,
+        grad.reshape(-1),
+    )
+    dstudent_TV = _student_gradient(rows, temperature, dtype)
+    # Behind a barrier, or XLA would write out, in float32, what the two gradients have in common.
+    dteacher_TV = _teacher_gradient(_Rows(*lax.optimization_barrier(tuple(rows))), temperature, dtype)
+    return dstudent_TV.reshape(student.shape), dteacher_TV.reshape(teacher.shape), None
+
+
+distillation_rows.defvjp(_forward, _backward)
+
+
+def _chunk(chunk_size: int, vocab: int, dtype: Any) -> int:
+    return chunk_size or rows_within(_BUDGET_BYTES, vocab * dtype.itemsize, at_least=16)
+
+
+def _shifted(
+    logits_CV: jax.Array, target_C: jax.Array, m_C: jax.Array | None, temperature: float, dtype: Any
+) -> Arrays:
+    """(logits - max) / T and the max; ignored rows count as zeros."""
+    z_CV = jnp.where(target_C[:, None] == IGNORED, 0, logits_CV.astype(dtype))
+    # As in cross_entropy: nothing depends on the max, so it is held constant.
+    m_C = lax.stop_gradient(jnp.max(z_CV, axis=-1)) if m_C is None else m_C
+    # Subtracted first: z / T at 1e4 would lose digits that the difference keeps.
+    return (z_CV - m_C[:, None]) / temperature, m_C
+
+
+def _row_state(
+    student_CV: jax.Array, teacher_CV: jax.Array, target_C: jax.Array, temperature: float, dtype: Any
+) -> KDRowState:
+    u_t, m_t = _shifted(teacher_CV, target_C, None, temperature, dtype)
+    u_s, m_s = _shifted(student_CV, target_C, None, temperature, dtype)
+    e_t = jnp.exp(u_t)
+    # Probability 0 times a difference of inf or NaN must be 0.
+    difference = jnp.where(e_t == 0, 0, u_t - u_s)
+    return KDRowState(m_t, jnp.sum(e_t, -1), jnp.sum(e_t * difference, -1), m_s, jnp.sum(jnp.exp(u_s), -1))
+
+
+class _Rows(NamedTuple):
+    """What the backward of each row needs."""
+
+    student_TV: jax.Array
+    teacher_TV: jax.Array
+    target_T: jax.Array
+    kl_T: jax.Array
+    m_t: jax.Array
+    s_t: jax.Array
+    m_s: jax.Array
+    s_s: jax.Array
+    grad_T: jax.Array
+
+
+def _student_gradient(rows: _Rows, temperature: float, dtype: Any) -> jax.Array:
+    """T * (p_s - p_t) * g."""
+    u_t, _ = _shifted(rows.teacher_TV, rows.target_T, rows.m_t, temperature, dtype)
+    u_s, _ = _shifted(rows.student_TV, rows.target_T, rows.m_s, temperature, dtype)
+    gradient = (jnp.exp(u_s) / rows.s_s[:, None] - jnp.exp(u_t) / rows.s_t[:, None]) * _scale(rows, temperature)
+    return jnp.where(rows.target_T[:, None] == IGNORED, 0, gradient).astype(rows.student_TV.dtype)
+
+
+def _teacher_gradient(rows: _Rows, temperature: float, dtype: Any) -> jax.Array:
+    """T * p_t * (log p_t - log p_s - KL) * g."""
+    u_t, _ = _shifted(rows.teacher_TV, rows.target_T, rows.m_t, temperature, dtype)
+    u_s, _ = _shifted(rows.student_TV, rows.target_T, rows.m_s, temperature, dtype)
+    p_t = jnp.exp(u_t) / rows.s_t[:, None]
+    row_terms = (jnp.log(rows.s_t) - jnp.log(rows.s_s) + rows.kl_T)[:, None]
+    # Where p_t is 0 the gradient is 0, whatever the logarithms are.
+    excess = jnp.where(p_t == 0, 0, u_t - u_s - row_terms)
+    gradient = jnp.where(rows.target_T[:, None] == IGNORED, 0, p_t * excess * _scale(rows, temperature))
+    return gradient.astype(rows.teacher_TV.dtype)
+
+
+def _scale(rows: _Rows, temperature: float) -> jax.Array:
+    return temperature * nan_if_invalid(rows.grad_T, rows.target_T)[:, None]

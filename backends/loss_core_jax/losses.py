@@ -1,0 +1,277 @@
+"""The losses: frozen, hashable callables that are pytrees without leaves.
+
+They hold no array and do no arithmetic: `checks` reads the arguments, `reduction` sums what `cross_entropy`,
+`fused_linear` and `distillation` compute per row. Forward argument names are those of the torch
+modules.
+
+JAX gives gradients of every floating argument (logits, hidden states, weight, loss weights). Derivatives of
+second order are computed in reverse mode (`jax.grad` of `jax.grad`), or forward over reverse (`jax.hessian`);
+`jax.jvp` of a loss itself is refused by JAX (`jax.custom_vjp`).
+"""
+
+# T = tokens (any leading dimensions), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from loss_core.backend import BackendUnavailable, KernelChoice
+from loss_core.config import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core_jax import checks
+from loss_core_jax.checks import ArrayLike
+from loss_core_jax.chunked import same_varying_axes
+from loss_core_jax.cross_entropy import arithmetic_dtype
+from loss_core_jax.fused_linear import linear_rows, linear_total
+from loss_core_jax.reduction import cross_entropy, distillation, linear_targets_and_scale, zero_without_tokens
+
+Count = int | ArrayLike
+
+
+class _Loss:
+    """What the losses share."""
+
+    def with_kernel_choice(self, choice: KernelChoice) -> Self:
+        """A copy that tells which kernel runs and why."""
+        return dataclasses.replace(self, kernel_choice=choice)  # type: ignore[type-var]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MaskedCrossEntropy(_Loss):
+    """Cross entropy over logits, with a mask.
+
+    Attributes: as in `loss_core.MaskedCrossEntropyConfig`.
+    """
+
+    fp32_upcast: bool = True
+    ignore_index: int = -100
+    reduction: str = "sum"
+    kernel_choice: KernelChoice | None = None
+
+    def __post_init__(self) -> None:
+        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction)
+
+    def __call__(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        mask: ArrayLike | None = None,
+        num_label_tokens: Count | None = None,
+        loss_weights: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Cross entropy of `softmax(logits)` at the labels.
+
+        Args:
+            logits: [..., V] floating.
+            labels: [...] integers of any width, in [0, V) or ignore_index.
+            mask: shape of labels or broadcastable to it; positions where it is 0 are ignored.
+            num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
+            loss_weights: [...] factor per position. Reduction "sum" only.
+        Returns:
+            A scalar, or the shape of labels for reduction "none"; float32 (float64 for float64 logits), or the
+            dtype of the logits with fp32_upcast=False.
+        Raises:
+            TypeError: labels are floating or boolean, logits are not floating.
+            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored.
+        """
+        return _over_logits(
+            logits, labels, mask, num_label_tokens, loss_weights, self.ignore_index, self.reduction, self.fp32_upcast
+        )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class TEParallelCrossEntropy(_Loss):
+    """Cross entropy over logits; the class that can shard the vocabulary over a group on torch.
+
+    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group must be None.
+    """
+
+    ignore_index: int = -100
+    reduction: str = "sum"
+    tp_group: Any = None
+    kernel_choice: KernelChoice | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_group(type(self).__name__, self.tp_group)
+        TEParallelCEConfig(self.ignore_index, self.reduction)
+
+    def __call__(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        mask: ArrayLike | None = None,
+        num_label_tokens: Count | None = None,
+        loss_weights: ArrayLike | None = None,
+    ) -> jax.Array:
+        """As `MaskedCrossEntropy`, always in float32 (float64 for float64 logits)."""
+        return _over_logits(
+            logits, labels, mask, num_label_tokens, loss_weights, self.ignore_index, self.reduction, True
+        )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class FusedLinearCrossEntropy(_Loss):
+    """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Under `jax.grad` the gradients are made in the forward (three products; four for reduction "none"); a call
+    that is not differentiated does the forward product only. A second derivative is right, but keeps the
+    logits of every chunk.
+
+    Attributes: as in `loss_core.FusedLinearCEConfig`.
+    """
+
+    ignore_index: int = -100
+    logit_softcapping: float = 0.0
+    reduction: str = "sum"
+    kernel_choice: KernelChoice | None = None
+
+    def __post_init__(self) -> None:
+        FusedLinearCEConfig(self.ignore_index, self.logit_softcapping, self.reduction)
+
+    def __call__(
+        self,
+        hidden_states: ArrayLike,
+        labels: ArrayLike,
+        lm_weight: ArrayLike,
+        num_label_tokens: Count | None = None,
+        grad_reduce_group: Any = None,
+        loss_weights: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Cross entropy of `softmax(softcap(hidden_states @ lm_weight.T))` at the labels.
+
+        Args:
+            hidden_states: [..., H] floating.
+            labels: [...] integers of any width, in [0, V) or ignore_index.
+            lm_weight: [V, H], dtype of hidden_states.
+            num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
+            grad_reduce_group: of torch; must be None. Under `shard_map` JAX sums the weight's gradient itself.
+            loss_weights: [...] factor per position. Reduction "sum" only.
+        Returns:
+            A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs.
+        Raises:
+            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype.
+            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored.
+        """
+        if grad_reduce_group is not None:
+            raise ValueError(
+                f"grad_reduce_group must be None on jax, got {grad_reduce_group!r}: it names a torch process group. "
+                "Under jax.shard_map the gradient of a replicated lm_weight is summed by JAX."
+            )
+        checks.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight, loss_weights=loss_weights)
+        checks.check_linear(hidden_states, labels, lm_weight)
+        checks.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
+        labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, lm_weight.shape[0])
+        hidden_states, lm_weight = jnp.asarray(hidden_states), jnp.asarray(lm_weight)
+        count = checks.as_count(num_label_tokens)
+        target, scale = linear_targets_and_scale(
+            labels,
+            count,
+            loss_weights,
+            ignore_index=ignore_index,
+            vocab=lm_weight.shape[0],
+            mean=self.reduction == "mean",
+            dtype=arithmetic_dtype(hidden_states),
+        )
+        hidden_states, lm_weight, target, scale = same_varying_axes(hidden_states, lm_weight, target, scale)
+        softcap = float(self.logit_softcapping)
+        if self.reduction == "none":
+            return linear_rows(hidden_states, lm_weight, target, softcap)
+        return zero_without_tokens(linear_total(hidden_states, lm_weight, target, scale, softcap), count)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class KDLoss(_Loss):
+    """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
+
+    Attributes: as in `loss_core.KDLossConfig`; tp_group must be None.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    fp32_upcast: bool = True
+    tp_group: Any = None
+    chunk_size: int = 0
+    kernel_choice: KernelChoice | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_group(type(self).__name__, self.tp_group)
+        KDLossConfig(self.ignore_index, self.temperature, self.fp32_upcast, None, self.chunk_size)
+
+    def __call__(
+        self,
+        student_logits: ArrayLike,
+        teacher_logits: ArrayLike,
+        labels: ArrayLike,
+        num_batch_labels: Count | None = None,
+    ) -> jax.Array:
+        """Mean over positions that are not ignored of T^2 * KL(teacher || student).
+
+        Args:
+            student_logits: [..., V] floating.
+            teacher_logits: shape of student_logits; floating; differentiable, too.
+            labels: [...] integers of any width, in [0, V) or ignore_index; they only say what is ignored.
+            num_batch_labels: divides the sum instead of the number of positions; 0 gives 0.
+        Returns:
+            A scalar in float32 (float64 for float64 logits), or in the dtype of the student's logits with
+            fp32_upcast=False.
+        Raises:
+            TypeError: labels are floating or boolean, logits are not floating.
+            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored.
+        """
+        checks.check_arrays(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
+        checks.check_pair(student_logits, teacher_logits, labels)
+        checks.check_count("num_batch_labels", num_batch_labels)
+        labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, student_logits.shape[-1])
+        return distillation(
+            student_logits,
+            teacher_logits,
+            labels,
+            checks.as_count(num_batch_labels),
+            ignore_index=ignore_index,
+            temperature=float(self.temperature),
+            chunk_size=int(self.chunk_size),
+            upcast=self.fp32_upcast,
+        )
+
+
+def _refuse_group(name: str, tp_group: Any) -> None:
+    if tp_group is not None:
+        raise BackendUnavailable(
+            f"{name} on 'jax:xla' got tp_group={tp_group!r}: tensor parallelism on jax (tp_group as the name of a "
+            "mesh axis) is not available in this version. Use tp_group=None, or a torch backend."
+        )
+
+
+def _over_logits(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    mask: ArrayLike | None,
+    num_label_tokens: Count | None,
+    loss_weights: ArrayLike | None,
+    ignore_index: int,
+    reduction: str,
+    upcast: bool,
+) -> jax.Array:
+    checks.check_arrays(logits=logits, labels=labels, mask=mask, loss_weights=loss_weights)
+    checks.check_logits("logits", logits)
+    checks.check_labels("logits", logits, labels)
+    checks.check_mask(labels, mask)
+    checks.check_reduction_arguments(reduction, labels, num_label_tokens, loss_weights)
+    labels, ignore_index = checks.read_labels(labels, mask, ignore_index, logits.shape[-1])
+    return cross_entropy(
+        logits,
+        labels,
+        mask,
+        checks.as_count(num_label_tokens),
+        loss_weights,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upcast=upcast,
+    )

@@ -1,0 +1,132 @@
+"""Compare two implementations of any loss, without a definition of it: for someone who ports his own.
+
+The reference is the first implementation run in float64. How far rounding may move a result is
+estimated from the loss itself: a rounding anywhere in the chain acts like a disturbance of an input
+by u times its size (or by u, where exp turns absolute into relative errors), so the inputs are
+disturbed by that much, with random signs, in float64, and the largest change seen is scaled by how
+roundings add up over the longest axis. The two float64 results must agree too: they find a wrong
+formula however coarse the dtype is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.backend import Evaluation, load_backend, parse_flag
+from loss_core.dtypes import compute_format, float_format, round_to
+from loss_core.report import Finding, Report, Row, add_findings, framework_version
+from loss_core.tolerance import sum_growth
+
+# Disturbances tried: the chance that an element moves less than a tenth of its spread in each of 8
+# is about 1e-9.
+_PROBES = 8
+
+# Roundings of a loss besides its sums: exp, log, the scalings around them, each within a few ulp.
+_OTHER_ROUNDINGS = 16.0
+
+Floats = NDArray[np.float64]
+
+
+def compare(
+    fn_torch: Callable[..., Any],
+    fn_jax: Callable[..., Any],
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    dtype: str = "float32",
+    arithmetic: str | None = None,
+    grad_of: Sequence[str] | None = None,
+    upstream: NDArray[Any] | None = None,
+    frameworks: tuple[str, str] = ("torch", "jax"),
+    seed: int = 0,
+) -> Report:
+    """Compare value and gradients of two callables on the same inputs.
+
+    Args:
+        fn_torch, fn_jax: take the inputs as keyword arguments (torch tensors, JAX arrays) and return
+            one tensor or array. Both must also run in float64.
+        inputs: NumPy arrays by argument name; floating ones are rounded to dtype first.
+        dtype: of the floating inputs: "float32", "bfloat16", "float16" or "float64".
+        arithmetic: dtype in which the callables compute inside; None: float32 (float64 for float64).
+        grad_of: arguments to differentiate; None: all floating ones.
+        upstream: derivative of the objective by the result; None for ones.
+        frameworks: of the two callables, so that two of the same framework can be compared as well.
+        seed: of the disturbances.
+    Returns:
+        A Report with three rows: each against float64, and one against the other.
+    Raises:
+        ValueError: for names and dtypes that don't exist. Errors of the callables pass through.
+    """
+    start = time.perf_counter()
+    fmt = float_format(dtype)
+    inner = float_format(arithmetic) if arithmetic else compute_format(dtype)
+    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    floats = [name for name, value in arrays.items() if value.dtype.kind == "f"]
+    wanted = tuple(floats if grad_of is None else grad_of)
+    unknown = [name for name in wanted if name not in floats]
+    if unknown:
+        raise ValueError(f"grad_of names {unknown}, which are no floating-point inputs; these are: {floats}.")
+    rounded = {name: round_to(value, dtype) if name in floats else value for name, value in arrays.items()}
+    functions = (fn_torch, fn_jax)
+    labels = _labels(frameworks, functions)
+
+    def run(which: int, values: Mapping[str, NDArray[Any]], kind: str) -> Evaluation:
+        backend = load_backend(parse_flag(frameworks[which]).backend)
+        return backend.evaluate(functions[which], values, dtype=kind, upstream=upstream, grad_of=wanted)
+
+    exact = [_results(run(which, rounded, "float64")) for which in (0, 1)]
+    reference = exact[0]
+    moved = {name: np.zeros_like(value) for name, value in reference.items()}
+    rng = np.random.default_rng(seed)
+    for _ in range(_PROBES):
+        disturbed = dict(rounded)
+        for name in floats:
+            signs = rng.choice([-1.0, 1.0], rounded[name].shape)
+            disturbed[name] = rounded[name] + signs * inner.u * np.maximum(np.abs(rounded[name]), 1.0)
+        for name, value in _results(run(0, disturbed, "float64")).items():
+            with np.errstate(invalid="ignore"):
+                moved[name] = np.fmax(moved[name], np.abs(value - reference[name]))
+    longest = max((n for value in rounded.values() for n in value.shape), default=1)
+    growth = sum_growth(longest) + _OTHER_ROUNDINGS
+
+    def allowed(unit: float, stored: float) -> dict[str, Floats]:
+        # moved was measured at inner.u; other units scale it.
+        return {
+            name: growth * (change * (unit / inner.u) + unit * np.abs(value)) + stored * np.abs(value) + fmt.tiny
+            for name, change, value in ((n, moved[n], reference[n]) for n in reference)
+        }
+
+    report = Report(versions={name: framework_version(name) for name in dict.fromkeys(frameworks)})
+    loss = getattr(fn_torch, "__name__", type(fn_torch).__name__)
+    got = [_results(run(which, rounded, dtype)) for which in (0, 1)]
+    one = allowed(inner.u, fmt.u)
+    two = {name: 2 * value for name, value in one.items()}
+    double = allowed(float_format("float64").u, float_format("float64").u)
+    pairs = [
+        (labels[0], "float64", dtype, got[0], reference, one),
+        (labels[1], "float64", dtype, got[1], reference, one),
+        (labels[0], labels[1], dtype, got[0], got[1], two),
+        (labels[1], labels[0], "float64", exact[1], reference, {n: 2 * v for n, v in double.items()}),
+    ]
+    for flag, against, kind, values, expected, limits in pairs:
+        row = Row(loss, flag, against, kind, cases=1)
+        template = Finding(loss=loss, flag=flag, against=against, dtype=kind, case="inputs")
+        add_findings(row, template, values, expected, limits, dict.fromkeys(values, kind))
+        report.rows.append(row)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _labels(frameworks: tuple[str, str], functions: tuple[Any, Any]) -> tuple[str, str]:
+    if frameworks[0] != frameworks[1]:
+        return frameworks
+    names = [getattr(fn, "__name__", type(fn).__name__) for fn in functions]
+    return (f"{frameworks[0]} {names[0]}", f"{frameworks[1]} {names[1]}{' (2nd)' if names[0] == names[1] else ''}")
+
+
+def _results(got: Evaluation) -> dict[str, Floats]:
+    return {"loss": got.loss, **got.grads}
