@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,8 +162,10 @@ def load_backend(name: str) -> Backend:
     """
     module, _ = _BACKENDS[name]
     try:
-        return importlib.import_module(module)  # type: ignore[return-value]
+        return cast(Backend, importlib.import_module(module))
     except ImportError as error:
+        if (error.name or "").startswith("loss_core"):
+            raise  # a part of this library is missing: no install line would help
         raise BackendUnavailable(
             f"backend {name!r} needs {error.name or name} ({error}): {install_line(name)}"
         ) from error
@@ -196,17 +198,19 @@ def register_builders(config_cls: type[LossConfig], builders: Mapping[str, Calla
     _USER_BUILDERS[config_cls] = table
 
 
-def has_builder(config_cls: type[LossConfig], backend: str) -> bool:
-    """Whether a user registered a builder for this class (or a parent) in this backend."""
-    return bool(_user_table(config_cls, backend))
+def forget_builders(config_cls: type[LossConfig]) -> None:
+    """Take back `register_builders`."""
+    _USER_BUILDERS.pop(config_cls, None)
 
 
-def _user_table(config_cls: type[Any], backend: str) -> dict[str, Callable[[Any], Any]]:
+def _user_table(config_cls: type[Any]) -> dict[str, Callable[[Any], Any]] | None:
+    """Builders by flag of the nearest class that a user registered; None when a class of ours is nearer."""
     for cls in config_cls.__mro__:
         if cls in _USER_BUILDERS:
-            prefix = f"{backend}:"
-            return {flag.removeprefix(prefix): b for flag, b in _USER_BUILDERS[cls].items() if flag.startswith(prefix)}
-    return {}
+            return _USER_BUILDERS[cls]
+        if _is_ours(cls):
+            return None
+    return None
 
 
 def takes_backend(config: LossConfig) -> bool:
@@ -218,30 +222,30 @@ def takes_backend(config: LossConfig) -> bool:
 def build(config: LossConfig, flag: str) -> Any:
     """Build a validated config for a flag. `LossConfig.build` is the public way here."""
     parsed = parse_flag(flag)
-    table = _user_table(type(config), parsed.backend)
-    if table:
+    table = _user_table(type(config))
+    if table is not None:
         return _build_registered(config, parsed, table)
-    if not _is_ours(type(config)):
+    if not any(_is_ours(cls) for cls in type(config).__mro__):
         raise NotImplementedError(
             f"{type(config).__name__} must implement build(), or be registered with loss_core.register_loss "
             f"with a builder for {parsed.backend!r}."
         )
-    backend = load_backend(parsed.backend)
-    return _build_ours(config, parsed, backend)
+    return _build_ours(config, parsed, load_backend(parsed.backend))
 
 
 def _build_registered(config: LossConfig, flag: BackendFlag, table: Mapping[str, Callable[[Any], Any]]) -> Any:
-    kernel = next(iter(table)) if flag.kernel == AUTO else flag.kernel
-    if kernel not in table:
+    fitting = [name for name in table if name.startswith(f"{flag.backend}:")]
+    name = str(flag) if flag.kernel != AUTO else next(iter(fitting), str(flag))
+    if name not in table:
         raise BackendUnavailable(
-            f"{type(config).__name__} has no builder for '{flag}'; registered: "
-            f"{', '.join(f'{flag.backend}:{k}' for k in table)}."
+            f"{type(config).__name__} has no builder for '{flag}'; registered: {', '.join(table) or 'none'}."
         )
-    return table[kernel](config)
+    return table[name](config)
 
 
-def _is_ours(config_cls: type[Any]) -> bool:
-    return any(cls.__module__ == "loss_core.config" and cls.__name__ != "LossConfig" for cls in config_cls.__mro__)
+def _is_ours(cls: type[Any]) -> bool:
+    """Whether this very class is one of the typed configs of this library."""
+    return cls.__module__ == "loss_core.config" and cls.__name__ != "LossConfig"
 
 
 def _build_ours(config: LossConfig, flag: BackendFlag, backend: Backend) -> Any:

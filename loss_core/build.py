@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
-from loss_core.backend import register_builders, takes_backend
+from loss_core.backend import forget_builders, register_builders, takes_backend
 from loss_core.config import (
     FusedLinearCEConfig,
     KDLossConfig,
@@ -47,8 +47,14 @@ def register_loss(name: str, config_cls: type[LossConfig], builders: Mapping[str
         6.0
         >>> unregister_loss("ZLoss")
     """
-    if not (isinstance(config_cls, type) and issubclass(config_cls, LossConfig) and is_dataclass(config_cls)):
+    # is_dataclass would accept a subclass that merely inherits the decorator's work.
+    own_dataclass = isinstance(config_cls, type) and "__dataclass_fields__" in vars(config_cls)
+    if not (own_dataclass and issubclass(config_cls, LossConfig)):
         raise TypeError(f"config_cls must be a dataclass that derives from LossConfig, got {config_cls!r}.")
+    if config_cls.__module__ == LossConfig.__module__:
+        raise ValueError(f"{config_cls.__name__} belongs to loss_core; derive a class of your own from it.")
+    if any(f.name == "name" for f in fields(config_cls)):
+        raise ValueError(f"{config_cls.__name__} has a field called 'name', the key that to_dict keeps the loss under.")
     if not isinstance(name, str) or not name:
         raise TypeError(f"name must be a non-empty string, got {name!r}.")
     taken = LOSS_CONFIG_REGISTRY.get(name)
@@ -64,7 +70,8 @@ def unregister_loss(name: str) -> None:
     if config_cls is None or config_cls.__module__ == "loss_core.config":
         raise ValueError(f"{name!r} is not a loss that was registered with register_loss.")
     del LOSS_CONFIG_REGISTRY[name]
-    register_builders(config_cls, {})
+    if config_cls not in LOSS_CONFIG_REGISTRY.values():
+        forget_builders(config_cls)
 
 
 def registered_name(config_cls: type[LossConfig]) -> str:

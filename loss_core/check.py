@@ -184,8 +184,8 @@ def _flags(backends: Sequence[str] | None, against: str | None, report: Report) 
             if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
                 raise BackendUnavailable(status.reason)
             flags.append(str(parsed))
-    if against is not None and (parsed := str(parse_flag(against))) not in flags:
-        flags.append(parsed)
+    if against is not None:
+        flags.append(str(parse_flag(against)))
     for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
         report.versions[backend] = framework_version(backend)
     return list(dict.fromkeys(flags))
@@ -316,7 +316,7 @@ def _expected(expected: OracleResult) -> dict[str, NDArray[np.float64]]:
 def _contract_problems(call: _Call, flag: str, got: Evaluation) -> list[Finding]:
     """What is wrong besides the numbers: dtypes, inputs that were changed, another kernel than the flag's."""
     problems = []
-    wanted = {name: call.dtype for name in got.grads} | {"loss": _result_dtype(call.case.config, call.dtype)}
+    wanted = dict.fromkeys(got.grads, call.dtype) | {"loss": _result_dtype(call.case.config, call.dtype)}
     for name, dtype in wanted.items():
         if got.dtypes[name] != dtype:
             problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))

@@ -58,7 +58,7 @@ class LossConfig:
         from loss_core.build import registered_name
 
         name = registered_name(type(self))
-        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if not is_runtime_field(f)}
+        values = {f.name: _plain(copy.deepcopy(getattr(self, f.name))) for f in fields(self) if not is_runtime_field(f)}
         return {"name": name, **values}
 
     @classmethod
@@ -80,7 +80,7 @@ class LossConfig:
                     "from_dict needs the key 'name' to know which loss is meant, got the keys "
                     f"{sorted(map(str, values))}."
                 )
-            return make_config(cls, values)
+            return cast(Self, make_config(cls, values))
         config_cls = config_class_for(name)
         if not issubclass(config_cls, cls):
             raise TypeError(f"name {name!r} is {config_cls.__name__}, which is not a {cls.__name__}.")
@@ -213,7 +213,14 @@ class LossFromFactoryConfig(LossConfig):
                 f"backend={backend!r} can't be applied to the factory {factory_name(self.factory)}: a factory is of "
                 "one framework. Leave the flag out, or register the loss with loss_core.register_loss."
             )
+        if not isinstance(self.kwargs, Mapping):
+            raise ValueError(f"LossFromFactoryConfig.kwargs must be a dict of arguments, got {self.kwargs!r}.")
         return self.factory(**self.kwargs)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as the Python number it holds, so that YAML and JSON can store it."""
+    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
 
 
 def factory_name(factory: Any) -> str:

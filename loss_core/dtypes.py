@@ -68,7 +68,7 @@ def round_to(values: NDArray[Any], name: str) -> NDArray[np.float64]:
         if name == "float16":
             return values.astype(np.float16).astype(np.float64)
         # frexp gives |mantissa| in [0.5, 1): 8 bits of it are a bfloat16, rounded once from float64.
-        mantissa, exponent = np.frexp(values)
+        _, exponent = np.frexp(values)
         exponent = np.maximum(exponent, -125)  # below the normal range the spacing stays constant
         rounded = np.ldexp(np.round(np.ldexp(values, 8 - exponent)), exponent - 8)
         rounded = np.where(np.abs(rounded) > FORMATS["bfloat16"].max, np.copysign(np.inf, values), rounded)

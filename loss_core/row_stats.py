@@ -51,7 +51,7 @@ class KDRowState(NamedTuple):
 def _shift(xp: Namespace, m: Array, new_m: Array) -> Array:
     """m - new_m, with an empty piece (m = -inf) staying -inf."""
     # -inf minus -inf is NaN: an empty piece must stay the identity.
-    return xp.where(m == -float("inf"), m, m - new_m)
+    return m - xp.where(new_m == -float("inf"), xp.zeros_like(new_m), new_m)
 
 
 def combine(xp: Namespace, a: RowState, b: RowState) -> RowState:
@@ -87,7 +87,8 @@ def _moved(xp: Namespace, piece: KDRowState, m_t: Array, m_s: Array) -> tuple[Ar
     scale_t = xp.exp(shift_t)
     s_t = piece.s_t * scale_t
     # Weight 0 times an infinite shift must be 0: such a piece holds no teacher probability.
-    moved = xp.where(s_t == 0, xp.zeros_like(s_t), s_t * (shift_t - shift_s))
+    none = xp.zeros_like(s_t)
+    moved = s_t * xp.where(s_t == 0, none, shift_t) - s_t * xp.where(s_t == 0, none, shift_s)
     a = xp.where(scale_t == 0, xp.zeros_like(s_t), piece.a * scale_t) + moved
     return s_t, a, piece.s_s * xp.exp(shift_s)
 

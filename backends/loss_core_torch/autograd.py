@@ -41,7 +41,7 @@ def _once(grad: Tensor | None, name: str, instead: str, *sources: Tensor | None)
     """The gradient, made to refuse a second derivative where create_graph=True asks for one."""
     if grad is None or not torch.is_grad_enabled():
         return grad
-    return _RefuseSecondDerivative.apply(grad, name, instead, *sources)  # type: ignore[no-any-return]
+    return _RefuseSecondDerivative.apply(grad, name, instead, *sources)
 
 
 class CrossEntropy(Function):
@@ -84,8 +84,8 @@ class CrossEntropy(Function):
                 coef_T = coef_T.masked_fill(bad_T, torch.nan)
             start = distributed.vocab_start(logits.shape[-1], ctx.group)
             grad = eager.cross_entropy_grad(logits, labels_T, start, keep_T, m_T, s_T, coef_T)
-        grad = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
-        return grad, None, None, None, None
+        once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
+        return once, None, None, None, None
 
 
 class Distillation(Function):

@@ -59,7 +59,7 @@ def fold(state: State, combine: Callable[[Any, State, State], State], vocab: int
     ranks = dist.get_world_size(group)
     # One more row carries the shard's size, so that unequal shards are noticed without a further collective.
     size = state[0].new_full((len(state), 1), float(vocab))
-    packed = torch.cat([torch.stack(tuple(state)), size], dim=1).contiguous()
+    packed: torch.Tensor = torch.cat([torch.stack(tuple(state)), size], dim=1).contiguous()
     gathered = packed.new_empty((ranks, *packed.shape))
     # torch 2.13 renamed the collective and warns about the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -181,12 +181,14 @@ class KDLoss(_Loss):
             student_logits: [..., V] float, any strides; not changed.
             teacher_logits: [..., V] float on the same device, of a dtype of its own if need be; gets a
                 gradient when it requires one.
-            labels: [...] integers, used for ignore_index alone; not changed.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. Their
+                classes do not enter the loss.
             num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
         Returns:
             Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False.
         Raises:
-            ValueError: shapes that do not fit. TypeError: labels that are no integers.
+            ValueError: shapes that do not fit, or a label that is no class (on a CPU; elsewhere NaN).
+            TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
         student_logits = checks.floats("student_logits", student_logits)
@@ -200,14 +202,18 @@ class KDLoss(_Loss):
         shape = student_logits.shape[:-1]
         num_tokens = checks.count("num_batch_labels", num_batch_labels, "sum", student_logits.device)
         labels_T = checks.labels_like(labels, shape, "student_logits", student_logits.device)
-        keep_T = _keep_if_counted(checks.kept(labels_T, shape, self.ignore_index), num_tokens)
+        keep_T = checks.kept(labels_T, shape, self.ignore_index)
+        vocab = distributed.total_vocab(student_logits.shape[-1], self.tp_group)
+        bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
+        keep_T = _keep_if_counted(keep_T, num_tokens)
         wide = torch.promote_types(compute_dtype(student_logits.dtype), compute_dtype(teacher_logits.dtype))
         if wide == torch.float64:
             student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
         kl_T = autograd.Distillation.apply(
             student_logits, teacher_logits, keep_T, float(self.temperature), self.chunk_size, self.tp_group
         )[0]
-        loss_T = kl_T * self.temperature**2
+        # The factor is NaN where the label is no class, so that its gradient is NaN as well.
+        loss_T = kl_T * _nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
         reduction = "mean" if num_tokens is None else "sum"
         loss = _reduce(loss_T, keep_T, shape, reduction, num_tokens)
         return loss if self.fp32_upcast else loss.to(student_logits.dtype)

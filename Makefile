@@ -1,0 +1,65 @@
+# Every target does its own set-up. Needs Python >= 3.11, make and pip; nothing but POSIX sh, and the make of a Mac (3.81).
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?= -n auto --maxprocesses 8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types check-wheel clean
+
+help: ## show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=/path/to/python chooses the interpreter of $(VENV); PYTEST_ARGS='-k name' replaces '$(PYTEST_ARGS)'."
+
+setup: $(STAMP) ## create .venv and install the library for development
+
+demo: setup ## check the losses on this machine, then train a small model on torch and on jax (writes demo.html)
+	$(VENV)/bin/loss-core check
+	$(PY) examples/demo.py
+
+test: setup ## run all tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff and the import rules
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tests/import_rules.py
+
+format: setup ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: setup ## mypy, strict
+	$(PY) -m mypy
+
+check-wheel: setup ## build the wheel and try it without torch and jax, with one, with the other
+	$(PY) tests/wheel_check.py
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+	rm -f demo.html demo.png report.html
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Re-done only when what is installed would change: the checkout itself is used in place.
+# A Python without ensurepip (Debian has one) gets pip from the pip that stands beside it.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(PY) -c '' 2>/dev/null; then \
+	  for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+	    if "$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "make: $(or $(PYTHON),no python on PATH) is not a Python >= 3.11; name one with PYTHON=/path/to/python" >&2; exit 1; \
+	  fi; \
+	  echo "Creating $(VENV) with $$("$$found" --version)"; \
+	  if "$$found" -c 'import ensurepip' 2>/dev/null; then \
+	    "$$found" -m venv --clear $(VENV); \
+	  else \
+	    "$$found" -m venv --clear --without-pip $(VENV) && \
+	    "$$found" -m pip --python $(PY) install --quiet --disable-pip-version-check pip; \
+	  fi || exit 1; \
+	fi
+	@echo "Installing loss-core and its development tools into $(VENV); the first time takes some minutes"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $(STAMP)

@@ -1,0 +1,78 @@
+"""Rounding to formats, and an allowance that neither rounding exceeds nor a bug hides under."""
+
+import numpy as np
+import pytest
+
+from loss_core import MaskedCrossEntropyConfig
+from loss_core.cases import ALL_LOSSES, named_cases
+from loss_core.dtypes import FORMATS, float_format, round_to
+from loss_core.oracle import evaluate
+from loss_core.tolerance import allowances, share_of_allowance, sum_growth
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_round_to_is_nearest_even_and_idempotent(name):
+    fmt = float_format(name)
+    # Halfway between 1 and the next number goes to the even one, 1; a little more goes up.
+    if name != "float64":
+        assert round_to(np.array(1 + fmt.u), name) == 1
+        assert round_to(np.array(1 + fmt.u * (1 + 2.0**-20)), name) == 1 + 2 * fmt.u
+    values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-6, 4).repeat(100)
+    once = round_to(values, name)
+    np.testing.assert_array_equal(round_to(once, name), once)
+    big = np.abs(values) > 10 * fmt.tiny
+    assert np.all(np.abs(once - values)[big] <= fmt.u * np.abs(values)[big])
+    special = np.array([np.inf, -np.inf, np.nan, 0.0])
+    np.testing.assert_array_equal(round_to(special, name), special)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_round_to_agrees_with_torch(name):
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(1).standard_normal(5000) * 10.0 ** np.random.default_rng(2).integers(-40, 38, 5000)
+    values = round_to(values, "float32")  # torch rounds float64 to 16 bits by way of float32
+    with np.errstate(over="ignore"):
+        expected = torch.tensor(values).to(getattr(torch, name)).to(torch.float64).numpy()
+    np.testing.assert_array_equal(round_to(values, name), expected)
+
+
+def test_unknown_format_lists_the_known():
+    with pytest.raises(ValueError, match=r"Unknown dtype 'fp8'.*float16"):
+        float_format("fp8")
+
+
+def test_sum_growth_is_the_smaller_bound():
+    assert sum_growth(4) == 4
+    assert sum_growth(10**6) == pytest.approx(6000)
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_allowance_is_small_beside_the_result(loss, dtype):
+    # An allowance of the order of the result itself would prove nothing.
+    case = next(case for case in named_cases(loss) if case.name == "basic")
+    arrays = {k: round_to(v, dtype) if v.dtype.kind == "f" else v for k, v in case.arrays.items()}
+    expected = evaluate(case.config, arrays, case.upstream)
+    allowed = allowances(case.config, arrays, expected, dtype, upstream=case.upstream)
+    assert allowed["loss"] < 2e-4 * abs(expected.loss)
+    for name, grad in expected.grads.items():
+        assert np.linalg.norm(allowed[name]) < {"float32": 2e-4, "bfloat16": 5e-3}[dtype] * np.linalg.norm(grad)
+
+
+def test_ignored_rows_have_no_allowance_at_all():
+    arrays = {"logits": np.random.default_rng(0).standard_normal((3, 5)), "labels": np.array([1, -100, 2])}
+    expected = evaluate(MaskedCrossEntropyConfig(), arrays)
+    allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float32")
+    assert not allowed["logits"][1].any()
+    got = expected.grads["logits"].copy()
+    got[1, 0] = 1e-30
+    share = share_of_allowance(got, expected.grads["logits"], allowed["logits"], "float32")
+    assert np.isinf(share[1, 0])
+
+
+def test_share_of_special_values():
+    nan, inf = np.nan, np.inf
+    got = np.array([nan, inf, 1.0, nan, 70000.0, inf, -inf])
+    expected = np.array([nan, inf, nan, 1.0, 70000.0, 70000.0, 70000.0])
+    share = share_of_allowance(got, expected, np.ones(7), "float16")
+    np.testing.assert_array_equal(share, [0, 0, inf, inf, 0, 0, inf])

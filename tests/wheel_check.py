@@ -1,0 +1,202 @@
+"""The wheel as a stranger meets it: in an empty environment, then with torch only, then with jax only.
+
+Builds the sdist, and the wheel from the sdist, so that both are tried. Prints a line for each thing that
+held; stops with what went wrong. `make check-wheel` runs it; it needs `build` and `hatchling`, and pip's
+registry or its cache.
+
+    python tests/wheel_check.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge")
+
+# Each of these runs with -I in a folder of its own, so that nothing of the checkout is on its path.
+LOADS_NEITHER = """
+import sys, loss_core
+from pathlib import Path
+site = Path(loss_core.__file__).parent.parent
+assert site.name == "site-packages", site
+assert not {"torch", "jax"} & set(sys.modules), "import loss_core loaded a framework"
+for name in ("backends", "tests", "examples"):
+    assert not (site / name).exists(), f"the wheel put {name} into site-packages"
+for name in ("loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge"):
+    assert (site / name / "py.typed").is_file(), f"{name} has no py.typed"
+"""
+REFUSES = """
+from loss_core import LOSS_CONFIG_REGISTRY, BackendUnavailable
+for cls in LOSS_CONFIG_REGISTRY.values():
+    for flag in FLAGS:
+        try:
+            cls().build() if flag is None else cls().build(backend=flag)
+        except BackendUnavailable as error:
+            assert isinstance(error, ImportError)
+            for part in (f"No module named {MISSING!r}", f"pip install 'loss-core[{MISSING}]'"):
+                assert part in str(error), f"{flag}: {part!r} is not in {str(error)!r}"
+        else:
+            raise AssertionError(f"{cls.__name__} was built for {flag} without {MISSING}")
+"""
+TORCH_BUILDS = """
+import math, sys, torch
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+labels = torch.tensor([1, 3])
+logits = torch.zeros(2, 4, requires_grad=True)
+for config in (MaskedCrossEntropyConfig(), TEParallelCEConfig()):
+    module = config.build()
+    assert isinstance(module, torch.nn.Module)
+    loss = module(logits, labels)
+    loss.backward()
+    assert math.isclose(loss.item(), 2 * math.log(4), rel_tol=1e-6), loss
+loss = FusedLinearCEConfig().build()(torch.zeros(2, 3), labels, torch.ones(4, 3))
+assert math.isclose(loss.item(), 2 * math.log(4), rel_tol=1e-6), loss
+assert KDLossConfig().build()(logits, torch.zeros(2, 4), labels).item() == 0
+assert "jax" not in sys.modules
+"""
+JAX_BUILDS = """
+import math, sys, jax, jax.numpy as jnp
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+labels = jnp.array([1, 3])
+for config in (MaskedCrossEntropyConfig(), TEParallelCEConfig()):
+    loss = config.build(backend="jax")
+    hash(loss)
+    value, grad = jax.jit(jax.value_and_grad(loss))(jnp.zeros((2, 4)), labels)
+    assert math.isclose(value, 2 * math.log(4), rel_tol=1e-6), value
+    assert grad.shape == (2, 4)
+value = FusedLinearCEConfig().build(backend="jax")(jnp.zeros((2, 3)), labels, jnp.ones((4, 3)))
+assert math.isclose(value, 2 * math.log(4), rel_tol=1e-6), value
+assert KDLossConfig().build(backend="jax")(jnp.zeros((2, 4)), jnp.zeros((2, 4)), labels) == 0
+assert "torch" not in sys.modules
+"""
+TORCH_FLAGS = "[None, 'torch', 'torch:eager']"
+JAX_FLAGS = "['jax', 'jax:xla']"
+
+
+def refuses(missing: str, flags: str) -> str:
+    """Code that expects every config to be refused for these flags, for want of that library."""
+    return f"MISSING, FLAGS = {missing!r}, {flags}\n{REFUSES}"
+
+
+def main() -> None:
+    """Build, look inside, install three times."""
+    with tempfile.TemporaryDirectory(prefix="loss-core-wheel-") as folder:
+        there = Path(folder)
+        sdist, wheel = build(there / "dist")
+        look_inside(sdist, wheel)
+
+        empty = environment(there / "empty", f"{wheel}")
+        lacks(empty, "torch", "jax", "typer", "rich", "yaml")
+        holds(
+            empty, "import loads neither torch nor jax; no 'backends'; typed", f"PACKAGES = {PACKAGES}{LOADS_NEITHER}"
+        )
+        holds(empty, "without torch: BackendUnavailable, the reason, the install line", refuses("torch", TORCH_FLAGS))
+        holds(empty, "without jax: BackendUnavailable, the reason, the install line", refuses("jax", JAX_FLAGS))
+        command_without_its_extra(empty)
+
+        with_torch = environment(there / "torch", f"{wheel}[torch]")
+        lacks(with_torch, "jax")
+        holds(with_torch, "torch only: every config builds on torch", TORCH_BUILDS)
+        holds(with_torch, "torch only: jax flags are refused", refuses("jax", JAX_FLAGS))
+
+        with_jax = environment(there / "jax", f"{wheel}[jax,cli]")
+        lacks(with_jax, "torch")
+        holds(with_jax, "jax only: every config builds on jax", JAX_BUILDS)
+        holds(with_jax, "jax only: torch flags are refused", refuses("torch", TORCH_FLAGS))
+        for arguments in (["--help"], ["losses"], ["backends"]):
+            run([with_jax.parent / "loss-core", *arguments], cwd=there)
+            say(f"jax only, cli: loss-core {' '.join(arguments)}")
+    say("all held")
+
+
+def build(target: Path) -> tuple[Path, Path]:
+    """Build the sdist, and the wheel from it."""
+    # Without isolation: hatchling is among the development tools, at the version of constraints.txt.
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", target, ROOT], cwd=ROOT)
+    (sdist,), (wheel,) = target.glob("*.tar.gz"), target.glob("*.whl")
+    say(f"built {sdist.name} and, from it, {wheel.name}")
+    return sdist, wheel
+
+
+def look_inside(sdist: Path, wheel: Path) -> None:
+    """The wheel holds the four packages and nothing else, the sdist what a packager needs and no litter."""
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    info = {top for top in tops if top.endswith(".dist-info")}
+    expect(tops - info == set(PACKAGES), f"the wheel holds {sorted(tops)}")
+    expect(any(name.endswith("licenses/LICENSE") for name in names), "the wheel has no LICENSE")
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "tests/wheel_check.py"}
+    expect(needed <= files, f"the sdist lacks {sorted(needed - files)}")
+    for name in (*names, *files):
+        expect("__pycache__" not in name and not name.endswith((".pyc", ".so")), f"litter: {name}")
+    say(f"wheel: {len(names)} files, {', '.join(PACKAGES)}; sdist: {len(files)} files")
+
+
+def environment(folder: Path, requirement: str) -> Path:
+    """A new virtual environment with one requirement installed; returns its python."""
+    run([sys.executable, "-m", "venv", folder], cwd=ROOT)
+    python = folder / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "--constraint", ROOT / "constraints.txt", requirement], cwd=folder)
+    return python
+
+
+def lacks(python: Path, *modules: str) -> None:
+    """The environment is as empty as the trial supposes."""
+    holds(
+        python,
+        f"{python.parts[-3]}: no {', '.join(modules)}",
+        f"""
+import importlib.util
+for name in {modules}:
+    assert importlib.util.find_spec(name) is None, f"{{name}} is installed"
+""",
+    )
+
+
+def command_without_its_extra(python: Path) -> None:
+    """`loss-core` without its libraries says what to install, in place of a traceback."""
+    done = subprocess.run([python.parent / "loss-core", "--help"], capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    expect(done.returncode != 0, "loss-core --help exits with 0 although its libraries are missing")
+    expect("pip install 'loss-core[cli]'" in text, f"loss-core --help without the cli extra says: {text}")
+    expect("Traceback" not in text, f"loss-core --help without the cli extra shows a traceback: {text}")
+    say(f"empty: loss-core --help says {text.strip()!r}")
+
+
+def holds(python: Path, what: str, code: str) -> None:
+    """Run code in an environment, away from the checkout."""
+    run([python, "-I", "-c", code], cwd=python.parent)
+    say(what)
+
+
+def run(command: list[str | Path], cwd: Path) -> None:
+    """Run a command; its output is shown only when it fails."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    shown = [str(part) if "\n" not in str(part) else "<code>" for part in command]
+    expect(done.returncode == 0, f"{' '.join(shown)}\n{done.stdout}")
+
+
+def expect(held: bool, message: str) -> None:
+    """Stop with a message."""
+    if not held:
+        sys.exit(f"wheel check FAILED: {message}")
+
+
+def say(line: str) -> None:
+    """One line for each thing that held, at once."""
+    print(f"wheel check: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
