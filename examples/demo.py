@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loss_core import LossConfig, oracle
+from loss_core import oracle
 from loss_core.dtypes import float_format
 from loss_core.tolerance import allowances, share_of_allowance
 
 if TYPE_CHECKING:
+    from byte_lm import ByteLM
     from torch import Tensor, nn
-    from train_byte_lm import ByteLM, Curve
+    from train_byte_lm import CrossEntropyConfig, Curve
 
 NUM_PROBES = 13
 ALL_PARAMETERS = "all parameters"
@@ -50,6 +51,7 @@ class GradientGap:
     Attributes:
         between: between the backends, for each floating argument of the loss and for all parameters.
         allowed: what rounding allows for `between`, for the loss's arguments.
+        allowed_loss: what it allows the losses to differ, in nats.
         from_float64: of each backend from the float64 oracle, over the loss's arguments together.
         share: the worst element of loss and gradients, of either backend against float64, as a share
             of its allowance; above 1 no rounding explains it.
@@ -58,6 +60,7 @@ class GradientGap:
     step: int
     between: dict[str, float]
     allowed: dict[str, float]
+    allowed_loss: float
     from_float64: dict[str, float]
     share: float
 
@@ -66,7 +69,7 @@ class GradientGap:
 class GradientProbe:
     """A probe of `train` that compares the gradients of two losses every few steps."""
 
-    config: LossConfig
+    config: CrossEntropyConfig
     losses: Mapping[str, nn.Module]
     steps: int
     gaps: list[GradientGap] = field(default_factory=list)
@@ -113,6 +116,7 @@ class GradientProbe:
             between={name: relative(first[name] - second[name], first[name]) for name in (*names, ALL_PARAMETERS)},
             # Each backend may be off by its own allowance.
             allowed={name: relative(2 * allowed[name], first[name]) for name in names},
+            allowed_loss=2 * float(allowed["loss"]),
             from_float64={
                 flag: relative(
                     np.concatenate([(result[name] - expected[name]).reshape(-1) for name in names]),
@@ -149,31 +153,43 @@ class Result:
 
     @property
     def worst(self) -> GradientGap:
+        """Where the gradients of the two backends are furthest apart."""
         return max(self.gaps, key=lambda gap: max(gap.between.values()))
 
     @property
     def share(self) -> float:
+        """The worst element of all, as a share of its allowance."""
         return max(gap.share for gap in self.gaps)
 
     @property
+    def apart(self) -> float:
+        """Difference of the held-out losses of the two backends."""
+        return abs(self.first.valid_loss - self.second.valid_loss)
+
+    @property
+    def apart_control(self) -> float:
+        """The same for the control."""
+        return abs(self.first.valid_loss - self.control.valid_loss)
+
+    @property
     def agree(self) -> bool:
+        """Whether rounding explains every difference at the same parameters, and no run broke."""
         finite = np.isfinite([*self.first.losses, *self.second.losses]).all()
         return bool(finite) and all(gap.share <= 1.0 for gap in self.gaps)  # a NaN fails, too
 
     def line(self) -> str:
         """How far apart they ended, in one line."""
+        first, second = self.first, self.second
         gap = max(self.worst.between.values())
         return (
-            f"{'Agree' if self.agree else 'DISAGREE'}: held-out loss {self.first.valid_loss:.6f} on {self.first.kernel} "
-            f"and {self.second.valid_loss:.6f} on {self.second.kernel} nats per byte, "
-            f"{abs(self.first.valid_loss - self.second.valid_loss):.1e} apart "
-            f"(control {abs(self.first.valid_loss - self.control.valid_loss):.1e}); "
-            f"largest relative gradient difference {gap:.1e} = {gap / U:.1f} u at step {self.worst.step + 1}, "
-            f"worst element {self.share:.0%} of its allowance."
+            f"{'Agree' if self.agree else 'DISAGREE'}: held-out loss {first.valid_loss:.6f} on {first.kernel} and "
+            f"{second.valid_loss:.6f} on {second.kernel} nats per byte, {self.apart:.1e} apart (control "
+            f"{self.apart_control:.1e}); largest relative gradient difference {gap:.1e} = {gap / U:.1f} u at step "
+            f"{self.worst.step + 1}; worst element at {self.share:.0%} of its allowance."
         )
 
 
-def run(config: LossConfig, flags: tuple[str, str], steps: int, seed: int) -> Result | None:
+def run(config: CrossEntropyConfig, flags: tuple[str, str], steps: int, seed: int) -> Result | None:
     """The three runs; None when one of them was interrupted."""
     from train_byte_lm import train
 
@@ -189,11 +205,12 @@ def run(config: LossConfig, flags: tuple[str, str], steps: int, seed: int) -> Re
     ):
         print(f"\n{title}", flush=True)
         curve = train(config, flag, steps=steps, seed=seed, probe=hook)
-        if len(curve.losses) < steps or math.isnan(curve.valid_loss) and np.isfinite(curve.losses).all():
+        if curve.interrupted:
             return None
         curves.append(curve)
-    curves[0].seconds -= probe.seconds
-    return Result(*curves, probe.gaps)
+    first, second, control = curves
+    first.seconds -= probe.seconds
+    return Result(first, second, control, probe.gaps)
 
 
 def main() -> int:

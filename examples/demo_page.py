@@ -9,9 +9,9 @@ import platform
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A8F98"
 U = float_format("float32").u
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -43,6 +43,7 @@ _RC = {
     "ytick.color": "#5b616b",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "figure.constrained_layout.hspace": 0.06,
     "svg.hashsalt": "loss_core",  # the same ids in every run
 }
 
@@ -58,6 +59,8 @@ p { margin: 0 0 12px } .lead { font-size: 17px; color: #444a54; max-width: 46em 
 .card { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 12px 14px }
 .card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums }
 .card span { font-size: 13px; line-height: 1.35; color: #5b616b; display: block }
+.card .number { display: inline; font: inherit; color: inherit; white-space: nowrap }
+sup { font-size: .7em; line-height: 0 } .note { font-size: 14px; color: #444a54; margin-top: 8px }
 .good b { color: #00704f } .bad b { color: #b3261e }
 figure { margin: 0; background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 16px 14px 12px }
 figure svg { width: 100%; height: auto; display: block }
@@ -77,21 +80,19 @@ def write_page(path: Path, result: Result, steps: int) -> None:
     """Write the page."""
     first, second = result.first, result.second
     gap = max(result.worst.between.values())
-    apart = abs(first.valid_loss - second.valid_loss)
-    control = abs(first.valid_loss - result.control.valid_loss)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numpy"))
     verdict = (
-        f"The gradients agree at every step looked at: no element is beyond {result.share:.0%} of what rounding allows."
+        f"At every step looked at the gradients agree: no element is beyond {result.share:.0%} of what rounding allows."
         if result.agree
         else f"The backends DISAGREE: the worst element is {result.share:.3g} times what rounding allows."
     )
     cards = "".join(
         f'<div class="card {kind}"><b>{value}</b><span>{label}</span></div>'
         for value, label, kind in (
-            (f"{first.valid_loss:.4f}", f"held-out loss on {first.kernel}, nats per byte", ""),
-            (f"{second.valid_loss:.4f}", f"the same on {second.kernel}; {apart:.1e} apart, control {control:.1e}", ""),
-            (f"{gap:.1e}", f"largest relative gradient difference: {gap / U:.1f} unit roundoffs of float32", ""),
-            (f"{result.share:.0%}", "of its allowance: the worst element against float64",
+            (f"{first.valid_loss:.4f}", f"nats per held-out byte ({second.kernel}: {second.valid_loss:.4f})", ""),
+            (_power(result.apart), f"between the two held-out losses (control: {_power(result.apart_control)})", ""),
+            (_power(gap), f"largest relative gradient difference: {gap / U:.1f} unit roundoffs of float32", ""),
+            (f"{result.share:.0%}", "of its allowance: the worst element, against float64",
              "good" if result.agree else "bad"),
         )
     )  # fmt: skip
@@ -110,24 +111,26 @@ differs. {verdict}</p>
 <div class="cards">{cards}</div>
 <figure>
 {figure(result)}
-<figcaption>Top: both loss curves. Middle: their difference at each step, and that of a control, which is
-<code>{escape(first.kernel)}</code> against itself with each initial parameter moved to the next float32. Bottom: both
-backends at the same parameters and batch; the derived bound is what the rounding of each operation can add up to.
+<figcaption>Top: both loss curves. Middle: their difference at each step, and that of a control,
+<code>{escape(first.kernel)}</code> against itself with each initial parameter moved to the next float32. Bottom: the
+gradients of both backends at the same parameters and batch. A derived bound is what the rounding of each operation can
+add up to.
 </figcaption>
 </figure>
 <h2>Gradients at the same parameters and batch</h2>
 <div class="scroll">{_table(result)}</div>
-<p style="font-size:14px; color:#444a54; margin-top:8px">2-norms, relative to the gradient.
-u = 2<sup>−24</sup> = {U:.1e} is the unit roundoff of float32. The share is that of the worst single element of
+<p class="note">2-norms, relative to the gradient. The first three columns are the first backend minus the second; the
+next two are each backend minus float64, over the gradients of the loss's own arguments together.
+u = 2<sup>−24</sup> = {_power(U)} is the unit roundoff of float32. The share is that of the worst single element of
 loss and gradients, of either backend against float64; above 100% rounding does not explain it.</p>
 <h2>Why curves may drift while gradients agree</h2>
-<p>Training in float32 is chaotic: a difference in the last bit grows from step to step, so two correct backends end
-at losses that differ, as do two runs of one backend that start one rounding apart (the control). At the
-same parameters there is nothing to drift, so there the gradients are held against a bound that is derived, not
-chosen.</p>
+<p>Training in float32 is chaotic: a difference in the last bit can grow from step to step, so two correct backends may
+end at losses that differ, as may two runs of one backend that start one rounding apart (the control). At the same
+parameters there is nothing to drift: there each element of loss and gradients is held against a bound that is derived,
+not chosen, and that decides.</p>
 <h2>What was run</h2>
 <pre>{escape(_settings(result, steps))}</pre>
-<p style="font-size:14px; color:#444a54; margin-top:8px">{escape(versions)}, Python {platform.python_version()},
+<p class="note">{escape(versions)}, Python {platform.python_version()},
 {escape(platform.system())} {escape(platform.machine())}</p>
 </main>
 </html>
@@ -136,12 +139,20 @@ chosen.</p>
     )
 
 
+def _power(value: float) -> str:
+    """A small number as people write it."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f'<span class="number">{digits} × 10<sup>{int(exponent)}</sup></span>'.replace("-", "−")
+
+
 def _settings(result: Result, steps: int) -> str:
     first, second = result.first, result.second
     fields = ", ".join(f"{key}: {json.dumps(value)}" for key, value in first.config.items())
     runs = "\n".join(
-        f"train_byte_lm.py --backend {curve.backend:<12} --steps {steps} --seed {curve.seed}"
-        f"   # {curve.seconds:.1f} s, ran {curve.kernel}"
+        f"train_byte_lm.py --steps {steps} --seed {curve.seed} --backend {curve.backend:<11}"
+        f" # {curve.seconds:.1f} s, ran {curve.kernel}"
         for curve in (first, second)
     )
     return f"loss: {{{fields}}}\n{runs}"
@@ -166,9 +177,8 @@ def _table(result: Result) -> str:
 
 def figure(result: Result) -> str:
     """The three panels as an SVG element."""
-    with matplotlib.rc_context(_RC):
+    with mpl.rc_context(_RC):
         fig = Figure(figsize=(9, 9.6), layout="constrained")
-        fig.get_layout_engine().set(hspace=0.06)  # type: ignore[union-attr]
         top, middle, bottom = fig.subplots(3, 1, sharex=True, height_ratios=(1.15, 1, 1.15))
         _curves(top, result)
         _differences(middle, result)
@@ -190,10 +200,18 @@ def _curves(ax: Axes, result: Result) -> None:
     ax.plot(_steps(second.losses), second.losses, color=ORANGE, lw=1.0, label=second.kernel)
     ax.set_title("Training loss")
     ax.set_ylabel("nats per byte")
-    bits = ax.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
+    bits = ax.secondary_yaxis("right", functions=(_nats_to_bits, _bits_to_nats))
     bits.set_ylabel("bits per byte")
     bits.spines["right"].set_visible(True)
     ax.legend(loc="upper right")
+
+
+def _nats_to_bits(nats: Any) -> Any:
+    return nats / math.log(2)
+
+
+def _bits_to_nats(bits: Any) -> Any:
+    return bits * math.log(2)
 
 
 def _differences(ax: Axes, result: Result) -> None:
@@ -203,17 +221,28 @@ def _differences(ax: Axes, result: Result) -> None:
     floor = ulp / 4
     for curve, color, label in (
         (result.control, GREY, f"control: {result.first.kernel}, parameters one rounding off"),
-        (result.second, ORANGE, f"{result.first.kernel} − {result.second.kernel}"),
+        (result.second, ORANGE, f"{result.first.kernel} and {result.second.kernel}"),
     ):
         difference = np.maximum(np.abs(first - np.array(curve.losses)), floor)
-        ax.plot(_steps(curve.losses), difference, ".", ms=3.2, color=color, label=label)
-    ax.axhline(ulp, color="#30343b", lw=0.9, ls=":")
-    ax.text(1.0, ulp, " float32 spacing", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        ax.plot(_steps(curve.losses), difference, ".", ms=4, color=color, label=label)
+    steps, bound = [gap.step + 1 for gap in result.gaps], [gap.allowed_loss for gap in result.gaps]
+    ax.plot(steps, bound, ls="--", lw=1.1, color=ORANGE, label="derived bound at the same parameters")
+    _mark(ax, ulp, f"{ulp:.1e}: float32\nspacing")
     ax.set_yscale("log")
-    ax.set_ylim(bottom=floor / 1.6)
-    ax.set_title("Difference of the losses (equal losses on the bottom line)")
+    ax.set_yticks([*(10.0**n for n in range(-6, 1)), floor], [*(f"$10^{{{n}}}$" for n in range(-6, 1)), "equal"])
+    ax.minorticks_off()
+    ax.set_ylim(floor / 1.8, 100 * max(*bound, np.abs(first - np.array(result.second.losses)).max()))
+    ax.set_title(
+        f"Difference of the losses, {result.first.kernel} − {result.second.kernel}, each at its own parameters"
+    )
     ax.set_ylabel("nats per byte")
     ax.legend(loc="upper left")
+
+
+def _mark(ax: Axes, y: float, text: str) -> None:
+    """A dotted line across, named at its right end."""
+    ax.axhline(y, color="#30343b", lw=0.9, ls=":")
+    ax.text(1.008, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="#30343b")
 
 
 def _gradients(ax: Axes, result: Result) -> None:
@@ -225,9 +254,12 @@ def _gradients(ax: Axes, result: Result) -> None:
     for name, color in zip(result.gaps[0].allowed, (BLUE, GREEN), strict=False):
         values = [gap.allowed[name] for gap in result.gaps]
         ax.plot(steps, values, ls="--", lw=1.1, color=color, label=f"derived bound, {name}")
-    ax.axhline(U, color="#30343b", lw=0.9, ls=":")
-    ax.text(1.0, U, " u = 2⁻²⁴", transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+    _mark(ax, U, "u = 2⁻²⁴, unit\nroundoff")
     ax.set_yscale("log")
-    ax.set_title(f"Relative difference of the gradients, {result.first.kernel} − {result.second.kernel}")
+    top = max(value for gap in result.gaps for value in (*gap.allowed.values(), *gap.between.values()))
+    ax.set_ylim(U / 3, 60 * top)  # room for the legend
+    ax.set_title(
+        f"Relative difference of the gradients, {result.first.kernel} − {result.second.kernel}, same parameters"
+    )
     ax.set_ylabel("‖difference‖ / ‖gradient‖")
-    ax.legend(loc="upper left", bbox_to_anchor=(0, 0.93), ncols=2)
+    ax.legend(loc="upper left", ncols=2)
