@@ -42,8 +42,8 @@ def register_loss(name: str, config_cls: type[LossConfig], builders: Mapping[str
         >>> @dataclass
         ... class ZLossConfig(LossConfig):
         ...     weight: float = 1e-4
-        >>> register_loss("ZLoss", ZLossConfig, {"torch": lambda config: (lambda x: config.weight * x)})
-        >>> build_loss_module("ZLoss", weight=2.0)(3.0)
+        >>> register_loss("ZLoss", ZLossConfig, {"jax": lambda config: (lambda x: config.weight * x)})
+        >>> build_loss_module("ZLoss", weight=2.0, backend="jax")(3.0)
         6.0
         >>> unregister_loss("ZLoss")
     """

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ def check(
     seed: int = 0,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     device: str | None = None,
+    reproduce_options: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """Check losses on backends against the float64 oracle, and backends against each other.
@@ -74,6 +76,7 @@ def check(
         num_random: random cases on top; seed: theirs.
         inputs: arguments of one captured call, in place of the named cases.
         device: such as "cuda"; None for each backend's default.
+        reproduce_options: what reproduce lines need besides, such as " --inputs call.npz".
         progress: called as progress(done, total, label).
     Returns:
         A Report; `report.passed` says it all. A flag that is named but can't be used raises.
@@ -89,21 +92,29 @@ def check(
         float_format(dtype)
     if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
         raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
-    jobs = []
-    for loss in losses:
+    suffix = _suffix(shape, num_random, seed, device) + reproduce_options
+    calls = []
+    for loss, name in zip(losses, _distinct_names(losses), strict=True):
         cases = _cases(loss, shape, only, num_random, seed, inputs)
         if not cases:
-            raise ValueError(f"No case of {_name(loss)} matches {list(only or [])}.")
-        jobs += [(loss, dtype, case) for dtype in wanted for case in cases]
-    suffix = _suffix(shape, num_random, seed, device)
+            report.skipped.append(f"{name}: no case{_filters(shape, only)}")
+        calls += [
+            _Call(loss, name, case, dtype, suffix, device, inputs is not None) for dtype in wanted for case in cases
+        ]
+    if not calls:
+        raise ValueError(f"Nothing to check: {'; '.join(report.skipped)}.")
     table: dict[tuple[str, str, str, str], Row] = {}
-    with ThreadPoolExecutor(max_workers=max(len(flags), 1)) as pool:
-        for done, (loss, dtype, case) in enumerate(jobs):
+    pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
+    try:
+        for done, call in enumerate(calls):
             if progress:
-                progress(done, len(jobs), f"{_name(loss)} {dtype} {case.name}")
-            _check_case(_Call(loss, case, dtype, suffix, device), flags, against, table, report, pool)
+                progress(done, len(calls), f"{call.name} {call.dtype} {call.case.name}")
+            _check_case(call, flags, against, table, report, pool)
+    finally:
+        # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
+        pool.shutdown(wait=False, cancel_futures=True)
     if progress:
-        progress(len(jobs), len(jobs), "done")
+        progress(len(calls), len(calls), "done")
     report.rows = list(table.values())
     report.seconds = time.perf_counter() - start
     return report
@@ -126,29 +137,54 @@ def assert_backends_agree(
 @dataclass(frozen=True)
 class _Call:
     loss: str | LossConfig
+    name: str
     case: Case
     dtype: str
     suffix: str
     device: str | None
-
-    @property
-    def name(self) -> str:
-        return _name(self.loss)
+    captured: bool
 
     def reproduce(self, flag: str, against: str) -> str:
         other = "" if against == ORACLE else f" --against {against}"
         config = self.loss if isinstance(self.loss, str) else json.dumps(self.loss.to_dict())
-        quoted = config if isinstance(self.loss, str) else f"'{config}'"
+        case = "" if self.captured else f" --case {self.case.name}"
         return (
-            f"loss-core check --config {quoted} --backend {flag}{other} --dtype {self.dtype} "
-            f"--case {self.case.name}{self.suffix}"
+            f"loss-core check --config {shlex.quote(config)} --backend {flag}{other} --dtype {self.dtype}"
+            f"{case}{self.suffix}"
         )
 
 
 def _name(loss: str | LossConfig) -> str:
     if isinstance(loss, str):
         return loss
-    return next((name for name, cls in LOSS_CONFIG_REGISTRY.items() if isinstance(loss, cls)), type(loss).__name__)
+    exact = [name for name, cls in LOSS_CONFIG_REGISTRY.items() if type(loss) is cls]
+    parents = [name for name, cls in LOSS_CONFIG_REGISTRY.items() if isinstance(loss, cls)]
+    return [*exact, *parents, type(loss).__name__][0]
+
+
+def _distinct_names(losses: Sequence[str | LossConfig]) -> list[str]:
+    """A name for each; where several configs of one loss are checked, with the fields that are not the default."""
+    names = [_name(loss) for loss in losses]
+    told = [
+        name if names.count(name) == 1 or isinstance(loss, str) else f"{name}({_changed_fields(loss)})"
+        for loss, name in zip(losses, names, strict=True)
+    ]
+    return [name if told.count(name) == 1 else f"{name} #{told[: i + 1].count(name)}" for i, name in enumerate(told)]
+
+
+def _changed_fields(config: LossConfig) -> str:
+    changed = [
+        f"{f.name}={value!r}"
+        for f in fields(config)
+        for value in [getattr(config, f.name)]
+        if f.compare and (f.default is MISSING or value != f.default)
+    ]
+    return ", ".join(changed)
+
+
+def _filters(shape: tuple[int, ...] | None, only: Sequence[str] | None) -> str:
+    names = f" named {' or '.join(only)}" if only is not None else ""
+    return names + (f" at the shape {','.join(map(str, shape))}" if shape is not None else "")
 
 
 def _losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[str | LossConfig]:
@@ -173,22 +209,25 @@ def _flags(backends: Sequence[str] | None, against: str | None, report: Report) 
     if backends is None:
         statuses = [flag_status(flag) for flag in all_flags()]
         report.unusable = [status for status in statuses if not status.usable]
-        found = [status for status in statuses if status.usable]
-        flags = [status.flag for status in found]
+        flags = [status.flag for status in statuses if status.usable]
         if not flags:
-            raise BackendUnavailable("; ".join(status.reason for status in report.unusable))
+            raise BackendUnavailable("; ".join(dict.fromkeys(status.reason for status in report.unusable)))
     else:
-        flags = []
-        for flag in backends:
-            parsed = parse_flag(flag)
-            if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
-                raise BackendUnavailable(status.reason)
-            flags.append(str(parsed))
+        flags = [_usable(flag) for flag in backends]
     if against is not None:
-        flags.append(str(parse_flag(against)))
+        flags.append(_usable(against))
+    flags = list(dict.fromkeys(flags))
     for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
         report.versions[backend] = framework_version(backend)
-    return list(dict.fromkeys(flags))
+    return flags
+
+
+def _usable(flag: str) -> str:
+    """The flag in full; raises where it names a kernel that can't be used here."""
+    parsed = parse_flag(flag)
+    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
+        raise BackendUnavailable(status.reason)
+    return str(parsed)
 
 
 def _cases(

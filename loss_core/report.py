@@ -52,16 +52,25 @@ class Finding:
     def failed(self) -> bool:
         return bool(self.problem) or not self.share <= 1.0
 
-    def __str__(self) -> str:
-        what = f"{self.loss} {self.flag} against {self.against}, {self.dtype}, case {self.case}, {self.tensor}"
-        again = f"\n  {self.reproduce}" if self.reproduce else ""
+    @property
+    def where(self) -> str:
+        """The tensor and the position in it, such as "logits[0][3]"."""
+        return self.tensor + "".join(f"[{i}]" for i in self.position)
+
+    @property
+    def what(self) -> str:
+        """What is wrong there, in words."""
         if self.problem:
-            return f"{what}: {self.problem}{again}"
-        place = "".join(f"[{i}]" for i in self.position)
+            return self.problem
         return (
-            f"{what}{place}: {self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g} is "
-            f"{self.share:.3g} times the allowance of {self.allowed:.3g}{again}"
+            f"{self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g} is "
+            f"{self.share:.3g} times the allowance of {self.allowed:.3g}"
         )
+
+    def __str__(self) -> str:
+        run = f"{self.loss} {self.flag} against {self.against}, {self.dtype}, case {self.case}"
+        again = f"\n  {self.reproduce}" if self.reproduce else ""
+        return f"{run}, {self.where}: {self.what}{again}"
 
 
 @dataclass

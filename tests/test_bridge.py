@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import os
 import pickle
@@ -21,19 +20,12 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-import torch.nn.functional as F  # noqa: E402, N812
+import torch.nn.functional as F  # noqa: E402
 
 import loss_core  # noqa: E402
 from loss_core_bridge import build_jax_loss, build_torch_loss, jax_loss_as_torch, torch_loss_as_jax  # noqa: E402
 from loss_core_bridge import residuals as residuals_module  # noqa: E402
 from loss_core_bridge.tensors import to_jax, to_torch  # noqa: E402
-
-needs_jax_backend = pytest.mark.skipif(
-    importlib.util.find_spec("loss_core_jax.backend") is None, reason="the JAX backend is not merged yet"
-)
-needs_torch_backend = pytest.mark.skipif(
-    importlib.util.find_spec("loss_core_torch.backend") is None, reason="the torch backend is not merged yet"
-)
 
 TRACES: list[str] = []
 
@@ -815,8 +807,6 @@ def gradients(loss, arguments):
     return result.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-@needs_jax_backend
-@needs_torch_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_library_losses_by_flag(config, dtype):
@@ -832,8 +822,6 @@ def test_library_losses_by_flag(config, dtype):
         torch.testing.assert_close(grad, want_grads[name], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@needs_jax_backend
-@needs_torch_backend
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_library_losses_in_jax_by_flag(config):
     arguments = {name: jnp.asarray(value.numpy()) for name, value in library_case(config, torch.float32).items()}
@@ -852,13 +840,18 @@ def test_library_losses_in_jax_by_flag(config):
         np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-4, atol=1e-6)
 
 
-@needs_jax_backend
-@needs_torch_backend
+def test_a_label_that_is_no_class_is_refused_through_the_bridge():
+    for config in CONFIGS:
+        arguments = library_case(config, torch.float32)
+        arguments["labels"].view(-1)[1] = 10**6
+        with pytest.raises(ValueError, match="1000000"):
+            build_torch_loss(config, backend="jax")(**arguments)
+
+
 def test_same_training_by_flag_with_the_library():
     assert_same_training(loss_core.MaskedCrossEntropyConfig(reduction="mean"))
 
 
-@needs_jax_backend
 def test_library_loss_keeps_no_second_copy_of_the_logits(monkeypatch):
     sizes = []
     real = residuals_module.value_and_residuals

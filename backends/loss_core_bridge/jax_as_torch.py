@@ -48,7 +48,7 @@ class JaxLossModule(torch.nn.Module):
     `torch.compile` does not look inside: the call is a graph break, and an error with fullgraph=True.
     Under `torch.autocast` the tensors are taken in the dtypes that they have, but `hidden_states`
     and `lm_weight` are cast to the autocast dtype as F.linear's would be. Labels outside the
-    vocabulary give NaN, as in every compiled JAX loss. Inputs are never changed.
+    vocabulary are a ValueError on a CPU and NaN elsewhere. Inputs are never changed.
 
     Attributes:
         jax_loss: the JAX loss; its attributes (`ignore_index`, `reduction`, `kernel_choice`, ...)
@@ -144,6 +144,7 @@ def _call(loss: Callable[..., Any], arguments: dict[str, Any]) -> torch.Tensor:
         check_tensor(name, tensor)
     device = _common_device(tensors)
     check_platform(device)
+    _refuse_bad_labels(loss, tensors)
     wide = _is_wide(loss, tensors)
     static: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -221,6 +222,18 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def _anchor(grad: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), device=grad.device, requires_grad=True)
+
+
+def _refuse_bad_labels(loss: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Let the JAX loss look at the labels here, where it costs no device sync; under jit it can't."""
+    check = getattr(loss, "check_values", None)
+    labels = tensors.get("labels")
+    if check is None or labels is None or labels.device.type != "cpu" or labels.dtype.is_floating_point:
+        return
+    values: dict[str, Any] = {**tensors, "labels": labels.numpy()}
+    if "mask" in tensors:
+        values["mask"] = (tensors["mask"].detach().cpu() != 0).numpy()
+    check(values)
 
 
 def _to_jax(tensors: dict[str, torch.Tensor], wide: bool) -> dict[str, jax.Array]:

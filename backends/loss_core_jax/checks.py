@@ -146,6 +146,12 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} has shape {value.shape}; it must be an integer or a 0-d array, shape ().")
 
 
+def as_jax(array: ArrayLike) -> jax.Array:
+    """The array for JAX; one that is JAX's already is not touched."""
+    # Under jax.grad, jnp.asarray copies: for a weight of [V, H] that is a copy of it.
+    return array if isinstance(array, jax.Array) else jnp.asarray(array)
+
+
 def as_count(value: Any) -> Any:
     """A count as an array, so that its value is traced and a new one compiles nothing."""
     # As a float: a Python integer beyond 2**31 does not fit JAX's default integer.
@@ -160,11 +166,11 @@ def read_labels(labels: ArrayLike, mask: ArrayLike | None, ignore_index: int, vo
     Raises:
         ValueError: a label outside [0, V) that is not ignored; names position and value.
     """
-    if not isinstance(labels, jax.Array) or _in_host_memory(labels):
+    if not isinstance(labels, jax.Array) or in_host_memory(labels):
         host_labels = np.asarray(labels)
     else:
         return labels, ignore_index
-    if mask is None or not isinstance(mask, jax.Array) or _in_host_memory(mask):
+    if mask is None or not isinstance(mask, jax.Array) or in_host_memory(mask):
         host_mask = None if mask is None else np.asarray(mask)
         invalid = np.asarray(classify(np, host_labels, host_mask, ignore_index, vocab) == INVALID)
         if invalid.any():
@@ -179,7 +185,8 @@ def read_labels(labels: ArrayLike, mask: ArrayLike | None, ignore_index: int, vo
     return classify(np, host_labels, None, ignore_index, vocab), IGNORED
 
 
-def _in_host_memory(array: jax.Array) -> bool:
+def in_host_memory(array: jax.Array) -> bool:
+    """Whether the array has values that the CPU can read without waiting for a device."""
     if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
         return False
     return all(device.platform == "cpu" for device in array.devices())
@@ -192,7 +199,7 @@ def classify(xp: Any, labels: Any, mask: Any, ignore_index: int, vocab: int) -> 
         xp: numpy or jax.numpy.
     """
     # Each constant is compared only where the labels' own dtype can hold it: -100 cast to uint8 is a class.
-    info = jnp.iinfo(labels.dtype)
+    info: Any = jnp.iinfo(labels.dtype)
     in_range = labels >= 0
     if vocab <= int(info.max):
         in_range = in_range & (labels < vocab)

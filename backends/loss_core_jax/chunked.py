@@ -40,7 +40,7 @@ def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int) -> Arrays:
         pieces = fn(*(take_rows(x, start, chunk) for x in inputs))
         return tuple(put_rows(out, piece, start) for out, piece in zip(outputs, pieces, strict=True)), None
 
-    shapes = jax.eval_shape(fn, *(jax.ShapeDtypeStruct((chunk, *x.shape[1:]), x.dtype) for x in inputs))
+    shapes = jax.eval_shape(lambda *xs: fn(*(x[:chunk] for x in xs)), *inputs)
     zeros = tuple(zeros_for_loop((num_rows, *s.shape[1:]), s.dtype, *inputs) for s in shapes)
     outputs, _ = lax.scan(body, zeros, jnp.asarray(chunk_starts(num_rows, chunk)))
     return outputs
@@ -50,8 +50,14 @@ def take_rows(array: jax.Array, start: jax.Array, num: int) -> jax.Array:
     """`array[start : start + num]`."""
     # XLA casts bfloat16 rows to float32, and would move the cast before the slice and out of the loop: a float32
     # copy of all rows. Behind the barrier the array seems to change with `start`.
-    array, start = lax.optimization_barrier((array, start))
+    array, start = behind_barrier(array, start)
     return lax.dynamic_slice_in_dim(array, start, num, axis=0)
+
+
+def behind_barrier(*arrays: jax.Array) -> Arrays:
+    """The arrays, as values that XLA neither moves code across nor shares with other code."""
+    held: Arrays = lax.optimization_barrier(arrays)
+    return held
 
 
 def put_rows(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
@@ -75,13 +81,22 @@ def same_varying_axes(*arrays: jax.Array) -> Arrays:
 
 
 def _varying_axes(arrays: Arrays) -> frozenset[str]:
-    return frozenset().union(*(getattr(jax.typeof(array), "vma", frozenset()) for array in arrays))
+    """Mesh axes over which any of the arrays varies; empty outside `shard_map`."""
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        aval: Any = jax.typeof(array)
+        # Until JAX 0.9 the type has `vma`, later `manual_axis_type`.
+        axes |= aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
+    return axes
 
 
 def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - getattr(jax.typeof(array), "vma", frozenset())))
+    missing = tuple(sorted(axes - _varying_axes((array,))))
     if not missing:
         return array
-    if hasattr(lax, "pcast"):
-        return lax.pcast(array, missing, to="varying")
-    return lax.pvary(array, missing)  # JAX 0.8
+    modern: Any = lax
+    # JAX 0.8 has pvary only, 0.10 has pcast only.
+    varying: jax.Array = (
+        modern.pcast(array, missing, to="varying") if hasattr(lax, "pcast") else modern.pvary(array, missing)
+    )
+    return varying

@@ -16,7 +16,7 @@ from jax import lax
 
 from loss_core.row_stats import KDRowState, finish_kd
 from loss_core_jax.checks import IGNORED
-from loss_core_jax.chunked import Arrays, map_chunks, rows_within
+from loss_core_jax.chunked import Arrays, behind_barrier, map_chunks, rows_within
 from loss_core_jax.cross_entropy import arithmetic_dtype, losses_of_counted, nan_if_invalid
 
 # Of each temporary, of which there are three; as in cross_entropy.
@@ -76,7 +76,7 @@ def _backward(
     )
     dstudent_TV = _student_gradient(rows, temperature, dtype)
     # Behind a barrier, or XLA would write out, in float32, what the two gradients have in common.
-    dteacher_TV = _teacher_gradient(_Rows(*lax.optimization_barrier(tuple(rows))), temperature, dtype)
+    dteacher_TV = _teacher_gradient(_Rows(*behind_barrier(*rows)), temperature, dtype)
     return dstudent_TV.reshape(student.shape), dteacher_TV.reshape(teacher.shape), None
 
 

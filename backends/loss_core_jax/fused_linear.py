@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from loss_core.row_stats import RowState, finish
+from loss_core_jax.checks import in_host_memory
 from loss_core_jax.chunked import chunk_starts, map_chunks, put_rows, take_rows, zeros_for_loop
 from loss_core_jax.cross_entropy import losses_of_counted
 from loss_core_jax.vocab_tiles import Gradients, chunk_gradients, fold_tiles, plan_for
@@ -75,17 +76,18 @@ def _total_backward(softcap: float, residuals: Any, grad: Any) -> tuple[Any, Any
 
 def _instantiate(grad: Any) -> jax.Array:
     symbolic = isinstance(grad, jax.custom_derivatives.SymbolicZero)
-    return jnp.zeros(grad.shape, grad.dtype) if symbolic else grad
+    dense: jax.Array = jnp.zeros(grad.shape, grad.dtype) if symbolic else grad
+    return dense
 
 
 def _times(gradient: jax.Array | None, grad: jax.Array, dtype: Any) -> jax.Array | None:
     if gradient is None:
         return None
     # The usual upstream gradient is 1. Where looking costs no sync, do not make a second [V, H] array for it.
-    concrete = not isinstance(grad, jax.core.Tracer)
-    if concrete and all(d.platform == "cpu" for d in grad.devices()) and gradient.dtype == dtype and grad == 1:
+    if gradient.dtype == dtype and in_host_memory(grad) and grad == 1:
         return gradient
-    return _scaled(gradient, grad, dtype=dtype)
+    scaled: jax.Array = _scaled(gradient, grad, dtype=dtype)
+    return scaled
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -99,7 +101,8 @@ linear_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, softcap: float) -> jax.Array:
     """Cross entropy per row, shape of target; arguments as in `linear_total`."""
-    return _losses_only(hidden, weight_VH, target, softcap=softcap)
+    loss: jax.Array = _losses_only(hidden, weight_VH, target, softcap=softcap)
+    return loss
 
 
 def _rows_forward(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, softcap: float) -> tuple[jax.Array, Any]:
@@ -192,7 +195,9 @@ def _sweep(
         dhidden_CH, dweight_VH = chunk_gradients(
             hidden_CH, weight_VH, target_C, scale_C, is_new_C, state_C, tiles, sums.weight_VH, plan, want_hidden
         )
-        dhidden_TH = put_rows(sums.hidden_TH, dhidden_CH, start) if want_hidden else None
+        dhidden_TH = sums.hidden_TH
+        if dhidden_TH is not None and dhidden_CH is not None:
+            dhidden_TH = put_rows(dhidden_TH, dhidden_CH, start)
         return (put_rows(losses_T, loss_C, start), Gradients(dhidden_TH, dweight_VH)), None
 
     sums = Gradients(

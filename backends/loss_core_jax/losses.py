@@ -14,10 +14,10 @@ second order are computed in reverse mode (`jax.grad` of `jax.grad`), or forward
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 
 from loss_core.backend import BackendUnavailable, KernelChoice
 from loss_core.config import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
@@ -34,9 +34,28 @@ Count = int | ArrayLike
 class _Loss:
     """What the losses share."""
 
+    # The argument, and its axis, that says how large the vocabulary is.
+    _vocab_axis: ClassVar[tuple[str, int]] = ("logits", -1)
+    ignore_index: int
+
     def with_kernel_choice(self, choice: KernelChoice) -> Self:
         """A copy that tells which kernel runs and why."""
         return dataclasses.replace(self, kernel_choice=choice)  # type: ignore[type-var]
+
+    def check_values(self, arguments: Mapping[str, Any]) -> None:
+        """Raise for a label that is no class: for callers that run the loss under jit, where it can't look.
+
+        Args:
+            arguments: of a call, by name. labels and mask are NumPy arrays; of the rest only the shape is used.
+        Raises:
+            ValueError: a label outside [0, V) that is not ignored; names position and value.
+        """
+        name, axis = self._vocab_axis
+        labels, mask, scores = arguments.get("labels"), arguments.get("mask"), arguments.get(name)
+        if labels is None or scores is None:
+            return  # the call itself will name the missing argument
+        checks.check_mask(labels, mask)
+        checks.read_labels(labels, mask, self.ignore_index, scores.shape[axis])
 
 
 @jax.tree_util.register_static
@@ -129,6 +148,7 @@ class FusedLinearCrossEntropy(_Loss):
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
+    _vocab_axis: ClassVar[tuple[str, int]] = ("lm_weight", 0)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
@@ -167,7 +187,7 @@ class FusedLinearCrossEntropy(_Loss):
         checks.check_linear(hidden_states, labels, lm_weight)
         checks.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
         labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, lm_weight.shape[0])
-        hidden_states, lm_weight = jnp.asarray(hidden_states), jnp.asarray(lm_weight)
+        hidden_states, lm_weight = checks.as_jax(hidden_states), checks.as_jax(lm_weight)
         count = checks.as_count(num_label_tokens)
         target, scale = linear_targets_and_scale(
             labels,
@@ -198,6 +218,7 @@ class KDLoss(_Loss):
     fp32_upcast: bool = True
     tp_group: Any = None
     chunk_size: int = 0
+    _vocab_axis: ClassVar[tuple[str, int]] = ("student_logits", -1)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
@@ -229,7 +250,7 @@ class KDLoss(_Loss):
         checks.check_pair(student_logits, teacher_logits, labels)
         checks.check_count("num_batch_labels", num_batch_labels)
         labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, student_logits.shape[-1])
-        return distillation(
+        loss: jax.Array = distillation(
             student_logits,
             teacher_logits,
             labels,
@@ -239,6 +260,7 @@ class KDLoss(_Loss):
             chunk_size=int(self.chunk_size),
             upcast=self.fp32_upcast,
         )
+        return loss
 
 
 def _refuse_group(name: str, tp_group: Any) -> None:
@@ -265,7 +287,7 @@ def _over_logits(
     checks.check_mask(labels, mask)
     checks.check_reduction_arguments(reduction, labels, num_label_tokens, loss_weights)
     labels, ignore_index = checks.read_labels(labels, mask, ignore_index, logits.shape[-1])
-    return cross_entropy(
+    loss: jax.Array = cross_entropy(
         logits,
         labels,
         mask,
@@ -275,3 +297,4 @@ def _over_logits(
         reduction=reduction,
         upcast=upcast,
     )
+    return loss

@@ -31,6 +31,7 @@ def cross_entropy(
     reduction: str,
     upcast: bool,
 ) -> jax.Array:
+    """The loss over logits, reduced; arguments have been checked."""
     target = classify(jnp, labels, mask, ignore_index, logits.shape[-1])
     loss = cross_entropy_rows(*same_varying_axes(logits, target))
     if reduction != "none":
@@ -50,6 +51,7 @@ def linear_targets_and_scale(
     mean: bool,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
+    """Target and factor of each row, for the fused loss, which sums by itself."""
     target = classify(jnp, labels, None, ignore_index, vocab)
     return target, _row_scale(target, dtype, mean=mean, count=count, loss_weights_T=loss_weights)
 
@@ -66,6 +68,7 @@ def distillation(
     chunk_size: int,
     upcast: bool,
 ) -> jax.Array:
+    """The divergence, reduced; arguments have been checked."""
     target = classify(jnp, labels, None, ignore_index, student.shape[-1])
     student, teacher, target = same_varying_axes(student, teacher, target)
     loss = distillation_rows(student, teacher, target, temperature, chunk_size)

@@ -19,11 +19,10 @@ from loss_core_jax.checks import IGNORED
 from loss_core_jax.chunked import put_rows, rows_within, take_rows, zeros_for_loop
 from loss_core_jax.cross_entropy import arithmetic_dtype, counted_or_zero, nan_if_invalid
 
-# Logits of one chunk. An accelerator needs larger products to be busy, and has the room.
-_BUDGET_BYTES = {"cpu": 64 << 20}
-_BUDGET_BYTES_ELSEWHERE = 256 << 20
+# Logits of one chunk, and classes of a tile. An accelerator needs larger products to be busy, and has the room.
+_BUDGET_BYTES, _BUDGET_BYTES_ELSEWHERE = {"cpu": 64 << 20}, 256 << 20
+_TILE, _TILE_ELSEWHERE = {"cpu": 2048}, 16384
 _MIN_CHUNK = 128  # below, each product reads the whole weight for too little work
-_TILE = 4096
 
 
 class Plan(NamedTuple):
@@ -43,11 +42,13 @@ class Gradients(NamedTuple):
 
 
 def plan_for(num_rows: int, weight_VH: jax.Array, softcap: float) -> Plan:
+    """Sizes of chunks and tiles for a problem."""
     vocab = weight_VH.shape[0]
     dtype = arithmetic_dtype(weight_VH)
-    budget = _BUDGET_BYTES.get(jax.default_backend(), _BUDGET_BYTES_ELSEWHERE)
+    platform = jax.default_backend()
+    budget = _BUDGET_BYTES.get(platform, _BUDGET_BYTES_ELSEWHERE)
     chunk = rows_within(budget, vocab * dtype.itemsize, at_least=_MIN_CHUNK)
-    return Plan(max(min(chunk, num_rows), 1), min(_TILE, vocab), softcap, dtype)
+    return Plan(max(min(chunk, num_rows), 1), min(_TILE.get(platform, _TILE_ELSEWHERE), vocab), softcap, dtype)
 
 
 class _Tile(NamedTuple):

@@ -181,7 +181,7 @@ class LinearCrossEntropySum(Function):
                     )[1:]
                 # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
                 (grad_h, grad_w), ctx.buffers = ctx.buffers, None
-                if upstream.device.type != "cpu" or float(upstream) != 1.0:
+                if not (eager.may_read_values(upstream) and float(upstream) == 1.0):
                     grad_h, grad_w = grad_h.mul_(upstream), grad_w.mul_(upstream)
             want_h, want_w = ctx.want
             grad_h = grad_h.to(h_TH.dtype) if want_h else None

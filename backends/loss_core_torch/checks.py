@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loss_core_torch import eager
+
 
 def tensor(name: str, value: Any) -> Tensor:
     """A plain tensor, or a TypeError that says what came instead."""
@@ -71,12 +73,9 @@ def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = Non
 
 
 def out_of_range(labels_T: Tensor, keep_T: Tensor, shape: torch.Size, vocab: int, ignore_index: int) -> Tensor | None:
-    """Tokens that count but whose label is no class: an error on a CPU, else [T] bool for the caller to make NaN.
-
-    Only a CPU outside of a trace may look at the values; elsewhere that would be a host sync.
-    """
+    """Tokens that count but whose label is no class: an error where values may be read, else [T] bool to make NaN."""
     bad_T = keep_T & ((labels_T < 0) | (labels_T >= vocab))
-    if labels_T.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(labels_T):
+    if not eager.may_read_values(labels_T):
         return bad_T
     if not bool(bad_T.any()):
         return None
@@ -86,11 +85,6 @@ def out_of_range(labels_T: Tensor, keep_T: Tensor, shape: torch.Size, vocab: int
         f"labels{list(position)} is {int(labels_T[first])}, which is neither a class in [0, {vocab}) nor "
         f"ignore_index ({ignore_index})."
     )
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Whether a torch.func transform or a fake-tensor mode hides the values."""
-    return type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:

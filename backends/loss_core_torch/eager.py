@@ -50,9 +50,14 @@ def row_blocks(x: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
         start += piece.shape[0]
 
 
+def may_read_values(x: Tensor) -> bool:
+    """Whether the program may depend on values: on a CPU, outside of a trace; elsewhere that would be a host sync."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def some_ignored(keep: Tensor) -> bool:
-    """Whether rows of a block may need clearing; only a CPU may look, elsewhere it would be a host sync."""
-    return keep.device.type != "cpu" or not bool(keep.all())
+    """Whether rows of a block may need clearing."""
+    return not (may_read_values(keep) and bool(keep.all()))
 
 
 class _Buffer:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from loss_core_torch import eager
 from loss_core_torch.eager import compute_dtype
 from loss_core_torch.opaque import opaque
 
@@ -91,7 +92,9 @@ def linear_cross_entropy(
     # The first block writes every entry; without any block zeros are right.
     grad_w = torch.empty(w_VH.shape if want_w else (0,), dtype=dtype, device=device)
     block = block_tokens(w_VH.shape[0], device, dtype.itemsize)
-    blocks = list(_token_blocks(keep_T, block))
+    # Leaving tokens out needs their number on the host.
+    compact = eager.may_read_values(keep_T)
+    blocks = list(_token_blocks(keep_T, block, compact))
     if not blocks:
         return loss_T, grad_h, grad_w.zero_()
     room = min(block, max(_length(at) for at in blocks)) * w_VH.shape[0]
@@ -101,7 +104,7 @@ def linear_cross_entropy(
         keep_B = keep_T[at]
         # What an ignored token holds must not reach a product, not even times 0.
         h_BH = h_TH[at].to(product_dtype).to(dtype)
-        if device.type != "cpu":
+        if not compact:
             h_BH = torch.where(keep_B[:, None], h_BH, 0.0)
         z_BV = logits_buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
         for tile, w_CH in _tiles(w_VH, product_dtype, dtype):
@@ -134,13 +137,12 @@ def _length(at: slice | Tensor) -> int:
     return at.stop - at.start if isinstance(at, slice) else at.numel()
 
 
-def _token_blocks(keep_T: Tensor, block: int) -> Iterator[slice | Tensor]:
-    """Places of the tokens of each block: slices, or on a CPU the indices of those that count."""
+def _token_blocks(keep_T: Tensor, block: int, compact: bool) -> Iterator[slice | Tensor]:
+    """Places of the tokens of each block: slices, or the indices of those that count."""
     num_tokens = keep_T.numel()
-    if keep_T.device.type == "cpu" and not bool(keep_T.all()):
+    if compact and not bool(keep_T.all()):
         yield from keep_T.nonzero()[:, 0].split(block) if bool(keep_T.any()) else ()
         return
-    # Elsewhere the number of tokens that count would have to come to the host: a sync.
     for start in range(0, num_tokens, block):
         yield slice(start, min(start + block, num_tokens))
 
