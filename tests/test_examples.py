@@ -1,0 +1,165 @@
+"""Each example, run as a user runs it: a process of its own in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+pytest.importorskip("yaml")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+# One thread each: the tests run side by side.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends"), str(EXAMPLES)]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+def example(folder: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, str(EXAMPLES / name), *options)
+
+
+def loss_file(folder: Path, text: str) -> str:
+    path = folder / "loss.yaml"
+    path.write_text(f"loss: {{{text}}}", encoding="utf-8")
+    return str(path)
+
+
+def test_training_gives_the_same_losses_on_both_backends(tmp_path):
+    curves = []
+    for flag in ("torch:eager", "jax:xla"):
+        out = tmp_path / f"{flag.partition(':')[0]}.json"
+        done = example(tmp_path, "train_byte_lm.py", "--backend", flag, "--steps", "3", "--out", str(out))
+        assert done.returncode == 0, done.stderr
+        assert "bits per byte" in done.stdout
+        curves.append(json.loads(out.read_text()))
+    assert [curve["kernel"] for curve in curves] == ["torch:eager", "jax:xla"]
+    losses = [np.array([*curve["losses"], curve["valid_loss"]]) for curve in curves]
+    assert losses[0].shape == (4,)
+    # The first loss of a byte model that knows nothing is log 256.
+    assert abs(losses[0][0] - np.log(256)) < 0.2
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_another_loss_by_the_file_alone(tmp_path):
+    path = loss_file(tmp_path, "name: MaskedCrossEntropy, ignore_index: -1")
+    done = example(tmp_path, "train_byte_lm.py", "--loss", path, "--steps", "2", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        (("--backend", "tensorflow"), "name: FusedLinearCrossEntropy", "torch, torch:auto, jax"),
+        ((), "name: FusedLinearCrossEntropy, ignore_idx: 1", "Did you mean 'ignore_index'?"),
+        ((), "name: [", "no valid YAML"),
+        ((), "name: KDLoss", "names a KDLossConfig"),
+        ((), "name: FusedLinearCrossEntropy, reduction: mean", "num_label_tokens"),
+    ],
+    ids=["unknown flag", "typo", "no YAML", "a loss with a teacher", "a reduction that is not summed"],
+)
+def test_a_mistake_is_a_message_and_no_traceback(tmp_path, options, text, message):
+    done = example(tmp_path, "train_byte_lm.py", "--steps", "1", "--loss", loss_file(tmp_path, text), *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
+def test_ctrl_c_leaves_quietly_with_what_was_trained(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "train_byte_lm.py"), "--steps", "100000", "--out", "curve.json"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("step ")
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr == ""
+    assert "stopped after" in stdout
+    assert len(json.loads((tmp_path / "curve.json").read_text())["losses"]) >= 1
+
+
+def test_demo_writes_its_page_and_says_how_far_apart(tmp_path):
+    done = example(tmp_path, "demo.py", "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert "Agree: held-out loss" in done.stdout
+    page = (tmp_path / "demo.html").read_text()
+    assert page.count("<svg") == 1
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", ""), "the page loads something from elsewhere"
+
+
+def test_demo_fails_when_a_backend_is_wrong(tmp_path):
+    # The torch loss in both places; the second one is right, but its gradient is 1e-4 too large.
+    broken = f"""
+import runpy, sys
+import torch, loss_core_bridge
+build = loss_core_bridge.build_torch_loss
+class Off(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+    def forward(self, hidden_states, **others):
+        return self.loss(hidden_states=hidden_states * (1 + 1e-4) - hidden_states.detach() * 1e-4, **others)
+loss_core_bridge.build_torch_loss = lambda config, backend: (
+    Off(build(config, backend)) if backend == "torch:eager" else build(config, backend))
+sys.argv = ["demo.py", "--steps", "1", "--backends", "torch", "torch:eager"]
+runpy.run_path({str(EXAMPLES / "demo.py")!r}, run_name="__main__")
+"""
+    done = run(tmp_path, "-c", broken)
+    assert done.returncode == 1, done.stderr
+    assert "DISAGREE" in done.stdout
+
+
+@pytest.mark.parametrize("library", ["jax", "torch", "matplotlib"])
+def test_demo_without_a_library_says_what_to_install(tmp_path, library):
+    without = (
+        f"import runpy, sys; sys.modules[{library!r}] = None; sys.argv = ['demo.py', '--steps', '1']; "
+        f"runpy.run_path({str(EXAMPLES / 'demo.py')!r}, run_name='__main__')"
+    )
+    done = run(tmp_path, "-c", without)
+    assert done.returncode == 2
+    assert "pip install 'loss-core[" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_jax_step_learns_without_loading_torch(tmp_path):
+    done = run(
+        tmp_path,
+        "-c",
+        f"import runpy, sys; sys.modules['torch'] = None; sys.argv = ['jax_step.py', '--steps', '3']; "
+        f"runpy.run_path({str(EXAMPLES / 'jax_step.py')!r}, run_name='__main__')",
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[3]) for line in done.stdout.splitlines()]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("custom_loss.py", "trained with --backend jax"), ("port_a_loss.py", "second_port: agrees")]
+)
+def test_script_does_what_it_says(tmp_path, name, line):
+    done = example(tmp_path, name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert line in done.stdout
