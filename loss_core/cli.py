@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments after the program's name; None for those of the process.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    # torch and JAX take turns here, and torch's idle threads would spin on the cores that JAX needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app = make_app()
         app(args=arguments, prog_name="loss-core", obj=shlex.join(["loss-core", *arguments]))

@@ -1,8 +1,8 @@
 """The check can fail: realistic bugs, put into a kernel one at a time, turn its rows red, and no others."""
 
-import importlib.util
 import json
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core.check import assert_backends_agree, check, compare
+from loss_core_jax import cross_entropy, distillation, reduction
 from loss_core_torch import eager, eager_linear, eager_logits, modules
-
-HAS_JAX = importlib.util.find_spec("jax") is not None
 
 
 def test_correct_kernels_pass():
@@ -203,10 +202,63 @@ def count_ignored(patch):
     patch(modules, "_reduce", lambda loss, keep, shape, red, n=None, w=None: real(loss, keep, shape, red, None, w))
 
 
+@pytest.fixture
+def no_stale_traces():
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def jax_mean_over_all_tokens(patch):
+    real = reduction._row_scale
+
+    def over_all(target_T, dtype, *, mean, **rest):
+        scale_T = real(target_T, dtype, mean=False, **rest)
+        return scale_T / target_T.size if mean else scale_T
+
+    patch(reduction, "_row_scale", over_all)
+
+
+def jax_ignored_rows_multiplied_by_zero(patch):
+    real = cross_entropy._gradient
+
+    def times_zero(logits, target, m, s, grad):
+        kept = jax.numpy.maximum(target, 0)
+        return real(logits, kept, m, s, grad * (target >= 0))
+
+    patch(cross_entropy, "_gradient", times_zero)
+    patch(cross_entropy, "counted_or_zero", lambda rows, target: rows.astype(cross_entropy.arithmetic_dtype(rows)))
+
+
+def jax_missing_temperature_squared(patch):
+    real = distillation.finish_kd
+    patch(distillation, "finish_kd", lambda xp, state: real(xp, state) / 2.5**2)
+
+
+JAX_BUGS = {
+    "mean": ("MaskedCrossEntropy", jax_mean_over_all_tokens),
+    "nan-where-ignored": ("MaskedCrossEntropy", jax_ignored_rows_multiplied_by_zero),
+    "temperature": ("KDLoss", jax_missing_temperature_squared),
+}
+
+
+@pytest.mark.parametrize("case", JAX_BUGS)
+def test_an_injected_bug_in_jax_turns_its_row_red_and_not_torchs(case, monkeypatch, no_stale_traces):
+    loss, inject = JAX_BUGS[case]
+    inject(monkeypatch.setattr)
+    report = check(loss, ["torch:eager", "jax:xla"], dtypes=["float32"], only=[case])
+    rows = {(row.flag, row.against): row.passed for row in report.rows}
+    assert rows == {
+        ("torch:eager", "float64"): True,
+        ("jax:xla", "float64"): False,
+        ("torch:eager", "jax:xla"): False,
+    }
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_an_injected_bug_turns_its_row_red_and_no_other(name, monkeypatch):
     loss, case, dtype, inject = BUGS[name]
-    backends = ["torch:eager", "jax:xla"] if HAS_JAX else ["torch:eager"]
+    backends = ["torch:eager", "jax:xla"]
     inject(monkeypatch.setattr)
     report = check(loss, backends, dtypes=[dtype], only=[case])
     assert not report.passed, f"{name} went unnoticed"
