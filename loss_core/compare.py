@@ -96,7 +96,7 @@ def compare(
     def allowed(unit: float, stored: float) -> dict[str, Floats]:
         # moved was measured at inner.u; other units scale it.
         return {
-            name: growth * (change * (unit / inner.u) + unit * np.abs(value)) + stored * np.abs(value) + fmt.tiny
+            name: growth * (change * (unit / inner.u) + unit * np.abs(value)) + stored * np.abs(value) + fmt.near_zero
             for name, change, value in ((n, moved[n], reference[n]) for n in reference)
         }
 

@@ -19,7 +19,7 @@ class FloatFormat:
     Attributes:
         name: dtype name shared by torch and JAX.
         u: unit roundoff, half the distance from 1 to the next number.
-        tiny: smallest normal number; results below it may be flushed to 0.
+        tiny: smallest normal number.
         max: largest finite number.
     """
 
@@ -27,6 +27,15 @@ class FloatFormat:
     u: float
     tiny: float
     max: float
+
+    @property
+    def near_zero(self) -> float:
+        """Largest error of a stored number below the normal range.
+
+        CPUs and GPUs run float32 (and bfloat16, which has its range) with a flush of such numbers to 0;
+        conversions to float16 keep them, in steps of 2 u tiny.
+        """
+        return self.u * self.tiny if self.name == "float16" else self.tiny
 
 
 FORMATS = {

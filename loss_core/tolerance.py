@@ -91,7 +91,7 @@ class _Softmax:
     log_p_TV: Floats
     p_TV: Floats
     lse_T: Floats
-    rel_p_TV: Floats  # of each probability
+    err_p_TV: Floats
     err_lse_T: Floats
 
 
@@ -99,14 +99,16 @@ def _finite(values: Floats) -> Floats:
     return np.where(np.isfinite(values), values, 0.0)
 
 
-def _softmax(z_TV: Floats, err_z_T: Floats, u: float) -> _Softmax:
+def _softmax(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> _Softmax:
     """Rounding of the log-sum-exp and of each probability.
 
     With r = max z - z the argument of exp is rounded by u r, so that e^-r is off by the factor
     u (r + EXP_ULPS); the sum averages these with the weights p and adds its own growth. The
     log-sum-exp is then rounded as log s, and as m + log s. A probability computed as exp(z - lse)
-    sees lse's error once more. Errors of z itself shift numerator and sum: twice err_z.
+    sees lse's error once more. Errors of z itself shift numerator and sum: twice err_z. A probability
+    below the normal range may be flushed to 0.
     """
+    u = inner.u
     log_p_TV = log_softmax(z_TV)
     p_TV = np.exp(log_p_TV)
     m_T = np.max(z_TV, axis=-1)
@@ -116,12 +118,12 @@ def _softmax(z_TV: Floats, err_z_T: Floats, u: float) -> _Softmax:
     log_s_T = _finite(np.abs(lse_T - m_T))
     err_lse_T = err_z_T + rel_s_T + u * (LOG_ULPS * log_s_T + np.abs(_finite(m_T)) + 2 * np.abs(lse_T))
     rel_p_TV = u * (r_TV + EXP_ULPS + 2) + (err_z_T + err_lse_T)[:, None]
-    return _Softmax(z_TV, log_p_TV, p_TV, lse_T, rel_p_TV, err_lse_T)
+    return _Softmax(z_TV, log_p_TV, p_TV, lse_T, rel_p_TV * p_TV + inner.near_zero, err_lse_T)
 
 
 def _stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
-    """Adds the one rounding of a stored result, and what a flush of tiny results to 0 may lose."""
-    return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.tiny)
+    """Adds the one rounding of a stored result, and what is lost near 0."""
+    return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.near_zero)
 
 
 def _token_errors(sm: _Softmax, labels_T: NDArray[Any], expected: OracleResult, err_z_T: Floats, u: float) -> Floats:
@@ -167,7 +169,7 @@ def _onehot_errors(sm: _Softmax, labels_T: NDArray[Any], coef_T: Floats, u: floa
     rows = np.flatnonzero(coef_T != 0)
     inside = (labels_T[rows] >= 0) & (labels_T[rows] < dz_TV.shape[-1])
     dz_TV[rows[inside], labels_T[rows[inside]].astype(np.int64)] -= 1
-    error_TV = sm.rel_p_TV * sm.p_TV + u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    error_TV = sm.err_p_TV + u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
     coef_T1 = np.abs(coef_T)[:, None]
     return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), _finite(coef_T1 * error_TV)
 
@@ -179,7 +181,7 @@ def _cross_entropy(
     logits = np.asarray(arrays["logits"], np.float64)
     labels_T = np.asarray(arrays["labels"]).reshape(-1)
     zero_T = np.zeros(labels_T.size)
-    sm = _softmax(_kept_rows(logits, expected), zero_T, u)
+    sm = _softmax(_kept_rows(logits, expected), zero_T, compute_format(dtype))
     result = _result_errors(config, arrays, expected, _token_errors(sm, labels_T, expected, zero_T, u), dtype, upstream)
     _, error_TV = _onehot_errors(sm, labels_T, expected.coef_T, u)
     grad = expected.grads["logits"]
@@ -221,7 +223,7 @@ def _fused_linear(
     cap = float(config.logit_softcapping)
     z_TV, slope_TV = softcap(raw_TV, cap)
     err_z_T = err_raw_T + (TANH_ULPS * u * np.max(np.abs(raw_TV), axis=-1) if cap else 0.0)
-    sm = _softmax(z_TV, err_z_T, u)
+    sm = _softmax(z_TV, err_z_T, compute_format(dtype))
     result = _result_errors(
         config, arrays, expected, _token_errors(sm, labels_T, expected, err_z_T, u), dtype, upstream
     )
@@ -232,8 +234,8 @@ def _fused_linear(
         dz_TV = dz_TV * slope_TV
     if product_dtype is not None:
         operand = float_format(product_dtype)
-        # Rounding of the operand, and the half step of its subnormals.
-        err_dz_TV = err_dz_TV + operand.u * np.abs(dz_TV) + np.where(dz_TV != 0, operand.u * operand.tiny, 0.0)
+        # Rounding of the operand, and what is lost near 0.
+        err_dz_TV = err_dz_TV + operand.u * np.abs(dz_TV) + np.where(dz_TV != 0, operand.near_zero, 0.0)
     size_TV = np.abs(dz_TV)
     err_h_TH = (err_dz_TV + sum_growth(size_TV.shape[1]) * u * size_TV) @ np.abs(w_VH)
     err_w_VH = (err_dz_TV + sum_growth(size_TV.shape[0]) * u * size_TV).T @ np.abs(h_TH)
@@ -254,7 +256,8 @@ def _distillation(
     top_s_T, top_t_T = (np.max(np.abs(_finite(z_TV)), axis=-1) for z_TV in (zs_TV, zt_TV))
     # z / T: the reciprocal and the product are each rounded once.
     scaled = 2 * u if temp != 1 else 0.0
-    student, teacher = _softmax(zs_TV, scaled * top_s_T, u), _softmax(zt_TV, scaled * top_t_T, u)
+    student = _softmax(zs_TV, scaled * top_s_T, compute_format(dtype))
+    teacher = _softmax(zt_TV, scaled * top_t_T, compute_format(dtype))
     pt_TV = teacher.p_TV
     d_TV = np.where(pt_TV == 0, 0.0, teacher.log_p_TV - student.log_p_TV)
     gap_TV = np.where(pt_TV == 0, 0.0, _finite(zt_TV - zs_TV))
@@ -264,19 +267,17 @@ def _distillation(
     weighted_TV = pt_TV * np.abs(gap_TV)
     err_kl_T = (
         err_d_T
-        + np.sum(_finite((teacher.rel_p_TV + sum_growth(pt_TV.shape[-1]) * u) * weighted_TV), axis=-1)
+        + np.sum(_finite(teacher.err_p_TV * np.abs(gap_TV) + sum_growth(pt_TV.shape[-1]) * u * weighted_TV), axis=-1)
         + 2 * u * (np.sum(weighted_TV, axis=-1) + np.abs(student.lse_T) + np.abs(teacher.lse_T) + np.abs(kl_T))
     )
     err_T = np.where(expected.keep_T, temp**2 * (err_kl_T + 3 * u * np.abs(kl_T)), 0.0)
     result = _result_errors(config, arrays, expected, err_T, dtype, upstream)
     coef_T1 = np.abs(expected.coef_T)[:, None] * temp
     difference_TV = np.abs(student.p_TV - pt_TV)
-    err_student_TV = coef_T1 * (
-        student.rel_p_TV * student.p_TV + teacher.rel_p_TV * pt_TV + u * (2 + COEF_ROUNDINGS) * difference_TV
-    )
+    err_student_TV = coef_T1 * (student.err_p_TV + teacher.err_p_TV + u * (2 + COEF_ROUNDINGS) * difference_TV)
     centred_TV = np.abs(_finite(d_TV - kl_T[:, None]))
-    err_teacher_TV = (
-        coef_T1 * pt_TV * ((teacher.rel_p_TV + u * (2 + COEF_ROUNDINGS)) * centred_TV + (err_d_T + err_kl_T)[:, None])
+    err_teacher_TV = coef_T1 * (
+        (teacher.err_p_TV + u * (2 + COEF_ROUNDINGS) * pt_TV) * centred_TV + pt_TV * (err_d_T + err_kl_T)[:, None]
     )
     for name, error_TV in (("student_logits", err_student_TV), ("teacher_logits", err_teacher_TV)):
         grad = expected.grads[name]

@@ -76,3 +76,22 @@ def test_share_of_special_values():
     expected = np.array([nan, inf, nan, 1.0, 70000.0, 70000.0, 70000.0])
     share = share_of_allowance(got, expected, np.ones(7), "float16")
     np.testing.assert_array_equal(share, [0, 0, inf, inf, 0, 0, inf])
+
+
+def test_a_probability_flushed_to_zero_before_its_coefficient_is_rounding():
+    # exp(-87.5) = 1e-38 is below float32's normal range: 0 where denormals are flushed, though 3 p is normal.
+    arrays = {"logits": np.array([[0.0, -87.5]]), "labels": np.array([0])}
+    upstream = np.array(3.0)
+    expected = evaluate(MaskedCrossEntropyConfig(), arrays, upstream)
+    allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float32", upstream=upstream)
+    assert expected.grads["logits"][0, 1] > float_format("float32").tiny
+    assert allowed["logits"][0, 1] > expected.grads["logits"][0, 1]
+
+
+def test_float16_keeps_its_subnormals():
+    # A gradient of 1e-5 lies below float16's normal range; losing it is no rounding.
+    arrays = {"logits": np.array([[0.0, -11.5]]), "labels": np.array([0])}
+    expected = evaluate(MaskedCrossEntropyConfig(), arrays)
+    allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float16")
+    assert expected.grads["logits"][0, 1] < float_format("float16").tiny
+    assert allowed["logits"][0, 1] < expected.grads["logits"][0, 1] / 100
