@@ -57,7 +57,7 @@ def compare(
         frameworks: of the two callables, so that two of the same framework can be compared as well.
         seed: of the disturbances.
     Returns:
-        A Report with three rows: each against float64, and one against the other.
+        A Report with four rows: each against float64, one against the other, and both in float64.
     Raises:
         ValueError: for names and dtypes that don't exist. Errors of the callables pass through.
     """
@@ -72,7 +72,7 @@ def compare(
         raise ValueError(f"grad_of names {unknown}, which are no floating-point inputs; these are: {floats}.")
     rounded = {name: round_to(value, dtype) if name in floats else value for name, value in arrays.items()}
     functions = (fn_torch, fn_jax)
-    labels = _labels(frameworks, functions)
+    labels = _labels(frameworks)
 
     def run(which: int, values: Mapping[str, NDArray[Any]], kind: str) -> Evaluation:
         backend = load_backend(parse_flag(frameworks[which]).backend)
@@ -101,18 +101,19 @@ def compare(
         }
 
     report = Report(versions={name: framework_version(name) for name in dict.fromkeys(frameworks)})
-    loss = getattr(fn_torch, "__name__", type(fn_torch).__name__)
+    names = [getattr(fn, "__name__", type(fn).__name__) for fn in functions]
+    both = names[0] if names[0] == names[1] else f"{names[0]}, {names[1]}"
     got = [_results(run(which, rounded, dtype)) for which in (0, 1)]
     one = allowed(inner.u, fmt.u)
     two = {name: 2 * value for name, value in one.items()}
     double = allowed(float_format("float64").u, float_format("float64").u)
     pairs = [
-        (labels[0], "float64", dtype, got[0], reference, one),
-        (labels[1], "float64", dtype, got[1], reference, one),
-        (labels[0], labels[1], dtype, got[0], got[1], two),
-        (labels[1], labels[0], "float64", exact[1], reference, {n: 2 * v for n, v in double.items()}),
+        (names[0], labels[0], "float64", dtype, got[0], reference, one),
+        (names[1], labels[1], "float64", dtype, got[1], reference, one),
+        (both, labels[0], labels[1], dtype, got[0], got[1], two),
+        (both, labels[1], labels[0], "float64", exact[1], reference, {n: 2 * v for n, v in double.items()}),
     ]
-    for flag, against, kind, values, expected, limits in pairs:
+    for loss, flag, against, kind, values, expected, limits in pairs:
         row = Row(loss, flag, against, kind, cases=1)
         template = Finding(loss=loss, flag=flag, against=against, dtype=kind, case="inputs")
         add_findings(row, template, values, expected, limits, dict.fromkeys(values, kind))
@@ -121,11 +122,10 @@ def compare(
     return report
 
 
-def _labels(frameworks: tuple[str, str], functions: tuple[Any, Any]) -> tuple[str, str]:
+def _labels(frameworks: tuple[str, str]) -> tuple[str, str]:
     if frameworks[0] != frameworks[1]:
         return frameworks
-    names = [getattr(fn, "__name__", type(fn).__name__) for fn in functions]
-    return (f"{frameworks[0]} {names[0]}", f"{frameworks[1]} {names[1]}{' (2nd)' if names[0] == names[1] else ''}")
+    return (f"{frameworks[0]} (1st)", f"{frameworks[1]} (2nd)")
 
 
 def _results(got: Evaluation) -> dict[str, Floats]:
