@@ -491,3 +491,15 @@ def test_evaluate(dtype: str) -> None:
         load_backend("jax").evaluate(
             loss, {"logits": logits, "labels": LABELS * 0 + V}, dtype=dtype, upstream=None, grad_of=("logits",)
         )
+
+
+def test_a_label_beyond_int32_is_no_class_in_64_bit_mode() -> None:
+    # Cut to 32 bits it would be class 1.
+    with jax.enable_x64(True):
+        logits, labels = jnp.zeros((2, V)), jnp.asarray([0, 2**32 + 1])
+        assert labels.dtype == jnp.int64
+        assert np.isnan(jax.jit(MaskedCrossEntropy())(logits, labels))
+        with pytest.raises(ValueError, match="4294967297"):
+            MaskedCrossEntropy()(logits, labels)
+        with pytest.raises(ValueError, match="4294967297"):
+            FusedLinearCrossEntropy()(jnp.zeros((2, H)), np.asarray(labels), jnp.zeros((V, H)))
