@@ -8,13 +8,11 @@ True
 
 from __future__ import annotations
 
-import json
 import platform
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,16 +28,24 @@ from loss_core.backend import (
     load_backend,
     parse_flag,
 )
-from loss_core.build import LOSS_CONFIG_REGISTRY, config_class_for
-from loss_core.cases import ALL_LOSSES, Case, named_cases, random_cases
+from loss_core.calls import (
+    ORACLE,
+    Call,
+    chosen_cases,
+    chosen_losses,
+    distinct_names,
+    filters_in_words,
+    reproduce_suffix,
+    result_dtype,
+    rounded,
+)
 from loss_core.compare import compare
 from loss_core.config import LossConfig
-from loss_core.dtypes import compute_format, float_format, round_to
+from loss_core.dtypes import float_format
 from loss_core.oracle import OracleResult
 from loss_core.report import HISTOGRAM_EDGES, Finding, Report, Row, add_findings, framework_version
 from loss_core.tolerance import allowances
 
-ORACLE = "float64"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 __all__ = ["HISTOGRAM_EDGES", "Finding", "Report", "Row", "assert_backends_agree", "check", "compare"]
@@ -85,21 +91,21 @@ def check(
     """
     start = time.perf_counter()
     report = Report(versions={"python": platform.python_version(), "numpy": np.__version__})
-    losses = _losses(config)
+    losses = chosen_losses(config)
     flags = _flags(backends, against, report)
     wanted = tuple(dtypes) if dtypes else DTYPES
     for dtype in wanted:
         float_format(dtype)
     if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
         raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
-    suffix = _suffix(shape, num_random, seed, device) + reproduce_options
+    suffix = reproduce_suffix(shape, num_random, seed, device) + reproduce_options
     calls = []
-    for loss, name in zip(losses, _distinct_names(losses), strict=True):
-        cases = _cases(loss, shape, only, num_random, seed, inputs)
+    for loss, name in zip(losses, distinct_names(losses), strict=True):
+        cases = chosen_cases(loss, shape, only, num_random, seed, inputs)
         if not cases:
-            report.skipped.append(f"{name}: no case{_filters(shape, only)}")
+            report.skipped.append(f"{name}: no case{filters_in_words(shape, only)}")
         calls += [
-            _Call(loss, name, case, dtype, suffix, device, inputs is not None) for dtype in wanted for case in cases
+            Call(loss, name, case, dtype, suffix, device, inputs is not None) for dtype in wanted for case in cases
         ]
     if not calls:
         raise ValueError(f"Nothing to check: {'; '.join(report.skipped)}.")
@@ -134,76 +140,6 @@ def assert_backends_agree(
     return report
 
 
-@dataclass(frozen=True)
-class _Call:
-    loss: str | LossConfig
-    name: str
-    case: Case
-    dtype: str
-    suffix: str
-    device: str | None
-    captured: bool
-
-    def reproduce(self, flag: str, against: str) -> str:
-        other = "" if against == ORACLE else f" --against {against}"
-        config = self.loss if isinstance(self.loss, str) else json.dumps(self.loss.to_dict())
-        case = "" if self.captured else f" --case {self.case.name}"
-        return (
-            f"loss-core check --config {shlex.quote(config)} --backend {flag}{other} --dtype {self.dtype}"
-            f"{case}{self.suffix}"
-        )
-
-
-def _name(loss: str | LossConfig) -> str:
-    if isinstance(loss, str):
-        return loss
-    exact = [name for name, cls in LOSS_CONFIG_REGISTRY.items() if type(loss) is cls]
-    parents = [name for name, cls in LOSS_CONFIG_REGISTRY.items() if isinstance(loss, cls)]
-    return [*exact, *parents, type(loss).__name__][0]
-
-
-def _distinct_names(losses: Sequence[str | LossConfig]) -> list[str]:
-    """A name for each; where several configs of one loss are checked, with the fields that are not the default."""
-    names = [_name(loss) for loss in losses]
-    told = [
-        name if names.count(name) == 1 or isinstance(loss, str) else f"{name}({_changed_fields(loss)})"
-        for loss, name in zip(losses, names, strict=True)
-    ]
-    return [name if told.count(name) == 1 else f"{name} #{told[: i + 1].count(name)}" for i, name in enumerate(told)]
-
-
-def _changed_fields(config: LossConfig) -> str:
-    changed = [
-        f"{f.name}={value!r}"
-        for f in fields(config)
-        for value in [getattr(config, f.name)]
-        if f.compare and (f.default is MISSING or value != f.default)
-    ]
-    return ", ".join(changed)
-
-
-def _filters(shape: tuple[int, ...] | None, only: Sequence[str] | None) -> str:
-    names = f" named {' or '.join(only)}" if only is not None else ""
-    return names + (f" at the shape {','.join(map(str, shape))}" if shape is not None else "")
-
-
-def _losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[str | LossConfig]:
-    if config is None:
-        return list(ALL_LOSSES)
-    losses = [config] if isinstance(config, str | LossConfig) else list(config)
-    for loss in losses:
-        if isinstance(loss, str):
-            loss = config_class_for(loss)()
-        if not isinstance(loss, LossConfig):
-            raise TypeError(f"config must be a registry name or a LossConfig, got {loss!r}.")
-        if not oracle.has_definition(loss):
-            raise TypeError(
-                f"There is no float64 definition of {type(loss).__name__} to check against; compare two "
-                "implementations of it with loss_core.check.compare."
-            )
-    return losses
-
-
 def _flags(backends: Sequence[str] | None, against: str | None, report: Report) -> list[str]:
     """Flags to run, each naming its kernel or `auto`; notes what can't be used."""
     if backends is None:
@@ -230,65 +166,15 @@ def _usable(flag: str) -> str:
     return str(parsed)
 
 
-def _cases(
-    loss: str | LossConfig,
-    shape: tuple[int, ...] | None,
-    only: Sequence[str] | None,
-    num_random: int,
-    seed: int,
-    inputs: Mapping[str, NDArray[Any]] | None,
-) -> list[Case]:
-    if inputs is not None:
-        config = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
-        arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        arrays = {name: a.astype(np.float64) if a.dtype.kind not in "iub" else a for name, a in arrays.items()}
-        floats = tuple(n for n, a in arrays.items() if a.dtype.kind == "f" and a.ndim and n != "mask")
-        return [Case("captured", config, arrays, None, floats)]
-    named = named_cases(loss, shape=shape)
-    random = random_cases(loss, num_random, seed, shape)
-    cases = [*named, *random]
-    return cases if only is None else [case for case in cases if case.name in only]
-
-
-def _suffix(shape: tuple[int, ...] | None, num_random: int, seed: int, device: str | None) -> str:
-    parts = []
-    if shape is not None:
-        parts.append(f" --shape {','.join(map(str, shape))}")
-    if num_random:
-        parts.append(f" --cases {num_random} --seed {seed}")
-    if device is not None:
-        parts.append(f" --device {device}")
-    return "".join(parts)
-
-
-def _result_dtype(config: LossConfig, dtype: str) -> str:
-    return dtype if not getattr(config, "fp32_upcast", True) else compute_format(dtype).name
-
-
-def _rounded(call: _Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
-    """The arrays and the upstream gradient as the tested dtype holds them."""
-    case, dtype = call.case, call.dtype
-    arrays = {}
-    for name, value in case.arrays.items():
-        value = round_to(value, dtype) if value.dtype.kind == "f" else value
-        if case.strided and value.dtype.kind == "f" and value.ndim > 1 and name != "lm_weight":
-            longer = np.zeros((*value.shape[:-2], value.shape[-2] + 1, value.shape[-1]))
-            longer[..., :-1, :] = value
-            value = longer[..., :-1, :]
-        arrays[name] = value
-    upstream = case.upstream
-    return arrays, None if upstream is None else round_to(upstream, _result_dtype(case.config, dtype))
-
-
 def _check_case(
-    call: _Call,
+    call: Call,
     flags: list[str],
     against: str | None,
     table: dict[tuple[str, str, str, str], Row],
     report: Report,
     pool: ThreadPoolExecutor,
 ) -> None:
-    arrays, upstream = _rounded(call)
+    arrays, upstream = rounded(call)
     running = {flag: pool.submit(_evaluate, call, flag, arrays, upstream) for flag in flags}
     expected = oracle.evaluate(call.case.config, arrays, upstream)
     done: dict[str, tuple[Evaluation, dict[str, NDArray[np.float64]]]] = {}
@@ -326,7 +212,7 @@ def _check_case(
         add_findings(row, template, _results(got), _results(reference), both, got.dtypes)
 
 
-def _evaluate(call: _Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None) -> Evaluation:
+def _evaluate(call: Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None) -> Evaluation:
     loss = call.case.config.build(backend=flag)
     backend = load_backend(parse_flag(flag).backend)
     return backend.evaluate(
@@ -352,10 +238,10 @@ def _expected(expected: OracleResult) -> dict[str, NDArray[np.float64]]:
     return {"loss": expected.loss, **expected.grads}
 
 
-def _contract_problems(call: _Call, flag: str, got: Evaluation) -> list[Finding]:
+def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
     """What is wrong besides the numbers: dtypes, inputs that were changed, another kernel than the flag's."""
     problems = []
-    wanted = dict.fromkeys(got.grads, call.dtype) | {"loss": _result_dtype(call.case.config, call.dtype)}
+    wanted = dict.fromkeys(got.grads, call.dtype) | {"loss": result_dtype(call.case.config, call.dtype)}
     for name, dtype in wanted.items():
         if got.dtypes[name] != dtype:
             problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
@@ -366,12 +252,12 @@ def _contract_problems(call: _Call, flag: str, got: Evaluation) -> list[Finding]
     return problems
 
 
-def _template(call: _Call, flag: str, against: str) -> Finding:
+def _template(call: Call, flag: str, against: str) -> Finding:
     """A finding with what all tensors of a call share."""
     return Finding(call.name, flag, against, call.dtype, call.case.name, reproduce=call.reproduce(flag, against))
 
 
-def _problem(call: _Call, flag: str, tensor: str, text: str) -> Finding:
+def _problem(call: Call, flag: str, tensor: str, text: str) -> Finding:
     return replace(_template(call, flag, ORACLE), tensor=tensor, problem=text)
 
 

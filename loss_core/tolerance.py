@@ -163,15 +163,16 @@ def _result_errors(
     return result
 
 
-def _onehot_errors(sm: _Softmax, labels_T: NDArray[Any], coef_T: Floats, u: float) -> tuple[Floats, Floats]:
+def _onehot_errors(sm: _Softmax, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat) -> tuple[Floats, Floats]:
     """coef (p - onehot), and its error."""
     dz_TV = sm.p_TV.copy()
     rows = np.flatnonzero(coef_T != 0)
     inside = (labels_T[rows] >= 0) & (labels_T[rows] < dz_TV.shape[-1])
     dz_TV[rows[inside], labels_T[rows[inside]].astype(np.int64)] -= 1
-    error_TV = sm.err_p_TV + u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    error_TV = sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
     coef_T1 = np.abs(coef_T)[:, None]
-    return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), _finite(coef_T1 * error_TV)
+    error_TV = np.where(coef_T1 == 0, 0.0, coef_T1 * error_TV + inner.near_zero)
+    return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), _finite(error_TV)
 
 
 def _cross_entropy(
@@ -183,7 +184,7 @@ def _cross_entropy(
     zero_T = np.zeros(labels_T.size)
     sm = _softmax(_kept_rows(logits, expected), zero_T, compute_format(dtype))
     result = _result_errors(config, arrays, expected, _token_errors(sm, labels_T, expected, zero_T, u), dtype, upstream)
-    _, error_TV = _onehot_errors(sm, labels_T, expected.coef_T, u)
+    _, error_TV = _onehot_errors(sm, labels_T, expected.coef_T, compute_format(dtype))
     grad = expected.grads["logits"]
     result["logits"] = _zero_where_ignored(_stored(_finite(grad), error_TV.reshape(grad.shape), fmt), expected)
     return result
@@ -227,7 +228,7 @@ def _fused_linear(
     result = _result_errors(
         config, arrays, expected, _token_errors(sm, labels_T, expected, err_z_T, u), dtype, upstream
     )
-    dz_TV, err_dz_TV = _onehot_errors(sm, labels_T, expected.coef_T, u)
+    dz_TV, err_dz_TV = _onehot_errors(sm, labels_T, expected.coef_T, compute_format(dtype))
     if cap:
         err_slope_TV = 2 * err_raw_T[:, None] / cap + 2 * TANH_ULPS * u
         err_dz_TV = err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV
@@ -237,8 +238,11 @@ def _fused_linear(
         # Rounding of the operand, and what is lost near 0.
         err_dz_TV = err_dz_TV + operand.u * np.abs(dz_TV) + np.where(dz_TV != 0, operand.near_zero, 0.0)
     size_TV = np.abs(dz_TV)
-    err_h_TH = (err_dz_TV + sum_growth(size_TV.shape[1]) * u * size_TV) @ np.abs(w_VH)
-    err_w_VH = (err_dz_TV + sum_growth(size_TV.shape[0]) * u * size_TV).T @ np.abs(h_TH)
+    num_tokens, vocab = size_TV.shape
+    # Each term of a sum may be flushed to 0 as well.
+    flushed = compute_format(dtype).near_zero
+    err_h_TH = (err_dz_TV + sum_growth(vocab) * u * size_TV) @ np.abs(w_VH) + vocab * flushed
+    err_w_VH = (err_dz_TV + sum_growth(num_tokens) * u * size_TV).T @ np.abs(h_TH) + num_tokens * flushed
     grad = expected.grads["hidden_states"]
     result["hidden_states"] = _zero_where_ignored(_stored(_finite(grad), err_h_TH.reshape(grad.shape), fmt), expected)
     result["lm_weight"] = _stored(_finite(expected.grads["lm_weight"]), err_w_VH, fmt)

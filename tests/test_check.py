@@ -46,12 +46,12 @@ def ignore_index_off_by_one(patch):
 
 @bug("MaskedCrossEntropy", "mean")
 def mean_over_all_tokens(patch):
-    real = modules._reduce
+    real = modules.reduction.reduce_tokens
 
     def reduce(loss_T, keep_T, shape, reduction, *rest):
         return loss_T.mean() if reduction == "mean" else real(loss_T, keep_T, shape, reduction, *rest)
 
-    patch(modules, "_reduce", reduce)
+    patch(modules.reduction, "reduce_tokens", reduce)
 
 
 @bug("KDLoss", "temperature")
@@ -198,8 +198,12 @@ def loss_returned_in_bfloat16(patch):
 
 @bug("MaskedCrossEntropy", "count")
 def count_ignored(patch):
-    real = modules._reduce
-    patch(modules, "_reduce", lambda loss, keep, shape, red, n=None, w=None: real(loss, keep, shape, red, None, w))
+    real = modules.reduction.reduce_tokens
+
+    def uncounted(loss_T, keep_T, shape, reduction, num_tokens=None, weights_T=None):
+        return real(loss_T, keep_T, shape, reduction, None, weights_T)
+
+    patch(modules.reduction, "reduce_tokens", uncounted)
 
 
 @pytest.fixture

@@ -73,3 +73,27 @@ def fold(state: State, combine: Callable[[Any, State, State], State], vocab: int
             )
     kind = type(state)
     return reduce(lambda a, b: combine(torch, a, b), (kind(*rank[:, :-1]) for rank in gathered))
+
+
+def materialize(lm_weight: Any, grad_reduce_group: Any) -> Any:
+    """The whole weight of a sharded head; see FusedLinearCrossEntropy.materialize_lm_weight."""
+    if not hasattr(lm_weight, "full_tensor"):
+        return lm_weight
+    if not (torch.is_grad_enabled() and lm_weight.requires_grad):
+        return lm_weight.full_tensor()
+    mesh_size = lm_weight.device_mesh.size()
+    group_size = 1 if grad_reduce_group is None else dist.get_world_size(grad_reduce_group)
+    if mesh_size != group_size:
+        raise ValueError(
+            "FusedLinearCrossEntropy needs a grad_reduce_group that matches the mesh of the sharded lm_weight: "
+            f"mesh size={mesh_size}, reduction group size={group_size}. Pass the process group over which the "
+            "weight is sharded and the tokens differ."
+        )
+    if mesh_size == 1:
+        return lm_weight.full_tensor()
+    from torch.distributed.tensor import Partial
+
+    # Partial: the backward reduce-scatters this rank's full gradient into the shards.
+    weight = lm_weight.full_tensor(grad_placements=[Partial()] * lm_weight.device_mesh.ndim)
+    weight.register_hook(lambda grad: grad / group_size)
+    return weight

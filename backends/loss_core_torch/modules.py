@@ -18,7 +18,7 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, kernels
+from loss_core_torch import autograd, checks, distributed, kernels, reduction
 from loss_core_torch.values import compute_dtype
 
 
@@ -44,43 +44,6 @@ class _Loss(nn.Module):
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in self._fields]
         return ", ".join([*values, f"kernel={self.kernel_choice.flag!r}"])
-
-
-def _reduce(
-    loss_T: Tensor,
-    keep_T: Tensor,
-    shape: torch.Size,
-    reduction: str,
-    num_tokens: Any = None,
-    weights_T: Tensor | None = None,
-) -> Tensor:
-    """From the loss of each token (0 where ignored) to the result."""
-    if reduction == "none":
-        return loss_T.view(shape)
-    if reduction == "mean":
-        return loss_T.sum() / keep_T.sum().clamp(min=1)
-    if weights_T is not None:
-        loss_T = loss_T * weights_T.to(loss_T.dtype)
-    total = loss_T.sum()
-    if num_tokens is None:
-        return total
-    return total / _divisor(num_tokens)
-
-
-def _divisor(num_tokens: Any) -> Any:
-    """The count, with 0 replaced by 1; where it is 0 no token counts (`_keep_if_counted`), so the loss is 0."""
-    if isinstance(num_tokens, Tensor):
-        return torch.where(num_tokens == 0, 1, num_tokens)
-    return num_tokens or 1
-
-
-def _keep_if_counted(keep_T: Tensor, num_tokens: Any) -> Tensor:
-    """A count of 0 means that no token counts anywhere: then none does here."""
-    if num_tokens is None:
-        return keep_T
-    if isinstance(num_tokens, Tensor):
-        return keep_T & (num_tokens != 0)
-    return keep_T if num_tokens else torch.zeros_like(keep_T)
 
 
 class _LogitsCrossEntropy(_Loss):
@@ -125,9 +88,9 @@ class _LogitsCrossEntropy(_Loss):
         keep_T = checks.kept(labels_T, shape, self.ignore_index, mask)
         vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
-        keep_T = _keep_if_counted(keep_T, num_tokens)
+        keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         loss_T = autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
-        loss = _reduce(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
+        loss = reduction.reduce_tokens(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
         return loss if self.fp32_upcast else loss.to(logits.dtype)
 
 
@@ -214,7 +177,7 @@ class KDLoss(_Loss):
         keep_T = checks.kept(labels_T, shape, self.ignore_index)
         vocab = distributed.total_vocab(student_logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
-        keep_T = _keep_if_counted(keep_T, num_tokens)
+        keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         wide = torch.promote_types(compute_dtype(student_logits.dtype), compute_dtype(teacher_logits.dtype))
         if wide == torch.float64:
             student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
@@ -228,9 +191,9 @@ class KDLoss(_Loss):
             self._kernel,
         )[0]
         # The factor is NaN where the label is no class, so that its gradient is NaN as well.
-        loss_T = kl_T * _nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
-        reduction = "mean" if num_tokens is None else "sum"
-        loss = _reduce(loss_T, keep_T, shape, reduction, num_tokens)
+        loss_T = kl_T * reduction.nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
+        kind = "mean" if num_tokens is None else "sum"
+        loss = reduction.reduce_tokens(loss_T, keep_T, shape, kind, num_tokens)
         return loss if self.fp32_upcast else loss.to(student_logits.dtype)
 
 
@@ -266,26 +229,7 @@ class FusedLinearCrossEntropy(_Loss):
         Raises:
             ValueError: a trainable sharded weight whose mesh does not match the group.
         """
-        if not hasattr(lm_weight, "full_tensor"):
-            return lm_weight
-        if not (torch.is_grad_enabled() and lm_weight.requires_grad):
-            return lm_weight.full_tensor()
-        mesh_size = lm_weight.device_mesh.size()
-        group_size = 1 if grad_reduce_group is None else dist.get_world_size(grad_reduce_group)
-        if mesh_size != group_size:
-            raise ValueError(
-                "FusedLinearCrossEntropy needs a grad_reduce_group that matches the mesh of the sharded lm_weight: "
-                f"mesh size={mesh_size}, reduction group size={group_size}. Pass the process group over which the "
-                "weight is sharded and the tokens differ."
-            )
-        if mesh_size == 1:
-            return lm_weight.full_tensor()
-        from torch.distributed.tensor import Partial
-
-        # Partial: the backward reduce-scatters this rank's full gradient into the shards.
-        weight = lm_weight.full_tensor(grad_placements=[Partial()] * lm_weight.device_mesh.ndim)
-        weight.register_hook(lambda grad: grad / group_size)
-        return weight
+        return distributed.materialize(lm_weight, grad_reduce_group)
 
     def forward(
         self,
@@ -328,7 +272,7 @@ class FusedLinearCrossEntropy(_Loss):
         labels_T = checks.labels_like(labels, shape, "hidden_states", device)
         keep_T = checks.kept(labels_T, shape, self.ignore_index)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, weight_VH.shape[0], self.ignore_index)
-        keep_T = _keep_if_counted(keep_T, num_tokens)
+        keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         if bad_T is not None:
             labels_T = torch.where(bad_T, 0, labels_T)
         h_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -337,23 +281,18 @@ class FusedLinearCrossEntropy(_Loss):
             loss_T = autograd.LinearCrossEntropy.apply(
                 h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel
             )
-            return _nan_where(loss_T, bad_T).view(shape)
+            return reduction.nan_where(loss_T, bad_T).view(shape)
         ones_T = torch.ones_like(labels_T, dtype=compute_dtype(hidden_states.dtype))
         weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
-        coef_T = torch.where(keep_T, _nan_where(weighted_T, bad_T), 0.0)
+        coef_T = torch.where(keep_T, reduction.nan_where(weighted_T, bad_T), 0.0)
         if self.reduction == "mean":
             coef_T = coef_T / keep_T.sum().clamp(min=1)
         elif num_tokens is not None:
-            coef_T = coef_T / _divisor(num_tokens)
+            coef_T = coef_T / reduction.divisor(num_tokens)
         grad = torch.is_grad_enabled()
         want = (grad and hidden_states.requires_grad, grad and weight_VH.requires_grad)
         args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
         return autograd.LinearCrossEntropySum.apply(*args)[0]
-
-
-def _nan_where(values_T: Tensor, bad_T: Tensor | None) -> Tensor:
-    """A label that is no class makes its token NaN, never a finite number."""
-    return values_T if bad_T is None else values_T.masked_fill(bad_T, torch.nan)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

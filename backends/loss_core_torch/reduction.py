@@ -1,0 +1,52 @@
+"""From the loss of each token to the result: plain autograd on [T] values."""
+
+# T = tokens (all leading dimensions of labels, flattened)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def reduce_tokens(
+    loss_T: Tensor,
+    keep_T: Tensor,
+    shape: torch.Size,
+    reduction: str,
+    num_tokens: Any = None,
+    weights_T: Tensor | None = None,
+) -> Tensor:
+    """From the loss of each token (0 where ignored) to the result."""
+    if reduction == "none":
+        return loss_T.view(shape)
+    if reduction == "mean":
+        return loss_T.sum() / keep_T.sum().clamp(min=1)
+    if weights_T is not None:
+        loss_T = loss_T * weights_T.to(loss_T.dtype)
+    total = loss_T.sum()
+    if num_tokens is None:
+        return total
+    return total / divisor(num_tokens)
+
+
+def divisor(num_tokens: Any) -> Any:
+    """The count, with 0 replaced by 1; where it is 0 no token counts (`keep_if_counted`), so the loss is 0."""
+    if isinstance(num_tokens, Tensor):
+        return torch.where(num_tokens == 0, 1, num_tokens)
+    return num_tokens or 1
+
+
+def keep_if_counted(keep_T: Tensor, num_tokens: Any) -> Tensor:
+    """A count of 0 means that no token counts anywhere: then none does here."""
+    if num_tokens is None:
+        return keep_T
+    if isinstance(num_tokens, Tensor):
+        return keep_T & (num_tokens != 0)
+    return keep_T if num_tokens else torch.zeros_like(keep_T)
+
+
+def nan_where(values_T: Tensor, bad_T: Tensor | None) -> Tensor:
+    """A label that is no class makes its token NaN, never a finite number."""
+    return values_T if bad_T is None else values_T.masked_fill(bad_T, torch.nan)
