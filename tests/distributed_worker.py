@@ -6,6 +6,7 @@ Runs every scenario in turn, since starting two interpreters takes longer than a
 """
 
 import sys
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from loss_core import FusedLinearCEConfig, KDLossConfig, TEParallelCEConfig, ora
 from loss_core.cases import named_cases
 from loss_core.dtypes import round_to
 from loss_core.tolerance import allowances, share_of_allowance
+from loss_core_torch import values
 
 VOCAB = 506  # divides by 2
 
@@ -72,8 +74,12 @@ def vocabulary_sharded(config, dtype, rank, ranks):
 def _refuses(rank, ranks):
     """Shards of unequal size: a ValueError on every rank, and no hang."""
     logits = torch.randn(3, 4 + rank)
+    loss_fn, labels = TEParallelCEConfig(tp_group=dist.group.WORLD).build(), torch.tensor([0, 1, 2])
     with pytest.raises(ValueError, match=r"\[4, 5\]"):
-        TEParallelCEConfig(tp_group=dist.group.WORLD).build()(logits, torch.tensor([0, 1, 2]))
+        loss_fn(logits, labels)
+    # On a device whose values stay there, NaN.
+    with unittest.mock.patch.object(values, "may_read", lambda x: False):
+        assert loss_fn(logits, labels).isnan()
 
 
 class _Head(torch.nn.Module):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from loss_core import row_stats
+from loss_core_torch import values
 
 State = TypeVar("State", row_stats.RowState, row_stats.KDRowState)
 
@@ -64,15 +65,17 @@ def fold(state: State, combine: Callable[[Any, State, State], State], vocab: int
     # torch 2.13 renamed the collective and warns about the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(gathered.view(-1), packed.view(-1), group=group)
-    if gathered.device.type == "cpu":
-        sizes = [int(n) for n in gathered[:, 0, -1].tolist()]
-        if len(set(sizes)) > 1:
-            raise ValueError(
-                f"Vocabulary shards must be of equal size; the ranks hold {sizes} classes. Pad the head to a "
-                "multiple of the group's size, with -inf logits for the classes that do not exist."
-            )
+    sizes_R = gathered[:, 0, -1]
+    if values.may_read(sizes_R) and bool((sizes_R != sizes_R[0]).any()):
+        raise ValueError(
+            f"Vocabulary shards must be of equal size; the ranks hold {[int(n) for n in sizes_R]} classes. Pad the "
+            "head to a multiple of the group's size, with -inf logits for the classes that do not exist."
+        )
+    # Where the sizes can't be read without a sync, unequal ones make every loss NaN, never a plausible number.
+    equal = (sizes_R == sizes_R[0]).all()
     kind = type(state)
-    return reduce(lambda a, b: combine(torch, a, b), (kind(*rank[:, :-1]) for rank in gathered))
+    whole = reduce(lambda a, b: combine(torch, a, b), (kind(*rank[:, :-1]) for rank in gathered))
+    return kind(*(torch.where(equal, part, torch.nan) for part in whole))
 
 
 def materialize(lm_weight: Any, grad_reduce_group: Any) -> Any:
