@@ -26,6 +26,10 @@ _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "jax": ("loss_core_jax.backend", ("xla", "pallas")),
 }
 
+# Never `auto`'s choice: whether it can be used is known only by importing a large library, which takes seconds and
+# can fail in ways of its own.
+_ONLY_BY_NAME = frozenset({"torch:te"})
+
 
 class BackendUnavailable(ImportError):
     """A flag that is known but can't be used on this machine; the message says why and what to install."""
@@ -254,17 +258,19 @@ def _build_ours(config: LossConfig, flag: BackendFlag, backend: Backend) -> Any:
         kernel: builder for (config_cls, kernel), builder in builders.items() if config_cls in type(config).__mro__
     }
     if flag.kernel != AUTO:
-        status = backend.kernel_status(flag.kernel)
-        if not status.usable:
-            raise BackendUnavailable(status.reason)
-        if flag.kernel not in by_kernel:
+        # Before the status: no install line helps where the kernel has no such loss.
+        if flag.kernel not in by_kernel and any(kernel == flag.kernel for _, kernel in builders):
             raise BackendUnavailable(
                 f"'{flag}' has no kernel for {type(config).__name__}; it is served by "
                 f"{', '.join(f'{flag.backend}:{k}' for k in by_kernel)}."
             )
+        status = backend.kernel_status(flag.kernel)
+        if not status.usable:
+            raise BackendUnavailable(status.reason)
         choice = KernelChoice(str(flag), "named by the flag")
     else:
-        usable = tuple(kernel for kernel in by_kernel if backend.kernel_status(kernel).usable)
+        candidates = [kernel for kernel in by_kernel if f"{flag.backend}:{kernel}" not in _ONLY_BY_NAME]
+        usable = tuple(kernel for kernel in candidates if backend.kernel_status(kernel).usable)
         if not usable:
             raise BackendUnavailable(f"No kernel of {flag.backend!r} for {type(config).__name__} can be used here.")
         choice = backend.choose_kernel(config, usable)

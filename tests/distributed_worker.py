@@ -37,7 +37,7 @@ def _shard(x, rank, ranks):
     return np.ascontiguousarray(x[..., rank * size : (rank + 1) * size])
 
 
-def vocabulary_sharded(config, dtype, rank, ranks):
+def vocabulary_sharded(config, dtype, rank, ranks, backend="torch"):
     """Each rank holds an equal share of the vocabulary; loss and gradients against the whole problem."""
     group = dist.group.WORLD
     only = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count",
@@ -54,7 +54,7 @@ def vocabulary_sharded(config, dtype, rank, ranks):
             inputs[name] = torch.from_numpy(np.array(local))
             if value.dtype.kind == "f":
                 inputs[name] = inputs[name].to(getattr(torch, dtype)).requires_grad_(name in case.grad_of)
-        built = type(case.config)(**{**case.config.__dict__, "tp_group": group}).build()
+        built = type(case.config)(**{**case.config.__dict__, "tp_group": group}).build(backend=backend)
         loss = built(**inputs)
         _same_on_all_ranks(loss.detach())
         upstream = torch.ones_like(loss) if case.upstream is None else torch.as_tensor(case.upstream).to(loss)

@@ -17,6 +17,7 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
+from loss_core_torch import te
 from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 
 _DTYPES = {
@@ -45,6 +46,8 @@ def _distillation(c: KDLossConfig) -> KDLoss:
 
 _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
     (MaskedCrossEntropyConfig, "eager"): _masked,
+    (MaskedCrossEntropyConfig, "te"): _masked,
+    (TEParallelCEConfig, "te"): _parallel,
     (FusedLinearCEConfig, "eager"): _fused,
     (TEParallelCEConfig, "eager"): _parallel,
     (KDLossConfig, "eager"): _distillation,
@@ -58,6 +61,8 @@ def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
 
 def kernel_status(kernel: str) -> FlagStatus:
     """Whether a kernel can be used here, and why not."""
+    if kernel == "te":
+        return te.status()
     flag, version = f"torch:{kernel}", f"torch {torch.__version__}"
     if any(name == kernel for _, name in _BUILDERS):
         return FlagStatus(flag, True, "", version, "")

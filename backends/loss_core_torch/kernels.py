@@ -7,8 +7,8 @@ from types import ModuleType
 
 from loss_core_torch import eager
 
-# Kernel of the flag -> module; imported when a loss is built with it.
-_MODULES = {"eager": "loss_core_torch.eager"}
+# Kernel of the flag -> module; imported when a loss is built with it. `te` is no such set: it has the loss whole.
+_MODULES = {"eager": "loss_core_torch.eager", "te": "loss_core_torch.te"}
 
 # A plain dict of what is imported: torch.compile can look into it, not into an import.
 _LOADED: dict[str, ModuleType] = {"eager": eager}

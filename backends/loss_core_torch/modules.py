@@ -18,7 +18,7 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, kernels, reduction
+from loss_core_torch import autograd, checks, distributed, kernels, reduction, te
 from loss_core_torch.values import compute_dtype
 
 
@@ -89,9 +89,14 @@ class _LogitsCrossEntropy(_Loss):
         vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
-        loss_T = autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
+        loss_T = self._per_token(logits, labels_T, keep_T, bad_T)
         loss = reduction.reduce_tokens(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
         return loss if self.fp32_upcast else loss.to(logits.dtype)
+
+    def _per_token(self, logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None) -> Tensor:
+        if self._kernel == "te":
+            return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, self.tp_group)
+        return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
 
 
 class MaskedCrossEntropy(_LogitsCrossEntropy):
