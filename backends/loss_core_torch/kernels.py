@@ -8,7 +8,7 @@ from types import ModuleType
 from loss_core_torch import eager
 
 # Kernel of the flag -> module; imported when a loss is built with it.
-_MODULES = {"eager": "loss_core_torch.eager"}
+_MODULES = {"eager": "loss_core_torch.eager", "triton": "loss_core_torch.triton_set"}
 
 # A plain dict of what is imported: torch.compile can look into it, not into an import.
 _LOADED: dict[str, ModuleType] = {"eager": eager}
