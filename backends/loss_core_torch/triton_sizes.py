@@ -31,15 +31,17 @@ class LaunchParameters:
     split: int
 
 
-# (block_v, unroll, num_warps) of a kind of kernel, for logits of 2 bytes; see launch_parameters for the others.
-# 32 lanes x 8 warps x 8 values of 16 bytes together: 2048 columns are one load of each thread. UNROLL such loads
-# are under way at once. With two inputs a thread holds as much in half the columns.
+# (block_v, unroll) of a kind of kernel, by bytes of a logit. 32 lanes x 8 warps x 16 bytes are one load of each
+# thread; UNROLL such loads are under way at once, and LANES = block_v / unroll is no less than one of them, else the
+# lanes of a state would lie in several warps and the loop would need barriers. Kernels with two inputs, or with a
+# softcap, take less: registers must not spill (`make kernels`).
+_NUM_WARPS = 8
 _KINDS = {
-    "stats": (8192, 4, 8),
-    "grad": (4096, 1, 8),
-    "row": (8192, 4, 8),
-    "kd_stats": (4096, 2, 8),
-    "kd_grad": (4096, 1, 8),
+    "stats": {2: (8192, 4), 4: (4096, 4), 8: (2048, 4)},
+    "grad": {2: (4096, 1), 4: (2048, 1), 8: (1024, 1)},
+    "row": {2: (8192, 4), 4: (4096, 4), 8: (512, 1)},
+    "kd_stats": {2: (4096, 2), 4: (4096, 4), 8: (1024, 2)},
+    "kd_grad": {2: (2048, 1), 4: (1024, 1), 8: (512, 1)},
 }
 
 
@@ -51,9 +53,7 @@ def launch_parameters(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) 
         dtype: of the logits that are read.
         kind: "stats", "grad", "row", "kd_stats" or "kd_grad".
     """
-    block_v, unroll, num_warps = _KINDS[kind]
-    # As many bytes in flight, and as many registers, in every dtype.
-    block_v = block_v * 2 // dtype.itemsize
+    (block_v, unroll), num_warps = _KINDS[kind][dtype.itemsize], _NUM_WARPS
     # A small vocabulary is one block, of no more warps than have something to do.
     block_v = min(block_v, max(_power_of_2_from(vocab), unroll))
     while num_warps > 1 and block_v < num_warps * 32 * unroll:
