@@ -148,6 +148,8 @@ def _launch_all(logits: torch.Tensor, num_tokens: int) -> None:
     keep_T = torch.empty(num_tokens, dtype=torch.bool, device="meta")
     m_T, s_T, _ = triton_launch.cross_entropy_stats(logits, labels_T, 0)
     triton_launch.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, m_T)
+    grad = triton_launch.cross_entropy_with_grad(logits, labels_T, keep_T, m_T)[-1]
+    triton_launch.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, m_T, m_T.sum())
     state = triton_launch.distillation_stats(logits, logits, keep_T, 0.5, 0)
     for of_teacher in (False, True):
         triton_launch.distillation_grad(logits, logits, keep_T, 0.5, 0, list(state), m_T, m_T, of_teacher)

@@ -317,6 +317,42 @@ def strides():
                 torch.testing.assert_close(triton_set.distillation_grad(view, *args), expected, atol=1e-5, rtol=1e-4)
 
 
+def one_pass():
+    """A reduced loss makes its gradient in the forward; upstream 1 leaves it alone, anything else is rounded once."""
+    logits = torch.randn(4, 5, 67).to(torch.bfloat16)[:, :-1].requires_grad_()
+    labels = torch.randint(0, 67, (4, 4))
+    labels[0] = -100
+    loss, reference = (MaskedCrossEntropyConfig().build(backend=f"torch:{kernel}") for kernel in ("triton", "eager"))
+    seen = []
+    triton_launch.on_launch.append(seen.append)
+    value = loss(logits, labels)
+    assert seen == ["cross_entropy_row_kernel"]
+    for upstream in (0.37, 1.0, -3.0):  # the first takes the buffer, the others compute again
+        (got,) = torch.autograd.grad(value, logits, torch.tensor(upstream), retain_graph=True)
+        (expected,) = torch.autograd.grad(reference(logits, labels), logits, torch.tensor(upstream))
+        # Both are rounded once, from float32 values that differ in their last bits: then by one step at most.
+        torch.testing.assert_close(got, expected, rtol=2**-7, atol=0)
+        assert (got != expected).double().mean() < 0.01
+    seen.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(loss(logits, labels), value.detach())
+    assert seen == ["cross_entropy_stats_kernel"]
+    triton_launch.on_launch.remove(seen.append)
+
+    labels_T, keep_T, coef_T = labels.reshape(-1), labels.reshape(-1) >= 0, torch.rand(16)
+    with torch.no_grad():
+        _, m_T, s_T, grad = triton_set.cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
+        wanted = triton_set.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, coef_T * 0.5)
+        marked = torch.full_like(grad, 7.0)
+        triton_set.cross_entropy_scale_grad(marked, logits, labels_T, keep_T, m_T, s_T, coef_T, torch.tensor(1.0))
+        assert bool((marked == 7.0).all()), "an upstream gradient of 1 must cost no pass over memory"
+        triton_set.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, torch.tensor(0.5))
+        assert torch.equal(grad, wanted)
+    once = torch.autograd.grad(loss(logits, labels), logits, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        once.sum().backward()
+
+
 def no_vocabulary():
     """A rank that owns no class: the state of an empty piece, gradients without elements, no launch."""
     logits, labels, keep = torch.randn(2, 3, 0), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
@@ -378,6 +414,7 @@ def injected_bugs():
         (triton_kernels, "moved", _combine_without_rescaling, "basic"),
         (triton_launch, "_parts", _one_part_too_few, "basic"),
         (triton_launch, "_rows", _rows_of_a_matrix, "strided"),
+        (triton_set, "cross_entropy_scale_grad", lambda *_: None, "basic"),
     ]
     for module, name, wrong, case in bugs:
         losses = ["MaskedCrossEntropy"] if name != "load_logits" else ["MaskedCrossEntropy", "KDLoss"]
@@ -408,7 +445,7 @@ def auto_stays_eager():
 
 SCENARIOS = (
     matrix, matrix_of_tiny_blocks, own_shapes, large_vocabulary, operands_of_16_bits, laws, kd_laws, tanh, offsets,
-    strides, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu, auto_stays_eager,
+    strides, one_pass, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu, auto_stays_eager,
 )  # fmt: skip
 
 

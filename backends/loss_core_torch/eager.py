@@ -1,6 +1,7 @@
 """The kernels of `torch:eager`: plain PyTorch operations, on any torch device.
 
-A set of kernels is a module with these functions; `kernels.find` gives it by name.
+A set of kernels is a module with these functions; `kernels.find` gives it by name. A set may have two more, for
+loss and gradient in one pass over memory: see `kernels.has_one_pass`.
 """
 
 from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype

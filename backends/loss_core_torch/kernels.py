@@ -24,3 +24,8 @@ def load(name: str) -> str:
 def find(name: str) -> ModuleType:
     """The module that holds a set of kernels that was loaded."""
     return _LOADED[name]
+
+
+def has_one_pass(name: str) -> bool:
+    """Whether a set also has `cross_entropy_with_grad` and `cross_entropy_scale_grad`."""
+    return hasattr(_LOADED[name], "cross_entropy_with_grad")

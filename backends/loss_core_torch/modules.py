@@ -126,9 +126,25 @@ class _LogitsCrossEntropy(_Loss):
         vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = _keep_if_counted(keep_T, num_tokens)
+        if self._one_pass(logits):
+            coef_T = _coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
+            loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel)[0]
+            return loss if self.fp32_upcast else loss.to(logits.dtype)
         loss_T = autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
         loss = _reduce(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
         return loss if self.fp32_upcast else loss.to(logits.dtype)
+
+    def _one_pass(self, logits: Tensor) -> bool:
+        """Whether loss and gradient can be made together: the factor of each token is known, the row is whole."""
+        return (
+            kernels.has_one_pass(self._kernel)
+            and self.reduction != "none"
+            and self.tp_group is None
+            and torch.is_grad_enabled()
+            and logits.requires_grad
+            # A traced graph can neither hand a buffer over nor be told to recompute.
+            and not torch.compiler.is_compiling()
+        )
 
 
 class MaskedCrossEntropy(_LogitsCrossEntropy):
@@ -338,17 +354,28 @@ class FusedLinearCrossEntropy(_Loss):
                 h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel
             )
             return _nan_where(loss_T, bad_T).view(shape)
-        ones_T = torch.ones_like(labels_T, dtype=compute_dtype(hidden_states.dtype))
-        weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
-        coef_T = torch.where(keep_T, _nan_where(weighted_T, bad_T), 0.0)
-        if self.reduction == "mean":
-            coef_T = coef_T / keep_T.sum().clamp(min=1)
-        elif num_tokens is not None:
-            coef_T = coef_T / _divisor(num_tokens)
+        coef_T = _coefficients(hidden_states.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
         grad = torch.is_grad_enabled()
         want = (grad and hidden_states.requires_grad, grad and weight_VH.requires_grad)
         args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
         return autograd.LinearCrossEntropySum.apply(*args)[0]
+
+
+def _coefficients(
+    dtype: torch.dtype,
+    keep_T: Tensor,
+    bad_T: Tensor | None,
+    reduction: str,
+    num_tokens: Any,
+    weights_T: Tensor | None,
+) -> Tensor:
+    """Factor of each token's loss in the result, [T] in the dtype of the arithmetic for inputs of `dtype`."""
+    ones_T = torch.ones_like(keep_T, dtype=compute_dtype(dtype))
+    weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
+    coef_T = torch.where(keep_T, _nan_where(weighted_T, bad_T), 0.0)
+    if reduction == "mean":
+        return coef_T / keep_T.sum().clamp(min=1)
+    return coef_T if num_tokens is None else coef_T / _divisor(num_tokens)
 
 
 def _nan_where(values_T: Tensor, bad_T: Tensor | None) -> Tensor:

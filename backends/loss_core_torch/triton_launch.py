@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from loss_core import row_stats
 from loss_core.backend import BackendUnavailable
 from loss_core_torch import eager_logits, triton_kernels, triton_sizes
 from loss_core_torch.opaque import opaque
@@ -129,6 +130,56 @@ def cross_entropy_grad(
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _write_grad(grad, logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T, None)
     return grad
+
+
+def cross_entropy_with_grad(
+    logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradient in one kernel, where the coefficients are known in the forward.
+
+    A row is read a second time at once after the first, from the cache, so that memory sees one read and one
+    write. Few rows would leave most of the chip idle: their statistics and gradients take two kernels.
+
+    Args:
+        logits: [..., V] float, any strides; labels_T: [T] int64; keep_T: [T] bool.
+        coef_T: [T] factor of each token's loss in the objective.
+    Returns:
+        loss_T, m_T, s_T as of `cross_entropy_stats`, and the gradient in the logits' dtype; 0 where keep is False.
+    """
+    vocab, coef_T = logits.shape[-1], coef_T.contiguous()
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.numel() == 0 or _parts(keep_T.numel(), vocab, logits.dtype, "stats")[2] > 1:
+        state = row_stats.RowState(*cross_entropy_stats(logits, labels_T, 0))
+        _write_grad(grad, logits, labels_T, 0, keep_T, state.m, state.s, coef_T, None)
+        return row_stats.finish(torch, state).masked_fill(~keep_T, 0.0), state.m, state.s, grad
+    m_T, s_T, loss_T = (torch.empty_like(coef_T) for _ in range(3))
+    grad_TV = grad.view(-1, vocab)
+    for at, (rows,), (piece,) in _pieces(logits):
+        size = triton_sizes.launch_parameters(at.stop - at.start, vocab, logits.dtype, "row")
+        _launch(
+            triton_kernels.cross_entropy_row_kernel, (at.stop - at.start,), piece, grad_TV[at], labels_T[at],
+            keep_T[at], coef_T[at], m_T[at], s_T[at], loss_T[at], vocab, *rows,
+            size=size, SOFTCAP=0.0, WITH_GRAD=True, BLOCK_V=size.block_v, UNROLL=size.unroll,
+        )  # fmt: skip
+    return loss_T, m_T, s_T, grad
+
+
+def cross_entropy_scale_grad(
+    grad: Tensor,
+    logits: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    m_T: Tensor,
+    s_T: Tensor,
+    coef_T: Tensor,
+    upstream: Tensor,
+) -> None:
+    """Multiply what `cross_entropy_with_grad` gave by a scalar, in place; nothing happens where it is exactly 1.
+
+    The kernel looks at the scalar, so the host need not wait for it. A gradient is made anew from the logits
+    rather than multiplied: it would be rounded twice, for as many bytes.
+    """
+    _write_grad(grad, logits, labels_T, 0, keep_T, m_T, s_T, coef_T, upstream.to(m_T.dtype))
 
 
 def _write_grad(

@@ -5,7 +5,9 @@ With TRITON_INTERPRET=1 in the environment before the first import, they run on 
 
 from loss_core_torch.triton_launch import (
     cross_entropy_grad,
+    cross_entropy_scale_grad,
     cross_entropy_stats,
+    cross_entropy_with_grad,
     distillation_grad,
     distillation_stats,
 )
@@ -13,7 +15,9 @@ from loss_core_torch.triton_linear import linear_cross_entropy, operand_dtype
 
 __all__ = [
     "cross_entropy_grad",
+    "cross_entropy_scale_grad",
     "cross_entropy_stats",
+    "cross_entropy_with_grad",
     "distillation_grad",
     "distillation_stats",
     "linear_cross_entropy",
