@@ -136,6 +136,12 @@ def launches(vocab: int, dtype: str) -> list[Recorded]:
             logits = whole[..., : lead[-1], :]
             num_tokens = logits.numel() // vocab
             _launch_all(logits, num_tokens)
+        if vocab == RAGGED:
+            # As general as it gets: three leading dimensions, strided columns, strides beyond 32 bits.
+            apart = torch.empty(2**36, dtype=kind, device="meta").as_strided(
+                (3, 5, 7, vocab), (2**34, 2**31 + 1, 2**20 + 1, 3)
+            )
+            _launch_all(apart, 105)
         hidden = torch.empty(4096, 64, dtype=kind, device="meta")
         _launch_linear(hidden, torch.empty(vocab, 64, dtype=kind, device="meta"))
     for kernel, args, constants, size in seen:
@@ -226,7 +232,7 @@ def line(row: Compiled) -> str:
     block = constants.get("BLOCK_V", constants.get("BLOCK_PARTS"))
     flags = [name.lower() for name in ("OF_TEACHER", "UNLESS_ONE", "SOFTCAP", "WITH_GRAD") if constants.get(name)]
     flags += [] if "stride_v" in constants or "s_stride_v" in constants or "BLOCK_PARTS" in constants else ["strided"]
-    flags += [] if "num_2" in constants or "s_num_2" in constants or "BLOCK_PARTS" in constants else ["batched"]
+    flags += [] if "num_1" in constants or "s_num_1" in constants or "BLOCK_PARTS" in constants else ["batched"]
     name = row.what.kernel.fn.__name__.removesuffix("_kernel")
     return (
         f"{name:20} {row.target:7} {row.what.dtype:9} {block:6} {row.what.num_warps:5} {row.what.num_stages:6} "

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from loss_core import KDLossConfig, MaskedCrossEntropyConfig, row_stats
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, row_stats
 from loss_core.check import check
 from loss_core_torch import eager, triton_kernels, triton_launch, triton_linear, triton_set, triton_sizes
 
@@ -109,7 +109,22 @@ def operands_of_16_bits():
         passes(check("FusedLinearCrossEntropy", FLAG, dtypes=("bfloat16", "float16"), shape=(5, 67, 8)))
         with patched(triton_linear, "CHUNK_BYTES", 0), patched(triton_linear, "_CHUNK_MULTIPLE", 16):
             passes(check("FusedLinearCrossEntropy", FLAG, dtypes=("bfloat16",), shape=(50, 67, 8), only=("mean",)))
+        _small_coefficients()
     assert set(names) == {torch.bfloat16, torch.float16}
+
+
+def _small_coefficients():
+    """A large count divides what float16 has to hold; the gradients must not lose the small probabilities."""
+    hidden, weight = (torch.randn(n, 8).to(torch.float16).requires_grad_() for n in (6, 67))
+    labels = torch.randint(0, 67, (6,))
+    loss = FusedLinearCEConfig().build(backend="torch:triton")(hidden, labels, weight, num_label_tokens=2**20)
+    got = torch.autograd.grad(loss, (hidden, weight), torch.tensor(2.0**20))
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, labels, reduction="sum"), wide
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=4e-3, atol=2e-3)
 
 
 @triton.jit
