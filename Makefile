@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types check-wheel clean
+.PHONY: help setup demo test lint format types kernels check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ format: setup ## let ruff mend what it can
 
 types: setup ## mypy, strict
 	$(PY) -m mypy
+
+kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
+	$(PY) tests/kernel_table.py
 
 check-wheel: setup ## build the wheel and try it without torch and jax, with one, with the other
 	$(PY) tests/wheel_check.py

@@ -1,6 +1,6 @@
 """One rank of a scenario of test_torch_distributed.py; run as a script, one process per rank.
 
-Usage: distributed_worker.py RANK WORLD_SIZE FOLDER
+Usage: distributed_worker.py RANK WORLD_SIZE FOLDER [FLAG]
 
 Runs every scenario in turn, since starting two interpreters takes longer than all of them.
 """
@@ -37,7 +37,7 @@ def _shard(x, rank, ranks):
     return np.ascontiguousarray(x[..., rank * size : (rank + 1) * size])
 
 
-def vocabulary_sharded(config, dtype, rank, ranks, backend="torch"):
+def vocabulary_sharded(config, dtype, rank, ranks, flag="torch:eager"):
     """Each rank holds an equal share of the vocabulary; loss and gradients against the whole problem."""
     group = dist.group.WORLD
     only = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count",
@@ -54,7 +54,8 @@ def vocabulary_sharded(config, dtype, rank, ranks, backend="torch"):
             inputs[name] = torch.from_numpy(np.array(local))
             if value.dtype.kind == "f":
                 inputs[name] = inputs[name].to(getattr(torch, dtype)).requires_grad_(name in case.grad_of)
-        built = type(case.config)(**{**case.config.__dict__, "tp_group": group}).build(backend=backend)
+        built = type(case.config)(**{**case.config.__dict__, "tp_group": group}).build(backend=flag)
+        assert built.kernel_choice.flag == flag
         loss = built(**inputs)
         _same_on_all_ranks(loss.detach())
         upstream = torch.ones_like(loss) if case.upstream is None else torch.as_tensor(case.upstream).to(loss)
@@ -129,21 +130,25 @@ def _fsdp(rank, ranks):
         )
 
 
-SCENARIOS = {
-    "parallel-float32": lambda r, n: vocabulary_sharded("TEParallelCrossEntropy", "float32", r, n),
-    "parallel-bfloat16": lambda r, n: vocabulary_sharded("TEParallelCrossEntropy", "bfloat16", r, n),
-    "kd-float32": lambda r, n: vocabulary_sharded(KDLossConfig(temperature=2.0), "float32", r, n),
-    "unequal": _refuses,
-    "fsdp": _fsdp,
+SHARDED = {
+    "parallel-float32": lambda r, n, flag: vocabulary_sharded("TEParallelCrossEntropy", "float32", r, n, flag),
+    "parallel-bfloat16": lambda r, n, flag: vocabulary_sharded("TEParallelCrossEntropy", "bfloat16", r, n, flag),
+    "kd-float32": lambda r, n, flag: vocabulary_sharded(KDLossConfig(temperature=2.0), "float32", r, n, flag),
 }
+# Where the kernel plays no part, or eager's own suffices.
+WHOLE = {"unequal": _refuses, "fsdp": _fsdp}
 
 
 def main():
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    flag = sys.argv[4] if len(sys.argv) > 4 else "torch:eager"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=(Path(folder) / "store").as_uri(), rank=rank, world_size=ranks)
     try:
-        for name, scenario in SCENARIOS.items():
+        for name, sharded in SHARDED.items():
+            sharded(rank, ranks, flag)
+            print("held:", name, flush=True)
+        for name, scenario in WHOLE.items() if flag == "torch:eager" else ():
             scenario(rank, ranks)
             print("held:", name, flush=True)
     finally:

@@ -90,6 +90,56 @@ class CrossEntropy(Function):
         return once, None, None, None, None, None
 
 
+class CrossEntropySum(Function):
+    """sum over tokens of coef * cross entropy over logits, with the gradient made in the forward.
+
+    For sets of kernels that have `cross_entropy_with_grad`. The first backward takes the gradient's buffer, and
+    with an upstream gradient of exactly 1 it has nothing else to do; a second one (retain_graph) computes it again.
+
+    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; name of the set of kernels.
+    Output: scalar in the dtype of the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor, kernel: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with _no_autocast(logits):
+            made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
+            # A coefficient of 0 takes a token out, even one whose loss is infinite.
+            return (torch.where(coef_T == 0, 0.0, coef_T * made[0]).sum(), *made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels_T, keep_T, coef_T, ctx.kernel = inputs
+        _, loss_T, m_T, s_T, ctx.buffer = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream = grads[0]
+        logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T = ctx.saved_tensors
+        set_of_kernels = kernels.find(ctx.kernel)
+        grad = None
+        with torch.no_grad(), _no_autocast(logits):
+            if ctx.needs_input_grad[0]:
+                # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
+                grad, ctx.buffer = ctx.buffer, None
+                if grad is None:
+                    scaled_T = coef_T * upstream.to(coef_T.dtype)
+                    grad = set_of_kernels.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+                else:
+                    set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
+            grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[3] else None
+        found = [
+            _once(x, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, coef_T, upstream)
+            for x in (grad, grad_coef)
+        ]
+        return found[0], None, None, found[1], None
+
+
 class Distillation(Function):
     """KL(teacher || student) per token at temperature T, not yet times T^2.
 

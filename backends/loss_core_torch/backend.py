@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loss_core.backend import Evaluation, FlagStatus, KernelChoice
+from loss_core.backend import Evaluation, FlagStatus, KernelChoice, install_line, parse_flag
 from loss_core.config import (
     FusedLinearCEConfig,
     KDLossConfig,
@@ -17,8 +19,9 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
-from loss_core_torch import te
+from loss_core_torch import kernels, te
 from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_torch.values import compute_dtype
 
 _DTYPES = {
     "float32": torch.float32,
@@ -51,6 +54,10 @@ _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
     (FusedLinearCEConfig, "eager"): _fused,
     (TEParallelCEConfig, "eager"): _parallel,
     (KDLossConfig, "eager"): _distillation,
+    (MaskedCrossEntropyConfig, "triton"): _masked,
+    (FusedLinearCEConfig, "triton"): _fused,
+    (TEParallelCEConfig, "triton"): _parallel,
+    (KDLossConfig, "triton"): _distillation,
 }
 
 
@@ -64,14 +71,38 @@ def kernel_status(kernel: str) -> FlagStatus:
     if kernel == "te":
         return te.status()
     flag, version = f"torch:{kernel}", f"torch {torch.__version__}"
+    if kernel == "triton":
+        return _triton_status(flag)
     if any(name == kernel for _, name in _BUILDERS):
         return FlagStatus(flag, True, "", version, "")
     return FlagStatus(flag, False, f"'{flag}' has no kernels in this version of loss-core: use 'torch:eager'.", "", "")
 
 
+def _triton_status(flag: str) -> FlagStatus:
+    """`torch:triton` needs Triton, and a GPU or Triton's interpreter."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        install = install_line("triton")
+        return FlagStatus(flag, False, f"'{flag}' needs triton ({error}): {install}", "", install)
+    version = f"triton {triton.__version__}"
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return FlagStatus(flag, True, "", version, "")
+    reason = (
+        f"'{flag}' needs an NVIDIA or AMD GPU, and torch sees none here: use 'torch:eager'. With TRITON_INTERPRET=1 "
+        "in the environment it runs on the CPU, slowly, for tests."
+    )
+    return FlagStatus(flag, False, reason, version, "")
+
+
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
-    """What `auto` takes."""
-    return KernelChoice(f"torch:{candidates[0]}", f"the only kernel for {type(config).__name__} that can be used here")
+    """What `auto` takes: eager, which runs on every device; a loss is built before it sees a tensor."""
+    if len(candidates) == 1:
+        return KernelChoice(
+            f"torch:{candidates[0]}", f"the only kernel for {type(config).__name__} that can be used here"
+        )
+    others = ", ".join(f"torch:{name}" for name in candidates[1:])
+    return KernelChoice(f"torch:{candidates[0]}", f"runs on every device; {others} when named")
 
 
 def evaluate(
@@ -100,7 +131,16 @@ def evaluate(
         dtypes={name: str(value.dtype).removeprefix("torch.") for name, value in results.items()},
         mutated=mutated,
         kernel=getattr(loss, "kernel_choice", KernelChoice("", "")).flag,
+        product_dtype=_product_dtype(loss, _DTYPES[dtype], where),
     )
+
+
+def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Dtype to which the kernels of a fused loss round the logits' gradient, None where they do not."""
+    if not isinstance(loss, FusedLinearCrossEntropy):
+        return None
+    operand = kernels.find(parse_flag(loss.kernel_choice.flag).kernel).operand_dtype(dtype, device)
+    return None if operand == compute_dtype(dtype) else str(operand).removeprefix("torch.")
 
 
 def _to_tensor(value: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

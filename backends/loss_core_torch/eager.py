@@ -1,9 +1,10 @@
 """The kernels of `torch:eager`: plain PyTorch operations, on any torch device.
 
-A set of kernels is a module with these five functions; `kernels.find` gives it by name.
+A set of kernels is a module with these functions; `kernels.find` gives it by name. A set may have two more, for
+loss and gradient in one pass over memory: see `kernels.has_one_pass`.
 """
 
-from loss_core_torch.eager_linear import linear_cross_entropy
+from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype
 from loss_core_torch.eager_logits import (
     cross_entropy_grad,
     cross_entropy_stats,
@@ -17,4 +18,5 @@ __all__ = [
     "distillation_grad",
     "distillation_stats",
     "linear_cross_entropy",
+    "operand_dtype",
 ]

@@ -42,6 +42,15 @@ def block_tokens(vocab: int, device: torch.device, itemsize: int) -> int:
     return max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, fitting // 64 * 64))
 
 
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype in which the logits' gradient enters its two products: that of the arithmetic, on every device.
+
+    Args:
+        dtype: to which hidden states and weight are rounded.
+    """
+    return compute_dtype(dtype)
+
+
 def _fake_linear(
     h_TH: Tensor,
     w_VH: Tensor,

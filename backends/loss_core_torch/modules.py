@@ -89,6 +89,10 @@ class _LogitsCrossEntropy(_Loss):
         vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
+        if self._one_pass(logits):
+            coef_T = reduction.coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
+            loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel)[0]
+            return loss if self.fp32_upcast else loss.to(logits.dtype)
         loss_T = self._per_token(logits, labels_T, keep_T, bad_T)
         loss = reduction.reduce_tokens(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
         return loss if self.fp32_upcast else loss.to(logits.dtype)
@@ -97,6 +101,18 @@ class _LogitsCrossEntropy(_Loss):
         if self._kernel == "te":
             return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, self.tp_group)
         return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
+
+    def _one_pass(self, logits: Tensor) -> bool:
+        """Whether loss and gradient can be made together: the factor of each token is known, the row is whole."""
+        return (
+            kernels.has_one_pass(self._kernel)
+            and self.reduction != "none"
+            and self.tp_group is None
+            and torch.is_grad_enabled()
+            and logits.requires_grad
+            # A traced graph can neither hand a buffer over nor be told to recompute.
+            and not torch.compiler.is_compiling()
+        )
 
 
 class MaskedCrossEntropy(_LogitsCrossEntropy):
@@ -287,13 +303,7 @@ class FusedLinearCrossEntropy(_Loss):
                 h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel
             )
             return reduction.nan_where(loss_T, bad_T).view(shape)
-        ones_T = torch.ones_like(labels_T, dtype=compute_dtype(hidden_states.dtype))
-        weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
-        coef_T = torch.where(keep_T, reduction.nan_where(weighted_T, bad_T), 0.0)
-        if self.reduction == "mean":
-            coef_T = coef_T / keep_T.sum().clamp(min=1)
-        elif num_tokens is not None:
-            coef_T = coef_T / reduction.divisor(num_tokens)
+        coef_T = reduction.coefficients(hidden_states.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
         grad = torch.is_grad_enabled()
         want = (grad and hidden_states.requires_grad, grad and weight_VH.requires_grad)
         args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)

@@ -24,7 +24,9 @@ def opaque(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """
 
     def wrap(kernel: Callable[P, R]) -> Callable[P, R]:
-        operator: Any = torch.library.custom_op(f"loss_core::{kernel.__name__}", kernel, mutates_args=())
+        # Two sets of kernels have functions of the same names.
+        name = f"{kernel.__module__.rpartition('.')[2]}_{kernel.__name__}"
+        operator: Any = torch.library.custom_op(f"loss_core::{name}", kernel, mutates_args=())
         operator.register_fake(fake)
 
         def call(*args: P.args, **kwargs: P.kwargs) -> R:

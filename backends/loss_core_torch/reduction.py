@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loss_core_torch.values import compute_dtype
+
 
 def reduce_tokens(
     loss_T: Tensor,
@@ -50,3 +52,20 @@ def keep_if_counted(keep_T: Tensor, num_tokens: Any) -> Tensor:
 def nan_where(values_T: Tensor, bad_T: Tensor | None) -> Tensor:
     """A label that is no class makes its token NaN, never a finite number."""
     return values_T if bad_T is None else values_T.masked_fill(bad_T, torch.nan)
+
+
+def coefficients(
+    dtype: torch.dtype,
+    keep_T: Tensor,
+    bad_T: Tensor | None,
+    reduction: str,
+    num_tokens: Any,
+    weights_T: Tensor | None,
+) -> Tensor:
+    """Factor of each token's loss in the result, [T] in the dtype of the arithmetic for inputs of `dtype`."""
+    ones_T = torch.ones_like(keep_T, dtype=compute_dtype(dtype))
+    weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
+    coef_T = torch.where(keep_T, nan_where(weighted_T, bad_T), 0.0)
+    if reduction == "mean":
+        return coef_T / keep_T.sum().clamp(min=1)
+    return coef_T if num_tokens is None else coef_T / divisor(num_tokens)

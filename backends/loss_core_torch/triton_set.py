@@ -1,0 +1,25 @@
+"""The kernels of `torch:triton`: the same functions as those of `eager`, on NVIDIA and AMD GPUs.
+
+With TRITON_INTERPRET=1 in the environment before the first import, they run on the CPU, slowly.
+"""
+
+from loss_core_torch.triton_launch import (
+    cross_entropy_grad,
+    cross_entropy_scale_grad,
+    cross_entropy_stats,
+    cross_entropy_with_grad,
+    distillation_grad,
+    distillation_stats,
+)
+from loss_core_torch.triton_linear import linear_cross_entropy, operand_dtype
+
+__all__ = [
+    "cross_entropy_grad",
+    "cross_entropy_scale_grad",
+    "cross_entropy_stats",
+    "cross_entropy_with_grad",
+    "distillation_grad",
+    "distillation_stats",
+    "linear_cross_entropy",
+    "operand_dtype",
+]

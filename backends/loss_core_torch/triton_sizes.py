@@ -1,0 +1,75 @@
+"""Sizes of each Triton launch, chosen by shape and dtype alone; the offline compilation asks here as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Programs that fill a chip: two for each of the 132 multiprocessors of an H100 (148 on B200, 304 units on MI300X).
+_FILL_PROGRAMS = 264
+
+# A row is cut into parts of at least this many blocks, else the parts cost more than they bring.
+_MIN_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class LaunchParameters:
+    """How one kernel is launched.
+
+    Attributes:
+        block_v: columns that a program takes at a time, a power of 2.
+        unroll: logits of a lane's share of a block, a power of 2 below block_v.
+        num_warps, num_stages: of Triton's compiler.
+        split: parts into which a row is cut at most; each is a program of its own.
+    """
+
+    block_v: int
+    unroll: int
+    num_warps: int
+    num_stages: int
+    split: int
+
+
+# (block_v, unroll) of a kind of kernel, by bytes of a logit. 32 lanes x 8 warps x 16 bytes are one load of each
+# thread; UNROLL such loads are under way at once, and LANES = block_v / unroll is no less than one of them, else the
+# lanes of a state would lie in several warps and the loop would need barriers. Kernels with two inputs, or with a
+# softcap, take less: registers must not spill (`make kernels`).
+_NUM_WARPS = 8
+_KINDS = {
+    "stats": {2: (8192, 4), 4: (4096, 4), 8: (2048, 4)},
+    "grad": {2: (4096, 1), 4: (2048, 1), 8: (1024, 1)},
+    "row": {2: (8192, 4), 4: (4096, 4), 8: (512, 1)},
+    "kd_stats": {2: (4096, 2), 4: (4096, 4), 8: (1024, 2)},
+    "kd_grad": {2: (2048, 1), 4: (1024, 1), 8: (512, 1)},
+}
+
+
+def launch_parameters(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) -> LaunchParameters:
+    """Sizes of a launch over rows of logits.
+
+    Args:
+        num_rows, vocab: shape of the logits.
+        dtype: of the logits that are read.
+        kind: "stats", "grad", "row", "kd_stats" or "kd_grad".
+    """
+    (block_v, unroll), num_warps = _KINDS[kind][dtype.itemsize], _NUM_WARPS
+    # A small vocabulary is one block, of no more warps than have something to do.
+    block_v = min(block_v, max(_power_of_2_from(vocab), unroll))
+    while num_warps > 1 and block_v < num_warps * 32 * unroll:
+        num_warps //= 2
+    split = 1
+    if kind != "row":
+        blocks = -(-vocab // block_v)
+        while num_rows * split < _FILL_PROGRAMS and blocks >= 2 * split * _MIN_BLOCKS:
+            split *= 2
+    return LaunchParameters(block_v, unroll, num_warps, 1, split)
+
+
+def fold_parameters(parts: int) -> LaunchParameters:
+    """Sizes of the launch that folds the states of a row's parts; block_v is the number of parts, rounded up."""
+    return LaunchParameters(_power_of_2_from(parts), 1, 1, 1, 1)
+
+
+def _power_of_2_from(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

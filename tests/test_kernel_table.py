@@ -1,0 +1,74 @@
+"""The Triton kernels compile for real GPUs, without spills, with 64-bit offsets. `make kernels` does all of them."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    import kernel_table
+
+KERNELS = {
+    "cross_entropy_stats_kernel",
+    "cross_entropy_fold_kernel",
+    "cross_entropy_grad_kernel",
+    "cross_entropy_row_kernel",
+    "distillation_stats_kernel",
+    "distillation_fold_kernel",
+    "distillation_grad_kernel",
+}
+
+
+def _distinct(vocab, dtype):
+    return list(dict.fromkeys(kernel_table.launches(vocab, dtype)))
+
+
+def test_every_kernel_is_in_the_table():
+    assert {one.kernel.fn.__name__ for one in _distinct(128256, "bfloat16")} == KERNELS
+
+
+@pytest.mark.parametrize(
+    ("target", "vocab", "dtype"),
+    [
+        ("sm_90", 128256, "bfloat16"),
+        ("sm_90", 151936, "float16"),
+        ("sm_90", kernel_table.RAGGED if os.environ.get("TRITON_INTERPRET") != "1" else 0, "float32"),
+        ("sm_80", 32000, "float32"),
+        ("sm_100", 262144, "bfloat16"),
+        ("gfx942", 128256, "bfloat16"),
+    ],
+)
+def test_compiles_without_spills(target, vocab, dtype):
+    for row in kernel_table.compile_all(_distinct(vocab, dtype), [target]):
+        assert not row.problem, kernel_table.line(row)
+        assert row.registers > 0
+
+
+def test_a_spill_and_an_error_are_noticed():
+    one = next(one for one in _distinct(128256, "float32") if one.kernel.fn.__name__ == "distillation_stats_kernel")
+    greedy = dataclasses.replace(one, num_warps=1, constants=_with_block(one, 1 << 12))
+    assert "spills" in kernel_table.compile_one(greedy, "sm_90").problem
+    wrong = dataclasses.replace(one, constants=_with_block(one, 1000))
+    assert "Error" in kernel_table.compile_one(wrong, "sm_90").problem
+
+
+def _with_block(one, block):
+    place = next(i for i, parameter in enumerate(one.kernel.params) if parameter.name == "BLOCK_V")
+    return tuple((at, block if at == place else value) for at, value in one.constants)
+
+
+def test_offsets_are_64_bits_wide():
+    """Where a row begins may be beyond 2^31, and so may a column be where a stride multiplies it."""
+    for row in kernel_table.compile_all(_distinct(50257, "bfloat16"), ["sm_90"]):
+        rows = re.findall(r"tt\.addptr .* : !tt\.ptr<\w+>, (\w+)", row.ttir)
+        columns = re.findall(r"tt\.addptr .* : tensor<\w+x!tt\.ptr<\w+>>, tensor<\d+x(\w+)>", row.ttir)
+        name = row.what.kernel.fn.__name__
+        assert rows, name
+        assert set(rows) == {"i64"}, name
+        # Within a row of the gradient, which is contiguous, 32 bits do.
+        reads = row.ttir.count("tt.load") - len(re.findall(r"tt\.load .* : !tt\.ptr", row.ttir))
+        assert columns.count("i64") == reads, (name, columns)
