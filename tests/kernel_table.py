@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import subprocess
@@ -31,7 +32,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loss_core_torch import triton_launch, triton_linear
+from loss_core_torch import triton_launch, triton_linear, triton_sizes
+from loss_core_torch.triton_sizes import LaunchParameters
 from loss_core_torch.values import compute_dtype
 
 # Target, and the shared memory that one program may have, in bytes.
@@ -64,7 +66,7 @@ class Recorded:
         types: Triton's type of each argument, "constexpr" for constants.
         constants: value by place of the argument.
         divisible: places of the arguments that are known to be multiples of 16.
-        num_warps, num_stages: of the compiler.
+        size: how it is compiled; in how many parts a row is cut plays no role there.
         dtype: of the logits, for the table.
     """
 
@@ -72,8 +74,7 @@ class Recorded:
     types: tuple[str, ...]
     constants: tuple[tuple[int, Any], ...]
     divisible: tuple[int, ...]
-    num_warps: int
-    num_stages: int
+    size: LaunchParameters
     dtype: str
 
 
@@ -83,6 +84,7 @@ class Compiled:
 
     what: Recorded
     target: str
+    warps: int
     registers: int
     spilled: int  # bytes of local memory per thread
     shared: int
@@ -111,7 +113,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], si
             types.append("i32" if -(2**31) <= value < 2**31 else "i64")
             if value % 16 == 0:
                 divisible.append(place)
-    return Recorded(kernel, tuple(types), tuple(fixed), tuple(divisible), size.num_warps, size.num_stages, dtype)
+    return Recorded(kernel, tuple(types), tuple(fixed), tuple(divisible), dataclasses.replace(size, split=1), dtype)
 
 
 @contextlib.contextmanager
@@ -183,18 +185,19 @@ def compile_one(what: Recorded, target: str) -> Compiled:
         constexprs={(place,): value for place, value in what.constants},
         attrs={(place,): [["tt.divisibility", 16]] for place in what.divisible},
     )
+    warps = triton_sizes.warps_on(what.size, amd=gpu.backend == "hip")
     try:
-        made = triton.compile(source, target=gpu, options={"num_warps": what.num_warps, "num_stages": what.num_stages})
+        made = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": what.size.num_stages})
         registers, spilled = _resources(made.asm, gpu)
     except Exception as error:  # a kernel that does not compile is a row of the table
-        return Compiled(what, target, 0, 0, 0, "", f"{type(error).__name__}: {str(error)[-500:]}")
+        return Compiled(what, target, warps, 0, 0, 0, "", f"{type(error).__name__}: {str(error)[-500:]}")
     shared = made.metadata.shared
     problems = []
     if spilled and gpu.backend == "cuda":
         problems.append(f"spills {spilled} bytes")
     if shared > room:
         problems.append(f"shared memory {shared} > {room}")
-    return Compiled(what, target, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems))
+    return Compiled(what, target, warps, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems))
 
 
 def _resources(asm: Any, gpu: GPUTarget) -> tuple[int, int]:
@@ -235,7 +238,7 @@ def line(row: Compiled) -> str:
     flags += [] if "num_1" in constants or "s_num_1" in constants or "BLOCK_PARTS" in constants else ["batched"]
     name = row.what.kernel.fn.__name__.removesuffix("_kernel")
     return (
-        f"{name:20} {row.target:7} {row.what.dtype:9} {block:6} {row.what.num_warps:5} {row.what.num_stages:6} "
+        f"{name:20} {row.target:7} {row.what.dtype:9} {block:6} {row.warps:5} {row.what.size.num_stages:6} "
         f"{row.registers:9} {row.spilled:7} {row.shared:7}  {' '.join(flags)} {row.problem}".rstrip()
     )
 

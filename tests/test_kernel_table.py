@@ -50,7 +50,9 @@ def test_compiles_without_spills(target, vocab, dtype):
 
 def test_a_spill_and_an_error_are_noticed():
     one = next(one for one in _distinct(128256, "float32") if one.kernel.fn.__name__ == "distillation_stats_kernel")
-    greedy = dataclasses.replace(one, num_warps=1, constants=_with_block(one, 1 << 12))
+    greedy = dataclasses.replace(
+        one, size=dataclasses.replace(one.size, num_warps=1), constants=_with_block(one, 1 << 12)
+    )
     assert "spills" in kernel_table.compile_one(greedy, "sm_90").problem
     wrong = dataclasses.replace(one, constants=_with_block(one, 1000))
     assert "Error" in kernel_table.compile_one(wrong, "sm_90").problem

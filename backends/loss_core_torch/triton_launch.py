@@ -41,10 +41,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParamete
         )
     # Triton launches on the current device, which need not be the tensors'.
     here: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    warps = triton_sizes.warps_on(size, amd=torch.version.hip is not None)
     for hook in on_launch:
         hook(kernel.fn.__name__)
     with here:
-        kernel[grid](*args, **constants, num_warps=size.num_warps, num_stages=size.num_stages)
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=size.num_stages)
 
 
 def _merged(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:

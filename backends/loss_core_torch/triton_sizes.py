@@ -36,10 +36,21 @@ class LaunchParameters:
 # lanes of a state would lie in several warps and the loop would need barriers. Kernels with two inputs, or with a
 # softcap, take less: registers must not spill (`make kernels`).
 _NUM_WARPS = 8
+
+# The second read of a row finds it in the L2 cache only if the rows in flight fit there: 50 MB on an H100. Programs of
+# 8 warps stand four to a multiprocessor, 528 in all: rows of 64 KB fit. Longer ones are given 32 warps, of which one
+# or two programs fit: 132 rows of 256 KB (128k columns in 16 bits) are 34 MB.
+_LONG_ROW_BYTES = 64 << 10
+_LONG_ROW_WARPS = 32
+_LONG_ROW = {2: (16384, 2), 4: (8192, 2)}
+
+# A program has at most 1024 threads, and a warp of AMD's chips has 64.
+_MAX_WARPS_AMD = 16
+
 _KINDS = {
     "stats": {2: (8192, 4), 4: (4096, 4), 8: (2048, 4)},
     "grad": {2: (4096, 1), 4: (2048, 1), 8: (1024, 1)},
-    "row": {2: (8192, 4), 4: (4096, 4), 8: (512, 1)},
+    "row": {2: (8192, 4), 4: (4096, 4), 8: (256, 1)},
     "kd_stats": {2: (4096, 2), 4: (4096, 4), 8: (1024, 2)},
     "kd_grad": {2: (2048, 1), 4: (1024, 1), 8: (512, 1)},
 }
@@ -54,6 +65,8 @@ def launch_parameters(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) 
         kind: "stats", "grad", "row", "kd_stats" or "kd_grad".
     """
     (block_v, unroll), num_warps = _KINDS[kind][dtype.itemsize], _NUM_WARPS
+    if kind == "row" and vocab * dtype.itemsize > _LONG_ROW_BYTES and dtype.itemsize in _LONG_ROW:
+        (block_v, unroll), num_warps = _LONG_ROW[dtype.itemsize], _LONG_ROW_WARPS
     # A small vocabulary is one block, of no more warps than have something to do.
     block_v = min(block_v, max(_power_of_2_from(vocab), unroll))
     while num_warps > 1 and block_v < num_warps * 32 * unroll:
@@ -64,6 +77,11 @@ def launch_parameters(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) 
         while num_rows * split < _FILL_PROGRAMS and blocks >= 2 * split * _MIN_BLOCKS:
             split *= 2
     return LaunchParameters(block_v, unroll, num_warps, 1, split)
+
+
+def warps_on(size: LaunchParameters, amd: bool) -> int:
+    """Warps of a launch, as many as the chip allows."""
+    return min(size.num_warps, _MAX_WARPS_AMD) if amd else size.num_warps
 
 
 def fold_parameters(parts: int) -> LaunchParameters:
