@@ -49,8 +49,6 @@ def _distillation(c: KDLossConfig) -> KDLoss:
 
 _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
     (MaskedCrossEntropyConfig, "eager"): _masked,
-    (MaskedCrossEntropyConfig, "te"): _masked,
-    (TEParallelCEConfig, "te"): _parallel,
     (FusedLinearCEConfig, "eager"): _fused,
     (TEParallelCEConfig, "eager"): _parallel,
     (KDLossConfig, "eager"): _distillation,
@@ -58,6 +56,8 @@ _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
     (FusedLinearCEConfig, "triton"): _fused,
     (TEParallelCEConfig, "triton"): _parallel,
     (KDLossConfig, "triton"): _distillation,
+    (MaskedCrossEntropyConfig, "te"): _masked,
+    (TEParallelCEConfig, "te"): _parallel,
 }
 
 
