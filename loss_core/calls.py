@@ -152,7 +152,7 @@ def rounded(call: Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
     arrays = {}
     for name, value in case.arrays.items():
         value = round_to(value, dtype) if value.dtype.kind == "f" else value
-        if case.strided and value.dtype.kind == "f" and value.ndim > 1 and name != "lm_weight":
+        if case.strided and value.dtype.kind == "f" and value.ndim > 1 and name not in ("lm_weight", "teacher_logits"):
             longer = np.zeros((*value.shape[:-2], value.shape[-2] + 1, value.shape[-1]))
             longer[..., :-1, :] = value
             value = longer[..., :-1, :]

@@ -44,7 +44,8 @@ class Recipe:
         ignored: share of labels set to ignore_index.
         special: name of a further change, see `_apply_special`.
         extras: forward arguments to add: "mask", "loss_weights", "count", "upstream".
-        strided: give logits or hidden states as a slice of a longer sequence.
+        strided: give logits or hidden states as a slice of a longer sequence; the teacher's logits stay
+            contiguous, so that the two differ.
     """
 
     name: str

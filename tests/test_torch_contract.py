@@ -130,6 +130,30 @@ def test_inputs_are_never_changed_and_may_be_views(config):
     torch.testing.assert_close(config.build()(**dense), loss, rtol=0, atol=0)
 
 
+def test_student_and_teacher_may_differ_in_layout():
+    base = torch.randn(2, 5, V)
+    student, teacher, labels = base[:, :-1], torch.randn(2, 4, V), torch.randint(0, V, (2, 4))
+    expected = KDLoss()(student.contiguous(), teacher, labels)
+    torch.testing.assert_close(KDLoss()(student, teacher, labels), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        KDLoss()(teacher, student, labels), KDLoss()(teacher, student.contiguous(), labels), rtol=0, atol=0
+    )
+    leaf = base.clone().requires_grad_()
+    KDLoss()(leaf[:, :-1], teacher, labels).backward()
+    dense = student.detach().contiguous().requires_grad_()
+    KDLoss()(dense, teacher, labels).backward()
+    torch.testing.assert_close(leaf.grad[:, :-1], dense.grad, rtol=0, atol=0)
+
+
+def test_an_empty_part_of_the_vocabulary_is_the_identity():
+    labels = torch.tensor([0, 1])
+    state = eager.cross_entropy_stats(torch.empty(2, 0), labels, 5)
+    assert [part.tolist() for part in state] == [[-torch.inf] * 2, [0.0] * 2, [-torch.inf] * 2]
+    keep = torch.ones(2, dtype=torch.bool)
+    state = eager.distillation_stats(torch.empty(2, 0), torch.empty(2, 0), keep, 1.0, 0)
+    assert [part[0].item() for part in state] == [-torch.inf, 0.0, 0.0, -torch.inf, 0.0]
+
+
 def test_transposed_logits():
     base = torch.randn(V, 3, 2)
     logits = base.permute(2, 1, 0).requires_grad_()

@@ -31,20 +31,27 @@ def block_rows(num_cols: int, device: torch.device) -> int:
     return max(1, elements // max(num_cols, 1))
 
 
-def row_blocks(x: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cut [..., V] into 2-D views of at most `rows` rows, with their place among the T rows. Never copies."""
-    num_cols = x.shape[-1]
-    if x.is_contiguous() or x.dim() <= 2:
-        pieces = [x.reshape(-1, num_cols)]
+def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Cut [..., V] tensors of one shape into 2-D views of at most `rows` rows, all at the same places. Never copies.
+
+    Yields:
+        The place of a block among the T rows, and the block of each tensor.
+    """
+    shape = tensors[0].shape
+    if tensors[0].numel() == 0:
+        return
+    if len(shape) <= 2 or all(x.is_contiguous() for x in tensors):
+        pieces = [tuple(x.reshape(-1, shape[-1]) for x in tensors)]
     else:
         # A slice such as logits[:, :-1] is no matrix, but each of its sequences is.
-        pieces = [x[index] for index in itertools.product(*(range(n) for n in x.shape[:-2]))]
+        pieces = [tuple(x[index] for x in tensors) for index in itertools.product(*map(range, shape[:-2]))]
     start = 0
     for piece in pieces:
-        for first in range(0, piece.shape[0], rows):
-            block = piece[first : first + rows]
-            yield slice(start + first, start + first + block.shape[0]), block
-        start += piece.shape[0]
+        length = piece[0].shape[0]
+        for first in range(0, length, rows):
+            last = min(first + rows, length)
+            yield slice(start + first, start + last), tuple(x[first:last] for x in piece)
+        start += length
 
 
 def some_ignored(keep: Tensor) -> bool:
@@ -70,8 +77,7 @@ def _centred_exp(z_BV: Tensor, m_B: Tensor, out_BV: Tensor) -> Tensor:
 
 
 def _row_max(z_BV: Tensor) -> Tensor:
-    # A rank may own no part of the vocabulary: the maximum of nothing is -inf.
-    return z_BV.amax(-1) if z_BV.shape[-1] else z_BV.new_full(z_BV.shape[:1], -torch.inf)
+    return z_BV.amax(-1)
 
 
 def _fake_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,16 +98,18 @@ def cross_entropy_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> t
     """
     m_T, s_T, t_T = _fake_stats(logits, labels_T, vocab_start)
     vocab = logits.shape[-1]
+    if vocab == 0:
+        # A rank may own no part of the vocabulary: the identity of `row_stats.combine`.
+        return m_T.fill_(-torch.inf), s_T.zero_(), t_T.fill_(-torch.inf)
     rows = min(block_rows(vocab, logits.device), max(labels_T.numel(), 1))
     buffer = _Buffer(rows, logits, m_T.dtype)
     local_T = labels_T - vocab_start
     owned_T = (local_T >= 0) & (local_T < vocab)
     column_T = torch.where(owned_T, local_T, 0)
-    for at, block_BV in row_blocks(logits, rows):
+    for at, (block_BV,) in row_blocks(rows, logits):
         z_BV = block_BV.to(m_T.dtype)
         m_T[at] = m_B = _row_max(z_BV)
-        if vocab:
-            t_T[at] = z_BV.gather(1, column_T[at, None])[:, 0]
+        t_T[at] = z_BV.gather(1, column_T[at, None])[:, 0]
         s_T[at] = _centred_exp(z_BV, m_B, buffer.take(block_BV)).sum(-1)
     return m_T, s_T, t_T.masked_fill_(~owned_T, -torch.inf)
 
@@ -122,10 +130,10 @@ def cross_entropy_grad(
         m_T, s_T: row state over the whole vocabulary; keep_T: [T] bool; coef_T: [T] upstream.
     """
     grad = _fake_grad(logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
-    grad_TV = grad.view(-1, logits.shape[-1]) if logits.shape[-1] else grad.view(keep_T.numel(), 0)
     vocab = logits.shape[-1]
     if vocab == 0:
         return grad
+    grad_TV = grad.view(-1, vocab)
     rows = min(block_rows(vocab, logits.device), max(labels_T.numel(), 1))
     buffer = _Buffer(rows, logits, m_T.dtype)
     local_T = labels_T - vocab_start
@@ -133,7 +141,7 @@ def cross_entropy_grad(
     column_T = torch.where(owned_T, local_T, 0)
     scale_T = coef_T / s_T
     hit_T = torch.where(owned_T, -coef_T, 0.0)
-    for at, block_BV in row_blocks(logits, rows):
+    for at, (block_BV,) in row_blocks(rows, logits):
         out_BV = grad_TV[at] if grad.dtype == m_T.dtype else buffer.take(block_BV)
         _centred_exp(block_BV.to(m_T.dtype), m_T[at], out_BV).mul_(scale_T[at, None])
         out_BV.scatter_add_(1, column_T[at, None], hit_T[at, None])
@@ -167,10 +175,14 @@ def distillation_stats(
     """
     state = _fake_kd_stats(student, teacher, keep_T, inverse_temperature, chunk_size)
     m_t_T, s_t_T, a_T, m_s_T, s_s_T = state
+    if student.shape[-1] == 0:
+        for part_T, identity in zip(state, (-torch.inf, 0.0, 0.0, -torch.inf, 0.0), strict=True):
+            part_T.fill_(identity)
+        return state
     dtype = m_t_T.dtype
     rows = min(chunk_size or block_rows(student.shape[-1], student.device), max(keep_T.numel(), 1))
     zs_buffer, zt_buffer, e_buffer = (_Buffer(rows, student, dtype) for _ in range(3))
-    for (at, s_BV), (_, t_BV) in zip(row_blocks(student, rows), row_blocks(teacher, rows), strict=True):
+    for at, (s_BV, t_BV) in row_blocks(rows, student, teacher):
         zs_BV, m_s_T[at] = _scaled_centred(s_BV, inverse_temperature, zs_buffer)
         zt_BV, m_t_T[at] = _scaled_centred(t_BV, inverse_temperature, zt_buffer)
         e_BV = e_buffer.take(s_BV)
@@ -239,7 +251,7 @@ def distillation_grad(
     rows = min(chunk_size or block_rows(vocab, student.device), max(keep_T.numel(), 1))
     zs_buffer, zt_buffer = (_Buffer(rows, student, m_t_T.dtype) for _ in range(2))
     log_ratio_T = s_t_T.log() - s_s_T.log() + kl_T
-    for (at, s_BV), (_, t_BV) in zip(row_blocks(student, rows), row_blocks(teacher, rows), strict=True):
+    for at, (s_BV, t_BV) in row_blocks(rows, student, teacher):
         zs_BV = _scaled(s_BV, inverse_temperature, zs_buffer)
         zt_BV = _scaled(t_BV, inverse_temperature, zt_buffer)
         if of_teacher:
