@@ -85,7 +85,13 @@ def test_a_mistake_is_a_message_and_no_traceback(tmp_path, options, text, messag
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
 def test_ctrl_c_leaves_quietly_with_what_was_trained(tmp_path):
-    command = [sys.executable, str(EXAMPLES / "train_byte_lm.py"), "--steps", "100000", "--out", "curve.json"]
+    # A shell that starts the tests in the background has them ignore SIGINT, and children inherit that.
+    code = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(EXAMPLES / "train_byte_lm.py")
+    command = [sys.executable, "-c", code, script, "--steps", "100000", "--out", "curve.json"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
