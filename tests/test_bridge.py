@@ -13,19 +13,17 @@ import pickle
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-torch = pytest.importorskip("torch")
-jax = pytest.importorskip("jax")
-
-import jax.numpy as jnp  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import loss_core  # noqa: E402
-from loss_core_bridge import build_jax_loss, build_torch_loss, jax_loss_as_torch, torch_loss_as_jax  # noqa: E402
-from loss_core_bridge import residuals as residuals_module  # noqa: E402
-from loss_core_bridge.tensors import to_jax, to_torch  # noqa: E402
+import loss_core
+from loss_core_bridge import build_jax_loss, build_torch_loss, jax_loss_as_torch, torch_loss_as_jax
+from loss_core_bridge import residuals as residuals_module
+from loss_core_bridge.tensors import to_jax, to_torch
 
 TRACES: list[str] = []
 

@@ -12,11 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("jax")
-pytest.importorskip("yaml")
-pytest.importorskip("matplotlib")
-
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 # One thread each: the tests run side by side.

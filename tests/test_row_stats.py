@@ -13,9 +13,11 @@ def _namespace(name):
     if name == "numpy":
         return np, np.asarray
     if name == "torch":
-        torch = pytest.importorskip("torch")
+        import torch
+
         return torch, lambda x: torch.from_numpy(np.asarray(x))
-    jax = pytest.importorskip("jax")
+    import jax
+
     return jax.numpy, jax.numpy.asarray
 
 

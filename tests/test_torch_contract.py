@@ -115,6 +115,22 @@ def test_second_derivative_is_refused_with_advice(config):
         sum(grad.sum() for grad in grads).backward()
 
 
+@pytest.mark.parametrize("name", ["masked", "parallel", "fused"])
+def test_the_gradient_of_loss_weights_is_no_constant(name):
+    # It is the loss of each token, which depends on every other input: differentiated again it must say so.
+    inputs = _inputs(CONFIGS[name])
+    weights = torch.rand(2, 3, requires_grad=True)
+    loss = CONFIGS[name].build()(**inputs, loss_weights=weights)
+    (grad,) = torch.autograd.grad(loss, weights, create_graph=True)
+    if name == "fused":
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.sum(), _leaves(inputs))
+        return
+    (mixed,) = torch.autograd.grad(grad.sum(), _leaves(inputs))
+    (plain,) = torch.autograd.grad(CONFIGS[name].build()(**inputs), _leaves(inputs))
+    torch.testing.assert_close(mixed, plain)
+
+
 @pytest.mark.parametrize("config", REDUCED, ids=_ids)
 def test_inputs_are_never_changed_and_may_be_views(config):
     inputs = _inputs(config, (2, 4))

@@ -242,8 +242,10 @@ class LinearCrossEntropySum(Function):
             grad_h = grad_h.to(h_TH.dtype) if want_h else None
             grad_w = grad_w.to(w_VH.dtype) if want_w else None
             grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[4] else None
+        grad_h, grad_w, grad_coef = _refused((grad_h, grad_w, grad_coef), h_TH, w_VH, coef_T, upstream)
         return (
-            *_refused((grad_h, grad_w), h_TH, w_VH, coef_T, upstream),
+            grad_h,
+            grad_w,
             None,
             None,
             grad_coef,
