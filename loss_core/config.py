@@ -104,16 +104,21 @@ class MaskedCrossEntropyConfig(LossConfig):
             False: in the dtype of the logits, as F.cross_entropy gives it.
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
+        tp_group: as in TEParallelCEConfig.
+        inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
+    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    inplace_grad: bool = False
 
     def validate(self) -> None:
         _check_bool("fp32_upcast", self.fp32_upcast)
         _check_integer("ignore_index", self.ignore_index)
         _check_reduction(self.reduction)
+        _check_bool("inplace_grad", self.inplace_grad)
 
 
 @dataclass
@@ -145,15 +150,18 @@ class TEParallelCEConfig(LossConfig):
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: torch process group over which the vocabulary is sharded, or None. A runtime
             handle: left out of dicts, repr and comparison.
+        inplace_grad: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    inplace_grad: bool = False
 
     def validate(self) -> None:
         _check_integer("ignore_index", self.ignore_index)
         _check_reduction(self.reduction)
+        _check_bool("inplace_grad", self.inplace_grad)
 
 
 @dataclass

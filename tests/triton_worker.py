@@ -368,6 +368,41 @@ def one_pass():
         once.sum().backward()
 
 
+def overwritten():
+    """inplace_grad: in the backward, bit for bit what the kernels give without it, for any strides and sizes."""
+    base = torch.randn(2, 3, 37)
+    views = [lambda x: x, lambda x: x[:, :-1], lambda x: x[..., 1::2], lambda x: x.permute(2, 1, 0), lambda x: x[0, 0]]
+    for blocks, dtype in ((contextlib.nullcontext, torch.float32), (tiny_blocks, torch.bfloat16)):
+        for view, reduction, group in itertools.product(views, ("sum", "mean", "none"), (None, "weights")):
+            if (group or view is views[3]) and reduction != "sum":
+                continue
+            results = []
+            for inplace in (False, True):
+                whole = base.to(dtype).requires_grad_().clone()
+                logits = view(whole)
+                labels = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) * 5 % logits.shape[-1]
+                labels.view(-1)[1::3] = -100
+                extras = {}
+                if group:
+                    extras = {"loss_weights": labels * 0.03 + 0.7, "num_label_tokens": 7}
+                config = MaskedCrossEntropyConfig(reduction=reduction, inplace_grad=inplace)
+                with blocks():
+                    loss = config.build(backend="torch:triton")(logits, labels, **extras)
+                    if inplace:
+                        assert torch.equal(logits, view(base.to(dtype)))
+                    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.37), retain_graph=True)
+                    if inplace:
+                        assert grad.data_ptr() == logits.data_ptr()
+                        assert logits._version > 0
+                        with pytest.raises(RuntimeError, match="Second backward"):
+                            loss.sum().backward()
+                results.append((loss.detach(), grad))
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b), (dtype, reduction, logits.stride(), a - b)
+    configs = [MaskedCrossEntropyConfig(reduction=r, inplace_grad=True) for r in ("sum", "none")]
+    passes(check(configs, FLAG, dtypes=("float32",), shape=(4, 67), only=("basic", "strided", "minus-inf")))
+
+
 def no_vocabulary():
     """A rank that owns no class: the state of an empty piece, gradients without elements, no launch."""
     logits, labels, keep = torch.randn(2, 3, 0), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
@@ -460,7 +495,7 @@ def auto_stays_eager():
 
 SCENARIOS = (
     matrix, matrix_of_tiny_blocks, own_shapes, large_vocabulary, operands_of_16_bits, laws, kd_laws, tanh, offsets,
-    strides, one_pass, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu, auto_stays_eager,
+    strides, one_pass, overwritten, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu, auto_stays_eager,
 )  # fmt: skip
 
 

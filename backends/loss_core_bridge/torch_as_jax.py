@@ -59,6 +59,11 @@ class TorchLossFunction:
         if any(isinstance(part, JaxLossModule) for part in module.modules()):
             # A callback that waits for JAX can wait for the thread that it runs on (jax issue 24255).
             raise ValueError("The module contains a bridged JAX loss, and JAX must not run inside its own callback.")
+        if getattr(module, "inplace_grad", False):
+            raise ValueError(
+                "The torch loss has inplace_grad=True, but a jax.Array can't be overwritten, and the copy that torch "
+                "works on would save no memory. Build it with inplace_grad=False."
+            )
         trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if trainable:
             raise ValueError(

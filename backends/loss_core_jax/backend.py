@@ -21,9 +21,13 @@ from loss_core.config import (
 from loss_core_jax.losses import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 
 _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
-    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction),
+    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(
+        c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
+    ),
     (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction),
-    (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group),
+    (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(
+        c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
+    ),
     (KDLossConfig, "xla"): lambda c: KDLoss(c.ignore_index, c.temperature, c.fp32_upcast, c.tp_group, c.chunk_size),
 }
 

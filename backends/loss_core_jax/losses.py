@@ -63,16 +63,20 @@ class _Loss:
 class MaskedCrossEntropy(_Loss):
     """Cross entropy over logits, with a mask.
 
-    Attributes: as in `loss_core.MaskedCrossEntropyConfig`.
+    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group must be None, inplace_grad False.
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
+    tp_group: Any = None
+    inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
-        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction)
+        _refuse_group(type(self).__name__, self.tp_group)
+        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction, None, self.inplace_grad)
+        _refuse_inplace(type(self).__name__, self.inplace_grad)
 
     def __call__(
         self,
@@ -107,17 +111,19 @@ class MaskedCrossEntropy(_Loss):
 class TEParallelCrossEntropy(_Loss):
     """Cross entropy over logits; the class that can shard the vocabulary over a group on torch.
 
-    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group must be None.
+    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group must be None, inplace_grad False.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: Any = None
+    inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
         _refuse_group(type(self).__name__, self.tp_group)
-        TEParallelCEConfig(self.ignore_index, self.reduction)
+        TEParallelCEConfig(self.ignore_index, self.reduction, None, self.inplace_grad)
+        _refuse_inplace(type(self).__name__, self.inplace_grad)
 
     def __call__(
         self,
@@ -268,6 +274,15 @@ def _refuse_group(name: str, tp_group: Any) -> None:
         raise BackendUnavailable(
             f"{name} on 'jax:xla' got tp_group={tp_group!r}: tensor parallelism on jax (tp_group as the name of a "
             "mesh axis) is not available in this version. Use tp_group=None, or a torch backend."
+        )
+
+
+def _refuse_inplace(name: str, inplace_grad: bool) -> None:
+    if inplace_grad:
+        raise BackendUnavailable(
+            f"{name} on 'jax:xla' got inplace_grad=True: a jax.Array can't be written to. Use inplace_grad=False; a "
+            "training step under jax.jit reuses the logits' memory by itself, and that of its arguments with "
+            "donate_argnums."
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from loss_core import row_stats
-from loss_core_torch import distributed, kernels, values
+from loss_core_torch import distributed, inplace, kernels, values
 from loss_core_torch.values import compute_dtype
 
 
@@ -49,13 +49,14 @@ class CrossEntropy(Function):
     """Cross entropy per token over logits whose vocabulary may be sharded over a group.
 
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool;
-    bad_T [T] bool or None, tokens whose label is no class; group or None; name of the set of kernels.
+    bad_T [T] bool or None, tokens whose label is no class; group or None; name of the set of kernels; whether
+    the backward writes over the logits.
     Output: loss_T [T] in the dtype of the arithmetic; 0 where keep is False, NaN where bad.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, group: Any, kernel: str
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, group: Any, kernel: str, overwrite: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _no_autocast(logits):
             start = distributed.vocab_start(logits.shape[-1], group)
@@ -69,7 +70,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, labels_T, keep_T, bad_T, ctx.group, ctx.kernel = inputs
+        logits, labels_T, keep_T, bad_T, ctx.group, ctx.kernel, ctx.overwrite = inputs
         _, m_T, s_T = output
         ctx.mark_non_differentiable(m_T, s_T)
         ctx.set_materialize_grads(False)
@@ -77,6 +78,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        inplace.claim(ctx)
         logits, labels_T, keep_T, bad_T, m_T, s_T = ctx.saved_tensors
         upstream_T = grads[0]
         with torch.no_grad(), _no_autocast(logits):
@@ -84,10 +86,14 @@ class CrossEntropy(Function):
             if bad_T is not None:
                 coef_T = coef_T.masked_fill(bad_T, torch.nan)
             start = distributed.vocab_start(logits.shape[-1], ctx.group)
-            cross_entropy_grad = kernels.find(ctx.kernel).cross_entropy_grad
-            grad = cross_entropy_grad(logits, labels_T, start, keep_T, m_T, s_T, coef_T)
+            args = (logits, labels_T, start, keep_T, m_T, s_T, coef_T)
+            if ctx.overwrite:
+                kernels.find(ctx.kernel).cross_entropy_overwrite(*args)
+                grad = inplace.overwritten(ctx, logits)
+            else:
+                grad = kernels.find(ctx.kernel).cross_entropy_grad(*args)
         once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
-        return once, None, None, None, None, None
+        return once, None, None, None, None, None, None
 
 
 class CrossEntropySum(Function):
@@ -95,30 +101,38 @@ class CrossEntropySum(Function):
 
     For sets of kernels that have `cross_entropy_with_grad`. The first backward takes the gradient's buffer, and
     with an upstream gradient of exactly 1 it has nothing else to do; a second one (retain_graph) computes it again.
+    With overwrite the gradient is made in the backward, over the logits: made in the forward, it would be there for
+    whoever reads the logits in between.
 
-    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; name of the set of kernels.
+    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; name of the set of kernels;
+    overwrite.
     Output: scalar in the dtype of the arithmetic.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor, kernel: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor, kernel: str, overwrite: bool
+    ) -> tuple[Tensor, ...]:
         with _no_autocast(logits):
-            made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
+            if overwrite:
+                made = kernels.find(kernel).cross_entropy_rows(logits, labels_T, keep_T)
+            else:
+                made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
             # A coefficient of 0 takes a token out, even one whose loss is infinite.
             return (torch.where(coef_T == 0, 0.0, coef_T * made[0]).sum(), *made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, labels_T, keep_T, coef_T, ctx.kernel = inputs
-        _, loss_T, m_T, s_T, ctx.buffer = output
+        logits, labels_T, keep_T, coef_T, ctx.kernel, ctx.overwrite = inputs
+        _, loss_T, m_T, s_T, *buffers = output
+        ctx.buffer = buffers[0] if buffers else None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        inplace.claim(ctx)
         upstream = grads[0]
         logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T = ctx.saved_tensors
         set_of_kernels = kernels.find(ctx.kernel)
@@ -129,7 +143,12 @@ class CrossEntropySum(Function):
                 grad, ctx.buffer = ctx.buffer, None
                 if grad is None:
                     scaled_T = coef_T * upstream.to(coef_T.dtype)
-                    grad = set_of_kernels.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+                    args = (logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+                    if ctx.overwrite:
+                        set_of_kernels.cross_entropy_overwrite(*args)
+                        grad = inplace.overwritten(ctx, logits)
+                    else:
+                        grad = set_of_kernels.cross_entropy_grad(*args)
                 else:
                     set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
             grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[3] else None
@@ -137,7 +156,7 @@ class CrossEntropySum(Function):
             _once(x, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, coef_T, upstream)
             for x in (grad, grad_coef)
         ]
-        return found[0], None, None, found[1], None
+        return found[0], None, None, found[1], None, None
 
 
 class Distillation(Function):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loss_core import (
+    BackendUnavailable,
     FusedLinearCEConfig,
     KDLossConfig,
     KernelChoice,
@@ -18,7 +19,7 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, kernels, reduction, te
+from loss_core_torch import autograd, checks, distributed, inplace, kernels, reduction, te
 from loss_core_torch.values import compute_dtype
 
 
@@ -53,6 +54,15 @@ class _LogitsCrossEntropy(_Loss):
     reduction: str
     fp32_upcast: bool = True
     tp_group: Any = None
+    inplace_grad: bool = False
+
+    def with_kernel_choice(self, choice: KernelChoice) -> _Loss:
+        if self.inplace_grad and choice.flag == te.FLAG:
+            raise BackendUnavailable(
+                f"'{te.FLAG}' does not write the gradient over the logits (inplace_grad=True): use 'torch:triton' or "
+                "'torch:eager', or inplace_grad=False."
+            )
+        return super().with_kernel_choice(choice)
 
     def forward(
         self,
@@ -65,8 +75,9 @@ class _LogitsCrossEntropy(_Loss):
         """Cross entropy between logits and labels.
 
         Args:
-            logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed. With
-                tp_group: this rank's equal share of the vocabulary, in rank order.
+            logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed (with
+                inplace_grad: the backward leaves its gradient there). With tp_group: this rank's equal
+                share of the vocabulary, in rank order.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed.
             mask: shape of labels, or broadcasting to it; bool, integer or float; 0 ignores the position.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
@@ -78,8 +89,12 @@ class _LogitsCrossEntropy(_Loss):
             ValueError: shapes that do not fit, a label that is no class (on a CPU; elsewhere that
                 token's loss and gradient are NaN), a count or weights without reduction="sum".
             TypeError: labels that are no integers, logits that are no floats.
+            RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
         logits = checks.floats("logits", logits)
+        overwrite = self.inplace_grad and inplace.applies(logits)
+        if overwrite:
+            inplace.check(logits)
         distributed.check_group(self.tp_group)
         shape = logits.shape[:-1]
         num_tokens = checks.count("num_label_tokens", num_label_tokens, self.reduction, logits.device)
@@ -91,16 +106,19 @@ class _LogitsCrossEntropy(_Loss):
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         if self._one_pass(logits):
             coef_T = reduction.coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
-            loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel)[0]
+            loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel, overwrite)[0]
             return loss if self.fp32_upcast else loss.to(logits.dtype)
-        loss_T = self._per_token(logits, labels_T, keep_T, bad_T)
+        loss_T = self._per_token(logits, labels_T, keep_T, bad_T, overwrite)
         loss = reduction.reduce_tokens(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
         return loss if self.fp32_upcast else loss.to(logits.dtype)
 
-    def _per_token(self, logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None) -> Tensor:
+    def _per_token(
+        self, logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, overwrite: bool
+    ) -> Tensor:
         if self._kernel == "te":
             return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, self.tp_group)
-        return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
+        args = (logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel, overwrite)
+        return autograd.CrossEntropy.apply(*args)[0]
 
     def _one_pass(self, logits: Tensor) -> bool:
         """Whether loss and gradient can be made together: the factor of each token is known, the row is whole."""
@@ -118,13 +136,21 @@ class _LogitsCrossEntropy(_Loss):
 class MaskedCrossEntropy(_LogitsCrossEntropy):
     """Cross entropy over logits, with a mask. Config: `loss_core.MaskedCrossEntropyConfig`."""
 
-    _fields = ("fp32_upcast", "ignore_index", "reduction")
+    _fields = ("fp32_upcast", "ignore_index", "reduction", "inplace_grad")
 
-    def __init__(self, fp32_upcast: bool = True, ignore_index: int = -100, reduction: str = "sum") -> None:
+    def __init__(
+        self,
+        fp32_upcast: bool = True,
+        ignore_index: int = -100,
+        reduction: str = "sum",
+        tp_group: Any = None,
+        inplace_grad: bool = False,
+    ) -> None:
         """Fields as in MaskedCrossEntropyConfig, which validates them."""
         super().__init__()
-        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction)
+        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad)
         self.fp32_upcast, self.ignore_index, self.reduction = config.fp32_upcast, config.ignore_index, config.reduction
+        self.tp_group, self.inplace_grad = tp_group, config.inplace_grad
 
 
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
@@ -133,13 +159,16 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
     Config: `loss_core.TEParallelCEConfig`. The name is NeMo AutoModel's; any kernel can run it.
     """
 
-    _fields = ("ignore_index", "reduction")
+    _fields = ("ignore_index", "reduction", "inplace_grad")
 
-    def __init__(self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None) -> None:
+    def __init__(
+        self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None, inplace_grad: bool = False
+    ) -> None:
         """Fields as in TEParallelCEConfig, which validates them."""
         super().__init__()
-        config = TEParallelCEConfig(ignore_index, reduction)
+        config = TEParallelCEConfig(ignore_index, reduction, None, inplace_grad)
         self.ignore_index, self.reduction, self.tp_group = config.ignore_index, config.reduction, tp_group
+        self.inplace_grad = config.inplace_grad
 
 
 class KDLoss(_Loss):

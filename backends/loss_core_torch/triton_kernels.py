@@ -129,11 +129,22 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_zeros(row_ptr, begin, end, BLOCK_V: tl.constexpr):
+def grad_places(grad_ptr, offs_v, stride_v, IN_PLACE: tl.constexpr):
+    """Where a block of a gradient's row goes: next to one another, or where the logits lie."""
+    if IN_PLACE:
+        places = grad_ptr + offs_v.to(tl.int64) * stride_v
+    else:
+        places = grad_ptr + offs_v
+    return places
+
+
+@triton.jit
+def store_zeros(grad_ptr, begin, end, stride_v, IN_PLACE: tl.constexpr, BLOCK_V: tl.constexpr):
     """Gradient of an ignored row: not a product with 0, its logits may be inf or NaN and are not even read."""
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        tl.store(row_ptr + offs_v, tl.zeros([BLOCK_V], row_ptr.dtype.element_ty), mask=offs_v < end)
+        places = grad_places(grad_ptr, offs_v, stride_v, IN_PLACE)
+        tl.store(places, tl.zeros([BLOCK_V], grad_ptr.dtype.element_ty), mask=offs_v < end)
 
 
 @triton.jit
@@ -158,7 +169,7 @@ def row_state(
 @triton.jit
 def store_grad(
     grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, dtype: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """coef (softmax - onehot) of the columns [begin, end) of a row, times the softcap's slope."""
     base = finite(m)
@@ -174,7 +185,8 @@ def store_grad(
         grad = tl.where(offs_v == label, grad - coef, grad)
         if SOFTCAP != 0:
             grad = grad * (1.0 - bent * bent)
-        tl.store(grad_ptr + offs_v, rounded(grad, grad_ptr.dtype.element_ty), mask=mask_v)
+        places = grad_places(grad_ptr, offs_v, stride_v, IN_PLACE)
+        tl.store(places, rounded(grad, grad_ptr.dtype.element_ty), mask=mask_v)
 
 
 @triton.jit
@@ -224,16 +236,16 @@ def cross_entropy_fold_kernel(
 
 @triton.jit
 def cross_entropy_grad_kernel(
-    grad_ptr,  # [T, V] contiguous
+    grad_ptr,  # [T, V] contiguous; the logits with IN_PLACE
     logits_ptr,  # [n0, n1, n2, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool
     m_ptr, s_ptr, coef_ptr,  # [T]
     upstream_ptr,  # scalar; looked at only with UNLESS_ONE
     vocab_start, vocab, part, num_1, num_2, stride_0, stride_1, stride_2, stride_v,
-    UNLESS_ONE: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNLESS_ONE: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one part of one row: program (row, part).
+    """Gradient of one part of one row: program (row, part). Each logit is read before its own place is written.
 
     With UNLESS_ONE the coefficients are further multiplied by *upstream_ptr, and nothing at all happens where
     that is exactly 1: the gradient is there already.
@@ -247,15 +259,18 @@ def cross_entropy_grad_kernel(
         coef = coef * upstream
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, vocab)
-    grad_ptr += row * vocab
-    if tl.load(keep_ptr + row) == 0:
-        store_zeros(grad_ptr, begin, end, BLOCK_V)
-        return
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
+    if IN_PLACE:
+        grad_ptr = row_ptr
+    else:
+        grad_ptr += row * vocab
+    if tl.load(keep_ptr + row) == 0:
+        store_zeros(grad_ptr, begin, end, stride_v, IN_PLACE, BLOCK_V)
+        return
     label = tl.load(labels_ptr + row) - vocab_start
     m, s = tl.load(m_ptr + row), tl.load(s_ptr + row)
     store_grad(
-        grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, m_ptr.dtype.element_ty, 0.0, BLOCK_V
+        grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, m_ptr.dtype.element_ty, 0.0, IN_PLACE, BLOCK_V
     )  # fmt: skip
 
 
@@ -282,7 +297,7 @@ def cross_entropy_row_kernel(
         tl.store(s_ptr + row, tl.full([], 1.0, dtype))
         tl.store(loss_ptr + row, tl.zeros([], dtype))
         if WITH_GRAD:
-            store_zeros(grad_ptr, 0, vocab, BLOCK_V)
+            store_zeros(grad_ptr, 0, vocab, 1, False, BLOCK_V)
         return
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
     label = tl.load(labels_ptr + row)
@@ -297,7 +312,7 @@ def cross_entropy_row_kernel(
     tl.store(loss_ptr + row, tl.log(s) + (m - t))
     if WITH_GRAD:
         coef = tl.load(coef_ptr + row)
-        store_grad(grad_ptr, row_ptr, 0, vocab, stride_v, label, m, s, coef, dtype, SOFTCAP, BLOCK_V)
+        store_grad(grad_ptr, row_ptr, 0, vocab, stride_v, label, m, s, coef, dtype, SOFTCAP, False, BLOCK_V)
 
 
 @triton.jit
@@ -389,7 +404,7 @@ def distillation_grad_kernel(
     end = tl.minimum(begin + part, vocab)
     grad_ptr += row * vocab
     if tl.load(keep_ptr + row) == 0:
-        store_zeros(grad_ptr, begin, end, BLOCK_V)
+        store_zeros(grad_ptr, begin, end, 1, False, BLOCK_V)
         return
     student_ptr += row_start(row, s_num_1, s_num_2, s_stride_0, s_stride_1, s_stride_2)
     teacher_ptr += row_start(row, t_num_1, t_num_2, t_stride_0, t_stride_1, t_stride_2)
