@@ -129,16 +129,26 @@ class FusedLinearCEConfig(LossConfig):
         ignore_index: label that marks a position to leave out; any integer.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; >= 0, 0 is off.
         reduction: "sum", "mean" (over positions that count) or "none".
+        tp_group: as in TEParallelCEConfig.
+        sequence_parallel: whether hidden_states are sharded over tp_group along the sequence.
+        skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (torch
+            on a CPU); True: everywhere, for one host sync per call on an accelerator; False: never.
     """
 
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
+    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    sequence_parallel: bool = False
+    skip_ignored: bool | None = None
 
     def validate(self) -> None:
         _check_integer("ignore_index", self.ignore_index)
         _check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", low=0.0)
         _check_reduction(self.reduction)
+        _check_bool("sequence_parallel", self.sequence_parallel)
+        if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
+            raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
 
 
 @dataclass

@@ -173,7 +173,7 @@ def _launch_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     # As on a GPU, which the device here is not.
     with mock.patch.object(triton_linear, "operand_dtype", lambda dtype, _: dtype):
         for softcap, want in ((0.0, [True, True]), (30.0, [True, True]), (0.0, [False, False])):
-            args = (hidden, weight, labels_T, keep_T, coef_T, softcap, hidden.dtype, want)
+            args = (hidden, weight, labels_T, keep_T, coef_T, softcap, hidden.dtype, want, None, None)
             triton_linear.linear_cross_entropy(*args)
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, row_stats
 from loss_core.check import check
-from loss_core_torch import eager, triton_kernels, triton_launch, triton_linear, triton_set, triton_sizes
+from loss_core_torch import eager, triton_kernels, triton_launch, triton_linear, triton_set, triton_sizes, values
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FLAG = ["torch:triton"]
@@ -403,6 +403,30 @@ def overwritten():
     passes(check(configs, FLAG, dtypes=("float32",), shape=(4, 67), only=("basic", "strided", "minus-inf")))
 
 
+def skipping():
+    """Ignored tokens in the products, out of them by a sync, and by the caller's number; several chunks."""
+    chunks = patched(triton_linear, "CHUNK_BYTES", 0), patched(triton_linear, "_CHUNK_MULTIPLE", 2)
+    skipped = [FusedLinearCEConfig(reduction=r, skip_ignored=True) for r in ("sum", "none")]
+    with chunks[0], chunks[1], patched(values, "may_read", lambda x: False):
+        passes(check(["FusedLinearCrossEntropy", *skipped], FLAG, dtypes=("float32",), shape=(5, 67, 8)))
+        hidden, weight = torch.randn(9, 8), torch.randn(67, 8)
+        hidden[::2] = torch.nan
+        labels = torch.arange(9) * 7
+        labels[::2] = -100
+        for reduction, right in itertools.product(("mean", "none"), (True, False)):
+            config = FusedLinearCEConfig(reduction=reduction)
+            results = []
+            for number in (None, 4 if right else 5):
+                h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+                loss = config.build(backend="torch:triton")(h, labels, w, num_valid_tokens=number)
+                # The upstream gradient of a sum is one number, expanded.
+                results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (h, w))))
+            if right:
+                torch.testing.assert_close(*results)
+            else:
+                assert all(bool(x.isnan().any()) for x in results[1])
+
+
 def no_vocabulary():
     """A rank that owns no class: the state of an empty piece, gradients without elements, no launch."""
     logits, labels, keep = torch.randn(2, 3, 0), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
@@ -495,7 +519,8 @@ def auto_stays_eager():
 
 SCENARIOS = (
     matrix, matrix_of_tiny_blocks, own_shapes, large_vocabulary, operands_of_16_bits, laws, kd_laws, tanh, offsets,
-    strides, one_pass, overwritten, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu, auto_stays_eager,
+    strides, one_pass, overwritten, skipping, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu,
+    auto_stays_eager,
 )  # fmt: skip
 
 

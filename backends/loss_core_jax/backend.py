@@ -24,7 +24,9 @@ _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
     (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(
         c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
     ),
-    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction),
+    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(
+        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel, c.skip_ignored
+    ),
     (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(
         c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
     ),

@@ -8,6 +8,7 @@ Everything around them (reduction, weights, counts, dtype of the result) is plai
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -207,7 +208,8 @@ class LinearCrossEntropySum(Function):
     backward takes these buffers; a second one (retain_graph) computes them again.
 
     Inputs: h_TH, w_VH float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; softcap; product dtype; which
-    gradients are wanted; name of the set of kernels.
+    gradients are wanted; name of the set of kernels; skip_ignored and num_valid of
+    `eager_linear.tokens_in_products`.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -222,10 +224,12 @@ class LinearCrossEntropySum(Function):
         product_dtype: torch.dtype,
         want: tuple[bool, bool],
         kernel: str,
+        skip_ignored: bool | None,
+        num_valid: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with _no_autocast(h_TH):
             loss_T, grad_h, grad_w = kernels.find(kernel).linear_cross_entropy(
-                h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want)
+                h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want), skip_ignored, num_valid
             )
             # A coefficient of 0 takes a token out, even one whose loss is infinite.
             total = torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
@@ -233,7 +237,7 @@ class LinearCrossEntropySum(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want, ctx.kernel = inputs
+        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want, ctx.kernel, *ctx.skip = inputs
         _, loss_T, grad_h, grad_w = output
         ctx.mark_non_differentiable(loss_T, grad_h, grad_w)
         # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
@@ -251,7 +255,7 @@ class LinearCrossEntropySum(Function):
             else:
                 if ctx.buffers is None:
                     ctx.buffers = kernels.find(ctx.kernel).linear_cross_entropy(
-                        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, list(ctx.want)
+                        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, list(ctx.want), *ctx.skip
                     )[1:]
                 # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
                 (grad_h, grad_w), ctx.buffers = ctx.buffers, None
@@ -268,6 +272,8 @@ class LinearCrossEntropySum(Function):
             None,
             None,
             grad_coef,
+            None,
+            None,
             None,
             None,
             None,
@@ -291,16 +297,17 @@ class LinearCrossEntropy(Function):
         softcap: float,
         product_dtype: torch.dtype,
         kernel: str,
+        skip_ignored: bool | None,
+        num_valid: int | None,
     ) -> Tensor:
         with _no_autocast(h_TH):
             unused_T = torch.ones_like(keep_T, dtype=compute_dtype(h_TH.dtype))
-            return kernels.find(kernel).linear_cross_entropy(
-                h_TH, w_VH, labels_T, keep_T, unused_T, softcap, product_dtype, [False, False]
-            )[0]
+            args = (h_TH, w_VH, labels_T, keep_T, unused_T, softcap, product_dtype, [False, False])
+            return kernels.find(kernel).linear_cross_entropy(*args, skip_ignored, num_valid)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype, ctx.kernel = inputs
+        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype, ctx.kernel, *ctx.skip = inputs
         ctx.save_for_backward(h_TH, w_VH, labels_T, keep_T)
 
     @staticmethod
@@ -310,11 +317,10 @@ class LinearCrossEntropy(Function):
         want_h, want_w = ctx.needs_input_grad[:2]
         with torch.no_grad(), _no_autocast(h_TH):
             coef_T = upstream_T.to(compute_dtype(h_TH.dtype))
-            _, grad_h, grad_w = kernels.find(ctx.kernel).linear_cross_entropy(
-                h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, [want_h, want_w]
-            )
+            args = (h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, [want_h, want_w])
+            _, grad_h, grad_w = kernels.find(ctx.kernel).linear_cross_entropy(*args, *ctx.skip)
             found = (grad_h.to(h_TH.dtype) if want_h else None, grad_w.to(w_VH.dtype) if want_w else None)
-        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None, None)
+        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None, None, None, None)
 
 
 def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,6 +328,8 @@ def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor
     return tuple(_once(grad, "FusedLinearCrossEntropy", instead, *sources) for grad in grads)
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
+def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The kernels choose their own dtypes; autocast must not change them from outside."""
+    if like.device.type == "meta":
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)

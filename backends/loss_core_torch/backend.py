@@ -36,7 +36,9 @@ def _masked(c: MaskedCrossEntropyConfig) -> MaskedCrossEntropy:
 
 
 def _fused(c: FusedLinearCEConfig) -> FusedLinearCrossEntropy:
-    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction)
+    return FusedLinearCrossEntropy(
+        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel, c.skip_ignored
+    )
 
 
 def _parallel(c: TEParallelCEConfig) -> TEParallelCrossEntropy:

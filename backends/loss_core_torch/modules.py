@@ -250,17 +250,34 @@ class KDLoss(_Loss):
 class FusedLinearCrossEntropy(_Loss):
     """Cross entropy of hidden_states @ lm_weight.T without the [T, V] logits.
 
-    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product.
+    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product; elsewhere so with
+    skip_ignored=True, or where forward is given num_valid_tokens.
     """
 
-    _fields = ("ignore_index", "logit_softcapping", "reduction")
+    _fields = ("ignore_index", "logit_softcapping", "reduction", "skip_ignored")
+    # Numbers that give tensors their shape: no tensors themselves, for the bridge.
+    static_arguments = ("num_valid_tokens",)
 
-    def __init__(self, ignore_index: int = -100, logit_softcapping: float = 0.0, reduction: str = "sum") -> None:
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        logit_softcapping: float = 0.0,
+        reduction: str = "sum",
+        tp_group: Any = None,
+        sequence_parallel: bool = False,
+        skip_ignored: bool | None = None,
+    ) -> None:
         """Fields as in FusedLinearCEConfig, which validates them."""
         super().__init__()
-        config = FusedLinearCEConfig(ignore_index, logit_softcapping, reduction)
+        config = FusedLinearCEConfig(ignore_index, logit_softcapping, reduction, None, sequence_parallel, skip_ignored)
+        if tp_group is not None or sequence_parallel:
+            raise BackendUnavailable(
+                f"FusedLinearCrossEntropy got tp_group={tp_group!r} and sequence_parallel={sequence_parallel}: a head "
+                "sharded over a tensor-parallel group is not available in this version. Use tp_group=None and "
+                "sequence_parallel=False."
+            )
         self.ignore_index, self.reduction = config.ignore_index, config.reduction
-        self.logit_softcapping = config.logit_softcapping
+        self.logit_softcapping, self.skip_ignored = config.logit_softcapping, config.skip_ignored
 
     @staticmethod
     def materialize_lm_weight(lm_weight: Any, *, grad_reduce_group: dist.ProcessGroup | None = None) -> Any:
@@ -289,6 +306,7 @@ class FusedLinearCrossEntropy(_Loss):
         num_label_tokens: int | Tensor | None = None,
         grad_reduce_group: dist.ProcessGroup | None = None,
         loss_weights: Tensor | None = None,
+        num_valid_tokens: int | None = None,
     ) -> Tensor:
         """Cross entropy of the head's logits and labels.
 
@@ -299,12 +317,16 @@ class FusedLinearCrossEntropy(_Loss):
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
             grad_reduce_group: see materialize_lm_weight; only for a sharded weight.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
+            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer; the others then
+                take part in no product on any device, without a host sync and with static shapes. A wrong number
+                is a ValueError on a CPU, a NaN elsewhere.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64). Under
             autocast both operands are rounded to its dtype first, as F.linear would.
         Raises:
             ValueError: shapes or devices that do not fit, a label that is no class (on a CPU), a count
-                or weights without reduction="sum", a sharded weight without its group.
+                or weights without reduction="sum", a sharded weight without its group, num_valid_tokens
+                with skip_ignored=False.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
         hidden_states = checks.floats("hidden_states", hidden_states)
@@ -322,6 +344,8 @@ class FusedLinearCrossEntropy(_Loss):
         labels_T = checks.labels_like(labels, shape, "hidden_states", device)
         keep_T = checks.kept(labels_T, shape, self.ignore_index)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, weight_VH.shape[0], self.ignore_index)
+        one_or_nan = checks.valid_tokens(num_valid_tokens, keep_T, self.skip_ignored)
+        skip = (self.skip_ignored, num_valid_tokens)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         if bad_T is not None:
             labels_T = torch.where(bad_T, 0, labels_T)
@@ -329,14 +353,16 @@ class FusedLinearCrossEntropy(_Loss):
         softcap = float(self.logit_softcapping)
         if self.reduction == "none":
             loss_T = autograd.LinearCrossEntropy.apply(
-                h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel
+                h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel, *skip
             )
+            loss_T = loss_T if one_or_nan is None else loss_T * one_or_nan
             return reduction.nan_where(loss_T, bad_T).view(shape)
         coef_T = reduction.coefficients(hidden_states.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
         grad = torch.is_grad_enabled()
         want = (grad and hidden_states.requires_grad, grad and weight_VH.requires_grad)
-        args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
-        return autograd.LinearCrossEntropySum.apply(*args)[0]
+        args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel, *skip)
+        loss = autograd.LinearCrossEntropySum.apply(*args)[0]
+        return loss if one_or_nan is None else loss * one_or_nan
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -344,7 +370,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device
     if weight.device != device:
         raise ValueError(f"hidden_states is on {device} but lm_weight is on {weight.device}; they must match.")
-    if torch.is_autocast_enabled(device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    # "meta" (shapes without values, as the bridge asks for) is unknown to autocast.
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device.type)
     if hidden.dtype != weight.dtype:
         raise TypeError(
