@@ -332,6 +332,26 @@ def strides():
                 torch.testing.assert_close(triton_set.distillation_grad(view, *args), expected, atol=1e-5, rtol=1e-4)
 
 
+def labels_and_upstreams_of_any_stride():
+    """Labels that are a column of a matrix, and the upstream gradient of a sum, which is one number expanded."""
+    labels = torch.arange(24).view(8, 3)[:, 1]
+    hidden, weight = torch.randn(8, 5), torch.randn(24, 5)
+    logits = hidden @ weight.T
+    cases = (
+        (MaskedCrossEntropyConfig, (logits,), ()),
+        (FusedLinearCEConfig, (hidden,), (weight,)),
+    )
+    for (make, before, after), reduction in itertools.product(cases, ("sum", "none")):
+        results = []
+        for kernel in ("triton", "eager"):
+            leaves = [x.clone().requires_grad_() for x in (*before, *after)]
+            loss = make(reduction=reduction).build(backend=f"torch:{kernel}")(leaves[0], labels, *leaves[1:])
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    args = (hidden, weight, labels, labels >= 0, torch.tensor(0.5).expand(8), 0.0, torch.float32, [True, True], False)
+    torch.testing.assert_close(*(kernels.linear_cross_entropy(*args, None) for kernels in (triton_set, eager)))
+
+
 def one_pass():
     """A reduced loss makes its gradient in the forward; upstream 1 leaves it alone, anything else is rounded once."""
     logits = torch.randn(4, 5, 67).to(torch.bfloat16)[:, :-1].requires_grad_()
@@ -460,7 +480,7 @@ def compiled():
 
 
 @triton.jit
-def _padding_of_zeros(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr):
+def _padding_of_zeros(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr, EVICT: tl.constexpr):
     return tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=0.0).to(dtype)
 
 
@@ -519,8 +539,8 @@ def auto_stays_eager():
 
 SCENARIOS = (
     matrix, matrix_of_tiny_blocks, own_shapes, large_vocabulary, operands_of_16_bits, laws, kd_laws, tanh, offsets,
-    strides, one_pass, overwritten, skipping, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu,
-    auto_stays_eager,
+    strides, labels_and_upstreams_of_any_stride, one_pass, overwritten, skipping, no_vocabulary, compiled,
+    injected_bugs, refuses_without_a_gpu, auto_stays_eager,
 )  # fmt: skip
 
 

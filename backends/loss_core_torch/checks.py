@@ -36,7 +36,7 @@ def floats(name: str, value: Any) -> Tensor:
 
 
 def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) -> Tensor:
-    """labels as int64 of shape [T] on the device.
+    """labels as int64 of shape [T] on the device, contiguous.
 
     Args:
         lead: the leading shape that labels must have; of: name of the tensor it comes from.
@@ -49,7 +49,8 @@ def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) ->
             f"labels has shape {tuple(labels.shape)} but {of} has leading shape {tuple(lead)}; they must match "
             f"({of}.shape[:-1] == labels.shape)."
         )
-    return labels.detach().to(device=device, dtype=torch.int64).reshape(-1)
+    # A kernel takes them side by side: a column of a matrix of labels does not lie so.
+    return labels.detach().to(device=device, dtype=torch.int64).reshape(-1).contiguous()
 
 
 def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = None) -> Tensor:
@@ -132,8 +133,8 @@ def valid_tokens(value: Any, keep_T: Tensor, skip_ignored: bool | None) -> Tenso
     found = int(keep_T.sum())
     if found != number:
         raise ValueError(
-            f"num_valid_tokens is {number}, but {found} of the {keep_T.numel()} labels are not ignore_index; it must be "
-            "their number in this very call, on this rank."
+            f"num_valid_tokens is {number}, but {found} of the {keep_T.numel()} labels are not ignore_index; it must "
+            "be their number in this very call, on this rank."
         )
     return None
 

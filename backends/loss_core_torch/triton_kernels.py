@@ -112,9 +112,20 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr):
-    """A block of a row, -inf outside of it."""
-    return tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=float("-inf")).to(dtype)
+def load_logits(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr, EVICT: tl.constexpr):
+    """A block of a row, -inf outside of it.
+
+    EVICT says what the L2 cache does with it: "evict_last" where the row will be read once more at once,
+    "evict_first" where it was read for the last time, "" where neither is known.
+    """
+    places = row_ptr + offs_v.to(tl.int64) * stride_v
+    return tl.load(places, mask=mask_v, other=float("-inf"), eviction_policy=EVICT).to(dtype)
+
+
+@triton.jit
+def column_of(label, begin, end):
+    """The label where it is a column of [begin, end), else -1, which is none."""
+    return tl.where((label >= begin) & (label < end), label, -1)
 
 
 @triton.jit
@@ -149,8 +160,8 @@ def store_zeros(grad_ptr, begin, end, stride_v, IN_PLACE: tl.constexpr, BLOCK_V:
 
 @triton.jit
 def row_state(
-    row_ptr, begin, end, stride_v, dtype: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
-    UNROLL: tl.constexpr,
+    row_ptr, begin, end, stride_v, dtype: tl.constexpr, SOFTCAP: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """(m, s) of the columns [begin, end) of a row."""
     LANES: tl.constexpr = BLOCK_V // UNROLL
@@ -159,7 +170,7 @@ def row_state(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype)
+        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype, EVICT)
         if SOFTCAP != 0:
             z = tl.where(mask_v, SOFTCAP * tanh(z / SOFTCAP), float("-inf"))
         m, s = extend(m, s, tl.reshape(z, [UNROLL, LANES]))
@@ -174,15 +185,17 @@ def store_grad(
     """coef (softmax - onehot) of the columns [begin, end) of a row, times the softcap's slope."""
     base = finite(m)
     scale = coef / s
+    column = column_of(label, begin, end)
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype)
+        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype, "evict_first")
         if SOFTCAP != 0:
             bent = tanh(z / SOFTCAP)
             z = SOFTCAP * bent
         grad = tl.exp(z - base) * scale
-        grad = tl.where(offs_v == label, grad - coef, grad)
+        # In the width of the columns, which 32 bits hold: a comparison of labels in 64 takes two instructions.
+        grad = tl.where(offs_v == column.to(offs_v.dtype), grad - coef, grad)
         if SOFTCAP != 0:
             grad = grad * (1.0 - bent * bent)
         places = grad_places(grad_ptr, offs_v, stride_v, IN_PLACE)
@@ -206,7 +219,7 @@ def cross_entropy_stats_kernel(
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
     label = tl.load(labels_ptr + row) - vocab_start
-    m, s = row_state(row_ptr, begin, end, stride_v, dtype, 0.0, BLOCK_V, UNROLL)
+    m, s = row_state(row_ptr, begin, end, stride_v, dtype, 0.0, "", BLOCK_V, UNROLL)
     owned = (label >= begin) & (label < end)
     t = tl.load(row_ptr + label * stride_v, mask=owned, other=float("-inf")).to(dtype)
     at = row * tl.num_programs(1) + tl.program_id(1)
@@ -306,7 +319,8 @@ def cross_entropy_row_kernel(
     t = tl.load(row_ptr + label * stride_v, mask=owned, other=float("-inf")).to(dtype)
     if SOFTCAP != 0:
         t = tl.where(owned, SOFTCAP * tanh(t / SOFTCAP), float("-inf"))
-    m, s = row_state(row_ptr, 0, vocab, stride_v, dtype, SOFTCAP, BLOCK_V, UNROLL)
+    EVICT: tl.constexpr = "evict_last" if WITH_GRAD else "evict_first"
+    m, s = row_state(row_ptr, 0, vocab, stride_v, dtype, SOFTCAP, EVICT, BLOCK_V, UNROLL)
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, s)
     tl.store(loss_ptr + row, tl.log(s) + (m - t))
@@ -346,8 +360,8 @@ def distillation_stats_kernel(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype) * factor
-        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype) * factor
+        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype, "") * factor
+        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype, "") * factor
         zt_KL = tl.reshape(zt, [UNROLL, LANES])
         m_t, s_t, a, m_s, s_s = kd_extend(m_t, s_t, a, m_s, s_s, zt_KL, tl.reshape(zs, [UNROLL, LANES]))
     m_t_row, s_t_row, a_row, m_s_row, s_s_row = kd_fold(m_t, s_t, a, m_s, s_s)
@@ -417,8 +431,8 @@ def distillation_grad_kernel(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype) * factor - base_t
-        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype) * factor - base_s
+        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype, "") * factor - base_t
+        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype, "") * factor - base_s
         e_t = tl.exp(zt)
         if OF_TEACHER:
             grad = tl.where(e_t == 0, 0.0, (zt - zs) - centre) * e_t * scale_t

@@ -40,16 +40,32 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         dtype: to which hidden states and weight are rounded.
         device: GPUs multiply 16-bit operands many times faster; elsewhere it is the dtype of the arithmetic.
     """
-    return dtype if device.type == "cuda" else compute_dtype(dtype)
+    return dtype if device.type == "cuda" and _multiplies_into_float32() else compute_dtype(dtype)
+
+
+def _multiplies_into_float32() -> bool:
+    """Whether torch multiplies 16-bit matrices into a float32 one on this kind of GPU.
+
+    Its out_dtype= overloads raise on ROCm ("float output with half input is not enabled") and under TunableOp
+    (aten/src/ATen/native/cuda/Blas.cpp); float32 operands serve there.
+    """
+    return torch.version.hip is None and not torch.cuda.tunable.is_enabled()
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, in out's dtype whatever that of the operands."""
-    if a.dtype != out.dtype and a.device.type == "cuda":
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(add), out=out)
-    else:
-        # beta=0 does not read what is in out.
+    """out = a @ b, or out += a @ b, in out's dtype whatever that of the operands; no temporary of out's size.
+
+    Read in torch's sources, not run on a GPU yet: out_dtype= exists on CUDA alone, for float32 from float16 or
+    bfloat16, with any transposition of the operands. `mm` passes `out` on as the addend with beta 0, which is not
+    read, NaN or not. `addmm` takes a float32 addend since pull request 167931 (November 2025; before, only one of the
+    operands' dtype), and copies it only where it is another tensor than `out`.
+    """
+    if a.dtype == out.dtype or a.device.type != "cuda":
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(add), out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 @opaque(eager_linear._fake_linear)
