@@ -1,9 +1,8 @@
 """The kernels of `torch:eager`: plain PyTorch operations, on any torch device.
 
 A set of kernels is a module with these functions; `kernels.find` gives it by name. A set may have three more, for
-loss and gradient in one pass over memory: see `kernels.has_one_pass`. A head with a bias [V] would be one more argument
-of `linear_cross_entropy` and one more gradient behind `grad_w`: it is added to a block's logits before the softcap, and
-its gradient is the sum over tokens of what the weight's gradient is made of.
+loss and gradient in one pass over memory: see `kernels.has_one_pass`. A head's bias [V] would be one more
+argument of `linear_cross_entropy`, and one more gradient of it.
 """
 
 from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype
