@@ -22,6 +22,7 @@ from loss_core.cases import named_cases
 from loss_core.dtypes import round_to
 from loss_core.tolerance import allowances, share_of_allowance
 from loss_core_torch import values
+from worker_exit import leave_after
 
 VOCAB = 506  # divides by 2
 
@@ -151,9 +152,10 @@ def main():
         for name, scenario in WHOLE.items() if flag == "torch:eager" else ():
             scenario(rank, ranks)
             print("held:", name, flush=True)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    leave_after(main)

@@ -21,6 +21,7 @@ from loss_core.backend import flag_status
 from loss_core.cases import named_cases
 from loss_core.check import check
 from loss_core_torch import eager, te, values
+from worker_exit import leave_after
 
 V = 11
 LOSSES = ["MaskedCrossEntropy", "TEParallelCrossEntropy"]
@@ -360,4 +361,4 @@ def _hold(scenarios):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)
