@@ -27,9 +27,9 @@ def check_ranks(tp: Sequence[int], against: str | None, device: str | None) -> N
     for ranks in tp:
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
             raise ValueError(f"tp must be whole numbers >= 1, got {ranks!r}.")
-    if against is not None:
+    if tp and against is not None:
         raise ValueError(f"tp compares with the oracle on the whole problem; leave out against={against!r}.")
-    if device not in (None, "cpu"):
+    if tp and device not in (None, "cpu"):
         raise ValueError(f"tp runs its ranks on the CPU; leave out device={device!r}.")
 
 
