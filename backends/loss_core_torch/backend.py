@@ -34,11 +34,11 @@ __all__ = [
 
 
 def _masked(c: MaskedCrossEntropyConfig) -> MaskedCrossEntropy:
-    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction)
+    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group)
 
 
 def _fused(c: FusedLinearCEConfig) -> FusedLinearCrossEntropy:
-    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction)
+    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel)
 
 
 def _parallel(c: TEParallelCEConfig) -> TEParallelCrossEntropy:
