@@ -129,8 +129,9 @@ class FusedLinearCEConfig(LossConfig):
         ignore_index: label that marks a position to leave out; any integer.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; >= 0, 0 is off.
         reduction: "sum", "mean" (over positions that count) or "none".
-        tp_group: as in TEParallelCEConfig.
-        sequence_parallel: whether hidden_states are sharded over tp_group along the sequence.
+        tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
+        sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
+            are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
         skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (torch
             on a CPU); True: everywhere, for one host sync per call on an accelerator; False: never.
     """
@@ -158,8 +159,8 @@ class TEParallelCEConfig(LossConfig):
     Attributes:
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
-        tp_group: torch process group over which the vocabulary is sharded, or None. A runtime
-            handle: left out of dicts, repr and comparison.
+        tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh. A
+            runtime handle: left out of dicts, repr and comparison.
         inplace_grad: as in MaskedCrossEntropyConfig.
     """
 

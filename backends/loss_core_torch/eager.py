@@ -6,6 +6,7 @@ argument of `linear_cross_entropy`, and one more gradient of it.
 """
 
 from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype
+from loss_core_torch.eager_linear_parallel import linear_cross_entropy_grads, linear_cross_entropy_stats
 from loss_core_torch.eager_logits import (
     cross_entropy_grad,
     cross_entropy_overwrite,
@@ -21,5 +22,7 @@ __all__ = [
     "distillation_grad",
     "distillation_stats",
     "linear_cross_entropy",
+    "linear_cross_entropy_grads",
+    "linear_cross_entropy_stats",
     "operand_dtype",
 ]

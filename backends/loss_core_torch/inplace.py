@@ -31,6 +31,11 @@ def check(logits: Tensor) -> None:
             "what is traced has no memory to write over. Build the loss with inplace_grad=False there; the compiler "
             "reuses buffers by itself."
         )
+    if hasattr(logits, "full_tensor"):
+        raise RuntimeError(
+            "inplace_grad=True does not work on a DTensor: its memory belongs to the local tensor, which other holders "
+            "read without seeing the version counter. Pass logits.to_local() with tp_group, or inplace_grad=False."
+        )
     base = logits._base if logits._is_view() else logits
     if base is not None and base.is_leaf and base.requires_grad:
         what = "logits is" if base is logits else "logits is a view of"
