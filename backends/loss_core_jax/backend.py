@@ -21,8 +21,12 @@ from loss_core.config import (
 from loss_core_jax.losses import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 
 _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
-    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction),
-    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction),
+    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(
+        c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group
+    ),
+    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(
+        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel
+    ),
     (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group),
     (KDLossConfig, "xla"): lambda c: KDLoss(c.ignore_index, c.temperature, c.fp32_upcast, c.tp_group, c.chunk_size),
 }
