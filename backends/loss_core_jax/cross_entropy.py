@@ -60,9 +60,9 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array, None]:
 cross_entropy_rows.defvjp(_forward, _backward)
 
 
-def chunk_of(logits_TV: jax.Array) -> int:
+def chunk_of(logits: jax.Array) -> int:
     """Rows to compute at a time."""
-    return rows_within(_BUDGET_BYTES, logits_TV.shape[1] * arithmetic_dtype(logits_TV).itemsize, at_least=16)
+    return rows_within(_BUDGET_BYTES, logits.shape[-1] * arithmetic_dtype(logits).itemsize, at_least=16)
 
 
 def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:

@@ -7,7 +7,8 @@ A call is in one of four places:
 - outside, with shardings that can be read (explicit axes, or arrays that exist): the loss wraps itself in
   `jax.shard_map` over every axis that it can read;
 - outside, under `jit` with automatic axes, whose shardings can't be read: XLA partitions the code, which then
-  slices no dimension that may be sharded; with `tp_group` the loss wraps itself over that axis alone.
+  slices no dimension that may be sharded; with `tp_group` the loss wraps itself over that axis alone. Where other
+  axes are manual already it leaves that axis to XLA, too: JAX can't differentiate one `shard_map` in another.
 """
 
 # R = shards of the vocabulary
@@ -37,6 +38,7 @@ class Layout(NamedTuple):
         lead: mesh axes of each leading dimension of the labels, as far as they can be read.
         manual: axes over which the loss wraps itself; empty when it does not.
         mesh: their mesh when no mesh is set, else None.
+        hint: axes over which XLA is told to shard the vocabulary.
     """
 
     axes: Axes = ()
@@ -46,6 +48,7 @@ class Layout(NamedTuple):
     lead: tuple[Axes, ...] = ()
     manual: frozenset[str] = frozenset()
     mesh: Any = None
+    hint: Axes = ()
 
     def vocab(self, size: int) -> int:
         """Classes of the full problem, given the vocabulary of the array that the caller holds."""
@@ -91,6 +94,8 @@ def layout_for(tp_group: Any, rows: Any, vocab_array: Any, vocab_dim: int) -> La
     _check_axes(tp_group, axes, mesh)
     if mesh is None or mesh.size == 1 or not _is_sharded(mesh, frozenset(context.manual_axes)):
         return None
+    if context.manual_axes and not context.explicit_axes:
+        return Layout(whole=True, hint=axes)
     manual, lead = frozenset(axes), ((),) * (rows.ndim - 1)
     rows_spec, vocab_spec = found
     if rows_spec and vocab_spec:
@@ -119,6 +124,17 @@ def over_mesh(
     )
     result: jax.Array = wrapped(*arrays)
     return result
+
+
+def hinted(array: jax.Array, dim: int, layout: Layout) -> jax.Array:
+    """The array, with XLA told to shard a dimension over the axes of the hint if it divides by them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not layout.hint or array.shape[dim] % math.prod(mesh.shape[axis] for axis in layout.hint):
+        return array
+    spec: list[Any] = [P.UNCONSTRAINED] * array.ndim
+    spec[dim] = layout.hint
+    told: jax.Array = lax.with_sharding_constraint(array, P(*spec))
+    return told
 
 
 def lead_spec(layout: Layout, *last: Axes | None) -> P:

@@ -32,7 +32,7 @@ from loss_core_jax.cross_entropy import (
     losses_of_counted,
 )
 from loss_core_jax.distillation import Rows, chunk_rows, student_gradient, teacher_gradient
-from loss_core_jax.layout import Axes, Layout, lead_spec, over_mesh
+from loss_core_jax.layout import Axes, Layout, hinted, lead_spec, over_mesh
 
 
 def cross_entropy_rows(logits: jax.Array, target: jax.Array, layout: Layout) -> jax.Array:
@@ -42,8 +42,10 @@ def cross_entropy_rows(logits: jax.Array, target: jax.Array, layout: Layout) -> 
         logits: [..., V], or [..., V_local] inside `jax.shard_map`.
         target: [...] int32, classes of the full vocabulary or IGNORED or INVALID.
     """
+    if not target.size:
+        return no_rows(logits, target)
     if not layout.manual:
-        return _cross_entropy_inside(logits, target, layout)
+        return _cross_entropy_inside(hinted(logits, -1, layout), target, layout)
     inside = functools.partial(_cross_entropy_inside, layout=layout)
     specs = (lead_spec(layout, layout.axes), lead_spec(layout))
     return over_mesh(inside, layout, (pad_vocab(logits, layout), target), specs)
@@ -53,16 +55,23 @@ def distillation_rows(
     student: jax.Array, teacher: jax.Array, target: jax.Array, temperature: float, chunk_size: int, layout: Layout
 ) -> jax.Array:
     """T^2 * KL per row, as `loss_core_jax.distillation.distillation_rows`, for any layout."""
+    if not target.size:
+        return no_rows(student, target)
 
     def inside(student: jax.Array, teacher: jax.Array, target: jax.Array) -> jax.Array:
         rows = align(layout.axes, (student, teacher), (target,))
         return _sharded_distillation(*rows, temperature, chunk_size, layout.axes, layout.whole)
 
     if not layout.manual:
-        return inside(student, teacher, target)
+        return inside(hinted(student, -1, layout), hinted(teacher, -1, layout), target)
     spec = lead_spec(layout, layout.axes)
     arrays = (pad_vocab(student, layout), pad_vocab(teacher, layout), target)
     return over_mesh(inside, layout, arrays, (spec, spec, lead_spec(layout)))
+
+
+def no_rows(scores: jax.Array, target: jax.Array) -> jax.Array:
+    """The losses of no rows. JAX forgets what its empty arrays vary over."""
+    return jnp.zeros(target.shape, arithmetic_dtype(scores))
 
 
 def pad_vocab(logits: jax.Array, layout: Layout) -> jax.Array:

@@ -22,8 +22,8 @@ from loss_core_jax.checks import IGNORED
 from loss_core_jax.chunked import vary, varying_axes, zeros_for_loop
 from loss_core_jax.cross_entropy import losses_of_counted
 from loss_core_jax.fused_linear import gradients_again, row_states
-from loss_core_jax.layout import Axes, Layout, lead_spec, over_mesh
-from loss_core_jax.sharded import fold_over, local_target, types_tell, whole_cotangent
+from loss_core_jax.layout import Axes, Layout, hinted, lead_spec, over_mesh
+from loss_core_jax.sharded import fold_over, local_target, no_rows, types_tell, whole_cotangent
 from loss_core_jax.vocab_tiles import Gradients, Plan, chunk_gradients, fold_tiles, plan_for
 
 
@@ -52,10 +52,19 @@ def linear_rows(
         weight_VH: the full weight; inside `jax.shard_map`, this device's share.
         target: [...] int32, classes of the full vocabulary or IGNORED or INVALID.
     """
-    problem = _Problem(layout.axes, layout.whole, layout.vocab(weight_VH.shape[0]), softcap, sequence_parallel)
+    if not target.size:
+        return no_rows(hidden, target)
+    # Without axes of its own, nothing is this device's share.
+    problem = _Problem(
+        layout.axes,
+        layout.whole,
+        layout.vocab(weight_VH.shape[0]),
+        softcap,
+        sequence_parallel and bool(layout.axes),
+    )
     inside = functools.partial(_inside, problem=problem)
     if not layout.manual:
-        return inside(hidden, weight_VH, target)
+        return inside(hidden, hinted(weight_VH, 0, layout), target)
     # Rows of zeros; their logits are taken for -inf.
     padded_VH = jnp.pad(weight_VH, [(0, -weight_VH.shape[0] % layout.num_shards), (0, 0)])
     hidden_lead = layout.lead
