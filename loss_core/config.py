@@ -126,9 +126,9 @@ class FusedLinearCEConfig(LossConfig):
         ignore_index: label that marks a position to leave out; any integer.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; >= 0, 0 is off.
         reduction: "sum", "mean" (over positions that count) or "none".
-        tp_group: as in TEParallelCEConfig; it is lm_weight that is sharded.
-        sequence_parallel: True: hidden_states hold this member's share of the first dimension of the sequence,
-            gathered over tp_group; their gradient is scattered likewise. False: they are the same on all members.
+        tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
+        sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
+            are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
     """
 
     ignore_index: int = -100
@@ -151,8 +151,8 @@ class TEParallelCEConfig(LossConfig):
     Attributes:
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
-        tp_group: over what the vocabulary is sharded: a torch process group or 1-D device mesh, on JAX the name of a
-            mesh axis; or None. A runtime handle: left out of dicts, repr and comparison.
+        tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax: the
+            name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
     """
 
     ignore_index: int = -100

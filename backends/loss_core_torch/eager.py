@@ -5,6 +5,7 @@ loss and gradient in one pass over memory: see `kernels.has_one_pass`.
 """
 
 from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype
+from loss_core_torch.eager_linear_parallel import linear_cross_entropy_grads, linear_cross_entropy_stats
 from loss_core_torch.eager_logits import (
     cross_entropy_grad,
     cross_entropy_stats,
@@ -18,5 +19,7 @@ __all__ = [
     "distillation_grad",
     "distillation_stats",
     "linear_cross_entropy",
+    "linear_cross_entropy_grads",
+    "linear_cross_entropy_stats",
     "operand_dtype",
 ]
