@@ -230,12 +230,12 @@ def _gathered(axes: Axes, whole: bool, state: Arrays) -> list[Any]:
     if not axes:
         return [state]
     packed = jnp.stack(state)
-    if hasattr(lax, "pcast") and not whole:
+    if not whole and jax.__version_info__ >= (0, 10):
         gather: Any = lax.all_gather
         every = gather(packed, axes, to="invarying")
     else:
-        # A sum with zeros. XLA would gather rows that are sharded, too, and JAX 0.8 has no all-gather whose result
-        # counts as the same on all devices.
+        # A sum with zeros. XLA would gather rows that are sharded, too, and JAX before 0.10 has no all-gather whose
+        # result counts as the same on all devices.
         mine = jnp.arange(lax.axis_size(axes)) == lax.axis_index(axes)
         every = lax.psum(jnp.where(mine.reshape(-1, *(1,) * packed.ndim), packed, 0), axes)
     return [tuple(every[shard]) for shard in range(every.shape[0])]
