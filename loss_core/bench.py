@@ -72,6 +72,7 @@ def bench(
     time_limit: float | None = None,
     imports: Sequence[str] = (),
     progress: Progress | None = None,
+    save: Callable[[BenchReport], None] | None = None,
 ) -> BenchReport:
     """Measure losses: time, memory, first call, and error, for flags and peers.
 
@@ -95,6 +96,7 @@ def bench(
         time_limit: seconds for the whole; no call is begun after that.
         imports: modules that register losses of your own, for the worker processes.
         progress: called as progress(done, total, label).
+        save: called with the report after each call that was measured, so that a run that is cut off leaves something.
     Returns:
         A BenchReport; an implementation that failed is a row with its error.
     Raises:
@@ -131,8 +133,14 @@ def bench(
     run = _Run(report, threads, timeout, None if time_limit is None else start + time_limit, seed, progress)
     run.total = len(jobs) * (rounds + 1)
     try:
-        for name, job in jobs:
+        for index, (name, job) in enumerate(jobs):
+            if index and run.late():
+                report.missing.append(Missing(f"{name} {job.shape} {job.dtype}", "the time limit was reached"))
+                continue
             run.group(name, job, flags, chosen_peers, rounds)
+            report.seconds = time.perf_counter() - start
+            if save:
+                save(report)
     finally:
         run.stop()
     report.machine["after"] = describe_machine().get("accelerators", [])
@@ -266,7 +274,7 @@ class _Run:
         for _ in range(rounds):
             order = [row for row in entries if not row.error]
             self.random.shuffle(order)
-            if self._late() and orders:
+            if self.late() and orders:
                 break
             orders.append([row.implementation for row in order])
             for index, row in enumerate(order):
@@ -304,7 +312,7 @@ class _Run:
 
     def _prepare(self, row: BenchRow, job: Job, judge: Judge) -> None:
         """Build, compare with float64, make the first calls."""
-        if self._late() and row.kind == PEER:
+        if self.late() and row.kind == PEER:
             row.error = row.error or "left out: the time limit was reached"
         if row.error:
             return
@@ -380,7 +388,8 @@ class _Run:
         if worker := self.workers.pop(row.implementation, None):
             worker.stop()
 
-    def _late(self) -> bool:
+    def late(self) -> bool:
+        """Whether the time limit has been reached."""
         return self.deadline is not None and time.perf_counter() > self.deadline
 
     def _step(self, label: str, part: float) -> None:

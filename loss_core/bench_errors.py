@@ -48,13 +48,17 @@ class Judge:
         row.loss_error = relative(got["loss"], expected["loss"])
         row.grad_error = max((relative(got[name], expected[name]) for name in self._names), default=None)
         row.share = max(
-            float(np.max(share_of_allowance(got[name], expected[name], self._allowed[name], row.dtype))) for name in got
+            float("inf")
+            if got[name].shape != expected[name].shape
+            else float(np.max(share_of_allowance(got[name], expected[name], self._allowed[name], row.dtype)))
+            for name in got
         )
 
 
 def relative(got: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
-    """||got - expected|| / ||expected||; inf where something is not a number."""
-    got = np.asarray(got).reshape(expected.shape)
+    """||got - expected|| / ||expected||; inf where something is not a number, or of another shape."""
+    if got.shape != expected.shape:
+        return float("inf")
     size = float(np.linalg.norm(expected))
     error = float(np.linalg.norm(got - expected))
     return (error / size if size else error) if np.isfinite(error) else float("inf")

@@ -69,9 +69,6 @@ PEERS = {
     )
 }  # fmt: skip
 
-# What everybody would write: the other times of a run are given as shares of the first of these that ran.
-PLAIN = ("plain-torch", "plain-jax")
-
 
 def peers_for(kind: str, dtype: str) -> list[Peer]:
     """The peers that take these inputs."""

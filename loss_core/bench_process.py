@@ -47,7 +47,8 @@ class WorkerProcess:
             start_new_session=True,
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         if hasattr(os, "sched_setaffinity"):
             cores = sorted(os.sched_getaffinity(0))[:threads]
             with contextlib.suppress(OSError):
@@ -110,8 +111,9 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-        for pipe in (self._process.stdin, self._stderr):
-            if pipe is not None:
+        self._reader.join(timeout=10)
+        for pipe in (self._process.stdin, self._process.stdout, self._stderr):
+            if pipe is not None and not self._reader.is_alive():
                 with contextlib.suppress(OSError):
                     pipe.close()
 

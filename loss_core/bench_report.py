@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from statistics import median
 from typing import Any
 
-from loss_core.bench_peers import PEERS, PLAIN
+from loss_core.bench_peers import PEERS
 
 FLOOR, FLAG, PEER = "floor", "flag", "peer"
 
@@ -126,7 +127,11 @@ class BenchReport:
 
     def to_json(self) -> str:
         """As JSON; `from_json` reads it back."""
-        rows = [{**asdict(row), "seconds": row.seconds, "spread": row.spread} for row in self.rows]
+        rows = [
+            {name: _finite(value) for name, value in asdict(row).items()}
+            | {"seconds": row.seconds, "spread": row.spread}
+            for row in self.rows
+        ]
         return json.dumps({**asdict(self), "rows": rows}, indent=1)
 
     @classmethod
@@ -146,8 +151,18 @@ class BenchReport:
 
 
 def _row(data: Mapping[str, Any]) -> BenchRow:
-    values = {key: value for key, value in data.items() if key not in ("seconds", "spread")}
+    # What JSON has no number for is written as a string.
+    values: dict[str, Any] = {
+        key: float(value) if key in ("loss_error", "grad_error", "share") and isinstance(value, str) else value
+        for key, value in data.items()
+        if key not in ("seconds", "spread")
+    }
     return BenchRow(**{**values, "shape": tuple(values["shape"]), "error_shape": tuple(values["error_shape"])})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither inf nor NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def floor_of(group: Iterable[BenchRow]) -> float | None:
@@ -155,16 +170,24 @@ def floor_of(group: Iterable[BenchRow]) -> float | None:
     return next((row.seconds for row in group if row.kind == FLOOR), None)
 
 
-def plain_of(group: Iterable[BenchRow]) -> BenchRow | None:
-    """The plain implementation of a group."""
-    timed = {row.implementation: row for row in group if row.seconds is not None}
-    return next((timed[name] for name in PLAIN if name in timed), None)
+def framework_of(row: BenchRow) -> str:
+    """Either "torch" or "jax"; empty for the floor."""
+    if row.kind == PEER:
+        return PEERS[row.implementation].framework
+    return row.implementation.partition(":")[0] if row.kind == FLAG else ""
 
 
-def best_peer_of(group: Iterable[BenchRow]) -> BenchRow | None:
-    """The fastest peer whose result is not wrong; the plain implementation is one of them."""
+def plain_of(group: Iterable[BenchRow], framework: str) -> BenchRow | None:
+    """The plain implementation of a group on a framework."""
+    name = f"plain-{framework}"
+    return next((row for row in group if row.implementation == name and row.seconds is not None), None)
+
+
+def best_peer_of(group: Iterable[BenchRow], framework: str) -> BenchRow | None:
+    """The fastest peer on a framework whose result is not wrong; the plain implementation is one of them."""
+    peers = [row for row in group if row.kind == PEER and framework_of(row) == framework]
     return min(
-        (row for row in group if row.kind == PEER and row.seconds is not None and not row.wrong),
+        (row for row in peers if row.seconds is not None and not row.wrong),
         key=lambda row: row.seconds or 0.0,
         default=None,
     )
@@ -175,8 +198,3 @@ def best_flag_of(group: Iterable[BenchRow], backend: str | None = None) -> Bench
     rows = [row for row in group if row.kind == FLAG and row.seconds is not None and not row.wrong]
     fitting = [row for row in rows if backend is None or row.implementation.startswith(f"{backend}:")]
     return min(fitting, key=lambda row: row.seconds or 0.0, default=None)
-
-
-def title_of(row: BenchRow) -> str:
-    """What an implementation is, in words."""
-    return PEERS[row.implementation].title if row.implementation in PEERS else row.implementation

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
-from loss_core.bench_report import BenchReport, BenchRow, Missing, best_flag_of, best_peer_of, floor_of, plain_of
+from loss_core.bench_report import (
+    FLAG,
+    BenchReport,
+    BenchRow,
+    Missing,
+    best_flag_of,
+    best_peer_of,
+    floor_of,
+    framework_of,
+    plain_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,8 +27,8 @@ HEADINGS = ("", "time", "±", "x plain", "x peer", "of floor", "memory", "first 
 
 LEGEND = (
     "time: median of the rounds; ±: spread of the middle half; x plain, x peer: share of the time of the plain "
-    "implementation and of the best peer; of floor: floor / time; memory: most held above the inputs, gradients "
-    "included; errors: relative, against float64"
+    "implementation and of the best peer, on the same framework; of floor: floor / time; memory: most held above the "
+    "inputs, gradients included; errors: relative, against float64"
 )
 
 
@@ -38,18 +49,19 @@ class Line:
 
 def lines_of(group: Sequence[BenchRow]) -> list[Line]:
     """The rows of a group: the floor, then ours and the peers from fast to slow, then what failed."""
-    floor, plain, best = floor_of(group), plain_of(group), best_peer_of(group)
+    floor = floor_of(group)
     ours = best_flag_of(group)
     ordered = sorted(group, key=lambda row: (row.kind != "floor", row.seconds is None, row.seconds or 0.0))
     made = []
     for row in ordered:
+        plain, peer = plain_of(group, framework_of(row)), best_peer_of(group, framework_of(row))
         style = "failed" if row.seconds is None else "wrong" if row.wrong else "best" if row is ours else row.kind
         cells = (
             row.implementation,
             time_text(row.seconds),
             "" if row.spread is None else f"{row.spread:.0%}",
             _ratio(row.seconds, plain.seconds if plain else None),
-            _ratio(row.seconds, best.seconds if best else None),
+            _ratio(row.seconds, peer.seconds if peer else None),
             f"{floor / row.seconds:.0%}" if floor and row.seconds else "",
             "" if row.kind == "floor" else memory_text(row.peak),
             "" if row.kind == "floor" else time_text(row.first_call),
@@ -97,29 +109,43 @@ def heading_of(group: Sequence[BenchRow], report: BenchReport) -> str:
     return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {what}{share}"
 
 
-def machine_text(report: BenchReport) -> str:
-    """Device, threads and versions in one line."""
-    device = report.machine.get("device", "cpu")
-    name = f"{report.machine.get('processor', '?')}" if device == "cpu" else str(device)
-    versions = " · ".join(f"{name} {version}" for name, version in report.versions.items())
-    return f"{name}, {report.settings.get('threads', '?')} threads · {versions} · {report.date[:16].replace('T', ' ')}"
+def facts_of(report: BenchReport) -> dict[str, str]:
+    """Device, threads, versions and date, by name."""
+    device = str(report.machine.get("device", "cpu"))
+    facts = {"device": str(report.machine.get("processor", "cpu")) if device == "cpu" else device}
+    facts |= {"threads": str(report.settings.get("threads", "?"))} | report.versions
+    return facts | {"date": report.date[:16].replace("T", " ")}
+
+
+def warnings_of(report: BenchReport) -> list[str]:
+    """What makes the times doubtful."""
+    found = []
+    load, cores = report.machine.get("load"), report.machine.get("cores") or 1
+    if load is not None and load > cores / 2:
+        found.append(f"The machine was busy: load {load} on {cores} cores when the run began. Times are uncertain.")
+    spreads = [row.spread for row in report.rows if row.kind != "floor" and row.spread is not None]
+    if spreads and median(spreads) > 0.25:
+        found.append(f"The rounds differ by {median(spreads):.0%} in the median: run it again on a quiet machine.")
+    if others := report.machine.get("accelerator_processes"):
+        found.append(f"Other processes held memory of the accelerator: {others}.")
+    return found
 
 
 def verdict(report: BenchReport) -> str:
-    """For each group: our fastest flag and the best peer."""
+    """For each call and framework: our fastest flag and the best peer."""
     said = []
     for group in report.groups():
-        ours, peer = best_flag_of(group), best_peer_of(group)
-        if ours is None or not ours.seconds:
-            said.append(f"{group[0].loss}: no flag gave a result")
-        elif peer is None or not peer.seconds:
-            said.append(f"{ours.loss}: {ours.implementation} {time_text(ours.seconds)}, no peer beside it")
-        else:
-            said.append(
-                f"{ours.loss} {'x'.join(map(str, ours.shape))} {ours.dtype}: {ours.implementation} "
-                f"{time_text(ours.seconds)}, {ours.seconds / peer.seconds:.2f} of {peer.implementation}'s "
-                f"{time_text(peer.seconds)}"
-            )
+        head = f"{group[0].loss} {'x'.join(map(str, group[0].shape))} {group[0].dtype}"
+        frameworks = dict.fromkeys(framework_of(row) for row in group if row.kind == FLAG)
+        for framework in frameworks:
+            ours, peer = best_flag_of(group, framework), best_peer_of(group, framework)
+            if ours is None or not ours.seconds:
+                said.append(f"{head}: no flag of {framework} gave a result")
+                continue
+            text = f"{head}: {ours.implementation} {time_text(ours.seconds)}"
+            if peer is not None and peer.seconds:
+                text += f", {ours.seconds / peer.seconds:.2f} of {peer.implementation}'s {time_text(peer.seconds)}"
+            said.append(text)
     return "\n".join(said)
 
 
@@ -127,34 +153,44 @@ _STYLES = {"floor": "dim", "best": "bold green", "flag": "green", "peer": "", "w
 
 
 def print_bench(console: Console, report: BenchReport) -> None:
-    """The whole report as text."""
-    _print_wrapped(console, machine_text(report))
-    _print_wrapped(console, LEGEND)
+    """The whole report on a terminal."""
+    for text, style in _text_lines(report, max(console.width - 1, 40)):
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def bench_text(report: BenchReport, width: int = 119) -> str:
+    """The whole report as plain text."""
+    return "\n".join(text for text, _ in _text_lines(report, width))
+
+
+def _text_lines(report: BenchReport, width: int) -> Iterator[tuple[str, str]]:
+    """Lines and their styles. Tables are not wrapped: they are read by their columns."""
+    yield from _wrapped(" · ".join(f"{name} {value}" for name, value in facts_of(report).items()), width)
+    for warning in warnings_of(report):
+        yield from _wrapped(warning, width, "yellow")
+    yield from _wrapped(LEGEND, width)
     for group in report.groups():
         lines = lines_of(group)
-        console.print()
-        console.print(heading_of(group, report), style="bold", markup=False, highlight=False, soft_wrap=True)
-        cells = [HEADINGS, *(line.cells for line in lines if line.style != "failed")]
+        yield "", ""
+        yield heading_of(group, report), "bold"
+        timed = [line for line in lines if line.style != "failed"]
+        cells = [HEADINGS, *(line.cells for line in timed)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        console.print(_aligned(HEADINGS, widths), style="dim", highlight=False, soft_wrap=True)
-        for line in lines:
-            if line.style != "failed":
-                text = _aligned(line.cells, widths)
-                console.print(text, style=_STYLES[line.style], markup=False, highlight=False, soft_wrap=True)
+        yield _aligned(HEADINGS, widths), "dim"
+        for line in timed:
+            yield _aligned(line.cells, widths), _STYLES[line.style]
         for line in lines:
             if line.note:
-                _print_wrapped(
-                    console,
-                    f"{line.cells[0]}: {line.note}",
-                    _STYLES["failed" if line.style in ("failed", "wrong") else "floor"],
-                )
+                style = "yellow" if line.style in ("failed", "wrong") else "dim"
+                yield from _wrapped(f"{line.cells[0]}: {line.note}", width, style)
     if report.missing:
-        console.print()
-        _print_wrapped(console, "Not measured here:")
+        yield "", ""
+        yield "Not measured here:", ""
         for missing in report.missing:
-            _print_wrapped(console, f"  {missing_text(missing)}")
-    console.print()
-    console.print(verdict(report), style="bold", markup=False, highlight=False, soft_wrap=True)
+            yield from _wrapped(f"  {missing_text(missing)}", width)
+    yield "", ""
+    for text in verdict(report).splitlines():
+        yield text, "bold"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -170,11 +206,11 @@ def missing_text(missing: Missing) -> str:
     return f"{missing.name}: {missing.reason}{install}"
 
 
-def _print_wrapped(console: Console, text: str, style: str = "") -> None:
+def _wrapped(text: str, width: int, style: str = "") -> Iterator[tuple[str, str]]:
     for line in textwrap.wrap(
-        text, max(console.width - 1, 40), subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    ):
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    ):  # fmt: skip
+        yield line, style
 
 
 def markdown(report: BenchReport) -> str:

@@ -1,7 +1,7 @@
 """The command `loss-core`: check, bench, backends, losses. Needs the extra `cli`.
 
-Options are declared here with typer; what they do is in cli_check, cli_bench, cli_configs, captured_call, tables and
-report_html.
+Options are declared here with typer; what they do is in cli_check, cli_bench, cli_configs, captured_call, tables,
+report_html and bench_html.
 """
 
 # No `from __future__ import annotations`: typer reads the annotations, and they name what `make_app`
@@ -214,6 +214,7 @@ def make_app() -> Any:
             bool, typer.Option("--tune", help="Keep the fastest flags for this machine, for auto to read.")
         ] = False,
         json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
+        report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as an HTML page.")] = None,
         modules: Modules = None,
     ) -> None:
         """Measure losses beside the peers that are installed: time, memory, error.
@@ -242,6 +243,7 @@ def make_app() -> Any:
             time_limit=time_limit,
             tune=tune,
             json=json,
+            report=report,
             modules=modules or (),
             command=ctx.obj or "loss-core bench",
         )

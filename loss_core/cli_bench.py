@@ -145,6 +145,10 @@ def _write(options: BenchOptions, report: BenchReport, err: Console) -> None:
     try:
         if options.json is not None:
             options.json.write_text(report.to_json() + "\n", "utf-8")
+        if options.report is not None:
+            from loss_core.bench_html import bench_page
+
+            options.report.write_text(bench_page(report), "utf-8")
     except OSError as error:
         raise UsageProblem(f"{error.filename} can't be written: {error.strerror or error}.") from error
     for path in filter(None, (options.json, options.report)):

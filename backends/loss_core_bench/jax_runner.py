@@ -145,8 +145,9 @@ class FloorRunner:
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
         self.products: list[tuple[jax.Array, jax.Array]] = []
         if len(self.job.shape) == 3:
-            hidden_TH, weight_VH = tiles["hidden_states"].full(), tiles["lm_weight"].full()
-            hidden_TH, weight_VH = hidden_TH[: self._MOST_TOKENS], weight_VH[: self._MOST_VOCAB]
+            tokens, vocab, hidden = self.job.shape
+            hidden_TH = Tiled(tiles["hidden_states"].block, (min(tokens, self._MOST_TOKENS), hidden)).full()
+            weight_VH = Tiled(tiles["lm_weight"].block, (min(vocab, self._MOST_VOCAB), hidden)).full()
             self.products = [
                 (jnp.asarray(hidden_TH, d), jnp.asarray(weight_VH, d)) for d in {self.job.dtype, "float32"}
             ]

@@ -210,11 +210,13 @@ class FloorRunner:
         # On a CPU without 16-bit matrix units float32 is faster: the floor takes the faster of the two.
         dtypes = {_DTYPES[job.dtype]} | ({torch.float32} if self.where == "cpu" else set())
         self.products: list[tuple[Tensor, Tensor]] = []
-        tensors = {name: tile.full() for name, tile in tiles.items()} if len(job.shape) == 3 else {}
-        if tensors:
-            hidden_TH = torch.from_numpy(tensors["hidden_states"][: self.most_tokens])
-            weight_VH = torch.from_numpy(tensors["lm_weight"][: self.most_vocab])
-            self.products = [(hidden_TH.to(job.device, d), weight_VH.to(job.device, d)) for d in dtypes]
+        if len(job.shape) == 3:
+            tokens, vocab, hidden = job.shape
+            hidden_TH = _place(Tiled(tiles["hidden_states"].block, (min(tokens, self.most_tokens), hidden)),
+                               torch.float32, job.device)  # fmt: skip
+            weight_VH = _place(Tiled(tiles["lm_weight"].block, (min(vocab, self.most_vocab), hidden)),
+                               torch.float32, job.device)  # fmt: skip
+            self.products = [(hidden_TH.to(d), weight_VH.to(d)) for d in dtypes]
         size = torch.empty(0, dtype=_DTYPES[job.dtype]).element_size()
         length = min(job.shape[0] * job.shape[1], self.most_bytes // size)
         name = next(iter(tiles))
