@@ -5,6 +5,8 @@ With TRITON_INTERPRET=1 in the environment before the first import, they run on 
 
 from loss_core_torch.triton_launch import (
     cross_entropy_grad,
+    cross_entropy_overwrite,
+    cross_entropy_rows,
     cross_entropy_scale_grad,
     cross_entropy_stats,
     cross_entropy_with_grad,
@@ -12,14 +14,19 @@ from loss_core_torch.triton_launch import (
     distillation_stats,
 )
 from loss_core_torch.triton_linear import linear_cross_entropy, operand_dtype
+from loss_core_torch.triton_linear_parallel import linear_cross_entropy_grads, linear_cross_entropy_stats
 
 __all__ = [
     "cross_entropy_grad",
+    "cross_entropy_overwrite",
+    "cross_entropy_rows",
     "cross_entropy_scale_grad",
     "cross_entropy_stats",
     "cross_entropy_with_grad",
     "distillation_grad",
     "distillation_stats",
     "linear_cross_entropy",
+    "linear_cross_entropy_grads",
+    "linear_cross_entropy_stats",
     "operand_dtype",
 ]
