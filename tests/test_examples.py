@@ -164,3 +164,36 @@ def test_script_does_what_it_says(tmp_path, name, line):
     done = example(tmp_path, name)
     assert done.returncode == 0, done.stdout + done.stderr
     assert line in done.stdout
+
+
+# What the command line needs and a machine with a GPU may lack, and what then runs the session.
+WITHOUT_CLI = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("typer", "rich", "yaml", "jinja2", "matplotlib", "safetensors"))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_gpu_session_runs_on_a_cpu_without_the_extras_of_the_command_line(tmp_path):
+    done = run(
+        tmp_path, "-c", WITHOUT_CLI, str(EXAMPLES / "gpu_session.py"), "--device", "cpu", "--small", "--rounds", "1",
+        "--only", "sanitizer", "jax-kd", "--out", "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sanitizer: not run: no GPU" in done.stdout
+    found = json.loads((tmp_path / "results" / "bench-jax-kd.json").read_text())
+    assert {row["implementation"] for row in found["rows"]} >= {"floor", "jax:xla", "plain-jax"}
+    assert "jax:xla" in (tmp_path / "results" / "summary.txt").read_text()
+
+
+def test_the_gpu_session_shows_its_steps_and_refuses_others(tmp_path):
+    done = example(tmp_path, "gpu_session.py", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "KDLossConfig 4096x128256" in done.stdout
+    assert example(tmp_path, "gpu_session.py", "--only", "lunch").returncode == 2
+
+
+def test_the_benchmark_page_is_what_its_results_say(tmp_path):
+    done = example(tmp_path, "benchmark_page.py", "--check")
+    assert done.returncode == 0, f"run `make benchmarks`: {done.stdout}{done.stderr}"
