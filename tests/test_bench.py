@@ -221,12 +221,14 @@ def test_an_unknown_request_is_an_error_and_the_worker_goes_on(tmp_path):
         worker.stop()
 
 
-def test_what_a_worker_prints_does_not_disturb_its_answers(tmp_path):
-    (tmp_path / "prints.py").write_text("import os\nprint('loud')\nos.system('echo louder')\n")
+def test_what_a_worker_prints_does_not_disturb_its_answers(tmp_path, monkeypatch):
+    (tmp_path / "prints.py").write_text("import os\nprint('loud', flush=True)\nos.system('echo louder')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     worker = WorkerProcess(1, "cpu", tmp_path)
     try:
-        worker.send({"do": "import", "framework": "jax", "device": "cpu", "imports": ["no_such_module"]})
-        assert "no_such_module" in worker.receive(60)["unusable"]
+        request = {"do": "import", "framework": "jax", "device": "cpu", "imports": ["prints"]}
+        assert "jax" in worker.ask(request, timeout=60)["versions"]
+        assert "no_such_module" in worker.ask(request | {"imports": ["no_such_module"]}, timeout=60)["unusable"]
     finally:
         worker.stop()
 
