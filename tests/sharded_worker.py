@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from loss_core import oracle
+from loss_core import BackendUnavailable, oracle
 from loss_core.cases import named_cases
 from loss_core.dtypes import round_to
 from loss_core.tolerance import allowances, share_of_allowance
@@ -300,6 +300,10 @@ def bad_use():
         inside_mesh(lambda: call(arrays={**given, "labels": labels}))
         with pytest.raises(ValueError, match=r"labels\[0\] is 120, outside \[0, 120\)"):
             inside_mesh(lambda: call(arrays={**given, "labels": labels + 1}))
+        with pytest.raises(BackendUnavailable, match=r"skip_ignored=True.* with a sharded vocabulary"):
+            call(skip_ignored=True)
+        with pytest.raises(BackendUnavailable, match="num_valid_tokens=4 with a sharded vocabulary"):
+            call(arrays={**given, "num_valid_tokens": 4})
 
 
 def second_derivatives():

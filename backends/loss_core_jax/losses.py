@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Self
 
 import jax
 
-from loss_core.backend import KernelChoice
+from loss_core.backend import BackendUnavailable, KernelChoice
 from loss_core.config import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core_jax import checks, sharded_linear
+from loss_core_jax import checks, sharded_linear, skipping
 from loss_core_jax.checks import ArrayLike
 from loss_core_jax.chunked import same_varying_axes
 from loss_core_jax.cross_entropy import arithmetic_dtype
@@ -65,18 +65,21 @@ class _Loss:
 class MaskedCrossEntropy(_Loss):
     """Cross entropy over logits, with a mask.
 
-    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+        inplace_grad must be False.
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: TPGroup = None
+    inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
         _check_group(self.tp_group)
-        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction)
+        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction, None, self.inplace_grad)
+        _refuse_inplace(type(self).__name__, self.inplace_grad)
 
     def __call__(
         self,
@@ -119,17 +122,20 @@ class MaskedCrossEntropy(_Loss):
 class TEParallelCrossEntropy(_Loss):
     """Cross entropy over logits, always in float32 (float64 for float64).
 
-    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+        inplace_grad must be False.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: TPGroup = None
+    inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
         _check_group(self.tp_group)
-        TEParallelCEConfig(self.ignore_index, self.reduction)
+        TEParallelCEConfig(self.ignore_index, self.reduction, None, self.inplace_grad)
+        _refuse_inplace(type(self).__name__, self.inplace_grad)
 
     def __call__(
         self,
@@ -154,7 +160,8 @@ class FusedLinearCrossEntropy(_Loss):
     that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
     A second derivative is right, but keeps the logits of every chunk.
 
-    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names. Ignored
+        tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens.
     """
 
     ignore_index: int = -100
@@ -162,12 +169,17 @@ class FusedLinearCrossEntropy(_Loss):
     reduction: str = "sum"
     tp_group: TPGroup = None
     sequence_parallel: bool = False
+    skip_ignored: bool | None = None
+    # Numbers that give arrays their shape: no arrays themselves, for the bridge.
+    static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis: ClassVar[tuple[str, int]] = ("lm_weight", 0)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
         _check_group(self.tp_group)
-        FusedLinearCEConfig(self.ignore_index, self.logit_softcapping, self.reduction, None, self.sequence_parallel)
+        FusedLinearCEConfig(
+            self.ignore_index, self.logit_softcapping, self.reduction, None, self.sequence_parallel, self.skip_ignored
+        )
         if self.sequence_parallel and self.tp_group is None:
             raise ValueError(
                 "sequence_parallel=True needs tp_group, the mesh axis over which hidden_states are gathered; without "
@@ -182,6 +194,7 @@ class FusedLinearCrossEntropy(_Loss):
         num_label_tokens: Count | None = None,
         grad_reduce_group: Any = None,
         loss_weights: ArrayLike | None = None,
+        num_valid_tokens: int | None = None,
     ) -> jax.Array:
         """Cross entropy of `softmax(softcap(hidden_states @ lm_weight.T))` at the labels.
 
@@ -192,11 +205,16 @@ class FusedLinearCrossEntropy(_Loss):
             num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
             grad_reduce_group: of torch; must be None. Under `shard_map` JAX sums the weight's gradient itself.
             loss_weights: [...] factor per position. Reduction "sum" only.
+            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer (static under
+                jit); the others then take part in no product. A wrong number is a ValueError where labels can be
+                read, a NaN elsewhere.
         Returns:
             A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs.
         Raises:
-            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype.
-            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored.
+            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype,
+                num_valid_tokens is no Python integer.
+            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored;
+                skip_ignored=True under jit, skip_ignored=False with num_valid_tokens.
         """
         if grad_reduce_group is not None:
             raise ValueError(
@@ -212,6 +230,9 @@ class FusedLinearCrossEntropy(_Loss):
         checks.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
         vocab = lm_weight.shape[0] if layout is None else layout.vocab(lm_weight.shape[0])
         labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, vocab)
+        if layout is not None:
+            _refuse_skipping(self.skip_ignored, num_valid_tokens)
+        size = skipping.num_rows(labels, ignore_index, vocab, self.skip_ignored, num_valid_tokens)
         hidden_states, lm_weight = checks.as_jax(hidden_states), checks.as_jax(lm_weight)
         count = checks.as_count(num_label_tokens)
         target, scale = linear_targets_and_scale(
@@ -223,14 +244,19 @@ class FusedLinearCrossEntropy(_Loss):
             mean=self.reduction == "mean",
             dtype=arithmetic_dtype(hidden_states),
         )
-        softcap = float(self.logit_softcapping)
+        softcap, all_targets = float(self.logit_softcapping), target
         if layout is not None:
             loss = sharded_linear.linear_rows(hidden_states, lm_weight, target, softcap, layout, self.sequence_parallel)
             return loss if self.reduction == "none" else total(loss, scale, count)
         hidden_states, lm_weight, target, scale = same_varying_axes(hidden_states, lm_weight, target, scale)
+        if size is not None:
+            hidden_states, target, scale, places = skipping.take_counted(hidden_states, target, scale, size=size)
         if self.reduction == "none":
-            return linear_rows(hidden_states, lm_weight, target, softcap)
-        return zero_without_tokens(linear_total(hidden_states, lm_weight, target, scale, softcap), count)
+            loss = linear_rows(hidden_states, lm_weight, target, softcap)
+            loss = loss if size is None else skipping.put_back(loss, places, shape=all_targets.shape)
+        else:
+            loss = zero_without_tokens(linear_total(hidden_states, lm_weight, target, scale, softcap), count)
+        return skipping.nan_if_wrong(loss, all_targets, num_valid_tokens)
 
 
 @jax.tree_util.register_static
@@ -297,6 +323,24 @@ class KDLoss(_Loss):
 def _check_group(tp_group: Any) -> None:
     if tp_group is not None:
         axis_names(tp_group)
+
+
+def _refuse_inplace(name: str, inplace_grad: bool) -> None:
+    if inplace_grad:
+        raise BackendUnavailable(
+            f"{name} on 'jax:xla' got inplace_grad=True: a jax.Array can't be written to. Use inplace_grad=False; a "
+            "training step under jax.jit reuses the logits' memory by itself, and that of its arguments with "
+            "donate_argnums."
+        )
+
+
+def _refuse_skipping(skip_ignored: bool | None, num_valid_tokens: Any) -> None:
+    if skip_ignored or num_valid_tokens is not None:
+        raise BackendUnavailable(
+            f"FusedLinearCrossEntropy got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
+            "sharded vocabulary: ignored tokens take part in its products. Use skip_ignored=None and leave out "
+            "num_valid_tokens."
+        )
 
 
 def _over_logits(

@@ -119,13 +119,13 @@ def linear_cross_entropy_grads(
 def _plan(keep_T: Tensor, vocab: int, dtype: torch.dtype) -> tuple[list[slice | Tensor], bool]:
     """Blocks of tokens, and whether there is one alone: its logits may wait for the other ranks."""
     device = keep_T.device
-    compact = values.may_read(keep_T)
-    num_tokens = int(keep_T.sum()) if compact else keep_T.numel()
+    places_N, _ = eager_linear.tokens_in_products(keep_T, None, None)
+    num_tokens = keep_T.numel() if places_N is None else places_N.numel()
     block = eager_linear.block_tokens(vocab, device, dtype.itemsize)
     budget = eager_linear._LOGITS_BYTES_CPU if device.type == "cpu" else eager_linear._LOGITS_BYTES
     if num_tokens * vocab * dtype.itemsize <= budget:
         block = max(block, num_tokens)
-    blocks = list(eager_linear._token_blocks(keep_T, block, compact))
+    blocks = list(eager_linear._token_blocks(keep_T.numel(), places_N, block))
     return blocks, len(blocks) == 1
 
 
