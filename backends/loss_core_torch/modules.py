@@ -84,18 +84,23 @@ class _LogitsCrossEntropy(_Loss):
 
         Args:
             logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed. With
-                tp_group: this rank's equal share of the vocabulary, in rank order.
-            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed.
+                tp_group: this rank's part of the vocabulary, of any size, in rank order. Or a DTensor, which needs no
+                tp_group, and gets a gradient of its own placement.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. The same on every
+                rank of the group. This, mask and loss_weights: plain, or DTensors that lie as the logits' tokens do;
+                plain values may also be those of all tokens of a DTensor of logits.
             mask: shape of labels, or broadcasting to it; bool, integer or float; 0 ignores the position.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64 logits),
-            the dtype of the logits with fp32_upcast=False.
+            the dtype of the logits with fp32_upcast=False. Of all tokens of a DTensor, on every rank, also where its
+            tokens are sharded; with reduction="none" a DTensor, unless labels are plain and this rank's own.
         Raises:
             ValueError: shapes that do not fit, a label that is no class (on a CPU; elsewhere that
-                token's loss and gradient are NaN), a count or weights without reduction="sum".
-            TypeError: labels that are no integers, logits that are no floats.
+                token's loss and gradient are NaN), a count or weights without reduction="sum". Over a group it is
+                raised on every rank, whichever rank's arguments are at fault.
+            TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
         """
         layout = placement.of_logits("logits", logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
@@ -218,16 +223,18 @@ class KDLoss(_Loss):
         """KL divergence of the student from the teacher, over the positions that count.
 
         Args:
-            student_logits: [..., V] float, any strides; not changed.
+            student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
+                MaskedCrossEntropy.
             teacher_logits: [..., V] float on the same device, of a dtype of its own if need be; gets a
-                gradient when it requires one.
+                gradient when it requires one. Sharded as the student's.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. Their
                 classes do not enter the loss.
             num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
         Returns:
             Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False.
         Raises:
-            ValueError: shapes that do not fit, or a label that is no class (on a CPU; elsewhere NaN).
+            ValueError: shapes that do not fit, or a label that is no class (on a CPU; elsewhere NaN); over a group on
+                every rank.
             TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
@@ -330,18 +337,23 @@ class FusedLinearCrossEntropy(_Loss):
         """Cross entropy of the head's logits and labels.
 
         Args:
-            hidden_states: [..., H] float; not changed.
-            labels: [...] integers: a class in [0, V) or ignore_index; not changed.
-            lm_weight: [V, H], dtype and device of hidden_states; plain, or a sharded DTensor.
+            hidden_states: [..., H] float; not changed. With sequence_parallel: this rank's share of the first
+                dimension. A DTensor's placement says as much, and its loss is that of all its tokens.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. All tokens of the
+                group over which the vocabulary is sharded, the same on each of its ranks.
+            lm_weight: [V, H], dtype and device of hidden_states. With tp_group: this rank's rows. A DTensor stays
+                sharded over the dimension of its mesh that is tp_group's, or is named "tp", or over which FSDP did
+                not cut it, or over which the DTensor of hidden_states is replicated; it is gathered over the others.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
-            grad_reduce_group: see materialize_lm_weight; only for a sharded weight.
+            grad_reduce_group: see materialize_lm_weight; only for a weight that is gathered.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64). Under
             autocast both operands are rounded to its dtype first, as F.linear would.
         Raises:
             ValueError: shapes or devices that do not fit, a label that is no class (on a CPU), a count
-                or weights without reduction="sum", a sharded weight without its group.
+                or weights without reduction="sum", a sharded weight without its group, placements that can't be
+                served; over a group on every rank.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
         layout = placement_linear.of_linear(
