@@ -107,11 +107,12 @@ def splits(vocab, ranks):
     return [even, chunks, lopsided, [vocab, *[0] * (ranks - 1)], [*[0] * (ranks - 1), vocab]]
 
 
-def _sharded(world, problem, sizes, **fields):
+def _sharded(world, problem, sizes, with_count=False, **fields):
     inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
+    count = {"num_valid_tokens": int(problem.expected.keep_T.sum())} if with_count else {}
     built = problem.build(world.flag, tp_group=world.group, **fields)
     assert built.kernel_choice.flag == world.flag
-    loss = built(**inputs)
+    loss = built(**inputs, **count)
     same_on_all_ranks(loss.detach())
     problem.backward(loss)
     problem.holds("loss", loss)
@@ -189,7 +190,8 @@ def with_triton_in_pieces(world):
     ):
         for loss in LOSSES:
             for case in cases(loss, shape=(5, 97), only=("basic", "softcap-none")):
-                _sharded(world, Problem(case), splits(97, world.ranks)[1])
+                fields = {"skip_ignored": False} if loss == "FusedLinearCrossEntropy" else {}
+                _sharded(world, Problem(case), splits(97, world.ranks)[1], **fields)
 
 
 def values_stay_on_the_device(world):
@@ -198,6 +200,9 @@ def values_stay_on_the_device(world):
         for loss in LOSSES:
             for case in cases(loss, only=("basic", "mean", "softcap-none", "nan-where-ignored")):
                 _sharded(world, Problem(case), splits(41, world.ranks)[0])
+                if loss == "FusedLinearCrossEntropy":
+                    _sharded(world, Problem(case), splits(41, world.ranks)[0], skip_ignored=True)
+                    _sharded(world, Problem(case), splits(41, world.ranks)[0], with_count=True)
         loss_fn = TEParallelCEConfig(tp_group=world.group, reduction="none").build(backend=world.flag)
         logits, labels = torch.randn(3, 4 + world.rank), torch.tensor([0, 1, 2])
         first = loss_fn(logits, labels)
@@ -430,6 +435,11 @@ def refusals(world):
         lambda: build(FusedLinearCEConfig)(hidden if last else hidden.detach(), labels, weight),
     )
     _refused(world, "labels must be the same", lambda: build()(logits, labels.flip(0) if last else labels))
+    _refused(
+        world,
+        "num_valid_tokens is 2, but 3",
+        lambda: build(FusedLinearCEConfig)(hidden, labels, weight, num_valid_tokens=2),
+    )
     _refused(world, "count must be the same", lambda: build()(logits, labels, num_label_tokens=3 + last))
     _refused(
         world,

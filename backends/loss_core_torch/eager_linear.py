@@ -60,6 +60,8 @@ def _fake_linear(
     softcap: float,
     product_dtype: torch.dtype,
     want_grads: list[bool],
+    skip_ignored: bool | None,
+    num_valid: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(h_TH.dtype)
     want_h, want_w = want_grads
@@ -79,16 +81,19 @@ def linear_cross_entropy(
     softcap: float,
     product_dtype: torch.dtype,
     want_grads: list[bool],
+    skip_ignored: bool | None,
+    num_valid: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy of softcap(h @ W.T) per token, and the gradients of sum(coef * loss).
 
     Args:
         h_TH, w_VH: float; labels_T: int64, inside [0, V) wherever keep_T is True.
-        keep_T: bool; on a CPU tokens with False take part in no product.
+        keep_T: bool; whether tokens with False take part in products, as zeros: see `tokens_in_products`.
         coef_T: factor of each token's loss in the objective.
         softcap: 0 is off.
         product_dtype: dtype to which both operands are rounded first (autocast); their own otherwise.
         want_grads: whether the gradient of h, of W, is wanted.
+        skip_ignored, num_valid: see `tokens_in_products`.
     Returns:
         loss_T, grad_h, grad_w in the dtype of the arithmetic; a gradient that is not wanted is empty.
         loss is 0 where keep is False.
@@ -101,9 +106,8 @@ def linear_cross_entropy(
     # The first block writes every entry; without any block zeros are right.
     grad_w = torch.empty(w_VH.shape if want_w else (0,), dtype=dtype, device=device)
     block = block_tokens(w_VH.shape[0], device, dtype.itemsize)
-    # Leaving tokens out needs their number on the host.
-    compact = values.may_read(keep_T)
-    blocks = list(_token_blocks(keep_T, block, compact))
+    places_N, all_count = tokens_in_products(keep_T, skip_ignored, num_valid)
+    blocks = list(_token_blocks(keep_T.numel(), places_N, block))
     if not blocks:
         return loss_T, grad_h, grad_w.zero_()
     room = min(block, max(_length(at) for at in blocks)) * w_VH.shape[0]
@@ -113,7 +117,7 @@ def linear_cross_entropy(
         keep_B = keep_T[at]
         # What an ignored token holds must not reach a product, not even times 0.
         h_BH = h_TH[at].to(product_dtype).to(dtype)
-        if not compact:
+        if not all_count:
             h_BH = torch.where(keep_B[:, None], h_BH, 0.0)
         z_BV = logits_buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
         for tile, w_CH in _tiles(w_VH, product_dtype, dtype):
@@ -146,11 +150,30 @@ def _length(at: slice | Tensor) -> int:
     return at.stop - at.start if isinstance(at, slice) else at.numel()
 
 
-def _token_blocks(keep_T: Tensor, block: int, compact: bool) -> Iterator[slice | Tensor]:
-    """Places of the tokens of each block: slices, or the indices of those that count."""
-    num_tokens = keep_T.numel()
-    if compact and not bool(keep_T.all()):
-        yield from keep_T.nonzero()[:, 0].split(block) if bool(keep_T.any()) else ()
+def tokens_in_products(keep_T: Tensor, skip_ignored: bool | None, num_valid: int | None) -> tuple[Tensor | None, bool]:
+    """Which tokens take part in the matrix products.
+
+    Args:
+        skip_ignored: whether ignored ones stay out; None: where it costs no sync. Their number must be on the host
+            for that, which is one sync on an accelerator.
+        num_valid: this number, where the caller knows it: no sync then, and shapes that depend on no value. A
+            larger one repeats token 0, a smaller one loses tokens: the caller makes such a loss NaN.
+    Returns:
+        Their places in ascending order, [N] int64, or None for all T tokens; and whether it is certain that all
+        of them count.
+    """
+    if num_valid is not None:
+        return torch.nonzero_static(keep_T, size=num_valid, fill_value=0)[:, 0], False
+    if not (values.may_read(keep_T) if skip_ignored is None else skip_ignored):
+        return None, False
+    places_N = keep_T.nonzero()[:, 0]
+    return (None if places_N.numel() == keep_T.numel() else places_N), True
+
+
+def _token_blocks(num_tokens: int, places_N: Tensor | None, block: int) -> Iterator[slice | Tensor]:
+    """Places of the tokens of each block: slices of all, or indices."""
+    if places_N is not None:
+        yield from places_N.split(block) if places_N.numel() else ()
         return
     for start in range(0, num_tokens, block):
         yield slice(start, min(start + block, num_tokens))

@@ -130,10 +130,31 @@ def cross_entropy_grad(
         m_T, s_T: row state over the whole vocabulary; keep_T: [T] bool; coef_T: [T] upstream.
     """
     grad = _fake_grad(logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
+    _write_grad(grad, logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
+    return grad
+
+
+def cross_entropy_overwrite(
+    logits: Tensor, labels_T: Tensor, vocab_start: int, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor
+) -> None:
+    """What `cross_entropy_grad` returns, bit for bit, written over the logits (of any strides without overlap)."""
+    _write_grad(logits.detach(), logits.detach(), labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
+
+
+def _write_grad(
+    grad: Tensor,
+    logits: Tensor,
+    labels_T: Tensor,
+    vocab_start: int,
+    keep_T: Tensor,
+    m_T: Tensor,
+    s_T: Tensor,
+    coef_T: Tensor,
+) -> None:
+    """`cross_entropy_grad` into `grad`, which may be the logits themselves."""
     vocab = logits.shape[-1]
     if vocab == 0:
-        return grad
-    grad_TV = grad.view(-1, vocab)
+        return
     rows = min(block_rows(vocab, logits.device), max(labels_T.numel(), 1))
     buffer = _Buffer(rows, logits, m_T.dtype)
     local_T = labels_T - vocab_start
@@ -141,17 +162,18 @@ def cross_entropy_grad(
     column_T = torch.where(owned_T, local_T, 0)
     scale_T = coef_T / s_T
     hit_T = torch.where(owned_T, -coef_T, 0.0)
-    for at, (block_BV,) in row_blocks(rows, logits):
-        out_BV = grad_TV[at] if grad.dtype == m_T.dtype else buffer.take(block_BV)
+    for at, (block_BV, grad_BV) in row_blocks(rows, logits, grad):
+        # Strided memory takes the way over the buffer: exp may round differently there.
+        direct = grad.dtype == m_T.dtype and grad_BV.is_contiguous()
+        out_BV = grad_BV if direct else buffer.take(block_BV)
         _centred_exp(block_BV.to(m_T.dtype), m_T[at], out_BV).mul_(scale_T[at, None])
         out_BV.scatter_add_(1, column_T[at, None], hit_T[at, None])
         keep_B = keep_T[at]
         if some_ignored(keep_B):
             # Not a product with 0: an ignored row may hold inf or NaN.
             out_BV.masked_fill_(~keep_B[:, None], 0.0)
-        if out_BV.dtype != grad.dtype:
-            grad_TV[at] = out_BV
-    return grad
+        if not direct:
+            grad_BV.copy_(out_BV)
 
 
 def _fake_kd_stats(

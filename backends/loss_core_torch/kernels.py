@@ -31,5 +31,5 @@ def find(name: str) -> ModuleType:
 
 
 def has_one_pass(name: str) -> bool:
-    """Whether a set also has `cross_entropy_with_grad` and `cross_entropy_scale_grad`."""
+    """Whether a set also has `cross_entropy_with_grad`, `cross_entropy_rows` and `cross_entropy_scale_grad`."""
     return hasattr(_LOADED[name], "cross_entropy_with_grad")

@@ -5,6 +5,8 @@ With TRITON_INTERPRET=1 in the environment before the first import, they run on 
 
 from loss_core_torch.triton_launch import (
     cross_entropy_grad,
+    cross_entropy_overwrite,
+    cross_entropy_rows,
     cross_entropy_scale_grad,
     cross_entropy_stats,
     cross_entropy_with_grad,
@@ -16,6 +18,8 @@ from loss_core_torch.triton_linear_parallel import linear_cross_entropy_grads, l
 
 __all__ = [
     "cross_entropy_grad",
+    "cross_entropy_overwrite",
+    "cross_entropy_rows",
     "cross_entropy_scale_grad",
     "cross_entropy_stats",
     "cross_entropy_with_grad",
