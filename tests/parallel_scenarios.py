@@ -226,6 +226,21 @@ def backward_twice(world):
                 torch.testing.assert_close(once, again, rtol=1e-6, atol=1e-7)
 
 
+def over_the_logits(world):
+    """inplace_grad: this rank's part of the gradient in the memory of its logits."""
+    for loss in ("MaskedCrossEntropy", "TEParallelCrossEntropy"):
+        for case in cases(loss, only=("basic", "none")):
+            problem, sizes = Problem(case), splits(41, world.ranks)[2]
+            inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
+            leaf = inputs["logits"]
+            inputs["logits"] = leaf.clone()
+            result = problem.build(world.flag, tp_group=world.group, inplace_grad=True)(**inputs)
+            problem.backward(result)
+            problem.holds("loss", result)
+            for got in (leaf.grad, inputs["logits"]):
+                problem.holds("logits", got, part_of("logits", sizes, world.rank))
+
+
 def sequence_parallel(world):
     """Hidden states as equal shares of the sequence, labels whole."""
     for case in cases("FusedLinearCrossEntropy", shape=(12, 41)):
