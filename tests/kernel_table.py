@@ -176,10 +176,11 @@ def _launch_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
             args = (hidden, weight, labels_T, keep_T, coef_T, softcap, hidden.dtype, want, None, None)
             triton_linear.linear_cross_entropy(*args)
         for softcap in (0.0, 30.0):
-            args = (hidden, weight, labels_T, keep_T, 0)
-            m_T, s_T, _, logits = triton_linear_parallel.linear_cross_entropy_stats(*args, softcap, hidden.dtype, True)
+            args, settings = (hidden, weight, labels_T, keep_T, 0), (softcap, hidden.dtype)
+            stats = triton_linear_parallel.linear_cross_entropy_stats(*args, *settings, None, None, True)
+            m_T, s_T, _, logits = stats
             triton_linear_parallel.linear_cross_entropy_grads(
-                *args, m_T, s_T, coef_T, softcap, hidden.dtype, [True, True], logits
+                *args, m_T, s_T, coef_T, *settings, [True, True], None, None, logits
             )
 
 

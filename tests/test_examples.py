@@ -192,10 +192,11 @@ def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
     return expected
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, ranks):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    done = run(tmp_path, *torchrun, str(EXAMPLES / "tensor_parallel.py"), "--backend", "torch:eager", "--seed", "3")
+@pytest.mark.parametrize(("backend", "processes"), [("torch:eager", 2), ("torch:eager", 4), ("jax:xla", 1)])
+def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, backend, processes):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    command = (str(EXAMPLES / "tensor_parallel.py"), "--backend", backend, "--seed", "3")
+    done = run(tmp_path, *(torchrun if processes > 1 else ()), *command)
     assert done.returncode == 0, done.stderr
     printed = {line.split()[0]: re.findall(r"\d+\.\d+", line) for line in done.stdout.splitlines()}
     expected = _tensor_parallel_expected(seed=3)
