@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -197,3 +201,45 @@ def test_the_gpu_session_shows_its_steps_and_refuses_others(tmp_path):
 def test_the_benchmark_page_is_what_its_results_say(tmp_path):
     done = example(tmp_path, "benchmark_page.py", "--check")
     assert done.returncode == 0, f"run `make benchmarks`: {done.stdout}{done.stderr}"
+
+
+def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
+    """What tensor_parallel.py must print, by the oracle: loss, and the norm of each gradient."""
+    problem = runpy.run_path(str(EXAMPLES / "tensor_parallel.py"), run_name="tensor_parallel")["make_problem"]("", seed)
+    logits = problem.hidden_BSH @ problem.weight_VH.T
+    count = np.asarray(problem.num_label_tokens)
+    given = {"labels": problem.labels_BS, "num_label_tokens": count, "num_batch_labels": count}
+    calls = {
+        "FusedLinearCrossEntropy": (
+            FusedLinearCEConfig(),
+            {"hidden_states": problem.hidden_BSH, "lm_weight": problem.weight_VH},
+        ),
+        "MaskedCrossEntropy": (MaskedCrossEntropyConfig(), {"logits": logits}),
+        "KDLoss": (KDLossConfig(temperature=2.0), {"student_logits": logits}),
+    }
+    expected = {}
+    for name, (config, inputs) in calls.items():
+        teacher = {"teacher_logits": problem.teacher_BSV} if name == "KDLoss" else {}
+        found = oracle.evaluate(config, inputs | teacher | given)
+        expected[name] = [float(found.loss), *(float(np.linalg.norm(found.grads[of])) for of in inputs)]
+    return expected
+
+
+@pytest.mark.parametrize(("backend", "processes"), [("torch:eager", 2), ("torch:eager", 4), ("jax:xla", 1)])
+def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, backend, processes):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    command = (str(EXAMPLES / "tensor_parallel.py"), "--backend", backend, "--seed", "3")
+    done = run(tmp_path, *(torchrun if processes > 1 else ()), *command)
+    assert done.returncode == 0, done.stderr
+    printed = {line.split()[0]: re.findall(r"\d+\.\d+", line) for line in done.stdout.splitlines()}
+    expected = _tensor_parallel_expected(seed=3)
+    assert list(printed) == list(expected)
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(np.array(printed[name], float), numbers, atol=1e-5)
+
+
+def test_tensor_parallel_without_torchrun_says_how_to_start_it(tmp_path):
+    done = example(tmp_path, "tensor_parallel.py", "--backend", "torch")
+    assert done.returncode == 2
+    assert "torchrun --nproc-per-node 2" in done.stderr
+    assert "Traceback" not in done.stderr
