@@ -269,6 +269,7 @@ class _Run:
         for index, row in enumerate(entries):
             self._step(f"{_label(row)} prepare", index / len(entries))
             self._prepare(row, job, judge)
+        judge.compare_losses(entries)
         self.done += 1
         orders: list[list[str]] = []
         for _ in range(rounds):
@@ -317,15 +318,16 @@ class _Run:
         if row.error:
             return
         self._ask(row, {"do": "setup", "job": job.to_dict(), "kind": row.kind, "name": row.implementation})
-        answer = self._ask(row, {"do": "prepare"})
+        answer = self._ask(row, {"do": "prepare", "file": judge.file})
         if answer:
             row.first_call, row.peak = answer["first_call"], answer["peak"]
             row.note = row.note or answer["note"]
+            sample = judge.results()
         # After the first call, which is to include what it compiles.
         if row.kind != FLOOR:
             answer = self._ask(row, {"do": "evaluate", "job": judge.job.to_dict(), "file": judge.file})
             if answer is not None:
-                judge.judge(row)
+                judge.judge(row, judge.results(), sample)
         if not self._resident(job) and not row.error:
             self._ask(row, {"do": "drop"})
 

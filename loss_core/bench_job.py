@@ -36,6 +36,9 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _ERROR_ELEMENTS = 2**22
 
 
+_SAMPLED_TOKENS = 8
+
+
 @dataclass(frozen=True)
 class Job:
     """One measured call.
@@ -127,6 +130,16 @@ class Tiled:
     def full(self) -> NDArray[np.float32]:
         """The array itself."""
         return np.resize(self.block, self.shape)
+
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows of an array of two dimensions, without the others."""
+        width = self.shape[1]
+        return np.take(self.block, indices[:, None] * width + np.arange(width), mode="wrap")
+
+
+def sampled_tokens(job: Job) -> NDArray[np.int64]:
+    """The tokens whose gradient is compared at the full shape: the first, the last, and some between."""
+    return np.unique(np.linspace(0, job.shape[0] - 1, _SAMPLED_TOKENS).astype(np.int64))
 
 
 def float_shapes(job: Job) -> dict[str, tuple[int, ...]]:

@@ -18,14 +18,15 @@ from loss_core import (
     KDLossConfig,
     MaskedCrossEntropyConfig,
     choices,
+    oracle,
     unregister_loss,
 )
 from loss_core.backend import BackendUnavailable
 from loss_core.bench import bench
-from loss_core.bench_errors import relative
+from loss_core.bench_errors import Judge, relative
 from loss_core.bench_floor import least_work
 from loss_core.bench_html import bench_page
-from loss_core.bench_job import BLOCK, Job, Tiled, input_bytes, make_inputs
+from loss_core.bench_job import BLOCK, Job, Tiled, input_bytes, make_inputs, sampled_tokens
 from loss_core.bench_peers import PEERS, Peer
 from loss_core.bench_process import WorkerFailed, WorkerProcess
 from loss_core.bench_report import BenchReport, BenchRow, Missing, best_flag_of, best_peer_of
@@ -137,6 +138,10 @@ class TwiceConfig(MaskedCrossEntropyConfig):
 class DiesConfig(MaskedCrossEntropyConfig):
     pass
 
+@dataclass
+class ForgetsConfig(MaskedCrossEntropyConfig):
+    pass
+
 class Dies(torch.nn.Module):
     def forward(self, logits, labels):
         import os, sys
@@ -148,6 +153,11 @@ def twice(config):
     return lambda logits, labels: 2 * right(logits, labels)
 
 register_loss("Twice", TwiceConfig, {"torch": twice})
+def forgets(config):
+    right = MaskedCrossEntropy(reduction="sum")
+    return lambda logits, labels: right(logits[:256], labels[:256]) / len(labels)
+
+register_loss("Forgets", ForgetsConfig, {"torch": forgets})
 register_loss("Dies", DiesConfig, {"torch": lambda c: Dies()})
 """
 
@@ -161,13 +171,14 @@ def wrong_losses(tmp_path, monkeypatch):
     yield "wrong_losses"
     unregister_loss("Twice")
     unregister_loss("Dies")
+    unregister_loss("Forgets")
     del sys.modules["wrong_losses"]
 
 
 def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wrong_losses):
-    report = bench(["Twice", "Dies"], ["torch:eager"], shapes=[(32, 100)], peers=["plain-torch"],
+    report = bench(["Twice", "Dies", "Forgets"], ["torch:eager"], shapes=[(300, 100)], peers=["plain-torch"],
                    imports=[wrong_losses], rounds=1, threads=1)  # fmt: skip
-    twice, dies = report.groups()
+    twice, dies, forgets = report.groups()
     rows = {row.implementation: row for row in twice}
     assert rows["torch:eager"].wrong
     assert rows["torch:eager"].loss_error == pytest.approx(1.0, rel=1e-3)
@@ -175,6 +186,13 @@ def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wron
     assert best_flag_of(report.rows) is None
     assert choices_of(report) == []
     assert "WRONG" in bench_text(report)
+
+    # Right on the 256 tokens of the reduced call, wrong beyond them.
+    rows = {row.implementation: row for row in forgets}
+    assert rows["torch:eager"].loss_error < 1e-5
+    assert rows["torch:eager"].grad_error > 0.1
+    assert rows["torch:eager"].wrong
+    assert not rows["plain-torch"].wrong
 
     # A process that dies is a row with its error, and the others go on.
     rows = {row.implementation: row for row in dies}
@@ -203,12 +221,14 @@ def test_an_unknown_request_is_an_error_and_the_worker_goes_on(tmp_path):
         worker.stop()
 
 
-def test_what_a_worker_prints_does_not_disturb_its_answers(tmp_path):
-    (tmp_path / "prints.py").write_text("import os\nprint('loud')\nos.system('echo louder')\n")
+def test_what_a_worker_prints_does_not_disturb_its_answers(tmp_path, monkeypatch):
+    (tmp_path / "prints.py").write_text("import os\nprint('loud', flush=True)\nos.system('echo louder')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     worker = WorkerProcess(1, "cpu", tmp_path)
     try:
-        worker.send({"do": "import", "framework": "jax", "device": "cpu", "imports": ["no_such_module"]})
-        assert "no_such_module" in worker.receive(60)["unusable"]
+        request = {"do": "import", "framework": "jax", "device": "cpu", "imports": ["prints"]}
+        assert "jax" in worker.ask(request, timeout=60)["versions"]
+        assert "no_such_module" in worker.ask(request | {"imports": ["no_such_module"]}, timeout=60)["unusable"]
     finally:
         worker.stop()
 
@@ -291,8 +311,10 @@ def test_inputs_are_equal_everywhere_and_ignored_labels_are_counted():
 
 def test_no_two_rows_of_a_repeated_block_are_equal():
     rng = np.random.default_rng(0)
-    rows = Tiled(rng.standard_normal(BLOCK, np.float32), (300, 32_768)).full()
+    tile = Tiled(rng.standard_normal(BLOCK, np.float32), (300, 32_768))
+    rows = tile.full()
     assert len(np.unique(rows[:, :3], axis=0)) == 300
+    assert np.array_equal(tile.rows(np.array([0, 7, 299])), rows[[0, 7, 299]])
 
 
 def test_torch_and_jax_get_the_same_values():
@@ -354,6 +376,34 @@ def test_errors_count_what_is_not_a_number_and_what_has_another_shape():
     assert relative(np.zeros(3), np.ones(2)) == float("inf")
     assert relative(np.array([3.0, 4.0]), np.array([3.0, 4.0])) == 0
     assert relative(np.zeros(2), np.array([3.0, 4.0])) == 1
+
+
+def test_a_weight_gradient_that_misses_a_block_of_tokens_is_found(tmp_path):
+    job = Job(FusedLinearCEConfig(reduction="mean").to_dict(), (64, 40, 8), "float32", ignored=0.25)
+    tiles, labels = make_inputs(job)
+    arrays = {name: tile.full().astype(np.float64) for name, tile in tiles.items()} | {"labels": labels}
+    right = oracle.evaluate(job.loss_config(), arrays)
+    hidden, weight = arrays["hidden_states"], arrays["lm_weight"]
+    sample = {"loss": right.loss, "rows": right.grads["hidden_states"][sampled_tokens(job)]}
+    of_hidden = float(np.sum(hidden * right.grads["hidden_states"]))
+    of_weight = float(np.sum(weight * right.grads["lm_weight"]))
+    judge = Judge(job, tmp_path)
+    whole = {"loss": right.loss, **right.grads}
+    rows = [row("torch:eager", "flag", 1.0) for _ in range(2)]
+    judge.judge(rows[0], whole, sample | {"inner": np.array([of_hidden, of_weight])})
+    judge.judge(rows[1], whole, sample | {"inner": np.array([of_hidden, 0.75 * of_weight])})
+    assert rows[0].grad_error < 1e-12
+    assert rows[1].grad_error == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_loss_of_the_full_call_that_stands_alone_is_an_error(tmp_path):
+    job = Job(KDLossConfig().to_dict(), (8, 10), "float32", forward_only=True)
+    judge = Judge(job, tmp_path)
+    rows = [row(name, "flag", 1.0) for name in ("a", "b", "c")]
+    for found, value in zip(rows, (1.0, 1.0001, 1.5), strict=True):
+        judge.judge(found, {"loss": judge._expected.loss}, {"loss": np.asarray(value)})
+    judge.compare_losses(rows)
+    assert [found.wrong for found in rows] == [False, False, True]
 
 
 def test_a_busy_machine_is_told():

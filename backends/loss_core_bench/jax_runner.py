@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,11 +99,24 @@ class LossRunner:
     def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         results = self.step(*self._split(self._inputs(tiles, labels)))
         value, grads = (results, {}) if self.job.forward_only else results
-        return {name: np.asarray(x).astype(np.float64) for name, x in {"loss": value, **grads}.items()}
+        return {name: _to_float64(x) for name, x in {"loss": value, **grads}.items()}
 
-    def prepare(self) -> dict[str, Any]:
-        first = timed(self._call)
-        return {"first_call": first, "peak": self._peak(), "note": self.note}
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        start = time.perf_counter()
+        result = self._call()
+        first = time.perf_counter() - start
+        sample = self._sample(result, tokens)
+        del result
+        return {"first_call": first, "peak": self._peak(), "note": self.note}, sample
+
+    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        if self.job.forward_only:
+            return {"loss": _to_float64(result)}
+        value, grads = result
+        sample = {"loss": _to_float64(value), "rows": _to_float64(grads[self.grad_of[0]][tokens])}
+        if len(grads) > 1:
+            sample["inner"] = np.array([_inner(self.inputs[name], grads[name]) for name in self.grad_of])
+        return sample
 
     def warm_up(self) -> None:
         self._call()
@@ -163,9 +177,8 @@ class FloorRunner:
     def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         return {}
 
-    def prepare(self) -> dict[str, Any]:
-        first = timed(self.warm_up)
-        return {"first_call": first, "peak": 0, "note": ""}
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        return {"first_call": timed(self.warm_up), "peak": 0, "note": ""}, {}
 
     def warm_up(self) -> None:
         self.round(0.0, 1)
@@ -179,3 +192,14 @@ class FloorRunner:
             times = timed_calls(lambda a=a, b=b: jax.block_until_ready(self.multiply(a, b)), budget, most)  # type: ignore[misc]
             rates.append(2 * a.size * b.shape[0] / float(np.median(times)))
         return {"copy_rate": moved / float(np.median(seconds)), "product_rate": max(rates)}
+
+
+def _inner(x: jax.Array, y: jax.Array) -> float:
+    """The inner product, block by block in float32, the blocks added in float64."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    blocks = range(0, len(x), 1024)
+    return sum(float(jnp.vdot(x[i : i + 1024].astype(wide), y[i : i + 1024].astype(wide))) for i in blocks)
+
+
+def _to_float64(x: jax.Array) -> NDArray[np.float64]:
+    return np.asarray(x).astype(np.float64)

@@ -42,8 +42,12 @@ class Runner(Protocol):
         """Take them away again."""
         ...
 
-    def prepare(self) -> dict[str, Any]:
-        """First call, second call, memory."""
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        """First call and memory; and of a call at the full shape what can be compared with float64.
+
+        That is "loss", the "rows" of the first gradient that belong to the tokens, and for the fused loss "inner", the
+        inner products of hidden states and weight with their gradients. Both are the sum of dz * z, so they are equal.
+        """
         ...
 
     def warm_up(self) -> None:

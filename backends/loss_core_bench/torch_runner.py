@@ -111,11 +111,28 @@ class LossRunner:
         value, grads = self._with_grads(inputs)
         return {"loss": _to_numpy(value), **{name: _to_numpy(g) for name, g in zip(self.grad_of, grads, strict=True)}}
 
-    def prepare(self) -> dict[str, Any]:
-        first = timed(self._call)
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        start = time.perf_counter()
+        result = self._call()
+        first = time.perf_counter() - start
         if len(self.candidates) > 1:
             self.note, self.loss = min(self.candidates, key=self._second_call)
-        return {"first_call": first, "peak": self._peak(), "note": self.note}
+            result = self._call()
+        sample = self._sample(result, tokens)
+        del result
+        return {"first_call": first, "peak": self._peak(), "note": self.note}, sample
+
+    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        if self.job.forward_only:
+            return {"loss": _to_numpy(result)}
+        value, grads = result
+        rows = grads[0][torch.from_numpy(tokens).to(self.job.device)]
+        sample = {"loss": _to_numpy(value), "rows": _to_numpy(rows)}
+        if len(grads) > 1:
+            inputs = self.sets[self.turn]
+            pairs = zip(self.grad_of, grads, strict=True)
+            sample["inner"] = np.array([_inner(inputs[name].detach(), grad) for name, grad in pairs])
+        return sample
 
     def _second_call(self, candidate: tuple[str, torch_peers.Loss]) -> float:
         _, self.loss = candidate
@@ -233,9 +250,8 @@ class FloorRunner:
     def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         return {}
 
-    def prepare(self) -> dict[str, Any]:
-        first = timed(self.warm_up)
-        return {"first_call": first, "peak": 0, "note": ""}
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        return {"first_call": timed(self.warm_up), "peak": 0, "note": ""}, {}
 
     def warm_up(self) -> None:
         self.round(0.0, 1)
@@ -254,6 +270,11 @@ class FloorRunner:
     def _fastest(self, step: Callable[[], Any], budget: float, most: int) -> float:
         times = cuda_times(step, budget, most) if self.where == "cuda" else timed_calls(step, budget, most)
         return float(np.median(times))
+
+
+def _inner(x: Tensor, y: Tensor) -> float:
+    """The inner product in float64, block by block."""
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(x.split(1024), y.split(1024), strict=True))
 
 
 def _to_numpy(x: Tensor) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ Requests, each with its answer; an exception becomes {"error": ...}, a peer that
     {"do": "import", "framework", "imports"}         -> {"versions", "device"}
     {"do": "setup", "job", "kind", "name"}           -> {}
     {"do": "evaluate", "job", "file"}                -> {}, loss and gradients in the .npz file
-    {"do": "prepare"}                                -> {"first_call", "peak", "note"}
+    {"do": "prepare", "file"}                        -> {"first_call", "peak", "note"}, what to compare in the .npz file
     {"do": "round", "budget", "most"}                -> {"seconds": [...]} or {"copy_rate", "product_rate"}
     {"do": "drop"}                                   -> {}, the inputs are given back
 """
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from loss_core.bench_job import Job, make_inputs
+from loss_core.bench_job import Job, make_inputs, sampled_tokens
 from loss_core_bench.runner import Runner, Unusable
 
 # By framework: the module that measures on it. Imported when asked for, so that a worker loads one framework.
@@ -72,11 +72,14 @@ class Worker:
             np.savez(out, **results)  # type: ignore[arg-type]
         return {}
 
-    def prepare(self) -> dict[str, Any]:
-        """First call (with what it compiles), a second one for its time and its memory."""
+    def prepare(self, file: str) -> dict[str, Any]:
+        """First call, with what it compiles, and one for the memory; what can be compared with float64 in the file."""
         assert self.job is not None
         self._runner.load(*make_inputs(self.job))
-        return self._runner.prepare()
+        prepared, sample = self._runner.prepare(sampled_tokens(self.job))
+        with open(file, "wb") as out:
+            np.savez(out, **sample)  # type: ignore[arg-type]
+        return prepared
 
     def round(self, budget: float, most: int) -> dict[str, Any]:
         """Timed calls, as many as fit the budget in seconds."""

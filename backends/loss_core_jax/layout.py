@@ -103,6 +103,8 @@ def layout_for(tp_group: Any, rows: Any, vocab_array: Any, vocab_dim: int) -> La
         lead = tuple(_without(entry, axes) for entry in rows_spec.spec[:-1])
         # Tokens and weight over one axis is FSDP: the weight is gathered, since the rows can't be.
         axes = axes or _without(vocab_spec.spec[vocab_dim], sum(lead, ()))
+    if not manual and context.empty:
+        return None  # one array of several lies on a mesh, and none is set: nothing can be told to XLA
     whole = _is_sharded(mesh, manual | frozenset(context.manual_axes))
     num_shards = math.prod(mesh.shape[axis] for axis in axes)
     return Layout(axes, num_shards, False, whole, lead, manual, mesh if context.empty and manual else None)
