@@ -96,7 +96,8 @@ class CrossEntropySum(Function):
     For sets of kernels that have `cross_entropy_with_grad`. The first backward takes the gradient's buffer, and
     with an upstream gradient of exactly 1 it has nothing else to do; a second one (retain_graph) computes it again.
 
-    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; name of the set of kernels.
+    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T], not differentiated; name of the set of
+    kernels.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -112,32 +113,26 @@ class CrossEntropySum(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, labels_T, keep_T, coef_T, ctx.kernel = inputs
-        _, loss_T, m_T, s_T, ctx.buffer = output
+        _, _, m_T, s_T, ctx.buffer = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T)
+        ctx.save_for_backward(logits, labels_T, keep_T, coef_T, m_T, s_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream = grads[0]
-        logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T = ctx.saved_tensors
+        logits, labels_T, keep_T, coef_T, m_T, s_T = ctx.saved_tensors
         set_of_kernels = kernels.find(ctx.kernel)
-        grad = None
         with torch.no_grad(), _no_autocast(logits):
-            if ctx.needs_input_grad[0]:
-                # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
-                grad, ctx.buffer = ctx.buffer, None
-                if grad is None:
-                    scaled_T = coef_T * upstream.to(coef_T.dtype)
-                    grad = set_of_kernels.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
-                else:
-                    set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
-            grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[3] else None
-        found = [
-            _once(x, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, coef_T, upstream)
-            for x in (grad, grad_coef)
-        ]
-        return found[0], None, None, found[1], None
+            # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
+            grad, ctx.buffer = ctx.buffer, None
+            if grad is None:
+                scaled_T = coef_T * upstream.to(coef_T.dtype)
+                grad = set_of_kernels.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+            else:
+                set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
+        once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream)
+        return once, None, None, None, None
 
 
 class Distillation(Function):
@@ -179,6 +174,59 @@ class Distillation(Function):
         instead = "torch.nn.functional.kl_div"
         found = [_once(grad, "KDLoss", instead, student, teacher, upstream_T) for grad in found]
         return (*found, None, None, None, None, None)
+
+
+class DistillationSum(Function):
+    """sum over tokens of coef * KL(teacher || student), with the student's gradient made in the forward.
+
+    As CrossEntropySum, for sets of kernels that have `distillation_with_grad`.
+
+    Inputs: student, teacher [..., V] float, no gradient of the teacher; keep_T [T] bool; coef_T [T];
+    temperature; chunk_size rows (0 = chosen); name of the set of kernels.
+    Output: scalar in the dtype of the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        keep_T: Tensor,
+        coef_T: Tensor,
+        temperature: float,
+        chunk_size: int,
+        kernel: str,
+    ) -> tuple[Tensor, ...]:
+        with _no_autocast(student):
+            parts, grad = kernels.find(kernel).distillation_with_grad(
+                student, teacher, keep_T, 1.0 / temperature, chunk_size, coef_T / temperature
+            )
+            kl_T = row_stats.finish_kd(torch, row_stats.KDRowState(*parts)).masked_fill(~keep_T, 0.0)
+            return (torch.where(coef_T == 0, 0.0, coef_T * kl_T).sum(), grad, kl_T, *parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, teacher, keep_T, coef_T, ctx.temperature, ctx.chunk_size, ctx.kernel = inputs
+        _, ctx.buffer, kl_T, *state = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, teacher, keep_T, coef_T, kl_T, *state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream = grads[0]
+        student, teacher, keep_T, coef_T, kl_T, *state = ctx.saved_tensors
+        set_of_kernels = kernels.find(ctx.kernel)
+        with torch.no_grad(), _no_autocast(student):
+            coef_T = coef_T / ctx.temperature
+            args = (student, teacher, keep_T, 1.0 / ctx.temperature, ctx.chunk_size, state, kl_T)
+            # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
+            grad, ctx.buffer = ctx.buffer, None
+            if grad is None:
+                grad = set_of_kernels.distillation_grad(*args, coef_T * upstream, False)
+            else:
+                grad = set_of_kernels.distillation_scale_grad(grad, *args, coef_T, upstream)
+        once = _once(grad, "KDLoss", "torch.nn.functional.kl_div", student, teacher, upstream)
+        return once, None, None, None, None, None, None
 
 
 class LinearCrossEntropySum(Function):

@@ -4,19 +4,41 @@ A set of kernels is a module with these functions; `kernels.find` gives it by na
 loss and gradient in one pass over memory: see `kernels.has_one_pass`.
 """
 
+import torch
+
+from loss_core_torch.eager_distillation import (
+    distillation_grad,
+    distillation_scale_grad,
+    distillation_stats,
+    distillation_with_grad,
+)
 from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype
 from loss_core_torch.eager_logits import (
     cross_entropy_grad,
+    cross_entropy_scale_grad,
     cross_entropy_stats,
-    distillation_grad,
-    distillation_stats,
+    cross_entropy_with_grad,
 )
 
 __all__ = [
     "cross_entropy_grad",
+    "cross_entropy_scale_grad",
     "cross_entropy_stats",
+    "cross_entropy_with_grad",
     "distillation_grad",
+    "distillation_scale_grad",
     "distillation_stats",
+    "distillation_with_grad",
     "linear_cross_entropy",
+    "one_pass",
     "operand_dtype",
 ]
+
+
+def one_pass(device: torch.device) -> bool:
+    """Whether loss and gradient of logits are made together, where both are wanted.
+
+    On a CPU alone: there the upstream gradient can be looked at, and one of 1 costs nothing. Elsewhere scaling the
+    gradient afterwards would cost as much as making it then.
+    """
+    return device.type == "cpu"

@@ -89,7 +89,7 @@ class _LogitsCrossEntropy(_Loss):
         vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
-        if self._one_pass(logits):
+        if self._one_pass(logits, weights_T):
             coef_T = reduction.coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
             loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel)[0]
             return loss if self.fp32_upcast else loss.to(logits.dtype)
@@ -102,14 +102,16 @@ class _LogitsCrossEntropy(_Loss):
             return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, self.tp_group)
         return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
 
-    def _one_pass(self, logits: Tensor) -> bool:
+    def _one_pass(self, logits: Tensor, weights_T: Tensor | None) -> bool:
         """Whether loss and gradient can be made together: the factor of each token is known, the row is whole."""
         return (
-            kernels.has_one_pass(self._kernel)
+            kernels.has_one_pass(self._kernel, "cross_entropy", logits.device)
             and self.reduction != "none"
             and self.tp_group is None
             and torch.is_grad_enabled()
             and logits.requires_grad
+            # Their gradient is the loss of each token, which may be differentiated again.
+            and not (weights_T is not None and weights_T.requires_grad)
             # A traced graph can neither hand a buffer over nor be told to recompute.
             and not torch.compiler.is_compiling()
         )
@@ -202,6 +204,12 @@ class KDLoss(_Loss):
         wide = torch.promote_types(compute_dtype(student_logits.dtype), compute_dtype(teacher_logits.dtype))
         if wide == torch.float64:
             student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
+        kind = "mean" if num_tokens is None else "sum"
+        if self._one_pass(student_logits, teacher_logits):
+            coef_T = reduction.coefficients(student_logits.dtype, keep_T, bad_T, kind, num_tokens, None)
+            args = (coef_T * self.temperature**2, float(self.temperature), self.chunk_size, self._kernel)
+            loss = autograd.DistillationSum.apply(student_logits, teacher_logits, keep_T, *args)[0]
+            return loss if self.fp32_upcast else loss.to(student_logits.dtype)
         kl_T = autograd.Distillation.apply(
             student_logits,
             teacher_logits,
@@ -213,9 +221,21 @@ class KDLoss(_Loss):
         )[0]
         # The factor is NaN where the label is no class, so that its gradient is NaN as well.
         loss_T = kl_T * reduction.nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
-        kind = "mean" if num_tokens is None else "sum"
         loss = reduction.reduce_tokens(loss_T, keep_T, shape, kind, num_tokens)
         return loss if self.fp32_upcast else loss.to(student_logits.dtype)
+
+
+    def _one_pass(self, student: Tensor, teacher: Tensor) -> bool:
+        """Whether loss and gradient can be made together: the rows are whole, the student alone is trained."""
+        return (
+            kernels.has_one_pass(self._kernel, "distillation", student.device)
+            and self.tp_group is None
+            and torch.is_grad_enabled()
+            and student.requires_grad
+            and not teacher.requires_grad
+            # A traced graph can neither hand a buffer over nor be told to recompute.
+            and not torch.compiler.is_compiling()
+        )
 
 
 class FusedLinearCrossEntropy(_Loss):
