@@ -96,8 +96,8 @@ class CrossEntropySum(Function):
     For sets of kernels that have `cross_entropy_with_grad`. The first backward takes the gradient's buffer, and
     with an upstream gradient of exactly 1 it has nothing else to do; a second one (retain_graph) computes it again.
 
-    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T], not differentiated; name of the set of
-    kernels.
+    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T], not differentiated; name of the
+    set of kernels.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -179,10 +179,11 @@ class Distillation(Function):
 class DistillationSum(Function):
     """sum over tokens of coef * KL(teacher || student), with the student's gradient made in the forward.
 
-    As CrossEntropySum, for sets of kernels that have `distillation_with_grad`.
+    As CrossEntropySum, for sets of kernels that have `distillation_with_grad`. The teacher's gradient, where it is
+    wanted, is made in the backward.
 
-    Inputs: student, teacher [..., V] float, no gradient of the teacher; keep_T [T] bool; coef_T [T];
-    temperature; chunk_size rows (0 = chosen); name of the set of kernels.
+    Inputs: student, teacher [..., V] float; keep_T [T] bool; coef_T [T], not differentiated; temperature;
+    chunk_size rows (0 = chosen); name of the set of kernels.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -225,8 +226,11 @@ class DistillationSum(Function):
                 grad = set_of_kernels.distillation_grad(*args, coef_T * upstream, False)
             else:
                 grad = set_of_kernels.distillation_scale_grad(grad, *args, coef_T, upstream)
-        once = _once(grad, "KDLoss", "torch.nn.functional.kl_div", student, teacher, upstream)
-        return once, None, None, None, None, None, None
+            found = [grad, None]
+            if ctx.needs_input_grad[1]:
+                found[1] = set_of_kernels.distillation_grad(*args, coef_T * upstream, True)
+        found = [_once(x, "KDLoss", "torch.nn.functional.kl_div", student, teacher, upstream) for x in found]
+        return (*found, None, None, None, None, None)
 
 
 class LinearCrossEntropySum(Function):

@@ -22,7 +22,7 @@ _LN_2 = math.log(2.0)
 
 
 def _rows(student: Tensor, keep_T: Tensor, chunk_size: int) -> int:
-    return min(chunk_size or block_rows(student.shape[-1], student.device), max(keep_T.numel(), 1))
+    return min(chunk_size or block_rows(2 * student.shape[-1], student.device), max(keep_T.numel(), 1))
 
 
 class _Exponents:
@@ -43,6 +43,10 @@ class _Exponents:
         if m_B is None:
             m_B = z_BV.amax(-1).mul_(self._inverse_temperature)
         return y_BV, m_B, log2_exp(z_BV, self._inverse_temperature, m_B, y_BV)
+
+    def exp2(self, y_BV: Tensor, place: int) -> Tensor:
+        """2^y, in the place of y."""
+        return self._buffers[place].exp2(y_BV)
 
     def gap(self, yt_BV: Tensor, ys_BV: Tensor) -> Tensor:
         return torch.sub(yt_BV, ys_BV, out=self._buffers[2].take(yt_BV))
@@ -95,7 +99,7 @@ def _block_stats(
     ys_BV, state.m_s[at], ns_B = exponents.of(s_BV, 0)
     yt_BV, state.m_t[at], nt_B = exponents.of(t_BV, 1)
     gap_BV = exponents.gap(yt_BV, ys_BV)
-    es_BV, et_BV = ys_BV.exp2_(), yt_BV.exp2_()
+    es_BV, et_BV = exponents.exp2(ys_BV, 0), exponents.exp2(yt_BV, 1)
     sum_s_B, sum_t_B = es_BV.sum(-1), et_BV.sum(-1)
     weighted_B = _weighted_gap(et_BV, gap_BV)
     if ns_B is not None:
@@ -157,11 +161,12 @@ def distillation_grad(
         scale_t_B = without(nt_B, coef_T[at] / s_t_T[at])
         if of_teacher:
             gap_BV = exponents.gap(yt_BV, ys_BV).sub_(_row_numbers(log_ratio_T[at], ns_B, nt_B)[:, None])
-            et_BV = yt_BV.exp2_()
+            et_BV = exponents.exp2(yt_BV, 1)
             out_BV = gap_BV.masked_fill_(et_BV == 0, 0.0).mul_(et_BV).mul_((scale_t_B * _LN_2)[:, None])
         else:
             scale_s_B = without(ns_B, coef_T[at] / s_s_T[at])
-            out_BV = _difference(ys_BV.exp2_(), scale_s_B, yt_BV.exp2_(), scale_t_B, grad_BV)
+            es_BV, et_BV = exponents.exp2(ys_BV, 0), exponents.exp2(yt_BV, 1)
+            out_BV = _difference(es_BV, scale_s_B, et_BV, scale_t_B, grad_BV)
         _store(grad_BV, out_BV, keep_T[at])
     return grad
 
@@ -176,7 +181,7 @@ def _row_numbers(log_ratio_B: Tensor, ns_B: Tensor | None, nt_B: Tensor | None) 
 def _difference(es_BV: Tensor, scale_s_B: Tensor, et_BV: Tensor, scale_t_B: Tensor, grad_BV: Tensor) -> Tensor:
     """scale_s es - scale_t et: in the gradient where its dtype allows, else in the place of es."""
     out_BV = grad_BV if grad_BV.dtype == es_BV.dtype else es_BV
-    return torch.addcmul(es_BV.mul_(scale_s_B[:, None]), et_BV, scale_t_B[:, None], value=-1.0, out=out_BV)
+    return torch.sub(es_BV.mul_(scale_s_B[:, None]), et_BV.mul_(scale_t_B[:, None]), out=out_BV)
 
 
 def _store(grad_BV: Tensor, out_BV: Tensor, keep_B: Tensor) -> None:

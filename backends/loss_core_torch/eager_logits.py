@@ -60,7 +60,7 @@ def cross_entropy_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> t
         m_T[at] = m_B = _row_max(z_BV)
         t_T[at] = z_BV.gather(1, column_T[at, None])[:, 0]
         number_B = log2_exp(z_BV, 1.0, m_B, out_BV)
-        s_T[at] = without(number_B, out_BV.exp2_().sum(-1))
+        s_T[at] = without(number_B, buffer.exp2(out_BV).sum(-1))
     return m_T, s_T, t_T.masked_fill_(~owned_T, -torch.inf)
 
 
@@ -106,21 +106,25 @@ def _write_grad(
     column_T = torch.where(owned_T, local_T, 0)
     scale_T = coef_T / s_T
     hit_T = torch.where(owned_T, -coef_T, 0.0)
+    ignored = some_ignored(keep_T)
     for at, (block_BV,) in row_blocks(rows, logits):
-        out_BV = grad_TV[at] if grad.dtype == m_T.dtype else buffer.take(block_BV)
-        number_B = log2_exp(widened(block_BV, out_BV), 1.0, m_T[at], out_BV)
-        out_BV.exp2_().mul_(without(number_B, scale_T[at])[:, None])
-        _finish_grad(out_BV, column_T[at], hit_T[at], keep_T[at])
-        if out_BV.dtype != grad.dtype:
-            grad_TV[at] = out_BV
+        y_BV = buffer.take(block_BV)
+        number_B = log2_exp(widened(block_BV, y_BV), 1.0, m_T[at], y_BV)
+        scale_B = without(number_B, scale_T[at])
+        _store_grad(grad_TV[at], buffer.exp2(y_BV), scale_B, column_T[at], hit_T[at], keep_T[at] if ignored else None)
 
 
-def _finish_grad(out_BV: Tensor, column_B: Tensor, hit_B: Tensor, keep_B: Tensor) -> None:
-    """Take the one-hot part off coef * softmax, and clear ignored rows."""
-    out_BV.scatter_add_(1, column_B[:, None], hit_B[:, None])
-    if some_ignored(keep_B):
+def _store_grad(
+    grad_BV: Tensor, powers_BV: Tensor, scale_B: Tensor, column_B: Tensor, hit_B: Tensor, keep_B: Tensor | None
+) -> None:
+    """scale * powers + hit at each column, 0 where keep is False, rounded once to the gradient's dtype."""
+    out_BV = grad_BV if grad_BV.dtype == powers_BV.dtype else powers_BV
+    torch.mul(powers_BV, scale_B[:, None], out=out_BV).scatter_add_(1, column_B[:, None], hit_B[:, None])
+    if keep_B is not None:
         # Not a product with 0: an ignored row may hold inf or NaN.
         out_BV.masked_fill_(~keep_B[:, None], 0.0)
+    if out_BV is not grad_BV:
+        grad_BV.copy_(out_BV)
 
 
 def cross_entropy_with_grad(
@@ -139,27 +143,20 @@ def cross_entropy_with_grad(
     vocab = logits.shape[-1]
     grad_TV = grad.view(-1, vocab)
     rows = _rows(logits, labels_T)
-    narrow = grad.dtype != m_T.dtype
-    buffer = Buffer(rows if narrow else 0, logits, m_T.dtype)
+    buffer = Buffer(rows, logits, m_T.dtype)
     ignored = some_ignored(keep_T)
     column_T = torch.where((labels_T >= 0) & (labels_T < vocab), labels_T, 0) if ignored else labels_T
     hit_T = -coef_T
     for at, (block_BV,) in row_blocks(rows, logits):
-        out_BV = buffer.take(block_BV) if narrow else grad_TV[at]
-        z_BV = widened(block_BV, out_BV)
-        m_B = _row_max(z_BV)
-        column_B1 = column_T[at, None]
-        torch.gather(z_BV, 1, column_B1, out=t_T[at, None])
-        number_B = log2_exp(z_BV, 1.0, m_B, out_BV)
-        powers_B = out_BV.exp2_().sum(-1)
-        m_T[at], s_T[at] = m_B, without(number_B, powers_B)
-        out_BV.mul_((coef_T[at] / powers_B)[:, None])
-        if ignored:
-            _finish_grad(out_BV, column_T[at], hit_T[at], keep_T[at])
-        else:
-            out_BV.scatter_add_(1, column_B1, hit_T[at, None])
-        if narrow:
-            grad_TV[at] = out_BV
+        y_BV = buffer.take(block_BV)
+        z_BV = widened(block_BV, y_BV)
+        m_T[at] = m_B = _row_max(z_BV)
+        column_B = column_T[at]
+        t_T[at] = z_BV.gather(1, column_B[:, None])[:, 0]
+        number_B = log2_exp(z_BV, 1.0, m_B, y_BV)
+        powers_B = buffer.exp2(y_BV).sum(-1)
+        s_T[at] = without(number_B, powers_B)
+        _store_grad(grad_TV[at], y_BV, coef_T[at] / powers_B, column_B, hit_T[at], keep_T[at] if ignored else None)
     loss_T = row_stats.finish(torch, row_stats.RowState(m_T, s_T, t_T))
     return loss_T.masked_fill_(~keep_T, 0.0) if ignored else loss_T, m_T, s_T, grad
 

@@ -205,7 +205,7 @@ class KDLoss(_Loss):
         if wide == torch.float64:
             student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
         kind = "mean" if num_tokens is None else "sum"
-        if self._one_pass(student_logits, teacher_logits):
+        if self._one_pass(student_logits):
             coef_T = reduction.coefficients(student_logits.dtype, keep_T, bad_T, kind, num_tokens, None)
             args = (coef_T * self.temperature**2, float(self.temperature), self.chunk_size, self._kernel)
             loss = autograd.DistillationSum.apply(student_logits, teacher_logits, keep_T, *args)[0]
@@ -224,15 +224,13 @@ class KDLoss(_Loss):
         loss = reduction.reduce_tokens(loss_T, keep_T, shape, kind, num_tokens)
         return loss if self.fp32_upcast else loss.to(student_logits.dtype)
 
-
-    def _one_pass(self, student: Tensor, teacher: Tensor) -> bool:
-        """Whether loss and gradient can be made together: the rows are whole, the student alone is trained."""
+    def _one_pass(self, student: Tensor) -> bool:
+        """Whether loss and the student's gradient can be made together: the rows are whole."""
         return (
             kernels.has_one_pass(self._kernel, "distillation", student.device)
             and self.tp_group is None
             and torch.is_grad_enabled()
             and student.requires_grad
-            and not teacher.requires_grad
             # A traced graph can neither hand a buffer over nor be told to recompute.
             and not torch.compiler.is_compiling()
         )
