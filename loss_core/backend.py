@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from loss_core.config import LossConfig
+    from loss_core.ranks import Request
 
 AUTO = "auto"
 
@@ -77,6 +80,7 @@ class Evaluation:
         kernel: flag of the kernel that really ran, "" for a callable that is none of ours.
         product_dtype: dtype to which the logits' gradient was rounded for the products of a fused
             loss; None when it kept the dtype of the arithmetic.
+        ranks_differ: names of the results that ranks hold whole and that were not bitwise the same on all.
     """
 
     loss: np.ndarray
@@ -85,6 +89,22 @@ class Evaluation:
     mutated: tuple[str, ...]
     kernel: str
     product_dtype: str | None = None
+    ranks_differ: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """How a backend runs a call over ranks: what `loss_core.ranks` starts.
+
+    Attributes:
+        processes: one for each rank, or one that holds them all.
+        environment: variables that must be set before the framework is imported.
+        splits: which of the ways in `loss_core.vocab_split.splits` it can share a vocabulary.
+    """
+
+    processes: int
+    environment: Mapping[str, str]
+    splits: tuple[str, ...]
 
 
 class Backend(Protocol):
@@ -122,6 +142,18 @@ class Backend(Protocol):
             grad_of: names of the arguments to differentiate.
             device: such as "cuda"; None for the backend's default.
         """
+        ...
+
+    def rank_setup(self, ranks: int) -> RankSetup:
+        """What to start for calls whose vocabulary is sharded over ranks."""
+        ...
+
+    def join_ranks(self, rank: int, ranks: int, folder: Path) -> None:
+        """In a process of `loss_core.ranks`: meet the others, who have the same empty folder."""
+        ...
+
+    def evaluate_shards(self, request: Request) -> list[Evaluation]:
+        """In such a process: this rank's part of a call, or that of each rank where one process holds them all."""
         ...
 
 

@@ -30,6 +30,8 @@ class Call:
         name: of the loss in the table.
         suffix: options that reproduce lines need besides.
         captured: whether the inputs are the caller's own.
+        ranks: over how many the vocabulary is sharded; 0 where the call runs whole, in this process.
+        split: name of the way it is sharded; sizes: classes of each rank's shard.
     """
 
     loss: str | LossConfig
@@ -39,6 +41,18 @@ class Call:
     suffix: str
     device: str | None
     captured: bool
+    ranks: int = 0
+    split: str = ""
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def case_name(self) -> str:
+        """The case, with the split: "mean/uneven"."""
+        return f"{self.case.name}/{self.split}" if self.ranks else self.case.name
+
+    def flag_name(self, flag: str) -> str:
+        """The flag, with the number of ranks: "torch:eager tp=2"."""
+        return f"{flag} tp={self.ranks}" if self.ranks else flag
 
     def reproduce(self, flag: str, against: str) -> str:
         """The command that runs this call alone; a line of Python for a class that no registry knows."""
@@ -50,6 +64,7 @@ class Call:
         else:
             return f"check({self.loss!r}, [{flag!r}], dtypes=[{self.dtype!r}], only=[{self.case.name!r}])"
         case = "" if self.captured else f" --case {self.case.name}"
+        case += f" --tp {self.ranks}" if self.ranks else ""
         return (
             f"loss-core check --config {shlex.quote(config)} --backend {flag}{other} --dtype {self.dtype}"
             f"{case}{self.suffix}"
@@ -96,8 +111,7 @@ def chosen_losses(config: str | LossConfig | Sequence[str | LossConfig] | None) 
         return list(ALL_LOSSES)
     losses = [config] if isinstance(config, str | LossConfig) else list(config)
     for loss in losses:
-        if isinstance(loss, str):
-            loss = config_class_for(loss)()
+        loss = config_of(loss)
         if not isinstance(loss, LossConfig):
             raise TypeError(f"config must be a registry name or a LossConfig, got {loss!r}.")
         if not oracle.has_definition(loss):
@@ -106,6 +120,11 @@ def chosen_losses(config: str | LossConfig | Sequence[str | LossConfig] | None) 
                 "implementations of it with loss_core.check.compare."
             )
     return losses
+
+
+def config_of(loss: str | LossConfig) -> LossConfig:
+    """The config of a registry name, with its defaults; a config as it is."""
+    return config_class_for(loss)() if isinstance(loss, str) else loss
 
 
 def chosen_cases(

@@ -12,7 +12,9 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -33,16 +35,19 @@ from loss_core.calls import (
     Call,
     chosen_cases,
     chosen_losses,
+    config_of,
     distinct_names,
     filters_in_words,
     reproduce_suffix,
     result_dtype,
     rounded,
 )
+from loss_core.check_sharded import EVEN_SHAPE, Evaluate, can_be_sharded, check_ranks, over_ranks, sharded_calls
 from loss_core.compare import compare
 from loss_core.config import LossConfig
 from loss_core.dtypes import float_format
 from loss_core.oracle import OracleResult
+from loss_core.ranks import RankError, RanksFailed
 from loss_core.report import HISTOGRAM_EDGES, Finding, Report, Row, add_findings, framework_version
 from loss_core.tolerance import allowances
 
@@ -65,6 +70,8 @@ def check(
     seed: int = 0,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     device: str | None = None,
+    tp: Sequence[int] = (),
+    modules: Sequence[str] = (),
     reproduce_options: str = "",
     progress: Progress | None = None,
 ) -> Report:
@@ -82,14 +89,20 @@ def check(
         num_random: random cases on top; seed: theirs.
         inputs: arguments of one captured call, in place of the named cases.
         device: such as "cuda"; None for each backend's default.
+        tp: numbers of ranks. The calls then run with the vocabulary sharded over so many processes (torch, gloo) or
+            devices (JAX), in even, uneven and empty shards, and not in this process: against the oracle on the
+            whole problem, and bitwise between ranks. On the CPU.
+        modules: names of Python modules that register the losses, to be imported by these processes.
         reproduce_options: what reproduce lines need besides, such as " --inputs call.npz".
         progress: called as progress(done, total, label).
     Returns:
         A Report; `report.passed` says it all. A flag that is named but can't be used raises.
     Raises:
         BackendUnavailable, ValueError, TypeError: for flags, names, dtypes and shapes that don't exist.
+        RanksFailed: a process of `tp` died, or did not answer in time.
     """
     start = time.perf_counter()
+    check_ranks(tp, against, device)
     report = Report(versions={"python": platform.python_version(), "numpy": np.__version__})
     losses = chosen_losses(config)
     flags = _flags(backends, against, report)
@@ -99,26 +112,39 @@ def check(
     if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
         raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
     suffix = reproduce_suffix(shape, num_random, seed, device) + reproduce_options
-    calls = []
+    calls, even_calls = [], []
     for loss, name in zip(losses, distinct_names(losses), strict=True):
+        if tp and not can_be_sharded(config_of(loss)):
+            report.skipped.append(f"{name}: it has no tp_group")
+            continue
         cases = chosen_cases(loss, shape, only, num_random, seed, inputs)
         if not cases:
             report.skipped.append(f"{name}: no case{filters_in_words(shape, only)}")
-        calls += [
-            Call(loss, name, case, dtype, suffix, device, inputs is not None) for dtype in wanted for case in cases
-        ]
+        even = chosen_cases(loss, EVEN_SHAPE, only, 0, seed, None) if tp and shape is None and inputs is None else []
+        for dtype in wanted:
+            of_dtype = [Call(loss, name, case, dtype, suffix, device, inputs is not None) for case in (*cases, *even)]
+            calls += of_dtype[: len(cases)]
+            even_calls += of_dtype[len(cases) :]
+    if tp:
+        calls = sharded_calls(calls, even_calls, tp)
     if not calls:
         raise ValueError(f"Nothing to check: {'; '.join(report.skipped)}.")
     table: dict[tuple[str, str, str, str], Row] = {}
-    pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
-    try:
-        for done, call in enumerate(calls):
-            if progress:
-                progress(done, len(calls), f"{call.name} {call.dtype} {call.case.name}")
-            _check_case(call, flags, against, table, report, pool)
-    finally:
-        # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
-        pool.shutdown(wait=False, cancel_futures=True)
+    done = 0
+    for ranks, group in groupby(calls, key=lambda call: call.ranks):
+        with ExitStack() as stack:
+            pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
+            # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            if progress and ranks:
+                progress(done, len(calls), f"starting {ranks} ranks")
+            backends_used = list(dict.fromkeys(parse_flag(flag).backend for flag in flags))
+            evaluate = stack.enter_context(over_ranks(backends_used, ranks, modules)) if ranks else _in_this_process
+            for call in group:
+                if progress:
+                    progress(done, len(calls), call.flag_name(f"{call.name} {call.dtype} {call.case_name}"))
+                _check_case(call, flags, against, table, report, pool, evaluate)
+                done += 1
     if progress:
         progress(len(calls), len(calls), "done")
     report.rows = list(table.values())
@@ -173,24 +199,31 @@ def _check_case(
     table: dict[tuple[str, str, str, str], Row],
     report: Report,
     pool: ThreadPoolExecutor,
+    evaluate: Evaluate,
 ) -> None:
     arrays, upstream = rounded(call)
-    running = {flag: pool.submit(_evaluate, call, flag, arrays, upstream) for flag in flags}
+    running = {flag: pool.submit(evaluate, call, flag, arrays, upstream) for flag in flags}
     expected = oracle.evaluate(call.case.config, arrays, upstream)
     done: dict[str, tuple[Evaluation, dict[str, NDArray[np.float64]]]] = {}
     for flag, future in running.items():
-        row = table.setdefault((call.name, flag, ORACLE, call.dtype), Row(call.name, flag, ORACLE, call.dtype))
+        key = (call.name, call.flag_name(flag), ORACLE, call.dtype)
+        row = table.setdefault(key, Row(*key))
         try:
             got = future.result()
         except BackendUnavailable as error:
-            note = f"{call.name} {flag}: {error}"
+            note = f"{call.name} {call.flag_name(flag)}: {error}"
             if note not in report.skipped:
                 report.skipped.append(note)
-            table.pop((call.name, flag, ORACLE, call.dtype), None)
+            table.pop(key, None)
             continue
+        except RanksFailed:
+            raise
         except Exception as error:  # a kernel that breaks is a finding, not the end of the check
             row.cases += 1
-            row.failures.append(_problem(call, flag, "loss", f"{type(error).__name__}: {error}"))
+            text = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+            row.failures.append(_problem(call, flag, "loss", text))
+            continue
+        if got is None:
             continue
         row.cases += 1
         allowed = allowances(
@@ -201,6 +234,8 @@ def _check_case(
         template = _template(call, flag, ORACLE)
         shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes)
         _count(report, flag, call.dtype, shares)
+    if call.ranks:
+        return
     for flag, other in _pairs(list(done), against):
         key = (call.name, flag, other, call.dtype)
         row = table.setdefault(key, Row(*key))
@@ -212,7 +247,9 @@ def _check_case(
         add_findings(row, template, _results(got), _results(reference), both, got.dtypes)
 
 
-def _evaluate(call: Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None) -> Evaluation:
+def _in_this_process(
+    call: Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None
+) -> Evaluation:
     loss = call.case.config.build(backend=flag)
     backend = load_backend(parse_flag(flag).backend)
     return backend.evaluate(
@@ -247,6 +284,8 @@ def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
             problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
     for name in got.mutated:
         problems.append(_problem(call, flag, name, "the caller's input was changed"))
+    for name in got.ranks_differ:
+        problems.append(_problem(call, flag, name, "is not bitwise the same on all ranks"))
     if parse_flag(flag).kernel != AUTO and got.kernel != flag:
         problems.append(_problem(call, flag, "loss", f"the kernel that ran was {got.kernel!r}"))
     return problems
@@ -254,7 +293,8 @@ def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
 
 def _template(call: Call, flag: str, against: str) -> Finding:
     """A finding with what all tensors of a call share."""
-    return Finding(call.name, flag, against, call.dtype, call.case.name, reproduce=call.reproduce(flag, against))
+    reproduce = call.reproduce(flag, against)
+    return Finding(call.name, call.flag_name(flag), against, call.dtype, call.case_name, reproduce=reproduce)
 
 
 def _problem(call: Call, flag: str, tensor: str, text: str) -> Finding:

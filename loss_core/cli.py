@@ -138,6 +138,10 @@ def make_app() -> Any:
             typer.Option(metavar="FILE", help="A captured call, .npz or .safetensors with the forward's arguments."),
         ] = None,
         device: Annotated[str | None, typer.Option(metavar="DEVICE", help="Such as cpu or cuda.")] = None,
+        tp: Annotated[
+            str | None,
+            typer.Option(metavar="N[,N]", help="Share the vocabulary over N ranks, started here, and check these."),
+        ] = None,
         json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
         report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as an HTML page.")] = None,
         modules: Modules = None,
@@ -161,6 +165,7 @@ def make_app() -> Any:
             seed=seed,
             inputs=inputs,
             device=device,
+            tp=tp,
             json=json,
             report=report,
             modules=modules or (),

@@ -19,10 +19,14 @@ from loss_core.check import Progress, Report, check
 from loss_core.cli_configs import UsageProblem, closest, read_configs
 from loss_core.config import LossConfig
 from loss_core.dtypes import FORMATS
+from loss_core.ranks import RanksFailed
 from loss_core.tables import print_check, print_reasons
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# Each rank is a process with a framework in it.
+_MOST_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class CheckOptions:
     seed: int = 0
     inputs: Path | None = None
     device: str | None = None
+    tp: str | None = None
     json: Path | None = None
     report: Path | None = None
     modules: Sequence[str] = ()
@@ -46,7 +51,7 @@ class CheckOptions:
 
 
 def run_check(options: CheckOptions, out: Console, err: Console) -> int:
-    """Check, print, write. Returns the exit code: 0 all agree, 1 something does not.
+    """Check, print, write. Returns the exit code: 0 all agree, 1 something does not, or a rank of --tp failed.
 
     Raises:
         UsageProblem: an option can't be used.
@@ -55,7 +60,7 @@ def run_check(options: CheckOptions, out: Console, err: Console) -> int:
     _check_outputs(options)
     losses = [loss for source in options.configs for loss in read_configs(source)]
     losses = [loss for i, loss in enumerate(losses) if loss not in losses[:i]]
-    shape = _shape(options.shape)
+    shape, tp = _shape(options.shape), _ranks(options)
     _check_flags(options, err)
     _check_words(options)
     call = _captured(options, losses)
@@ -74,11 +79,16 @@ def run_check(options: CheckOptions, out: Console, err: Console) -> int:
                 seed=options.seed,
                 inputs=call.arrays if call else None,
                 device=options.device,
+                tp=tp,
+                modules=options.modules,
                 reproduce_options=_reproduce_options(options),
                 progress=progress,
             )
         except (BackendUnavailable, ValueError, TypeError) as error:
             raise UsageProblem(str(error)) from error
+        except RanksFailed as error:
+            err.print(f"loss-core: {error}", markup=False, highlight=False, soft_wrap=True)
+            return 1
     _check_ran(options, report)
     print_check(out, report)
     _write(options, report, err)
@@ -116,6 +126,20 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
     parts = text.split(",")
     if len(parts) not in (2, 3) or not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
         raise UsageProblem(f"--shape {text!r}: expected T,V or T,V,H with whole numbers >= 1, such as 64,1000,32.")
+    return tuple(int(part) for part in parts)
+
+
+def _ranks(options: CheckOptions) -> tuple[int, ...]:
+    if options.tp is None:
+        return ()
+    parts = [part.strip() for part in options.tp.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= _MOST_RANKS for part in parts):
+        raise UsageProblem(
+            f"--tp {options.tp!r}: expected numbers of ranks from 1 to {_MOST_RANKS}, such as 2 or 1,2,4."
+        )
+    for name, value in (("--against", options.against), ("--device", options.device)):
+        if value is not None and value != "cpu":
+            raise UsageProblem(f"{name} {value} can't be used beside --tp: its ranks run on the CPU, against float64.")
     return tuple(int(part) for part in parts)
 
 

@@ -104,11 +104,13 @@ class MaskedCrossEntropyConfig(LossConfig):
             False: in the dtype of the logits, as F.cross_entropy gives it.
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
+        tp_group: as in TEParallelCEConfig.
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
+    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
 
     def validate(self) -> None:
         _check_bool("fp32_upcast", self.fp32_upcast)
@@ -124,16 +126,22 @@ class FusedLinearCEConfig(LossConfig):
         ignore_index: label that marks a position to leave out; any integer.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; >= 0, 0 is off.
         reduction: "sum", "mean" (over positions that count) or "none".
+        tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
+        sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
+            are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
     """
 
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
+    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    sequence_parallel: bool = False
 
     def validate(self) -> None:
         _check_integer("ignore_index", self.ignore_index)
         _check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", low=0.0)
         _check_reduction(self.reduction)
+        _check_bool("sequence_parallel", self.sequence_parallel)
 
 
 @dataclass
@@ -143,8 +151,8 @@ class TEParallelCEConfig(LossConfig):
     Attributes:
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
-        tp_group: torch process group over which the vocabulary is sharded, or None. A runtime
-            handle: left out of dicts, repr and comparison.
+        tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh. A
+            runtime handle: left out of dicts, repr and comparison.
     """
 
     ignore_index: int = -100

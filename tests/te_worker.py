@@ -21,6 +21,7 @@ from loss_core.backend import flag_status
 from loss_core.cases import named_cases
 from loss_core.check import check
 from loss_core_torch import eager, te, values
+from worker_exit import leave_after
 
 V = 11
 LOSSES = ["MaskedCrossEntropy", "TEParallelCrossEntropy"]
@@ -282,18 +283,18 @@ ONE = (
 # --- a process for each shard of the vocabulary
 
 
-def _sharded(dtype):
-    import distributed_worker
+def _sharded(loss, dtype):
+    import parallel_scenarios as parallel
 
-    distributed_worker.vocabulary_sharded(LOSSES[1], dtype, dist.get_rank(), dist.get_world_size(), "torch:te")
+    parallel.even_parts(parallel.World(dist.get_rank(), dist.get_world_size(), "torch:te"), loss, dtype)
 
 
 def vocabulary_sharded_float32():
-    _sharded("float32")
+    _sharded(LOSSES[0], "float32")
 
 
 def vocabulary_sharded_bfloat16():
-    _sharded("bfloat16")
+    _sharded(LOSSES[1], "bfloat16")
 
 
 def backward_twice_sharded():
@@ -306,7 +307,13 @@ def backward_twice_sharded():
     assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
 
 
-RANKS = (vocabulary_sharded_float32, vocabulary_sharded_bfloat16, backward_twice_sharded)
+def uneven_parts_are_refused():
+    loss_fn = TEParallelCEConfig(tp_group=dist.group.WORLD).build(backend="torch:te")
+    with pytest.raises(ValueError, match="'torch:te' needs the vocabulary in equal shards"):
+        loss_fn(torch.randn(3, 4 + dist.get_rank()), torch.tensor([0, 1, 2]))
+
+
+RANKS = (vocabulary_sharded_float32, vocabulary_sharded_bfloat16, backward_twice_sharded, uneven_parts_are_refused)
 
 
 # --- compiled, not run
@@ -360,4 +367,4 @@ def _hold(scenarios):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_after(main)

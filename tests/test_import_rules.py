@@ -57,8 +57,10 @@ def loaded_by(statement: str, root: Path) -> set[str]:
 
 
 def tops(modules: set[str]) -> set[str]:
-    # NumPy's compiled parts enter shared helper modules of Cython under names of their own.
-    return {name.partition(".")[0] for name in modules if not name.startswith(("_cython_", "cython_runtime"))}
+    # NumPy's compiled parts enter shared helper modules of Cython under names of their own; multiprocessing enters the
+    # main module under a second one.
+    known = ("_cython_", "cython_runtime", "__mp_main__")
+    return {name.partition(".")[0] for name in modules if not name.startswith(known)}
 
 
 def heavy(statement: str, root: Path) -> set[str]:

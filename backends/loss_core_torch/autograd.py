@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from loss_core import row_stats
 from loss_core_torch import distributed, kernels, values
+from loss_core_torch.distributed import Shards
 from loss_core_torch.values import compute_dtype
 
 
@@ -49,19 +50,20 @@ class CrossEntropy(Function):
     """Cross entropy per token over logits whose vocabulary may be sharded over a group.
 
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool;
-    bad_T [T] bool or None, tokens whose label is no class; group or None; name of the set of kernels.
+    bad_T [T] bool or None, tokens whose label is no class; shards, or None for a whole vocabulary; name of the set
+    of kernels.
     Output: loss_T [T] in the dtype of the arithmetic; 0 where keep is False, NaN where bad.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, group: Any, kernel: str
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, shards: Shards | None, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _no_autocast(logits):
-            start = distributed.vocab_start(logits.shape[-1], group)
+            start = 0 if shards is None else shards.start
             state = row_stats.RowState(*kernels.find(kernel).cross_entropy_stats(logits, labels_T, start))
-            if group is not None:
-                state = distributed.fold(state, row_stats.combine, logits.shape[-1], group)
+            if shards is not None:
+                state = distributed.fold(state, row_stats.combine, shards.group, bad_T)
             loss_T = row_stats.finish(torch, state)
             if bad_T is not None:
                 loss_T = loss_T.masked_fill(bad_T, torch.nan)
@@ -69,7 +71,8 @@ class CrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, labels_T, keep_T, bad_T, ctx.group, ctx.kernel = inputs
+        logits, labels_T, keep_T, bad_T, shards, ctx.kernel = inputs
+        ctx.vocab_start = 0 if shards is None else shards.start
         _, m_T, s_T = output
         ctx.mark_non_differentiable(m_T, s_T)
         ctx.set_materialize_grads(False)
@@ -83,9 +86,8 @@ class CrossEntropy(Function):
             coef_T = upstream_T.to(m_T.dtype)
             if bad_T is not None:
                 coef_T = coef_T.masked_fill(bad_T, torch.nan)
-            start = distributed.vocab_start(logits.shape[-1], ctx.group)
             cross_entropy_grad = kernels.find(ctx.kernel).cross_entropy_grad
-            grad = cross_entropy_grad(logits, labels_T, start, keep_T, m_T, s_T, coef_T)
+            grad = cross_entropy_grad(logits, labels_T, ctx.vocab_start, keep_T, m_T, s_T, coef_T)
         once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
         return once, None, None, None, None, None
 
@@ -151,7 +153,7 @@ class Distillation(Function):
             parts = kernels.find(kernel).distillation_stats(student, teacher, keep_T, 1.0 / temperature, chunk_size)
             state = row_stats.KDRowState(*parts)
             if group is not None:
-                state = distributed.fold(state, row_stats.combine_kd, student.shape[-1], group)
+                state = distributed.fold(state, row_stats.combine_kd, group)
             kl_T = row_stats.finish_kd(torch, state).masked_fill(~keep_T, 0.0)
             return (kl_T, *state)
 

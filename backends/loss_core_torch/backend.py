@@ -1,4 +1,4 @@
-"""Which kernel of this backend makes which loss, what can be used here, and how a loss is run on NumPy inputs."""
+"""What `loss_core.backend` asks of the torch backend: which kernel makes which loss, what can be used here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from loss_core.backend import Evaluation, FlagStatus, KernelChoice, install_line, parse_flag
+from loss_core.backend import FlagStatus, KernelChoice, install_line
 from loss_core.config import (
     FusedLinearCEConfig,
     KDLossConfig,
@@ -19,24 +17,28 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
-from loss_core_torch import kernels, te
+from loss_core_torch import te
+from loss_core_torch.evaluate import evaluate
 from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
-from loss_core_torch.values import compute_dtype
+from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+__all__ = [
+    "builders",
+    "choose_kernel",
+    "evaluate",
+    "evaluate_shards",
+    "join_ranks",
+    "kernel_status",
+    "rank_setup",
+]
 
 
 def _masked(c: MaskedCrossEntropyConfig) -> MaskedCrossEntropy:
-    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction)
+    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group)
 
 
 def _fused(c: FusedLinearCEConfig) -> FusedLinearCrossEntropy:
-    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction)
+    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel)
 
 
 def _parallel(c: TEParallelCEConfig) -> TEParallelCrossEntropy:
@@ -103,60 +105,3 @@ def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoi
         )
     others = ", ".join(f"torch:{name}" for name in candidates[1:])
     return KernelChoice(f"torch:{candidates[0]}", f"runs on every device; {others} when named")
-
-
-def evaluate(
-    loss: Any,
-    arrays: Mapping[str, NDArray[Any]],
-    *,
-    dtype: str,
-    upstream: NDArray[Any] | None,
-    grad_of: tuple[str, ...],
-    device: str | None = None,
-) -> Evaluation:
-    """Run a built loss and its gradient on NumPy inputs; see `loss_core.backend.Backend.evaluate`."""
-    where = torch.device(device or "cpu")
-    inputs = {name: _to_tensor(value, _DTYPES[dtype], where) for name, value in arrays.items()}
-    before = {name: value.detach().clone() for name, value in inputs.items()}
-    for name in grad_of:
-        inputs[name].requires_grad_()
-    result = loss(**inputs)
-    seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
-    grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
-    mutated = tuple(name for name, value in inputs.items() if not _same(value.detach(), before[name]))
-    results = {"loss": result.detach(), **dict(zip(grad_of, grads, strict=True))}
-    return Evaluation(
-        loss=_to_numpy(result.detach()),
-        grads={name: _to_numpy(results[name]) for name in grad_of},
-        dtypes={name: str(value.dtype).removeprefix("torch.") for name, value in results.items()},
-        mutated=mutated,
-        kernel=getattr(loss, "kernel_choice", KernelChoice("", "")).flag,
-        product_dtype=_product_dtype(loss, _DTYPES[dtype], where),
-    )
-
-
-def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Dtype to which the kernels of a fused loss round the logits' gradient, None where they do not."""
-    if not isinstance(loss, FusedLinearCrossEntropy):
-        return None
-    operand = kernels.find(parse_flag(loss.kernel_choice.flag).kernel).operand_dtype(dtype, device)
-    return None if operand == compute_dtype(dtype) else str(operand).removeprefix("torch.")
-
-
-def _to_tensor(value: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    value = np.asarray(value)
-    source = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
-    target = dtype if value.dtype.kind == "f" else source.dtype
-    if value.flags.c_contiguous:
-        return source.to(device=device, dtype=target, copy=True)
-    # A sliced NumPy array becomes a tensor with the same strides: kernels must cope with them.
-    strides = [stride // value.itemsize for stride in value.strides]
-    return torch.empty_strided(value.shape, strides, dtype=target, device=device).copy_(source)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
-
-
-def _to_numpy(value: torch.Tensor) -> NDArray[np.float64]:
-    return value.detach().to(device="cpu", dtype=torch.float64).numpy()

@@ -5,12 +5,29 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loss_core_torch import values
+
+
+class Tokens(NamedTuple):
+    """What a call says of its tokens, checked.
+
+    Attributes:
+        shape: of labels.
+        labels_T: int64; keep_T: bool, which tokens count.
+        num_tokens: divisor of the sum, a number or a 0-d tensor, or None.
+        weights_T: factor of each token's loss, or None.
+    """
+
+    shape: torch.Size
+    labels_T: Tensor
+    keep_T: Tensor
+    num_tokens: Any
+    weights_T: Tensor | None
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -19,10 +36,28 @@ def tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if hasattr(value, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor, which this loss does not take yet. Pass {name}.full_tensor(), or its local "
-            "shard with tp_group."
+            f"{name} is a DTensor, but what it belongs to is a plain tensor. Pass {name}.to_local(), or DTensors alone."
         )
     return value
+
+
+def tokens(
+    of: str,
+    shape: torch.Size,
+    device: torch.device,
+    reduction: str,
+    ignore_index: int,
+    labels: Any,
+    mask: Any = None,
+    count_name: str = "num_label_tokens",
+    num_tokens: Any = None,
+    loss_weights: Any = None,
+) -> Tokens:
+    """Everything with one value per token, checked against the leading shape of the tensor named `of`."""
+    num_tokens = count(count_name, num_tokens, reduction, device)
+    weights_T = weights(loss_weights, shape, reduction, device)
+    labels_T = labels_like(labels, shape, of, device)
+    return Tokens(shape, labels_T, kept(labels_T, shape, ignore_index, mask), num_tokens, weights_T)
 
 
 def floats(name: str, value: Any) -> Tensor:

@@ -13,6 +13,7 @@ from loss_core_torch.eager_distillation import (
     distillation_with_grad,
 )
 from loss_core_torch.eager_linear import linear_cross_entropy, operand_dtype
+from loss_core_torch.eager_linear_parallel import linear_cross_entropy_grads, linear_cross_entropy_stats
 from loss_core_torch.eager_logits import (
     cross_entropy_grad,
     cross_entropy_scale_grad,
@@ -30,6 +31,8 @@ __all__ = [
     "distillation_stats",
     "distillation_with_grad",
     "linear_cross_entropy",
+    "linear_cross_entropy_grads",
+    "linear_cross_entropy_stats",
     "one_pass",
     "operand_dtype",
 ]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, kernels, reduction, te
+from loss_core_torch import autograd, checks, distributed, kernels, placement, placement_linear, reduction, te
+from loss_core_torch.autograd_parallel import ParallelLinearCrossEntropy
+from loss_core_torch.checks import Tokens
+from loss_core_torch.distributed import Shards
+from loss_core_torch.placement import Layout
+from loss_core_torch.placement_linear import LinearLayout
 from loss_core_torch.values import compute_dtype
 
 
@@ -30,6 +36,8 @@ class _Loss(nn.Module):
     """
 
     _fields: tuple[str, ...] = ()
+    # The dimension of the tensor that is sharded: logits [..., V].
+    _vocab_dim = -1
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,6 +48,16 @@ class _Loss(nn.Module):
         self.kernel_choice = choice
         self._kernel = kernels.load(parse_flag(choice.flag).kernel)
         return self
+
+    def _agree(
+        self, layout: Layout, like: Any, check: Callable[[], Tokens], **wants: bool
+    ) -> tuple[Tokens, Shards | None]:
+        """The checked tokens of a call and the shards of its vocabulary, once the other ranks are of the same mind."""
+        if layout.ranks.alone():
+            return check(), None
+        settings = {name: getattr(self, name) for name in self._fields} | wants
+        what = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        return distributed.agree(layout.ranks, what, like, self._vocab_dim, settings["ignore_index"], check)
 
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in self._fields]
@@ -79,35 +97,61 @@ class _LogitsCrossEntropy(_Loss):
                 token's loss and gradient are NaN), a count or weights without reduction="sum".
             TypeError: labels that are no integers, logits that are no floats.
         """
-        logits = checks.floats("logits", logits)
-        distributed.check_group(self.tp_group)
-        shape = logits.shape[:-1]
-        num_tokens = checks.count("num_label_tokens", num_label_tokens, self.reduction, logits.device)
-        weights_T = checks.weights(loss_weights, shape, self.reduction, logits.device)
-        labels_T = checks.labels_like(labels, shape, "logits", logits.device)
-        keep_T = checks.kept(labels_T, shape, self.ignore_index, mask)
-        vocab = distributed.total_vocab(logits.shape[-1], self.tp_group)
+        layout = placement.of_logits("logits", logits, self.tp_group)
+        compute = self._compute if layout.ranks.alone() else self._compute_apart
+        return compute(layout, logits, labels, mask, num_label_tokens, loss_weights)
+
+    def _compute(self, layout: Layout, logits: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
+        logits = layout.local(logits)
+
+        def check() -> Tokens:
+            lead = checks.floats("logits", logits).shape[:-1]
+            own = [
+                layout.token_values(name, value, lead)
+                for name, value in (("labels", labels), ("mask", mask), ("loss_weights", loss_weights))
+            ]
+            return checks.tokens(
+                "logits", lead, logits.device, self.reduction, self.ignore_index, own[0], own[1], num_tokens=count,
+                loss_weights=own[2],
+            )  # fmt: skip
+
+        tokens, shards = self._agree(layout, logits, check)
+        shape, labels_T, keep_T, num_tokens, weights_T = tokens
+        vocab = logits.shape[-1] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
-        if self._one_pass(logits, weights_T):
+        if shards is None and not layout.ranks.tokens and self._one_pass(logits, weights_T):
             coef_T = reduction.coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
             loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel)[0]
             return loss if self.fp32_upcast else loss.to(logits.dtype)
-        loss_T = self._per_token(logits, labels_T, keep_T, bad_T)
-        loss = reduction.reduce_tokens(loss_T, keep_T, shape, self.reduction, num_tokens, weights_T)
-        return loss if self.fp32_upcast else loss.to(logits.dtype)
+        loss_T = self._per_token(logits, labels_T, keep_T, bad_T, shards)
+        loss = reduction.reduce_tokens(
+            loss_T, keep_T, shape, self.reduction, num_tokens, weights_T, layout.ranks.tokens
+        )
+        loss = loss if self.fp32_upcast else loss.to(logits.dtype)
+        return layout.token_result(loss, labels) if self.reduction == "none" else loss
 
-    def _per_token(self, logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None) -> Tensor:
+    # Hosts exchange messages there, which no graph can hold.
+    _compute_apart = torch.compiler.disable(_compute)
+
+    def _per_token(
+        self, logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, shards: Shards | None
+    ) -> Tensor:
         if self._kernel == "te":
-            return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, self.tp_group)
-        return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, self.tp_group, self._kernel)[0]
+            if shards is not None and not shards.even:
+                raise ValueError(
+                    "'torch:te' needs the vocabulary in equal shards, ordered by the group's ranks: use 'torch:eager' "
+                    "or 'torch:triton', or pad the head to a multiple of the group's size."
+                )
+            group = None if shards is None else shards.group
+            return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, group)
+        return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, shards, self._kernel)[0]
 
     def _one_pass(self, logits: Tensor, weights_T: Tensor | None) -> bool:
-        """Whether loss and gradient can be made together: the factor of each token is known, the row is whole."""
+        """Whether loss and gradient can be made together: the factor of each token is known before."""
         return (
             kernels.has_one_pass(self._kernel, "cross_entropy", logits.device)
             and self.reduction != "none"
-            and self.tp_group is None
             and torch.is_grad_enabled()
             and logits.requires_grad
             # Their gradient is the loss of each token, which may be differentiated again.
@@ -122,11 +166,14 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
 
     _fields = ("fp32_upcast", "ignore_index", "reduction")
 
-    def __init__(self, fp32_upcast: bool = True, ignore_index: int = -100, reduction: str = "sum") -> None:
+    def __init__(
+        self, fp32_upcast: bool = True, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None
+    ) -> None:
         """Fields as in MaskedCrossEntropyConfig, which validates them."""
         super().__init__()
         config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction)
         self.fp32_upcast, self.ignore_index, self.reduction = config.fp32_upcast, config.ignore_index, config.reduction
+        self.tp_group = tp_group
 
 
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
@@ -186,49 +233,57 @@ class KDLoss(_Loss):
             TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
-        student_logits = checks.floats("student_logits", student_logits)
-        teacher_logits = checks.floats("teacher_logits", teacher_logits)
-        if student_logits.shape != teacher_logits.shape:
-            raise ValueError(
-                f"student_logits has shape {tuple(student_logits.shape)} but teacher_logits has shape "
-                f"{tuple(teacher_logits.shape)}; they must match."
-            )
-        distributed.check_group(self.tp_group)
-        shape = student_logits.shape[:-1]
-        num_tokens = checks.count("num_batch_labels", num_batch_labels, "sum", student_logits.device)
-        labels_T = checks.labels_like(labels, shape, "student_logits", student_logits.device)
-        keep_T = checks.kept(labels_T, shape, self.ignore_index)
-        vocab = distributed.total_vocab(student_logits.shape[-1], self.tp_group)
+        layout = placement.of_both(student_logits, teacher_logits, self.tp_group)
+        compute = self._compute if layout.ranks.alone() else self._compute_apart
+        return compute(layout, student_logits, teacher_logits, labels, num_batch_labels)
+
+    def _compute(self, layout: Layout, student: Any, teacher: Any, labels: Any, count: Any) -> Tensor:
+        student, teacher = layout.local(student), layout.local(teacher)
+
+        def check() -> Tokens:
+            checks.floats("student_logits", student)
+            checks.floats("teacher_logits", teacher)
+            if student.shape != teacher.shape:
+                raise ValueError(
+                    f"student_logits has shape {tuple(student.shape)} but teacher_logits has shape "
+                    f"{tuple(teacher.shape)}; they must match."
+                )
+            lead = student.shape[:-1]
+            own = layout.token_values("labels", labels, lead)
+            return checks.tokens(
+                "student_logits", lead, student.device, "sum", self.ignore_index, own,
+                count_name="num_batch_labels", num_tokens=count,
+            )  # fmt: skip
+
+        tokens, shards = self._agree(layout, student, check)
+        shape, labels_T, keep_T, num_tokens, _ = tokens
+        vocab = student.shape[-1] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
-        wide = torch.promote_types(compute_dtype(student_logits.dtype), compute_dtype(teacher_logits.dtype))
+        kind = student.dtype
+        wide = torch.promote_types(compute_dtype(student.dtype), compute_dtype(teacher.dtype))
         if wide == torch.float64:
-            student_logits, teacher_logits = student_logits.to(wide), teacher_logits.to(wide)
-        kind = "mean" if num_tokens is None else "sum"
-        if self._one_pass(student_logits):
-            coef_T = reduction.coefficients(student_logits.dtype, keep_T, bad_T, kind, num_tokens, None)
-            args = (coef_T * self.temperature**2, float(self.temperature), self.chunk_size, self._kernel)
-            loss = autograd.DistillationSum.apply(student_logits, teacher_logits, keep_T, *args)[0]
-            return loss if self.fp32_upcast else loss.to(student_logits.dtype)
-        kl_T = autograd.Distillation.apply(
-            student_logits,
-            teacher_logits,
-            keep_T,
-            float(self.temperature),
-            self.chunk_size,
-            self.tp_group,
-            self._kernel,
-        )[0]
+            student, teacher = student.to(wide), teacher.to(wide)
+        how = "mean" if num_tokens is None else "sum"
+        if shards is None and not layout.ranks.tokens and self._one_pass(student):
+            coef_T = reduction.coefficients(student.dtype, keep_T, bad_T, how, num_tokens, None)
+            factors = (coef_T * self.temperature**2, float(self.temperature), self.chunk_size, self._kernel)
+            loss = autograd.DistillationSum.apply(student, teacher, keep_T, *factors)[0]
+            return loss if self.fp32_upcast else loss.to(kind)
+        group = None if shards is None else shards.group
+        args = (float(self.temperature), self.chunk_size, group, self._kernel)
+        kl_T = autograd.Distillation.apply(student, teacher, keep_T, *args)[0]
         # The factor is NaN where the label is no class, so that its gradient is NaN as well.
         loss_T = kl_T * reduction.nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
-        loss = reduction.reduce_tokens(loss_T, keep_T, shape, kind, num_tokens)
-        return loss if self.fp32_upcast else loss.to(student_logits.dtype)
+        loss = reduction.reduce_tokens(loss_T, keep_T, shape, how, num_tokens, groups=layout.ranks.tokens)
+        return loss if self.fp32_upcast else loss.to(kind)
+
+    _compute_apart = torch.compiler.disable(_compute)
 
     def _one_pass(self, student: Tensor) -> bool:
         """Whether loss and the student's gradient can be made together: the rows are whole."""
         return (
             kernels.has_one_pass(self._kernel, "distillation", student.device)
-            and self.tp_group is None
             and torch.is_grad_enabled()
             and student.requires_grad
             # A traced graph can neither hand a buffer over nor be told to recompute.
@@ -242,14 +297,24 @@ class FusedLinearCrossEntropy(_Loss):
     Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product.
     """
 
-    _fields = ("ignore_index", "logit_softcapping", "reduction")
+    _fields = ("ignore_index", "logit_softcapping", "reduction", "sequence_parallel")
+    # lm_weight [V, H].
+    _vocab_dim = 0
 
-    def __init__(self, ignore_index: int = -100, logit_softcapping: float = 0.0, reduction: str = "sum") -> None:
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        logit_softcapping: float = 0.0,
+        reduction: str = "sum",
+        tp_group: Any = None,
+        sequence_parallel: bool = False,
+    ) -> None:
         """Fields as in FusedLinearCEConfig, which validates them."""
         super().__init__()
-        config = FusedLinearCEConfig(ignore_index, logit_softcapping, reduction)
+        config = FusedLinearCEConfig(ignore_index, logit_softcapping, reduction, None, sequence_parallel)
         self.ignore_index, self.reduction = config.ignore_index, config.reduction
         self.logit_softcapping = config.logit_softcapping
+        self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
 
     @staticmethod
     def materialize_lm_weight(lm_weight: Any, *, grad_reduce_group: dist.ProcessGroup | None = None) -> Any:
@@ -296,36 +361,93 @@ class FusedLinearCrossEntropy(_Loss):
                 or weights without reduction="sum", a sharded weight without its group.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
-        hidden_states = checks.floats("hidden_states", hidden_states)
-        weight_VH = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
-        weight_VH = checks.floats("lm_weight", weight_VH)
-        product_dtype = _product_dtype(hidden_states, weight_VH)
-        if weight_VH.dim() != 2 or weight_VH.shape[1] != hidden_states.shape[-1]:
-            raise ValueError(
-                f"lm_weight has shape {tuple(weight_VH.shape)} but hidden_states has shape "
-                f"{tuple(hidden_states.shape)}; lm_weight must be [V, H] with H = {hidden_states.shape[-1]}."
-            )
-        shape, device = hidden_states.shape[:-1], hidden_states.device
-        num_tokens = checks.count("num_label_tokens", num_label_tokens, self.reduction, device)
-        weights_T = checks.weights(loss_weights, shape, self.reduction, device)
-        labels_T = checks.labels_like(labels, shape, "hidden_states", device)
-        keep_T = checks.kept(labels_T, shape, self.ignore_index)
-        bad_T = checks.out_of_range(labels_T, keep_T, shape, weight_VH.shape[0], self.ignore_index)
+        layout = placement_linear.of_linear(
+            hidden_states, lm_weight, self.tp_group, grad_reduce_group, self.sequence_parallel
+        )
+        if layout.placed:
+            weight = placement_linear.local_weight(layout, lm_weight)
+        else:
+            weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
+        compute = self._compute if layout.tokens.ranks.alone() else self._compute_apart
+        return compute(layout, hidden_states, labels, weight, num_label_tokens, loss_weights)
+
+    def _compute(
+        self, linear: LinearLayout, hidden: Any, labels: Any, weight: Any, count: Any, loss_weights: Any
+    ) -> Tensor:
+        layout = linear.tokens
+        hidden = layout.local(hidden)
+
+        def check() -> Tokens:
+            checks.floats("hidden_states", hidden)
+            checks.floats("lm_weight", weight)
+            _product_dtype(hidden, weight)
+            if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+                raise ValueError(
+                    f"lm_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}; "
+                    f"lm_weight must be [V, H] with H = {hidden.shape[-1]}."
+                )
+            lead = placement_linear.whole_lead(linear, hidden)
+            own = [layout.token_values(n, x, lead) for n, x in (("labels", labels), ("loss_weights", loss_weights))]
+            return checks.tokens(
+                "hidden_states", lead, hidden.device, self.reduction, self.ignore_index, own[0], num_tokens=count,
+                loss_weights=own[1],
+            )  # fmt: skip
+
+        trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
+        tokens, shards = self._agree(layout, weight, check, hidden_states_require_grad=trains)
+        shape, labels_T, keep_T, num_tokens, weights_T = tokens
+        product_dtype = _product_dtype(hidden, weight)
+        vocab = weight.shape[0] if shards is None else shards.total
+        bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
+        if shards is None and self.reduction != "none" and not layout.ranks.tokens:
+            tokens = Tokens(shape, labels_T, keep_T, num_tokens, weights_T)
+            return self._with_gradients(hidden, weight, tokens, bad_T, product_dtype)
+        loss_T = self._per_token(hidden, weight, labels_T, keep_T, bad_T, product_dtype, shards, linear.sequence_dim)
+        loss = reduction.reduce_tokens(
+            loss_T, keep_T, shape, self.reduction, num_tokens, weights_T, layout.ranks.tokens
+        )
+        return layout.token_result(loss, labels) if self.reduction == "none" else loss
+
+    # Hosts exchange messages there, which no graph can hold.
+    _compute_apart = torch.compiler.disable(_compute)
+
+    def _with_gradients(
+        self, hidden: Tensor, weight: Tensor, tokens: Tokens, bad_T: Tensor | None, product_dtype: torch.dtype
+    ) -> Tensor:
+        """The reduced loss over a whole vocabulary: the factor of each token is known, so one pass makes all."""
+        _, labels_T, keep_T, num_tokens, weights_T = tokens
+        coef_T = reduction.coefficients(hidden.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
         if bad_T is not None:
             labels_T = torch.where(bad_T, 0, labels_T)
-        h_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        softcap = float(self.logit_softcapping)
-        if self.reduction == "none":
-            loss_T = autograd.LinearCrossEntropy.apply(
-                h_TH, weight_VH, labels_T, keep_T, softcap, product_dtype, self._kernel
-            )
-            return reduction.nan_where(loss_T, bad_T).view(shape)
-        coef_T = reduction.coefficients(hidden_states.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
+        h_TH = hidden.reshape(-1, hidden.shape[-1])
         grad = torch.is_grad_enabled()
-        want = (grad and hidden_states.requires_grad, grad and weight_VH.requires_grad)
-        args = (h_TH, weight_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
+        want = (grad and hidden.requires_grad, grad and weight.requires_grad)
+        softcap = float(self.logit_softcapping)
+        args = (h_TH, weight, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
         return autograd.LinearCrossEntropySum.apply(*args)[0]
+
+    def _per_token(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor,
+        bad_T: Tensor | None,
+        product_dtype: torch.dtype,
+        shards: Shards | None,
+        sequence_dim: int | None,
+    ) -> Tensor:
+        softcap = float(self.logit_softcapping)
+        if shards is not None:
+            return ParallelLinearCrossEntropy.apply(
+                hidden, weight, labels_T, keep_T, bad_T, softcap, product_dtype, shards, sequence_dim, self._kernel
+            )
+        if bad_T is not None:
+            labels_T = torch.where(bad_T, 0, labels_T)
+        h_TH = hidden.reshape(-1, hidden.shape[-1])
+        loss_T = autograd.LinearCrossEntropy.apply(h_TH, weight, labels_T, keep_T, softcap, product_dtype, self._kernel)
+        return reduction.nan_where(loss_T, bad_T)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loss_core_torch import distributed
 from loss_core_torch.values import compute_dtype
 
 
@@ -19,15 +20,25 @@ def reduce_tokens(
     reduction: str,
     num_tokens: Any = None,
     weights_T: Tensor | None = None,
+    groups: tuple[Any, ...] = (),
 ) -> Tensor:
-    """From the loss of each token (0 where ignored) to the result."""
+    """From the loss of each token (0 where ignored) to the result.
+
+    Args:
+        groups: process groups over which the tokens are sharded; their sums and numbers are added up.
+    """
     if reduction == "none":
         return loss_T.view(shape)
     if reduction == "mean":
-        return loss_T.sum() / keep_T.sum().clamp(min=1)
+        total, number = loss_T.sum(), keep_T.sum()
+        if groups:
+            total, number = distributed.SumOverRanks.apply(torch.stack([total, number.to(total.dtype)]), groups)
+        return total / number.clamp(min=1)
     if weights_T is not None:
         loss_T = loss_T * weights_T.to(loss_T.dtype)
     total = loss_T.sum()
+    if groups:
+        total = distributed.SumOverRanks.apply(total[None], groups)[0]
     if num_tokens is None:
         return total
     return total / divisor(num_tokens)

@@ -185,7 +185,7 @@ def cross_entropy_stats_kernel(
     s_ptr,  # [T, parts]
     t_ptr,  # [T, parts]
     vocab_start, vocab, part, num_1, num_2, stride_0, stride_1, stride_2, stride_v,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Row state of one part of one row: program (row, part)."""
     row = tl.program_id(0).to(tl.int64)
@@ -194,9 +194,11 @@ def cross_entropy_stats_kernel(
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
     label = tl.load(labels_ptr + row) - vocab_start
-    m, s = row_state(row_ptr, begin, end, stride_v, dtype, 0.0, BLOCK_V, UNROLL)
+    m, s = row_state(row_ptr, begin, end, stride_v, dtype, SOFTCAP, BLOCK_V, UNROLL)
     owned = (label >= begin) & (label < end)
     t = tl.load(row_ptr + label * stride_v, mask=owned, other=float("-inf")).to(dtype)
+    if SOFTCAP != 0:
+        t = tl.where(owned, SOFTCAP * tanh(t / SOFTCAP), float("-inf"))
     at = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(m_ptr + at, m)
     tl.store(s_ptr + at, s)
@@ -231,7 +233,7 @@ def cross_entropy_grad_kernel(
     m_ptr, s_ptr, coef_ptr,  # [T]
     upstream_ptr,  # scalar; looked at only with UNLESS_ONE
     vocab_start, vocab, part, num_1, num_2, stride_0, stride_1, stride_2, stride_v,
-    UNLESS_ONE: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNLESS_ONE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one part of one row: program (row, part).
 
@@ -255,7 +257,7 @@ def cross_entropy_grad_kernel(
     label = tl.load(labels_ptr + row) - vocab_start
     m, s = tl.load(m_ptr + row), tl.load(s_ptr + row)
     store_grad(
-        grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, m_ptr.dtype.element_ty, 0.0, BLOCK_V
+        grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, m_ptr.dtype.element_ty, SOFTCAP, BLOCK_V
     )  # fmt: skip
 
 

@@ -95,14 +95,21 @@ def _parts(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) -> tuple[La
     return size, part, triton.cdiv(vocab, part)
 
 
-@opaque(eager_logits._fake_stats)
-def cross_entropy_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row state (m, s, t) of each token; see `eager_logits.cross_entropy_stats`."""
+def empty_state(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The row state of no classes: the identity of `row_stats.combine`."""
+    empty = torch.full(shape, -torch.inf, dtype=dtype, device=device)
+    return empty, torch.zeros_like(empty), empty.clone()
+
+
+def _fake_stats(logits: Tensor, labels_T: Tensor, vocab_start: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    return eager_logits._fake_stats(logits, labels_T, vocab_start)
+
+
+@opaque(_fake_stats)
+def _stats(logits: Tensor, labels_T: Tensor, vocab_start: int, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     dtype, device, vocab = compute_dtype(logits.dtype), logits.device, logits.shape[-1]
     if logits.numel() == 0:
-        shape = labels_T.shape
-        empty = torch.full(shape, -torch.inf, dtype=dtype, device=device)
-        return empty, torch.zeros(shape, dtype=dtype, device=device), empty.clone()
+        return empty_state(labels_T.shape, dtype, device)
     m_T, s_T, t_T = (torch.empty(labels_T.shape, dtype=dtype, device=device) for _ in range(3))
     for at, (rows,), (piece,) in _pieces(logits):
         num_rows = at.stop - at.start
@@ -111,11 +118,18 @@ def cross_entropy_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> t
         into = out if parts == 1 else tuple(x.new_empty((num_rows, parts)) for x in out)
         _launch(
             triton_kernels.cross_entropy_stats_kernel, (num_rows, parts), piece, labels_T[at], *into, vocab_start,
-            vocab, part, *rows, size=size, BLOCK_V=size.block_v, UNROLL=size.unroll,
+            vocab, part, *rows, size=size, SOFTCAP=softcap, BLOCK_V=size.block_v, UNROLL=size.unroll,
         )  # fmt: skip
         if parts > 1:
             _fold(triton_kernels.cross_entropy_fold_kernel, into, out, parts)
     return m_T, s_T, t_T
+
+
+def cross_entropy_stats(
+    logits: Tensor, labels_T: Tensor, vocab_start: int, softcap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row state (m, s, t) of each token, of softcap(logits); see `eager_logits.cross_entropy_stats`."""
+    return _stats(logits, labels_T, vocab_start, softcap)
 
 
 def _fold(kernel: Any, into: tuple[Tensor, ...], out: tuple[Tensor, ...], parts: int) -> None:
@@ -129,7 +143,7 @@ def cross_entropy_grad(
 ) -> Tensor:
     """coef (softmax - onehot) per token; see `eager_logits.cross_entropy_grad`."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_grad(grad, logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T, None)
+    write_grad(grad, logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T, None)
     return grad
 
 
@@ -151,7 +165,7 @@ def cross_entropy_with_grad(
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.numel() == 0 or _parts(keep_T.numel(), vocab, logits.dtype, "stats")[2] > 1:
         state = row_stats.RowState(*cross_entropy_stats(logits, labels_T, 0))
-        _write_grad(grad, logits, labels_T, 0, keep_T, state.m, state.s, coef_T, None)
+        write_grad(grad, logits, labels_T, 0, keep_T, state.m, state.s, coef_T, None)
         return row_stats.finish(torch, state).masked_fill(~keep_T, 0.0), state.m, state.s, grad
     m_T, s_T, loss_T = (torch.empty_like(coef_T) for _ in range(3))
     grad_TV = grad.view(-1, vocab)
@@ -180,10 +194,10 @@ def cross_entropy_scale_grad(
     The kernel looks at the scalar, so the host need not wait for it. A gradient is made anew from the logits
     rather than multiplied: it would be rounded twice, for as many bytes.
     """
-    _write_grad(grad, logits, labels_T, 0, keep_T, m_T, s_T, coef_T, upstream.to(m_T.dtype))
+    write_grad(grad, logits, labels_T, 0, keep_T, m_T, s_T, coef_T, upstream.to(m_T.dtype))
 
 
-def _write_grad(
+def write_grad(
     grad: Tensor,
     logits: Tensor,
     labels_T: Tensor,
@@ -193,7 +207,14 @@ def _write_grad(
     s_T: Tensor,
     coef_T: Tensor,
     upstream: Tensor | None,
+    softcap: float = 0.0,
 ) -> None:
+    """coef (softmax - onehot), times the softcap's slope, into grad, which may be the logits themselves.
+
+    Args:
+        grad: contiguous, of any dtype.
+        upstream: further factor of all, or None; where it is exactly 1, nothing happens.
+    """
     if grad.numel() == 0:
         return
     vocab = logits.shape[-1]
@@ -205,7 +226,7 @@ def _write_grad(
         _launch(
             triton_kernels.cross_entropy_grad_kernel, (num_rows, parts), grad_TV[at], piece, labels_T[at], keep_T[at],
             m_T[at], s_T[at], coef_T[at], coef_T if upstream is None else upstream, vocab_start, vocab, part, *rows,
-            size=size, UNLESS_ONE=upstream is not None, BLOCK_V=size.block_v,
+            size=size, UNLESS_ONE=upstream is not None, SOFTCAP=softcap, BLOCK_V=size.block_v,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from loss_core_torch.triton_launch import (
     distillation_stats,
 )
 from loss_core_torch.triton_linear import linear_cross_entropy, operand_dtype
+from loss_core_torch.triton_linear_parallel import linear_cross_entropy_grads, linear_cross_entropy_stats
 
 __all__ = [
     "cross_entropy_grad",
@@ -23,6 +24,8 @@ __all__ = [
     "distillation_grad",
     "distillation_stats",
     "linear_cross_entropy",
+    "linear_cross_entropy_grads",
+    "linear_cross_entropy_stats",
     "one_pass",
     "operand_dtype",
 ]

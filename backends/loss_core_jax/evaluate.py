@@ -1,0 +1,62 @@
+"""A built loss and its gradients, run on NumPy inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loss_core.backend import Evaluation
+
+
+def evaluate(
+    loss: Any,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    dtype: str,
+    upstream: np.ndarray | None,
+    grad_of: tuple[str, ...],
+    device: str | None = None,
+) -> Evaluation:
+    """Run a built loss and its gradient on NumPy inputs; see `loss_core.backend.Backend.evaluate`.
+
+    Args:
+        device: platform such as "cpu" or "cuda", None for JAX's default.
+    """
+    chosen = None if device is None else jax.devices(device)[0]
+    with jax.enable_x64(dtype == "float64"), jax.default_device(chosen):
+        inputs = {name: to_jax(array, dtype) for name, array in arrays.items()}
+        varied = {name: inputs.pop(name) for name in grad_of}
+        # Under jit labels have no value to check; an abstract call with the real ones refuses what an eager call would.
+        result = jax.eval_shape(lambda floats: loss(**floats, **inputs), varied)
+        ones = np.ones(result.shape) if upstream is None else np.asarray(upstream)
+        value, grads = _value_and_grads(loss, varied, inputs, jnp.asarray(ones, result.dtype))
+        return Evaluation(
+            loss=to_float64(value),
+            grads={name: to_float64(grad) for name, grad in grads.items()},
+            dtypes={name: str(x.dtype) for name, x in {"loss": value, **grads}.items()},
+            mutated=(),  # a jax.Array can't be changed
+            kernel="jax:xla",
+        )
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _value_and_grads(
+    loss: Any, varied: dict[str, jax.Array], fixed: dict[str, jax.Array], upstream: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    value, pull_back = jax.vjp(lambda floats: loss(**floats, **fixed), varied)
+    return value, pull_back(upstream)[0]
+
+
+def to_jax(array: np.ndarray, dtype: str) -> Any:
+    """Floats in the tested dtype; integers and booleans as they are."""
+    return jnp.asarray(array, dtype) if np.issubdtype(np.asarray(array).dtype, np.floating) else np.asarray(array)
+
+
+def to_float64(array: jax.Array) -> np.ndarray:
+    """On the host, in float64."""
+    return np.asarray(array).astype(np.float64)

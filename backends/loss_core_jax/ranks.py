@@ -1,0 +1,105 @@
+"""Calls whose vocabulary is sharded over devices, for `loss_core check --tp`: one process with forced CPU devices."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from loss_core.backend import Evaluation, RankSetup
+from loss_core.ranks import Request
+from loss_core.vocab_split import VOCAB_AXIS, shard
+from loss_core_jax.evaluate import to_float64, to_jax
+
+_AXIS = "tp"
+
+
+def rank_setup(ranks: int) -> RankSetup:
+    """One process that holds all ranks. JAX pads what does not divide, so that it has no split of its own choosing."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={ranks}"
+    return RankSetup(1, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, ("whole", "even", "uneven"))
+
+
+def join_ranks(rank: int, ranks: int, folder: Path) -> None:
+    """Find out that the devices are there."""
+    if len(jax.devices("cpu")) < ranks:
+        raise RuntimeError(f"JAX shows {len(jax.devices('cpu'))} CPU devices where {ranks} were asked for.")
+
+
+def evaluate_shards(request: Request) -> list[Evaluation]:
+    """Every rank's part of a call.
+
+    Even shards go through `jax.shard_map`, as a training step written with it has them. Others are given whole to the
+    loss, which pads them and shards them over the axis itself.
+    """
+    ranks = len(request.sizes)
+    mesh = Mesh(np.array(jax.devices("cpu")[:ranks]), (_AXIS,))
+    config: Any = replace(request.config, tp_group=_AXIS)  # type: ignore[call-arg]
+    with jax.enable_x64(request.dtype == "float64"), jax.set_mesh(mesh):
+        loss = config.build(backend=request.flag)
+        even = len(set(request.sizes)) == 1
+        specs = {name: _spec(name, array, even) for name, array in request.arrays.items()}
+        inputs = {
+            name: jax.device_put(to_jax(array, request.dtype), NamedSharding(mesh, specs[name]))
+            for name, array in request.arrays.items()
+        }
+        varied = {name: inputs.pop(name) for name in request.grad_of}
+
+        def call(varied: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> jax.Array:
+            found: jax.Array = loss(**varied, **fixed)
+            return found
+
+        if even:
+            in_specs = ({name: specs[name] for name in varied}, {name: specs[name] for name in inputs})
+            call = jax.shard_map(call, in_specs=in_specs, out_specs=PartitionSpec())
+        value, grads = _value_and_grads(call, varied, inputs, request.upstream)
+        copies = {name: _of_each_rank(x, mesh) for name, x in {"loss": value, **grads}.items()}
+        dtypes = {name: str(x.dtype) for name, x in {"loss": value, **grads}.items()}
+        return [
+            Evaluation(
+                loss=copies["loss"][rank],
+                grads={
+                    name: shard(name, to_float64(grads[name]), request.sizes, rank)
+                    if name in VOCAB_AXIS
+                    else copies[name][rank]
+                    for name in request.grad_of
+                },
+                dtypes=dtypes,
+                mutated=(),  # a jax.Array can't be changed
+                kernel=loss.kernel_choice.flag,
+            )
+            for rank in range(ranks)
+        ]
+
+
+def _spec(name: str, array: np.ndarray, even: bool) -> PartitionSpec:
+    if name not in VOCAB_AXIS or not even:
+        return PartitionSpec()
+    axes = [None] * array.ndim
+    axes[VOCAB_AXIS[name]] = _AXIS  # type: ignore[call-overload]
+    return PartitionSpec(*axes)
+
+
+def _value_and_grads(
+    call: Any, varied: dict[str, jax.Array], fixed: dict[str, jax.Array], upstream: np.ndarray | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    @jax.jit
+    def run(varied: Any, fixed: Any) -> Any:
+        value, pull_back = jax.vjp(lambda floats: call(floats, fixed), varied)
+        seed = jnp.ones(value.shape) if upstream is None else jnp.asarray(upstream)
+        return value, pull_back(seed.astype(value.dtype))[0]
+
+    value, grads = run(varied, fixed)
+    return value, grads
+
+
+def _of_each_rank(x: jax.Array, mesh: Mesh) -> list[np.ndarray]:
+    """What each device holds of an array that all hold whole."""
+    found = {piece.device: to_float64(piece.data) for piece in x.addressable_shards}
+    return [found.get(device, next(iter(found.values()))) for device in mesh.devices.flat]

@@ -1,0 +1,165 @@
+"""Fused linear cross entropy over a part of the vocabulary, in plain PyTorch operations: statistics, then gradients.
+
+The gradient of a row needs its sum over the whole vocabulary, which is known only after the ranks have met. Where all
+tokens fit the budget of one block, their logits wait for it (three products in all); else they are computed again.
+"""
+
+# T = tokens, B = tokens of a block, H = hidden, V = vocabulary of this rank
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loss_core_torch import eager_linear, eager_logits, values
+from loss_core_torch.values import compute_dtype
+
+
+def linear_cross_entropy_stats(
+    h_TH: Tensor,
+    w_VH: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    vocab_start: int,
+    softcap: float,
+    product_dtype: torch.dtype,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row state (m, s, t) of softcap(h @ W.T) over this rank's part of the vocabulary.
+
+    Args:
+        labels_T: int64, counted over the whole vocabulary.
+        keep_T: bool; on a CPU tokens with False take part in no product.
+        vocab_start: first class of this part.
+        keep_logits: whether `linear_cross_entropy_grads` may follow.
+    Returns:
+        m, s, t: [T] each in the dtype of the arithmetic, the identity of `row_stats.combine` where a token takes part
+        in no product; and what `linear_cross_entropy_grads` takes as `logits`, empty where they did not fit.
+    """
+    dtype, vocab = compute_dtype(h_TH.dtype), w_VH.shape[0]
+    m_T = torch.full(keep_T.shape, -torch.inf, dtype=dtype, device=h_TH.device)
+    s_T, t_T = torch.zeros_like(m_T), m_T.clone()
+    blocks, whole = _plan(keep_T, vocab, dtype)
+    if not blocks or vocab == 0:
+        return m_T, s_T, t_T, m_T.new_empty(0)
+    buffer = m_T.new_empty(max(map(eager_linear._length, blocks)) * vocab)
+    for at in blocks:
+        z_BV, _ = _logits(h_TH, w_VH, keep_T, at, softcap, product_dtype, buffer)
+        owned_B, column_B1 = _column(labels_T[at], keep_T[at], vocab_start, vocab)
+        m_B = z_BV.amax(-1)
+        m_T[at] = m_B
+        t_T[at] = torch.where(owned_B, z_BV.gather(1, column_B1)[:, 0], -torch.inf)
+        if whole and keep_logits:
+            # Row by row of the cache's size, so that what is kept stays as it is without a copy of it all.
+            s_T[at] = torch.cat([(z - m[:, None]).exp_().sum(-1) for z, m in _small(z_BV, m_B)])
+        else:
+            s_T[at] = z_BV.sub_(m_B[:, None]).exp_().sum(-1)
+    return m_T, s_T, t_T, buffer.view(-1, vocab) if whole and keep_logits else buffer.new_empty(0)
+
+
+def linear_cross_entropy_grads(
+    h_TH: Tensor,
+    w_VH: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    vocab_start: int,
+    m_T: Tensor,
+    s_T: Tensor,
+    coef_T: Tensor,
+    softcap: float,
+    product_dtype: torch.dtype,
+    want_grads: list[bool],
+    logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of the gradients of sum(coef * loss).
+
+    Args:
+        m_T, s_T: row state over the whole vocabulary.
+        coef_T: factor of each token's loss in the objective.
+        logits: of `linear_cross_entropy_stats`, overwritten; empty to compute them again.
+    Returns:
+        grad_h, to be summed over the ranks, and grad_w, in the dtype of the arithmetic; one that is not wanted is
+        empty.
+    """
+    want_h, want_w = want_grads
+    dtype, vocab = m_T.dtype, w_VH.shape[0]
+    grad_h = m_T.new_zeros(h_TH.shape if want_h else (0,))
+    grad_w = m_T.new_zeros(w_VH.shape if want_w else (0,))
+    blocks, _ = _plan(keep_T, vocab, dtype)
+    if not blocks or vocab == 0:
+        return grad_h, grad_w
+    rows = max(map(eager_linear._length, blocks))
+    buffer = logits.view(-1) if logits.numel() else m_T.new_empty(rows * vocab)
+    for number, at in enumerate(blocks):
+        keep_B, s_B1 = keep_T[at], s_T[at, None]
+        if logits.numel():
+            z_BV, h_BH = logits, _hidden(h_TH, keep_T, at, product_dtype, dtype)
+        else:
+            z_BV, h_BH = _logits(h_TH, w_VH, keep_T, at, softcap, product_dtype, buffer)
+        # tanh = z / c, since z = c tanh; the slope is 1 - tanh^2.
+        slope_BV = z_BV.div(softcap).square_().neg_().add_(1.0) if softcap else None
+        z_BV.sub_(m_T[at, None]).exp_()
+        owned_B, column_B1 = _column(labels_T[at], keep_B, vocab_start, vocab)
+        z_BV.scatter_add_(1, column_B1, torch.where(owned_B[:, None], -s_B1, 0.0))
+        if slope_BV is not None:
+            z_BV.mul_(slope_BV)
+        factor_B1 = torch.where(keep_B, coef_T[at], 0.0)[:, None] / s_B1
+        scaled_BH = h_BH * factor_B1
+        gh_BH = torch.zeros_like(h_BH) if want_h else h_BH
+        for tile, w_CH in eager_linear._tiles(w_VH, product_dtype, dtype):
+            if want_h:
+                gh_BH.addmm_(z_BV[:, tile], w_CH)
+            if want_w:
+                torch.addmm(grad_w[tile], z_BV[:, tile].t(), scaled_BH, beta=float(number > 0), out=grad_w[tile])
+        if want_h:
+            grad_h[at] = gh_BH.mul_(factor_B1)
+    return grad_h, grad_w
+
+
+def _plan(keep_T: Tensor, vocab: int, dtype: torch.dtype) -> tuple[list[slice | Tensor], bool]:
+    """Blocks of tokens, and whether there is one alone: its logits may wait for the other ranks."""
+    device = keep_T.device
+    compact = values.may_read(keep_T)
+    num_tokens = int(keep_T.sum()) if compact else keep_T.numel()
+    block = eager_linear.block_tokens(vocab, device, dtype.itemsize)
+    budget = eager_linear._LOGITS_BYTES_CPU if device.type == "cpu" else eager_linear._LOGITS_BYTES
+    if num_tokens * vocab * dtype.itemsize <= budget:
+        block = max(block, num_tokens)
+    blocks = list(eager_linear._token_blocks(keep_T, block, compact))
+    return blocks, len(blocks) == 1
+
+
+def _hidden(h_TH: Tensor, keep_T: Tensor, at: slice | Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    h_BH = h_TH[at].to(product_dtype).to(dtype)
+    # What an ignored token holds must not reach a product, not even times 0.
+    return h_BH if values.may_read(keep_T) else torch.where(keep_T[at][:, None], h_BH, 0.0)
+
+
+def _logits(
+    h_TH: Tensor,
+    w_VH: Tensor,
+    keep_T: Tensor,
+    at: slice | Tensor,
+    softcap: float,
+    product_dtype: torch.dtype,
+    buffer: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """softcap(h @ W.T) of a block, in the buffer, and h."""
+    h_BH = _hidden(h_TH, keep_T, at, product_dtype, buffer.dtype)
+    z_BV = buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
+    for tile, w_CH in eager_linear._tiles(w_VH, product_dtype, buffer.dtype):
+        torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])
+    eager_linear._apply_softcap(z_BV, softcap, buffer.new_empty(0))
+    return z_BV, h_BH
+
+
+def _column(labels_B: Tensor, keep_B: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """Which tokens have their label in this part, and the label's column there."""
+    local_B = labels_B - vocab_start
+    owned_B = keep_B & (local_B >= 0) & (local_B < vocab)
+    return owned_B, torch.where(owned_B, local_B, 0)[:, None]
+
+
+def _small(z_BV: Tensor, m_B: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    rows = eager_logits.block_rows(z_BV.shape[-1], z_BV.device)
+    return zip(z_BV.split(rows), m_B.split(rows), strict=True)

@@ -1,0 +1,160 @@
+"""What a DTensor's placements say of a call: who holds which classes and which tokens."""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss_core_torch import distributed
+from loss_core_torch.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of a call lie on the ranks.
+
+    Attributes:
+        ranks: who takes part.
+        mesh: of the DTensors, or None where all tensors are plain.
+        tokens: placements, one for each dimension of the mesh, of a tensor with one value per token.
+        lead: shape of such a tensor over all ranks.
+    """
+
+    ranks: Ranks
+    mesh: Any = None
+    tokens: tuple[Any, ...] = ()
+    lead: tuple[int, ...] = ()
+
+    def local(self, value: Any) -> Any:
+        """This rank's part of a DTensor; its gradient comes back as a DTensor of the same placement."""
+        return value.to_local() if is_dtensor(value) else value
+
+    def token_values(self, name: str, value: Any, local_lead: torch.Size) -> Any:
+        """This rank's part of labels, mask or weights: a DTensor, a plain tensor of its own tokens, or of all of them.
+
+        Raises:
+            ValueError: a DTensor that lies elsewhere than the tokens do.
+        """
+        if self.mesh is None or not hasattr(value, "shape"):
+            return value
+        from torch.distributed.tensor import DTensor, Replicate
+
+        if not is_dtensor(value):
+            if value.shape == local_lead or tuple(value.shape) != self.lead:
+                return value
+            value = DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        elif value.device_mesh != self.mesh:
+            raise ValueError(f"{name} is a DTensor on another mesh; pass {name}.to_local() or put it on {self.mesh}.")
+        for found, wanted in zip(value.placements, self.tokens, strict=True):
+            if found != wanted and not found.is_replicate():
+                raise ValueError(
+                    f"{name} has the placements {value.placements}; {self.tokens} or replicated are accepted."
+                )
+        # Replicated to sharded: a slice, no communication.
+        return value.redistribute(self.mesh, self.tokens).to_local()
+
+    def token_result(self, loss: Tensor, labels: Any) -> Tensor:
+        """The loss of each token in the form in which the labels came."""
+        if self.mesh is None or not (is_dtensor(labels) or labels.shape != loss.shape):
+            return loss
+        from torch.distributed.tensor import DTensor
+
+        stride = torch.empty(self.lead, device="meta").stride()
+        return DTensor.from_local(
+            loss, self.mesh, self.tokens, run_check=False, shape=torch.Size(self.lead), stride=stride
+        )
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a DTensor; asks without importing the module."""
+    return hasattr(value, "full_tensor")
+
+
+def of_logits(name: str, logits: Any, tp_group: Any) -> Layout:
+    """The layout of logits [..., V], by their placements where they are a DTensor, else by tp_group.
+
+    Raises:
+        ValueError: on every rank, for placements that can't be served, or that disagree with tp_group.
+    """
+    group, place = distributed.resolve_group(tp_group)
+    if not is_dtensor(logits):
+        return Layout(Ranks(group, place))
+    last = logits.dim() - 1
+    vocab_dims, tokens = sorted_dims(name, logits, last)
+    if len(vocab_dims) > 1:
+        raise ValueError(
+            f"{name} has the placements {logits.placements}, which shard the vocabulary over {len(vocab_dims)} "
+            "dimensions of the mesh; one is accepted."
+        )
+    mesh = logits.device_mesh
+    if vocab_dims:
+        found = distributed.mesh_group(mesh, vocab_dims[0])
+        if group is not None and found[0] is not None and not same_ranks(found[0], group):
+            raise ValueError(f"{name} shards its vocabulary over another group than tp_group; leave tp_group out.")
+        group, place = found
+    elif group is not None:
+        raise ValueError(
+            f"tp_group is given, but {name} has the placements {logits.placements}: no sharded vocabulary."
+        )
+    return Layout(Ranks(group, place, token_groups(mesh, tokens)), mesh, tokens, tuple(logits.shape[:-1]))
+
+
+def of_both(student: Any, teacher: Any, tp_group: Any) -> Layout:
+    """The layout of two logits, which must lie alike."""
+    layout = of_logits("student_logits", student, tp_group)
+    if is_dtensor(student) != is_dtensor(teacher):
+        raise ValueError("student_logits and teacher_logits must both be DTensors, or both plain tensors.")
+    if is_dtensor(student):
+        of_logits("teacher_logits", teacher, tp_group)
+        lies = [(x.device_mesh, x.placements) for x in (student, teacher)]
+        if lies[0] != lies[1]:
+            raise ValueError(
+                f"student_logits has the placements {student.placements} but teacher_logits {teacher.placements}; "
+                "they must match, on one mesh."
+            )
+    return layout
+
+
+def sorted_dims(name: str, value: Any, last: int) -> tuple[list[int], tuple[Any, ...]]:
+    """Mesh dimensions that shard the last dimension, and the placements of a tensor with the others alone."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    vocab_dims, tokens = [], []
+    for dim, placement in enumerate(value.placements):
+        if type(placement) not in (Shard, Replicate):
+            raise ValueError(
+                f"{name} has the placements {value.placements}; Shard and Replicate are accepted. Make it so with "
+                f"{name}.redistribute(...) first."
+            )
+        if placement.is_shard(last):
+            vocab_dims.append(dim)
+        tokens.append(Replicate() if placement.is_shard(last) else placement)
+    return vocab_dims, tuple(tokens)
+
+
+def token_groups(mesh: Any, tokens: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Process groups of the mesh dimensions over which tokens are sharded."""
+    found = (distributed.mesh_group(mesh, dim)[0] for dim, placement in enumerate(tokens) if placement.is_shard())
+    return tuple(group for group in found if group is not None)
+
+
+def shards_dim(found: Any, dim: int) -> bool:
+    """Whether a placement shards a dimension, in FSDP's strided way or plainly."""
+    return bool((found.is_shard() or is_strided(found)) and found.dim == dim)
+
+
+def is_strided(found: Any) -> bool:
+    """Whether a placement is FSDP's, of a dimension that another dimension of the mesh shards as well."""
+    return type(found).__name__ == "_StridedShard"
+
+
+def same_ranks(a: Any, b: Any) -> bool:
+    """Whether two groups have the same members."""
+    import torch.distributed as dist
+
+    return sorted(dist.get_process_group_ranks(a)) == sorted(dist.get_process_group_ranks(b))
