@@ -105,17 +105,20 @@ class MaskedCrossEntropyConfig(LossConfig):
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: as in TEParallelCEConfig.
+        inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    inplace_grad: bool = False
 
     def validate(self) -> None:
         _check_bool("fp32_upcast", self.fp32_upcast)
         _check_integer("ignore_index", self.ignore_index)
         _check_reduction(self.reduction)
+        _check_bool("inplace_grad", self.inplace_grad)
 
 
 @dataclass
@@ -129,6 +132,8 @@ class FusedLinearCEConfig(LossConfig):
         tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
         sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
             are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
+        skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (torch
+            on a CPU); True: everywhere, for one host sync per call on an accelerator; False: never.
     """
 
     ignore_index: int = -100
@@ -136,12 +141,15 @@ class FusedLinearCEConfig(LossConfig):
     reduction: str = "sum"
     tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
     sequence_parallel: bool = False
+    skip_ignored: bool | None = None
 
     def validate(self) -> None:
         _check_integer("ignore_index", self.ignore_index)
         _check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", low=0.0)
         _check_reduction(self.reduction)
         _check_bool("sequence_parallel", self.sequence_parallel)
+        if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
+            raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
 
 
 @dataclass
@@ -153,15 +161,18 @@ class TEParallelCEConfig(LossConfig):
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh. A
             runtime handle: left out of dicts, repr and comparison.
+        inplace_grad: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    inplace_grad: bool = False
 
     def validate(self) -> None:
         _check_integer("ignore_index", self.ignore_index)
         _check_reduction(self.reduction)
+        _check_bool("inplace_grad", self.inplace_grad)
 
 
 @dataclass

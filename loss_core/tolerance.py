@@ -28,9 +28,14 @@ from loss_core.oracle import Arrays, Floats, OracleResult, log_softmax, reduce_t
 # (Higham & Mary 2019, SIAM J. Sci. Comput. 41, Theorem 2.4): 6 leaves 3e-8.
 SUM_GROWTH = 6.0
 
-# exp and log as the platforms give them: CUDA's expf is within 2 ulp = 4 u, Triton's exp is exp2.approx
-# (2 ulp) of a product rounded once more, XLA's and SLEEF's are within 1 ulp.
+# exp and log as the platforms give them: CUDA's expf is within 2 ulp = 4 u, so is the exp2.approx under Triton's exp,
+# XLA's and SLEEF's are within 1 ulp.
 EXP_ULPS = 6.0
+
+# Roundings of exp's argument -r, each of which moves the result by the factor u r: the subtraction z - m, and where
+# exp is made as exp2(x log2 e), as by Triton and by CUDA's __expf, that product and log2 e itself (0.22 u off in
+# float32, 0.13 u in float64).
+EXP_ARGUMENT_ROUNDINGS = 2.25
 LOG_ULPS = 4.0
 
 # tanh likewise (CUDA: 2 ulp), plus the division by c before and the product with c after it.
@@ -102,9 +107,10 @@ def _finite(values: Floats) -> Floats:
 def _softmax(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> _Softmax:
     """Rounding of the log-sum-exp and of each probability.
 
-    With r = max z - z the argument of exp is rounded by u r, so that e^-r is off by the factor
-    u (r + EXP_ULPS); the sum averages these with the weights p and adds its own growth. The
-    log-sum-exp is then rounded as log s, and as m + log s. A probability computed as exp(z - lse)
+    With r = max z - z the argument of exp is off by EXP_ARGUMENT_ROUNDINGS u r, so that e^-r is off by the
+    factor u (EXP_ARGUMENT_ROUNDINGS r + EXP_ULPS); the sum averages these with the weights p and adds its
+    own growth (more than a running sum's rescalings add: one exp and one product for each block of columns).
+    The log-sum-exp is then rounded as log s, and as m + log s. A probability computed as exp(z - lse)
     sees lse's error once more. Errors of z itself shift numerator and sum: twice err_z. A probability
     below the normal range may be flushed to 0.
     """
@@ -114,10 +120,11 @@ def _softmax(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> _Softmax:
     m_T = np.max(z_TV, axis=-1)
     lse_T = _finite(m_T - np.max(log_p_TV, axis=-1))
     r_TV = _finite(m_T[:, None] - z_TV)
-    rel_s_T = u * (np.sum(_finite(p_TV * r_TV), axis=-1) + EXP_ULPS + sum_growth(z_TV.shape[-1]))
+    off_TV = EXP_ARGUMENT_ROUNDINGS * r_TV
+    rel_s_T = u * (np.sum(_finite(p_TV * off_TV), axis=-1) + EXP_ULPS + sum_growth(z_TV.shape[-1]))
     log_s_T = _finite(np.abs(lse_T - m_T))
     err_lse_T = err_z_T + rel_s_T + u * (LOG_ULPS * log_s_T + np.abs(_finite(m_T)) + 2 * np.abs(lse_T))
-    rel_p_TV = u * (r_TV + EXP_ULPS + 2) + (err_z_T + err_lse_T)[:, None]
+    rel_p_TV = u * (off_TV + EXP_ULPS + 2) + (err_z_T + err_lse_T)[:, None]
     return _Softmax(z_TV, log_p_TV, p_TV, lse_T, rel_p_TV * p_TV + inner.near_zero, err_lse_T)
 
 

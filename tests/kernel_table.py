@@ -157,6 +157,8 @@ def _launch_all(logits: torch.Tensor, num_tokens: int) -> None:
     m_T, s_T, _ = triton_launch.cross_entropy_stats(logits, labels_T, 0)
     triton_launch.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, m_T)
     grad = triton_launch.cross_entropy_with_grad(logits, labels_T, keep_T, m_T)[-1]
+    triton_launch.cross_entropy_overwrite(logits, labels_T, 0, keep_T, m_T, s_T, m_T)
+    triton_launch.cross_entropy_rows(logits, labels_T, keep_T)
     triton_launch.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, m_T, m_T.sum())
     state = triton_launch.distillation_stats(logits, logits, keep_T, 0.5, 0)
     for of_teacher in (False, True):
@@ -171,7 +173,7 @@ def _launch_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     # As on a GPU, which the device here is not.
     with mock.patch.object(triton_linear, "operand_dtype", lambda dtype, _: dtype):
         for softcap, want in ((0.0, [True, True]), (30.0, [True, True]), (0.0, [False, False])):
-            args = (hidden, weight, labels_T, keep_T, coef_T, softcap, hidden.dtype, want)
+            args = (hidden, weight, labels_T, keep_T, coef_T, softcap, hidden.dtype, want, None, None)
             triton_linear.linear_cross_entropy(*args)
 
 
@@ -233,7 +235,9 @@ def line(row: Compiled) -> str:
     """One line of the table."""
     constants = {row.what.kernel.params[place].name: value for place, value in row.what.constants}
     block = constants.get("BLOCK_V", constants.get("BLOCK_PARTS"))
-    flags = [name.lower() for name in ("OF_TEACHER", "UNLESS_ONE", "SOFTCAP", "WITH_GRAD") if constants.get(name)]
+    flags = [
+        name.lower() for name in ("OF_TEACHER", "UNLESS_ONE", "IN_PLACE", "SOFTCAP", "WITH_GRAD") if constants.get(name)
+    ]
     flags += [] if "stride_v" in constants or "s_stride_v" in constants or "BLOCK_PARTS" in constants else ["strided"]
     flags += [] if "num_1" in constants or "s_num_1" in constants or "BLOCK_PARTS" in constants else ["batched"]
     name = row.what.kernel.fn.__name__.removesuffix("_kernel")

@@ -73,6 +73,8 @@ def test_offsets_are_64_bits_wide():
         name = row.what.kernel.fn.__name__
         assert rows, name
         assert set(rows) == {"i64"}, name
-        # Within a row of the gradient, which is contiguous, 32 bits do.
-        reads = row.ttir.count("tt.load") - len(re.findall(r"tt\.load .* : !tt\.ptr", row.ttir))
-        assert columns.count("i64") == reads, (name, columns)
+        # Within a row of the gradient, which is contiguous, 32 bits do; not where it lies as the logits do.
+        wide = row.ttir.count("tt.load") - len(re.findall(r"tt\.load .* : !tt\.ptr", row.ttir))
+        if "in_place" in kernel_table.line(row):
+            wide = len(columns)
+        assert columns.count("i64") == wide, (name, columns)

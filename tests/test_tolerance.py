@@ -7,7 +7,7 @@ from loss_core import MaskedCrossEntropyConfig
 from loss_core.cases import ALL_LOSSES, named_cases
 from loss_core.dtypes import FORMATS, float_format, round_to
 from loss_core.oracle import evaluate
-from loss_core.tolerance import allowances, share_of_allowance, sum_growth
+from loss_core.tolerance import EXP_ARGUMENT_ROUNDINGS, allowances, share_of_allowance, sum_growth
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -87,6 +87,38 @@ def test_a_probability_flushed_to_zero_before_its_coefficient_is_rounding():
     allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float32", upstream=upstream)
     assert expected.grads["logits"][0, 1] > float_format("float32").tiny
     assert allowed["logits"][0, 1] > expected.grads["logits"][0, 1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exp_by_way_of_exp2_is_rounding(dtype):
+    # exp2(fl(fl(z - m) fl(log2 e))), all else exact: as Triton and CUDA's __expf compute it.
+    if dtype == "float64" and np.finfo(np.longdouble).nmant < 60:
+        pytest.skip("long double is no wider than double here")
+    kind, u = getattr(np, dtype), float_format(dtype).u
+    rng = np.random.default_rng(0)
+    m, z = rng.uniform(0, 64, 200_000).astype(kind), rng.uniform(-64, 0, 200_000).astype(kind)
+    r = m.astype(np.longdouble) - z
+    log2_e = 1 / np.log(np.longdouble(2))
+    product = (z - m) * kind(log2_e)
+    # How far the argument of exp is off is how far the result is, to first order.
+    off = np.abs(product.astype(np.longdouble) / log2_e + r) / (u * r)
+    assert 1.5 < np.max(off) <= EXP_ARGUMENT_ROUNDINGS
+
+
+def test_a_probability_by_way_of_exp2_is_within_its_allowance():
+    rng = np.random.default_rng(1)
+    logits = rng.uniform(-85, 0, (2000, 2)).astype(np.float32)
+    logits[:, 0] = rng.uniform(0, 8, 2000)
+    arrays = {"logits": logits.astype(np.float64), "labels": np.zeros(2000, dtype=np.int64)}
+    expected = evaluate(MaskedCrossEntropyConfig(), arrays)
+    allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float32")["logits"]
+    product = (logits[:, 1] - logits[:, 0]) * np.float32(1 / np.log(2))
+    got = expected.grads["logits"].copy()
+    # exp2.approx is off by up to 2 ulp besides, here always the way that hurts.
+    e = np.exp2(product.astype(np.float64))
+    e *= 1 + 4 * 2.0**-24 * np.sign(e / (1 + e) - got[:, 1])
+    got[:, 1] = e / (1 + e)
+    assert np.max(share_of_allowance(got, expected.grads["logits"], allowed, "float32")) <= 1
 
 
 def test_float16_keeps_its_subnormals():

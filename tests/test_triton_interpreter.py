@@ -17,8 +17,8 @@ WORKER = Path(__file__).with_name("triton_worker.py")
 
 SCENARIOS = (
     "matrix", "matrix_of_tiny_blocks", "own_shapes", "large_vocabulary", "operands_of_16_bits", "laws", "kd_laws",
-    "tanh", "offsets", "strides", "one_pass", "no_vocabulary", "compiled", "injected_bugs", "refuses_without_a_gpu",
-    "auto_stays_eager",
+    "tanh", "offsets", "strides", "labels_and_upstreams_of_any_stride", "one_pass", "overwritten", "skipping",
+    "no_vocabulary", "compiled", "injected_bugs", "refuses_without_a_gpu", "auto_stays_eager",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, row_stats
 from loss_core.check import check
-from loss_core_torch import eager, triton_kernels, triton_launch, triton_linear, triton_set, triton_sizes
+from loss_core_torch import eager, triton_kernels, triton_launch, triton_linear, triton_set, triton_sizes, values
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FLAG = ["torch:triton"]
@@ -332,6 +332,26 @@ def strides():
                 torch.testing.assert_close(triton_set.distillation_grad(view, *args), expected, atol=1e-5, rtol=1e-4)
 
 
+def labels_and_upstreams_of_any_stride():
+    """Labels that are a column of a matrix, and the upstream gradient of a sum, which is one number expanded."""
+    labels = torch.arange(24).view(8, 3)[:, 1]
+    hidden, weight = torch.randn(8, 5), torch.randn(24, 5)
+    logits = hidden @ weight.T
+    cases = (
+        (MaskedCrossEntropyConfig, (logits,), ()),
+        (FusedLinearCEConfig, (hidden,), (weight,)),
+    )
+    for (make, before, after), reduction in itertools.product(cases, ("sum", "none")):
+        results = []
+        for kernel in ("triton", "eager"):
+            leaves = [x.clone().requires_grad_() for x in (*before, *after)]
+            loss = make(reduction=reduction).build(backend=f"torch:{kernel}")(leaves[0], labels, *leaves[1:])
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    args = (hidden, weight, labels, labels >= 0, torch.tensor(0.5).expand(8), 0.0, torch.float32, [True, True], False)
+    torch.testing.assert_close(*(kernels.linear_cross_entropy(*args, None) for kernels in (triton_set, eager)))
+
+
 def one_pass():
     """A reduced loss makes its gradient in the forward; upstream 1 leaves it alone, anything else is rounded once."""
     logits = torch.randn(4, 5, 67).to(torch.bfloat16)[:, :-1].requires_grad_()
@@ -368,6 +388,65 @@ def one_pass():
         once.sum().backward()
 
 
+def overwritten():
+    """inplace_grad: in the backward, bit for bit what the kernels give without it, for any strides and sizes."""
+    base = torch.randn(2, 3, 37)
+    views = [lambda x: x, lambda x: x[:, :-1], lambda x: x[..., 1::2], lambda x: x.permute(2, 1, 0), lambda x: x[0, 0]]
+    for blocks, dtype in ((contextlib.nullcontext, torch.float32), (tiny_blocks, torch.bfloat16)):
+        for view, reduction, group in itertools.product(views, ("sum", "mean", "none"), (None, "weights")):
+            if (group or view is views[3]) and reduction != "sum":
+                continue
+            results = []
+            for inplace in (False, True):
+                whole = base.to(dtype).requires_grad_().clone()
+                logits = view(whole)
+                labels = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1]) * 5 % logits.shape[-1]
+                labels.view(-1)[1::3] = -100
+                extras = {}
+                if group:
+                    extras = {"loss_weights": labels * 0.03 + 0.7, "num_label_tokens": 7}
+                config = MaskedCrossEntropyConfig(reduction=reduction, inplace_grad=inplace)
+                with blocks():
+                    loss = config.build(backend="torch:triton")(logits, labels, **extras)
+                    if inplace:
+                        assert torch.equal(logits, view(base.to(dtype)))
+                    (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.37), retain_graph=True)
+                    if inplace:
+                        assert grad.data_ptr() == logits.data_ptr()
+                        assert logits._version > 0
+                        with pytest.raises(RuntimeError, match="Second backward"):
+                            loss.sum().backward()
+                results.append((loss.detach(), grad))
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b), (dtype, reduction, logits.stride(), a - b)
+    configs = [MaskedCrossEntropyConfig(reduction=r, inplace_grad=True) for r in ("sum", "none")]
+    passes(check(configs, FLAG, dtypes=("float32",), shape=(4, 67), only=("basic", "strided", "minus-inf")))
+
+
+def skipping():
+    """Ignored tokens in the products, out of them by a sync, and by the caller's number; several chunks."""
+    chunks = patched(triton_linear, "CHUNK_BYTES", 0), patched(triton_linear, "_CHUNK_MULTIPLE", 2)
+    skipped = [FusedLinearCEConfig(reduction=r, skip_ignored=True) for r in ("sum", "none")]
+    with chunks[0], chunks[1], patched(values, "may_read", lambda x: False):
+        passes(check(["FusedLinearCrossEntropy", *skipped], FLAG, dtypes=("float32",), shape=(5, 67, 8)))
+        hidden, weight = torch.randn(9, 8), torch.randn(67, 8)
+        hidden[::2] = torch.nan
+        labels = torch.arange(9) * 7
+        labels[::2] = -100
+        for reduction, right in itertools.product(("mean", "none"), (True, False)):
+            config = FusedLinearCEConfig(reduction=reduction)
+            results = []
+            for number in (None, 4 if right else 5):
+                h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+                loss = config.build(backend="torch:triton")(h, labels, w, num_valid_tokens=number)
+                # The upstream gradient of a sum is one number, expanded.
+                results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (h, w))))
+            if right:
+                torch.testing.assert_close(*results)
+            else:
+                assert all(bool(x.isnan().any()) for x in results[1])
+
+
 def no_vocabulary():
     """A rank that owns no class: the state of an empty piece, gradients without elements, no launch."""
     logits, labels, keep = torch.randn(2, 3, 0), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.bool)
@@ -401,7 +480,7 @@ def compiled():
 
 
 @triton.jit
-def _padding_of_zeros(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr):
+def _padding_of_zeros(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr, EVICT: tl.constexpr):
     return tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=0.0).to(dtype)
 
 
@@ -460,7 +539,8 @@ def auto_stays_eager():
 
 SCENARIOS = (
     matrix, matrix_of_tiny_blocks, own_shapes, large_vocabulary, operands_of_16_bits, laws, kd_laws, tanh, offsets,
-    strides, one_pass, no_vocabulary, compiled, injected_bugs, refuses_without_a_gpu, auto_stays_eager,
+    strides, labels_and_upstreams_of_any_stride, one_pass, overwritten, skipping, no_vocabulary, compiled,
+    injected_bugs, refuses_without_a_gpu, auto_stays_eager,
 )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ class JaxLossModule(torch.nn.Module):
 
     The loss comes back in the dtype in which JAX gives it, gradients in the dtype of the input.
     Python numbers are dynamic scalars: another `num_label_tokens` compiles nothing anew. None,
-    bools, strings and other hashable objects are passed on as they are, and each value compiles.
+    bools, strings and other hashable objects are passed on as they are, and each value compiles; so
+    are the numbers that the loss names in `static_arguments` (`num_valid_tokens`).
 
     64-bit mode (`jax.enable_x64`) is on for a call with a float64 tensor, so that nothing is lowered
     to float32, and when the loss's `ignore_index` is not inside int32.
@@ -147,8 +148,9 @@ def _call(loss: Callable[..., Any], arguments: dict[str, Any]) -> torch.Tensor:
     _refuse_bad_labels(loss, tensors)
     wide = _is_wide(loss, tensors)
     static: dict[str, Any] = {}
+    shaping = getattr(loss, "static_arguments", ())
     for name, value in arguments.items():
-        if isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
+        if name not in shaping and isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_):
             tensors[name] = _scalar(name, value, device, wide)
         elif name not in tensors:
             static[name] = _checked_static(name, value)

@@ -25,7 +25,8 @@ class TorchLossFunction:
     """A torch loss that JAX calls like any function of arrays.
 
     Arguments are those of the module's forward, by position or name; arrays, NumPy arrays and
-    Python numbers become tensors of the same dtype, everything else is passed on as it is. Works
+    Python numbers become tensors of the same dtype, everything else (and the numbers that the module
+    names in `static_arguments`) is passed on as it is. Works
     under `jit`, `grad` and `vmap` (one torch call per batch element). Hashable, and a pytree with
     no leaves; two are equal when they hold the same module.
 
@@ -59,6 +60,11 @@ class TorchLossFunction:
         if any(isinstance(part, JaxLossModule) for part in module.modules()):
             # A callback that waits for JAX can wait for the thread that it runs on (jax issue 24255).
             raise ValueError("The module contains a bridged JAX loss, and JAX must not run inside its own callback.")
+        if getattr(module, "inplace_grad", False):
+            raise ValueError(
+                "The torch loss has inplace_grad=True, but a jax.Array can't be overwritten, and the copy that torch "
+                "works on would save no memory. Build it with inplace_grad=False."
+            )
         trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if trainable:
             raise ValueError(
@@ -74,7 +80,8 @@ class TorchLossFunction:
         arrays: dict[str, Any] = {}
         static: dict[str, Any] = {}
         for name, value in _flat_arguments(bound):
-            array = _as_array(name, value)
+            # Such a number says what shapes to make: no array, even where others become one.
+            array = None if name in getattr(self.module, "static_arguments", ()) else _as_array(name, value)
             if array is None:
                 static[name] = value
             else:

@@ -30,9 +30,15 @@ __all__ = [
 ]
 
 _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
-    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction),
-    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction),
-    (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group),
+    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(
+        c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
+    ),
+    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(
+        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel, c.skip_ignored
+    ),
+    (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(
+        c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
+    ),
     (KDLossConfig, "xla"): lambda c: KDLoss(c.ignore_index, c.temperature, c.fp32_upcast, c.tp_group, c.chunk_size),
 }
 

@@ -21,7 +21,7 @@ import jax
 
 from loss_core.backend import BackendUnavailable, KernelChoice
 from loss_core.config import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core_jax import checks
+from loss_core_jax import checks, skipping
 from loss_core_jax.checks import ArrayLike
 from loss_core_jax.chunked import same_varying_axes
 from loss_core_jax.cross_entropy import arithmetic_dtype
@@ -63,16 +63,20 @@ class _Loss:
 class MaskedCrossEntropy(_Loss):
     """Cross entropy over logits, with a mask.
 
-    Attributes: as in `loss_core.MaskedCrossEntropyConfig`.
+    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group must be None, inplace_grad False.
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
+    tp_group: Any = None
+    inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
-        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction)
+        _refuse_group(type(self).__name__, self.tp_group)
+        MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction, None, self.inplace_grad)
+        _refuse_inplace(type(self).__name__, self.inplace_grad)
 
     def __call__(
         self,
@@ -107,17 +111,19 @@ class MaskedCrossEntropy(_Loss):
 class TEParallelCrossEntropy(_Loss):
     """Cross entropy over logits; the class that can shard the vocabulary over a group on torch.
 
-    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group must be None.
+    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group must be None, inplace_grad False.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: Any = None
+    inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
         _refuse_group(type(self).__name__, self.tp_group)
-        TEParallelCEConfig(self.ignore_index, self.reduction)
+        TEParallelCEConfig(self.ignore_index, self.reduction, None, self.inplace_grad)
+        _refuse_inplace(type(self).__name__, self.inplace_grad)
 
     def __call__(
         self,
@@ -142,17 +148,31 @@ class FusedLinearCrossEntropy(_Loss):
     that is not differentiated does the forward product only. A second derivative is right, but keeps the
     logits of every chunk.
 
-    Attributes: as in `loss_core.FusedLinearCEConfig`.
+    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group must be None, sequence_parallel False. Ignored
+        tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens.
     """
 
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
+    tp_group: Any = None
+    sequence_parallel: bool = False
+    skip_ignored: bool | None = None
+    # Numbers that give arrays their shape: no arrays themselves, for the bridge.
+    static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis: ClassVar[tuple[str, int]] = ("lm_weight", 0)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
-        FusedLinearCEConfig(self.ignore_index, self.logit_softcapping, self.reduction)
+        FusedLinearCEConfig(
+            self.ignore_index, self.logit_softcapping, self.reduction, None, self.sequence_parallel, self.skip_ignored
+        )
+        _refuse_group(type(self).__name__, self.tp_group)
+        if self.sequence_parallel:
+            raise BackendUnavailable(
+                f"{type(self).__name__} on 'jax:xla' got sequence_parallel=True, which is not available in this "
+                "version. Use sequence_parallel=False."
+            )
 
     def __call__(
         self,
@@ -162,6 +182,7 @@ class FusedLinearCrossEntropy(_Loss):
         num_label_tokens: Count | None = None,
         grad_reduce_group: Any = None,
         loss_weights: ArrayLike | None = None,
+        num_valid_tokens: int | None = None,
     ) -> jax.Array:
         """Cross entropy of `softmax(softcap(hidden_states @ lm_weight.T))` at the labels.
 
@@ -172,11 +193,16 @@ class FusedLinearCrossEntropy(_Loss):
             num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
             grad_reduce_group: of torch; must be None. Under `shard_map` JAX sums the weight's gradient itself.
             loss_weights: [...] factor per position. Reduction "sum" only.
+            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer (static under
+                jit); the others then take part in no product. A wrong number is a ValueError where labels can be
+                read, a NaN elsewhere.
         Returns:
             A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs.
         Raises:
-            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype.
-            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored.
+            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype,
+                num_valid_tokens is no Python integer.
+            ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored;
+                skip_ignored=True under jit, skip_ignored=False with num_valid_tokens.
         """
         if grad_reduce_group is not None:
             raise ValueError(
@@ -187,6 +213,7 @@ class FusedLinearCrossEntropy(_Loss):
         checks.check_linear(hidden_states, labels, lm_weight)
         checks.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
         labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, lm_weight.shape[0])
+        size = skipping.num_rows(labels, ignore_index, lm_weight.shape[0], self.skip_ignored, num_valid_tokens)
         hidden_states, lm_weight = checks.as_jax(hidden_states), checks.as_jax(lm_weight)
         count = checks.as_count(num_label_tokens)
         target, scale = linear_targets_and_scale(
@@ -199,10 +226,15 @@ class FusedLinearCrossEntropy(_Loss):
             dtype=arithmetic_dtype(hidden_states),
         )
         hidden_states, lm_weight, target, scale = same_varying_axes(hidden_states, lm_weight, target, scale)
-        softcap = float(self.logit_softcapping)
+        softcap, all_targets = float(self.logit_softcapping), target
+        if size is not None:
+            hidden_states, target, scale, places = skipping.take_counted(hidden_states, target, scale, size=size)
         if self.reduction == "none":
-            return linear_rows(hidden_states, lm_weight, target, softcap)
-        return zero_without_tokens(linear_total(hidden_states, lm_weight, target, scale, softcap), count)
+            loss = linear_rows(hidden_states, lm_weight, target, softcap)
+            loss = loss if size is None else skipping.put_back(loss, places, shape=all_targets.shape)
+        else:
+            loss = zero_without_tokens(linear_total(hidden_states, lm_weight, target, scale, softcap), count)
+        return skipping.nan_if_wrong(loss, all_targets, num_valid_tokens)
 
 
 @jax.tree_util.register_static
@@ -268,6 +300,15 @@ def _refuse_group(name: str, tp_group: Any) -> None:
         raise BackendUnavailable(
             f"{name} on 'jax:xla' got tp_group={tp_group!r}: tensor parallelism on jax (tp_group as the name of a "
             "mesh axis) is not available in this version. Use tp_group=None, or a torch backend."
+        )
+
+
+def _refuse_inplace(name: str, inplace_grad: bool) -> None:
+    if inplace_grad:
+        raise BackendUnavailable(
+            f"{name} on 'jax:xla' got inplace_grad=True: a jax.Array can't be written to. Use inplace_grad=False; a "
+            "training step under jax.jit reuses the logits' memory by itself, and that of its arguments with "
+            "donate_argnums."
         )
 
 

@@ -8,6 +8,7 @@ Everything around them (reduction, weights, counts, dtype of the result) is plai
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from loss_core import row_stats
-from loss_core_torch import distributed, kernels, values
+from loss_core_torch import distributed, inplace, kernels, values
 from loss_core_torch.distributed import Shards
 from loss_core_torch.values import compute_dtype
 
@@ -51,13 +52,19 @@ class CrossEntropy(Function):
 
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool;
     bad_T [T] bool or None, tokens whose label is no class; shards, or None for a whole vocabulary; name of the set
-    of kernels.
+    of kernels; whether the backward writes over the logits.
     Output: loss_T [T] in the dtype of the arithmetic; 0 where keep is False, NaN where bad.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, shards: Shards | None, kernel: str
+        logits: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor,
+        bad_T: Tensor | None,
+        shards: Shards | None,
+        kernel: str,
+        overwrite: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _no_autocast(logits):
             start = 0 if shards is None else shards.start
@@ -71,7 +78,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits, labels_T, keep_T, bad_T, shards, ctx.kernel = inputs
+        logits, labels_T, keep_T, bad_T, shards, ctx.kernel, ctx.overwrite = inputs
         ctx.vocab_start = 0 if shards is None else shards.start
         _, m_T, s_T = output
         ctx.mark_non_differentiable(m_T, s_T)
@@ -80,16 +87,21 @@ class CrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        inplace.claim(ctx)
         logits, labels_T, keep_T, bad_T, m_T, s_T = ctx.saved_tensors
         upstream_T = grads[0]
         with torch.no_grad(), _no_autocast(logits):
             coef_T = upstream_T.to(m_T.dtype)
             if bad_T is not None:
                 coef_T = coef_T.masked_fill(bad_T, torch.nan)
-            cross_entropy_grad = kernels.find(ctx.kernel).cross_entropy_grad
-            grad = cross_entropy_grad(logits, labels_T, ctx.vocab_start, keep_T, m_T, s_T, coef_T)
+            args = (logits, labels_T, ctx.vocab_start, keep_T, m_T, s_T, coef_T)
+            if ctx.overwrite:
+                kernels.find(ctx.kernel).cross_entropy_overwrite(*args)
+                grad = inplace.overwritten(ctx, logits)
+            else:
+                grad = kernels.find(ctx.kernel).cross_entropy_grad(*args)
         once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream_T)
-        return once, None, None, None, None, None
+        return once, None, None, None, None, None, None
 
 
 class CrossEntropySum(Function):
@@ -97,31 +109,38 @@ class CrossEntropySum(Function):
 
     For sets of kernels that have `cross_entropy_with_grad`. The first backward takes the gradient's buffer, and
     with an upstream gradient of exactly 1 it has nothing else to do; a second one (retain_graph) computes it again.
+    With overwrite the gradient is made in the backward, over the logits: made in the forward, it would be there for
+    whoever reads the logits in between.
 
     Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T], not differentiated; name of the
-    set of kernels.
+    set of kernels; overwrite.
     Output: scalar in the dtype of the arithmetic.
     """
 
     @staticmethod
     def forward(
-        logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor, kernel: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor, kernel: str, overwrite: bool
+    ) -> tuple[Tensor, ...]:
         with _no_autocast(logits):
-            made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
+            if overwrite:
+                made = kernels.find(kernel).cross_entropy_rows(logits, labels_T, keep_T)
+            else:
+                made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
             # A coefficient of 0 takes a token out, even one whose loss is infinite.
             return (torch.where(coef_T == 0, 0.0, coef_T * made[0]).sum(), *made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        logits, labels_T, keep_T, coef_T, ctx.kernel = inputs
-        _, _, m_T, s_T, ctx.buffer = output
+        logits, labels_T, keep_T, coef_T, ctx.kernel, ctx.overwrite = inputs
+        _, _, m_T, s_T, *buffers = output
+        ctx.buffer = buffers[0] if buffers else None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels_T, keep_T, coef_T, m_T, s_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        inplace.claim(ctx)
         upstream = grads[0]
         logits, labels_T, keep_T, coef_T, m_T, s_T = ctx.saved_tensors
         set_of_kernels = kernels.find(ctx.kernel)
@@ -130,11 +149,16 @@ class CrossEntropySum(Function):
             grad, ctx.buffer = ctx.buffer, None
             if grad is None:
                 scaled_T = coef_T * upstream.to(coef_T.dtype)
-                grad = set_of_kernels.cross_entropy_grad(logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+                args = (logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+                if ctx.overwrite:
+                    set_of_kernels.cross_entropy_overwrite(*args)
+                    grad = inplace.overwritten(ctx, logits)
+                else:
+                    grad = set_of_kernels.cross_entropy_grad(*args)
             else:
                 set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
         once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream)
-        return once, None, None, None, None
+        return once, None, None, None, None, None
 
 
 class Distillation(Function):
@@ -242,7 +266,8 @@ class LinearCrossEntropySum(Function):
     backward takes these buffers; a second one (retain_graph) computes them again.
 
     Inputs: h_TH, w_VH float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; softcap; product dtype; which
-    gradients are wanted; name of the set of kernels.
+    gradients are wanted; name of the set of kernels; skip_ignored and num_valid of
+    `eager_linear.tokens_in_products`.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -257,10 +282,12 @@ class LinearCrossEntropySum(Function):
         product_dtype: torch.dtype,
         want: tuple[bool, bool],
         kernel: str,
+        skip_ignored: bool | None,
+        num_valid: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with _no_autocast(h_TH):
             loss_T, grad_h, grad_w = kernels.find(kernel).linear_cross_entropy(
-                h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want)
+                h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want), skip_ignored, num_valid
             )
             # A coefficient of 0 takes a token out, even one whose loss is infinite.
             total = torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
@@ -268,7 +295,7 @@ class LinearCrossEntropySum(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want, ctx.kernel = inputs
+        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, ctx.want, ctx.kernel, *ctx.skip = inputs
         _, loss_T, grad_h, grad_w = output
         ctx.mark_non_differentiable(loss_T, grad_h, grad_w)
         # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
@@ -286,7 +313,7 @@ class LinearCrossEntropySum(Function):
             else:
                 if ctx.buffers is None:
                     ctx.buffers = kernels.find(ctx.kernel).linear_cross_entropy(
-                        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, list(ctx.want)
+                        h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, list(ctx.want), *ctx.skip
                     )[1:]
                 # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
                 (grad_h, grad_w), ctx.buffers = ctx.buffers, None
@@ -303,6 +330,8 @@ class LinearCrossEntropySum(Function):
             None,
             None,
             grad_coef,
+            None,
+            None,
             None,
             None,
             None,
@@ -326,16 +355,17 @@ class LinearCrossEntropy(Function):
         softcap: float,
         product_dtype: torch.dtype,
         kernel: str,
+        skip_ignored: bool | None,
+        num_valid: int | None,
     ) -> Tensor:
         with _no_autocast(h_TH):
             unused_T = torch.ones_like(keep_T, dtype=compute_dtype(h_TH.dtype))
-            return kernels.find(kernel).linear_cross_entropy(
-                h_TH, w_VH, labels_T, keep_T, unused_T, softcap, product_dtype, [False, False]
-            )[0]
+            args = (h_TH, w_VH, labels_T, keep_T, unused_T, softcap, product_dtype, [False, False])
+            return kernels.find(kernel).linear_cross_entropy(*args, skip_ignored, num_valid)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype, ctx.kernel = inputs
+        h_TH, w_VH, labels_T, keep_T, ctx.softcap, ctx.product_dtype, ctx.kernel, *ctx.skip = inputs
         ctx.save_for_backward(h_TH, w_VH, labels_T, keep_T)
 
     @staticmethod
@@ -345,11 +375,10 @@ class LinearCrossEntropy(Function):
         want_h, want_w = ctx.needs_input_grad[:2]
         with torch.no_grad(), _no_autocast(h_TH):
             coef_T = upstream_T.to(compute_dtype(h_TH.dtype))
-            _, grad_h, grad_w = kernels.find(ctx.kernel).linear_cross_entropy(
-                h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, [want_h, want_w]
-            )
+            args = (h_TH, w_VH, labels_T, keep_T, coef_T, ctx.softcap, ctx.product_dtype, [want_h, want_w])
+            _, grad_h, grad_w = kernels.find(ctx.kernel).linear_cross_entropy(*args, *ctx.skip)
             found = (grad_h.to(h_TH.dtype) if want_h else None, grad_w.to(w_VH.dtype) if want_w else None)
-        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None, None)
+        return (*_refused(found, h_TH, w_VH, upstream_T), None, None, None, None, None, None, None)
 
 
 def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
@@ -357,6 +386,8 @@ def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor
     return tuple(_once(grad, "FusedLinearCrossEntropy", instead, *sources) for grad in grads)
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
+def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The kernels choose their own dtypes; autocast must not change them from outside."""
+    if like.device.type == "meta":
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)

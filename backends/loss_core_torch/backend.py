@@ -34,15 +34,17 @@ __all__ = [
 
 
 def _masked(c: MaskedCrossEntropyConfig) -> MaskedCrossEntropy:
-    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group)
+    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group, c.inplace_grad)
 
 
 def _fused(c: FusedLinearCEConfig) -> FusedLinearCrossEntropy:
-    return FusedLinearCrossEntropy(c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel)
+    return FusedLinearCrossEntropy(
+        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel, c.skip_ignored
+    )
 
 
 def _parallel(c: TEParallelCEConfig) -> TEParallelCrossEntropy:
-    return TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group)
+    return TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group, c.inplace_grad)
 
 
 def _distillation(c: KDLossConfig) -> KDLoss:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def floats(name: str, value: Any) -> Tensor:
 
 
 def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) -> Tensor:
-    """labels as int64 of shape [T] on the device.
+    """labels as int64 of shape [T] on the device, contiguous.
 
     Args:
         lead: the leading shape that labels must have; of: name of the tensor it comes from.
@@ -84,7 +84,8 @@ def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) ->
             f"labels has shape {tuple(labels.shape)} but {of} has leading shape {tuple(lead)}; they must match "
             f"({of}.shape[:-1] == labels.shape)."
         )
-    return labels.detach().to(device=device, dtype=torch.int64).reshape(-1)
+    # A kernel takes them side by side: a column of a matrix of labels does not lie so.
+    return labels.detach().to(device=device, dtype=torch.int64).reshape(-1).contiguous()
 
 
 def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = None) -> Tensor:
@@ -139,6 +140,38 @@ def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}.")
     return value
+
+
+def valid_tokens(value: Any, keep_T: Tensor, skip_ignored: bool | None) -> Tensor | None:
+    """What to multiply the loss with, for the number of tokens that count as the caller knows it: None for nothing.
+
+    A wrong number is a ValueError where values may be read; elsewhere the factor, a 0-d tensor, is NaN for it, else 1.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"num_valid_tokens must be a Python integer, got {type(value).__name__}: it gives arrays their shape, so "
+            "it must be known on the host. int(tensor) waits for the device; skip_ignored=True does that by itself."
+        )
+    number = cast(int, value)
+    if skip_ignored is False:
+        raise ValueError(
+            f"num_valid_tokens={number} is for leaving the other tokens out of the products, which skip_ignored=False "
+            "forbids; use skip_ignored=None or True, or leave the number out."
+        )
+    if not 0 <= number <= keep_T.numel():
+        raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {number}.")
+    if not values.may_read(keep_T):
+        one = torch.ones((), dtype=torch.float32, device=keep_T.device)
+        return one.masked_fill(keep_T.sum() != number, torch.nan)
+    found = int(keep_T.sum())
+    if found != number:
+        raise ValueError(
+            f"num_valid_tokens is {number}, but {found} of the {keep_T.numel()} labels are not ignore_index; it must "
+            "be their number in this very call, on this rank."
+        )
+    return None
 
 
 def weights(value: Any, shape: torch.Size, reduction: str, device: torch.device) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loss_core import row_stats
 from loss_core_torch import huge_pages, values
-from loss_core_torch.opaque import opaque
+from loss_core_torch.opaque import opaque, untraced
 from loss_core_torch.row_blocks import Buffer, block_rows, log2_exp, row_blocks, some_ignored, widened, without
 from loss_core_torch.values import compute_dtype
 
@@ -193,6 +193,7 @@ def _store(grad_BV: Tensor, out_BV: Tensor, keep_B: Tensor) -> None:
         grad_BV.copy_(out_BV)
 
 
+@untraced
 def distillation_with_grad(
     student: Tensor, teacher: Tensor, keep_T: Tensor, inverse_temperature: float, chunk_size: int, coef_T: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -215,6 +216,7 @@ def distillation_with_grad(
     return tuple(state), grad
 
 
+@untraced
 def distillation_scale_grad(
     grad: Tensor,
     student: Tensor,

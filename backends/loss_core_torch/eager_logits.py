@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loss_core import row_stats
 from loss_core_torch import huge_pages
-from loss_core_torch.opaque import opaque
+from loss_core_torch.opaque import opaque, untraced
 from loss_core_torch.row_blocks import Buffer, block_rows, log2_exp, row_blocks, some_ignored, widened, without
 from loss_core_torch.values import compute_dtype
 
@@ -84,6 +84,14 @@ def cross_entropy_grad(
     return grad
 
 
+@untraced
+def cross_entropy_overwrite(
+    logits: Tensor, labels_T: Tensor, vocab_start: int, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor
+) -> None:
+    """What `cross_entropy_grad` returns, bit for bit, written over the logits (of any strides without overlap)."""
+    _write_grad(logits.detach(), logits.detach(), labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
+
+
 def _write_grad(
     grad: Tensor,
     logits: Tensor,
@@ -94,11 +102,10 @@ def _write_grad(
     s_T: Tensor,
     coef_T: Tensor,
 ) -> None:
-    """`cross_entropy_grad` into grad."""
+    """`cross_entropy_grad` into `grad`, which may be the logits themselves."""
     vocab = logits.shape[-1]
     if vocab == 0:
         return
-    grad_TV = grad.view(-1, vocab)
     rows = _rows(logits, labels_T)
     buffer = Buffer(rows, logits, m_T.dtype)
     local_T = labels_T - vocab_start
@@ -107,11 +114,11 @@ def _write_grad(
     scale_T = coef_T / s_T
     hit_T = torch.where(owned_T, -coef_T, 0.0)
     ignored = some_ignored(keep_T)
-    for at, (block_BV,) in row_blocks(rows, logits):
+    for at, (block_BV, grad_BV) in row_blocks(rows, logits, grad):
         y_BV = buffer.take(block_BV)
         number_B = log2_exp(widened(block_BV, y_BV), 1.0, m_T[at], y_BV)
         scale_B = without(number_B, scale_T[at])
-        _store_grad(grad_TV[at], buffer.exp2(y_BV), scale_B, column_T[at], hit_T[at], keep_T[at] if ignored else None)
+        _store_grad(grad_BV, buffer.exp2(y_BV), scale_B, column_T[at], hit_T[at], keep_T[at] if ignored else None)
 
 
 def _store_grad(
@@ -127,6 +134,7 @@ def _store_grad(
         grad_BV.copy_(out_BV)
 
 
+@untraced
 def cross_entropy_with_grad(
     logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,13 +162,20 @@ def cross_entropy_with_grad(
         column_B = column_T[at]
         t_T[at] = z_BV.gather(1, column_B[:, None])[:, 0]
         number_B = log2_exp(z_BV, 1.0, m_B, y_BV)
-        powers_B = buffer.exp2(y_BV).sum(-1)
-        s_T[at] = without(number_B, powers_B)
-        _store_grad(grad_TV[at], y_BV, coef_T[at] / powers_B, column_B, hit_T[at], keep_T[at] if ignored else None)
+        s_T[at] = s_B = without(number_B, buffer.exp2(y_BV).sum(-1))
+        scale_B = without(number_B, coef_T[at] / s_B)
+        _store_grad(grad_TV[at], y_BV, scale_B, column_B, hit_T[at], keep_T[at] if ignored else None)
     loss_T = row_stats.finish(torch, row_stats.RowState(m_T, s_T, t_T))
     return loss_T.masked_fill_(~keep_T, 0.0) if ignored else loss_T, m_T, s_T, grad
 
 
+def cross_entropy_rows(logits: Tensor, labels_T: Tensor, keep_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss_T, m_T, s_T of `cross_entropy_with_grad`, without the gradient."""
+    state = row_stats.RowState(*cross_entropy_stats(logits, labels_T, 0))
+    return row_stats.finish(torch, state).masked_fill_(~keep_T, 0.0), state.m, state.s
+
+
+@untraced
 def cross_entropy_scale_grad(
     grad: Tensor,
     logits: Tensor,

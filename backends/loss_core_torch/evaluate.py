@@ -37,7 +37,12 @@ def evaluate(
     before = {name: value.detach().clone() for name, value in inputs.items()}
     for name in grad_of:
         inputs[name].requires_grad_()
-    result = loss(**inputs)
+    passed = dict(inputs)
+    if getattr(loss, "inplace_grad", False):
+        # No leaf may be overwritten: the loss gets what an operation made of it, with the same strides.
+        leaf = inputs["logits"]
+        passed["logits"] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=where).copy_(leaf)
+    result = loss(**passed)
     seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
     grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
     mutated = tuple(name for name, value in inputs.items() if not _same(value.detach(), before[name]))

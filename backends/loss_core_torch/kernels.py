@@ -33,10 +33,11 @@ def find(name: str) -> ModuleType:
 
 
 def has_one_pass(name: str, loss: str, device: torch.device) -> bool:
-    """Whether a set makes loss and gradient together on a device, by two more functions.
+    """Whether a set makes loss and gradient together on a device, by more functions.
 
     Args:
-        loss: "cross_entropy" or "distillation"; the functions are `<loss>_with_grad` and `<loss>_scale_grad`.
+        loss: "cross_entropy" or "distillation"; the functions are `<loss>_with_grad` and `<loss>_scale_grad`, and
+            `cross_entropy_rows`.
     """
     kernels = _LOADED[name]
     return hasattr(kernels, f"{loss}_with_grad") and bool(kernels.one_pass(device))

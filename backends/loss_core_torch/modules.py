@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from loss_core import (
+    BackendUnavailable,
     FusedLinearCEConfig,
     KDLossConfig,
     KernelChoice,
@@ -19,7 +20,7 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, kernels, placement, placement_linear, reduction, te
+from loss_core_torch import autograd, checks, distributed, inplace, kernels, placement, placement_linear, reduction, te
 from loss_core_torch.autograd_parallel import ParallelLinearCrossEntropy
 from loss_core_torch.checks import Tokens
 from loss_core_torch.distributed import Shards
@@ -71,6 +72,15 @@ class _LogitsCrossEntropy(_Loss):
     reduction: str
     fp32_upcast: bool = True
     tp_group: Any = None
+    inplace_grad: bool = False
+
+    def with_kernel_choice(self, choice: KernelChoice) -> _Loss:
+        if self.inplace_grad and choice.flag == te.FLAG:
+            raise BackendUnavailable(
+                f"'{te.FLAG}' does not write the gradient over the logits (inplace_grad=True): use 'torch:triton' or "
+                "'torch:eager', or inplace_grad=False."
+            )
+        return super().with_kernel_choice(choice)
 
     def forward(
         self,
@@ -83,7 +93,8 @@ class _LogitsCrossEntropy(_Loss):
         """Cross entropy between logits and labels.
 
         Args:
-            logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed. With
+            logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed (with
+                inplace_grad: the backward leaves its gradient there). With
                 tp_group: this rank's equal share of the vocabulary, in rank order.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed.
             mask: shape of labels, or broadcasting to it; bool, integer or float; 0 ignores the position.
@@ -96,16 +107,20 @@ class _LogitsCrossEntropy(_Loss):
             ValueError: shapes that do not fit, a label that is no class (on a CPU; elsewhere that
                 token's loss and gradient are NaN), a count or weights without reduction="sum".
             TypeError: labels that are no integers, logits that are no floats.
+            RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
         layout = placement.of_logits("logits", logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
         return compute(layout, logits, labels, mask, num_label_tokens, loss_weights)
 
     def _compute(self, layout: Layout, logits: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
-        logits = layout.local(logits)
+        given, logits = logits, layout.local(logits)
+        overwrite = self.inplace_grad and isinstance(logits, Tensor) and inplace.applies(logits)
 
         def check() -> Tokens:
             lead = checks.floats("logits", logits).shape[:-1]
+            if overwrite:
+                inplace.check(given)
             own = [
                 layout.token_values(name, value, lead)
                 for name, value in (("labels", labels), ("mask", mask), ("loss_weights", loss_weights))
@@ -122,9 +137,9 @@ class _LogitsCrossEntropy(_Loss):
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         if shards is None and not layout.ranks.tokens and self._one_pass(logits, weights_T):
             coef_T = reduction.coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
-            loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel)[0]
+            loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel, overwrite)[0]
             return loss if self.fp32_upcast else loss.to(logits.dtype)
-        loss_T = self._per_token(logits, labels_T, keep_T, bad_T, shards)
+        loss_T = self._per_token(logits, labels_T, keep_T, bad_T, shards, overwrite)
         loss = reduction.reduce_tokens(
             loss_T, keep_T, shape, self.reduction, num_tokens, weights_T, layout.ranks.tokens
         )
@@ -135,7 +150,13 @@ class _LogitsCrossEntropy(_Loss):
     _compute_apart = torch.compiler.disable(_compute)
 
     def _per_token(
-        self, logits: Tensor, labels_T: Tensor, keep_T: Tensor, bad_T: Tensor | None, shards: Shards | None
+        self,
+        logits: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor,
+        bad_T: Tensor | None,
+        shards: Shards | None,
+        overwrite: bool,
     ) -> Tensor:
         if self._kernel == "te":
             if shards is not None and not shards.even:
@@ -145,7 +166,8 @@ class _LogitsCrossEntropy(_Loss):
                 )
             group = None if shards is None else shards.group
             return te.cross_entropy_per_token(logits, labels_T, keep_T, bad_T, group)
-        return autograd.CrossEntropy.apply(logits, labels_T, keep_T, bad_T, shards, self._kernel)[0]
+        args = (logits, labels_T, keep_T, bad_T, shards, self._kernel, overwrite)
+        return autograd.CrossEntropy.apply(*args)[0]
 
     def _one_pass(self, logits: Tensor, weights_T: Tensor | None) -> bool:
         """Whether loss and gradient can be made together: the factor of each token is known before."""
@@ -164,16 +186,21 @@ class _LogitsCrossEntropy(_Loss):
 class MaskedCrossEntropy(_LogitsCrossEntropy):
     """Cross entropy over logits, with a mask. Config: `loss_core.MaskedCrossEntropyConfig`."""
 
-    _fields = ("fp32_upcast", "ignore_index", "reduction")
+    _fields = ("fp32_upcast", "ignore_index", "reduction", "inplace_grad")
 
     def __init__(
-        self, fp32_upcast: bool = True, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None
+        self,
+        fp32_upcast: bool = True,
+        ignore_index: int = -100,
+        reduction: str = "sum",
+        tp_group: Any = None,
+        inplace_grad: bool = False,
     ) -> None:
         """Fields as in MaskedCrossEntropyConfig, which validates them."""
         super().__init__()
-        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction)
+        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad)
         self.fp32_upcast, self.ignore_index, self.reduction = config.fp32_upcast, config.ignore_index, config.reduction
-        self.tp_group = tp_group
+        self.tp_group, self.inplace_grad = tp_group, config.inplace_grad
 
 
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
@@ -182,13 +209,16 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
     Config: `loss_core.TEParallelCEConfig`. The name is NeMo AutoModel's; any kernel can run it.
     """
 
-    _fields = ("ignore_index", "reduction")
+    _fields = ("ignore_index", "reduction", "inplace_grad")
 
-    def __init__(self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None) -> None:
+    def __init__(
+        self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None, inplace_grad: bool = False
+    ) -> None:
         """Fields as in TEParallelCEConfig, which validates them."""
         super().__init__()
-        config = TEParallelCEConfig(ignore_index, reduction)
+        config = TEParallelCEConfig(ignore_index, reduction, None, inplace_grad)
         self.ignore_index, self.reduction, self.tp_group = config.ignore_index, config.reduction, tp_group
+        self.inplace_grad = config.inplace_grad
 
 
 class KDLoss(_Loss):
@@ -294,10 +324,13 @@ class KDLoss(_Loss):
 class FusedLinearCrossEntropy(_Loss):
     """Cross entropy of hidden_states @ lm_weight.T without the [T, V] logits.
 
-    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product.
+    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product;
+    elsewhere so with skip_ignored=True, or where forward is given num_valid_tokens (whole vocabularies).
     """
 
-    _fields = ("ignore_index", "logit_softcapping", "reduction", "sequence_parallel")
+    _fields = ("ignore_index", "logit_softcapping", "reduction", "sequence_parallel", "skip_ignored")
+    # Numbers that give tensors their shape: no tensors themselves, for the bridge.
+    static_arguments = ("num_valid_tokens",)
     # lm_weight [V, H].
     _vocab_dim = 0
 
@@ -308,12 +341,13 @@ class FusedLinearCrossEntropy(_Loss):
         reduction: str = "sum",
         tp_group: Any = None,
         sequence_parallel: bool = False,
+        skip_ignored: bool | None = None,
     ) -> None:
         """Fields as in FusedLinearCEConfig, which validates them."""
         super().__init__()
-        config = FusedLinearCEConfig(ignore_index, logit_softcapping, reduction, None, sequence_parallel)
+        config = FusedLinearCEConfig(ignore_index, logit_softcapping, reduction, None, sequence_parallel, skip_ignored)
         self.ignore_index, self.reduction = config.ignore_index, config.reduction
-        self.logit_softcapping = config.logit_softcapping
+        self.logit_softcapping, self.skip_ignored = config.logit_softcapping, config.skip_ignored
         self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
 
     @staticmethod
@@ -343,6 +377,7 @@ class FusedLinearCrossEntropy(_Loss):
         num_label_tokens: int | Tensor | None = None,
         grad_reduce_group: dist.ProcessGroup | None = None,
         loss_weights: Tensor | None = None,
+        num_valid_tokens: int | None = None,
     ) -> Tensor:
         """Cross entropy of the head's logits and labels.
 
@@ -353,12 +388,17 @@ class FusedLinearCrossEntropy(_Loss):
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
             grad_reduce_group: see materialize_lm_weight; only for a sharded weight.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
+            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer; the others then
+                take part in no product on any device, without a host sync and with static shapes. A wrong number
+                is a ValueError on a CPU, a NaN elsewhere.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64). Under
             autocast both operands are rounded to its dtype first, as F.linear would.
         Raises:
             ValueError: shapes or devices that do not fit, a label that is no class (on a CPU), a count
-                or weights without reduction="sum", a sharded weight without its group.
+                or weights without reduction="sum", a sharded weight without its group, num_valid_tokens
+                with skip_ignored=False.
+            BackendUnavailable: skip_ignored or num_valid_tokens where ranks share vocabulary or tokens.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
         layout = placement_linear.of_linear(
@@ -368,11 +408,24 @@ class FusedLinearCrossEntropy(_Loss):
             weight = placement_linear.local_weight(layout, lm_weight)
         else:
             weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
-        compute = self._compute if layout.tokens.ranks.alone() else self._compute_apart
-        return compute(layout, hidden_states, labels, weight, num_label_tokens, loss_weights)
+        alone = layout.tokens.ranks.alone()
+        if not alone and (self.skip_ignored is not None or num_valid_tokens is not None):
+            raise BackendUnavailable(
+                f"FusedLinearCrossEntropy got skip_ignored={self.skip_ignored} and num_valid_tokens={num_valid_tokens} "
+                "where ranks share vocabulary or tokens, which is not available in this version: leave both None."
+            )
+        compute = self._compute if alone else self._compute_apart
+        return compute(layout, hidden_states, labels, weight, num_label_tokens, loss_weights, num_valid_tokens)
 
     def _compute(
-        self, linear: LinearLayout, hidden: Any, labels: Any, weight: Any, count: Any, loss_weights: Any
+        self,
+        linear: LinearLayout,
+        hidden: Any,
+        labels: Any,
+        weight: Any,
+        count: Any,
+        loss_weights: Any,
+        num_valid: int | None,
     ) -> Tensor:
         layout = linear.tokens
         hidden = layout.local(hidden)
@@ -399,11 +452,17 @@ class FusedLinearCrossEntropy(_Loss):
         product_dtype = _product_dtype(hidden, weight)
         vocab = weight.shape[0] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
+        one_or_nan = checks.valid_tokens(num_valid, keep_T, self.skip_ignored)
+        skip = (self.skip_ignored, num_valid)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         if shards is None and self.reduction != "none" and not layout.ranks.tokens:
             tokens = Tokens(shape, labels_T, keep_T, num_tokens, weights_T)
-            return self._with_gradients(hidden, weight, tokens, bad_T, product_dtype)
-        loss_T = self._per_token(hidden, weight, labels_T, keep_T, bad_T, product_dtype, shards, linear.sequence_dim)
+            loss = self._with_gradients(hidden, weight, tokens, bad_T, product_dtype, skip)
+            return loss if one_or_nan is None else loss * one_or_nan
+        loss_T = self._per_token(
+            hidden, weight, labels_T, keep_T, bad_T, product_dtype, shards, linear.sequence_dim, skip
+        )
+        loss_T = loss_T if one_or_nan is None else loss_T * one_or_nan
         loss = reduction.reduce_tokens(
             loss_T, keep_T, shape, self.reduction, num_tokens, weights_T, layout.ranks.tokens
         )
@@ -413,7 +472,13 @@ class FusedLinearCrossEntropy(_Loss):
     _compute_apart = torch.compiler.disable(_compute)
 
     def _with_gradients(
-        self, hidden: Tensor, weight: Tensor, tokens: Tokens, bad_T: Tensor | None, product_dtype: torch.dtype
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tokens,
+        bad_T: Tensor | None,
+        product_dtype: torch.dtype,
+        skip: tuple[bool | None, int | None],
     ) -> Tensor:
         """The reduced loss over a whole vocabulary: the factor of each token is known, so one pass makes all."""
         _, labels_T, keep_T, num_tokens, weights_T = tokens
@@ -424,7 +489,7 @@ class FusedLinearCrossEntropy(_Loss):
         grad = torch.is_grad_enabled()
         want = (grad and hidden.requires_grad, grad and weight.requires_grad)
         softcap = float(self.logit_softcapping)
-        args = (h_TH, weight, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel)
+        args = (h_TH, weight, labels_T, keep_T, coef_T, softcap, product_dtype, want, self._kernel, *skip)
         return autograd.LinearCrossEntropySum.apply(*args)[0]
 
     def _per_token(
@@ -437,6 +502,7 @@ class FusedLinearCrossEntropy(_Loss):
         product_dtype: torch.dtype,
         shards: Shards | None,
         sequence_dim: int | None,
+        skip: tuple[bool | None, int | None],
     ) -> Tensor:
         softcap = float(self.logit_softcapping)
         if shards is not None:
@@ -446,7 +512,8 @@ class FusedLinearCrossEntropy(_Loss):
         if bad_T is not None:
             labels_T = torch.where(bad_T, 0, labels_T)
         h_TH = hidden.reshape(-1, hidden.shape[-1])
-        loss_T = autograd.LinearCrossEntropy.apply(h_TH, weight, labels_T, keep_T, softcap, product_dtype, self._kernel)
+        args = (h_TH, weight, labels_T, keep_T, softcap, product_dtype, self._kernel, *skip)
+        loss_T = autograd.LinearCrossEntropy.apply(*args)
         return reduction.nan_where(loss_T, bad_T)
 
 
@@ -455,7 +522,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device
     if weight.device != device:
         raise ValueError(f"hidden_states is on {device} but lm_weight is on {weight.device}; they must match.")
-    if torch.is_autocast_enabled(device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    # "meta" (shapes without values, as the bridge asks for) is unknown to autocast.
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device.type)
     if hidden.dtype != weight.dtype:
         raise TypeError(

@@ -112,9 +112,20 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr):
-    """A block of a row, -inf outside of it."""
-    return tl.load(row_ptr + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=float("-inf")).to(dtype)
+def load_logits(row_ptr, offs_v, mask_v, stride_v, dtype: tl.constexpr, EVICT: tl.constexpr):
+    """A block of a row, -inf outside of it.
+
+    EVICT says what the L2 cache does with it: "evict_last" where the row will be read once more at once,
+    "evict_first" where it was read for the last time, "" where neither is known.
+    """
+    places = row_ptr + offs_v.to(tl.int64) * stride_v
+    return tl.load(places, mask=mask_v, other=float("-inf"), eviction_policy=EVICT).to(dtype)
+
+
+@triton.jit
+def column_of(label, begin, end):
+    """The label where it is a column of [begin, end), else -1, which is none."""
+    return tl.where((label >= begin) & (label < end), label, -1)
 
 
 @triton.jit
@@ -129,17 +140,28 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_zeros(row_ptr, begin, end, BLOCK_V: tl.constexpr):
+def grad_places(grad_ptr, offs_v, stride_v, IN_PLACE: tl.constexpr):
+    """Where a block of a gradient's row goes: next to one another, or where the logits lie."""
+    if IN_PLACE:
+        places = grad_ptr + offs_v.to(tl.int64) * stride_v
+    else:
+        places = grad_ptr + offs_v
+    return places
+
+
+@triton.jit
+def store_zeros(grad_ptr, begin, end, stride_v, IN_PLACE: tl.constexpr, BLOCK_V: tl.constexpr):
     """Gradient of an ignored row: not a product with 0, its logits may be inf or NaN and are not even read."""
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        tl.store(row_ptr + offs_v, tl.zeros([BLOCK_V], row_ptr.dtype.element_ty), mask=offs_v < end)
+        places = grad_places(grad_ptr, offs_v, stride_v, IN_PLACE)
+        tl.store(places, tl.zeros([BLOCK_V], grad_ptr.dtype.element_ty), mask=offs_v < end)
 
 
 @triton.jit
 def row_state(
-    row_ptr, begin, end, stride_v, dtype: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
-    UNROLL: tl.constexpr,
+    row_ptr, begin, end, stride_v, dtype: tl.constexpr, SOFTCAP: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """(m, s) of the columns [begin, end) of a row."""
     LANES: tl.constexpr = BLOCK_V // UNROLL
@@ -148,7 +170,7 @@ def row_state(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype)
+        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype, EVICT)
         if SOFTCAP != 0:
             z = tl.where(mask_v, SOFTCAP * tanh(z / SOFTCAP), float("-inf"))
         m, s = extend(m, s, tl.reshape(z, [UNROLL, LANES]))
@@ -158,23 +180,26 @@ def row_state(
 @triton.jit
 def store_grad(
     grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, dtype: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """coef (softmax - onehot) of the columns [begin, end) of a row, times the softcap's slope."""
     base = finite(m)
     scale = coef / s
+    column = column_of(label, begin, end)
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype)
+        z = load_logits(row_ptr, offs_v, mask_v, stride_v, dtype, "evict_first")
         if SOFTCAP != 0:
             bent = tanh(z / SOFTCAP)
             z = SOFTCAP * bent
         grad = tl.exp(z - base) * scale
-        grad = tl.where(offs_v == label, grad - coef, grad)
+        # In the width of the columns, which 32 bits hold: a comparison of labels in 64 takes two instructions.
+        grad = tl.where(offs_v == column.to(offs_v.dtype), grad - coef, grad)
         if SOFTCAP != 0:
             grad = grad * (1.0 - bent * bent)
-        tl.store(grad_ptr + offs_v, rounded(grad, grad_ptr.dtype.element_ty), mask=mask_v)
+        places = grad_places(grad_ptr, offs_v, stride_v, IN_PLACE)
+        tl.store(places, rounded(grad, grad_ptr.dtype.element_ty), mask=mask_v)
 
 
 @triton.jit
@@ -194,7 +219,7 @@ def cross_entropy_stats_kernel(
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
     label = tl.load(labels_ptr + row) - vocab_start
-    m, s = row_state(row_ptr, begin, end, stride_v, dtype, SOFTCAP, BLOCK_V, UNROLL)
+    m, s = row_state(row_ptr, begin, end, stride_v, dtype, SOFTCAP, "", BLOCK_V, UNROLL)
     owned = (label >= begin) & (label < end)
     t = tl.load(row_ptr + label * stride_v, mask=owned, other=float("-inf")).to(dtype)
     if SOFTCAP != 0:
@@ -226,16 +251,16 @@ def cross_entropy_fold_kernel(
 
 @triton.jit
 def cross_entropy_grad_kernel(
-    grad_ptr,  # [T, V] contiguous
+    grad_ptr,  # [T, V] contiguous; the logits with IN_PLACE
     logits_ptr,  # [n0, n1, n2, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool
     m_ptr, s_ptr, coef_ptr,  # [T]
     upstream_ptr,  # scalar; looked at only with UNLESS_ONE
     vocab_start, vocab, part, num_1, num_2, stride_0, stride_1, stride_2, stride_v,
-    UNLESS_ONE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNLESS_ONE: tl.constexpr, SOFTCAP: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one part of one row: program (row, part).
+    """Gradient of one part of one row: program (row, part). Each logit is read before its own place is written.
 
     With UNLESS_ONE the coefficients are further multiplied by *upstream_ptr, and nothing at all happens where
     that is exactly 1: the gradient is there already.
@@ -249,15 +274,18 @@ def cross_entropy_grad_kernel(
         coef = coef * upstream
     begin = tl.program_id(1) * part
     end = tl.minimum(begin + part, vocab)
-    grad_ptr += row * vocab
-    if tl.load(keep_ptr + row) == 0:
-        store_zeros(grad_ptr, begin, end, BLOCK_V)
-        return
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
+    if IN_PLACE:
+        grad_ptr = row_ptr
+    else:
+        grad_ptr += row * vocab
+    if tl.load(keep_ptr + row) == 0:
+        store_zeros(grad_ptr, begin, end, stride_v, IN_PLACE, BLOCK_V)
+        return
     label = tl.load(labels_ptr + row) - vocab_start
     m, s = tl.load(m_ptr + row), tl.load(s_ptr + row)
     store_grad(
-        grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, m_ptr.dtype.element_ty, SOFTCAP, BLOCK_V
+        grad_ptr, row_ptr, begin, end, stride_v, label, m, s, coef, m_ptr.dtype.element_ty, SOFTCAP, IN_PLACE, BLOCK_V
     )  # fmt: skip
 
 
@@ -284,7 +312,7 @@ def cross_entropy_row_kernel(
         tl.store(s_ptr + row, tl.full([], 1.0, dtype))
         tl.store(loss_ptr + row, tl.zeros([], dtype))
         if WITH_GRAD:
-            store_zeros(grad_ptr, 0, vocab, BLOCK_V)
+            store_zeros(grad_ptr, 0, vocab, 1, False, BLOCK_V)
         return
     row_ptr = logits_ptr + row_start(row, num_1, num_2, stride_0, stride_1, stride_2)
     label = tl.load(labels_ptr + row)
@@ -293,13 +321,14 @@ def cross_entropy_row_kernel(
     t = tl.load(row_ptr + label * stride_v, mask=owned, other=float("-inf")).to(dtype)
     if SOFTCAP != 0:
         t = tl.where(owned, SOFTCAP * tanh(t / SOFTCAP), float("-inf"))
-    m, s = row_state(row_ptr, 0, vocab, stride_v, dtype, SOFTCAP, BLOCK_V, UNROLL)
+    EVICT: tl.constexpr = "evict_last" if WITH_GRAD else "evict_first"
+    m, s = row_state(row_ptr, 0, vocab, stride_v, dtype, SOFTCAP, EVICT, BLOCK_V, UNROLL)
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, s)
     tl.store(loss_ptr + row, tl.log(s) + (m - t))
     if WITH_GRAD:
         coef = tl.load(coef_ptr + row)
-        store_grad(grad_ptr, row_ptr, 0, vocab, stride_v, label, m, s, coef, dtype, SOFTCAP, BLOCK_V)
+        store_grad(grad_ptr, row_ptr, 0, vocab, stride_v, label, m, s, coef, dtype, SOFTCAP, False, BLOCK_V)
 
 
 @triton.jit
@@ -333,8 +362,8 @@ def distillation_stats_kernel(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype) * factor
-        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype) * factor
+        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype, "") * factor
+        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype, "") * factor
         zt_KL = tl.reshape(zt, [UNROLL, LANES])
         m_t, s_t, a, m_s, s_s = kd_extend(m_t, s_t, a, m_s, s_s, zt_KL, tl.reshape(zs, [UNROLL, LANES]))
     m_t_row, s_t_row, a_row, m_s_row, s_s_row = kd_fold(m_t, s_t, a, m_s, s_s)
@@ -391,7 +420,7 @@ def distillation_grad_kernel(
     end = tl.minimum(begin + part, vocab)
     grad_ptr += row * vocab
     if tl.load(keep_ptr + row) == 0:
-        store_zeros(grad_ptr, begin, end, BLOCK_V)
+        store_zeros(grad_ptr, begin, end, 1, False, BLOCK_V)
         return
     student_ptr += row_start(row, s_num_1, s_num_2, s_stride_0, s_stride_1, s_stride_2)
     teacher_ptr += row_start(row, t_num_1, t_num_2, t_stride_0, t_stride_1, t_stride_2)
@@ -404,8 +433,8 @@ def distillation_grad_kernel(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < end
-        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype) * factor - base_t
-        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype) * factor - base_s
+        zt = load_logits(teacher_ptr, offs_v, mask_v, t_stride_v, dtype, "") * factor - base_t
+        zs = load_logits(student_ptr, offs_v, mask_v, s_stride_v, dtype, "") * factor - base_s
         e_t = tl.exp(zt)
         if OF_TEACHER:
             grad = tl.where(e_t == 0, 0.0, (zt - zs) - centre) * e_t * scale_t

@@ -147,6 +147,13 @@ def cross_entropy_grad(
     return grad
 
 
+def cross_entropy_overwrite(
+    logits: Tensor, labels_T: Tensor, vocab_start: int, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor
+) -> None:
+    """What `cross_entropy_grad` returns, bit for bit, written over the logits (of any strides without overlap)."""
+    write_grad(None, logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T, None)
+
+
 def cross_entropy_with_grad(
     logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,22 +168,37 @@ def cross_entropy_with_grad(
     Returns:
         loss_T, m_T, s_T as of `cross_entropy_stats`, and the gradient in the logits' dtype; 0 where keep is False.
     """
-    vocab, coef_T = logits.shape[-1], coef_T.contiguous()
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return *_rows_of(logits, labels_T, keep_T, coef_T.contiguous(), grad), grad
+
+
+def cross_entropy_rows(logits: Tensor, labels_T: Tensor, keep_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `cross_entropy_with_grad` returns, bit for bit, but for the gradient, which is not made."""
+    unused_T = torch.empty(keep_T.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
+    return _rows_of(logits, labels_T, keep_T, unused_T, None)
+
+
+def _rows_of(
+    logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor, grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss_T, m_T, s_T, and the gradient into `grad` where there is one."""
+    vocab = logits.shape[-1]
     if logits.numel() == 0 or _parts(keep_T.numel(), vocab, logits.dtype, "stats")[2] > 1:
         state = row_stats.RowState(*cross_entropy_stats(logits, labels_T, 0))
-        write_grad(grad, logits, labels_T, 0, keep_T, state.m, state.s, coef_T, None)
-        return row_stats.finish(torch, state).masked_fill(~keep_T, 0.0), state.m, state.s, grad
+        if grad is not None:
+            write_grad(grad, logits, labels_T, 0, keep_T, state.m, state.s, coef_T, None)
+        return row_stats.finish(torch, state).masked_fill(~keep_T, 0.0), state.m, state.s
     m_T, s_T, loss_T = (torch.empty_like(coef_T) for _ in range(3))
-    grad_TV = grad.view(-1, vocab)
+    grad_TV = None if grad is None else grad.view(-1, vocab)
     for at, (rows,), (piece,) in _pieces(logits):
         size = triton_sizes.launch_parameters(at.stop - at.start, vocab, logits.dtype, "row")
+        into = piece if grad_TV is None else grad_TV[at]
         _launch(
-            triton_kernels.cross_entropy_row_kernel, (at.stop - at.start,), piece, grad_TV[at], labels_T[at],
+            triton_kernels.cross_entropy_row_kernel, (at.stop - at.start,), piece, into, labels_T[at],
             keep_T[at], coef_T[at], m_T[at], s_T[at], loss_T[at], vocab, *rows,
-            size=size, SOFTCAP=0.0, WITH_GRAD=True, BLOCK_V=size.block_v, UNROLL=size.unroll,
+            size=size, SOFTCAP=0.0, WITH_GRAD=grad is not None, BLOCK_V=size.block_v, UNROLL=size.unroll,
         )  # fmt: skip
-    return loss_T, m_T, s_T, grad
+    return loss_T, m_T, s_T
 
 
 def cross_entropy_scale_grad(
@@ -198,7 +220,7 @@ def cross_entropy_scale_grad(
 
 
 def write_grad(
-    grad: Tensor,
+    grad: Tensor | None,
     logits: Tensor,
     labels_T: Tensor,
     vocab_start: int,
@@ -209,24 +231,25 @@ def write_grad(
     upstream: Tensor | None,
     softcap: float = 0.0,
 ) -> None:
-    """coef (softmax - onehot), times the softcap's slope, into grad, which may be the logits themselves.
+    """coef (softmax - onehot), times the softcap's slope, into grad.
 
     Args:
-        grad: contiguous, of any dtype.
+        grad: contiguous, of any dtype, may be the logits themselves; None: over the logits, whatever their strides.
         upstream: further factor of all, or None; where it is exactly 1, nothing happens.
     """
-    if grad.numel() == 0:
+    if logits.numel() == 0:
         return
     vocab = logits.shape[-1]
-    grad_TV = grad.view(-1, vocab)
+    grad_TV = None if grad is None else grad.view(-1, vocab)
     coef_T = coef_T.contiguous()
     for at, (rows,), (piece,) in _pieces(logits):
         num_rows = at.stop - at.start
         size, part, parts = _parts(num_rows, vocab, logits.dtype, "grad")
         _launch(
-            triton_kernels.cross_entropy_grad_kernel, (num_rows, parts), grad_TV[at], piece, labels_T[at], keep_T[at],
-            m_T[at], s_T[at], coef_T[at], coef_T if upstream is None else upstream, vocab_start, vocab, part, *rows,
-            size=size, UNLESS_ONE=upstream is not None, SOFTCAP=softcap, BLOCK_V=size.block_v,
+            triton_kernels.cross_entropy_grad_kernel, (num_rows, parts), piece if grad_TV is None else grad_TV[at],
+            piece, labels_T[at], keep_T[at], m_T[at], s_T[at], coef_T[at], coef_T if upstream is None else upstream,
+            vocab_start, vocab, part, *rows, size=size, UNLESS_ONE=upstream is not None, SOFTCAP=softcap,
+            IN_PLACE=grad is None, BLOCK_V=size.block_v,
         )  # fmt: skip
 
 

@@ -40,16 +40,32 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         dtype: to which hidden states and weight are rounded.
         device: GPUs multiply 16-bit operands many times faster; elsewhere it is the dtype of the arithmetic.
     """
-    return dtype if device.type == "cuda" else compute_dtype(dtype)
+    return dtype if device.type == "cuda" and _multiplies_into_float32() else compute_dtype(dtype)
+
+
+def _multiplies_into_float32() -> bool:
+    """Whether torch multiplies 16-bit matrices into a float32 one on this kind of GPU.
+
+    Its out_dtype= overloads raise on ROCm ("float output with half input is not enabled") and under TunableOp
+    (aten/src/ATen/native/cuda/Blas.cpp); float32 operands serve there.
+    """
+    return torch.version.hip is None and not torch.cuda.tunable.is_enabled()
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, in out's dtype whatever that of the operands."""
-    if a.dtype != out.dtype and a.device.type == "cuda":
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(add), out=out)
-    else:
-        # beta=0 does not read what is in out.
+    """out = a @ b, or out += a @ b, in out's dtype whatever that of the operands; no temporary of out's size.
+
+    Read in torch's sources, not run on a GPU yet: out_dtype= exists on CUDA alone, for float32 from float16 or
+    bfloat16, with any transposition of the operands. `mm` passes `out` on as the addend with beta 0, which is not
+    read, NaN or not. `addmm` takes a float32 addend since pull request 167931 (November 2025; before, only one of the
+    operands' dtype), and copies it only where it is another tensor than `out`.
+    """
+    if a.dtype == out.dtype or a.device.type != "cuda":
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=float(add), out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 @opaque(eager_linear._fake_linear)
@@ -62,13 +78,43 @@ def linear_cross_entropy(
     softcap: float,
     product_dtype: torch.dtype,
     want_grads: list[bool],
+    skip_ignored: bool | None,
+    num_valid: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss per token and the gradients of sum(coef * loss); see `eager_linear.linear_cross_entropy`.
 
-    Shapes do not depend on values and nothing is read back: ignored tokens take part in the products, as zeros.
+    With skip_ignored None on a GPU, shapes do not depend on values and nothing is read back: ignored tokens take part
+    in the products, as zeros.
     """
+    places_N, _ = eager_linear.tokens_in_products(keep_T, skip_ignored, num_valid)
+    if places_N is not None:
+        # The tokens that take part, as if there were no others.
+        some = (x.index_select(0, places_N) for x in (h_TH, labels_T, keep_T, coef_T))
+        h_NH, labels_N, keep_N, coef_N = some
+        loss_N, grad_NH, grad_w = _over_chunks(h_NH, w_VH, labels_N, keep_N, coef_N, softcap, product_dtype, want_grads)
+        loss_T = torch.zeros(keep_T.shape, dtype=loss_N.dtype, device=keep_T.device).index_copy_(0, places_N, loss_N)
+        grad_h = grad_NH
+        if want_grads[0]:
+            grad_h = torch.zeros(h_TH.shape, dtype=loss_N.dtype, device=keep_T.device)
+            grad_h.index_copy_(0, places_N, grad_NH)
+        return loss_T, grad_h, grad_w
+    return _over_chunks(h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, want_grads)
+
+
+def _over_chunks(
+    h_TH: Tensor,
+    w_VH: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    coef_T: Tensor,
+    softcap: float,
+    product_dtype: torch.dtype,
+    want_grads: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
     want_h, want_w = want_grads
     num_tokens, vocab = keep_T.numel(), w_VH.shape[0]
+    # The kernel takes rows that lie side by side; the upstream of a sum is expanded from one number.
+    coef_T, labels_T = coef_T.contiguous(), labels_T.contiguous()
     dtype, device = compute_dtype(h_TH.dtype), h_TH.device
     operand = operand_dtype(product_dtype, device)
     loss_T = torch.zeros(keep_T.shape, dtype=dtype, device=device)

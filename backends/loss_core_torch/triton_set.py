@@ -7,6 +7,8 @@ import torch
 
 from loss_core_torch.triton_launch import (
     cross_entropy_grad,
+    cross_entropy_overwrite,
+    cross_entropy_rows,
     cross_entropy_scale_grad,
     cross_entropy_stats,
     cross_entropy_with_grad,
@@ -18,6 +20,8 @@ from loss_core_torch.triton_linear_parallel import linear_cross_entropy_grads, l
 
 __all__ = [
     "cross_entropy_grad",
+    "cross_entropy_overwrite",
+    "cross_entropy_rows",
     "cross_entropy_scale_grad",
     "cross_entropy_stats",
     "cross_entropy_with_grad",
