@@ -8,6 +8,7 @@ Everything around them (reduction, weights, counts, dtype of the result) is plai
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -126,8 +127,7 @@ class CrossEntropySum(Function):
                 made = kernels.find(kernel).cross_entropy_rows(logits, labels_T, keep_T)
             else:
                 made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
-            # A coefficient of 0 takes a token out, even one whose loss is infinite.
-            return (torch.where(coef_T == 0, 0.0, coef_T * made[0]).sum(), *made)
+            return (_weighted_sum(coef_T, made[0]), *made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -228,7 +228,7 @@ class DistillationSum(Function):
                 student, teacher, keep_T, 1.0 / temperature, chunk_size, coef_T / temperature
             )
             kl_T = row_stats.finish_kd(torch, row_stats.KDRowState(*parts)).masked_fill(~keep_T, 0.0)
-            return (torch.where(coef_T == 0, 0.0, coef_T * kl_T).sum(), grad, kl_T, *parts)
+            return (_weighted_sum(coef_T, kl_T), grad, kl_T, *parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -289,9 +289,7 @@ class LinearCrossEntropySum(Function):
             loss_T, grad_h, grad_w = kernels.find(kernel).linear_cross_entropy(
                 h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want), skip_ignored, num_valid
             )
-            # A coefficient of 0 takes a token out, even one whose loss is infinite.
-            total = torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
-            return total, loss_T, grad_h, grad_w
+            return _weighted_sum(coef_T, loss_T), loss_T, grad_h, grad_w
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -386,8 +384,24 @@ def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor
     return tuple(_once(grad, "FusedLinearCrossEntropy", instead, *sources) for grad in grads)
 
 
+def _weighted_sum(coef_T: Tensor, loss_T: Tensor) -> Tensor:
+    """Sum of coef * loss; a coefficient of 0 takes a token out, even one whose loss is infinite."""
+    if values.may_read(loss_T) and math.isfinite(total := (coef_T * loss_T).sum()):
+        return total
+    return torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
+
+
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The kernels choose their own dtypes; autocast must not change them from outside."""
-    if like.device.type == "meta":
+    if like.device.type == "meta" or (values.may_read(like) and not torch.is_autocast_enabled("cpu")):
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
+
+
+def run(function: type[Function], *args: Any) -> Any:
+    """function.apply(*args), for a call outside of traces and of torch.func.
+
+    There Function.apply does nothing but bind the arguments to the signature of `forward`, which takes as long as a
+    small loss.
+    """
+    return super(Function, function).apply(*args)  # type: ignore[misc]

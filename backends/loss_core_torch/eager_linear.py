@@ -32,9 +32,9 @@ _LOGITS_BYTES = 512 << 20
 _MIN_BLOCK_TOKENS = 96
 _MAX_BLOCK_TOKENS = 1024
 
-# Columns of a vocabulary tile on the CPU: a tile of the weight (2048 x 1024 float32 = 8 MiB) is read
+# Columns of a vocabulary tile on the CPU: a tile of the weight (1024 x 1024 float32 = 4 MiB) is read
 # once from memory for two uses.
-_TILE_COLUMNS = 2048
+_TILE_COLUMNS = 1024
 
 
 def block_tokens(vocab: int, device: torch.device, itemsize: int) -> int:

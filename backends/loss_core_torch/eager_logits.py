@@ -147,26 +147,37 @@ def cross_entropy_with_grad(
         loss_T, m_T, s_T as of `cross_entropy_stats`, and the gradient in the logits' dtype; 0 where keep is False.
     """
     grad = huge_pages.empty(logits.shape, logits.dtype, logits.device)
-    m_T, s_T, t_T = _fake_stats(logits, labels_T, 0)
-    vocab = logits.shape[-1]
+    dtype, vocab = compute_dtype(logits.dtype), logits.shape[-1]
     grad_TV = grad.view(-1, vocab)
     rows = _rows(logits, labels_T)
-    buffer = Buffer(rows, logits, m_T.dtype)
+    buffer = Buffer(rows, logits, dtype)
     ignored = some_ignored(keep_T)
     column_T = torch.where((labels_T >= 0) & (labels_T < vocab), labels_T, 0) if ignored else labels_T
-    hit_T = -coef_T
-    for at, (block_BV,) in row_blocks(rows, logits):
-        y_BV = buffer.take(block_BV)
-        z_BV = widened(block_BV, y_BV)
-        m_T[at] = m_B = _row_max(z_BV)
-        column_B = column_T[at]
-        t_T[at] = z_BV.gather(1, column_B[:, None])[:, 0]
-        number_B = log2_exp(z_BV, 1.0, m_B, y_BV)
-        s_T[at] = s_B = without(number_B, buffer.exp2(y_BV).sum(-1))
-        scale_B = without(number_B, coef_T[at] / s_B)
-        _store_grad(grad_TV[at], y_BV, scale_B, column_B, hit_T[at], keep_T[at] if ignored else None)
-    loss_T = row_stats.finish(torch, row_stats.RowState(m_T, s_T, t_T))
-    return loss_T.masked_fill_(~keep_T, 0.0) if ignored else loss_T, m_T, s_T, grad
+    blocks = list(row_blocks(rows, logits))
+    if not blocks:
+        return (*_fake_stats(logits, labels_T, 0), grad)
+    states = []
+    for at, (block_BV,) in blocks:
+        # A small call is one block, and all overhead.
+        cut = (grad_TV, column_T, coef_T) if len(blocks) == 1 else (grad_TV[at], column_T[at], coef_T[at])
+        states.append(_rows_with_grad(block_BV, *cut, keep_T[at] if ignored else None, buffer))
+    state = states[0] if len(states) == 1 else row_stats.RowState(*map(torch.cat, zip(*states, strict=True)))
+    loss_T = row_stats.finish(torch, state)
+    return loss_T.masked_fill_(~keep_T, 0.0) if ignored else loss_T, state.m, state.s, grad
+
+
+def _rows_with_grad(
+    block_BV: Tensor, grad_BV: Tensor, column_B: Tensor, coef_B: Tensor, keep_B: Tensor | None, buffer: Buffer
+) -> row_stats.RowState:
+    """The row state of a block, and its gradient into grad."""
+    y_BV = buffer.take(block_BV)
+    z_BV = widened(block_BV, y_BV)
+    m_B = _row_max(z_BV)
+    t_B = z_BV.gather(1, column_B.unsqueeze(1)).squeeze(1)
+    number_B = log2_exp(z_BV, 1.0, m_B, y_BV)
+    s_B = without(number_B, buffer.exp2(y_BV).sum(-1))
+    _store_grad(grad_BV, y_BV, without(number_B, coef_B / s_B), column_B, coef_B.neg(), keep_B)
+    return row_stats.RowState(m_B, s_B, t_B)
 
 
 def cross_entropy_rows(logits: Tensor, labels_T: Tensor, keep_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

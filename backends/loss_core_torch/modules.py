@@ -20,7 +20,18 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, inplace, kernels, placement, placement_linear, reduction, te
+from loss_core_torch import (
+    autograd,
+    checks,
+    distributed,
+    inplace,
+    kernels,
+    ordinary,
+    placement,
+    placement_linear,
+    reduction,
+    te,
+)
 from loss_core_torch.autograd_parallel import ParallelLinearCrossEntropy
 from loss_core_torch.checks import Tokens
 from loss_core_torch.distributed import Shards
@@ -109,9 +120,19 @@ class _LogitsCrossEntropy(_Loss):
             TypeError: labels that are no integers, logits that are no floats.
             RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
+        if mask is None and num_label_tokens is None and loss_weights is None and self._simple():
+            vocab = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+            found = ordinary.tokens(logits, labels, vocab, self.ignore_index, self.reduction)
+            if found is not None and self._one_pass(logits, None):
+                loss = autograd.run(autograd.CrossEntropySum, logits, *found, self._kernel, False)[0]
+                return loss if self.fp32_upcast else loss.to(logits.dtype)
         layout = placement.of_logits("logits", logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
         return compute(layout, logits, labels, mask, num_label_tokens, loss_weights)
+
+    def _simple(self) -> bool:
+        """Whether the fields ask for nothing but the loss and a new gradient."""
+        return self.tp_group is None and not self.inplace_grad and self.reduction != "none"
 
     def _compute(self, layout: Layout, logits: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
         given, logits = logits, layout.local(logits)
@@ -263,6 +284,13 @@ class KDLoss(_Loss):
             TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
+        if num_batch_labels is None and self.tp_group is None and ordinary.same_kind(student_logits, teacher_logits):
+            vocab, scale = student_logits.shape[-1] if student_logits.dim() else 0, float(self.temperature) ** 2
+            found = ordinary.tokens(student_logits, labels, vocab, self.ignore_index, "mean", scale)
+            if found is not None and student_logits.shape == teacher_logits.shape and self._one_pass(student_logits):
+                args = (*found[1:], float(self.temperature), self.chunk_size, self._kernel)
+                loss = autograd.run(autograd.DistillationSum, student_logits, teacher_logits, *args)[0]
+                return loss if self.fp32_upcast else loss.to(student_logits.dtype)
         layout = placement.of_both(student_logits, teacher_logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
         return compute(layout, student_logits, teacher_logits, labels, num_batch_labels)
@@ -401,6 +429,9 @@ class FusedLinearCrossEntropy(_Loss):
             BackendUnavailable: skip_ignored or num_valid_tokens where ranks share vocabulary or tokens.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
+        given = (num_label_tokens, grad_reduce_group, loss_weights, num_valid_tokens)
+        if all(x is None for x in given) and (loss := self._ordinary(hidden_states, labels, lm_weight)) is not None:
+            return loss
         layout = placement_linear.of_linear(
             hidden_states, lm_weight, self.tp_group, grad_reduce_group, self.sequence_parallel
         )
@@ -416,6 +447,27 @@ class FusedLinearCrossEntropy(_Loss):
             )
         compute = self._compute if alone else self._compute_apart
         return compute(layout, hidden_states, labels, weight, num_label_tokens, loss_weights, num_valid_tokens)
+
+    def _ordinary(self, hidden: Any, labels: Any, weight: Any) -> Tensor | None:
+        """The loss of an ordinary call, None for any other; see `ordinary`."""
+        if (
+            self.tp_group is not None
+            or self.sequence_parallel
+            or self.skip_ignored is not None
+            or not ordinary.same_kind(hidden, weight)
+            or weight.dim() != 2
+            or hidden.shape[-1:] != weight.shape[1:]
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        found = ordinary.tokens(hidden, labels, weight.shape[0], self.ignore_index, self.reduction)
+        if found is None:
+            return None
+        grad = torch.is_grad_enabled()
+        want = (grad and hidden.requires_grad, grad and weight.requires_grad)
+        args = (float(self.logit_softcapping), hidden.dtype, want, self._kernel, None, None)
+        h_TH = hidden.reshape(-1, hidden.shape[-1])
+        return autograd.run(autograd.LinearCrossEntropySum, h_TH, weight, *found, *args)[0]
 
     def _compute(
         self,
