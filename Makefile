@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types kernels check-wheel clean
+.PHONY: help setup demo test lint format types kernels gpu benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ types: setup ## mypy, strict
 
 kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
 	$(PY) tests/kernel_table.py
+
+gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
+	$(PY) examples/gpu_session.py
+
+benchmarks: setup ## write the tables and pictures of BENCHMARKS.md from examples/benchmarks/*.json
+	$(PY) examples/benchmark_page.py
 
 check-wheel: setup ## build the wheel and try it without torch and jax, with one, with the other
 	$(PY) tests/wheel_check.py

@@ -1,6 +1,7 @@
-"""The command `loss-core`: check, backends, losses. Needs the extra `cli`.
+"""The command `loss-core`: check, bench, backends, losses. Needs the extra `cli`.
 
-Options are declared here with typer; what they do is in cli_check, cli_configs, captured_call, tables and report_html.
+Options are declared here with typer; what they do is in cli_check, cli_bench, cli_configs, captured_call, tables,
+report_html and bench_html.
 """
 
 # No `from __future__ import annotations`: typer reads the annotations, and they name what `make_app`
@@ -15,9 +16,13 @@ from typing import Annotated, Any
 
 from loss_core import __version__
 from loss_core.backend import all_flags, flag_status, install_line
-from loss_core.cli_check import CheckOptions, import_modules, run_check
+from loss_core.bench_peers import PEERS
+from loss_core.cli_bench import BenchOptions, run_bench
+from loss_core.cli_check import CheckOptions, run_check
 from loss_core.cli_configs import UsageProblem
+from loss_core.cli_parts import import_modules
 from loss_core.tables import print_backends, print_losses
+from loss_core.workloads import WORKLOADS
 
 _LIBRARIES = ("typer", "rich", "yaml")
 _INTERRUPTED = 130
@@ -172,6 +177,82 @@ def make_app() -> Any:
             command=ctx.obj or "loss-core check",
         )
         raise typer.Exit(_exit_code(lambda: run_check(options, Console(), Console(stderr=True))))
+
+    @app.command("bench")
+    def bench_command(
+        ctx: typer.Context,
+        config: Annotated[
+            list[str] | None,
+            typer.Option(metavar="CONFIG", help="As for check; a bare name has reduction mean. Default: all losses."),
+        ] = None,
+        backend: Annotated[
+            list[str] | None,
+            typer.Option(metavar="FLAG", help="Such as torch:eager or jax; all. Default: every flag usable here."),
+        ] = None,
+        shape: Annotated[
+            list[str] | None, typer.Option(metavar="T,V[,H]", help="Tokens, vocabulary and hidden size.")
+        ] = None,
+        workload: Annotated[
+            list[str] | None, typer.Option(metavar="NAME", help=f"The output layer of {', '.join(WORKLOADS)}.")
+        ] = None,
+        tokens: Annotated[int | None, typer.Option(metavar="T", min=1, help="Tokens of each --workload.")] = None,
+        dtype: Annotated[
+            list[str] | None,
+            typer.Option(metavar="DTYPE", help="float32, bfloat16, float16 or float64. Default: float32."),
+        ] = None,
+        device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cpu or cuda.")] = "cpu",
+        ignored: Annotated[float, typer.Option(metavar="SHARE", help="Share of labels that are ignored.")] = 0.0,
+        peers: Annotated[
+            list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(PEERS)}; all or none. Default: all.")
+        ] = None,
+        forward_only: Annotated[bool, typer.Option("--forward-only", help="The loss alone, no gradients.")] = False,
+        rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each is asked.")] = 7,
+        threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of each process.")] = None,
+        seed: Annotated[int, typer.Option(metavar="S", min=0, help="Seed of inputs and orders.")] = 0,
+        timeout: Annotated[
+            float, typer.Option(metavar="SECONDS", min=1, help="After which one implementation is given up.")
+        ] = 300.0,
+        time_limit: Annotated[
+            float | None, typer.Option(metavar="SECONDS", min=1, help="After which nothing new is begun.")
+        ] = None,
+        tune: Annotated[
+            bool, typer.Option("--tune", help="Keep the fastest flags for this machine, for auto to read.")
+        ] = False,
+        json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
+        report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as an HTML page.")] = None,
+        modules: Modules = None,
+    ) -> None:
+        """Measure losses beside the peers that are installed: time, memory, error.
+
+        Without options: every loss and flag, 2,048 tokens, vocabulary 32,000, hidden size 512.
+
+        May be repeated: --config, --backend, --shape, --workload, --dtype, --peers, --import.
+
+        Exit code: 0, or 1 when a flag failed or was wrong, 2 wrong usage, 130 Ctrl-C.
+        """
+        options = BenchOptions(
+            configs=config or (),
+            backends=backend or (),
+            shapes=shape or (),
+            workloads=workload or (),
+            tokens=tokens,
+            dtypes=dtype or (),
+            device=device,
+            ignored=ignored,
+            peers=peers or (),
+            forward_only=forward_only,
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            timeout=timeout,
+            time_limit=time_limit,
+            tune=tune,
+            json=json,
+            report=report,
+            modules=modules or (),
+            command=ctx.obj or "loss-core bench",
+        )
+        raise typer.Exit(_exit_code(lambda: run_bench(options, Console(), Console(stderr=True))))
 
     @app.command("backends")
     def backends_command() -> None:

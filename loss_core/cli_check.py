@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from loss_core.backend import AUTO, BackendUnavailable, all_flags, flag_status, install_line, parse_flag
+from loss_core.backend import AUTO, BackendUnavailable, all_flags, flag_status, parse_flag
 from loss_core.captured_call import CapturedCall, read_call
 from loss_core.cases import recipe_names
-from loss_core.check import Progress, Report, check
+from loss_core.check import Report, check
 from loss_core.cli_configs import UsageProblem, closest, read_configs
+from loss_core.cli_parts import PAGE_LIBRARIES, check_output, import_modules, progress_bar, shape_of
 from loss_core.config import LossConfig
 from loss_core.dtypes import FORMATS
 from loss_core.ranks import RanksFailed
@@ -57,16 +54,18 @@ def run_check(options: CheckOptions, out: Console, err: Console) -> int:
         UsageProblem: an option can't be used.
     """
     import_modules(options.modules)
-    _check_outputs(options)
+    check_output("--json", options.json)
+    check_output("--report", options.report, needs=PAGE_LIBRARIES)
     losses = [loss for source in options.configs for loss in read_configs(source)]
     losses = [loss for i, loss in enumerate(losses) if loss not in losses[:i]]
-    shape, tp = _shape(options.shape), _ranks(options)
+    shape = shape_of(options.shape) if options.shape is not None else None
+    tp = _ranks(options)
     _check_flags(options, err)
     _check_words(options)
     call = _captured(options, losses)
     for note in call.notes if call else ():
         err.print(note, markup=False, highlight=False, soft_wrap=True)
-    with _progress_bar(err) as progress:
+    with progress_bar(err) as progress:
         try:
             report = check(
                 losses or None,
@@ -93,40 +92,6 @@ def run_check(options: CheckOptions, out: Console, err: Console) -> int:
     print_check(out, report)
     _write(options, report, err)
     return 0 if report.passed else 1
-
-
-def import_modules(names: Sequence[str]) -> None:
-    """Import the user's modules, which register their losses; the working directory counts as on the path."""
-    if names and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # whatever a user's module raises is told in one line
-            raise UsageProblem(f"--import {name}: {type(error).__name__}: {error}") from error
-
-
-def _check_outputs(options: CheckOptions) -> None:
-    """Find out before the check, which takes a while, that its results can be written."""
-    for name, path in (("--json", options.json), ("--report", options.report)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            problem = "is a folder" if path.is_dir() else f"can't be written: there is no folder {path.parent}"
-            raise UsageProblem(f"{name} {path} {problem}.")
-    if options.report is not None:
-        for library in ("jinja2", "matplotlib"):
-            try:
-                importlib.import_module(library)
-            except ImportError as error:
-                raise UsageProblem(f"--report needs {library} ({error}): {install_line('cli')}") from error
-
-
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if len(parts) not in (2, 3) or not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
-        raise UsageProblem(f"--shape {text!r}: expected T,V or T,V,H with whole numbers >= 1, such as 64,1000,32.")
-    return tuple(int(part) for part in parts)
 
 
 def _ranks(options: CheckOptions) -> tuple[int, ...]:
@@ -228,19 +193,3 @@ def _write(options: CheckOptions, report: Report, err: Console) -> None:
         raise UsageProblem(f"{error.filename} can't be written: {error.strerror or error}.") from error
     for path in filter(None, (options.json, options.report)):
         err.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress_bar(err: Console) -> Iterator[Progress | None]:
-    """A bar on the terminal, gone when done; nothing where stderr is none."""
-    if not err.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: tuple[Any, ...] = (
-        BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False),
-    )  # fmt: skip
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("loading backends", total=None)
-        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)

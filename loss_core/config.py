@@ -159,8 +159,8 @@ class TEParallelCEConfig(LossConfig):
     Attributes:
         ignore_index: label that marks a position to leave out; any integer.
         reduction: "sum", "mean" (over positions that count) or "none".
-        tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh. A
-            runtime handle: left out of dicts, repr and comparison.
+        tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax: the
+            name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
         inplace_grad: as in MaskedCrossEntropyConfig.
     """
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping
 from datetime import datetime
-from importlib import resources
 from itertools import groupby
 from typing import Any
 
@@ -15,6 +12,7 @@ from numpy.typing import NDArray
 
 from loss_core import __version__
 from loss_core.check import DTYPES, HISTOGRAM_EDGES, Report, Row
+from loss_core.page import blank_figure, render_page, svg_of
 from loss_core.tables import failures_by_command, reason_without_install, verdict, worst_of, worst_text
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
@@ -31,12 +29,9 @@ def report_page(report: Report, command: str) -> str:
     Returns:
         HTML; everything that comes from the report is escaped.
     """
-    import jinja2
-
-    source = resources.files("loss_core").joinpath("report.html.j2").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
     state, _, summary = verdict(report).partition(": ")
-    return template.render(
+    return render_page(
+        "report.html.j2",
         passed=report.passed,
         state=state,
         summary=summary[:1].upper() + summary[1:],
@@ -88,20 +83,7 @@ def _first_beyond() -> int:
 
 def _error_picture(counts: Mapping[str, NDArray[np.int64]]) -> str:
     """Histograms of log10(error / allowance), one below the other, one colour per dtype, as an SVG element."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    # Text stays text: small, selectable, and in the font of the page.
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "loss-core",
-        "font.family": "sans-serif",
-        "font.size": 11,
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(6.2, 0.9 + 0.95 * len(counts)), layout="constrained")
-        FigureCanvasSVG(figure)
+    with blank_figure(6.2, 0.9 + 0.95 * len(counts)) as figure:
         panels = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, dtype in zip(panels, sorted(counts, key=DTYPES.index), strict=True):
             _draw(axes, counts[dtype], _COLOURS[dtype])
@@ -113,9 +95,7 @@ def _error_picture(counts: Mapping[str, NDArray[np.int64]]) -> str:
         panels[-1].set_xticks(*_ticks())
         panels[-1].set_xlabel("error / allowance")
         figure.supylabel("number of values", fontsize=11)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(file.getvalue())
+        return svg_of(figure)
 
 
 # Exact results, and those beyond the last edge, get a wide bin of their own at either end.
@@ -149,12 +129,3 @@ def _ticks() -> tuple[list[float], list[str]]:
 
 def _power(exponent: float) -> str:
     return {0: "1", 1: "10", 2: "100", -1: "0.1"}.get(int(exponent), f"1e{int(exponent)}")
-
-
-def _inline(svg: str) -> str:
-    """The SVG element alone, without the names of namespaces, which HTML knows."""
-    element = svg[svg.index("<svg") :]
-    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-    head, _, rest = element.partition(">")
-    head = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
-    return f'{head} aria-hidden="true">{rest}'

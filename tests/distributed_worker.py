@@ -23,6 +23,7 @@ SCENARIOS = {
         parallel.every_loss_and_case, parallel.every_split, parallel.few_classes, parallel.other_dtypes,
         parallel.logits_computed_again, parallel.values_stay_on_the_device, parallel.backward_twice,
         parallel.sequence_parallel, parallel.a_mesh_as_group, parallel.placed_on_one_dimension, parallel.collectives,
+        parallel.no_tokens, parallel.over_the_logits,
         parallel.refusals, parallel.a_rank_outside, parallel.a_rank_that_does_not_come, parallel.keys_do_not_pile_up,
         parallel.compiled, fsdp.one_dimension,
     ),
@@ -33,7 +34,7 @@ SCENARIOS = {
     4: (
         parallel.every_split, parallel.few_classes, parallel.placed_on_one_dimension,
         parallel.placed_on_two_dimensions, parallel.a_batch_of_sequences, parallel.tokens_elsewhere,
-        parallel.refusals, fsdp.two_dimensions,
+        parallel.refusals, parallel.refusals_across_replicas, fsdp.two_dimensions, fsdp.a_head_alone,
     ),
 }  # fmt: skip
 # Where the kernel plays a part.

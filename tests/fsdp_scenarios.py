@@ -85,3 +85,27 @@ def two_dimensions(world):
         loss_fn, x, labels = _three_steps(world, mesh, names[0], sharded, plain, **fields)
         with pytest.raises(ValueError, match="without its tensor-parallel dimension=2, reduction group size=1"):
             loss_fn(x, labels, sharded.head.weight)
+
+
+def a_head_alone(world):
+    """FSDP x tensor parallel with shares of the sequence, plain or as DTensors of the tensor-parallel mesh."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=("dp", "tp"))
+    plain = torch.nn.Linear(8, VOCAB, bias=False)
+    head = torch.nn.Linear(8, VOCAB, bias=False)
+    head.weight = torch.nn.Parameter(distribute_tensor(plain.weight.detach(), mesh["tp"], [Shard(0)]))
+    fully_shard(head, mesh=mesh["dp"])
+    x, labels = torch.randn(2, 6, 8), torch.randint(0, VOCAB, (2, 6))
+    whole = x.clone().requires_grad_()
+    # The mean over replicas, which is what grad_reduce_group gives, of their sums.
+    (FusedLinearCEConfig().build()(whole, labels, plain.weight) / 2).backward()
+    replica, place = mesh.get_coordinate()
+    share = slice(place * 3, place * 3 + 3)
+    for placed in (False, True):
+        mine = whole.detach()[replica][share].requires_grad_()
+        hidden = DTensor.from_local(mine, mesh["tp"], [Shard(0)]) if placed else mine
+        loss_fn = FusedLinearCEConfig(sequence_parallel=not placed).build()
+        loss_fn(hidden, labels[replica], head.weight, grad_reduce_group=mesh.get_group("dp")).backward()
+        torch.testing.assert_close(mine.grad, 2 * whole.grad[replica][share])
+        torch.testing.assert_close(head.weight.grad.full_tensor(), plain.weight.grad)
+        head.weight.grad = None

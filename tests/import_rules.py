@@ -14,13 +14,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-BACKEND_PACKAGES = ("loss_core_torch", "loss_core_jax", "loss_core_bridge")
+BACKEND_PACKAGES = ("loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench")
 # What the command line and the report may load, inside a function.
 CLI_LIBRARIES = frozenset({"jinja2", "matplotlib", "rich", "safetensors", "typer", "yaml"})
 FOREIGN = {
-    "loss_core_torch": frozenset({"jax", "jaxlib", "loss_core_jax", "loss_core_bridge"}),
-    "loss_core_jax": frozenset({"torch", "triton", "transformer_engine", "loss_core_torch", "loss_core_bridge"}),
+    "loss_core_torch": frozenset({"jax", "jaxlib", "loss_core_jax", "loss_core_bridge", "loss_core_bench"}),
+    "loss_core_jax": frozenset(
+        {"torch", "triton", "transformer_engine", "loss_core_torch", "loss_core_bridge", "loss_core_bench"}
+    ),
+    "loss_core_bridge": frozenset({"loss_core_bench"}),
 }
+_TORCH, _JAX = frozenset({"torch", "triton", "loss_core_torch"}), frozenset({"jax", "jaxlib", "loss_core_jax"})
+# By the beginning of a file's name in loss_core_bench.
+BENCH_FOREIGN = {"torch_": _JAX, "jax_": _TORCH, "": _TORCH | _JAX}
+# Where transformer_engine is known: our kernel, and the peer that it is beside it.
+KNOWS_TE = frozenset({("loss_core_torch", "te.py"), ("loss_core_bench", "torch_peers.py")})
 
 
 @dataclass(frozen=True)
@@ -147,14 +155,23 @@ def backends_stand_apart(root: Path) -> Iterator[str]:
 
 
 def only_te_imports_transformer_engine(root: Path) -> Iterator[str]:
-    """One file knows transformer_engine."""
+    """One file of ours knows transformer_engine, and the one that runs it as a peer."""
     for package in ("loss_core", *BACKEND_PACKAGES):
         for file, found in sources(root, package):
-            if (package, file.name) == ("loss_core_torch", "te.py"):
+            if (package, file.name) in KNOWS_TE:
                 continue
             for imported in found:
                 if imported.top == "transformer_engine":
                     yield _report(root, file, imported, "only loss_core_torch/te.py may import transformer_engine")
+
+
+def bench_workers_load_one_framework(root: Path) -> Iterator[str]:
+    """A worker of the benchmark loads torch or JAX, not both: torch_* and jax_* files, and nothing in the others."""
+    for file, found in sources(root, "loss_core_bench"):
+        foreign = next(names for start, names in BENCH_FOREIGN.items() if file.name.startswith(start))
+        for imported in found:
+            if imported.top in foreign:
+                yield _report(root, file, imported, f"{file.name} of a benchmark's worker must not import it")
 
 
 def kernels_import_only_triton(root: Path) -> Iterator[str]:
@@ -172,6 +189,7 @@ RULES: tuple[Callable[[Path], Iterator[str]], ...] = (
     oracle_stands_alone,
     backends_stand_apart,
     only_te_imports_transformer_engine,
+    bench_workers_load_one_framework,
     kernels_import_only_triton,
 )
 

@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loss_core_torch import triton_launch, triton_linear, triton_sizes
+from loss_core_torch import triton_launch, triton_linear, triton_linear_parallel, triton_sizes
 from loss_core_torch.triton_sizes import LaunchParameters
 from loss_core_torch.values import compute_dtype
 
@@ -166,7 +166,7 @@ def _launch_all(logits: torch.Tensor, num_tokens: int) -> None:
 
 
 def _launch_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
-    """With gradients and without, with a softcap and without."""
+    """With gradients and without, with a softcap and without, over a whole vocabulary and over a part."""
     labels_T = torch.empty(len(hidden), dtype=torch.int64, device="meta")
     coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
     keep_T = torch.empty(len(hidden), dtype=torch.bool, device="meta")
@@ -175,6 +175,13 @@ def _launch_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
         for softcap, want in ((0.0, [True, True]), (30.0, [True, True]), (0.0, [False, False])):
             args = (hidden, weight, labels_T, keep_T, coef_T, softcap, hidden.dtype, want, None, None)
             triton_linear.linear_cross_entropy(*args)
+        for softcap in (0.0, 30.0):
+            args, settings = (hidden, weight, labels_T, keep_T, 0), (softcap, hidden.dtype)
+            stats = triton_linear_parallel.linear_cross_entropy_stats(*args, *settings, None, None, True)
+            m_T, s_T, _, logits = stats
+            triton_linear_parallel.linear_cross_entropy_grads(
+                *args, m_T, s_T, coef_T, *settings, [True, True], None, None, logits
+            )
 
 
 def compile_one(what: Recorded, target: str) -> Compiled:

@@ -24,7 +24,7 @@ from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfi
 from loss_core.cases import named_cases
 from loss_core.dtypes import round_to
 from loss_core.tolerance import allowances, share_of_allowance
-from loss_core_torch import eager_linear, triton_sizes, values
+from loss_core_torch import distributed, eager_linear, triton_sizes, values
 
 CASES = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count", "loss-weights",
          "edge-labels", "nan-where-ignored", "temperature", "softcap", "softcap-none", "ignore-index-0")  # fmt: skip
@@ -107,11 +107,12 @@ def splits(vocab, ranks):
     return [even, chunks, lopsided, [vocab, *[0] * (ranks - 1)], [*[0] * (ranks - 1), vocab]]
 
 
-def _sharded(world, problem, sizes, **fields):
+def _sharded(world, problem, sizes, with_count=False, **fields):
     inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
+    count = {"num_valid_tokens": int(problem.expected.keep_T.sum())} if with_count else {}
     built = problem.build(world.flag, tp_group=world.group, **fields)
     assert built.kernel_choice.flag == world.flag
-    loss = built(**inputs)
+    loss = built(**inputs, **count)
     same_on_all_ranks(loss.detach())
     problem.backward(loss)
     problem.holds("loss", loss)
@@ -189,7 +190,8 @@ def with_triton_in_pieces(world):
     ):
         for loss in LOSSES:
             for case in cases(loss, shape=(5, 97), only=("basic", "softcap-none")):
-                _sharded(world, Problem(case), splits(97, world.ranks)[1])
+                fields = {"skip_ignored": False} if loss == "FusedLinearCrossEntropy" else {}
+                _sharded(world, Problem(case), splits(97, world.ranks)[1], **fields)
 
 
 def values_stay_on_the_device(world):
@@ -198,6 +200,9 @@ def values_stay_on_the_device(world):
         for loss in LOSSES:
             for case in cases(loss, only=("basic", "mean", "softcap-none", "nan-where-ignored")):
                 _sharded(world, Problem(case), splits(41, world.ranks)[0])
+                if loss == "FusedLinearCrossEntropy":
+                    _sharded(world, Problem(case), splits(41, world.ranks)[0], skip_ignored=True)
+                    _sharded(world, Problem(case), splits(41, world.ranks)[0], with_count=True)
         loss_fn = TEParallelCEConfig(tp_group=world.group, reduction="none").build(backend=world.flag)
         logits, labels = torch.randn(3, 4 + world.rank), torch.tensor([0, 1, 2])
         first = loss_fn(logits, labels)
@@ -219,6 +224,21 @@ def backward_twice(world):
             twice = [torch.autograd.grad(result, wanted, retain_graph=True) for _ in range(2)]
             for once, again in zip(*twice, strict=True):
                 torch.testing.assert_close(once, again, rtol=1e-6, atol=1e-7)
+
+
+def over_the_logits(world):
+    """inplace_grad: this rank's part of the gradient in the memory of its logits."""
+    for loss in ("MaskedCrossEntropy", "TEParallelCrossEntropy"):
+        for case in cases(loss, only=("basic", "none")):
+            problem, sizes = Problem(case), splits(41, world.ranks)[2]
+            inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
+            leaf = inputs["logits"]
+            inputs["logits"] = leaf.clone()
+            result = problem.build(world.flag, tp_group=world.group, inplace_grad=True)(**inputs)
+            problem.backward(result)
+            problem.holds("loss", result)
+            for got in (leaf.grad, inputs["logits"]):
+                problem.holds("logits", got, part_of("logits", sizes, world.rank))
 
 
 def sequence_parallel(world):
@@ -364,26 +384,38 @@ def tokens_elsewhere(world):
 def collectives(world):
     """Forward one; backward none over logits, one for the fused loss. Bytes do not depend on the vocabulary."""
 
-    def traced(case, **fields):
-        problem, sizes = Problem(case), splits(case.arrays["labels"].size and 41, world.ranks)[0]
+    def traced(loss, vocab=41, **fields):
+        case = cases(loss, shape=(12, vocab), only=("mean", "temperature"))[0]
+        problem, sizes = Problem(case), splits(vocab, world.ranks)[0]
         inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
         if fields.get("sequence_parallel"):
             share = slice(world.rank * 12 // world.ranks, (world.rank + 1) * 12 // world.ranks)
             inputs["hidden_states"] = problem.tensor("hidden_states", lambda x: x[share])
         built = problem.build(world.flag, tp_group=world.group, **fields)
-        counts = []
-        with CommDebugMode() as comm:
-            loss = built(**inputs)
-        counts.append(comm.get_total_counts())
-        with CommDebugMode() as comm:
-            loss.backward()
-        return (*counts, comm.get_total_counts())
+        gathered = []
 
-    for loss in ("MaskedCrossEntropy", "TEParallelCrossEntropy", "KDLoss"):
-        assert traced(cases(loss, shape=(12, 41), only=("mean", "temperature"))[0]) == (1, 0), loss
-    fused = cases("FusedLinearCrossEntropy", shape=(12, 41), only=("mean",))[0]
-    assert traced(fused) == (1, 1)
-    assert traced(fused, sequence_parallel=True) == (2, 1)
+        def gather(packed, group):
+            gathered.append(packed.numel())
+            return gather_equal(packed, group)
+
+        gather_equal = distributed.gather_equal
+        with CommDebugMode() as forward, unittest.mock.patch.object(distributed, "gather_equal", gather):
+            result = built(**inputs)
+        with CommDebugMode() as backward:
+            result.backward()
+        return forward.get_total_counts(), backward.get_total_counts(), gathered
+
+    for loss, numbers in (("MaskedCrossEntropy", 3), ("TEParallelCrossEntropy", 3), ("KDLoss", 5)):
+        assert traced(loss) == traced(loss, 82) == (1, 0, [numbers * 12])
+    fused = "FusedLinearCrossEntropy"
+    assert traced(fused) == traced(fused, 82) == (1, 1, [3 * 12])
+    assert traced(fused, sequence_parallel=True)[:2] == (2, 1)
+
+
+def no_tokens(world):
+    for loss in LOSSES:
+        for case in named_cases(loss, shape=(0, 41), only=("basic", "none")):
+            _sharded(world, Problem(case), splits(41, world.ranks)[0])
 
 
 def _refused(world, match, call, alone=ValueError):
@@ -399,7 +431,7 @@ def refusals(world):
     build = lambda config=TEParallelCEConfig, **fields: config(tp_group=group, **fields).build(backend=world.flag)  # noqa: E731
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
     wrong = torch.where(torch.arange(3) == 1, 5 * world.ranks + 2, labels) if last else labels
-    at = f"rank {world.ranks - 1} of the group: labels\\[1\\] is {5 * world.ranks + 2}"
+    at = f"On rank {world.ranks - 1} of the group: labels\\[1\\] is {5 * world.ranks + 2}"
     _refused(world, at, lambda: build()(logits, wrong))
     _refused(world, at, lambda: build(MaskedCrossEntropyConfig)(logits, wrong))
     _refused(world, at, lambda: build(KDLossConfig)(logits, logits, wrong))
@@ -418,6 +450,11 @@ def refusals(world):
         lambda: build(FusedLinearCEConfig)(hidden if last else hidden.detach(), labels, weight),
     )
     _refused(world, "labels must be the same", lambda: build()(logits, labels.flip(0) if last else labels))
+    _refused(
+        world,
+        "num_valid_tokens is 2, but 3",
+        lambda: build(FusedLinearCEConfig)(hidden, labels, weight, num_valid_tokens=2),
+    )
     _refused(world, "count must be the same", lambda: build()(logits, labels, num_label_tokens=3 + last))
     _refused(
         world,
@@ -454,6 +491,24 @@ def refusals(world):
     _refused(world, "ProcessGroup", lambda: TEParallelCEConfig(tp_group="tp").build()(logits, labels))
     # After all these, the same group still works.
     assert build()(logits, labels).isfinite()
+
+
+def refusals_across_replicas(world):
+    """dp x tp: a mistake in one replica stops all of them, wherever their tokens meet."""
+    mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=("dp", "tp"))
+    logits = distribute_tensor(torch.randn(6, 8), mesh, [Shard(0), Shard(1)])
+    labels = torch.tensor([0, 9 if world.rank == 0 else 1, 2])
+    at = r"On rank 0 of the group: labels\[1\] is 9, which is neither a class in \[0, 8\)"
+    loss_fn = MaskedCrossEntropyConfig().build()
+    _refused(world, at, lambda: loss_fn(logits, labels))
+    _refused(world, at, lambda: KDLossConfig().build()(logits, logits, labels))
+    by_token = logits.redistribute(mesh, [Shard(0), Replicate()])
+    _refused(world, at, lambda: loss_fn(by_token, torch.tensor([0, 9 if world.rank in (0, 1) else 1, 2])))
+    head = DTensor.from_local(torch.randn(2, 4), mesh, [Shard(0), Shard(0)])
+    fused = FusedLinearCEConfig(tp_group=mesh["tp"]).build()
+    hidden = torch.randn(3, 4)
+    head.requires_grad_()
+    _refused(world, at, lambda: fused(hidden, labels, head, grad_reduce_group=mesh.get_group("dp")))
 
 
 def a_rank_outside(world):

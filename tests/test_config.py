@@ -49,12 +49,14 @@ REGISTRY = {
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
     "MaskedCrossEntropy": MaskedCrossEntropyConfig(fp32_upcast=False, ignore_index=0, reduction="none"),
-    "FusedLinearCrossEntropy": FusedLinearCEConfig(ignore_index=-1, logit_softcapping=30.0, reduction="mean"),
+    "FusedLinearCrossEntropy": FusedLinearCEConfig(
+        ignore_index=-1, logit_softcapping=30.0, reduction="mean", sequence_parallel=True
+    ),
     "TEParallelCrossEntropy": TEParallelCEConfig(ignore_index=7, reduction="mean"),
     "KDLoss": KDLossConfig(ignore_index=3, temperature=2.5, fp32_upcast=False, chunk_size=128),
 }
 TYPED = list(REGISTRY.values())
-WITH_GROUP = [TEParallelCEConfig, KDLossConfig]
+WITH_GROUP = TYPED
 WITH_REDUCTION = [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig]
 
 by_class = pytest.mark.parametrize("cls", TYPED, ids=lambda cls: cls.__name__)

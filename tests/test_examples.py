@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -164,3 +168,78 @@ def test_script_does_what_it_says(tmp_path, name, line):
     done = example(tmp_path, name)
     assert done.returncode == 0, done.stdout + done.stderr
     assert line in done.stdout
+
+
+# What the command line needs and a machine with a GPU may lack, and what then runs the session.
+WITHOUT_CLI = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("typer", "rich", "yaml", "jinja2", "matplotlib", "safetensors"))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_gpu_session_runs_on_a_cpu_without_the_extras_of_the_command_line(tmp_path):
+    done = run(
+        tmp_path, "-c", WITHOUT_CLI, str(EXAMPLES / "gpu_session.py"), "--device", "cpu", "--small", "--rounds", "1",
+        "--only", "sanitizer", "jax-kd", "--out", "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sanitizer: not run: no GPU" in done.stdout
+    found = json.loads((tmp_path / "results" / "bench-jax-kd.json").read_text())
+    assert {row["implementation"] for row in found["rows"]} >= {"floor", "jax:xla", "plain-jax"}
+    assert "jax:xla" in (tmp_path / "results" / "summary.txt").read_text()
+
+
+def test_the_gpu_session_shows_its_steps_and_refuses_others(tmp_path):
+    done = example(tmp_path, "gpu_session.py", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "KDLossConfig 4096x128256" in done.stdout
+    assert example(tmp_path, "gpu_session.py", "--only", "lunch").returncode == 2
+
+
+def test_the_benchmark_page_is_what_its_results_say(tmp_path):
+    done = example(tmp_path, "benchmark_page.py", "--check")
+    assert done.returncode == 0, f"run `make benchmarks`: {done.stdout}{done.stderr}"
+
+
+def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
+    """What tensor_parallel.py must print, by the oracle: loss, and the norm of each gradient."""
+    problem = runpy.run_path(str(EXAMPLES / "tensor_parallel.py"), run_name="tensor_parallel")["make_problem"]("", seed)
+    logits = problem.hidden_BSH @ problem.weight_VH.T
+    count = np.asarray(problem.num_label_tokens)
+    given = {"labels": problem.labels_BS, "num_label_tokens": count, "num_batch_labels": count}
+    calls = {
+        "FusedLinearCrossEntropy": (
+            FusedLinearCEConfig(),
+            {"hidden_states": problem.hidden_BSH, "lm_weight": problem.weight_VH},
+        ),
+        "MaskedCrossEntropy": (MaskedCrossEntropyConfig(), {"logits": logits}),
+        "KDLoss": (KDLossConfig(temperature=2.0), {"student_logits": logits}),
+    }
+    expected = {}
+    for name, (config, inputs) in calls.items():
+        teacher = {"teacher_logits": problem.teacher_BSV} if name == "KDLoss" else {}
+        found = oracle.evaluate(config, inputs | teacher | given)
+        expected[name] = [float(found.loss), *(float(np.linalg.norm(found.grads[of])) for of in inputs)]
+    return expected
+
+
+@pytest.mark.parametrize(("backend", "processes"), [("torch:eager", 2), ("torch:eager", 4), ("jax:xla", 1)])
+def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, backend, processes):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    command = (str(EXAMPLES / "tensor_parallel.py"), "--backend", backend, "--seed", "3")
+    done = run(tmp_path, *(torchrun if processes > 1 else ()), *command)
+    assert done.returncode == 0, done.stderr
+    printed = {line.split()[0]: re.findall(r"\d+\.\d+", line) for line in done.stdout.splitlines()}
+    expected = _tensor_parallel_expected(seed=3)
+    assert list(printed) == list(expected)
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(np.array(printed[name], float), numbers, atol=1e-5)
+
+
+def test_tensor_parallel_without_torchrun_says_how_to_start_it(tmp_path):
+    done = example(tmp_path, "tensor_parallel.py", "--backend", "torch")
+    assert done.returncode == 2
+    assert "torchrun --nproc-per-node 2" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ import pytest
 from import_rules import (
     RULES,
     backends_stand_apart,
+    bench_workers_load_one_framework,
     core_is_light,
     imports_of,
     kernels_import_only_triton,
@@ -116,6 +117,9 @@ def tree(tmp_path):
     write("backends/loss_core_torch/triton_kernels.py", "import triton\nimport triton.language as tl\n")
     write("backends/loss_core_jax/backend.py", "import jax\n")
     write("backends/loss_core_bridge/__init__.py", "import jax\nimport torch\n")
+    write("backends/loss_core_bench/worker.py", "import json\n")
+    write("backends/loss_core_bench/torch_peers.py", "import torch\n\ndef f():\n    import transformer_engine\n")
+    write("backends/loss_core_bench/jax_peers.py", "import jax\n")
     return write
 
 
@@ -151,6 +155,13 @@ def test_a_clean_tree_is_clean(tree):
         (backends_stand_apart, "backends/loss_core_jax/sub/deep.py", "import torch"),
         (only_te_imports_transformer_engine, "backends/loss_core_torch/backend.py", "import transformer_engine"),
         (only_te_imports_transformer_engine, "backends/loss_core_bridge/te.py", "import transformer_engine"),
+        (only_te_imports_transformer_engine, "backends/loss_core_bench/worker.py", "import transformer_engine"),
+        (core_is_light, "loss_core/bench.py", "def f():\n    from loss_core_bench import worker"),
+        (backends_stand_apart, "backends/loss_core_torch/eager.py", "from loss_core_bench import runner"),
+        (backends_stand_apart, "backends/loss_core_bridge/build.py", "from loss_core_bench import runner"),
+        (bench_workers_load_one_framework, "backends/loss_core_bench/torch_runner.py", "import jax"),
+        (bench_workers_load_one_framework, "backends/loss_core_bench/jax_peers.py", "def f():\n    import torch"),
+        (bench_workers_load_one_framework, "backends/loss_core_bench/worker.py", "import torch"),
         (kernels_import_only_triton, "backends/loss_core_torch/triton_kernels.py", "import torch"),
         (kernels_import_only_triton, "backends/loss_core_torch/triton_kernels.py", "from loss_core import row_stats"),
     ],

@@ -75,10 +75,26 @@ def test_direct_construction_validates() -> None:
         KDLoss(temperature=0.0)
 
 
-@pytest.mark.parametrize("cls", [TEParallelCrossEntropy, KDLoss])
-def test_tensor_parallel_is_refused(cls: Any) -> None:
-    with pytest.raises(BackendUnavailable, match="tensor parallelism"):
-        cls(tp_group="model")
+@pytest.mark.parametrize("cls", [MaskedCrossEntropy, TEParallelCrossEntropy, FusedLinearCrossEntropy, KDLoss])
+def test_a_group_is_the_name_of_a_mesh_axis(cls: Any) -> None:
+    assert hash(cls(tp_group="model")) == hash(cls(tp_group="model")) != hash(cls())
+    with pytest.raises(TypeError, match=r"got builtins\.object\. A torch process group belongs to a torch backend"):
+        cls(tp_group=object())
+    with pytest.raises(ValueError, match="at least one mesh axis"):
+        cls(tp_group=())
+    with pytest.raises(ValueError, match="no mesh is set, and no argument lies on one"):
+        call_with(cls(tp_group="model"))
+
+
+def call_with(loss: Any) -> jax.Array:
+    if isinstance(loss, FusedLinearCrossEntropy):
+        return loss(HIDDEN, LABELS, WEIGHT)
+    return loss(LOGITS, TEACHER, LABELS) if isinstance(loss, KDLoss) else loss(LOGITS, LABELS)
+
+
+def test_sequence_parallel_needs_an_axis() -> None:
+    with pytest.raises(ValueError, match="sequence_parallel=True needs tp_group"):
+        FusedLinearCrossEntropy(sequence_parallel=True)
 
 
 # --- refusals
@@ -457,10 +473,13 @@ def test_flags() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (loss_core.MaskedCrossEntropyConfig(False, 7, "mean"), MaskedCrossEntropy(False, 7, "mean")),
-        (loss_core.FusedLinearCEConfig(7, 3.0, "none"), FusedLinearCrossEntropy(7, 3.0, "none")),
-        (loss_core.TEParallelCEConfig(7, "mean"), TEParallelCrossEntropy(7, "mean")),
-        (loss_core.KDLossConfig(7, 2.0, False, None, 5), KDLoss(7, 2.0, False, None, 5)),
+        (loss_core.MaskedCrossEntropyConfig(False, 7, "mean", "tp"), MaskedCrossEntropy(False, 7, "mean", "tp")),
+        (
+            loss_core.FusedLinearCEConfig(7, 3.0, "none", "tp", True),
+            FusedLinearCrossEntropy(7, 3.0, "none", "tp", True),
+        ),
+        (loss_core.TEParallelCEConfig(7, "mean", "tp"), TEParallelCrossEntropy(7, "mean", "tp")),
+        (loss_core.KDLossConfig(7, 2.0, False, ("a", "b"), 5), KDLoss(7, 2.0, False, ("a", "b"), 5)),
     ],
 )
 def test_every_field_reaches_the_loss(config: Any, expected: Any) -> None:

@@ -40,7 +40,7 @@ def _held(tmp_path, ranks, *flag, **variables):
 
 
 # The numbers are those of the scenarios in distributed_worker.py: none is left out in silence.
-@pytest.mark.parametrize(("ranks", "scenarios"), [(1, 3), (2, 17), (3, 7), (4, 8)])
+@pytest.mark.parametrize(("ranks", "scenarios"), [(1, 3), (2, 19), (3, 7), (4, 10)])
 def test_processes(tmp_path, ranks, scenarios):
     assert len(_held(tmp_path, ranks)) == scenarios
 

@@ -19,6 +19,7 @@ import numpy as np
 # What a position is: a class in [0, V), or one of these.
 IGNORED = -1
 INVALID = -2  # outside [0, V) and not ignored: its loss and gradient are NaN
+ELSEWHERE = -3  # a class of another shard of the vocabulary
 
 ArrayLike = jax.Array | np.ndarray
 

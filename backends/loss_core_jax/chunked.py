@@ -51,6 +51,8 @@ def take_rows(array: jax.Array, start: jax.Array, num: int) -> jax.Array:
     # XLA casts bfloat16 rows to float32, and would move the cast before the slice and out of the loop: a float32
     # copy of all rows. Behind the barrier the array seems to change with `start`.
     array, start = behind_barrier(array, start)
+    if num == array.shape[0]:
+        return array  # XLA would gather a sharded array to slice it
     return lax.dynamic_slice_in_dim(array, start, num, axis=0)
 
 
@@ -62,12 +64,14 @@ def behind_barrier(*arrays: jax.Array) -> Arrays:
 
 def put_rows(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     """`array` with its rows from `start` on replaced; in place within a loop."""
+    if rows.shape == array.shape:
+        return rows
     return lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)
 
 
 def zeros_for_loop(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Array:
     """Zeros to carry through a loop over the inputs."""
-    return _vary(jnp.zeros(shape, dtype), _varying_axes(inputs))
+    return vary(jnp.zeros(shape, dtype), varying_axes(inputs))
 
 
 def same_varying_axes(*arrays: jax.Array) -> Arrays:
@@ -76,11 +80,11 @@ def same_varying_axes(*arrays: jax.Array) -> Arrays:
     A weight that is replicated over the axis of the data must become varying before a custom derivative sees
     it; JAX then sums its gradient over that axis.
     """
-    axes = _varying_axes(arrays)
-    return tuple(_vary(array, axes) for array in arrays)
+    axes = varying_axes(arrays)
+    return tuple(vary(array, axes) for array in arrays)
 
 
-def _varying_axes(arrays: Arrays) -> frozenset[str]:
+def varying_axes(arrays: Arrays) -> frozenset[str]:
     """Mesh axes over which any of the arrays varies; empty outside `shard_map`."""
     axes: frozenset[str] = frozenset()
     for array in arrays:
@@ -90,8 +94,9 @@ def _varying_axes(arrays: Arrays) -> frozenset[str]:
     return axes
 
 
-def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - _varying_axes((array,))))
+def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """The array, made to vary over these mesh axes, too."""
+    missing = tuple(sorted(axes - varying_axes((array,))))
     if not missing:
         return array
     modern: Any = lax

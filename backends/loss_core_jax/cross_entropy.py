@@ -54,15 +54,15 @@ def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array, None]:
     logits_TV = logits.reshape(-1, logits.shape[-1])
     rows = (logits_TV, target.reshape(-1), m_T, s_T, grad.reshape(-1))
     # No chunks: this is one elementwise pass, which XLA fuses and runs on all cores; it needs no temporaries.
-    return _gradient(*rows).reshape(logits.shape), None
+    return logits_gradient(*rows).reshape(logits.shape), None
 
 
 cross_entropy_rows.defvjp(_forward, _backward)
 
 
-def chunk_of(logits_TV: jax.Array) -> int:
+def chunk_of(logits: jax.Array) -> int:
     """Rows to compute at a time."""
-    return rows_within(_BUDGET_BYTES, logits_TV.shape[1] * arithmetic_dtype(logits_TV).itemsize, at_least=16)
+    return rows_within(_BUDGET_BYTES, logits.shape[-1] * arithmetic_dtype(logits).itemsize, at_least=16)
 
 
 def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:
@@ -75,15 +75,14 @@ def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:
     return RowState(m_C, s_C, jnp.where(target_C == IGNORED, 0, t_C))
 
 
-def _gradient(
-    logits_CV: jax.Array, target_C: jax.Array, m_C: jax.Array, s_C: jax.Array, grad_C: jax.Array
-) -> jax.Array:
-    z_CV = counted_or_zero(logits_CV, target_C)
-    onehot_CV = lax.broadcasted_iota(jnp.int32, z_CV.shape, 1) == target_C[:, None]
+def logits_gradient(logits: jax.Array, target: jax.Array, m: jax.Array, s: jax.Array, grad: jax.Array) -> jax.Array:
+    """Gradient of the logits [..., V], given the state of each row and its upstream gradient, [...] each."""
+    z = counted_or_zero(logits, target)
+    onehot = lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == target[..., None]
     # exp(z - m) / s rather than exp(z - lse): at logits of 1e4 the lse has lost the digits that count.
-    softmax_CV = jnp.exp(z_CV - m_C[:, None]) / s_C[:, None]
-    dlogits_CV = (softmax_CV - onehot_CV) * nan_if_invalid(grad_C, target_C)[:, None]
-    return jnp.where(target_C[:, None] == IGNORED, 0, dlogits_CV).astype(logits_CV.dtype)
+    softmax = jnp.exp(z - m[..., None]) / s[..., None]
+    dlogits = (softmax - onehot) * nan_if_invalid(grad, target)[..., None]
+    return jnp.where(target[..., None] == IGNORED, 0, dlogits).astype(logits.dtype)
 
 
 def losses_of_counted(loss_T: jax.Array, target_T: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def _forward(
         return finish_kd(jnp, state), state.m_t, state.s_t, state.m_s, state.s_s
 
     rows = (student.reshape(-1, vocab), teacher.reshape(-1, vocab), target.reshape(-1))
-    kl_T, *stats = map_chunks(chunk, rows, _chunk(chunk_size, vocab, dtype))
+    kl_T, *stats = map_chunks(chunk, rows, chunk_rows(chunk_size, vocab, dtype))
     loss_T = losses_of_counted(temperature**2 * kl_T, rows[2])
     return loss_T.reshape(target.shape), (student, teacher, target, kl_T, *stats)
 
@@ -63,7 +63,7 @@ def _backward(
     dtype = arithmetic_dtype(student, teacher)
     # No chunks: each gradient is one elementwise pass, which XLA fuses and runs on all cores, with no temporaries.
     kl_T, m_t, s_t, m_s, s_s = stats
-    rows = _Rows(
+    rows = Rows(
         student.reshape(-1, vocab),
         teacher.reshape(-1, vocab),
         target.reshape(-1),
@@ -74,28 +74,26 @@ def _backward(
         s_s,
         grad.reshape(-1),
     )
-    dstudent_TV = _student_gradient(rows, temperature, dtype)
-    # Behind a barrier, or XLA would write out, in float32, what the two gradients have in common.
-    dteacher_TV = _teacher_gradient(_Rows(*behind_barrier(*rows)), temperature, dtype)
+    dstudent_TV = student_gradient(rows, temperature, dtype)
+    dteacher_TV = teacher_gradient(rows, temperature, dtype)
     return dstudent_TV.reshape(student.shape), dteacher_TV.reshape(teacher.shape), None
 
 
 distillation_rows.defvjp(_forward, _backward)
 
 
-def _chunk(chunk_size: int, vocab: int, dtype: Any) -> int:
+def chunk_rows(chunk_size: int, vocab: int, dtype: Any) -> int:
+    """Rows to compute at a time; a chunk_size of 0 lets this function choose."""
     return chunk_size or rows_within(_BUDGET_BYTES, vocab * dtype.itemsize, at_least=16)
 
 
-def _shifted(
-    logits_CV: jax.Array, target_C: jax.Array, m_C: jax.Array | None, temperature: float, dtype: Any
-) -> Arrays:
+def _shifted(logits: jax.Array, target: jax.Array, m: jax.Array | None, temperature: float, dtype: Any) -> Arrays:
     """(logits - max) / T and the max; ignored rows count as zeros."""
-    z_CV = jnp.where(target_C[:, None] == IGNORED, 0, logits_CV.astype(dtype))
+    z = jnp.where(target[..., None] == IGNORED, 0, logits.astype(dtype))
     # As in cross_entropy: nothing depends on the max, so it is held constant.
-    m_C = lax.stop_gradient(jnp.max(z_CV, axis=-1)) if m_C is None else m_C
+    m = lax.stop_gradient(jnp.max(z, axis=-1)) if m is None else m
     # Subtracted first: z / T at 1e4 would lose digits that the difference keeps.
-    return (z_CV - m_C[:, None]) / temperature, m_C
+    return (z - m[..., None]) / temperature, m
 
 
 def _row_state(
@@ -109,39 +107,42 @@ def _row_state(
     return KDRowState(m_t, jnp.sum(e_t, -1), jnp.sum(e_t * difference, -1), m_s, jnp.sum(jnp.exp(u_s), -1))
 
 
-class _Rows(NamedTuple):
-    """What the backward of each row needs."""
+class Rows(NamedTuple):
+    """What the backward of each row needs; logits [..., V], the rest [...]."""
 
-    student_TV: jax.Array
-    teacher_TV: jax.Array
-    target_T: jax.Array
-    kl_T: jax.Array
+    student: jax.Array
+    teacher: jax.Array
+    target: jax.Array
+    kl: jax.Array
     m_t: jax.Array
     s_t: jax.Array
     m_s: jax.Array
     s_s: jax.Array
-    grad_T: jax.Array
+    grad: jax.Array
 
 
-def _student_gradient(rows: _Rows, temperature: float, dtype: Any) -> jax.Array:
+def student_gradient(rows: Rows, temperature: float, dtype: Any) -> jax.Array:
     """T * (p_s - p_t) * g."""
-    u_t, _ = _shifted(rows.teacher_TV, rows.target_T, rows.m_t, temperature, dtype)
-    u_s, _ = _shifted(rows.student_TV, rows.target_T, rows.m_s, temperature, dtype)
-    gradient = (jnp.exp(u_s) / rows.s_s[:, None] - jnp.exp(u_t) / rows.s_t[:, None]) * _scale(rows, temperature)
-    return jnp.where(rows.target_T[:, None] == IGNORED, 0, gradient).astype(rows.student_TV.dtype)
+    u_t, _ = _shifted(rows.teacher, rows.target, rows.m_t, temperature, dtype)
+    u_s, _ = _shifted(rows.student, rows.target, rows.m_s, temperature, dtype)
+    p_s, p_t = jnp.exp(u_s) / rows.s_s[..., None], jnp.exp(u_t) / rows.s_t[..., None]
+    gradient = (p_s - p_t) * _scale(rows, temperature)
+    return jnp.where(rows.target[..., None] == IGNORED, 0, gradient).astype(rows.student.dtype)
 
 
-def _teacher_gradient(rows: _Rows, temperature: float, dtype: Any) -> jax.Array:
+def teacher_gradient(rows: Rows, temperature: float, dtype: Any) -> jax.Array:
     """T * p_t * (log p_t - log p_s - KL) * g."""
-    u_t, _ = _shifted(rows.teacher_TV, rows.target_T, rows.m_t, temperature, dtype)
-    u_s, _ = _shifted(rows.student_TV, rows.target_T, rows.m_s, temperature, dtype)
-    p_t = jnp.exp(u_t) / rows.s_t[:, None]
-    row_terms = (jnp.log(rows.s_t) - jnp.log(rows.s_s) + rows.kl_T)[:, None]
+    # Behind a barrier, or XLA would write out, in float32, what the two gradients have in common.
+    rows = Rows(*behind_barrier(*rows))
+    u_t, _ = _shifted(rows.teacher, rows.target, rows.m_t, temperature, dtype)
+    u_s, _ = _shifted(rows.student, rows.target, rows.m_s, temperature, dtype)
+    p_t = jnp.exp(u_t) / rows.s_t[..., None]
+    row_terms = (jnp.log(rows.s_t) - jnp.log(rows.s_s) + rows.kl)[..., None]
     # Where p_t is 0 the gradient is 0, whatever the logarithms are.
     excess = jnp.where(p_t == 0, 0, u_t - u_s - row_terms)
-    gradient = jnp.where(rows.target_T[:, None] == IGNORED, 0, p_t * excess * _scale(rows, temperature))
-    return gradient.astype(rows.teacher_TV.dtype)
+    gradient = jnp.where(rows.target[..., None] == IGNORED, 0, p_t * excess * _scale(rows, temperature))
+    return gradient.astype(rows.teacher.dtype)
 
 
-def _scale(rows: _Rows, temperature: float) -> jax.Array:
-    return temperature * nan_if_invalid(rows.grad_T, rows.target_T)[:, None]
+def _scale(rows: Rows, temperature: float) -> jax.Array:
+    return temperature * nan_if_invalid(rows.grad, rows.target)[..., None]

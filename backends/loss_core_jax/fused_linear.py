@@ -106,14 +106,14 @@ def linear_rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, soft
 
 
 def _rows_forward(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, softcap: float) -> tuple[jax.Array, Any]:
-    state = _states(hidden, weight_VH, target, softcap=softcap)
+    state = row_states(hidden, weight_VH, target, softcap=softcap)
     loss_T = losses_of_counted(finish(jnp, state), target.reshape(-1))
     return loss_T.reshape(target.shape), (hidden, weight_VH, target, state)
 
 
 def _rows_backward(softcap: float, residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     hidden, weight_VH, target, state = residuals
-    gradients = _gradients_again(hidden, weight_VH, target, state, grad, softcap=softcap)
+    gradients = gradients_again(hidden, weight_VH, target, state, grad, softcap=softcap)
     return (
         gradients.hidden_TH.astype(hidden.dtype),
         gradients.weight_VH.astype(weight_VH.dtype),
@@ -126,18 +126,29 @@ linear_rows.defvjp(_rows_forward, _rows_backward)
 
 @functools.partial(jax.jit, static_argnames="softcap")
 def _losses_only(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, *, softcap: float) -> jax.Array:
-    state = _states(hidden, weight_VH, target, softcap=softcap)
+    state = row_states(hidden, weight_VH, target, softcap=softcap)
     return losses_of_counted(finish(jnp, state), target.reshape(-1)).reshape(target.shape)
 
 
 @functools.partial(jax.jit, static_argnames="softcap")
-def _states(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, *, softcap: float) -> RowState:
-    """State of every row, [T] each. Only one tile of one chunk's logits exists at a time."""
+def row_states(
+    hidden: jax.Array,
+    weight_VH: jax.Array,
+    target: jax.Array,
+    *,
+    softcap: float,
+    num_classes: jax.Array | None = None,
+) -> RowState:
+    """State of every row, [T] each. Only one tile of one chunk's logits exists at a time.
+
+    Args:
+        num_classes: as in `fold_tiles`.
+    """
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
     plan = plan_for(hidden_TH.shape[0], weight_VH, softcap)
 
     def chunk(hidden_CH: jax.Array, target_C: jax.Array) -> RowState:
-        return fold_tiles(hidden_CH, weight_VH, target_C, plan, keep=False)[0]
+        return fold_tiles(hidden_CH, weight_VH, target_C, plan, keep=False, num_classes=num_classes)[0]
 
     return RowState(*map_chunks(chunk, (hidden_TH, target.reshape(-1)), plan.chunk))
 
@@ -159,10 +170,18 @@ def _losses_and_gradients(
 
 
 @functools.partial(jax.jit, static_argnames="softcap")
-def _gradients_again(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, state: RowState, grad: jax.Array, *, softcap: float
+def gradients_again(
+    hidden: jax.Array,
+    weight_VH: jax.Array,
+    target: jax.Array,
+    state: RowState,
+    grad: jax.Array,
+    *,
+    softcap: float,
+    num_classes: jax.Array | None = None,
 ) -> Gradients:
-    return _sweep(hidden, weight_VH, target, grad, state, softcap, True, True)[1]
+    """Gradients in the dtype of the arithmetic, given the state of every row and its upstream gradient."""
+    return _sweep(hidden, weight_VH, target, grad, state, softcap, True, True, num_classes)[1]
 
 
 def _sweep(
@@ -174,12 +193,13 @@ def _sweep(
     softcap: float,
     want_hidden: bool,
     want_weight: bool,
+    num_classes: jax.Array | None = None,
 ) -> tuple[jax.Array, Gradients]:
     """Losses and gradients, chunk by chunk; with a state given, its statistics are not computed again."""
     hidden_TH, target_T, scale_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), scale.reshape(-1)
     num_rows = target_T.shape[0]
     plan = plan_for(num_rows, weight_VH, softcap)
-    sources = (hidden_TH, weight_VH, scale_T)
+    sources = (hidden_TH, weight_VH, target_T, scale_T)
 
     def body(carry: tuple[jax.Array, Gradients], start_and_first: jax.Array) -> tuple[Any, None]:
         losses_T, sums = carry
@@ -193,7 +213,17 @@ def _sweep(
         loss_C = losses_of_counted(finish(jnp, state_C), target_C)
         is_new_C = start + jnp.arange(plan.chunk, dtype=np.int32) >= first_new
         dhidden_CH, dweight_VH = chunk_gradients(
-            hidden_CH, weight_VH, target_C, scale_C, is_new_C, state_C, tiles, sums.weight_VH, plan, want_hidden
+            hidden_CH,
+            weight_VH,
+            target_C,
+            scale_C,
+            is_new_C,
+            state_C,
+            tiles,
+            sums.weight_VH,
+            plan,
+            want_hidden,
+            num_classes,
         )
         dhidden_TH = sums.hidden_TH
         if dhidden_TH is not None and dhidden_CH is not None:

@@ -21,14 +21,16 @@ import jax
 
 from loss_core.backend import BackendUnavailable, KernelChoice
 from loss_core.config import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core_jax import checks, skipping
+from loss_core_jax import checks, sharded_linear, skipping
 from loss_core_jax.checks import ArrayLike
 from loss_core_jax.chunked import same_varying_axes
 from loss_core_jax.cross_entropy import arithmetic_dtype
 from loss_core_jax.fused_linear import linear_rows, linear_total
-from loss_core_jax.reduction import cross_entropy, distillation, linear_targets_and_scale, zero_without_tokens
+from loss_core_jax.layout import axis_names, layout_for
+from loss_core_jax.reduction import cross_entropy, distillation, linear_targets_and_scale, total, zero_without_tokens
 
 Count = int | ArrayLike
+TPGroup = str | tuple[str, ...] | None
 
 
 class _Loss:
@@ -63,18 +65,19 @@ class _Loss:
 class MaskedCrossEntropy(_Loss):
     """Cross entropy over logits, with a mask.
 
-    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group must be None, inplace_grad False.
+    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+        inplace_grad must be False.
     """
 
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
-    tp_group: Any = None
+    tp_group: TPGroup = None
     inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
-        _refuse_group(type(self).__name__, self.tp_group)
+        _check_group(self.tp_group)
         MaskedCrossEntropyConfig(self.fp32_upcast, self.ignore_index, self.reduction, None, self.inplace_grad)
         _refuse_inplace(type(self).__name__, self.inplace_grad)
 
@@ -102,26 +105,35 @@ class MaskedCrossEntropy(_Loss):
             ValueError: shapes do not match, or a label that can be read is outside [0, V) and not ignored.
         """
         return _over_logits(
-            logits, labels, mask, num_label_tokens, loss_weights, self.ignore_index, self.reduction, self.fp32_upcast
+            logits,
+            labels,
+            mask,
+            num_label_tokens,
+            loss_weights,
+            self.ignore_index,
+            self.reduction,
+            self.fp32_upcast,
+            self.tp_group,
         )
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class TEParallelCrossEntropy(_Loss):
-    """Cross entropy over logits; the class that can shard the vocabulary over a group on torch.
+    """Cross entropy over logits, always in float32 (float64 for float64).
 
-    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group must be None, inplace_grad False.
+    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+        inplace_grad must be False.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
-    tp_group: Any = None
+    tp_group: TPGroup = None
     inplace_grad: bool = False
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
-        _refuse_group(type(self).__name__, self.tp_group)
+        _check_group(self.tp_group)
         TEParallelCEConfig(self.ignore_index, self.reduction, None, self.inplace_grad)
         _refuse_inplace(type(self).__name__, self.inplace_grad)
 
@@ -135,7 +147,7 @@ class TEParallelCrossEntropy(_Loss):
     ) -> jax.Array:
         """As `MaskedCrossEntropy`, always in float32 (float64 for float64 logits)."""
         return _over_logits(
-            logits, labels, mask, num_label_tokens, loss_weights, self.ignore_index, self.reduction, True
+            logits, labels, mask, num_label_tokens, loss_weights, self.ignore_index, self.reduction, True, self.tp_group
         )
 
 
@@ -145,17 +157,17 @@ class FusedLinearCrossEntropy(_Loss):
     """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
 
     Under `jax.grad` the gradients are made in the forward (three products; four for reduction "none"); a call
-    that is not differentiated does the forward product only. A second derivative is right, but keeps the
-    logits of every chunk.
+    that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
+    A second derivative is right, but keeps the logits of every chunk.
 
-    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group must be None, sequence_parallel False. Ignored
+    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names. Ignored
         tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens.
     """
 
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
-    tp_group: Any = None
+    tp_group: TPGroup = None
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
     # Numbers that give arrays their shape: no arrays themselves, for the bridge.
@@ -164,14 +176,14 @@ class FusedLinearCrossEntropy(_Loss):
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
+        _check_group(self.tp_group)
         FusedLinearCEConfig(
             self.ignore_index, self.logit_softcapping, self.reduction, None, self.sequence_parallel, self.skip_ignored
         )
-        _refuse_group(type(self).__name__, self.tp_group)
-        if self.sequence_parallel:
-            raise BackendUnavailable(
-                f"{type(self).__name__} on 'jax:xla' got sequence_parallel=True, which is not available in this "
-                "version. Use sequence_parallel=False."
+        if self.sequence_parallel and self.tp_group is None:
+            raise ValueError(
+                "sequence_parallel=True needs tp_group, the mesh axis over which hidden_states are gathered; without "
+                "it, XLA moves sharded hidden_states by itself: use sequence_parallel=False."
             )
 
     def __call__(
@@ -210,10 +222,17 @@ class FusedLinearCrossEntropy(_Loss):
                 "Under jax.shard_map the gradient of a replicated lm_weight is summed by JAX."
             )
         checks.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight, loss_weights=loss_weights)
-        checks.check_linear(hidden_states, labels, lm_weight)
+        layout = layout_for(self.tp_group, hidden_states, lm_weight, 0)
+        rows = hidden_states
+        if self.sequence_parallel and layout is not None:
+            rows = sharded_linear.gathered(hidden_states, layout)
+        checks.check_linear(rows, labels, lm_weight)
         checks.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
-        labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, lm_weight.shape[0])
-        size = skipping.num_rows(labels, ignore_index, lm_weight.shape[0], self.skip_ignored, num_valid_tokens)
+        vocab = lm_weight.shape[0] if layout is None else layout.vocab(lm_weight.shape[0])
+        labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, vocab)
+        if layout is not None:
+            _refuse_skipping(self.skip_ignored, num_valid_tokens)
+        size = skipping.num_rows(labels, ignore_index, vocab, self.skip_ignored, num_valid_tokens)
         hidden_states, lm_weight = checks.as_jax(hidden_states), checks.as_jax(lm_weight)
         count = checks.as_count(num_label_tokens)
         target, scale = linear_targets_and_scale(
@@ -221,12 +240,15 @@ class FusedLinearCrossEntropy(_Loss):
             count,
             loss_weights,
             ignore_index=ignore_index,
-            vocab=lm_weight.shape[0],
+            vocab=vocab,
             mean=self.reduction == "mean",
             dtype=arithmetic_dtype(hidden_states),
         )
-        hidden_states, lm_weight, target, scale = same_varying_axes(hidden_states, lm_weight, target, scale)
         softcap, all_targets = float(self.logit_softcapping), target
+        if layout is not None:
+            loss = sharded_linear.linear_rows(hidden_states, lm_weight, target, softcap, layout, self.sequence_parallel)
+            return loss if self.reduction == "none" else total(loss, scale, count)
+        hidden_states, lm_weight, target, scale = same_varying_axes(hidden_states, lm_weight, target, scale)
         if size is not None:
             hidden_states, target, scale, places = skipping.take_counted(hidden_states, target, scale, size=size)
         if self.reduction == "none":
@@ -242,19 +264,19 @@ class FusedLinearCrossEntropy(_Loss):
 class KDLoss(_Loss):
     """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
 
-    Attributes: as in `loss_core.KDLossConfig`; tp_group must be None.
+    Attributes: as in `loss_core.KDLossConfig`; tp_group is the name of a mesh axis, or a tuple of names.
     """
 
     ignore_index: int = -100
     temperature: float = 1.0
     fp32_upcast: bool = True
-    tp_group: Any = None
+    tp_group: TPGroup = None
     chunk_size: int = 0
     _vocab_axis: ClassVar[tuple[str, int]] = ("student_logits", -1)
     kernel_choice: KernelChoice | None = None
 
     def __post_init__(self) -> None:
-        _refuse_group(type(self).__name__, self.tp_group)
+        _check_group(self.tp_group)
         KDLossConfig(self.ignore_index, self.temperature, self.fp32_upcast, None, self.chunk_size)
 
     def __call__(
@@ -281,7 +303,9 @@ class KDLoss(_Loss):
         checks.check_arrays(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
         checks.check_pair(student_logits, teacher_logits, labels)
         checks.check_count("num_batch_labels", num_batch_labels)
-        labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, student_logits.shape[-1])
+        layout = layout_for(self.tp_group, student_logits, student_logits, -1)
+        vocab = student_logits.shape[-1] if layout is None else layout.vocab(student_logits.shape[-1])
+        labels, ignore_index = checks.read_labels(labels, None, self.ignore_index, vocab)
         loss: jax.Array = distillation(
             student_logits,
             teacher_logits,
@@ -291,16 +315,14 @@ class KDLoss(_Loss):
             temperature=float(self.temperature),
             chunk_size=int(self.chunk_size),
             upcast=self.fp32_upcast,
+            layout=layout,
         )
         return loss
 
 
-def _refuse_group(name: str, tp_group: Any) -> None:
+def _check_group(tp_group: Any) -> None:
     if tp_group is not None:
-        raise BackendUnavailable(
-            f"{name} on 'jax:xla' got tp_group={tp_group!r}: tensor parallelism on jax (tp_group as the name of a "
-            "mesh axis) is not available in this version. Use tp_group=None, or a torch backend."
-        )
+        axis_names(tp_group)
 
 
 def _refuse_inplace(name: str, inplace_grad: bool) -> None:
@@ -309,6 +331,15 @@ def _refuse_inplace(name: str, inplace_grad: bool) -> None:
             f"{name} on 'jax:xla' got inplace_grad=True: a jax.Array can't be written to. Use inplace_grad=False; a "
             "training step under jax.jit reuses the logits' memory by itself, and that of its arguments with "
             "donate_argnums."
+        )
+
+
+def _refuse_skipping(skip_ignored: bool | None, num_valid_tokens: Any) -> None:
+    if skip_ignored or num_valid_tokens is not None:
+        raise BackendUnavailable(
+            f"FusedLinearCrossEntropy got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
+            "sharded vocabulary: ignored tokens take part in its products. Use skip_ignored=None and leave out "
+            "num_valid_tokens."
         )
 
 
@@ -321,13 +352,16 @@ def _over_logits(
     ignore_index: int,
     reduction: str,
     upcast: bool,
+    tp_group: TPGroup,
 ) -> jax.Array:
     checks.check_arrays(logits=logits, labels=labels, mask=mask, loss_weights=loss_weights)
     checks.check_logits("logits", logits)
     checks.check_labels("logits", logits, labels)
     checks.check_mask(labels, mask)
     checks.check_reduction_arguments(reduction, labels, num_label_tokens, loss_weights)
-    labels, ignore_index = checks.read_labels(labels, mask, ignore_index, logits.shape[-1])
+    layout = layout_for(tp_group, logits, logits, -1)
+    vocab = logits.shape[-1] if layout is None else layout.vocab(logits.shape[-1])
+    labels, ignore_index = checks.read_labels(labels, mask, ignore_index, vocab)
     loss: jax.Array = cross_entropy(
         logits,
         labels,
@@ -337,5 +371,6 @@ def _over_logits(
         ignore_index=ignore_index,
         reduction=reduction,
         upcast=upcast,
+        layout=layout,
     )
     return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -44,21 +45,13 @@ def evaluate_shards(request: Request) -> list[Evaluation]:
     with jax.enable_x64(request.dtype == "float64"), jax.set_mesh(mesh):
         loss = config.build(backend=request.flag)
         even = len(set(request.sizes)) == 1
-        specs = {name: _spec(name, array, even) for name, array in request.arrays.items()}
         inputs = {
-            name: jax.device_put(to_jax(array, request.dtype), NamedSharding(mesh, specs[name]))
+            name: jax.device_put(to_jax(array, request.dtype), NamedSharding(mesh, _spec(name, np.ndim(array), even)))
             for name, array in request.arrays.items()
         }
         varied = {name: inputs.pop(name) for name in request.grad_of}
 
-        def call(varied: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> jax.Array:
-            found: jax.Array = loss(**varied, **fixed)
-            return found
-
-        if even:
-            in_specs = ({name: specs[name] for name in varied}, {name: specs[name] for name in inputs})
-            call = jax.shard_map(call, in_specs=in_specs, out_specs=PartitionSpec())
-        value, grads = _value_and_grads(call, varied, inputs, request.upstream)
+        value, grads = _value_and_grads(loss, varied, inputs, _upstream(request.upstream), even)
         copies = {name: _of_each_rank(x, mesh) for name, x in {"loss": value, **grads}.items()}
         dtypes = {name: str(x.dtype) for name, x in {"loss": value, **grads}.items()}
         return [
@@ -78,25 +71,33 @@ def evaluate_shards(request: Request) -> list[Evaluation]:
         ]
 
 
-def _spec(name: str, array: np.ndarray, even: bool) -> PartitionSpec:
+def _spec(name: str, ndim: int, even: bool) -> PartitionSpec:
     if name not in VOCAB_AXIS or not even:
         return PartitionSpec()
-    axes = [None] * array.ndim
-    axes[VOCAB_AXIS[name]] = _AXIS  # type: ignore[call-overload]
+    axes: list[str | None] = [None] * ndim
+    axes[VOCAB_AXIS[name]] = _AXIS
     return PartitionSpec(*axes)
 
 
-def _value_and_grads(
-    call: Any, varied: dict[str, jax.Array], fixed: dict[str, jax.Array], upstream: np.ndarray | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    @jax.jit
-    def run(varied: Any, fixed: Any) -> Any:
-        value, pull_back = jax.vjp(lambda floats: call(floats, fixed), varied)
-        seed = jnp.ones(value.shape) if upstream is None else jnp.asarray(upstream)
-        return value, pull_back(seed.astype(value.dtype))[0]
+def _upstream(upstream: np.ndarray | None) -> jax.Array | None:
+    return None if upstream is None else jnp.asarray(upstream)
 
-    value, grads = run(varied, fixed)
-    return value, grads
+
+# One program for all calls of a loss with these shapes: most of the time here is the compiler's.
+@functools.partial(jax.jit, static_argnames=("loss", "even"))
+def _value_and_grads(
+    loss: Any, varied: dict[str, jax.Array], fixed: dict[str, jax.Array], upstream: jax.Array | None, even: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def call(varied: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> jax.Array:
+        found: jax.Array = loss(**varied, **fixed)
+        return found
+
+    if even:
+        in_specs = tuple({name: _spec(name, x.ndim, even) for name, x in inputs.items()} for inputs in (varied, fixed))
+        call = jax.shard_map(call, in_specs=in_specs, out_specs=PartitionSpec())
+    value, pull_back = jax.vjp(lambda floats: call(floats, fixed), varied)
+    seed = jnp.ones(value.shape) if upstream is None else upstream
+    return value, pull_back(seed.astype(value.dtype))[0]
 
 
 def _of_each_rank(x: jax.Array, mesh: Mesh) -> list[np.ndarray]:

@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loss_core_jax import sharded
 from loss_core_jax.checks import IGNORED, classify
 from loss_core_jax.chunked import same_varying_axes
 from loss_core_jax.cross_entropy import cross_entropy_rows
 from loss_core_jax.distillation import distillation_rows
+from loss_core_jax.layout import Layout
 
 
-@functools.partial(jax.jit, static_argnames=("ignore_index", "reduction", "upcast"))
+@functools.partial(jax.jit, static_argnames=("ignore_index", "reduction", "upcast", "layout"))
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
@@ -30,13 +32,18 @@ def cross_entropy(
     ignore_index: int,
     reduction: str,
     upcast: bool,
+    layout: Layout | None,
 ) -> jax.Array:
     """The loss over logits, reduced; arguments have been checked."""
-    target = classify(jnp, labels, mask, ignore_index, logits.shape[-1])
-    loss = cross_entropy_rows(*same_varying_axes(logits, target))
+    vocab = logits.shape[-1] if layout is None else layout.vocab(logits.shape[-1])
+    target = classify(jnp, labels, mask, ignore_index, vocab)
+    if layout is None:
+        loss = cross_entropy_rows(*same_varying_axes(logits, target))
+    else:
+        loss = sharded.cross_entropy_rows(logits, target, layout)
     if reduction != "none":
         scale = _row_scale(target, loss.dtype, mean=reduction == "mean", count=count, loss_weights_T=loss_weights)
-        loss = _total(loss, scale, count)
+        loss = total(loss, scale, count)
     return loss if upcast else loss.astype(logits.dtype)
 
 
@@ -56,7 +63,7 @@ def linear_targets_and_scale(
     return target, _row_scale(target, dtype, mean=mean, count=count, loss_weights_T=loss_weights)
 
 
-@functools.partial(jax.jit, static_argnames=("ignore_index", "temperature", "chunk_size", "upcast"))
+@functools.partial(jax.jit, static_argnames=("ignore_index", "temperature", "chunk_size", "upcast", "layout"))
 def distillation(
     student: jax.Array,
     teacher: jax.Array,
@@ -67,12 +74,17 @@ def distillation(
     temperature: float,
     chunk_size: int,
     upcast: bool,
+    layout: Layout | None,
 ) -> jax.Array:
     """The divergence, reduced; arguments have been checked."""
-    target = classify(jnp, labels, None, ignore_index, student.shape[-1])
-    student, teacher, target = same_varying_axes(student, teacher, target)
-    loss = distillation_rows(student, teacher, target, temperature, chunk_size)
-    loss = _total(loss, _row_scale(target, loss.dtype, mean=True, count=count, loss_weights_T=None), count)
+    vocab = student.shape[-1] if layout is None else layout.vocab(student.shape[-1])
+    target = classify(jnp, labels, None, ignore_index, vocab)
+    if layout is None:
+        student, teacher, target = same_varying_axes(student, teacher, target)
+        loss = distillation_rows(student, teacher, target, temperature, chunk_size)
+    else:
+        loss = sharded.distillation_rows(student, teacher, target, temperature, chunk_size, layout)
+    loss = total(loss, _row_scale(target, loss.dtype, mean=True, count=count, loss_weights_T=None), count)
     return loss if upcast else loss.astype(student.dtype)
 
 
@@ -101,8 +113,8 @@ def _row_scale(
     return scale_T
 
 
-def _total(loss_T: jax.Array, scale_T: jax.Array, count: jax.Array | None) -> jax.Array:
-    """Sum of scale * loss."""
+def total(loss_T: jax.Array, scale_T: jax.Array, count: jax.Array | None) -> jax.Array:
+    """Sum of scale * loss, 0 for a count of 0."""
     return zero_without_tokens(jnp.sum(scale_T * loss_T), count)
 
 

@@ -60,13 +60,16 @@ class _Tile(NamedTuple):
 
     start: jax.Array
     weight_BH: jax.Array
-    class_B: jax.Array  # class of each column, -1 where repeated
+    class_B: jax.Array  # class of each column, -1 where repeated or padding
 
 
-def _tile(weight_VH: jax.Array, index: jax.Array, plan: Plan) -> _Tile:
+def _tile(weight_VH: jax.Array, index: jax.Array, plan: Plan, num_classes: jax.Array | None) -> _Tile:
     start = jnp.minimum(index * plan.tile, weight_VH.shape[0] - plan.tile)
     class_B = start + jnp.arange(plan.tile, dtype=np.int32)
-    return _Tile(start, take_rows(weight_VH, start, plan.tile), jnp.where(class_B >= index * plan.tile, class_B, -1))
+    counted_B = class_B >= index * plan.tile
+    if num_classes is not None:
+        counted_B = counted_B & (class_B < num_classes)
+    return _Tile(start, take_rows(weight_VH, start, plan.tile), jnp.where(counted_B, class_B, -1))
 
 
 def _tile_indices(weight_VH: jax.Array, plan: Plan) -> jax.Array:
@@ -74,7 +77,7 @@ def _tile_indices(weight_VH: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _tile_logits(hidden_CH: jax.Array, tile: _Tile, plan: Plan) -> jax.Array:
-    """[C, B] logits after the softcap, -inf in repeated columns."""
+    """[C, B] logits after the softcap, -inf in repeated columns and in padding."""
     z_CB = _product(hidden_CH, tile.weight_BH, 1, 1, plan)
     if plan.softcap:
         z_CB = plan.softcap * jnp.tanh(z_CB / plan.softcap)
@@ -92,13 +95,23 @@ def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, plan: Plan) -
 
 
 def fold_tiles(
-    hidden_CH: jax.Array, weight_VH: jax.Array, target_C: jax.Array, plan: Plan, *, keep: bool
+    hidden_CH: jax.Array,
+    weight_VH: jax.Array,
+    target_C: jax.Array,
+    plan: Plan,
+    *,
+    keep: bool,
+    num_classes: jax.Array | None = None,
 ) -> tuple[RowState, jax.Array | None]:
-    """State of each row over the whole vocabulary, and the logits [N, C, B] when they are to be kept."""
+    """State of each row over the whole vocabulary, and the logits [N, C, B] when they are to be kept.
+
+    Args:
+        num_classes: rows of the weight from this one on are padding; None when there is none.
+    """
     hidden_CH = counted_or_zero(hidden_CH, target_C).astype(hidden_CH.dtype)
 
     def body(state: RowState, index: jax.Array) -> tuple[RowState, jax.Array | None]:
-        tile = _tile(weight_VH, index, plan)
+        tile = _tile(weight_VH, index, plan, num_classes)
         z_CB = _tile_logits(hidden_CH, tile, plan)
         m_C = lax.stop_gradient(jnp.max(z_CB, axis=1))
         # -inf minus -inf is NaN: a tile of -inf alone must stay the identity.
@@ -125,6 +138,7 @@ def chunk_gradients(
     dweight_VH: jax.Array | None,
     plan: Plan,
     want_hidden: bool,
+    num_classes: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """Gradient of the chunk's hidden states, and the running sum of the weight's with this chunk added."""
     counted_CH = counted_or_zero(hidden_CH, target_C).astype(hidden_CH.dtype)
@@ -135,7 +149,7 @@ def chunk_gradients(
 
     def body(sums: Gradients, index_and_tile: Any) -> tuple[Gradients, None]:
         index, z_CB = index_and_tile
-        tile = _tile(weight_VH, index, plan)
+        tile = _tile(weight_VH, index, plan, num_classes)
         z_CB = _tile_logits(counted_CH, tile, plan) if z_CB is None else z_CB
         softmax_CB = jnp.exp(z_CB - state_C.m[:, None]) / state_C.s[:, None]
         dlogits_CB = (softmax_CB - (tile.class_B == target_C[:, None])) * scale_C[:, None]
@@ -151,7 +165,9 @@ def chunk_gradients(
             dweight_VH = put_rows(dweight_VH, part_BH, tile.start)
         return Gradients(dhidden_CH, dweight_VH), None
 
-    zeros_CH = zeros_for_loop(hidden_CH.shape, plan.dtype, hidden_CH, weight_VH, scale_C) if want_hidden else None
+    zeros_CH = (
+        zeros_for_loop(hidden_CH.shape, plan.dtype, hidden_CH, weight_VH, target_C, scale_C) if want_hidden else None
+    )
     (dhidden_CH, dweight_VH), _ = lax.scan(
         body, Gradients(zeros_CH, dweight_VH), (_tile_indices(weight_VH, plan), tiles_NCB)
     )

@@ -26,7 +26,8 @@ class ParallelLinearCrossEntropy(Function):
 
     Inputs: hidden [..., H] and w_VH float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool; bad_T [T]
     bool or None, tokens whose label is no class; softcap; product dtype; shards; dimension of hidden that is sharded
-    over the group, or None; name of the set of kernels.
+    over the group, or None; name of the set of kernels; skip_ignored and num_valid of
+    `eager_linear.tokens_in_products`.
     Output: loss_T [T] in the dtype of the arithmetic; 0 where keep is False, NaN where bad.
     """
 
@@ -43,18 +44,21 @@ class ParallelLinearCrossEntropy(Function):
         shards: Shards,
         sequence_dim: int | None,
         kernel: str,
+        skip_ignored: bool | None,
+        num_valid: int | None,
     ) -> Tensor:
         with _no_autocast(hidden):
             whole = hidden if sequence_dim is None else _gathered(hidden, sequence_dim, shards.group)
             h_TH = whole.reshape(-1, hidden.shape[-1])
             keep_logits = any(ctx.needs_input_grad[:2])
             parts = kernels.find(kernel).linear_cross_entropy_stats(
-                h_TH, w_VH, labels_T, keep_T, shards.start, softcap, product_dtype, keep_logits
-            )
+                h_TH, w_VH, labels_T, keep_T, shards.start, softcap, product_dtype, skip_ignored, num_valid,
+                keep_logits,
+            )  # fmt: skip
             ctx.logits = parts[3]
             state = distributed.fold(row_stats.RowState(*parts[:3]), row_stats.combine, shards.group, bad_T)
             loss_T = row_stats.finish(torch, state)
-        ctx.settings = (softcap, product_dtype, shards, sequence_dim, kernel)
+        ctx.settings = (softcap, product_dtype, shards, sequence_dim, kernel, skip_ignored, num_valid)
         ctx.shape = hidden.shape
         # Hidden states that were gathered are kept: to gather them again would be a second collective in backward.
         ctx.save_for_backward(hidden if sequence_dim is None else h_TH, w_VH, labels_T, keep_T, state.m, state.s)
@@ -63,7 +67,7 @@ class ParallelLinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden, w_VH, labels_T, keep_T, m_T, s_T = ctx.saved_tensors
-        softcap, product_dtype, shards, sequence_dim, kernel = ctx.settings
+        softcap, product_dtype, shards, sequence_dim, kernel, *skip = ctx.settings
         want_h, want_w = ctx.needs_input_grad[:2]
         with torch.no_grad(), _no_autocast(hidden):
             coef_T = grads[0].to(m_T.dtype)
@@ -71,7 +75,7 @@ class ParallelLinearCrossEntropy(Function):
             logits, ctx.logits = ctx.logits, m_T.new_empty(0)
             grad_h, grad_w = kernels.find(kernel).linear_cross_entropy_grads(
                 hidden.reshape(-1, hidden.shape[-1]), w_VH, labels_T, keep_T, shards.start, m_T, s_T, coef_T, softcap,
-                product_dtype, [want_h, want_w], logits,
+                product_dtype, [want_h, want_w], *skip, logits,
             )  # fmt: skip
             if not want_h:
                 grad_h = None
@@ -81,7 +85,7 @@ class ParallelLinearCrossEntropy(Function):
             else:
                 grad_h = _reduce_scattered(grad_h, ctx.shape, sequence_dim, shards.group).to(hidden.dtype)
             found = (grad_h, grad_w.to(w_VH.dtype) if want_w else None)
-        return (*_refused(found, hidden, w_VH, grads[0]), *[None] * 8)
+        return (*_refused(found, hidden, w_VH, grads[0]), *[None] * 10)
 
 
 def _gathered(hidden: Tensor, dim: int, group: Any) -> Tensor:

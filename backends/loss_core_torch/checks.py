@@ -21,6 +21,7 @@ class Tokens(NamedTuple):
         labels_T: int64; keep_T: bool, which tokens count.
         num_tokens: divisor of the sum, a number or a 0-d tensor, or None.
         weights_T: factor of each token's loss, or None.
+        one_or_nan: see `valid_tokens`.
     """
 
     shape: torch.Size
@@ -28,6 +29,7 @@ class Tokens(NamedTuple):
     keep_T: Tensor
     num_tokens: Any
     weights_T: Tensor | None
+    one_or_nan: Tensor | None = None
 
 
 def tensor(name: str, value: Any) -> Tensor:

@@ -115,8 +115,6 @@ def _not_a_member() -> str:
     )
 
 
-# Not traced: the host talks to other hosts here.
-@torch.compiler.disable(recursive=True)  # type: ignore[untyped-decorator]
 def agree(
     ranks: Ranks, what: str, like: Any, vocab_dim: int, ignore_index: int, check: Callable[[], Tokens]
 ) -> tuple[Tokens, Shards | None]:
@@ -134,25 +132,24 @@ def agree(
     """
     is_tensor = isinstance(like, Tensor) and like.dim() > 0
     vocab, dtype = (like.shape[vocab_dim], str(like.dtype)) if is_tensor else (0, "")
-    ranks_of_vocab: list[dict[str, Any]] = [{"vocab": vocab, "place": 0}]
     tokens, problem, own = None, None, None
     readable = not is_tensor or values.may_read(like)
+    tell = agreement.exchange if readable else agreement.remembered
     try:
         tokens = check()
-    except (ValueError, TypeError, ImportError) as error:
-        own, problem = error, str(error)
+    # Whatever it is, the others must hear of it before it is raised.
+    except Exception as error:
+        own, problem = error, f"{type(error).__name__}: {error}"
         if not readable and any(agreement.has_agreed(g) for g in (ranks.vocab, *ranks.tokens, *ranks.others) if g):
             # The others know these shapes and will not come to an exchange.
             raise
-    if ranks.vocab is not None:
-        message = {"what": what, "vocab": vocab, "place": ranks.place, "dtype": dtype, "problem": problem}
-        if tokens is not None:
-            message |= {"shape": list(tokens.shape)} | (_values(tokens, ignore_index) if readable else {})
-        ranks_of_vocab = (agreement.exchange if readable else agreement.remembered)(ranks.vocab, message)
-        problem = _problem(ranks_of_vocab, ignore_index)
+    message = {"what": what, "vocab": vocab, "place": ranks.place, "dtype": dtype, "problem": problem}
+    if tokens is not None:
+        message |= {"shape": list(tokens.shape)} | (_values(tokens) if readable else {})
+    ranks_of_vocab = [message] if ranks.vocab is None else tell(ranks.vocab, message)
+    problem = _problem(ranks_of_vocab, ignore_index)
     for group in (*ranks.tokens, *ranks.others):
-        message = {"what": what, "problem": problem}
-        found = (agreement.exchange if readable else agreement.remembered)(group, message)
+        found = tell(group, {"what": what, "problem": problem})
         problem = _first_problem(found) or agreement.differing(found, ("what",))
     if own is not None:
         raise own
@@ -167,15 +164,13 @@ def agree(
     return tokens, Shards(ranks.vocab, sum(sizes[: ranks.place]), sum(sizes), even)
 
 
-def _values(tokens: Tokens, ignore_index: int) -> dict[str, Any]:
+def _values(tokens: Tokens) -> dict[str, Any]:
     """What the ranks must have in common beside shapes: a checksum of each input, the ends of the labels."""
-    message: dict[str, Any] = {}
-    for name in ("labels_T", "keep_T", "weights_T"):
-        value = getattr(tokens, name)
-        if value is not None:
-            message[name] = zlib.crc32(value.detach().contiguous().view(torch.uint8).numpy())
-    message["count"] = None if tokens.num_tokens is None else float(tokens.num_tokens)
+    message: dict[str, Any] = {"count": None if tokens.num_tokens is None else float(tokens.num_tokens)}
     labels_T = torch.where(tokens.keep_T, tokens.labels_T, 0)
+    for name, value in (("labels", labels_T), ("labels and mask", tokens.keep_T), ("loss_weights", tokens.weights_T)):
+        if value is not None:
+            message[name] = zlib.crc32(value.detach().contiguous().view(torch.uint8).numpy().data)
     if labels_T.numel():
         for name, at in (("low", labels_T.argmin()), ("high", labels_T.argmax())):
             message[name] = [list(_position(int(at), tokens.shape)), int(labels_T[at])]
@@ -189,12 +184,13 @@ def _position(index: int, shape: torch.Size) -> tuple[int, ...]:
 def _first_problem(messages: Sequence[dict[str, Any]]) -> str | None:
     for rank, message in enumerate(messages):
         if message["problem"] is not None:
-            text = message["problem"]
-            return text if text.startswith("on rank ") else f"on rank {rank} of the group: {text}"
+            return _on_rank(rank, message["problem"], len(messages))
     return None
 
 
-_NAMES = {"labels_T": "labels", "keep_T": "labels and mask", "weights_T": "loss_weights"}
+def _on_rank(rank: int, text: str, ranks: int) -> str:
+    """Says where, unless an inner group has said so, or this rank is alone."""
+    return text if ranks == 1 or text.startswith("On rank ") else f"On rank {rank} of the group: {text}"
 
 
 def _problem(messages: Sequence[dict[str, Any]], ignore_index: int) -> str | None:
@@ -206,12 +202,13 @@ def _problem(messages: Sequence[dict[str, Any]], ignore_index: int) -> str | Non
     for rank, message in enumerate(messages):
         for position, label in (message[end] for end in ("low", "high") if end in message):
             if not 0 <= label < total:
-                return (
-                    f"on rank {rank} of the group: labels{position} is {label}, which is neither a class in "
-                    f"[0, {total}) nor ignore_index ({ignore_index})."
+                text = (
+                    f"labels{position} is {label}, which is neither a class in [0, {total}) nor ignore_index "
+                    f"({ignore_index})."
                 )
-    for key, name in _NAMES.items():
-        sums = [message.get(key) for message in messages]
+                return _on_rank(rank, text, len(messages))
+    for name in ("labels", "labels and mask", "loss_weights"):
+        sums = [message.get(name) for message in messages]
         other = next((rank for rank, value in enumerate(sums) if value != sums[0]), None)
         if other is not None:
             return (

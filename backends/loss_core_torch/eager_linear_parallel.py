@@ -11,7 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from loss_core_torch import eager_linear, row_blocks, values
+=======
+from loss_core_torch import eager_linear, eager_logits
+>>>>>>> main
 from loss_core_torch.values import compute_dtype
 
 
@@ -23,14 +27,17 @@ def linear_cross_entropy_stats(
     vocab_start: int,
     softcap: float,
     product_dtype: torch.dtype,
+    skip_ignored: bool | None,
+    num_valid: int | None,
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row state (m, s, t) of softcap(h @ W.T) over this rank's part of the vocabulary.
 
     Args:
         labels_T: int64, counted over the whole vocabulary.
-        keep_T: bool; on a CPU tokens with False take part in no product.
+        keep_T: bool; whether tokens with False take part in products, as zeros: see `eager_linear.tokens_in_products`.
         vocab_start: first class of this part.
+        skip_ignored, num_valid: as there.
         keep_logits: whether `linear_cross_entropy_grads` may follow.
     Returns:
         m, s, t: [T] each in the dtype of the arithmetic, the identity of `row_stats.combine` where a token takes part
@@ -39,22 +46,23 @@ def linear_cross_entropy_stats(
     dtype, vocab = compute_dtype(h_TH.dtype), w_VH.shape[0]
     m_T = torch.full(keep_T.shape, -torch.inf, dtype=dtype, device=h_TH.device)
     s_T, t_T = torch.zeros_like(m_T), m_T.clone()
-    blocks, whole = _plan(keep_T, vocab, dtype)
+    blocks, all_count = _plan(keep_T, vocab, dtype, skip_ignored, num_valid)
+    waits = keep_logits and len(blocks) == 1
     if not blocks or vocab == 0:
         return m_T, s_T, t_T, m_T.new_empty(0)
     buffer = m_T.new_empty(max(map(eager_linear._length, blocks)) * vocab)
     for at in blocks:
-        z_BV, _ = _logits(h_TH, w_VH, keep_T, at, softcap, product_dtype, buffer)
+        z_BV, _ = _logits(h_TH, w_VH, keep_T, at, all_count, softcap, product_dtype, buffer)
         owned_B, column_B1 = _column(labels_T[at], keep_T[at], vocab_start, vocab)
         m_B = z_BV.amax(-1)
         m_T[at] = m_B
         t_T[at] = torch.where(owned_B, z_BV.gather(1, column_B1)[:, 0], -torch.inf)
-        if whole and keep_logits:
+        if waits:
             # Row by row of the cache's size, so that what is kept stays as it is without a copy of it all.
             s_T[at] = torch.cat([(z - m[:, None]).exp_().sum(-1) for z, m in _small(z_BV, m_B)])
         else:
             s_T[at] = z_BV.sub_(m_B[:, None]).exp_().sum(-1)
-    return m_T, s_T, t_T, buffer.view(-1, vocab) if whole and keep_logits else buffer.new_empty(0)
+    return m_T, s_T, t_T, buffer.view(-1, vocab) if waits else buffer.new_empty(0)
 
 
 def linear_cross_entropy_grads(
@@ -69,6 +77,8 @@ def linear_cross_entropy_grads(
     softcap: float,
     product_dtype: torch.dtype,
     want_grads: list[bool],
+    skip_ignored: bool | None,
+    num_valid: int | None,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the gradients of sum(coef * loss).
@@ -85,7 +95,7 @@ def linear_cross_entropy_grads(
     dtype, vocab = m_T.dtype, w_VH.shape[0]
     grad_h = m_T.new_zeros(h_TH.shape if want_h else (0,))
     grad_w = m_T.new_zeros(w_VH.shape if want_w else (0,))
-    blocks, _ = _plan(keep_T, vocab, dtype)
+    blocks, all_count = _plan(keep_T, vocab, dtype, skip_ignored, num_valid)
     if not blocks or vocab == 0:
         return grad_h, grad_w
     rows = max(map(eager_linear._length, blocks))
@@ -93,9 +103,9 @@ def linear_cross_entropy_grads(
     for number, at in enumerate(blocks):
         keep_B, s_B1 = keep_T[at], s_T[at, None]
         if logits.numel():
-            z_BV, h_BH = logits, _hidden(h_TH, keep_T, at, product_dtype, dtype)
+            z_BV, h_BH = logits, _hidden(h_TH, keep_T, at, all_count, product_dtype, dtype)
         else:
-            z_BV, h_BH = _logits(h_TH, w_VH, keep_T, at, softcap, product_dtype, buffer)
+            z_BV, h_BH = _logits(h_TH, w_VH, keep_T, at, all_count, softcap, product_dtype, buffer)
         # tanh = z / c, since z = c tanh; the slope is 1 - tanh^2.
         slope_BV = z_BV.div(softcap).square_().neg_().add_(1.0) if softcap else None
         z_BV.sub_(m_T[at, None]).exp_()
@@ -116,23 +126,31 @@ def linear_cross_entropy_grads(
     return grad_h, grad_w
 
 
-def _plan(keep_T: Tensor, vocab: int, dtype: torch.dtype) -> tuple[list[slice | Tensor], bool]:
-    """Blocks of tokens, and whether there is one alone: its logits may wait for the other ranks."""
+def _plan(
+    keep_T: Tensor, vocab: int, dtype: torch.dtype, skip_ignored: bool | None, num_valid: int | None
+) -> tuple[list[slice | Tensor], bool]:
+    """Blocks of tokens, one alone where its logits fit the budget, and whether all of these tokens count."""
     device = keep_T.device
-    places_N, _ = eager_linear.tokens_in_products(keep_T, None, None)
+    places_N, all_count = eager_linear.tokens_in_products(keep_T, skip_ignored, num_valid)
     num_tokens = keep_T.numel() if places_N is None else places_N.numel()
     block = eager_linear.block_tokens(vocab, device, dtype.itemsize)
     budget = eager_linear._LOGITS_BYTES_CPU if device.type == "cpu" else eager_linear._LOGITS_BYTES
     if num_tokens * vocab * dtype.itemsize <= budget:
         block = max(block, num_tokens)
-    blocks = list(eager_linear._token_blocks(keep_T.numel(), places_N, block))
-    return blocks, len(blocks) == 1
+    return list(eager_linear._token_blocks(keep_T.numel(), places_N, block)), all_count
 
 
-def _hidden(h_TH: Tensor, keep_T: Tensor, at: slice | Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+def _hidden(
+    h_TH: Tensor,
+    keep_T: Tensor,
+    at: slice | Tensor,
+    all_count: bool,
+    product_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
     h_BH = h_TH[at].to(product_dtype).to(dtype)
     # What an ignored token holds must not reach a product, not even times 0.
-    return h_BH if values.may_read(keep_T) else torch.where(keep_T[at][:, None], h_BH, 0.0)
+    return h_BH if all_count else torch.where(keep_T[at][:, None], h_BH, 0.0)
 
 
 def _logits(
@@ -140,12 +158,13 @@ def _logits(
     w_VH: Tensor,
     keep_T: Tensor,
     at: slice | Tensor,
+    all_count: bool,
     softcap: float,
     product_dtype: torch.dtype,
     buffer: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """softcap(h @ W.T) of a block, in the buffer, and h."""
-    h_BH = _hidden(h_TH, keep_T, at, product_dtype, buffer.dtype)
+    h_BH = _hidden(h_TH, keep_T, at, all_count, product_dtype, buffer.dtype)
     z_BV = buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
     for tile, w_CH in eager_linear.Tiles(w_VH, product_dtype, buffer.dtype):
         torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])

@@ -62,12 +62,12 @@ class _Loss(nn.Module):
         return self
 
     def _agree(
-        self, layout: Layout, like: Any, check: Callable[[], Tokens], **wants: bool
+        self, layout: Layout, like: Any, check: Callable[[], Tokens], **more: Any
     ) -> tuple[Tokens, Shards | None]:
         """The checked tokens of a call and the shards of its vocabulary, once the other ranks are of the same mind."""
         if layout.ranks.alone():
             return check(), None
-        settings = {name: getattr(self, name) for name in self._fields} | wants
+        settings = {name: getattr(self, name) for name in self._fields} | more
         what = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
         return distributed.agree(layout.ranks, what, like, self._vocab_dim, settings["ignore_index"], check)
 
@@ -105,19 +105,24 @@ class _LogitsCrossEntropy(_Loss):
 
         Args:
             logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed (with
-                inplace_grad: the backward leaves its gradient there). With
-                tp_group: this rank's equal share of the vocabulary, in rank order.
-            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed.
+                inplace_grad: the backward leaves its gradient there). With tp_group: this rank's part of the
+                vocabulary, of any size, in rank order. Or a DTensor, which needs no tp_group, and gets a gradient of
+                its own placement.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. The same on every
+                rank of the group. This, mask and loss_weights: plain, or DTensors that lie as the logits' tokens do;
+                plain values may also be those of all tokens of a DTensor of logits.
             mask: shape of labels, or broadcasting to it; bool, integer or float; 0 ignores the position.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64 logits),
-            the dtype of the logits with fp32_upcast=False.
+            the dtype of the logits with fp32_upcast=False. Of all tokens of a DTensor, on every rank, also where its
+            tokens are sharded; with reduction="none" a DTensor, unless labels are plain and this rank's own.
         Raises:
             ValueError: shapes that do not fit, a label that is no class (on a CPU; elsewhere that
-                token's loss and gradient are NaN), a count or weights without reduction="sum".
-            TypeError: labels that are no integers, logits that are no floats.
+                token's loss and gradient are NaN), a count or weights without reduction="sum". Over a group it is
+                raised on every rank, whichever rank's arguments are at fault.
+            TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
             RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
         if mask is None and num_label_tokens is None and loss_weights is None and self._simple():
@@ -152,7 +157,7 @@ class _LogitsCrossEntropy(_Loss):
             )  # fmt: skip
 
         tokens, shards = self._agree(layout, logits, check)
-        shape, labels_T, keep_T, num_tokens, weights_T = tokens
+        shape, labels_T, keep_T, num_tokens, weights_T, _ = tokens
         vocab = logits.shape[-1] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
@@ -271,16 +276,18 @@ class KDLoss(_Loss):
         """KL divergence of the student from the teacher, over the positions that count.
 
         Args:
-            student_logits: [..., V] float, any strides; not changed.
+            student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
+                MaskedCrossEntropy.
             teacher_logits: [..., V] float on the same device, of a dtype of its own if need be; gets a
-                gradient when it requires one.
+                gradient when it requires one. Sharded as the student's.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. Their
                 classes do not enter the loss.
             num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
         Returns:
             Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False.
         Raises:
-            ValueError: shapes that do not fit, or a label that is no class (on a CPU; elsewhere NaN).
+            ValueError: shapes that do not fit, or a label that is no class (on a CPU; elsewhere NaN); over a group on
+                every rank.
             TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
@@ -314,7 +321,7 @@ class KDLoss(_Loss):
             )  # fmt: skip
 
         tokens, shards = self._agree(layout, student, check)
-        shape, labels_T, keep_T, num_tokens, _ = tokens
+        shape, labels_T, keep_T, num_tokens, *_ = tokens
         vocab = student.shape[-1] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
@@ -410,11 +417,15 @@ class FusedLinearCrossEntropy(_Loss):
         """Cross entropy of the head's logits and labels.
 
         Args:
-            hidden_states: [..., H] float; not changed.
-            labels: [...] integers: a class in [0, V) or ignore_index; not changed.
-            lm_weight: [V, H], dtype and device of hidden_states; plain, or a sharded DTensor.
+            hidden_states: [..., H] float; not changed. With sequence_parallel: this rank's share of the first
+                dimension. A DTensor's placement says as much, and its loss is that of all its tokens.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. All tokens of the
+                group over which the vocabulary is sharded, the same on each of its ranks.
+            lm_weight: [V, H], dtype and device of hidden_states. With tp_group: this rank's rows. A DTensor stays
+                sharded over the dimension of its mesh that is tp_group's, or is named "tp", or over which FSDP did
+                not cut it, or over which the DTensor of hidden_states is replicated; it is gathered over the others.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
-            grad_reduce_group: see materialize_lm_weight; only for a sharded weight.
+            grad_reduce_group: see materialize_lm_weight; only for a weight that is gathered.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
             num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer; the others then
                 take part in no product on any device, without a host sync and with static shapes. A wrong number
@@ -424,9 +435,8 @@ class FusedLinearCrossEntropy(_Loss):
             autocast both operands are rounded to its dtype first, as F.linear would.
         Raises:
             ValueError: shapes or devices that do not fit, a label that is no class (on a CPU), a count
-                or weights without reduction="sum", a sharded weight without its group, num_valid_tokens
-                with skip_ignored=False.
-            BackendUnavailable: skip_ignored or num_valid_tokens where ranks share vocabulary or tokens.
+                or weights without reduction="sum", a sharded weight without its group, placements that can't be
+                served, num_valid_tokens with skip_ignored=False; over a group on every rank.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
         given = (num_label_tokens, grad_reduce_group, loss_weights, num_valid_tokens)
@@ -439,13 +449,7 @@ class FusedLinearCrossEntropy(_Loss):
             weight = placement_linear.local_weight(layout, lm_weight)
         else:
             weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
-        alone = layout.tokens.ranks.alone()
-        if not alone and (self.skip_ignored is not None or num_valid_tokens is not None):
-            raise BackendUnavailable(
-                f"FusedLinearCrossEntropy got skip_ignored={self.skip_ignored} and num_valid_tokens={num_valid_tokens} "
-                "where ranks share vocabulary or tokens, which is not available in this version: leave both None."
-            )
-        compute = self._compute if alone else self._compute_apart
+        compute = self._compute if layout.tokens.ranks.alone() else self._compute_apart
         return compute(layout, hidden_states, labels, weight, num_label_tokens, loss_weights, num_valid_tokens)
 
     def _ordinary(self, hidden: Any, labels: Any, weight: Any) -> Tensor | None:
@@ -493,18 +497,20 @@ class FusedLinearCrossEntropy(_Loss):
                 )
             lead = placement_linear.whole_lead(linear, hidden)
             own = [layout.token_values(n, x, lead) for n, x in (("labels", labels), ("loss_weights", loss_weights))]
-            return checks.tokens(
+            found = checks.tokens(
                 "hidden_states", lead, hidden.device, self.reduction, self.ignore_index, own[0], num_tokens=count,
                 loss_weights=own[1],
             )  # fmt: skip
+            return found._replace(one_or_nan=checks.valid_tokens(num_valid, found.keep_T, self.skip_ignored))
 
         trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
-        tokens, shards = self._agree(layout, weight, check, hidden_states_require_grad=trains)
-        shape, labels_T, keep_T, num_tokens, weights_T = tokens
+        tokens, shards = self._agree(
+            layout, weight, check, hidden_states_require_grad=trains, num_valid_tokens=num_valid
+        )
+        shape, labels_T, keep_T, num_tokens, weights_T, one_or_nan = tokens
         product_dtype = _product_dtype(hidden, weight)
         vocab = weight.shape[0] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
-        one_or_nan = checks.valid_tokens(num_valid, keep_T, self.skip_ignored)
         skip = (self.skip_ignored, num_valid)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
         if shards is None and self.reduction != "none" and not layout.ranks.tokens:
@@ -533,7 +539,7 @@ class FusedLinearCrossEntropy(_Loss):
         skip: tuple[bool | None, int | None],
     ) -> Tensor:
         """The reduced loss over a whole vocabulary: the factor of each token is known, so one pass makes all."""
-        _, labels_T, keep_T, num_tokens, weights_T = tokens
+        _, labels_T, keep_T, num_tokens, weights_T, _ = tokens
         coef_T = reduction.coefficients(hidden.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
         if bad_T is not None:
             labels_T = torch.where(bad_T, 0, labels_T)
@@ -559,8 +565,9 @@ class FusedLinearCrossEntropy(_Loss):
         softcap = float(self.logit_softcapping)
         if shards is not None:
             return ParallelLinearCrossEntropy.apply(
-                hidden, weight, labels_T, keep_T, bad_T, softcap, product_dtype, shards, sequence_dim, self._kernel
-            )
+                hidden, weight, labels_T, keep_T, bad_T, softcap, product_dtype, shards, sequence_dim, self._kernel,
+                *skip,
+            )  # fmt: skip
         if bad_T is not None:
             labels_T = torch.where(bad_T, 0, labels_T)
         h_TH = hidden.reshape(-1, hidden.shape[-1])

@@ -40,23 +40,24 @@ class Layout:
         Raises:
             ValueError: a DTensor that lies elsewhere than the tokens do.
         """
-        if self.mesh is None or not hasattr(value, "shape"):
+        if self.mesh is None or not isinstance(value, Tensor):
             return value
         from torch.distributed.tensor import DTensor, Replicate
 
+        placed: Any = value
         if not is_dtensor(value):
             if value.shape == local_lead or tuple(value.shape) != self.lead:
                 return value
-            value = DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        elif value.device_mesh != self.mesh:
+            placed = DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        elif placed.device_mesh != self.mesh:
             raise ValueError(f"{name} is a DTensor on another mesh; pass {name}.to_local() or put it on {self.mesh}.")
-        for found, wanted in zip(value.placements, self.tokens, strict=True):
+        for found, wanted in zip(placed.placements, self.tokens, strict=True):
             if found != wanted and not found.is_replicate():
                 raise ValueError(
-                    f"{name} has the placements {value.placements}; {self.tokens} or replicated are accepted."
+                    f"{name} has the placements {placed.placements}; {self.tokens} or replicated are accepted."
                 )
         # Replicated to sharded: a slice, no communication.
-        return value.redistribute(self.mesh, self.tokens).to_local()
+        return placed.redistribute(self.mesh, self.tokens).to_local()
 
     def token_result(self, loss: Tensor, labels: Any) -> Tensor:
         """The loss of each token in the form in which the labels came."""

@@ -32,13 +32,15 @@ def reduce_tokens(
     if reduction == "mean":
         total, number = loss_T.sum(), keep_T.sum()
         if groups:
-            total, number = distributed.SumOverRanks.apply(torch.stack([total, number.to(total.dtype)]), groups)
+            # In float64, in which the number of tokens is exact.
+            sums = distributed.SumOverRanks.apply(torch.stack([total.double(), number.double()]), groups)
+            total, number = sums[0].to(total.dtype), sums[1].to(total.dtype)
         return total / number.clamp(min=1)
     if weights_T is not None:
         loss_T = loss_T * weights_T.to(loss_T.dtype)
     total = loss_T.sum()
     if groups:
-        total = distributed.SumOverRanks.apply(total[None], groups)[0]
+        total = distributed.SumOverRanks.apply(total, groups)
     if num_tokens is None:
         return total
     return total / divisor(num_tokens)

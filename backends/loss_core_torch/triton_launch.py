@@ -113,7 +113,7 @@ def _stats(logits: Tensor, labels_T: Tensor, vocab_start: int, softcap: float) -
     m_T, s_T, t_T = (torch.empty(labels_T.shape, dtype=dtype, device=device) for _ in range(3))
     for at, (rows,), (piece,) in _pieces(logits):
         num_rows = at.stop - at.start
-        size, part, parts = _parts(num_rows, vocab, logits.dtype, "stats")
+        size, part, parts = _parts(num_rows, vocab, logits.dtype, "capped_stats" if softcap else "stats")
         out = (m_T[at], s_T[at], t_T[at])
         into = out if parts == 1 else tuple(x.new_empty((num_rows, parts)) for x in out)
         _launch(

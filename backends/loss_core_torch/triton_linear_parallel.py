@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core_torch import triton_launch, triton_linear
+from loss_core_torch import eager_linear, triton_launch, triton_linear
 from loss_core_torch.values import compute_dtype
 
 
@@ -22,9 +22,33 @@ def linear_cross_entropy_stats(
     vocab_start: int,
     softcap: float,
     product_dtype: torch.dtype,
+    skip_ignored: bool | None,
+    num_valid: int | None,
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row state of this rank's part; see `eager_linear_parallel.linear_cross_entropy_stats`."""
+    places_N, _ = eager_linear.tokens_in_products(keep_T, skip_ignored, num_valid)
+    if places_N is None:
+        return _stats(h_TH, w_VH, labels_T, keep_T, vocab_start, softcap, product_dtype, keep_logits)
+    # The tokens that take part, as if there were no others.
+    some = (x.index_select(0, places_N) for x in (h_TH, labels_T, keep_T))
+    h_NH, labels_N, keep_N = some
+    *parts, logits = _stats(h_NH, w_VH, labels_N, keep_N, vocab_start, softcap, product_dtype, keep_logits)
+    state = triton_launch.empty_state(keep_T.shape, parts[0].dtype, keep_T.device)
+    m_T, s_T, t_T = (all_T.index_copy_(0, places_N, part_N) for all_T, part_N in zip(state, parts, strict=True))
+    return m_T, s_T, t_T, logits
+
+
+def _stats(
+    h_TH: Tensor,
+    w_VH: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    vocab_start: int,
+    softcap: float,
+    product_dtype: torch.dtype,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, vocab = keep_T.numel(), w_VH.shape[0]
     m_T, s_T, t_T = triton_launch.empty_state(keep_T.shape, compute_dtype(h_TH.dtype), h_TH.device)
     logits = m_T.new_empty(0)
@@ -52,9 +76,37 @@ def linear_cross_entropy_grads(
     softcap: float,
     product_dtype: torch.dtype,
     want_grads: list[bool],
+    skip_ignored: bool | None,
+    num_valid: int | None,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the gradients; see `eager_linear_parallel.linear_cross_entropy_grads`."""
+    places_N, _ = eager_linear.tokens_in_products(keep_T, skip_ignored, num_valid)
+    settings = (softcap, product_dtype, want_grads, logits)
+    if places_N is None:
+        return _grads(h_TH, w_VH, labels_T, keep_T, vocab_start, m_T, s_T, coef_T, *settings)
+    some = (x.index_select(0, places_N) for x in (h_TH, labels_T, keep_T, m_T, s_T, coef_T))
+    h_NH, labels_N, keep_N, m_N, s_N, coef_N = some
+    grad_NH, grad_w = _grads(h_NH, w_VH, labels_N, keep_N, vocab_start, m_N, s_N, coef_N, *settings)
+    if not want_grads[0]:
+        return grad_NH, grad_w
+    return m_T.new_zeros(h_TH.shape).index_copy_(0, places_N, grad_NH), grad_w
+
+
+def _grads(
+    h_TH: Tensor,
+    w_VH: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    vocab_start: int,
+    m_T: Tensor,
+    s_T: Tensor,
+    coef_T: Tensor,
+    softcap: float,
+    product_dtype: torch.dtype,
+    want_grads: list[bool],
+    logits: Tensor,
+) -> tuple[Tensor, Tensor]:
     want_h, want_w = want_grads
     num_tokens, vocab = keep_T.numel(), w_VH.shape[0]
     grad_h = m_T.new_zeros(h_TH.shape if want_h else (0,))

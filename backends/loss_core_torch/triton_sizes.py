@@ -49,6 +49,7 @@ _MAX_WARPS_AMD = 16
 
 _KINDS = {
     "stats": {2: (8192, 4), 4: (4096, 4), 8: (2048, 4)},
+    "capped_stats": {2: (8192, 4), 4: (4096, 4), 8: (1024, 4)},
     "grad": {2: (4096, 1), 4: (2048, 1), 8: (1024, 1)},
     "row": {2: (8192, 4), 4: (4096, 4), 8: (256, 1)},
     "kd_stats": {2: (4096, 2), 4: (4096, 4), 8: (1024, 2)},
@@ -62,7 +63,7 @@ def launch_parameters(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) 
     Args:
         num_rows, vocab: shape of the logits.
         dtype: of the logits that are read.
-        kind: "stats", "grad", "row", "kd_stats" or "kd_grad".
+        kind: "stats", "capped_stats" (with a softcap), "grad", "row", "kd_stats" or "kd_grad".
     """
     (block_v, unroll), num_warps = _KINDS[kind][dtype.itemsize], _NUM_WARPS
     if kind == "row" and vocab * dtype.itemsize > _LONG_ROW_BYTES and dtype.itemsize in _LONG_ROW:

@@ -1,0 +1,281 @@
+"""Measuring on PyTorch: our losses by flag, the peers, and the rates of the floor; on a CPU and on CUDA."""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loss_core.bench_job import GRADS, Job, Tiled, kind_of
+from loss_core.build import build_loss_module
+from loss_core_bench import torch_peers
+from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a time depends on."""
+    found = {"torch": str(torch.__version__)}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def device_name(device: str) -> str:
+    """The accelerator's name, or "cpu".
+
+    Raises:
+        Unusable: torch sees no such device.
+    """
+    if device == "cpu":
+        return "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Unusable(f"torch has no device {device!r} here ({str(error).splitlines()[0]}).") from error
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def make_runner(job: Job, kind: str, name: str) -> Runner:
+    """The runner of a flag, a peer, or the floor."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if kind == "floor":
+        return FloorRunner(job)
+    config = job.loss_config()
+    if kind == "peer":
+        return LossRunner(job, torch_peers.candidates(name, config, job))
+    loss = build_loss_module(config, backend=name)
+    choice = getattr(loss, "kernel_choice", None)
+    note = f"runs {choice.flag}" if choice is not None and choice.flag != name else ""
+    return LossRunner(job, [(note, loss)])
+
+
+def _place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
+    """The whole tensor, repeated on the device."""
+    block = torch.from_numpy(tile.block).to(device=device, dtype=dtype)
+    size = int(np.prod(tile.shape))
+    return block.repeat(-(-size // len(block)))[:size].view(tile.shape)
+
+
+class LossRunner:
+    """A loss, forward and backward, or forward only."""
+
+    def __init__(self, job: Job, candidates: torch_peers.Candidates) -> None:
+        self.job = job
+        self.candidates = candidates
+        self.note, self.loss = candidates[0]
+        self.grad_of = GRADS[kind_of(job.loss_config())]
+        self.sets: list[dict[str, Tensor]] = []
+        self.turn = 0
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the inputs are on the device."""
+        return bool(self.sets)
+
+    def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
+        first = self._inputs(tiles, labels)
+        self.sets = [first]
+        if self._on_cuda:
+            # Inputs that fit the cache would be read from it: rotate among copies that do not.
+            size = sum(x.numel() * x.element_size() for x in first.values())
+            cache = torch.cuda.get_device_properties(self.job.device).L2_cache_size
+            self.sets += [self._inputs(tiles, labels) for _ in range(min(int(3 * cache // size), 64))]
+
+    def unload(self) -> None:
+        self.sets = []
+        gc.collect()
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        inputs = self._inputs(tiles, labels)
+        if self.job.forward_only:
+            with torch.no_grad():
+                return {"loss": _to_numpy(self.loss(**inputs))}
+        value, grads = self._with_grads(inputs)
+        return {"loss": _to_numpy(value), **{name: _to_numpy(g) for name, g in zip(self.grad_of, grads, strict=True)}}
+
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        start = time.perf_counter()
+        result = self._call()
+        first = time.perf_counter() - start
+        if len(self.candidates) > 1:
+            self.note, self.loss = min(self.candidates, key=self._second_call)
+            result = self._call()
+        sample = self._sample(result, tokens)
+        del result
+        return {"first_call": first, "peak": self._peak(), "note": self.note}, sample
+
+    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        if self.job.forward_only:
+            return {"loss": _to_numpy(result)}
+        value, grads = result
+        rows = grads[0][torch.from_numpy(tokens).to(self.job.device)]
+        sample = {"loss": _to_numpy(value), "rows": _to_numpy(rows)}
+        if len(grads) > 1:
+            inputs = self.sets[self.turn]
+            pairs = zip(self.grad_of, grads, strict=True)
+            sample["inner"] = np.array([_inner(inputs[name].detach(), grad) for name, grad in pairs])
+        return sample
+
+    def _second_call(self, candidate: tuple[str, torch_peers.Loss]) -> float:
+        _, self.loss = candidate
+        self._call()
+        return timed(self._call)
+
+    def warm_up(self) -> None:
+        self._call()
+
+    def round(self, budget: float, most: int) -> dict[str, Any]:
+        if not self._on_cuda:
+            return {"seconds": timed_calls(self._call, budget, most)}
+        return {"seconds": cuda_times(self._step, budget, most)}
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.job.device.startswith("cuda")
+
+    def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Tensor]:
+        dtype = _DTYPES[self.job.dtype]
+        inputs = {name: _place(tile, dtype, self.job.device) for name, tile in tiles.items()}
+        if not self.job.forward_only:
+            for name in self.grad_of:
+                inputs[name].requires_grad_()
+        inputs["labels"] = torch.from_numpy(labels).to(self.job.device)
+        return inputs
+
+    def _step(self) -> Any:
+        """One call, without waiting for the device."""
+        self.turn = (self.turn + 1) % len(self.sets)
+        inputs = self.sets[self.turn]
+        if self.job.forward_only:
+            with torch.no_grad():
+                return self.loss(**inputs)
+        return self._with_grads(inputs)
+
+    def _call(self) -> Any:
+        result = self._step()
+        if self._on_cuda:
+            torch.cuda.synchronize(self.job.device)
+        return result
+
+    def _with_grads(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = self.loss(**inputs)
+        upstream = None if value.dim() == 0 else torch.ones_like(value)
+        return value, torch.autograd.grad(value, [inputs[name] for name in self.grad_of], upstream)
+
+    def _peak(self) -> int:
+        if not self._on_cuda:
+            return host_peak(self._call)
+        torch.cuda.synchronize(self.job.device)
+        before = torch.cuda.memory_allocated(self.job.device)
+        torch.cuda.reset_peak_memory_stats(self.job.device)
+        self._call()
+        return torch.cuda.max_memory_allocated(self.job.device) - before
+
+
+def cuda_times(step: Callable[[], Any], budget: float, most: int) -> list[float]:
+    """Seconds of each call by events on the device, which leaves out what the host does beside it."""
+    step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    count = max(1, min(most, int(budget / max(time.perf_counter() - start, 1e-6))))
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for before, after in marks:
+        before.record()
+        result = step()
+        after.record()
+        del result
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in marks]
+
+
+# By device: bytes of a copy, rows and columns of a product.
+_ENOUGH = {"cpu": (2**28, 1024, 8192), "cuda": (2**30, 8192, 32768)}
+
+
+class FloorRunner:
+    """How fast this machine copies and multiplies, on arrays of the size of the job's."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.where = "cuda" if job.device.startswith("cuda") else "cpu"
+        # A copy needs no more than this to show its rate, nor a product more rows and columns.
+        self.most_bytes, self.most_tokens, self.most_vocab = _ENOUGH[self.where]
+        self.loaded = False
+
+    def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
+        job = self.job
+        # On a CPU without 16-bit matrix units float32 is faster: the floor takes the faster of the two.
+        dtypes = {_DTYPES[job.dtype]} | ({torch.float32} if self.where == "cpu" else set())
+        self.products: list[tuple[Tensor, Tensor]] = []
+        if len(job.shape) == 3:
+            tokens, vocab, hidden = job.shape
+            hidden_TH = _place(Tiled(tiles["hidden_states"].block, (min(tokens, self.most_tokens), hidden)),
+                               torch.float32, job.device)  # fmt: skip
+            weight_VH = _place(Tiled(tiles["lm_weight"].block, (min(vocab, self.most_vocab), hidden)),
+                               torch.float32, job.device)  # fmt: skip
+            self.products = [(hidden_TH.to(d), weight_VH.to(d)) for d in dtypes]
+        size = torch.empty(0, dtype=_DTYPES[job.dtype]).element_size()
+        length = min(job.shape[0] * job.shape[1], self.most_bytes // size)
+        name = next(iter(tiles))
+        self.source = _place(Tiled(tiles[name].block, (length,)), _DTYPES[job.dtype], job.device)
+        self.target = torch.zeros_like(self.source)
+        self.loaded = True
+
+    def unload(self) -> None:
+        self.products, self.loaded = [], False
+        self.source = self.target = torch.empty(0)
+        if self.where == "cuda":
+            torch.cuda.empty_cache()
+
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        return {}
+
+    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        return {"first_call": timed(self.warm_up), "peak": 0, "note": ""}, {}
+
+    def warm_up(self) -> None:
+        self.round(0.0, 1)
+
+    def round(self, budget: float, most: int) -> dict[str, Any]:
+        """The copy rate in bytes read and written per second, the product rate in operations per second."""
+        moved = 2 * self.source.numel() * self.source.element_size()
+        copying = self._fastest(lambda: self.target.copy_(self.source), budget, most)
+        rates = [0.0]
+        for hidden_TH, weight_VH in self.products:
+            operations = 2 * hidden_TH.numel() * weight_VH.shape[0]
+            seconds = self._fastest(lambda a=hidden_TH, b=weight_VH: a @ b.T, budget, most)  # type: ignore[misc]
+            rates.append(operations / seconds)
+        return {"copy_rate": moved / copying, "product_rate": max(rates)}
+
+    def _fastest(self, step: Callable[[], Any], budget: float, most: int) -> float:
+        times = cuda_times(step, budget, most) if self.where == "cuda" else timed_calls(step, budget, most)
+        return float(np.median(times))
+
+
+def _inner(x: Tensor, y: Tensor) -> float:
+    """The inner product in float64, block by block."""
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(x.split(1024), y.split(1024), strict=True))
+
+
+def _to_numpy(x: Tensor) -> NDArray[np.float64]:
+    return x.detach().to(device="cpu", dtype=torch.float64).numpy()

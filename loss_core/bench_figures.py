@@ -1,0 +1,166 @@
+"""The pictures of a benchmark: time beside the floor, memory against time, time over T and over V."""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loss_core.bench_report import FLAG, FLOOR, BenchReport, BenchRow, floor_of
+from loss_core.bench_tables import time_text
+from loss_core.page import blank_figure, svg_of
+
+# Colour-blind safe (Okabe & Ito). Ours is blue, a peer grey: the eye finds what the page is about.
+_OURS, _PEER, _WRONG = "#0072b2", "#8a94a6", "#c62828"
+_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8a94a6")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows, in words."""
+
+    title: str
+    words: str
+    svg: str
+
+
+def group_pictures(group: Sequence[BenchRow], *, file: bool = False) -> list[Picture]:
+    """Time beside the floor, and memory against time, of one call. Empty where nothing was timed."""
+    timed = sorted((r for r in group if r.seconds and r.kind != FLOOR), key=lambda r: r.seconds or 0.0)
+    if not timed:
+        return []
+    floor = floor_of(group)
+    fastest = timed[0]
+    words = f"{len(timed)} implementations; the fastest is {fastest.implementation}, {time_text(fastest.seconds)}"
+    made = [Picture("Time", words, _time_picture(timed, floor, file))]
+    if any(row.peak for row in timed):
+        words = "towards the lower left is better; memory above the inputs, gradients included"
+        made.append(Picture("Memory against time", words, _memory_picture(timed, floor, file)))
+    return made
+
+
+def growth_pictures(report: BenchReport, *, file: bool = False) -> list[Picture]:
+    """Time and memory over T and over V, for losses measured at several of them, all other sizes equal."""
+    made = []
+    for axis, name in ((0, "T"), (1, "V")):
+        series: dict[tuple[Any, ...], list[list[BenchRow]]] = {}
+        for group in report.groups():
+            row = group[0]
+            others = tuple(size for i, size in enumerate(row.shape) if i != axis)
+            series.setdefault((str(row.config.get("name")), row.dtype, others), []).append(group)
+        for (loss, dtype, others), groups in series.items():
+            if len({group[0].shape[axis] for group in groups}) < 2:
+                continue
+            fixed = " x ".join(f"{n:,}" for n in others)
+            title = f"{loss}, {dtype}: over {name}, at {'VT'[axis]} {'x H ' if len(others) > 1 else ''}= {fixed}"
+            made.append(Picture(title, "both axes logarithmic", _growth_picture(groups, axis, name, file)))
+    return made
+
+
+def _colour(row: BenchRow) -> str:
+    return _WRONG if row.wrong else _OURS if row.kind == FLAG else _PEER
+
+
+def _time_picture(rows: Sequence[BenchRow], floor: float | None, file: bool) -> str:
+    """Horizontal bars, the fastest on top, with the floor as a line; each bar says its share of the floor."""
+    unit, name = _unit(rows[0].seconds or 1.0)
+    with blank_figure(6.2, 0.9 + 0.34 * len(rows)) as figure:
+        axes = figure.subplots()
+        lengths = [(row.seconds or 0.0) / unit for row in rows]
+        # One that is ten times slower must not press the others together.
+        limit = min(max(lengths), 6 * lengths[0]) * 1.28
+        axes.barh(range(len(rows)), lengths, color=[_colour(row) for row in rows], height=0.66)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            share = f",  {floor / row.seconds:.0%} of the floor" if floor and row.seconds else ""
+            text = f" {time_text(row.seconds)}{share} "
+            inside = length > 0.6 * limit
+            axes.text(
+                min(length, limit * 0.99), i, text, va="center", ha="right" if inside else "left", fontsize=9,
+                color="white" if inside else "#1b2330",
+            )  # fmt: skip
+        if floor:
+            axes.axvline(floor / unit, color=_WRONG, linewidth=1.4)
+        axes.set_xlim(0, limit)
+        axes.set_yticks(range(len(rows)), [row.implementation for row in rows])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{name} per call (red: the floor)")
+        _plain(axes)
+        return svg_of(figure, file=file)
+
+
+def _memory_picture(rows: Sequence[BenchRow], floor: float | None, file: bool) -> str:
+    unit, name = _unit(rows[0].seconds or 1.0)
+    with blank_figure(6.2, 3.6) as figure:
+        axes = figure.subplots()
+        for row in rows:
+            x, y = (row.seconds or 0.0) / unit, max((row.peak or 0) / 2**20, 1.0)
+            axes.plot(x, y, "o", color=_colour(row), markersize=7)
+            axes.annotate(row.implementation, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        if floor:
+            axes.axvline(floor / unit, color=_WRONG, linewidth=1.4)
+        axes.margins(x=0.25, y=0.15)
+        _number_axes(axes)
+        axes.set_xlabel(f"{name} per call (red: the floor)")
+        axes.set_ylabel("MiB above the inputs")
+        _plain(axes)
+        return svg_of(figure, file=file)
+
+
+def _growth_picture(groups: Sequence[Sequence[BenchRow]], axis: int, name: str, file: bool) -> str:
+    names = list(dict.fromkeys(row.implementation for group in groups for row in group if row.seconds))
+    with blank_figure(6.2, 5.4) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        for i, implementation in enumerate(names):
+            rows = sorted(
+                (r for group in groups for r in group if r.implementation == implementation and r.seconds),
+                key=lambda r: r.shape[axis],
+            )
+            sizes = [row.shape[axis] for row in rows]
+            is_floor = implementation == FLOOR
+            style: dict[str, Any] = {
+                "color": _WRONG if is_floor else _LINES[i % len(_LINES)],
+                "linestyle": ":" if is_floor else "-",
+                "marker": "" if is_floor else "o",
+                "markersize": 4,
+            }
+            above.plot(sizes, [(row.seconds or 0.0) * 1e3 for row in rows], label=implementation, **style)
+            if not is_floor:
+                below.plot(sizes, [max((row.peak or 0) / 2**20, 1.0) for row in rows], **style)
+        for axes, label in ((above, "ms per call"), (below, "MiB above the inputs")):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_ylabel(label)
+            _plain(axes)
+        ticks = sorted({group[0].shape[axis] for group in groups})
+        below.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        below.minorticks_off()
+        below.set_xlabel(name)
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+        return svg_of(figure, file=file)
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    return next(
+        (size, name) for size, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if seconds >= size or size == 1e-6
+    )
+
+
+def _number_axes(axes: Any) -> None:
+    """Numbers instead of powers of ten: the axes span one or two decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    for line in (axes.xaxis, axes.yaxis):
+        line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        line.set_minor_locator(LogLocator(subs=()))
+
+
+def _plain(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(color="#e4e7ec", linewidth=0.8)
+    axes.set_axisbelow(True)

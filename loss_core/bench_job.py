@@ -1,0 +1,182 @@
+"""What one benchmark call is: loss, shape, dtype, and inputs that are equal for every implementation.
+
+Inputs are drawn as one block of random numbers and repeated to the full shape on the device: a tensor of
+8192 x 262144 then costs a copy, not minutes of drawing, and torch and JAX get the same values.
+"""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.config import (
+    FusedLinearCEConfig,
+    KDLossConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
+
+# Prime, so that a block repeated over rows of any width starts each row elsewhere: no two rows are equal.
+BLOCK = 4_194_301
+
+# Standard deviation of the logits: between that of an untrained model, near 1, and of a trained one, near 3.
+LOGIT_SCALE = 2.0
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# Most elements of one logits array of a call whose loss and gradients are compared with float64.
+_ERROR_ELEMENTS = 2**22
+
+
+_SAMPLED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measured call.
+
+    Attributes:
+        config: the loss, as `LossConfig.to_dict` gives it.
+        shape: (T, V), or (T, V, H) for the fused loss.
+        dtype: of the floating inputs.
+        device: "cpu", "cuda", or another name that torch knows.
+        ignored: share of labels that are ignore_index.
+        seed: of the inputs.
+        forward_only: the loss alone, without gradients.
+        imports: modules that register losses of the user's own.
+    """
+
+    config: Mapping[str, Any]
+    shape: tuple[int, ...]
+    dtype: str
+    device: str = "cpu"
+    ignored: float = 0.0
+    seed: int = 0
+    forward_only: bool = False
+    imports: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a message to a worker."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        """From `to_dict`'s result, after a way through JSON."""
+        return cls(**{**data, "shape": tuple(data["shape"]), "imports": tuple(data["imports"])})
+
+    def loss_config(self) -> LossConfig:
+        """The config; the modules that register it must have been imported."""
+        return LossConfig.from_dict(self.config)
+
+    @property
+    def num_kept(self) -> int:
+        """How many labels count."""
+        return self.shape[0] - round(self.shape[0] * self.ignored)
+
+    def reduced(self) -> Job:
+        """The same call on fewer tokens and a smaller hidden size, for a dense float64 oracle; V stays as it is."""
+        most = max(_ERROR_ELEMENTS // self.shape[1], 16)
+        tokens = min(self.shape[0], most, 256)
+        return replace(self, shape=(tokens, self.shape[1], *(min(h, most) for h in self.shape[2:])))
+
+
+def kind_of(config: LossConfig) -> str:
+    """Which inputs a loss takes: "logits", "fused" or "kd".
+
+    Raises:
+        TypeError: a loss whose inputs are not known here.
+    """
+    if isinstance(config, FusedLinearCEConfig):
+        return "fused"
+    if isinstance(config, KDLossConfig):
+        return "kd"
+    if isinstance(config, MaskedCrossEntropyConfig | TEParallelCEConfig):
+        return "logits"
+    raise TypeError(
+        f"{type(config).__name__} can't be benchmarked: its inputs are not known. Make it a subclass of the config "
+        "whose arguments it takes."
+    )
+
+
+# By kind: the floating arguments of the forward, and those that get a gradient.
+FLOATS = {
+    "logits": ("logits",),
+    "fused": ("hidden_states", "lm_weight"),
+    "kd": ("student_logits", "teacher_logits"),
+}
+GRADS = {"logits": ("logits",), "fused": ("hidden_states", "lm_weight"), "kd": ("student_logits",)}
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """An array given by the numbers that are repeated to fill it.
+
+    Attributes:
+        block: [n] float32.
+        shape: of the array.
+    """
+
+    block: NDArray[np.float32]
+    shape: tuple[int, ...]
+
+    def full(self) -> NDArray[np.float32]:
+        """The array itself."""
+        return np.resize(self.block, self.shape)
+
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows of an array of two dimensions, without the others."""
+        width = self.shape[1]
+        return np.take(self.block, indices[:, None] * width + np.arange(width), mode="wrap")
+
+
+def sampled_tokens(job: Job) -> NDArray[np.int64]:
+    """The tokens whose gradient is compared at the full shape: the first, the last, and some between."""
+    return np.unique(np.linspace(0, job.shape[0] - 1, _SAMPLED_TOKENS).astype(np.int64))
+
+
+def float_shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    """Shapes of the floating inputs."""
+    kind = kind_of(job.loss_config())
+    if kind == "fused":
+        tokens, vocab, hidden = job.shape
+        return {"hidden_states": (tokens, hidden), "lm_weight": (vocab, hidden)}
+    return dict.fromkeys(FLOATS[kind], job.shape[:2])
+
+
+def input_bytes(job: Job) -> int:
+    """Size of the floating inputs."""
+    return BYTES[job.dtype] * sum(math.prod(shape) for shape in float_shapes(job).values())
+
+
+def make_inputs(job: Job) -> tuple[dict[str, Tiled], NDArray[np.int64]]:
+    """The floating inputs by argument name, and labels [T] with the exact share of ignored ones.
+
+    The same job gives the same numbers in every process.
+    """
+    config = job.loss_config()
+    kind = kind_of(config)
+    tokens, vocab = job.shape[:2]
+    shapes = float_shapes(job)
+    scales = dict.fromkeys(shapes, LOGIT_SCALE)
+    if kind == "fused":
+        scales = {"hidden_states": 1.0, "lm_weight": LOGIT_SCALE / float(np.sqrt(job.shape[2]))}
+    tiles = {}
+    for index, (name, shape) in enumerate(shapes.items()):
+        rng = np.random.default_rng([job.seed, index])
+        block = rng.standard_normal(min(int(np.prod(shape)), BLOCK), np.float32)
+        tiles[name] = Tiled(block * np.float32(scales[name]), shape)
+    rng = np.random.default_rng([job.seed, len(shapes)])
+    labels = rng.integers(0, vocab, tokens)
+    ignore_index = int(getattr(config, "ignore_index", -100))
+    # A class that is ignore_index would make the share another one.
+    labels = np.where(labels == ignore_index, (labels + 1) % vocab, labels)
+    labels[rng.permutation(tokens)[: tokens - job.num_kept]] = ignore_index
+    return tiles, labels

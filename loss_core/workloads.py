@@ -1,0 +1,54 @@
+"""Real models as shapes, so that a benchmark can be asked for by name.
+
+Sizes are those of each model's published config.json on the Hugging Face Hub (`hidden_size`, `vocab_size`,
+`final_logit_softcapping`), named in `source`.
+"""
+
+# T = tokens in one call, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The output layer of one model, and how many tokens meet it in one call.
+
+    Attributes:
+        name: on the command line.
+        tokens: T of one call.
+        vocab: V.
+        hidden: H.
+        softcap: c in `c * tanh(logits / c)`; 0 is off.
+        source: repository on the Hugging Face Hub whose config.json states the sizes.
+    """
+
+    name: str
+    tokens: int
+    vocab: int
+    hidden: int
+    softcap: float
+    source: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, V, H)."""
+        return self.tokens, self.vocab, self.hidden
+
+
+# One sequence of 8,192 tokens: the length these models are commonly trained and fine-tuned with.
+_TOKENS = 8192
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("llama-3-8b", _TOKENS, 128_256, 4096, 0.0, "meta-llama/Meta-Llama-3-8B"),
+        Workload("qwen3-8b", _TOKENS, 151_936, 4096, 0.0, "Qwen/Qwen3-8B"),
+        Workload("gemma-2-2b", _TOKENS, 256_000, 2304, 30.0, "google/gemma-2-2b"),
+        Workload("gemma-2-9b", _TOKENS, 256_000, 3584, 30.0, "google/gemma-2-9b"),
+        Workload("gemma-3-4b", _TOKENS, 262_208, 2560, 0.0, "google/gemma-3-4b-pt"),
+        Workload("gpt-oss-20b", _TOKENS, 201_088, 2880, 0.0, "openai/gpt-oss-20b"),
+        Workload("deepseek-v3", _TOKENS, 129_280, 7168, 0.0, "deepseek-ai/DeepSeek-V3"),
+    )
+}
