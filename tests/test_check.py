@@ -217,13 +217,13 @@ def jax_mean_over_all_tokens(patch):
 
 
 def jax_ignored_rows_multiplied_by_zero(patch):
-    real = cross_entropy._gradient
+    real = cross_entropy.logits_gradient
 
     def times_zero(logits, target, m, s, grad):
         kept = jax.numpy.maximum(target, 0)
         return real(logits, kept, m, s, grad * (target >= 0))
 
-    patch(cross_entropy, "_gradient", times_zero)
+    patch(cross_entropy, "logits_gradient", times_zero)
     patch(cross_entropy, "counted_or_zero", lambda rows, target: rows.astype(cross_entropy.arithmetic_dtype(rows)))
 
 

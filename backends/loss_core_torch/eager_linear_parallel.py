@@ -11,11 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from loss_core_torch import eager_linear, row_blocks, values
-=======
-from loss_core_torch import eager_linear, eager_logits
->>>>>>> main
+from loss_core_torch import eager_linear, row_blocks
 from loss_core_torch.values import compute_dtype
 
 
