@@ -21,6 +21,7 @@ from loss_core import (
     parse_flag,
 )
 from loss_core_torch import (
+    auto,
     autograd,
     checks,
     distributed,
@@ -60,6 +61,35 @@ class _Loss(nn.Module):
         self.kernel_choice = choice
         self._kernel = kernels.load(parse_flag(choice.flag).kernel)
         return self
+
+    def kernel_for(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> KernelChoice:
+        """Which kernel would run for a call, and why.
+
+        Args:
+            device, dtype: of the logits or hidden states.
+            shape: (T, V), or (T, V, H) for the fused loss.
+        """
+        candidates = self.kernel_choice.candidates
+        if len(candidates) < 2:
+            return self.kernel_choice
+        return auto.choose(type(self).__name__, device, dtype, shape, candidates)
+
+    def _take_kernel(self, like: Any, weight: Any = None) -> None:
+        """With `auto`: change to the kernel of this call, before anything else looks at it.
+
+        Args:
+            like: logits, or hidden states beside the weight [V, H]; not checked yet.
+        """
+        # A graph keeps the kernel that the loss had when it was traced: what is tuned can't be read there.
+        if len(self.kernel_choice.candidates) < 2 or torch.compiler.is_compiling():
+            return
+        if not isinstance(like, Tensor) or like.dim() == 0 or not (weight is None or isinstance(weight, Tensor)):
+            return
+        tokens = like.numel() // max(like.shape[-1], 1)
+        shape = (tokens, like.shape[-1]) if weight is None else (tokens, *weight.shape)
+        choice = self.kernel_for(like.device, like.dtype, shape)
+        if choice != self.kernel_choice:
+            self.with_kernel_choice(choice)
 
     def _agree(
         self, layout: Layout, like: Any, check: Callable[[], Tokens], **more: Any
@@ -125,6 +155,7 @@ class _LogitsCrossEntropy(_Loss):
             TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
             RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
+        self._take_kernel(logits)
         if mask is None and num_label_tokens is None and loss_weights is None and self._simple():
             vocab = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
             found = ordinary.tokens(logits, labels, vocab, self.ignore_index, self.reduction)
@@ -291,6 +322,7 @@ class KDLoss(_Loss):
             TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
+        self._take_kernel(student_logits)
         if num_batch_labels is None and self.tp_group is None and ordinary.same_kind(student_logits, teacher_logits):
             vocab, scale = student_logits.shape[-1] if student_logits.dim() else 0, float(self.temperature) ** 2
             found = ordinary.tokens(student_logits, labels, vocab, self.ignore_index, "mean", scale)
@@ -439,6 +471,7 @@ class FusedLinearCrossEntropy(_Loss):
                 served, num_valid_tokens with skip_ignored=False; over a group on every rank.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
+        self._take_kernel(hidden_states, lm_weight)
         given = (num_label_tokens, grad_reduce_group, loss_weights, num_valid_tokens)
         if all(x is None for x in given) and (loss := self._ordinary(hidden_states, labels, lm_weight)) is not None:
             return loss
