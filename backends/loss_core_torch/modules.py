@@ -158,13 +158,24 @@ class _LogitsCrossEntropy(_Loss):
         self._take_kernel(logits)
         if mask is None and num_label_tokens is None and loss_weights is None and self._simple():
             vocab = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
-            found = ordinary.tokens(logits, labels, vocab, self.ignore_index, self.reduction)
-            if found is not None and self._one_pass(logits, None):
-                loss = autograd.run(autograd.CrossEntropySum, logits, *found, self._kernel, False)[0]
-                return loss if self.fp32_upcast else loss.to(logits.dtype)
+            labels_T = ordinary.labels_of(logits, labels, vocab, self.ignore_index, self.reduction)
+            if labels_T is not None and (loss := self._ordinary(logits, labels_T)) is not None:
+                return loss
         layout = placement.of_logits("logits", logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
         return compute(layout, logits, labels, mask, num_label_tokens, loss_weights)
+
+    def _ordinary(self, logits: Tensor, labels_T: Tensor) -> Tensor | None:
+        """The loss of an ordinary call, where there is a shorter way to it; see `ordinary`."""
+        if self._kernel == "eager":
+            loss = ordinary.small_cross_entropy(logits, labels_T, self.reduction)
+            if loss is not None:
+                return loss
+        if not self._one_pass(logits, None):
+            return None
+        tokens = ordinary.tokens(labels_T, logits.dtype, self.reduction)
+        loss = autograd.run(autograd.CrossEntropySum, logits, *tokens, self._kernel, False)[0]
+        return loss if self.fp32_upcast else loss.to(logits.dtype)
 
     def _simple(self) -> bool:
         """Whether the fields ask for nothing but the loss and a new gradient."""
@@ -325,8 +336,10 @@ class KDLoss(_Loss):
         self._take_kernel(student_logits)
         if num_batch_labels is None and self.tp_group is None and ordinary.same_kind(student_logits, teacher_logits):
             vocab, scale = student_logits.shape[-1] if student_logits.dim() else 0, float(self.temperature) ** 2
-            found = ordinary.tokens(student_logits, labels, vocab, self.ignore_index, "mean", scale)
-            if found is not None and student_logits.shape == teacher_logits.shape and self._one_pass(student_logits):
+            labels_T = ordinary.labels_of(student_logits, labels, vocab, self.ignore_index, "mean")
+            alike = student_logits.shape == teacher_logits.shape
+            if labels_T is not None and alike and self._one_pass(student_logits):
+                found = ordinary.tokens(labels_T, student_logits.dtype, "mean", scale)
                 args = (*found[1:], float(self.temperature), self.chunk_size, self._kernel)
                 loss = autograd.run(autograd.DistillationSum, student_logits, teacher_logits, *args)[0]
                 return loss if self.fp32_upcast else loss.to(student_logits.dtype)
@@ -497,9 +510,10 @@ class FusedLinearCrossEntropy(_Loss):
             or torch.is_autocast_enabled("cpu")
         ):
             return None
-        found = ordinary.tokens(hidden, labels, weight.shape[0], self.ignore_index, self.reduction)
-        if found is None:
+        labels_T = ordinary.labels_of(hidden, labels, weight.shape[0], self.ignore_index, self.reduction)
+        if labels_T is None:
             return None
+        found = ordinary.tokens(labels_T, hidden.dtype, self.reduction)
         grad = torch.is_grad_enabled()
         want = (grad and hidden.requires_grad, grad and weight.requires_grad)
         args = (float(self.logit_softcapping), hidden.dtype, want, self._kernel, None, None)
