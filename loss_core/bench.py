@@ -50,6 +50,7 @@ def bench(
     device: str = "cpu",
     ignored: float = 0.0,
     peers: Sequence[str] | None = None,
+    tp: int = 1,
     forward_only: bool = False,
     rounds: int = 7,
     threads: int | None = None,
@@ -74,6 +75,9 @@ def bench(
         device: "cpu", "cuda", "cuda:1".
         ignored: share of labels that are ignore_index, in [0, 1).
         peers: names of `loss_core.bench_peers.PEERS`; None for all that are installed, () for none.
+        tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
+            a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
+            A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
         forward_only: the loss alone, without gradients.
         rounds: how often each implementation is asked, in a new order each time.
         threads: of each process; None for all cores.
@@ -92,24 +96,26 @@ def bench(
     start = time.perf_counter()
     losses = _losses(config)
     _check(shapes, dtypes, ignored, rounds)
+    _check_ranks(tp, device)
     threads = _num_cores() if threads is None else threads
     report = BenchReport(
         versions={"loss-core": __version__, "python": platform.python_version(), "numpy": np.__version__},
         settings={
             "device": device, "ignored": ignored, "forward_only": forward_only, "rounds": rounds, "threads": threads,
-            "seed": seed,
+            "seed": seed, "tp": tp,
         },
         machine=describe_machine(),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
     )  # fmt: skip
     flags = _flags(backends, report)
-    chosen_peers = _peers(peers, report)
+    chosen_peers = _peers(peers, tp, report)
     how: dict[str, Any] = {
         "device": device,
         "ignored": ignored,
         "seed": seed,
         "forward_only": forward_only,
         "imports": tuple(imports),
+        "tp": tp,
     }
     jobs = [
         (name, Job(loss.to_dict(), shape, dtype, **how))
@@ -171,6 +177,14 @@ def _check(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], ignored: fl
         raise ValueError(f"rounds must be >= 1, got {rounds}.")
 
 
+def _check_ranks(tp: int, device: str) -> None:
+    if isinstance(tp, bool) or not isinstance(tp, int) or tp < 1:
+        raise ValueError(f"tp must be a whole number >= 1, got {tp!r}.")
+    if tp > 1 and ":" in device:
+        kind = device.partition(":")[0]
+        raise ValueError(f"device {device!r} is one device, and tp={tp} takes {tp}: name the kind alone, {kind!r}.")
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -191,16 +205,21 @@ def _usable(flag: str) -> str:
     return str(parsed)
 
 
-def _peers(peers: Sequence[str] | None, report: BenchReport) -> list[str]:
-    """Peers to run. A missing one is noted, with how to install it."""
+def _peers(peers: Sequence[str] | None, tp: int, report: BenchReport) -> list[str]:
+    """Peers to run. One that is not installed, or not for so many ranks, is noted; the latter where it was named."""
     for name in peers or ():
         if name not in PEERS:
             raise ValueError(f"Unknown peer {name!r}. Choose among: {', '.join(PEERS)}.")
     wanted = list(PEERS) if peers is None else list(dict.fromkeys(peers))
     for name in wanted:
-        if absent := PEERS[name].missing():
+        if not PEERS[name].fits_ranks(tp):
+            if tp > 1 or peers is not None:
+                report.missing.append(
+                    Missing(name, "not over tensor parallel" if tp > 1 else "over tensor parallel only")
+                )
+        elif absent := PEERS[name].missing():
             report.missing.append(Missing(name, f"needs {', '.join(absent)}", PEERS[name].install))
-    return [name for name in wanted if not PEERS[name].missing()]
+    return [name for name in wanted if PEERS[name].fits_ranks(tp) and not PEERS[name].missing()]
 
 
 def _calls(

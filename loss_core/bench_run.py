@@ -16,12 +16,13 @@ import numpy as np
 
 from loss_core.backend import parse_flag
 from loss_core.bench_errors import Judge
-from loss_core.bench_floor import least_work, words
+from loss_core.bench_floor import least_work, left_out, words
 from loss_core.bench_job import Job, input_bytes, kind_of
 from loss_core.bench_machine import free_memory
 from loss_core.bench_peers import PEERS, peers_for
-from loss_core.bench_process import WorkerFailed, WorkerProcess
+from loss_core.bench_process import WorkerFailed
 from loss_core.bench_report import FLAG, FLOOR, PEER, BenchReport, BenchRow, Missing
+from loss_core.bench_team import Team
 
 Progress = Callable[[int, int, str], None]
 
@@ -56,19 +57,19 @@ class Run:
         self.random = random.Random(seed)
         self.progress = progress
         self.total = self.done = 0
-        self.workers: dict[str, WorkerProcess] = {}
+        self.teams: dict[str, Team] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="loss-core-bench-", ignore_cleanup_errors=True)
 
     def group(self, loss: str, job: Job, flags: Sequence[str], peers: Sequence[str], rounds: int) -> None:
         """Measure one call on every implementation."""
-        fitting = {peer.name for peer in peers_for(kind_of(job.loss_config()), job.dtype)}
+        fitting = {peer.name for peer in peers_for(kind_of(job.loss_config()), job.dtype, job.tp)}
         names = [
             (FLOOR, FLOOR),
             *((flag, FLAG) for flag in flags),
             *((name, PEER) for name in peers if name in fitting),
         ]
         entries = [BenchRow(loss, name, kind, job.shape, job.dtype, dict(job.config)) for name, kind in names]
-        entries[0].note = words(job)
+        entries[0].note = f"{words(job)}{left_out(job)}"
         self.report.rows += entries
         self._start(entries, job)
         judge = Judge(job, Path(self.folder.name))
@@ -99,17 +100,18 @@ class Run:
 
     def stop(self) -> None:
         """End every process."""
-        for worker in self.workers.values():
-            worker.stop()
+        for team in self.teams.values():
+            team.stop()
         self.folder.cleanup()
 
     def _start(self, rows: Sequence[BenchRow], job: Job) -> None:
         """Start what is not running, all at once: they only load their libraries."""
-        started = [row for row in rows if row.implementation not in self.workers]
+        started = [row for row in rows if row.implementation not in self.teams]
         for row in started:
-            self.workers[row.implementation] = WorkerProcess(self.threads, job.device, Path(self.folder.name))
-            request = {"do": "import", "framework": _framework(row), "device": job.device, "imports": job.imports}
-            self._guard(row, lambda row=row, request=request: self.workers[row.implementation].send(request))  # type: ignore[misc]
+            framework = _framework(row)
+            team = Team(framework, job.tp, self.threads, job.device, Path(self.folder.name))
+            self.teams[row.implementation] = team
+            self._guard(row, lambda team=team: team.load(job.imports))  # type: ignore[misc]
         for index, row in enumerate(started):
             self._step(f"{_label(row)} import", index / max(len(started), 1))
             answer = self._receive(row, max(self.timeout, _IMPORT_SECONDS))
@@ -128,12 +130,12 @@ class Run:
         if answer:
             row.first_call, row.peak = answer["first_call"], answer["peak"]
             row.note = row.note or answer["note"]
-            sample = judge.results()
+            sample = self.teams[row.implementation].results(judge.file)
         # After the first call, which is to include what it compiles.
         if row.kind != FLOOR:
             answer = self._ask(row, {"do": "evaluate", "job": judge.job.to_dict(), "file": judge.file})
             if answer is not None:
-                judge.judge(row, judge.results(), sample)
+                judge.judge(row, self.teams[row.implementation].results(judge.file), sample)
         if not self._resident(job) and not row.error:
             self._ask(row, {"do": "drop"})
 
@@ -143,7 +145,7 @@ class Run:
         answer = self._ask(row, {"do": "round", "budget": _ROUND_SECONDS, "most": _MOST_CALLS})
         if answer and row.kind == FLOOR:
             row.rounds.append(least_work(job).seconds(answer["copy_rate"], answer["product_rate"]))
-            row.note = f"{words(job)} at {_rates(answer)}"
+            row.note = f"{words(job)} at {_rates(answer)}{left_out(job)}"
         elif answer:
             row.rounds.append(float(np.median(answer["seconds"])))
             row.calls += len(answer["seconds"])
@@ -154,19 +156,19 @@ class Run:
         """Whether all processes may keep their inputs between rounds: on a CPU, where they fit."""
         if job.device != "cpu":
             return False
-        return input_bytes(job) * len(self.workers) < free_memory() / 2
+        return input_bytes(job) * len(self.teams) < free_memory() / 2
 
     def _ask(self, row: BenchRow, request: dict[str, Any]) -> dict[str, Any] | None:
         if row.error:
             return None
-        self._guard(row, lambda: self.workers[row.implementation].send(request))
+        self._guard(row, lambda: self.teams[row.implementation].send(request))
         return self._receive(row, self.timeout)
 
     def _receive(self, row: BenchRow, timeout: float) -> dict[str, Any] | None:
         """The answer, or None, and then the row has an error."""
         if row.error:
             return None
-        answer: dict[str, Any] | None = self._guard(row, lambda: self.workers[row.implementation].receive(timeout))
+        answer: dict[str, Any] | None = self._guard(row, lambda: self.teams[row.implementation].receive(timeout))
         if answer and (reason := answer.get("unusable")):
             self._unusable(row, reason)
             return None
@@ -184,7 +186,7 @@ class Run:
         self.report.rows = [other for other in self.report.rows if other is not row]
 
     def _guard(self, row: BenchRow, action: Callable[[], Any]) -> Any:
-        """Run an action on a row's process; a process that is gone becomes the row's error."""
+        """Run an action on a row's processes; one that is gone becomes the row's error."""
         try:
             return action()
         except WorkerFailed as failure:
@@ -193,8 +195,8 @@ class Run:
             return None
 
     def _drop(self, row: BenchRow) -> None:
-        if worker := self.workers.pop(row.implementation, None):
-            worker.stop()
+        if team := self.teams.pop(row.implementation, None):
+            team.stop()
 
     def late(self) -> bool:
         """Whether the time limit has been reached."""

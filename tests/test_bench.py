@@ -235,15 +235,16 @@ def test_what_a_worker_prints_does_not_disturb_its_answers(tmp_path, monkeypatch
 
 def test_ctrl_c_stops_every_worker_and_leaves_quietly():
     command = [sys.executable, "-m", "loss_core.cli", "bench", "--config", "KDLoss", "--shape", "64,1000",
-               "--rounds", "100000", "--peers", "plain-torch", "--backend", "torch:eager"]  # fmt: skip
+               "--rounds", "100000", "--peers", "none", "--backend", "torch:eager", "--tp", "2"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while len(workers_of(process.pid)) < 3 and time.monotonic() < deadline:
+        # The floor and the flag, on two ranks each.
+        while len(workers_of(process.pid)) < 4 and time.monotonic() < deadline:
             time.sleep(0.1)
         workers = workers_of(process.pid)
-        assert len(workers) == 3
+        assert len(workers) == 4
         time.sleep(2)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
@@ -390,8 +391,8 @@ def test_a_weight_gradient_that_misses_a_block_of_tokens_is_found(tmp_path):
     judge = Judge(job, tmp_path)
     whole = {"loss": right.loss, **right.grads}
     rows = [row("torch:eager", "flag", 1.0) for _ in range(2)]
-    judge.judge(rows[0], whole, sample | {"inner": np.array([of_hidden, of_weight])})
-    judge.judge(rows[1], whole, sample | {"inner": np.array([of_hidden, 0.75 * of_weight])})
+    judge.judge(rows[0], [whole], [sample | {"inner": np.array([of_hidden, of_weight])}])
+    judge.judge(rows[1], [whole], [sample | {"inner": np.array([of_hidden, 0.75 * of_weight])}])
     assert rows[0].grad_error < 1e-12
     assert rows[1].grad_error == pytest.approx(0.25, rel=1e-6)
 
@@ -401,7 +402,7 @@ def test_a_loss_of_the_full_call_that_stands_alone_is_an_error(tmp_path):
     judge = Judge(job, tmp_path)
     rows = [row(name, "flag", 1.0) for name in ("a", "b", "c")]
     for found, value in zip(rows, (1.0, 1.0001, 1.5), strict=True):
-        judge.judge(found, {"loss": judge._expected.loss}, {"loss": np.asarray(value)})
+        judge.judge(found, [{"loss": judge._expected.loss}], [{"loss": np.asarray(value)}])
     judge.compare_losses(rows)
     assert [found.wrong for found in rows] == [False, False, True]
 
@@ -507,6 +508,8 @@ def test_the_command_prints_writes_and_tunes(tmp_path, monkeypatch):
         (["--backend", "jax:pallas"], "jax:pallas"),
         (["--ignored", "2"], "ignored must be a share"),
         (["--tune", "--forward-only"], "leave out --forward-only"),
+        (["--tune", "--tp", "2"], "leave out --tp"),
+        (["--tp", "2", "--device", "cuda:1"], "name the kind alone, 'cuda'"),
         (["--json", "/nowhere/r.json"], "there is no folder /nowhere"),
     ],
 )
