@@ -51,10 +51,15 @@ class BackendFlag:
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Which kernel runs, and why: what a built loss answers to `loss.kernel_choice`."""
+    """Which kernel runs, and why: what a built loss answers to `loss.kernel_choice`.
+
+    Attributes:
+        candidates: kernels among which `auto` may take another one for a call; empty where the flag named one.
+    """
 
     flag: str
     reason: str
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -46,23 +46,23 @@ def ignore_index_off_by_one(patch):
 
 @bug("MaskedCrossEntropy", "mean")
 def mean_over_all_tokens(patch):
-    real = modules.reduction.reduce_tokens
+    real = modules.reduction.coefficients
 
-    def reduce(loss_T, keep_T, shape, reduction, *rest):
-        return loss_T.mean() if reduction == "mean" else real(loss_T, keep_T, shape, reduction, *rest)
+    def coefficients(dtype, keep_T, bad_T, reduction, *rest):
+        everything_T = torch.ones_like(keep_T) if reduction == "mean" else keep_T
+        return torch.where(keep_T, real(dtype, everything_T, bad_T, reduction, *rest), 0.0)
 
-    patch(modules.reduction, "reduce_tokens", reduce)
+    patch(modules.reduction, "coefficients", coefficients)
 
 
 @bug("KDLoss", "temperature")
 def missing_temperature_squared(patch):
-    real = modules.autograd.Distillation.apply
+    real = modules.autograd.DistillationSum.apply
 
-    def scaled(*args):
-        kl_T, *state = real(*args)
-        return (kl_T / args[3] ** 2, *state)
+    def scaled(student, teacher, keep_T, coef_T, temperature, *rest):
+        return real(student, teacher, keep_T, coef_T / temperature**2, temperature, *rest)
 
-    patch(modules.autograd.Distillation, "apply", scaled)
+    patch(modules.autograd.DistillationSum, "apply", scaled)
 
 
 @bug("FusedLinearCrossEntropy", "many-tokens", "bfloat16")
@@ -75,12 +75,13 @@ def weight_gradient_accumulated_in_bfloat16(patch):
 
 @bug("MaskedCrossEntropy", "ragged")
 def columns_padded_with_zeros_and_not_masked(patch):
-    real = eager.cross_entropy_stats
+    real = eager.cross_entropy_with_grad
 
-    def padded(logits, labels_T, start):
-        return real(F.pad(logits, (0, 5)), labels_T, start)
+    def padded(logits, *rest):
+        *row, grad = real(F.pad(logits, (0, 5)), *rest)
+        return *row, grad[..., :-5]
 
-    patch(eager, "cross_entropy_stats", padded)
+    patch(eager, "cross_entropy_with_grad", padded)
 
 
 @bug("MaskedCrossEntropy", "none")
@@ -95,8 +96,8 @@ def first_upstream_gradient_used_for_all(patch):
 
 @bug("KDLoss", "basic")
 def teacher_and_student_swapped(patch):
-    real = eager.distillation_stats
-    patch(eager, "distillation_stats", lambda s, t, *rest: real(t, s, *rest))
+    real = eager.distillation_with_grad
+    patch(eager, "distillation_with_grad", lambda s, t, *rest: real(t, s, *rest))
 
 
 @bug("KDLoss", "same-logits")
@@ -133,13 +134,13 @@ def exponentials_without_the_maximum(patch):
 
 @bug("MaskedCrossEntropy", "strided")
 def strides_of_a_contiguous_tensor(patch):
-    real = eager.cross_entropy_stats
+    real = eager.cross_entropy_with_grad
 
-    def wrong(logits, labels_T, start):
+    def wrong(logits, *rest):
         strides = logits.contiguous().stride()
-        return real(logits.as_strided(logits.shape, strides), labels_T, start)
+        return real(logits.as_strided(logits.shape, strides), *rest)
 
-    patch(eager, "cross_entropy_stats", wrong)
+    patch(eager, "cross_entropy_with_grad", wrong)
 
 
 @bug("MaskedCrossEntropy", "nan-where-ignored")
@@ -149,27 +150,19 @@ def ignored_rows_multiplied_by_zero(patch):
 
 @bug("MaskedCrossEntropy", "basic", "bfloat16")
 def gradient_rounded_twice(patch):
-    real = eager.cross_entropy_grad
-
-    def twice(logits, labels_T, start, keep_T, m_T, s_T, coef_T):
-        ones = torch.ones_like(coef_T)
-        return real(logits, labels_T, start, keep_T, m_T, s_T, ones) * coef_T.to(logits.dtype).view(
-            *logits.shape[:-1], 1
-        )
-
-    patch(eager, "cross_entropy_grad", twice)
+    patch(eager, "cross_entropy_scale_grad", lambda grad, *rest: grad.mul_(rest[-1]))
 
 
 @bug("MaskedCrossEntropy", "edge-labels")
 def last_class_missed(patch):
-    real = eager.cross_entropy_grad
+    real = eager.cross_entropy_with_grad
 
     def missing(*args):
-        grad = real(*args).clone()
+        *row, grad = real(*args)
         grad[..., -1] = 0
-        return grad
+        return *row, grad
 
-    patch(eager, "cross_entropy_grad", missing)
+    patch(eager, "cross_entropy_with_grad", missing)
 
 
 @bug("KDLoss", "basic")
@@ -198,12 +191,12 @@ def loss_returned_in_bfloat16(patch):
 
 @bug("MaskedCrossEntropy", "count")
 def count_ignored(patch):
-    real = modules.reduction.reduce_tokens
+    real = modules.reduction.coefficients
 
-    def uncounted(loss_T, keep_T, shape, reduction, num_tokens=None, weights_T=None):
-        return real(loss_T, keep_T, shape, reduction, None, weights_T)
+    def uncounted(dtype, keep_T, bad_T, reduction, num_tokens, weights_T):
+        return real(dtype, keep_T, bad_T, reduction, None, weights_T)
 
-    patch(modules.reduction, "reduce_tokens", uncounted)
+    patch(modules.reduction, "coefficients", uncounted)
 
 
 @pytest.fixture
@@ -224,13 +217,13 @@ def jax_mean_over_all_tokens(patch):
 
 
 def jax_ignored_rows_multiplied_by_zero(patch):
-    real = cross_entropy._gradient
+    real = cross_entropy.logits_gradient
 
     def times_zero(logits, target, m, s, grad):
         kept = jax.numpy.maximum(target, 0)
         return real(logits, kept, m, s, grad * (target >= 0))
 
-    patch(cross_entropy, "_gradient", times_zero)
+    patch(cross_entropy, "logits_gradient", times_zero)
     patch(cross_entropy, "counted_or_zero", lambda rows, target: rows.astype(cross_entropy.arithmetic_dtype(rows)))
 
 
@@ -286,7 +279,7 @@ def test_a_kernel_that_raises_is_a_finding(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such kernel image")
 
-    monkeypatch.setattr(eager, "cross_entropy_stats", broken)
+    monkeypatch.setattr(eager, "cross_entropy_with_grad", broken)
     report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"], only=["basic"])
     assert not report.passed
     assert "no such kernel image" in str(report)

@@ -8,6 +8,7 @@ Everything around them (reduction, weights, counts, dtype of the result) is plai
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -112,8 +113,8 @@ class CrossEntropySum(Function):
     With overwrite the gradient is made in the backward, over the logits: made in the forward, it would be there for
     whoever reads the logits in between.
 
-    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T]; name of the set of kernels;
-    overwrite.
+    Inputs: logits [..., V] float; labels_T [T] int64; keep_T [T] bool; coef_T [T], not differentiated; name of the
+    set of kernels; overwrite.
     Output: scalar in the dtype of the arithmetic.
     """
 
@@ -126,45 +127,38 @@ class CrossEntropySum(Function):
                 made = kernels.find(kernel).cross_entropy_rows(logits, labels_T, keep_T)
             else:
                 made = kernels.find(kernel).cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
-            # A coefficient of 0 takes a token out, even one whose loss is infinite.
-            return (torch.where(coef_T == 0, 0.0, coef_T * made[0]).sum(), *made)
+            return (_weighted_sum(coef_T, made[0]), *made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         logits, labels_T, keep_T, coef_T, ctx.kernel, ctx.overwrite = inputs
-        _, loss_T, m_T, s_T, *buffers = output
+        _, _, m_T, s_T, *buffers = output
         ctx.buffer = buffers[0] if buffers else None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T)
+        ctx.save_for_backward(logits, labels_T, keep_T, coef_T, m_T, s_T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         inplace.claim(ctx)
         upstream = grads[0]
-        logits, labels_T, keep_T, coef_T, loss_T, m_T, s_T = ctx.saved_tensors
+        logits, labels_T, keep_T, coef_T, m_T, s_T = ctx.saved_tensors
         set_of_kernels = kernels.find(ctx.kernel)
-        grad = None
         with torch.no_grad(), _no_autocast(logits):
-            if ctx.needs_input_grad[0]:
-                # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
-                grad, ctx.buffer = ctx.buffer, None
-                if grad is None:
-                    scaled_T = coef_T * upstream.to(coef_T.dtype)
-                    args = (logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
-                    if ctx.overwrite:
-                        set_of_kernels.cross_entropy_overwrite(*args)
-                        grad = inplace.overwritten(ctx, logits)
-                    else:
-                        grad = set_of_kernels.cross_entropy_grad(*args)
+            # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
+            grad, ctx.buffer = ctx.buffer, None
+            if grad is None:
+                scaled_T = coef_T * upstream.to(coef_T.dtype)
+                args = (logits, labels_T, 0, keep_T, m_T, s_T, scaled_T)
+                if ctx.overwrite:
+                    set_of_kernels.cross_entropy_overwrite(*args)
+                    grad = inplace.overwritten(ctx, logits)
                 else:
-                    set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
-            grad_coef = (loss_T * upstream).to(coef_T.dtype) if ctx.needs_input_grad[3] else None
-        found = [
-            _once(x, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, coef_T, upstream)
-            for x in (grad, grad_coef)
-        ]
-        return found[0], None, None, found[1], None, None
+                    grad = set_of_kernels.cross_entropy_grad(*args)
+            else:
+                set_of_kernels.cross_entropy_scale_grad(grad, logits, labels_T, keep_T, m_T, s_T, coef_T, upstream)
+        once = _once(grad, "loss_core's cross entropy", "torch.nn.functional.cross_entropy", logits, upstream)
+        return once, None, None, None, None, None
 
 
 class Distillation(Function):
@@ -208,6 +202,63 @@ class Distillation(Function):
         return (*found, None, None, None, None, None)
 
 
+class DistillationSum(Function):
+    """sum over tokens of coef * KL(teacher || student), with the student's gradient made in the forward.
+
+    As CrossEntropySum, for sets of kernels that have `distillation_with_grad`. The teacher's gradient, where it is
+    wanted, is made in the backward.
+
+    Inputs: student, teacher [..., V] float; keep_T [T] bool; coef_T [T], not differentiated; temperature;
+    chunk_size rows (0 = chosen); name of the set of kernels.
+    Output: scalar in the dtype of the arithmetic.
+    """
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        keep_T: Tensor,
+        coef_T: Tensor,
+        temperature: float,
+        chunk_size: int,
+        kernel: str,
+    ) -> tuple[Tensor, ...]:
+        with _no_autocast(student):
+            parts, grad = kernels.find(kernel).distillation_with_grad(
+                student, teacher, keep_T, 1.0 / temperature, chunk_size, coef_T / temperature
+            )
+            kl_T = row_stats.finish_kd(torch, row_stats.KDRowState(*parts)).masked_fill(~keep_T, 0.0)
+            return (_weighted_sum(coef_T, kl_T), grad, kl_T, *parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, teacher, keep_T, coef_T, ctx.temperature, ctx.chunk_size, ctx.kernel = inputs
+        _, ctx.buffer, kl_T, *state = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, teacher, keep_T, coef_T, kl_T, *state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream = grads[0]
+        student, teacher, keep_T, coef_T, kl_T, *state = ctx.saved_tensors
+        set_of_kernels = kernels.find(ctx.kernel)
+        with torch.no_grad(), _no_autocast(student):
+            coef_T = coef_T / ctx.temperature
+            args = (student, teacher, keep_T, 1.0 / ctx.temperature, ctx.chunk_size, state, kl_T)
+            # Handed over, not copied: autograd may then keep the buffer as the .grad itself.
+            grad, ctx.buffer = ctx.buffer, None
+            if grad is None:
+                grad = set_of_kernels.distillation_grad(*args, coef_T * upstream, False)
+            else:
+                grad = set_of_kernels.distillation_scale_grad(grad, *args, coef_T, upstream)
+            found = [grad, None]
+            if ctx.needs_input_grad[1]:
+                found[1] = set_of_kernels.distillation_grad(*args, coef_T * upstream, True)
+        found = [_once(x, "KDLoss", "torch.nn.functional.kl_div", student, teacher, upstream) for x in found]
+        return (*found, None, None, None, None, None)
+
+
 class LinearCrossEntropySum(Function):
     """sum over tokens of coef * cross entropy of softcap(h @ W.T), with both gradients made in the forward.
 
@@ -238,9 +289,7 @@ class LinearCrossEntropySum(Function):
             loss_T, grad_h, grad_w = kernels.find(kernel).linear_cross_entropy(
                 h_TH, w_VH, labels_T, keep_T, coef_T, softcap, product_dtype, list(want), skip_ignored, num_valid
             )
-            # A coefficient of 0 takes a token out, even one whose loss is infinite.
-            total = torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
-            return total, loss_T, grad_h, grad_w
+            return _weighted_sum(coef_T, loss_T), loss_T, grad_h, grad_w
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -335,8 +384,24 @@ def _refused(grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor
     return tuple(_once(grad, "FusedLinearCrossEntropy", instead, *sources) for grad in grads)
 
 
+def _weighted_sum(coef_T: Tensor, loss_T: Tensor) -> Tensor:
+    """Sum of coef * loss; a coefficient of 0 takes a token out, even one whose loss is infinite."""
+    if values.may_read(loss_T) and math.isfinite(total := (coef_T * loss_T).sum()):
+        return total
+    return torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
+
+
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """The kernels choose their own dtypes; autocast must not change them from outside."""
-    if like.device.type == "meta":
+    if like.device.type == "meta" or (values.may_read(like) and not torch.is_autocast_enabled("cpu")):
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
+
+
+def run(function: type[Function], *args: Any) -> Any:
+    """function.apply(*args), for a call outside of traces and of torch.func.
+
+    There Function.apply does nothing but bind the arguments to the signature of `forward`, which takes as long as a
+    small loss.
+    """
+    return super(Function, function).apply(*args)  # type: ignore[misc]

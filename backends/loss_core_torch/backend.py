@@ -17,7 +17,7 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
-from loss_core_torch import te
+from loss_core_torch import auto, te
 from loss_core_torch.evaluate import evaluate
 from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
@@ -100,10 +100,5 @@ def _triton_status(flag: str) -> FlagStatus:
 
 
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
-    """What `auto` takes: eager, which runs on every device; a loss is built before it sees a tensor."""
-    if len(candidates) == 1:
-        return KernelChoice(
-            f"torch:{candidates[0]}", f"the only kernel for {type(config).__name__} that can be used here"
-        )
-    others = ", ".join(f"torch:{name}" for name in candidates[1:])
-    return KernelChoice(f"torch:{candidates[0]}", f"runs on every device; {others} when named")
+    """What `auto` takes until it sees a tensor; see `loss_core_torch.auto`."""
+    return auto.by_rule("cuda" if torch.cuda.is_available() else "cpu", candidates)

@@ -17,29 +17,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loss_core_torch import values
+from loss_core import row_stats
+from loss_core_torch import huge_pages, row_blocks, values
 from loss_core_torch.opaque import opaque
 from loss_core_torch.values import compute_dtype
 
 # Bytes of a block's logits. On the CPU a block is the only thing that costs memory besides the
 # gradients; elsewhere products want to be large.
-_LOGITS_BYTES_CPU = 64 << 20
+_LOGITS_BYTES_CPU = 48 << 20
 _LOGITS_BYTES = 512 << 20
 
-# Fewer tokens than this make the products slow (measured: 32 tokens cost twice as much as 512).
-_MIN_BLOCK_TOKENS = 128
+# Fewer tokens than this make the products slow (measured: 128 tokens cost as much as 512, 64 a tenth more, 32
+# twice as much).
+_MIN_BLOCK_TOKENS = 96
 _MAX_BLOCK_TOKENS = 1024
 
-# Columns of a vocabulary tile on the CPU: a tile of the weight (2048 x 1024 float32 = 8 MiB) is read
+# Columns of a vocabulary tile on the CPU: a tile of the weight (1024 x 1024 float32 = 4 MiB) is read
 # once from memory for two uses.
-_TILE_COLUMNS = 2048
+_TILE_COLUMNS = 1024
 
 
 def block_tokens(vocab: int, device: torch.device, itemsize: int) -> int:
-    """Tokens whose logits fit the budget, a multiple of 64."""
+    """Tokens whose logits fit the budget, a multiple of 32."""
     budget = _LOGITS_BYTES_CPU if device.type == "cpu" else _LOGITS_BYTES
     fitting = budget // max(vocab * itemsize, 1)
-    return max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, fitting // 64 * 64))
+    return max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, fitting // 32 * 32))
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -104,39 +106,36 @@ def linear_cross_entropy(
     loss_T = torch.zeros(keep_T.shape, dtype=dtype, device=device)
     grad_h = torch.zeros(h_TH.shape if want_h else (0,), dtype=dtype, device=device)
     # The first block writes every entry; without any block zeros are right.
-    grad_w = torch.empty(w_VH.shape if want_w else (0,), dtype=dtype, device=device)
+    grad_w = huge_pages.empty(w_VH.shape if want_w else torch.Size([0]), dtype, device)
     block = block_tokens(w_VH.shape[0], device, dtype.itemsize)
     places_N, all_count = tokens_in_products(keep_T, skip_ignored, num_valid)
     blocks = list(_token_blocks(keep_T.numel(), places_N, block))
     if not blocks:
         return loss_T, grad_h, grad_w.zero_()
-    room = min(block, max(_length(at) for at in blocks)) * w_VH.shape[0]
-    logits_buffer = torch.empty(room, dtype=dtype, device=device)
-    slope_buffer = torch.empty(room if softcap and (want_h or want_w) else 0, dtype=dtype, device=device)
+    vocab = w_VH.shape[0]
+    room = max(map(_length, blocks))
+    tiles = Tiles(w_VH, product_dtype, dtype)
+    with_grads = want_h or want_w
+    buffer = torch.empty(room * vocab if with_grads else 0, dtype=dtype, device=device)
     for number, at in enumerate(blocks):
         keep_B = keep_T[at]
         # What an ignored token holds must not reach a product, not even times 0.
         h_BH = h_TH[at].to(product_dtype).to(dtype)
         if not all_count:
             h_BH = torch.where(keep_B[:, None], h_BH, 0.0)
-        z_BV = logits_buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
-        for tile, w_CH in _tiles(w_VH, product_dtype, dtype):
-            torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])
-        slope_BV = _apply_softcap(z_BV, softcap, slope_buffer)
-        label_B1 = torch.where(keep_B, labels_T[at], 0)[:, None]
-        m_B1 = z_BV.amax(-1, keepdim=True)
-        target_B1 = z_BV.gather(1, label_B1)
-        s_B1 = z_BV.sub_(m_B1).exp_().sum(-1, keepdim=True)
-        loss_T[at] = torch.where(keep_B, (s_B1.log() + (m_B1 - target_B1))[:, 0], 0.0)
-        if not (want_h or want_w):
+        label_B = labels_T[at] if all_count else torch.where(keep_B, labels_T[at], 0)
+        if not with_grads:
+            loss_T[at] = torch.where(keep_B, _loss(h_BH, tiles, label_B, softcap), 0.0)
             continue
-        z_BV.scatter_add_(1, label_B1, -s_B1)
-        if slope_BV is not None:
-            z_BV.mul_(slope_BV)
-        factor_B1 = torch.where(keep_B, coef_T[at], 0.0)[:, None] / s_B1
+        z_BV = buffer[: h_BH.shape[0] * vocab].view(-1, vocab)
+        for tile, w_CH in tiles:
+            torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])
+        loss_B, sum_B = _rows(z_BV, label_B, softcap)
+        loss_T[at] = torch.where(keep_B, loss_B, 0.0)
+        factor_B1 = (torch.where(keep_B, coef_T[at], 0.0) / sum_B)[:, None]
         scaled_BH = h_BH * factor_B1
         gh_BH = torch.zeros_like(h_BH) if want_h else h_BH
-        for tile, w_CH in _tiles(w_VH, product_dtype, dtype):
+        for tile, w_CH in tiles:
             if want_h:
                 gh_BH.addmm_(z_BV[:, tile], w_CH)
             if want_w:
@@ -144,6 +143,50 @@ def linear_cross_entropy(
         if want_h:
             grad_h[at] = gh_BH.mul_(factor_B1)
     return loss_T, grad_h, grad_w
+
+
+def _rows(z_BV: Tensor, label_B: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Loss per token; and in the place of the logits E', with the sums by which it is to be divided.
+
+    By rows of a few MiB, so that only the first look at a logit goes to memory.
+    """
+    losses, sums = [], []
+    rows = row_blocks.block_rows(z_BV.shape[-1], z_BV.device)
+    slope_BV = z_BV.new_empty(min(rows, z_BV.shape[0]) if softcap else 0, z_BV.shape[1])
+    for z_bV, label_b in zip(z_BV.split(rows), label_B.split(rows), strict=True):
+        slope_bV = _apply_softcap(z_bV, softcap, slope_BV[: z_bV.shape[0]])
+        label_b1 = label_b[:, None]
+        m_b = z_bV.amax(-1)
+        target_b = z_bV.gather(1, label_b1)[:, 0]
+        number_b = row_blocks.log2_exp(z_bV, 1.0, m_b, z_bV)
+        sum_b = z_bV.exp2_().sum(-1)
+        losses.append(row_blocks.without(number_b, sum_b).log() + (m_b - target_b))
+        sums.append(sum_b)
+        z_bV.scatter_add_(1, label_b1, -sum_b[:, None])
+        if slope_bV is not None:
+            z_bV.mul_(slope_bV)
+    return torch.cat(losses), torch.cat(sums)
+
+
+def _loss(h_BH: Tensor, tiles: Tiles, label_B: Tensor, softcap: float) -> Tensor:
+    """Loss per token where no gradient is wanted: the logits of one vocabulary tile at a time."""
+    empty_B = h_BH.new_full(label_B.shape, -torch.inf)
+    state = row_stats.RowState(empty_B, torch.zeros_like(empty_B), empty_B)
+    buffer = h_BH.new_empty(h_BH.shape[0] * tiles.columns)
+    none = buffer.new_empty(0)
+    for tile, w_CH in tiles:
+        z_BC = buffer[: h_BH.shape[0] * w_CH.shape[0]].view(-1, w_CH.shape[0])
+        torch.mm(h_BH, w_CH.t(), out=z_BC)
+        _apply_softcap(z_BC, softcap, none)
+        local_B = label_B - tile.start
+        owned_B = (local_B >= 0) & (local_B < w_CH.shape[0])
+        target_B = z_BC.gather(1, torch.where(owned_B, local_B, 0)[:, None])[:, 0]
+        m_B = z_BC.amax(-1)
+        number_B = row_blocks.log2_exp(z_BC, 1.0, m_B, z_BC)
+        s_B = row_blocks.without(number_B, z_BC.exp2_().sum(-1))
+        part = row_stats.RowState(m_B, s_B, torch.where(owned_B, target_B, -torch.inf))
+        state = row_stats.combine(torch, state, part)
+    return row_stats.finish(torch, state)
 
 
 def _length(at: slice | Tensor) -> int:
@@ -179,12 +222,22 @@ def _token_blocks(num_tokens: int, places_N: Tensor | None, block: int) -> Itera
         yield slice(start, min(start + block, num_tokens))
 
 
-def _tiles(w_VH: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Vocabulary tiles of the weight, rounded to product_dtype, in the dtype of the arithmetic."""
-    columns = _TILE_COLUMNS if w_VH.device.type == "cpu" else w_VH.shape[0]
-    for start in range(0, w_VH.shape[0], columns):
-        tile = slice(start, min(start + columns, w_VH.shape[0]))
-        yield tile, w_VH[tile].to(product_dtype).to(dtype)
+class Tiles:
+    """Vocabulary tiles of the weight, rounded to product_dtype, in the dtype of the arithmetic.
+
+    Attributes:
+        columns: classes of a tile, more than those of the last one.
+    """
+
+    def __init__(self, w_VH: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        self._w_VH, self._product_dtype, self._dtype = w_VH, product_dtype, dtype
+        self.columns = min(_TILE_COLUMNS, w_VH.shape[0]) if w_VH.device.type == "cpu" else w_VH.shape[0]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        vocab = self._w_VH.shape[0]
+        for start in range(0, vocab, self.columns):
+            tile = slice(start, min(start + self.columns, vocab))
+            yield tile, self._w_VH[tile].to(self._product_dtype).to(self._dtype)
 
 
 def _apply_softcap(z_BV: Tensor, softcap: float, buffer: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core_torch import eager_linear, eager_logits
+from loss_core_torch import eager_linear, row_blocks
 from loss_core_torch.values import compute_dtype
 
 
@@ -112,7 +112,7 @@ def linear_cross_entropy_grads(
         factor_B1 = torch.where(keep_B, coef_T[at], 0.0)[:, None] / s_B1
         scaled_BH = h_BH * factor_B1
         gh_BH = torch.zeros_like(h_BH) if want_h else h_BH
-        for tile, w_CH in eager_linear._tiles(w_VH, product_dtype, dtype):
+        for tile, w_CH in eager_linear.Tiles(w_VH, product_dtype, dtype):
             if want_h:
                 gh_BH.addmm_(z_BV[:, tile], w_CH)
             if want_w:
@@ -162,7 +162,7 @@ def _logits(
     """softcap(h @ W.T) of a block, in the buffer, and h."""
     h_BH = _hidden(h_TH, keep_T, at, all_count, product_dtype, buffer.dtype)
     z_BV = buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
-    for tile, w_CH in eager_linear._tiles(w_VH, product_dtype, buffer.dtype):
+    for tile, w_CH in eager_linear.Tiles(w_VH, product_dtype, buffer.dtype):
         torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])
     eager_linear._apply_softcap(z_BV, softcap, buffer.new_empty(0))
     return z_BV, h_BH
@@ -176,5 +176,5 @@ def _column(labels_B: Tensor, keep_B: Tensor, vocab_start: int, vocab: int) -> t
 
 
 def _small(z_BV: Tensor, m_B: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    rows = eager_logits.block_rows(z_BV.shape[-1], z_BV.device)
+    rows = row_blocks.block_rows(z_BV.shape[-1], z_BV.device)
     return zip(z_BV.split(rows), m_B.split(rows), strict=True)

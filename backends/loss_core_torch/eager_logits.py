@@ -1,83 +1,31 @@
-"""The losses over logits in plain PyTorch operations, block of rows by block of rows, on any torch device.
+"""Cross entropy over logits in plain PyTorch operations, block of rows by block of rows, on any torch device.
 
-A block is small enough to stay in cache (on a CPU) and its buffer is used again for the next one, so
-that no [T, V] temporary exists, in any dtype. Arithmetic is float32, or float64 for float64 logits.
-The formulas stand in `loss_core.oracle`, the row state in `loss_core.row_stats`.
+Arithmetic is float32, or float64 for float64 logits. The formulas stand in `loss_core.oracle`, the row state in
+`loss_core.row_stats`, the blocks in `row_blocks`.
 """
 
 # T = tokens, B = rows of a block, V = vocabulary (of this rank)
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
 
-from loss_core_torch import values
-from loss_core_torch.opaque import opaque
+from loss_core import row_stats
+from loss_core_torch import huge_pages
+from loss_core_torch.opaque import opaque, untraced
+from loss_core_torch.row_blocks import Buffer, block_rows, log2_exp, row_blocks, some_ignored, widened, without
 from loss_core_torch.values import compute_dtype
-
-# Elements of a block's buffer. CPU: 2 MiB of float32, which the L2 caches of a few cores hold; below that
-# the calls cost more than they save. Elsewhere: few, large launches.
-_BLOCK_ELEMENTS_CPU = 1 << 19
-_BLOCK_ELEMENTS = 1 << 26
-
-
-def block_rows(num_cols: int, device: torch.device) -> int:
-    """Rows whose logits fit the block buffer; at least 1."""
-    elements = _BLOCK_ELEMENTS_CPU if device.type == "cpu" else _BLOCK_ELEMENTS
-    return max(1, elements // max(num_cols, 1))
-
-
-def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Cut [..., V] tensors of one shape into 2-D views of at most `rows` rows, all at the same places. Never copies.
-
-    Yields:
-        The place of a block among the T rows, and the block of each tensor.
-    """
-    shape = tensors[0].shape
-    if tensors[0].numel() == 0:
-        return
-    if len(shape) <= 2 or all(x.is_contiguous() for x in tensors):
-        pieces = [tuple(x.reshape(-1, shape[-1]) for x in tensors)]
-    else:
-        # A slice such as logits[:, :-1] is no matrix, but each of its sequences is.
-        pieces = [tuple(x[index] for x in tensors) for index in itertools.product(*map(range, shape[:-2]))]
-    start = 0
-    for piece in pieces:
-        length = piece[0].shape[0]
-        for first in range(0, length, rows):
-            last = min(first + rows, length)
-            yield slice(start + first, start + last), tuple(x[first:last] for x in piece)
-        start += length
-
-
-def some_ignored(keep: Tensor) -> bool:
-    """Whether rows of a block may need clearing."""
-    return not (values.may_read(keep) and bool(keep.all()))
-
-
-class _Buffer:
-    """Room for the largest block, handed out in the shape of the present one."""
-
-    def __init__(self, rows: int, like: Tensor, dtype: torch.dtype) -> None:
-        self._flat = torch.empty(rows * like.shape[-1], dtype=dtype, device=like.device)
-
-    def take(self, block_BV: Tensor) -> Tensor:
-        return self._flat[: block_BV.numel()].view(block_BV.shape)
-
-
-def _centred_exp(z_BV: Tensor, m_B: Tensor, out_BV: Tensor) -> Tensor:
-    """exp(z - m) in out; rows whose maximum is -inf give 0."""
-    # -inf minus -inf is NaN: a row without any finite logit has s = 0.
-    safe_B1 = torch.where(m_B == -torch.inf, 0.0, m_B)[:, None]
-    return torch.sub(z_BV, safe_B1, out=out_BV).exp_()
 
 
 def _row_max(z_BV: Tensor) -> Tensor:
     return z_BV.amax(-1)
+
+
+def _rows(logits: Tensor, labels_T: Tensor) -> int:
+    return min(block_rows(logits.shape[-1], logits.device), max(labels_T.numel(), 1))
 
 
 def _fake_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,16 +49,18 @@ def cross_entropy_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> t
     if vocab == 0:
         # A rank may own no part of the vocabulary: the identity of `row_stats.combine`.
         return m_T.fill_(-torch.inf), s_T.zero_(), t_T.fill_(-torch.inf)
-    rows = min(block_rows(vocab, logits.device), max(labels_T.numel(), 1))
-    buffer = _Buffer(rows, logits, m_T.dtype)
+    rows = _rows(logits, labels_T)
+    buffer = Buffer(rows, logits, m_T.dtype)
     local_T = labels_T - vocab_start
     owned_T = (local_T >= 0) & (local_T < vocab)
     column_T = torch.where(owned_T, local_T, 0)
     for at, (block_BV,) in row_blocks(rows, logits):
-        z_BV = block_BV.to(m_T.dtype)
+        out_BV = buffer.take(block_BV)
+        z_BV = widened(block_BV, out_BV)
         m_T[at] = m_B = _row_max(z_BV)
         t_T[at] = z_BV.gather(1, column_T[at, None])[:, 0]
-        s_T[at] = _centred_exp(z_BV, m_B, buffer.take(block_BV)).sum(-1)
+        number_B = log2_exp(z_BV, 1.0, m_B, out_BV)
+        s_T[at] = without(number_B, buffer.exp2(out_BV).sum(-1))
     return m_T, s_T, t_T.masked_fill_(~owned_T, -torch.inf)
 
 
@@ -129,11 +79,12 @@ def cross_entropy_grad(
     Args:
         m_T, s_T: row state over the whole vocabulary; keep_T: [T] bool; coef_T: [T] upstream.
     """
-    grad = _fake_grad(logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
+    grad = huge_pages.empty(logits.shape, logits.dtype, logits.device)
     _write_grad(grad, logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
     return grad
 
 
+@untraced
 def cross_entropy_overwrite(
     logits: Tensor, labels_T: Tensor, vocab_start: int, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor
 ) -> None:
@@ -155,138 +106,103 @@ def _write_grad(
     vocab = logits.shape[-1]
     if vocab == 0:
         return
-    rows = min(block_rows(vocab, logits.device), max(labels_T.numel(), 1))
-    buffer = _Buffer(rows, logits, m_T.dtype)
+    rows = _rows(logits, labels_T)
+    buffer = Buffer(rows, logits, m_T.dtype)
     local_T = labels_T - vocab_start
     owned_T = (local_T >= 0) & (local_T < vocab)
     column_T = torch.where(owned_T, local_T, 0)
     scale_T = coef_T / s_T
     hit_T = torch.where(owned_T, -coef_T, 0.0)
+    ignored = some_ignored(keep_T)
     for at, (block_BV, grad_BV) in row_blocks(rows, logits, grad):
-        # Strided memory takes the way over the buffer: exp may round differently there.
-        direct = grad.dtype == m_T.dtype and grad_BV.is_contiguous()
-        out_BV = grad_BV if direct else buffer.take(block_BV)
-        _centred_exp(block_BV.to(m_T.dtype), m_T[at], out_BV).mul_(scale_T[at, None])
-        out_BV.scatter_add_(1, column_T[at, None], hit_T[at, None])
-        keep_B = keep_T[at]
-        if some_ignored(keep_B):
-            # Not a product with 0: an ignored row may hold inf or NaN.
-            out_BV.masked_fill_(~keep_B[:, None], 0.0)
-        if not direct:
-            grad_BV.copy_(out_BV)
+        y_BV = buffer.take(block_BV)
+        number_B = log2_exp(widened(block_BV, y_BV), 1.0, m_T[at], y_BV)
+        scale_B = without(number_B, scale_T[at])
+        _store_grad(grad_BV, buffer.exp2(y_BV), scale_B, column_T[at], hit_T[at], keep_T[at] if ignored else None)
 
 
-def _fake_kd_stats(
-    student: Tensor, teacher: Tensor, keep_T: Tensor, inverse_temperature: float, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    stat = student.new_empty(keep_T.shape, dtype=compute_dtype(student.dtype))
-    return stat, stat.clone(), stat.clone(), stat.clone(), stat.clone()
+def _store_grad(
+    grad_BV: Tensor, powers_BV: Tensor, scale_B: Tensor, column_B: Tensor, hit_B: Tensor, keep_B: Tensor | None
+) -> None:
+    """scale * powers + hit at each column, 0 where keep is False, rounded once to the gradient's dtype."""
+    out_BV = grad_BV if grad_BV.dtype == powers_BV.dtype else powers_BV
+    torch.mul(powers_BV, scale_B[:, None], out=out_BV).scatter_add_(1, column_B[:, None], hit_B[:, None])
+    if keep_B is not None:
+        # Not a product with 0: an ignored row may hold inf or NaN.
+        out_BV.masked_fill_(~keep_B[:, None], 0.0)
+    if out_BV is not grad_BV:
+        grad_BV.copy_(out_BV)
 
 
-@opaque(_fake_kd_stats)
-def distillation_stats(
-    student: Tensor, teacher: Tensor, keep_T: Tensor, inverse_temperature: float, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """KDRowState (m_t, s_t, a, m_s, s_s) of each token over this rank's part of the vocabulary.
+@untraced
+def cross_entropy_with_grad(
+    logits: Tensor, labels_T: Tensor, keep_T: Tensor, coef_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradient with one look at the logits, where the coefficients are known in the forward.
 
     Args:
-        student, teacher: [..., V] float, any strides; divided by the temperature here.
-        chunk_size: rows of a block, 0 = chosen here.
+        logits: [..., V] float, any strides; labels_T: [T] int64; keep_T: [T] bool.
+        coef_T: [T] factor of each token's loss in the objective.
     Returns:
-        Five [T], float32 (float64 for float64).
+        loss_T, m_T, s_T as of `cross_entropy_stats`, and the gradient in the logits' dtype; 0 where keep is False.
     """
-    state = _fake_kd_stats(student, teacher, keep_T, inverse_temperature, chunk_size)
-    m_t_T, s_t_T, a_T, m_s_T, s_s_T = state
-    if student.shape[-1] == 0:
-        for part_T, identity in zip(state, (-torch.inf, 0.0, 0.0, -torch.inf, 0.0), strict=True):
-            part_T.fill_(identity)
-        return state
-    dtype = m_t_T.dtype
-    rows = min(chunk_size or block_rows(student.shape[-1], student.device), max(keep_T.numel(), 1))
-    zs_buffer, zt_buffer, e_buffer = (_Buffer(rows, student, dtype) for _ in range(3))
-    for at, (s_BV, t_BV) in row_blocks(rows, student, teacher):
-        zs_BV, m_s_T[at] = _scaled_centred(s_BV, inverse_temperature, zs_buffer)
-        zt_BV, m_t_T[at] = _scaled_centred(t_BV, inverse_temperature, zt_buffer)
-        e_BV = e_buffer.take(s_BV)
-        s_s_T[at] = torch.exp(zs_BV, out=e_BV).sum(-1)
-        s_t_T[at] = torch.exp(zt_BV, out=e_BV).sum(-1)
-        gap_BV = zt_BV.sub_(zs_BV)
-        # A class that the teacher rules out weighs nothing, even where its gap is inf or NaN.
-        gap_BV.masked_fill_(e_BV == 0, 0.0)
-        a_T[at] = gap_BV.mul_(e_BV).sum(-1)
-    return state
-
-
-def _scaled(block_BV: Tensor, factor: float, buffer: _Buffer) -> Tensor:
-    # Copied first: torch.mul(bfloat16, float, out=float32) would round the product to bfloat16.
-    z_BV = buffer.take(block_BV).copy_(block_BV)
-    return z_BV if factor == 1.0 else z_BV.mul_(factor)
-
-
-def _scaled_centred(block_BV: Tensor, inverse_temperature: float, buffer: _Buffer) -> tuple[Tensor, Tensor]:
-    """(z / T - m, m), with m = max z / T."""
-    z_BV = _scaled(block_BV, inverse_temperature, buffer)
-    m_B = _row_max(z_BV)
-    return z_BV.sub_(torch.where(m_B == -torch.inf, 0.0, m_B)[:, None]), m_B
-
-
-def _fake_kd_grad(
-    student: Tensor,
-    teacher: Tensor,
-    keep_T: Tensor,
-    inverse_temperature: float,
-    chunk_size: int,
-    state: list[Tensor],
-    kl_T: Tensor,
-    coef_T: Tensor,
-    of_teacher: bool,
-) -> Tensor:
-    like = teacher if of_teacher else student
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-@opaque(_fake_kd_grad)
-def distillation_grad(
-    student: Tensor,
-    teacher: Tensor,
-    keep_T: Tensor,
-    inverse_temperature: float,
-    chunk_size: int,
-    state: list[Tensor],
-    kl_T: Tensor,
-    coef_T: Tensor,
-    of_teacher: bool,
-) -> Tensor:
-    """Gradient of coef * KL by the student's logits, or by the teacher's; exactly 0 where keep is False.
-
-    Args:
-        state: the five parts of KDRowState over the whole vocabulary, [T] each.
-        kl_T: KL per token; coef_T: [T] upstream, all factors of the temperature included.
-        of_teacher: which of the two gradients.
-    """
-    grad = _fake_kd_grad(student, teacher, keep_T, inverse_temperature, chunk_size, state, kl_T, coef_T, of_teacher)
-    vocab = student.shape[-1]
-    if vocab == 0:
-        return grad
+    grad = huge_pages.empty(logits.shape, logits.dtype, logits.device)
+    dtype, vocab = compute_dtype(logits.dtype), logits.shape[-1]
     grad_TV = grad.view(-1, vocab)
-    m_t_T, s_t_T, _, m_s_T, s_s_T = state
-    rows = min(chunk_size or block_rows(vocab, student.device), max(keep_T.numel(), 1))
-    zs_buffer, zt_buffer = (_Buffer(rows, student, m_t_T.dtype) for _ in range(2))
-    log_ratio_T = s_t_T.log() - s_s_T.log() + kl_T
-    for at, (s_BV, t_BV) in row_blocks(rows, student, teacher):
-        zs_BV = _scaled(s_BV, inverse_temperature, zs_buffer)
-        zt_BV = _scaled(t_BV, inverse_temperature, zt_buffer)
-        if of_teacher:
-            zt_BV.sub_(m_t_T[at, None])
-            gap_BV = zs_BV.sub_(m_s_T[at, None]).neg_().add_(zt_BV).sub_(log_ratio_T[at, None])
-            pt_BV = zt_BV.exp_()
-            out_BV = gap_BV.masked_fill_(pt_BV == 0, 0.0).mul_(pt_BV).mul_((coef_T[at] / s_t_T[at])[:, None])
-        else:
-            ps_BV = _centred_exp(zs_BV, m_s_T[at], zs_BV).mul_((coef_T[at] / s_s_T[at])[:, None])
-            pt_BV = _centred_exp(zt_BV, m_t_T[at], zt_BV).mul_((coef_T[at] / s_t_T[at])[:, None])
-            out_BV = ps_BV.sub_(pt_BV)
-        keep_B = keep_T[at]
-        if some_ignored(keep_B):
-            out_BV.masked_fill_(~keep_B[:, None], 0.0)
-        grad_TV[at] = out_BV
-    return grad
+    rows = _rows(logits, labels_T)
+    buffer = Buffer(rows, logits, dtype)
+    ignored = some_ignored(keep_T)
+    column_T = torch.where((labels_T >= 0) & (labels_T < vocab), labels_T, 0) if ignored else labels_T
+    blocks = list(row_blocks(rows, logits))
+    if not blocks:
+        return (*_fake_stats(logits, labels_T, 0), grad)
+    states = []
+    for at, (block_BV,) in blocks:
+        # A small call is one block, and all overhead.
+        cut = (grad_TV, column_T, coef_T) if len(blocks) == 1 else (grad_TV[at], column_T[at], coef_T[at])
+        states.append(_rows_with_grad(block_BV, *cut, keep_T[at] if ignored else None, buffer))
+    state = states[0] if len(states) == 1 else row_stats.RowState(*map(torch.cat, zip(*states, strict=True)))
+    loss_T = row_stats.finish(torch, state)
+    return loss_T.masked_fill_(~keep_T, 0.0) if ignored else loss_T, state.m, state.s, grad
+
+
+def _rows_with_grad(
+    block_BV: Tensor, grad_BV: Tensor, column_B: Tensor, coef_B: Tensor, keep_B: Tensor | None, buffer: Buffer
+) -> row_stats.RowState:
+    """The row state of a block, and its gradient into grad."""
+    y_BV = buffer.take(block_BV)
+    z_BV = widened(block_BV, y_BV)
+    m_B = _row_max(z_BV)
+    t_B = z_BV.gather(1, column_B.unsqueeze(1)).squeeze(1)
+    number_B = log2_exp(z_BV, 1.0, m_B, y_BV)
+    s_B = without(number_B, buffer.exp2(y_BV).sum(-1))
+    _store_grad(grad_BV, y_BV, without(number_B, coef_B / s_B), column_B, coef_B.neg(), keep_B)
+    return row_stats.RowState(m_B, s_B, t_B)
+
+
+def cross_entropy_rows(logits: Tensor, labels_T: Tensor, keep_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss_T, m_T, s_T of `cross_entropy_with_grad`, without the gradient."""
+    state = row_stats.RowState(*cross_entropy_stats(logits, labels_T, 0))
+    return row_stats.finish(torch, state).masked_fill_(~keep_T, 0.0), state.m, state.s
+
+
+@untraced
+def cross_entropy_scale_grad(
+    grad: Tensor,
+    logits: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor,
+    m_T: Tensor,
+    s_T: Tensor,
+    coef_T: Tensor,
+    upstream: Tensor,
+) -> None:
+    """Multiply what `cross_entropy_with_grad` gave by a scalar on the CPU, in place; by 1 it is left alone."""
+    factor = float(upstream)
+    if factor == 1.0:
+        return
+    if grad.dtype == m_T.dtype and math.isfinite(factor):
+        grad.mul_(factor)
+    else:
+        # Made anew: a 16-bit gradient would be rounded twice, and 0 times inf in an ignored row is NaN.
+        _write_grad(grad, logits, labels_T, 0, keep_T, m_T, s_T, coef_T * factor)

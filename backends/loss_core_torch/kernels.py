@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
 from loss_core_torch import eager
 
 # Kernel of the flag -> module; imported when a loss is built with it. `te` is no such set: it has the loss whole.
@@ -30,6 +32,12 @@ def find(name: str) -> ModuleType:
     return _LOADED[name]
 
 
-def has_one_pass(name: str) -> bool:
-    """Whether a set also has `cross_entropy_with_grad`, `cross_entropy_rows` and `cross_entropy_scale_grad`."""
-    return hasattr(_LOADED[name], "cross_entropy_with_grad")
+def has_one_pass(name: str, loss: str, device: torch.device) -> bool:
+    """Whether a set makes loss and gradient together on a device, by more functions.
+
+    Args:
+        loss: "cross_entropy" or "distillation"; the functions are `<loss>_with_grad` and `<loss>_scale_grad`, and
+            `cross_entropy_rows`.
+    """
+    kernels = _LOADED[name]
+    return hasattr(kernels, f"{loss}_with_grad") and bool(kernels.one_pass(device))

@@ -20,7 +20,19 @@ from loss_core import (
     TEParallelCEConfig,
     parse_flag,
 )
-from loss_core_torch import autograd, checks, distributed, inplace, kernels, placement, placement_linear, reduction, te
+from loss_core_torch import (
+    auto,
+    autograd,
+    checks,
+    distributed,
+    inplace,
+    kernels,
+    ordinary,
+    placement,
+    placement_linear,
+    reduction,
+    te,
+)
 from loss_core_torch.autograd_parallel import ParallelLinearCrossEntropy
 from loss_core_torch.checks import Tokens
 from loss_core_torch.distributed import Shards
@@ -49,6 +61,35 @@ class _Loss(nn.Module):
         self.kernel_choice = choice
         self._kernel = kernels.load(parse_flag(choice.flag).kernel)
         return self
+
+    def kernel_for(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> KernelChoice:
+        """Which kernel would run for a call, and why.
+
+        Args:
+            device, dtype: of the logits or hidden states.
+            shape: (T, V), or (T, V, H) for the fused loss.
+        """
+        candidates = self.kernel_choice.candidates
+        if len(candidates) < 2:
+            return self.kernel_choice
+        return auto.choose(type(self).__name__, device, dtype, shape, candidates)
+
+    def _take_kernel(self, like: Any, weight: Any = None) -> None:
+        """With `auto`: change to the kernel of this call, before anything else looks at it.
+
+        Args:
+            like: logits, or hidden states beside the weight [V, H]; not checked yet.
+        """
+        # A graph keeps the kernel that the loss had when it was traced: what is tuned can't be read there.
+        if len(self.kernel_choice.candidates) < 2 or torch.compiler.is_compiling():
+            return
+        if not isinstance(like, Tensor) or like.dim() == 0 or not (weight is None or isinstance(weight, Tensor)):
+            return
+        tokens = like.numel() // max(like.shape[-1], 1)
+        shape = (tokens, like.shape[-1]) if weight is None else (tokens, *weight.shape)
+        choice = self.kernel_for(like.device, like.dtype, shape)
+        if choice != self.kernel_choice:
+            self.with_kernel_choice(choice)
 
     def _agree(
         self, layout: Layout, like: Any, check: Callable[[], Tokens], **more: Any
@@ -114,9 +155,20 @@ class _LogitsCrossEntropy(_Loss):
             TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
             RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
+        self._take_kernel(logits)
+        if mask is None and num_label_tokens is None and loss_weights is None and self._simple():
+            vocab = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+            found = ordinary.tokens(logits, labels, vocab, self.ignore_index, self.reduction)
+            if found is not None and self._one_pass(logits, None):
+                loss = autograd.run(autograd.CrossEntropySum, logits, *found, self._kernel, False)[0]
+                return loss if self.fp32_upcast else loss.to(logits.dtype)
         layout = placement.of_logits("logits", logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
         return compute(layout, logits, labels, mask, num_label_tokens, loss_weights)
+
+    def _simple(self) -> bool:
+        """Whether the fields ask for nothing but the loss and a new gradient."""
+        return self.tp_group is None and not self.inplace_grad and self.reduction != "none"
 
     def _compute(self, layout: Layout, logits: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
         given, logits = logits, layout.local(logits)
@@ -140,7 +192,7 @@ class _LogitsCrossEntropy(_Loss):
         vocab = logits.shape[-1] if shards is None else shards.total
         bad_T = checks.out_of_range(labels_T, keep_T, shape, vocab, self.ignore_index)
         keep_T = reduction.keep_if_counted(keep_T, num_tokens)
-        if shards is None and not layout.ranks.tokens and self._one_pass(logits):
+        if shards is None and not layout.ranks.tokens and self._one_pass(logits, weights_T):
             coef_T = reduction.coefficients(logits.dtype, keep_T, bad_T, self.reduction, num_tokens, weights_T)
             loss = autograd.CrossEntropySum.apply(logits, labels_T, keep_T, coef_T, self._kernel, overwrite)[0]
             return loss if self.fp32_upcast else loss.to(logits.dtype)
@@ -174,13 +226,15 @@ class _LogitsCrossEntropy(_Loss):
         args = (logits, labels_T, keep_T, bad_T, shards, self._kernel, overwrite)
         return autograd.CrossEntropy.apply(*args)[0]
 
-    def _one_pass(self, logits: Tensor) -> bool:
+    def _one_pass(self, logits: Tensor, weights_T: Tensor | None) -> bool:
         """Whether loss and gradient can be made together: the factor of each token is known before."""
         return (
-            kernels.has_one_pass(self._kernel)
+            kernels.has_one_pass(self._kernel, "cross_entropy", logits.device)
             and self.reduction != "none"
             and torch.is_grad_enabled()
             and logits.requires_grad
+            # Their gradient is the loss of each token, which may be differentiated again.
+            and not (weights_T is not None and weights_T.requires_grad)
             # A traced graph can neither hand a buffer over nor be told to recompute.
             and not torch.compiler.is_compiling()
         )
@@ -268,6 +322,14 @@ class KDLoss(_Loss):
             TypeError: labels that are no integers.
         Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
         """
+        self._take_kernel(student_logits)
+        if num_batch_labels is None and self.tp_group is None and ordinary.same_kind(student_logits, teacher_logits):
+            vocab, scale = student_logits.shape[-1] if student_logits.dim() else 0, float(self.temperature) ** 2
+            found = ordinary.tokens(student_logits, labels, vocab, self.ignore_index, "mean", scale)
+            if found is not None and student_logits.shape == teacher_logits.shape and self._one_pass(student_logits):
+                args = (*found[1:], float(self.temperature), self.chunk_size, self._kernel)
+                loss = autograd.run(autograd.DistillationSum, student_logits, teacher_logits, *args)[0]
+                return loss if self.fp32_upcast else loss.to(student_logits.dtype)
         layout = placement.of_both(student_logits, teacher_logits, self.tp_group)
         compute = self._compute if layout.ranks.alone() else self._compute_apart
         return compute(layout, student_logits, teacher_logits, labels, num_batch_labels)
@@ -299,16 +361,31 @@ class KDLoss(_Loss):
         wide = torch.promote_types(compute_dtype(student.dtype), compute_dtype(teacher.dtype))
         if wide == torch.float64:
             student, teacher = student.to(wide), teacher.to(wide)
+        how = "mean" if num_tokens is None else "sum"
+        if shards is None and not layout.ranks.tokens and self._one_pass(student):
+            coef_T = reduction.coefficients(student.dtype, keep_T, bad_T, how, num_tokens, None)
+            factors = (coef_T * self.temperature**2, float(self.temperature), self.chunk_size, self._kernel)
+            loss = autograd.DistillationSum.apply(student, teacher, keep_T, *factors)[0]
+            return loss if self.fp32_upcast else loss.to(kind)
         group = None if shards is None else shards.group
         args = (float(self.temperature), self.chunk_size, group, self._kernel)
         kl_T = autograd.Distillation.apply(student, teacher, keep_T, *args)[0]
         # The factor is NaN where the label is no class, so that its gradient is NaN as well.
         loss_T = kl_T * reduction.nan_where(torch.full_like(kl_T, self.temperature**2), bad_T)
-        how = "mean" if num_tokens is None else "sum"
         loss = reduction.reduce_tokens(loss_T, keep_T, shape, how, num_tokens, groups=layout.ranks.tokens)
         return loss if self.fp32_upcast else loss.to(kind)
 
     _compute_apart = torch.compiler.disable(_compute)
+
+    def _one_pass(self, student: Tensor) -> bool:
+        """Whether loss and the student's gradient can be made together: the rows are whole."""
+        return (
+            kernels.has_one_pass(self._kernel, "distillation", student.device)
+            and torch.is_grad_enabled()
+            and student.requires_grad
+            # A traced graph can neither hand a buffer over nor be told to recompute.
+            and not torch.compiler.is_compiling()
+        )
 
 
 class FusedLinearCrossEntropy(_Loss):
@@ -394,6 +471,10 @@ class FusedLinearCrossEntropy(_Loss):
                 served, num_valid_tokens with skip_ignored=False; over a group on every rank.
             TypeError: labels that are no integers; hidden_states and lm_weight of two dtypes.
         """
+        self._take_kernel(hidden_states, lm_weight)
+        given = (num_label_tokens, grad_reduce_group, loss_weights, num_valid_tokens)
+        if all(x is None for x in given) and (loss := self._ordinary(hidden_states, labels, lm_weight)) is not None:
+            return loss
         layout = placement_linear.of_linear(
             hidden_states, lm_weight, self.tp_group, grad_reduce_group, self.sequence_parallel
         )
@@ -403,6 +484,27 @@ class FusedLinearCrossEntropy(_Loss):
             weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
         compute = self._compute if layout.tokens.ranks.alone() else self._compute_apart
         return compute(layout, hidden_states, labels, weight, num_label_tokens, loss_weights, num_valid_tokens)
+
+    def _ordinary(self, hidden: Any, labels: Any, weight: Any) -> Tensor | None:
+        """The loss of an ordinary call, None for any other; see `ordinary`."""
+        if (
+            self.tp_group is not None
+            or self.sequence_parallel
+            or self.skip_ignored is not None
+            or not ordinary.same_kind(hidden, weight)
+            or weight.dim() != 2
+            or hidden.shape[-1:] != weight.shape[1:]
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        found = ordinary.tokens(hidden, labels, weight.shape[0], self.ignore_index, self.reduction)
+        if found is None:
+            return None
+        grad = torch.is_grad_enabled()
+        want = (grad and hidden.requires_grad, grad and weight.requires_grad)
+        args = (float(self.logit_softcapping), hidden.dtype, want, self._kernel, None, None)
+        h_TH = hidden.reshape(-1, hidden.shape[-1])
+        return autograd.run(autograd.LinearCrossEntropySum, h_TH, weight, *found, *args)[0]
 
     def _compute(
         self,

@@ -39,3 +39,12 @@ def opaque(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return wrap
+
+
+def untraced(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Decorator for a kernel that is called outside of graphs alone.
+
+    Where a graph breaks, torch.compile goes on to compile each function that is called from there; not this one.
+    """
+    call: Callable[P, R] = torch.compiler.disable(kernel)
+    return call

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loss_core import row_stats
 from loss_core.backend import BackendUnavailable
-from loss_core_torch import eager_logits, triton_kernels, triton_sizes
+from loss_core_torch import eager_distillation, eager_logits, triton_kernels, triton_sizes
 from loss_core_torch.opaque import opaque
 from loss_core_torch.triton_sizes import LaunchParameters
 from loss_core_torch.values import compute_dtype
@@ -253,7 +253,7 @@ def write_grad(
         )  # fmt: skip
 
 
-@opaque(eager_logits._fake_kd_stats)
+@opaque(eager_distillation._fake_kd_stats)
 def distillation_stats(
     student: Tensor, teacher: Tensor, keep_T: Tensor, inverse_temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -261,7 +261,7 @@ def distillation_stats(
 
     chunk_size bounds temporaries of [chunk_size, V]; there are none here, so that any value is kept to.
     """
-    state = eager_logits._fake_kd_stats(student, teacher, keep_T, inverse_temperature, chunk_size)
+    state = eager_distillation._fake_kd_stats(student, teacher, keep_T, inverse_temperature, chunk_size)
     if student.numel() == 0:
         for part_T, value in zip(state, (-torch.inf, 0.0, 0.0, -torch.inf, 0.0), strict=True):
             part_T.fill_(value)
@@ -281,7 +281,7 @@ def distillation_stats(
     return state
 
 
-@opaque(eager_logits._fake_kd_grad)
+@opaque(eager_distillation._fake_kd_grad)
 def distillation_grad(
     student: Tensor,
     teacher: Tensor,

@@ -1,0 +1,75 @@
+"""What `torch:auto` takes for a call: what was fastest on this machine, else what the table below says.
+
+`loss-core bench --tune` measures and keeps the fastest flags of a machine (`loss_core.choices`). Where it has not been
+run, a row of RULES decides; each says what was measured. A kernel that compiles at its first call is no default: the
+seconds that this takes are the caller's to spend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from loss_core.backend import KernelChoice, parse_flag
+from loss_core.choices import tuned_choice
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table.
+
+    Attributes:
+        device: torch device type it is for, "" for any.
+        kernel: what it takes.
+        measured: what was measured, and where.
+    """
+
+    device: str
+    kernel: str
+    measured: str
+
+
+# The first row that fits counts.
+RULES = (
+    Rule(
+        "cpu",
+        "eager",
+        "on a CPU: the fastest that needs no compilation, for every loss and dtype measured (BENCHMARKS.md)",
+    ),
+    Rule("", "eager", "runs on every device; not measured on this one yet: `loss-core bench --tune` does it"),
+)
+
+
+# Bounded, and read once for each kind of call: what `--tune` writes counts from the next process on.
+@lru_cache(maxsize=1024)
+def choose(
+    loss: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], candidates: tuple[str, ...]
+) -> KernelChoice:
+    """The kernel for a call.
+
+    Args:
+        loss: class name, such as "KDLoss".
+        shape: (T, V), or (T, V, H) for the fused loss.
+        candidates: kernels that have this loss and can be used.
+    """
+    flag = tuned_choice(loss, _device_name(device), str(dtype).removeprefix("torch."), shape)
+    if flag is not None and parse_flag(flag).kernel in candidates:
+        return KernelChoice(
+            flag, "the fastest on this machine for such a call, by `loss-core bench --tune`", candidates
+        )
+    return by_rule(device.type, candidates)
+
+
+def by_rule(device_type: str, candidates: tuple[str, ...]) -> KernelChoice:
+    """The first row of the table that fits."""
+    for rule in RULES:
+        if rule.device in ("", device_type) and rule.kernel in candidates:
+            return KernelChoice(f"torch:{rule.kernel}", rule.measured, candidates)
+    return KernelChoice(f"torch:{candidates[0]}", "the only kernel for this loss that can be used here", candidates)
+
+
+def _device_name(device: torch.device) -> str:
+    """As `loss_core.choices` has it: "cpu", or the accelerator's own name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

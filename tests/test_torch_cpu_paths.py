@@ -1,0 +1,141 @@
+"""The short cuts of torch:eager on a CPU (one pass, exp2, huge pages, ordinary calls), where each could go wrong."""
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core_torch import checks, eager_linear, huge_pages, row_blocks
+
+T, V, H = 6, 33, 8
+
+
+def _inputs(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    if isinstance(config, FusedLinearCEConfig):
+        floats = {"hidden_states": torch.randn(T, H), "lm_weight": torch.randn(V, H)}
+    elif isinstance(config, KDLossConfig):
+        floats = {"student_logits": torch.randn(T, V), "teacher_logits": torch.randn(T, V)}
+    else:
+        floats = {"logits": torch.randn(T, V)}
+    return {name: x.to(dtype).requires_grad_() for name, x in floats.items()} | {"labels": torch.arange(T)}
+
+
+CONFIGS = [MaskedCrossEntropyConfig(), MaskedCrossEntropyConfig(reduction="mean"), KDLossConfig(),
+           FusedLinearCEConfig(reduction="mean")]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_an_ordinary_call_gives_what_the_checked_one_gives(config, monkeypatch):
+    def run(**change):
+        inputs = _inputs(config)
+        loss = config.build()(**inputs | change)
+        loss.backward()
+        return [loss.detach(), *(x.grad for x in inputs.values() if x.requires_grad)]
+
+    expected = run(labels=torch.arange(T, dtype=torch.int32))  # no ordinary call
+    monkeypatch.setattr(checks, "tokens", None)  # the long way would fail
+    for got, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_an_ordinary_call_notices_what_is_none(config):
+    inputs = _inputs(config)
+    with pytest.raises(ValueError, match=r"labels\[5\] is 33"):
+        config.build()(**inputs | {"labels": torch.tensor([0, 1, 2, 3, 4, V])})
+    ignored = type(config)(ignore_index=3).build()(**inputs)
+    other = type(config)().build()(**inputs | {"labels": torch.tensor([0, 1, 2, -100, 4, 5])})
+    torch.testing.assert_close(ignored, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(), KDLossConfig()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_upstream_leaves_ignored_rows_at_zero(config, dtype):
+    inputs = _inputs(config, dtype)
+    inputs["labels"][2] = -100
+    loss = config.build()(**inputs)
+    (grad, *_) = torch.autograd.grad(loss, [x for x in inputs.values() if x.requires_grad], torch.tensor(torch.inf))
+    assert not grad[2].any()
+    assert not grad[1].isfinite().any()
+
+
+@pytest.mark.parametrize("scale", [1e7, 1e12, 1e30])
+def test_logits_too_large_for_a_rounded_product(scale):
+    # z log2(e) rounded before the maximum is taken off: above 2^24 the difference has no digits left.
+    logits = torch.tensor([[scale, scale, -scale, 0.0]], requires_grad=True)
+    loss = MaskedCrossEntropyConfig().build()(logits, torch.tensor([1]))
+    loss.backward()
+    torch.testing.assert_close(loss.item(), float(np.log(2.0)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.5, -0.5, 0.0, 0.0]]), rtol=1e-6, atol=0)
+    student, teacher = torch.tensor([[scale, scale, 0.0]], requires_grad=True), torch.tensor([[scale, 0.0, 0.0]])
+    kl = KDLossConfig().build()(student, teacher, torch.tensor([0]))
+    torch.testing.assert_close(kl.item(), float(np.log(2.0)), rtol=1e-6, atol=0)
+
+
+def test_a_row_does_not_depend_on_the_block_it_is_in(monkeypatch):
+    logits, labels = torch.randn(12, 507), torch.arange(12)
+
+    def grad():
+        leaf = logits.clone().requires_grad_()
+        MaskedCrossEntropyConfig().build()(leaf, labels).backward()
+        return leaf.grad
+
+    whole = grad()
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS_CPU", 507 * 5)
+    assert torch.equal(grad(), whole)
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made, views of the inputs left aside."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.size, self.given = 0, {x.untyped_storage().data_ptr() for x in inputs}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self.given:
+            self.size = max(self.size, result.nbytes)
+        return result
+
+
+def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary():
+    tokens, vocab = 300, 8000
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    logits, hidden, weight = torch.randn(tokens, vocab), torch.randn(tokens, H), torch.randn(vocab, H)
+    calls = [
+        (MaskedCrossEntropyConfig(), (logits, labels)),
+        (KDLossConfig(), (logits, logits * 2, labels)),
+        (FusedLinearCEConfig(), (hidden, labels, weight)),
+        (FusedLinearCEConfig(logit_softcapping=5.0, reduction="none"), (hidden, labels, weight)),
+    ]
+    for config, inputs in calls:
+        with torch.no_grad(), _Largest(inputs) as largest:
+            config.build()(*inputs)
+        assert 0 < largest.size < tokens * vocab * 4 / 2, config
+
+
+def test_a_block_of_a_large_vocabulary_keeps_to_its_budget():
+    tokens = eager_linear.block_tokens(128256, torch.device("cpu"), 4)
+    assert tokens > 64
+    assert tokens * 128256 * 4 <= 48 << 20
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are Linux's")
+def test_only_large_results_are_advised_and_only_their_own_pages(monkeypatch):
+    calls = []
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *args: calls.append(args))
+    cpu = torch.device("cpu")
+    huge_pages.empty(torch.Size([1 << 20]), torch.float32, cpu)
+    assert calls == []
+    x = huge_pages.empty(torch.Size([(8 << 20) + 3]), torch.float32, cpu)
+    ((start, length, advice),) = calls
+    assert advice == mmap.MADV_HUGEPAGE
+    assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+    assert x.data_ptr() <= start
+    assert start + length <= x.data_ptr() + x.nbytes
+    assert x.nbytes - length < 2 * mmap.PAGESIZE
