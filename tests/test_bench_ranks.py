@@ -93,8 +93,16 @@ def test_torch_over_ranks_is_within_what_rounding_explains(torch_team, tmp_path,
     assert row.grad_error < 1e-5
     assert row.error_shape[1] == vocab
     assert prepared["first_call"] > 0
-    # Every rank made the same number of calls, though each has its own clock.
-    assert len(timed["seconds"]) >= 1
+    assert len(timed["seconds"]) == 1
+
+
+def test_ranks_make_the_same_number_of_calls_though_each_has_its_own_clock(torch_team):
+    call = job("logits", 301).to_dict()
+    ask(torch_team, do="setup", job=call, kind=FLAG, name="torch:eager")
+    # Rank 1 would go on, and wait for the other for ever.
+    for process, budget in zip(torch_team.processes, (0.0, 10.0), strict=True):
+        process.send({"do": "round", "budget": budget, "most": 50})
+    assert len(torch_team.receive(20)["seconds"]) == 1
 
 
 @pytest.mark.parametrize("kind", LOSSES)
