@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from loss_core import oracle
 from loss_core.bench_job import GRADS, Job, Tiled, kind_of, make_inputs, sampled_tokens
 from loss_core.bench_report import WRONG, BenchRow
+from loss_core.bench_shards import Arrays, views
 from loss_core.config import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core.dtypes import round_to
 from loss_core.tolerance import allowances, share_of_allowance
-
-Arrays = dict[str, NDArray[np.float64]]
 
 # Rows of the weight at a time.
 _BLOCK_V = 8192
@@ -57,44 +56,41 @@ class Judge:
         self._allowed = allowances(config, arrays, self._expected, job.dtype, product_dtype=narrow)
         self._names = () if job.forward_only else GRADS[kind_of(config)]
         self._rows = None if job.forward_only else expected_rows(job)
-        self._losses: dict[int, float] = {}
+        self._losses: dict[int, list[float]] = {}
 
-    def results(self) -> Arrays:
-        """What the last process left."""
-        with np.load(self.file) as stored:
-            return {name: np.asarray(stored[name]) for name in stored.files}
-
-    def judge(self, row: BenchRow, got: Arrays, sample: Arrays) -> None:
-        """Fill in a row's errors.
+    def judge(self, row: BenchRow, got: Sequence[Arrays], sample: Sequence[Arrays]) -> None:
+        """Fill in a row's errors: the largest of what its ranks have.
 
         Args:
-            got: loss and gradients of the reduced call.
-            sample: of the full call: see `loss_core_bench.runner.Runner.prepare`.
+            got: of each process, loss and gradients of the reduced call.
+            sample: the same, of the full call: see `loss_core_bench.runner.Runner.prepare`.
         """
         expected = {"loss": self._expected.loss, **{name: self._expected.grads[name] for name in self._names}}
+        reduced, full = (views(parts, self._names[0] if self._names else "") for parts in (got, sample))
         row.error_shape = self.job.shape
-        row.loss_error = relative(got["loss"], expected["loss"])
-        row.share = max(_share(got[name], value, self._allowed[name], row.dtype) for name, value in expected.items())
+        row.loss_error = max(relative(view["loss"], expected["loss"]) for view in reduced)
+        row.share = max(
+            _share(view[name], value, self._allowed[name], row.dtype)
+            for view in reduced
+            for name, value in expected.items()
+        )
         if self._rows is not None:
-            errors = [relative(got[name], expected[name]) for name in self._names]
-            errors.append(relative(sample["rows"], self._rows))
-            if "inner" in sample:
-                first, second = sample["inner"]
-                apart = abs(first - second) / max(abs(first), abs(second), 1e-300)
-                # Rounding moves these sums, too: only a gross difference says something.
-                errors.append(0.0 if apart <= WRONG else apart)
+            errors = [relative(view[name], expected[name]) for view in reduced for name in self._names]
+            errors += [relative(view["rows"], self._rows) for view in full]
+            errors += [_apart(*view["inner"]) for view in full if "inner" in view]
             row.grad_error = max(error if np.isfinite(error) else float("inf") for error in errors)
-        if sample["loss"].ndim == 0:
-            self._losses[id(row)] = float(sample["loss"])
+        if full[0]["loss"].ndim == 0:
+            self._losses[id(row)] = [float(view["loss"]) for view in full]
 
     def compare_losses(self, rows: Sequence[BenchRow]) -> None:
         """A loss of the full call that is far from that of the others is an error."""
         losses = {id(row): self._losses[id(row)] for row in rows if id(row) in self._losses and not row.wrong}
         if len(losses) < 3:
             return
-        middle = median(losses.values())
+        middle = median(of_ranks[0] for of_ranks in losses.values())
         for row in rows:
-            apart = abs(losses.get(id(row), middle) - middle) / max(abs(middle), 1e-300)
+            of_ranks = losses.get(id(row), [middle])
+            apart = float(np.max(np.abs(np.array(of_ranks) - middle))) / max(abs(middle), 1e-300)
             if not apart <= WRONG:
                 row.loss_error = apart if np.isfinite(apart) else float("inf")
 
@@ -145,6 +141,12 @@ def _fused_rows(
     for block in blocks:
         dh_nH += dz_nV[:, block] @ weight.rows(block).astype(np.float64)
     return dh_nH
+
+
+def _apart(first: float, second: float) -> float:
+    """How far two sums that should be equal are apart. Rounding moves them, too: only a gross difference counts."""
+    apart = abs(first - second) / max(abs(first), abs(second), 1e-300)
+    return 0.0 if apart <= WRONG else apart
 
 
 def _share(got: NDArray[Any], expected: NDArray[Any], allowed: NDArray[Any], dtype: str) -> float:

@@ -1,5 +1,8 @@
 """The floor: the least work that a loss must do, over the rates that the same run measured.
 
+Over ranks that share the vocabulary it is the work of the largest part, at the rates that one rank has while all of
+them are busy. What they tell each other is not counted.
+
 Each input is read once and each gradient written once, at the rate of a large copy; the fused loss must make its
 matrix products, at the rate of a large product. The larger of the two times is the floor. Nothing runs much
 faster, unless it leaves out work.
@@ -18,6 +21,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loss_core.bench_job import BYTES, Job, kind_of
+
+# What ranks have to tell each other: of each row the statistics that a rank made of its classes, and the gradient of
+# hidden states, which is a sum over the classes. Not in the floor: how little of it can't hide behind other work is
+# not known.
+_EXCHANGE = {
+    "logits": "3 numbers per token",
+    "kd": "5 numbers per token",
+    "fused": "3 numbers per token and the sum of the gradients of hidden_states",
+}
 
 # What each kind counts, in words, for reports.
 WORDS = {
@@ -44,7 +56,8 @@ class Work:
 
 
 def least_work(job: Job) -> Work:
-    """Bytes and operations that no implementation of the call can do without."""
+    """Bytes and operations that no implementation of the call can do without, on the rank with the most classes."""
+    job = job.of_largest_rank()
     size = BYTES[job.dtype]
     kind = kind_of(job.loss_config())
     tokens, vocab = job.shape[:2]
@@ -62,4 +75,12 @@ def least_work(job: Job) -> Work:
 
 def words(job: Job) -> str:
     """What the floor of a call counts."""
-    return WORDS[kind_of(job.loss_config()), job.forward_only]
+    counted = WORDS[kind_of(job.loss_config()), job.forward_only]
+    return counted if job.tp == 1 else f"{counted}, of the largest of {job.tp} parts,"
+
+
+def left_out(job: Job) -> str:
+    """What it does not count, though every implementation has to do it: empty for one rank."""
+    kind = kind_of(job.loss_config())
+    exchanged = _EXCHANGE["logits" if kind == "fused" and job.forward_only else kind]
+    return "" if job.tp == 1 else f"; not counted: what the ranks tell each other, at least {exchanged}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loss_core.bench_shards import rank_sizes
 from loss_core.config import (
     FusedLinearCEConfig,
     KDLossConfig,
@@ -23,6 +24,7 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
+from loss_core.vocab_split import VOCAB_AXIS
 
 # Prime, so that a block repeated over rows of any width starts each row elsewhere: no two rows are equal.
 BLOCK = 4_194_301
@@ -52,6 +54,7 @@ class Job:
         seed: of the inputs.
         forward_only: the loss alone, without gradients.
         imports: modules that register losses of the user's own.
+        tp: ranks that share the vocabulary; 1 for one process that holds it whole.
     """
 
     config: Mapping[str, Any]
@@ -62,6 +65,7 @@ class Job:
     seed: int = 0
     forward_only: bool = False
     imports: tuple[str, ...] = field(default=())
+    tp: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a message to a worker."""
@@ -80,6 +84,15 @@ class Job:
     def num_kept(self) -> int:
         """How many labels count."""
         return self.shape[0] - round(self.shape[0] * self.ignored)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Classes of each rank."""
+        return rank_sizes(self.shape[1], self.tp)
+
+    def of_largest_rank(self) -> Job:
+        """The part of the call that the first rank has, which no other exceeds, as a call of its own."""
+        return replace(self, shape=(self.shape[0], self.sizes[0], *self.shape[2:]), tp=1)
 
     def reduced(self) -> Job:
         """The same call on fewer tokens and a smaller hidden size, for a dense float64 oracle; V stays as it is."""
@@ -131,6 +144,11 @@ class Tiled:
         """The array itself."""
         return np.resize(self.block, self.shape)
 
+    def row_range(self, start: int, stop: int) -> Tiled:
+        """Consecutive rows of an array of two dimensions, as an array of their own."""
+        width = self.shape[1]
+        return Tiled(np.roll(self.block, -start * width), (stop - start, width))
+
     def rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows of an array of two dimensions, without the others."""
         width = self.shape[1]
@@ -152,8 +170,9 @@ def float_shapes(job: Job) -> dict[str, tuple[int, ...]]:
 
 
 def input_bytes(job: Job) -> int:
-    """Size of the floating inputs."""
-    return BYTES[job.dtype] * sum(math.prod(shape) for shape in float_shapes(job).values())
+    """Size of the floating inputs, on all ranks together."""
+    copies = {name: 1 if name in VOCAB_AXIS else job.tp for name in float_shapes(job)}
+    return BYTES[job.dtype] * sum(copies[name] * math.prod(shape) for name, shape in float_shapes(job).items())
 
 
 def make_inputs(job: Job) -> tuple[dict[str, Tiled], NDArray[np.int64]]:

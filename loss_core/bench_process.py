@@ -31,9 +31,15 @@ class WorkerProcess:
         device: "cpu" hides accelerators from JAX.
         folder: of the run, where compilers keep what they made: with the caches of earlier runs a first call
             would cost less than it does.
+        first_core: of the cores that it may use, among those of this process.
+        cpu_devices: as how many devices JAX shows the CPU.
+        inbox: where its lines are put, as (process, line), with None for its end; for who waits for several.
     """
 
-    def __init__(self, threads: int, device: str, folder: Path) -> None:
+    def __init__(
+        self, threads: int, device: str, folder: Path, *, first_core: int = 0, cpu_devices: int = 1,
+        inbox: queue.Queue[tuple[WorkerProcess, str | None]] | None = None,
+    ) -> None:  # fmt: skip
         # A file, not a pipe: a library that prints much must not block, and its last words explain a death.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed in stop)
         self._process = subprocess.Popen(
@@ -41,16 +47,17 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=_environment(threads, device, folder),
+            env=_environment(threads, device, folder, cpu_devices),
             text=True,
             # A group of its own: Ctrl-C reaches the parent alone, which then stops the whole group.
             start_new_session=True,
         )
-        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._inbox: queue.Queue[tuple[WorkerProcess, str | None]] = queue.Queue() if inbox is None else inbox
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))[:threads]
+            known = sorted(os.sched_getaffinity(0))
+            cores = {known[(first_core + i) % len(known)] for i in range(threads)}
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(self._process.pid, cores)
 
@@ -58,8 +65,8 @@ class WorkerProcess:
         assert self._process.stdout is not None
         with contextlib.suppress(ValueError, OSError):
             for line in self._process.stdout:
-                self._answers.put(line)
-        self._answers.put(None)
+                self._inbox.put((self, line))
+        self._inbox.put((self, None))
 
     @property
     def pid(self) -> int:
@@ -82,7 +89,7 @@ class WorkerProcess:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except (OSError, ValueError) as error:
-            raise WorkerFailed(self._last_words()) from error
+            raise WorkerFailed(self.last_words()) from error
 
     def receive(self, timeout: float) -> dict[str, Any]:
         """The answer to the request before.
@@ -91,12 +98,12 @@ class WorkerProcess:
             WorkerFailed: no answer within `timeout` seconds, after which the process is stopped; or it died.
         """
         try:
-            line = self._answers.get(timeout=timeout)
+            _, line = self._inbox.get(timeout=timeout)
         except queue.Empty:
             self.stop()
             raise WorkerFailed(f"stopped: no result within {timeout:.0f} s") from None
         if line is None:
-            raise WorkerFailed(self._last_words())
+            raise WorkerFailed(self.last_words())
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -117,7 +124,8 @@ class WorkerProcess:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """How the process ended, and the last line that it printed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
         code = self._process.returncode
@@ -134,7 +142,7 @@ class WorkerProcess:
         return how
 
 
-def _environment(threads: int, device: str, folder: Path) -> dict[str, str]:
+def _environment(threads: int, device: str, folder: Path, cpu_devices: int) -> dict[str, str]:
     environment = dict(os.environ)
     # Idle threads of one worker must not spin on the cores that another is being measured on.
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -144,6 +152,9 @@ def _environment(threads: int, device: str, folder: Path) -> dict[str, str]:
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if device == "cpu":
         environment.setdefault("JAX_PLATFORMS", "cpu")
+    if device == "cpu" and cpu_devices > 1:
+        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cpu_devices}"
+        environment["XLA_FLAGS"] = flags.strip()
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     # The worker finds what the parent finds, also where that came from sys.path alone.

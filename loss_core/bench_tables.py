@@ -106,7 +106,8 @@ def heading_of(group: Sequence[BenchRow], report: BenchReport) -> str:
     what = "forward only" if report.settings.get("forward_only") else "forward + backward"
     ignored = report.settings.get("ignored", 0.0)
     share = f", {ignored:.0%} ignored" if ignored else ""
-    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {what}{share}"
+    ranks = f", over {tp} ranks" if (tp := report.settings.get("tp", 1)) > 1 else ""
+    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {what}{share}{ranks}"
 
 
 def facts_of(report: BenchReport) -> dict[str, str]:

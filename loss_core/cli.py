@@ -205,6 +205,9 @@ def make_app() -> Any:
         peers: Annotated[
             list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(PEERS)}; all or none. Default: all.")
         ] = None,
+        tp: Annotated[
+            int, typer.Option(metavar="N", min=1, help="Ranks that share the vocabulary, started and ended by bench.")
+        ] = 1,
         forward_only: Annotated[bool, typer.Option("--forward-only", help="The loss alone, no gradients.")] = False,
         rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each is asked.")] = 7,
         threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of each process.")] = None,
@@ -228,7 +231,7 @@ def make_app() -> Any:
 
         May be repeated: --config, --backend, --shape, --workload, --dtype, --peers, --import.
 
-        Exit code: 0, or 1 when a flag failed or was wrong, 2 wrong usage, 130 Ctrl-C.
+        Exit code: 0, or 1 when no flag ran, one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
         """
         options = BenchOptions(
             configs=config or (),
@@ -240,6 +243,7 @@ def make_app() -> Any:
             device=device,
             ignored=ignored,
             peers=peers or (),
+            tp=tp,
             forward_only=forward_only,
             rounds=rounds,
             threads=threads,

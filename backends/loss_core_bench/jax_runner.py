@@ -8,17 +8,23 @@ import gc
 import importlib.metadata
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from loss_core.bench_job import GRADS, Job, Tiled, kind_of
 from loss_core.build import build_loss_module
+from loss_core.vocab_split import VOCAB_AXIS
 from loss_core_bench import jax_peers
 from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
+
+# The axis of the mesh over which the vocabulary is sharded.
+_AXIS = "tp"
 
 
 def versions() -> dict[str, str]:
@@ -43,18 +49,78 @@ def _device(name: str) -> jax.Device:
         raise Unusable(f"JAX has no device {name!r} here ({str(error).splitlines()[0]}).") from error
 
 
-def make_runner(job: Job, kind: str, name: str) -> Runner:
-    """The runner of a flag, a peer, or the floor."""
+def join(rank: int, ranks: int, meet: str, device: str) -> Mesh | None:
+    """The devices of all ranks, which this one process holds; None for one rank.
+
+    Raises:
+        Unusable: there are fewer devices than ranks.
+    """
+    if ranks == 1:
+        return None
+    devices = jax.devices(device)
+    if len(devices) < ranks:
+        raise Unusable(f"{ranks} ranks need {ranks} devices; JAX sees {len(devices)} for device {device!r}.")
+    mesh = Mesh(np.array(devices[:ranks]), (_AXIS,))
+    # For the life of the process: a loss that has to shard its arguments finds it there.
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def make_runner(job: Job, kind: str, name: str, mesh: Mesh | None) -> Runner:
+    """The runner of a flag, a peer, or the floor, over the ranks of a mesh."""
     jax.config.update("jax_enable_x64", job.dtype == "float64")
-    jax.config.update("jax_default_device", _device(job.device))
+    if mesh is None:
+        jax.config.update("jax_default_device", _device(job.device))
     if kind == "floor":
-        return FloorRunner(job)
-    config = job.loss_config()
+        return FloorRunner(job, mesh)
+    config: Any = job.loss_config()
+    layout = Layout(mesh, job)
     if kind == "peer":
-        return LossRunner(job, jax_peers.peer_loss(name, config, job), "")
-    loss = build_loss_module(config, backend=name)
+        if not layout.even:
+            raise Unusable(f"JAX arrays are sharded in equal parts, and {job.tp} does not divide {job.shape[1]}.")
+        return LossRunner(job, jax_peers.peer_loss(name, config, job), "", layout)
+    loss = build_loss_module(config if mesh is None else replace(config, tp_group=_AXIS), backend=name)
     choice = getattr(loss, "kernel_choice", None)
-    return LossRunner(job, loss, f"runs {choice.flag}" if choice is not None and choice.flag != name else "")
+    notes = [f"runs {choice.flag}"] if choice is not None and choice.flag != name else []
+    if not layout.even:
+        notes.append(f"{job.tp} does not divide {job.shape[1]}: takes whole arrays, which it pads and shards itself")
+    return LossRunner(job, layout.inside(loss) if mesh and layout.even else loss, "; ".join(notes), layout)
+
+
+class Layout:
+    """Where the arrays of a call lie: on one device, or sharded over the ranks of a mesh."""
+
+    def __init__(self, mesh: Mesh | None, job: Job) -> None:
+        self.mesh = mesh
+        self.even = len(set(job.sizes)) == 1
+
+    def spec(self, name: str) -> PartitionSpec:
+        """How an argument or its gradient is shared: by the vocabulary, where that has equal parts."""
+        if name not in VOCAB_AXIS or not self.even:
+            return PartitionSpec()
+        return PartitionSpec(_AXIS) if VOCAB_AXIS[name] == 0 else PartitionSpec(None, _AXIS)
+
+    def sharding(self, name: str) -> NamedSharding | None:
+        """The same, on the devices; None for one."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(name))
+
+    def put(self, name: str, x: jax.Array) -> jax.Array:
+        """An argument where it belongs."""
+        return x if self.mesh is None else jax.device_put(x, self.sharding(name))
+
+    def inside(self, loss: Any) -> Any:
+        """A loss under shard_map, as a training step that is written with it has it."""
+
+        def over_ranks(**arguments: jax.Array) -> jax.Array:
+            specs = {name: self.spec(name) for name in arguments}
+            # One positional dict: shard_map has specs for positional arguments only.
+            call = jax.shard_map(
+                lambda held: loss(**held), mesh=self.mesh, in_specs=(specs,), out_specs=PartitionSpec()
+            )
+            value: jax.Array = call(arguments)
+            return value
+
+        return over_ranks
 
 
 def _place(tile: Tiled, dtype: str) -> jax.Array:
@@ -68,9 +134,10 @@ def _place(tile: Tiled, dtype: str) -> jax.Array:
 class LossRunner:
     """A loss under jit, forward and backward, or forward only."""
 
-    def __init__(self, job: Job, loss: Any, note: str) -> None:
+    def __init__(self, job: Job, loss: Any, note: str, layout: Layout) -> None:
         self.job = job
         self.note = note
+        self.layout = layout
         self.grad_of = GRADS[kind_of(job.loss_config())]
         self.inputs: dict[str, Any] = {}
 
@@ -81,7 +148,7 @@ class LossRunner:
             return value, pull_back(jnp.ones_like(value))[0]
 
         # A new function, so that every runner compiles its own: first calls are comparable.
-        self.step = jax.jit(step)
+        self.step = jax.jit(step, out_shardings=self._out_shardings())
 
     @property
     def loaded(self) -> bool:
@@ -124,9 +191,18 @@ class LossRunner:
     def round(self, budget: float, most: int) -> dict[str, Any]:
         return {"seconds": timed_calls(self._call, budget, most)}
 
+    def _out_shardings(self) -> Any:
+        """Of loss and gradients: those of the inputs, so that all implementations hand over the same."""
+        of_loss = self.layout.sharding("loss")
+        if of_loss is None or self.job.forward_only:
+            return of_loss
+        return of_loss, {name: self.layout.sharding(name) for name in self.grad_of}
+
     def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Any]:
-        placed: dict[str, Any] = {name: _place(tile, self.job.dtype) for name, tile in tiles.items()}
-        placed["labels"] = jnp.asarray(labels, jnp.int32)
+        placed: dict[str, Any] = {
+            name: self.layout.put(name, _place(tile, self.job.dtype)) for name, tile in tiles.items()
+        }
+        placed["labels"] = self.layout.put("labels", jnp.asarray(labels, jnp.int32))
         return placed
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,11 +213,12 @@ class LossRunner:
         return jax.block_until_ready(self.step(*self._split(self.inputs)))
 
     def _peak(self) -> int:
-        if self.job.device == "cpu":
+        if self.job.device == "cpu" and self.layout.mesh is None:
             return host_peak(self._call)
-        # The allocator's mark can't be set back; what XLA planned for this program is exact.
+        # The allocator's mark can't be set back, and the memory of a process with several devices says nothing of
+        # one; what XLA planned for this program on each device is exact.
         plan = self.step.lower(*self._split(self.inputs)).compile().memory_analysis()
-        assert plan is not None, "XLA on accelerators has a plan"
+        assert plan is not None, "XLA has a plan on the CPU and on accelerators"
         return int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
 
 
@@ -150,8 +227,10 @@ class FloorRunner:
 
     _MOST_BYTES, _MOST_TOKENS, _MOST_VOCAB = 2**28, 1024, 8192
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, mesh: Mesh | None) -> None:
+        self.mesh = mesh
+        # All ranks measure at the same time, on arrays of the size that the largest part has.
+        self.job = job.of_largest_rank()
         self.loaded = False
         self.negate = jax.jit(jnp.negative)
         self.multiply = jax.jit(lambda hidden_TH, weight_VH: hidden_TH @ weight_VH.T)
@@ -163,12 +242,20 @@ class FloorRunner:
             hidden_TH = Tiled(tiles["hidden_states"].block, (min(tokens, self._MOST_TOKENS), hidden)).full()
             weight_VH = Tiled(tiles["lm_weight"].block, (min(vocab, self._MOST_VOCAB), hidden)).full()
             self.products = [
-                (jnp.asarray(hidden_TH, d), jnp.asarray(weight_VH, d)) for d in {self.job.dtype, "float32"}
+                (self._on_all(jnp.asarray(hidden_TH, d)), jnp.asarray(weight_VH, d))
+                for d in {self.job.dtype, "float32"}
             ]
         size = jnp.dtype(self.job.dtype).itemsize
         length = min(self.job.shape[0] * self.job.shape[1], self._MOST_BYTES // size)
-        self.source = _place(Tiled(next(iter(tiles.values())).block, (length,)), self.job.dtype)
+        self.source = self._on_all(_place(Tiled(next(iter(tiles.values())).block, (length,)), self.job.dtype))
         self.loaded = True
+
+    def _on_all(self, x: jax.Array) -> jax.Array:
+        """A part for each rank, one after the other on the first axis."""
+        if self.mesh is None:
+            return x
+        parts = jnp.concatenate([x] * self.mesh.size)
+        return jax.device_put(parts, NamedSharding(self.mesh, PartitionSpec(_AXIS)))
 
     def unload(self) -> None:
         self.products, self.loaded = [], False
@@ -185,12 +272,13 @@ class FloorRunner:
 
     def round(self, budget: float, most: int) -> dict[str, Any]:
         """The copy rate in bytes read and written per second, the product rate in operations per second."""
-        moved = 2 * self.source.nbytes
+        ranks = 1 if self.mesh is None else self.mesh.size
+        moved = 2 * self.source.nbytes / ranks
         seconds = timed_calls(lambda: jax.block_until_ready(self.negate(self.source)), budget, most)
         rates = [0.0]
         for a, b in self.products:
             times = timed_calls(lambda a=a, b=b: jax.block_until_ready(self.multiply(a, b)), budget, most)  # type: ignore[misc]
-            rates.append(2 * a.size * b.shape[0] / float(np.median(times)))
+            rates.append(2 * a.size / ranks * b.shape[0] / float(np.median(times)))
         return {"copy_rate": moved / float(np.median(seconds)), "product_rate": max(rates)}
 
 

@@ -68,12 +68,17 @@ def timed(call: Callable[[], Any]) -> float:
     return seconds
 
 
-def timed_calls(call: Callable[[], Any], budget: float, most: int) -> list[float]:
-    """Seconds of each call, as many as fit the budget, at least one."""
+def timed_calls(call: Callable[[], Any], budget: float, most: int, ready: Callable[[bool], bool] = bool) -> list[float]:
+    """Seconds of each call, as many as fit the budget, at least one.
+
+    Args:
+        ready: asked before each call with whether this process wants it; over ranks it waits for the others, and gives
+            all of them the same answer.
+    """
     gc.collect()
     seconds: list[float] = []
     end = time.perf_counter() + budget
-    while not seconds or (len(seconds) < most and time.perf_counter() < end):
+    while ready(not seconds or (len(seconds) < most and time.perf_counter() < end)):
         seconds.append(timed(call))
     return seconds
 

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from loss_core.bench_job import Job, kind_of
 from loss_core.config import KDLossConfig, LossConfig
+from loss_core_bench import torch_parallel_peers
 from loss_core_bench.runner import Unusable
 
 Loss = Callable[..., Tensor]
@@ -40,19 +42,22 @@ def _plain(config: Any, upcast: bool) -> Loss:
         return lambda student_logits, teacher_logits, labels: _plain_kd(
             config, _as(student_logits, upcast), _as(teacher_logits, upcast), labels
         )
+    over_logits = _plain_over_logits(config, upcast)
     if kind == "logits":
-        return lambda logits, labels: F.cross_entropy(
-            _as(logits, upcast), labels, ignore_index=config.ignore_index, reduction=config.reduction
-        )
-    cap = config.logit_softcapping
+        return over_logits
+    return lambda hidden_states, lm_weight, labels: over_logits(F.linear(hidden_states, lm_weight), labels)
 
-    def fused(hidden_states: Tensor, lm_weight: Tensor, labels: Tensor) -> Tensor:
-        logits_TV = _as(F.linear(hidden_states, lm_weight), upcast)
+
+def _plain_over_logits(config: Any, upcast: bool) -> Loss:
+    cap = getattr(config, "logit_softcapping", 0.0)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        logits_TV = _as(logits, upcast)
         if cap:
             logits_TV = cap * torch.tanh(logits_TV / cap)
         return F.cross_entropy(logits_TV, labels, ignore_index=config.ignore_index, reduction=config.reduction)
 
-    return fused
+    return loss
 
 
 def _as(x: Tensor, upcast: bool) -> Tensor:
@@ -68,11 +73,22 @@ def _plain_kd(config: KDLossConfig, student_TV: Tensor, teacher_TV: Tensor, labe
 
 
 def _plain_torch(config: Any, job: Job) -> Candidates:
-    return [("", _plain(config, upcast=False))]
+    return _plain_candidates(config, job, upcast=False)
 
 
 def _plain_upcast(config: Any, job: Job) -> Candidates:
-    return [("", _plain(config, upcast=True))]
+    return _plain_candidates(config, job, upcast=True)
+
+
+def _plain_candidates(config: Any, job: Job, upcast: bool) -> Candidates:
+    if job.tp == 1:
+        return [("", _plain(config, upcast))]
+    over_logits = _plain_over_logits(config, upcast) if kind_of(config) == "fused" else _plain(config, upcast)
+    return [("gathers the logits first", torch_parallel_peers.over_gathered(config, job, over_logits))]
+
+
+def _loss_parallel(config: Any, job: Job) -> Candidates:
+    return [("", torch_parallel_peers.over_dtensors(config, job))]
 
 
 def _compiled(config: Any, job: Job) -> Candidates:
@@ -146,10 +162,13 @@ def _te(config: Any, job: Job) -> Candidates:
         raise Unusable(f"Transformer Engine takes float32 and bfloat16 logits, not {job.dtype}.")
     if config.ignore_index != -100:
         raise Unusable("asked with ignore_index -100 only, which all its versions take.")
+    if len(set(job.sizes)) > 1:
+        raise Unusable(f"Transformer Engine takes equal parts of the vocabulary, not {', '.join(map(str, job.sizes))}.")
+    group = dist.group.WORLD if job.tp > 1 else None
     function = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        loss_T: Tensor = function(logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, None)[0]
+        loss_T: Tensor = function(logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, group)[0]
         if config.reduction == "none":
             return loss_T
         return loss_T.sum() / (labels != -100).sum() if config.reduction == "mean" else loss_T.sum()
@@ -184,6 +203,7 @@ def _refuse_softcap(config: Any, who: str) -> None:
 _ADAPTERS: dict[str, Callable[[Any, Job], Candidates]] = {
     "plain-torch": _plain_torch,
     "plain-torch-upcast": _plain_upcast,
+    "torch-loss-parallel": _loss_parallel,
     "compiled-torch": _compiled,
     "compiled-torch-upcast": _compiled_upcast,
     "torch-linear-ce": _linear_ce,

@@ -8,17 +8,23 @@ import gc
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from loss_core.bench_job import GRADS, Job, Tiled, kind_of
 from loss_core.build import build_loss_module
+from loss_core.vocab_split import VOCAB_AXIS
 from loss_core_bench import torch_peers
 from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
+from loss_core_bench.torch_team import Team, join
+
+__all__ = ["device_name", "join", "make_runner", "versions"]
 
 _DTYPES = {
     "float32": torch.float32,
@@ -51,18 +57,20 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def make_runner(job: Job, kind: str, name: str) -> Runner:
-    """The runner of a flag, a peer, or the floor."""
+def make_runner(job: Job, kind: str, name: str, team: Team) -> Runner:
+    """The runner of a flag, a peer, or the floor, on the rank that this process is."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if kind == "floor":
-        return FloorRunner(job)
-    config = job.loss_config()
+        return FloorRunner(job, team)
+    config: Any = job.loss_config()
     if kind == "peer":
-        return LossRunner(job, torch_peers.candidates(name, config, job))
+        return LossRunner(job, torch_peers.candidates(name, config, job), team)
+    if team.ranks > 1:
+        config = replace(config, tp_group=dist.group.WORLD)
     loss = build_loss_module(config, backend=name)
     choice = getattr(loss, "kernel_choice", None)
     note = f"runs {choice.flag}" if choice is not None and choice.flag != name else ""
-    return LossRunner(job, [(note, loss)])
+    return LossRunner(job, [(note, loss)], team)
 
 
 def _place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
@@ -72,11 +80,26 @@ def _place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
     return block.repeat(-(-size // len(block)))[:size].view(tile.shape)
 
 
-class LossRunner:
-    """A loss, forward and backward, or forward only."""
+def _place_columns(tile: Tiled, start: int, stop: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Some columns of the whole tensor, which is made a few rows at a time."""
+    tokens, vocab = tile.shape
+    block = torch.from_numpy(tile.block).to(device=device, dtype=dtype)
+    part = torch.empty(tokens, stop - start, dtype=dtype, device=device)
+    step = max(len(block) // vocab, 1)
+    for first in range(0, tokens, step):
+        size = min(step, tokens - first) * vocab
+        numbers = block.roll(-first * vocab % len(block)).repeat(-(-size // len(block)))[:size]
+        part[first : first + step] = numbers.view(-1, vocab)[:, start:stop]
+    return part
 
-    def __init__(self, job: Job, candidates: torch_peers.Candidates) -> None:
+
+class LossRunner:
+    """A loss, forward and backward, or forward only; over ranks, one rank's part of it."""
+
+    def __init__(self, job: Job, candidates: torch_peers.Candidates, team: Team) -> None:
         self.job = job
+        self.team = team
+        self.device = team.device(job.device)
         self.candidates = candidates
         self.note, self.loss = candidates[0]
         self.grad_of = GRADS[kind_of(job.loss_config())]
@@ -94,7 +117,7 @@ class LossRunner:
         if self._on_cuda:
             # Inputs that fit the cache would be read from it: rotate among copies that do not.
             size = sum(x.numel() * x.element_size() for x in first.values())
-            cache = torch.cuda.get_device_properties(self.job.device).L2_cache_size
+            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             self.sets += [self._inputs(tiles, labels) for _ in range(min(int(3 * cache // size), 64))]
 
     def unload(self) -> None:
@@ -112,6 +135,7 @@ class LossRunner:
         return {"loss": _to_numpy(value), **{name: _to_numpy(g) for name, g in zip(self.grad_of, grads, strict=True)}}
 
     def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        self.team.ready(True)
         start = time.perf_counter()
         result = self._call()
         first = time.perf_counter() - start
@@ -126,7 +150,7 @@ class LossRunner:
         if self.job.forward_only:
             return {"loss": _to_numpy(result)}
         value, grads = result
-        rows = grads[0][torch.from_numpy(tokens).to(self.job.device)]
+        rows = grads[0][torch.from_numpy(tokens).to(self.device)]
         sample = {"loss": _to_numpy(value), "rows": _to_numpy(rows)}
         if len(grads) > 1:
             inputs = self.sets[self.turn]
@@ -144,8 +168,8 @@ class LossRunner:
 
     def round(self, budget: float, most: int) -> dict[str, Any]:
         if not self._on_cuda:
-            return {"seconds": timed_calls(self._call, budget, most)}
-        return {"seconds": cuda_times(self._step, budget, most)}
+            return {"seconds": timed_calls(self._call, budget, most, self.team.ready)}
+        return {"seconds": cuda_times(self._step, budget, most, self.team, self.device)}
 
     @property
     def _on_cuda(self) -> bool:
@@ -153,12 +177,22 @@ class LossRunner:
 
     def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Tensor]:
         dtype = _DTYPES[self.job.dtype]
-        inputs = {name: _place(tile, dtype, self.job.device) for name, tile in tiles.items()}
+        inputs = {name: self._part(name, tile, dtype) for name, tile in tiles.items()}
         if not self.job.forward_only:
             for name in self.grad_of:
                 inputs[name].requires_grad_()
-        inputs["labels"] = torch.from_numpy(labels).to(self.job.device)
+        inputs["labels"] = torch.from_numpy(labels).to(self.device)
         return inputs
+
+    def _part(self, name: str, tile: Tiled, dtype: torch.dtype) -> Tensor:
+        """What this rank holds of an input."""
+        if self.team.ranks == 1 or name not in VOCAB_AXIS:
+            return _place(tile, dtype, self.device)
+        start = sum(self.job.sizes[: self.team.rank])
+        stop = start + self.job.sizes[self.team.rank]
+        if VOCAB_AXIS[name] == 0:
+            return _place(tile.row_range(start, stop), dtype, self.device)
+        return _place_columns(tile, start, stop, dtype, self.device)
 
     def _step(self) -> Any:
         """One call, without waiting for the device."""
@@ -172,7 +206,7 @@ class LossRunner:
     def _call(self) -> Any:
         result = self._step()
         if self._on_cuda:
-            torch.cuda.synchronize(self.job.device)
+            torch.cuda.synchronize(self.device)
         return result
 
     def _with_grads(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -183,23 +217,24 @@ class LossRunner:
     def _peak(self) -> int:
         if not self._on_cuda:
             return host_peak(self._call)
-        torch.cuda.synchronize(self.job.device)
-        before = torch.cuda.memory_allocated(self.job.device)
-        torch.cuda.reset_peak_memory_stats(self.job.device)
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         self._call()
-        return torch.cuda.max_memory_allocated(self.job.device) - before
+        return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def cuda_times(step: Callable[[], Any], budget: float, most: int) -> list[float]:
+def cuda_times(step: Callable[[], Any], budget: float, most: int, team: Team, device: str) -> list[float]:
     """Seconds of each call by events on the device, which leaves out what the host does beside it."""
     step()
     torch.cuda.synchronize()
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
-    count = max(1, min(most, int(budget / max(time.perf_counter() - start, 1e-6))))
+    count = team.least(max(1, min(most, int(budget / max(time.perf_counter() - start, 1e-6)))))
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for before, after in marks:
+        team.line_up(device)
         before.record()
         result = step()
         after.record()
@@ -215,8 +250,11 @@ _ENOUGH = {"cpu": (2**28, 1024, 8192), "cuda": (2**30, 8192, 32768)}
 class FloorRunner:
     """How fast this machine copies and multiplies, on arrays of the size of the job's."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, team: Team) -> None:
+        # All ranks measure at the same time, on arrays of the size that the largest part has.
+        self.job = job.of_largest_rank()
+        self.team = team
+        self.device = team.device(job.device)
         self.where = "cuda" if job.device.startswith("cuda") else "cpu"
         # A copy needs no more than this to show its rate, nor a product more rows and columns.
         self.most_bytes, self.most_tokens, self.most_vocab = _ENOUGH[self.where]
@@ -230,14 +268,14 @@ class FloorRunner:
         if len(job.shape) == 3:
             tokens, vocab, hidden = job.shape
             hidden_TH = _place(Tiled(tiles["hidden_states"].block, (min(tokens, self.most_tokens), hidden)),
-                               torch.float32, job.device)  # fmt: skip
+                               torch.float32, self.device)  # fmt: skip
             weight_VH = _place(Tiled(tiles["lm_weight"].block, (min(vocab, self.most_vocab), hidden)),
-                               torch.float32, job.device)  # fmt: skip
+                               torch.float32, self.device)  # fmt: skip
             self.products = [(hidden_TH.to(d), weight_VH.to(d)) for d in dtypes]
         size = torch.empty(0, dtype=_DTYPES[job.dtype]).element_size()
         length = min(job.shape[0] * job.shape[1], self.most_bytes // size)
         name = next(iter(tiles))
-        self.source = _place(Tiled(tiles[name].block, (length,)), _DTYPES[job.dtype], job.device)
+        self.source = _place(Tiled(tiles[name].block, (length,)), _DTYPES[job.dtype], self.device)
         self.target = torch.zeros_like(self.source)
         self.loaded = True
 
@@ -268,8 +306,9 @@ class FloorRunner:
         return {"copy_rate": moved / copying, "product_rate": max(rates)}
 
     def _fastest(self, step: Callable[[], Any], budget: float, most: int) -> float:
-        times = cuda_times(step, budget, most) if self.where == "cuda" else timed_calls(step, budget, most)
-        return float(np.median(times))
+        if self.where == "cuda":
+            return float(np.median(cuda_times(step, budget, most, self.team, self.device)))
+        return float(np.median(timed_calls(step, budget, most, self.team.ready)))
 
 
 def _inner(x: Tensor, y: Tensor) -> float:

@@ -4,7 +4,7 @@
 
 Requests, each with its answer; an exception becomes {"error": ...}, a peer that can't run {"unusable": ...}:
 
-    {"do": "import", "framework", "imports"}         -> {"versions", "device"}
+    {"do": "import", "framework", "device", "imports", "rank", "ranks", "meet"}    -> {"versions", "device"}
     {"do": "setup", "job", "kind", "name"}           -> {}
     {"do": "evaluate", "job", "file"}                -> {}, loss and gradients in the .npz file
     {"do": "prepare", "file"}                        -> {"first_call", "peak", "note"}, what to compare in the .npz file
@@ -18,8 +18,10 @@ import contextlib
 import importlib
 import json
 import os
+import queue
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -36,6 +38,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.module: Any = None
+        self.team: Any = None
         self.job: Job | None = None
         self.runner: Runner | None = None
 
@@ -51,18 +54,22 @@ class Worker:
         }
         return actions[request["do"]](**{key: value for key, value in request.items() if key != "do"})
 
-    def load(self, framework: str, device: str, imports: list[str]) -> dict[str, Any]:
-        """Import the framework and the user's modules."""
+    def load(
+        self, framework: str, device: str, imports: list[str], rank: int = 0, ranks: int = 1, meet: str = ""
+    ) -> dict[str, Any]:
+        """Import the framework and the user's modules, and meet the other ranks."""
         self.module = importlib.import_module(_RUNNERS[framework])
         for name in imports:
             importlib.import_module(name)
-        return {"versions": self.module.versions(), "device": self.module.device_name(device)}
+        device_name = self.module.device_name(device)
+        self.team = self.module.join(rank, ranks, meet, device)
+        return {"versions": self.module.versions(), "device": device_name}
 
     def setup(self, job: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
         """Build the implementation: kind "flag", "peer" or "floor"."""
         self.runner = None
         self.job = Job.from_dict(job)
-        self.runner = self.module.make_runner(self.job, kind, name)
+        self.runner = self.module.make_runner(self.job, kind, name, self.team)
         return {}
 
     def evaluate(self, job: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -100,8 +107,8 @@ class Worker:
         return self.runner
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer until the requests end: the parent has closed them, or is gone."""
+def serve(requests: Iterable[str], answers: TextIO) -> None:
+    """Answer each request with a line."""
     worker = Worker()
     for line in requests:
         try:
@@ -118,15 +125,23 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answers.flush()
 
 
-def main() -> None:
-    """Serve the parent over stdin and stdout."""
-    # What libraries print must not end up between the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(sys.stdin, answers)
+def _listen(requests: queue.SimpleQueue[str]) -> None:
+    """Pass the lines on; end the process when the parent is gone, also in the middle of a collective."""
+    for line in sys.stdin:
+        requests.put(line)
     # Frameworks keep threads that can abort while the interpreter is taken down.
     sys.stderr.flush()
     os._exit(0)
+
+
+def main() -> None:
+    """Serve the parent over stdin and stdout, as long as it is there."""
+    # What libraries print must not end up between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    serve(iter(requests.get, None), answers)
 
 
 if __name__ == "__main__":
