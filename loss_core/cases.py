@@ -104,7 +104,7 @@ RECIPES = (
     Recipe("nan-where-ignored", "0 * NaN in ignored rows", special="nan-where-ignored"),
     Recipe("count", "a token count that does not divide, or divides twice", extras=("count", "upstream")),
     Recipe("loss-weights", "weights left out, or without a gradient", _CE, extras=("loss_weights", "count")),
-    Recipe("edge-labels", "the first or the last class missed by a block", ignored=0.0, special="edge-labels"),
+    Recipe("edge-labels", "the first or the last class missed by a block", special="edge-labels"),
     Recipe("no-upcast", "a float32 result where the input's dtype is promised", (_MASKED, _KD), {"fp32_upcast": False}),
     Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
     Recipe("softcap", "a softcap that is left out of the gradient", (_FUSED,), {"logit_softcapping": 5.0}, ignored=0.2),
@@ -294,6 +294,7 @@ def _apply_special(recipe: Recipe, arrays: dict[str, Array], ignore_index: int, 
         near = np.clip(ignore_index + rng.integers(-1, 2, labels.shape), 0, recipe.vocab - 1)
         arrays["labels"] = np.where(rng.random(labels.shape) < 0.5, near, labels)
     elif recipe.special == "edge-labels":
-        arrays["labels"] = np.where(rng.random(labels.shape) < 0.5, 0, recipe.vocab - 1)
+        edges = np.where(rng.random(labels.shape) < 0.5, 0, recipe.vocab - 1)
+        arrays["labels"] = np.where(labels == ignore_index, labels, edges)
     elif recipe.special == "same-logits":
         arrays["teacher_logits"] = arrays["student_logits"].copy()

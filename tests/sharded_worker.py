@@ -32,7 +32,8 @@ WITH_VOCAB_LAST = ("logits", "student_logits", "teacher_logits")
 def small_pieces():
     """Chunks of 16 tokens and tiles of 8 classes, so that small inputs go through every loop."""
     cross_entropy._BUDGET_BYTES = distillation._BUDGET_BYTES = 0
-    vocab_tiles._BUDGET_BYTES, vocab_tiles._BUDGET_BYTES_ELSEWHERE, vocab_tiles._MIN_CHUNK = {}, 0, 4
+    vocab_tiles._BUDGET_BYTES, vocab_tiles._BUDGET_BYTES_ELSEWHERE = {}, 0
+    vocab_tiles._MIN_CHUNK = vocab_tiles._GOOD_CHUNK = 4
     vocab_tiles._TILE, vocab_tiles._TILE_ELSEWHERE = {}, 8
 
 

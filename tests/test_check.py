@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core.check import assert_backends_agree, check, compare
 from loss_core_jax import cross_entropy, distillation, reduction
-from loss_core_torch import eager, eager_linear, eager_logits, modules
+from loss_core_torch import autograd, checks, eager, eager_linear, eager_logits, module_logits
+from loss_core_torch import reduction as torch_reduction
 
 
 def test_correct_kernels_pass():
@@ -40,29 +41,29 @@ def bug(loss, case, dtype="float32"):
 
 @bug("MaskedCrossEntropy", "ignore-index-in-vocab")
 def ignore_index_off_by_one(patch):
-    real = modules.checks.kept
-    patch(modules.checks, "kept", lambda labels, shape, ignore, mask=None: real(labels, shape, ignore + 1, mask))
+    real = checks.kept
+    patch(checks, "kept", lambda labels, shape, ignore, mask=None: real(labels, shape, ignore + 1, mask))
 
 
 @bug("MaskedCrossEntropy", "mean")
 def mean_over_all_tokens(patch):
-    real = modules.reduction.coefficients
+    real = torch_reduction.coefficients
 
     def coefficients(dtype, keep_T, bad_T, reduction, *rest):
         everything_T = torch.ones_like(keep_T) if reduction == "mean" else keep_T
         return torch.where(keep_T, real(dtype, everything_T, bad_T, reduction, *rest), 0.0)
 
-    patch(modules.reduction, "coefficients", coefficients)
+    patch(torch_reduction, "coefficients", coefficients)
 
 
 @bug("KDLoss", "temperature")
 def missing_temperature_squared(patch):
-    real = modules.autograd.DistillationSum.apply
+    real = autograd.DistillationSum.apply
 
     def scaled(student, teacher, keep_T, coef_T, temperature, *rest):
         return real(student, teacher, keep_T, coef_T / temperature**2, temperature, *rest)
 
-    patch(modules.autograd.DistillationSum, "apply", scaled)
+    patch(autograd.DistillationSum, "apply", scaled)
 
 
 @bug("FusedLinearCrossEntropy", "many-tokens", "bfloat16")
@@ -102,20 +103,20 @@ def teacher_and_student_swapped(patch):
 
 @bug("KDLoss", "same-logits")
 def cross_entropy_instead_of_divergence(patch):
-    real = modules.autograd.row_stats.finish_kd
+    real = autograd.row_stats.finish_kd
 
     def soft_cross_entropy(xp, state):
         # KL plus the teacher's entropy; for equal distributions a and the difference of the lse vanish.
         return real(xp, state) + xp.log(state.s_t)
 
-    patch(modules.autograd.row_stats, "finish_kd", soft_cross_entropy)
+    patch(autograd.row_stats, "finish_kd", soft_cross_entropy)
 
 
 @bug("FusedLinearCrossEntropy", "basic")
 def upstream_gradient_ignored(patch):
-    real = modules.autograd.LinearCrossEntropySum.backward
+    real = autograd.LinearCrossEntropySum.backward
     patch(
-        modules.autograd.LinearCrossEntropySum,
+        autograd.LinearCrossEntropySum,
         "backward",
         staticmethod(lambda ctx, grad, *rest: real(ctx, torch.ones_like(grad), *rest)),
     )
@@ -173,30 +174,30 @@ def no_gradient_for_the_teacher(patch):
 
 @bug("MaskedCrossEntropy", "mask")
 def labels_overwritten_by_the_mask(patch):
-    real = modules._LogitsCrossEntropy.forward
+    real = module_logits._LogitsCrossEntropy.forward
 
     def overwriting(self, logits, labels, mask=None, *args, **kwargs):
         if mask is not None:
             labels.masked_fill_(mask == 0, self.ignore_index)
         return real(self, logits, labels, mask, *args, **kwargs)
 
-    patch(modules._LogitsCrossEntropy, "forward", overwriting)
+    patch(module_logits._LogitsCrossEntropy, "forward", overwriting)
 
 
 @bug("MaskedCrossEntropy", "basic", "bfloat16")
 def loss_returned_in_bfloat16(patch):
-    real = modules._LogitsCrossEntropy.forward
-    patch(modules._LogitsCrossEntropy, "forward", lambda self, *a, **k: real(self, *a, **k).to(torch.bfloat16))
+    real = module_logits._LogitsCrossEntropy.forward
+    patch(module_logits._LogitsCrossEntropy, "forward", lambda self, *a, **k: real(self, *a, **k).to(torch.bfloat16))
 
 
 @bug("MaskedCrossEntropy", "count")
 def count_ignored(patch):
-    real = modules.reduction.coefficients
+    real = torch_reduction.coefficients
 
     def uncounted(dtype, keep_T, bad_T, reduction, num_tokens, weights_T):
         return real(dtype, keep_T, bad_T, reduction, None, weights_T)
 
-    patch(modules.reduction, "coefficients", uncounted)
+    patch(torch_reduction, "coefficients", uncounted)
 
 
 @pytest.fixture

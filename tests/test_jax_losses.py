@@ -72,6 +72,8 @@ def case(name: str) -> Case:
             return Case(logits, np.where(labels == IGNORE, 0, labels), ignore_index=0)
         case "masked":
             return Case(logits, np.where(np.arange(T) % 3 == 0, 3, labels), np.arange(T) % 3)
+        case "tile_edges":  # tiles of 128 classes, the last of which starts at 379 and owns 384 to 506
+            return Case(logits, np.resize([0, 127, 128, 255, 256, 378, 379, 383, 384, 506, IGNORE], T))
         case "poisoned":  # what ignored rows hold must not leak
             logits[::5] = np.nan
             logits[5] = np.inf
@@ -187,7 +189,7 @@ def test_cross_entropy(name: str, dtype: str, reduction: str) -> None:
     assert (actual["logits"][ignored] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["ragged", "all_ignored", "poisoned"])
+@pytest.mark.parametrize("name", ["ragged", "all_ignored", "tile_edges", "poisoned"])
 @pytest.mark.parametrize(
     ("dtype", "reduction", "softcap"),
     [

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core_torch import checks, eager_linear, huge_pages, row_blocks
+from loss_core_torch import checks, eager_linear, huge_pages, ordinary, row_blocks
 
 T, V, H = 6, 33, 8
 
@@ -28,8 +28,11 @@ CONFIGS = [MaskedCrossEntropyConfig(), MaskedCrossEntropyConfig(reduction="mean"
            FusedLinearCEConfig(reduction="mean")]  # fmt: skip
 
 
+@pytest.mark.parametrize("small", [0, 1 << 19])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_an_ordinary_call_gives_what_the_checked_one_gives(config, monkeypatch):
+def test_an_ordinary_call_gives_what_the_checked_one_gives(config, small, monkeypatch):
+    monkeypatch.setattr(ordinary, "_SMALL", small)
+
     def run(**change):
         inputs = _inputs(config)
         loss = config.build()(**inputs | change)
@@ -38,8 +41,31 @@ def test_an_ordinary_call_gives_what_the_checked_one_gives(config, monkeypatch):
 
     expected = run(labels=torch.arange(T, dtype=torch.int32))  # no ordinary call
     monkeypatch.setattr(checks, "tokens", None)  # the long way would fail
+    # F.cross_entropy makes p as exp(log p): log p, of at most 16 here, is rounded first, which is 16 u = 1e-6.
+    rtol = 1e-6 if small else 3e-7
     for got, wanted in zip(run(), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=3e-7, atol=0)
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=0)
+
+
+def test_which_calls_are_small(monkeypatch):
+    seen = []
+    real = ordinary.F.cross_entropy
+    monkeypatch.setattr(
+        ordinary.F, "cross_entropy", lambda *args, **kw: seen.append(args[0].shape) or real(*args, **kw)
+    )
+    mean, labels = MaskedCrossEntropyConfig(reduction="mean", ignore_index=2).build(), torch.tensor([[0, 1], [3, 0]])
+    logits = torch.randn(2, 3, 4)[:, :-1].requires_grad_()
+    mean(logits, labels).backward()
+    with torch.no_grad():
+        mean(logits, labels)
+    assert seen == [(4, 4)] * 2
+    # Other dtypes would be rounded in between; labels are ignored; the call is large.
+    mean(logits.bfloat16(), labels)
+    mean(logits, labels.masked_fill(labels == 0, 2))
+    MaskedCrossEntropyConfig(reduction="none").build()(logits, labels)
+    monkeypatch.setattr(ordinary, "_SMALL", 15)
+    MaskedCrossEntropyConfig().build()(logits, labels)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -17,7 +17,7 @@ from loss_core.row_stats import RowState, finish
 from loss_core_jax.checks import IGNORED, INVALID
 from loss_core_jax.chunked import map_chunks, rows_within
 
-# XLA for CPU writes exp(z - m) out before it sums it; chunks bound such temporaries, and keep them in the cache.
+# XLA for CPU writes a cast of the logits out before it sums over it; chunks bound this temporary, and keep it in cache.
 _BUDGET_BYTES = 8 << 20
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -43,7 +43,9 @@ def cross_entropy_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 def _forward(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, Residuals]:
     logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    state = RowState(*map_chunks(_row_state, (logits_TV, target_T), chunk_of(logits_TV)))
+    # Without a cast XLA sums exp(z - m) straight from the logits: no temporaries, so no chunks.
+    chunk = chunk_of(logits_TV) if logits.dtype != arithmetic_dtype(logits) else target.size
+    state = RowState(*map_chunks(_row_state, (logits_TV, target_T), chunk))
     loss_T = losses_of_counted(finish(jnp, state), target_T)
     # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
     return loss_T.reshape(target.shape), (logits, target, state.m, state.s)
@@ -66,23 +68,41 @@ def chunk_of(logits: jax.Array) -> int:
 
 
 def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:
-    z_CV = counted_or_zero(logits_CV, target_C)
+    ignored_C = target_C == IGNORED
+    wide_CV = logits_CV.astype(arithmetic_dtype(logits_CV))
     # The loss does not depend on m, so it may be held constant: second derivatives get no 0 / 0 from ties.
-    m_C = lax.stop_gradient(jnp.max(z_CV, axis=-1))
-    s_C = jnp.sum(jnp.exp(z_CV - m_C[:, None]), axis=-1)
-    # Gathered from the logits as given: from z it would make XLA write z out.
-    t_C = jnp.take_along_axis(logits_CV, jnp.maximum(target_C, 0)[:, None], axis=-1)[:, 0].astype(z_CV.dtype)
-    return RowState(m_C, s_C, jnp.where(target_C == IGNORED, 0, t_C))
+    m_C = lax.stop_gradient(jnp.max(wide_CV, axis=-1))
+    s_C = _sum_exp(wide_CV, m_C, target_C)
+    # Gathered from the logits as given: from the cast it would make XLA write the cast out once more.
+    t_C = jnp.take_along_axis(logits_CV, jnp.maximum(target_C, 0)[:, None], axis=-1)[:, 0].astype(wide_CV.dtype)
+    # An ignored row counts as zeros (what it adds to s is of no interest): its inf or NaN reaches nothing behind this.
+    return RowState(*(jnp.where(ignored_C, other, stat) for other, stat in ((0, m_C), (1, s_C), (0, t_C))))
+
+
+@jax.custom_jvp
+def _sum_exp(rows: jax.Array, m: jax.Array, target: jax.Array) -> jax.Array:
+    """Sum of exp(row - m) over the last axis; m is held constant."""
+    # The rows as they are: zeros in place of ignored ones would be a copy of all, made before the sum.
+    return jnp.sum(jnp.exp(rows - m[..., None]), axis=-1)
+
+
+@_sum_exp.defjvp
+def _sum_exp_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    rows, m, target = primals
+    # For second derivatives: without the zeros a NaN in an ignored row would meet a cotangent of 0.
+    exp = jnp.exp(counted_or_zero(rows, target) - jnp.where(target == IGNORED, 0, m)[..., None])
+    return _sum_exp(rows, m, target), jnp.sum(exp * counted_or_zero(tangents[0], target), axis=-1)
 
 
 def logits_gradient(logits: jax.Array, target: jax.Array, m: jax.Array, s: jax.Array, grad: jax.Array) -> jax.Array:
     """Gradient of the logits [..., V], given the state of each row and its upstream gradient, [...] each."""
     z = counted_or_zero(logits, target)
     onehot = lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == target[..., None]
-    # exp(z - m) / s rather than exp(z - lse): at logits of 1e4 the lse has lost the digits that count.
-    softmax = jnp.exp(z - m[..., None]) / s[..., None]
-    dlogits = (softmax - onehot) * nan_if_invalid(grad, target)[..., None]
-    return jnp.where(target[..., None] == IGNORED, 0, dlogits).astype(logits.dtype)
+    grad = jnp.where(target == IGNORED, 0, nan_if_invalid(grad, target))
+    # exp(z - m) / s rather than exp(z - lse): at logits of 1e4 the lse has lost the digits that count. One division
+    # per row, not per logit.
+    dlogits = jnp.exp(z - m[..., None]) * (grad / s)[..., None] - jnp.where(onehot, grad[..., None], 0)
+    return dlogits.astype(logits.dtype)
 
 
 def losses_of_counted(loss_T: jax.Array, target_T: jax.Array) -> jax.Array:

@@ -238,7 +238,7 @@ def _whole_plan(num_rows: int, weight_VH: jax.Array, softcap: float) -> tuple[in
     for axis in mesh.manual_axes:
         num_devices //= mesh.shape[axis]
     num_chunks = max(-(-num_rows // (plan.chunk * num_devices)), 1)
-    return num_chunks, plan._replace(chunk=-(-num_rows // num_chunks), tile=weight_VH.shape[0])
+    return num_chunks, plan._replace(chunk=-(-num_rows // num_chunks), tile=weight_VH.shape[0], partitioned=True)
 
 
 def _pieces(rows: jax.Array, num_chunks: int, fill: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """The losses per token as autograd functions: row state forward, local backward.
 
 Everything around them (reduction, weights, counts, dtype of the result) is plain autograd in
-`modules.py`, on [T] values.
+`module_*.py`, on [T] values.
 """
 
 # T = tokens, V = vocabulary (of this rank), H = hidden
