@@ -292,10 +292,12 @@ def test_a_wrong_request_is_refused_before_anything_is_started(options, error, t
         bench(**{"config": "KDLoss", "shapes": [(8, 10)], "peers": []} | options)
 
 
-def test_a_device_that_is_not_there_is_told():
-    report = bench("KDLoss", ["torch:eager"], shapes=[(8, 10)], peers=[], device="cuda", rounds=1, threads=1)
-    assert report.rows == []
-    assert any("no device 'cuda'" in entry.reason for entry in report.missing)
+def test_a_device_that_is_not_there_is_told_and_no_success():
+    done = run_cli("--config", "KDLoss", "--backend", "torch:eager", "--shape", "8,10", "--peers", "none",
+                   "--device", "cuda:99")  # fmt: skip
+    assert done.returncode == 1
+    assert "torch has no device 'cuda:99' here" in " ".join(done.stdout.split())
+    assert "8 x 10" not in done.stdout
 
 
 def test_inputs_are_equal_everywhere_and_ignored_labels_are_counted():
