@@ -30,9 +30,10 @@ class BenchRow:
         shape: (T, V) or (T, V, H).
         dtype: of the inputs.
         config: the loss, as `LossConfig.to_dict` gives it.
-        rounds: seconds of one call, the median of each round.
+        rounds: seconds of one call, the median of each round; over ranks those of the slowest rank.
         calls: how many calls were timed.
-        peak: most bytes held above the inputs during a call, results included; None where not measured.
+        peak: most bytes held above the inputs during a call, results included; None where not measured. Over ranks that
+            of the rank with most.
         first_call: seconds of the first call, with what it compiled.
         loss_error: relative error of the loss against float64.
         grad_error: largest over the gradients of ||error|| / ||gradient||; None for forward only.

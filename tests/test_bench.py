@@ -292,10 +292,12 @@ def test_a_wrong_request_is_refused_before_anything_is_started(options, error, t
         bench(**{"config": "KDLoss", "shapes": [(8, 10)], "peers": []} | options)
 
 
-def test_a_device_that_is_not_there_is_told():
-    report = bench("KDLoss", ["torch:eager"], shapes=[(8, 10)], peers=[], device="cuda", rounds=1, threads=1)
-    assert report.rows == []
-    assert any("no device 'cuda'" in entry.reason for entry in report.missing)
+def test_a_device_that_is_not_there_is_told_and_no_success():
+    done = run_cli("--config", "KDLoss", "--backend", "torch:eager", "--shape", "8,10", "--peers", "none",
+                   "--device", "cuda:99")  # fmt: skip
+    assert done.returncode == 1
+    assert "torch has no device 'cuda:99' here" in " ".join(done.stdout.split())
+    assert "8 x 10" not in done.stdout
 
 
 def test_inputs_are_equal_everywhere_and_ignored_labels_are_counted():
@@ -318,10 +320,10 @@ def test_no_two_rows_of_a_repeated_block_are_equal():
 
 
 def test_torch_and_jax_get_the_same_values():
-    torch_runner = pytest.importorskip("loss_core_bench.torch_runner")
+    torch_inputs = pytest.importorskip("loss_core_bench.torch_inputs")
     jax_runner = pytest.importorskip("loss_core_bench.jax_runner")
     tile = Tiled(np.random.default_rng(0).standard_normal(1000, np.float32), (70, 50))
-    ours = torch_runner._place(tile, torch_runner._DTYPES["bfloat16"], "cpu").float().numpy()
+    ours = torch_inputs.place(tile, torch_inputs.DTYPES["bfloat16"], "cpu").float().numpy()
     theirs = np.asarray(jax_runner._place(tile, "bfloat16")).astype(np.float32)
     assert np.array_equal(ours, theirs)
     assert ours.shape == (70, 50)

@@ -231,15 +231,15 @@ def test_ranks_share_the_vocabulary_as_torch_does():
 
 
 def test_what_a_rank_holds_is_its_part_of_the_whole():
-    runner = pytest.importorskip("loss_core_bench.torch_runner")
+    torch_inputs = pytest.importorskip("loss_core_bench.torch_inputs")
     # A block shorter than the array, so that it is repeated, and rows start anywhere in it.
     tile = Tiled(np.random.default_rng(0).standard_normal(997, np.float32), (50, 70))
     whole = tile.full()
-    columns = runner._place_columns(tile, 20, 45, runner._DTYPES["float32"], "cpu").numpy()
+    columns = torch_inputs.place_columns(tile, 20, 45, torch_inputs.DTYPES["float32"], "cpu").numpy()
     assert np.array_equal(columns, whole[:, 20:45])
     assert np.array_equal(tile.row_range(11, 30).full(), whole[11:30])
     wide = Tiled(tile.block, (3, 2000))
-    columns = runner._place_columns(wide, 1500, 2000, runner._DTYPES["float32"], "cpu").numpy()
+    columns = torch_inputs.place_columns(wide, 1500, 2000, torch_inputs.DTYPES["float32"], "cpu").numpy()
     assert np.array_equal(columns, wide.full()[:, 1500:])
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from loss_core.bench_job import Job, kind_of
 from loss_core.config import KDLossConfig, LossConfig
-from loss_core_bench import torch_parallel_peers
 from loss_core_bench.runner import Unusable
 
 Loss = Callable[..., Tensor]
@@ -84,11 +83,16 @@ def _plain_candidates(config: Any, job: Job, upcast: bool) -> Candidates:
     if job.tp == 1:
         return [("", _plain(config, upcast))]
     over_logits = _plain_over_logits(config, upcast) if kind_of(config) == "fused" else _plain(config, upcast)
-    return [("gathers the logits first", torch_parallel_peers.over_gathered(config, job, over_logits))]
+    return [("gathers the logits first", _parallel_peers().over_gathered(config, job, over_logits))]
 
 
 def _loss_parallel(config: Any, job: Job) -> Candidates:
-    return [("", torch_parallel_peers.over_dtensors(config, job))]
+    return [("", _parallel_peers().over_dtensors(config, job))]
+
+
+def _parallel_peers() -> Any:
+    # DTensor takes a while to import, which workers that hold the whole vocabulary need not wait for.
+    return importlib.import_module("loss_core_bench.torch_parallel_peers")
 
 
 def _compiled(config: Any, job: Job) -> Candidates:

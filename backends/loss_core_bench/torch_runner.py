@@ -22,16 +22,10 @@ from loss_core.build import build_loss_module
 from loss_core.vocab_split import VOCAB_AXIS
 from loss_core_bench import torch_peers
 from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
+from loss_core_bench.torch_inputs import DTYPES, place, place_columns
 from loss_core_bench.torch_team import Team, join
 
 __all__ = ["device_name", "join", "make_runner", "versions"]
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 def versions() -> dict[str, str]:
@@ -71,26 +65,6 @@ def make_runner(job: Job, kind: str, name: str, team: Team) -> Runner:
     choice = getattr(loss, "kernel_choice", None)
     note = f"runs {choice.flag}" if choice is not None and choice.flag != name else ""
     return LossRunner(job, [(note, loss)], team)
-
-
-def _place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
-    """The whole tensor, repeated on the device."""
-    block = torch.from_numpy(tile.block).to(device=device, dtype=dtype)
-    size = int(np.prod(tile.shape))
-    return block.repeat(-(-size // len(block)))[:size].view(tile.shape)
-
-
-def _place_columns(tile: Tiled, start: int, stop: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Some columns of the whole tensor, which is made a few rows at a time."""
-    tokens, vocab = tile.shape
-    block = torch.from_numpy(tile.block).to(device=device, dtype=dtype)
-    part = torch.empty(tokens, stop - start, dtype=dtype, device=device)
-    step = max(len(block) // vocab, 1)
-    for first in range(0, tokens, step):
-        size = min(step, tokens - first) * vocab
-        numbers = block.roll(-first * vocab % len(block)).repeat(-(-size // len(block)))[:size]
-        part[first : first + step] = numbers.view(-1, vocab)[:, start:stop]
-    return part
 
 
 class LossRunner:
@@ -176,7 +150,7 @@ class LossRunner:
         return self.job.device.startswith("cuda")
 
     def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Tensor]:
-        dtype = _DTYPES[self.job.dtype]
+        dtype = DTYPES[self.job.dtype]
         inputs = {name: self._part(name, tile, dtype) for name, tile in tiles.items()}
         if not self.job.forward_only:
             for name in self.grad_of:
@@ -187,12 +161,12 @@ class LossRunner:
     def _part(self, name: str, tile: Tiled, dtype: torch.dtype) -> Tensor:
         """What this rank holds of an input."""
         if self.team.ranks == 1 or name not in VOCAB_AXIS:
-            return _place(tile, dtype, self.device)
+            return place(tile, dtype, self.device)
         start = sum(self.job.sizes[: self.team.rank])
         stop = start + self.job.sizes[self.team.rank]
         if VOCAB_AXIS[name] == 0:
-            return _place(tile.row_range(start, stop), dtype, self.device)
-        return _place_columns(tile, start, stop, dtype, self.device)
+            return place(tile.row_range(start, stop), dtype, self.device)
+        return place_columns(tile, start, stop, dtype, self.device)
 
     def _step(self) -> Any:
         """One call, without waiting for the device."""
@@ -263,19 +237,19 @@ class FloorRunner:
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
         job = self.job
         # On a CPU without 16-bit matrix units float32 is faster: the floor takes the faster of the two.
-        dtypes = {_DTYPES[job.dtype]} | ({torch.float32} if self.where == "cpu" else set())
+        dtypes = {DTYPES[job.dtype]} | ({torch.float32} if self.where == "cpu" else set())
         self.products: list[tuple[Tensor, Tensor]] = []
         if len(job.shape) == 3:
             tokens, vocab, hidden = job.shape
-            hidden_TH = _place(Tiled(tiles["hidden_states"].block, (min(tokens, self.most_tokens), hidden)),
+            hidden_TH = place(Tiled(tiles["hidden_states"].block, (min(tokens, self.most_tokens), hidden)),
                                torch.float32, self.device)  # fmt: skip
-            weight_VH = _place(Tiled(tiles["lm_weight"].block, (min(vocab, self.most_vocab), hidden)),
+            weight_VH = place(Tiled(tiles["lm_weight"].block, (min(vocab, self.most_vocab), hidden)),
                                torch.float32, self.device)  # fmt: skip
             self.products = [(hidden_TH.to(d), weight_VH.to(d)) for d in dtypes]
-        size = torch.empty(0, dtype=_DTYPES[job.dtype]).element_size()
+        size = torch.empty(0, dtype=DTYPES[job.dtype]).element_size()
         length = min(job.shape[0] * job.shape[1], self.most_bytes // size)
         name = next(iter(tiles))
-        self.source = _place(Tiled(tiles[name].block, (length,)), _DTYPES[job.dtype], self.device)
+        self.source = place(Tiled(tiles[name].block, (length,)), DTYPES[job.dtype], self.device)
         self.target = torch.zeros_like(self.source)
         self.loaded = True
 

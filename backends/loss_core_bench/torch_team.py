@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loss_core_bench.runner import Unusable
 
@@ -72,6 +71,9 @@ def join(rank: int, ranks: int, meet: str, device: str) -> Team:
 
 def _store(rank: int, ranks: int, file: Path) -> Any:
     """The first rank takes a port that is free and leaves its number in the file."""
+    # Not at the top: builds of torch without distributed have no such name.
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     if rank == 0:
         store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
         beside = file.with_suffix(".new")
