@@ -6,7 +6,6 @@ Triton decides when it is imported whether it interprets or compiles, hence a pr
 """
 
 import contextlib
-import dataclasses
 import itertools
 import sys
 
@@ -530,11 +529,9 @@ def refuses_without_a_gpu():
 
 
 def auto_stays_eager():
+    # Nothing was measured for Triton, so that the table does not name it; `bench --tune` may.
     choice = MaskedCrossEntropyConfig().build().kernel_choice
-    assert dataclasses.asdict(choice) == {
-        "flag": "torch:eager",
-        "reason": "runs on every device; torch:triton when named",
-    }
+    assert (choice.flag, choice.candidates) == ("torch:eager", ("eager", "triton"))
 
 
 SCENARIOS = (
