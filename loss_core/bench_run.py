@@ -27,7 +27,7 @@ from loss_core.bench_team import Team
 Progress = Callable[[int, int, str], None]
 
 # Seconds of timed calls of one implementation in one round; at least one call is made.
-_ROUND_SECONDS = 0.1
+_ROUND_SECONDS = 0.5
 _MOST_CALLS = 1000
 
 # A process that loads torch or JAX, on a machine that is busy.

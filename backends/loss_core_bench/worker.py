@@ -89,11 +89,15 @@ class Worker:
         return prepared
 
     def round(self, budget: float, most: int) -> dict[str, Any]:
-        """Timed calls, as many as fit the budget in seconds."""
+        """Timed calls, as many as fit the budget in seconds, behind one that is not timed.
+
+        In a training loop a call follows another; here the process has slept while others worked, and what memory it
+        gave back may be gone from the machine.
+        """
         assert self.job is not None
         if not self._runner.loaded:
             self._runner.load(*make_inputs(self.job))
-            self._runner.warm_up()
+        self._runner.warm_up()
         return self._runner.round(budget, most)
 
     def drop(self) -> dict[str, Any]:
