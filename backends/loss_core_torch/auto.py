@@ -36,7 +36,7 @@ RULES = (
     Rule(
         "cpu",
         "eager",
-        "on a CPU: the fastest that needs no compilation, for every loss and dtype measured (BENCHMARKS.md)",
+        "the kernel that is made for CPUs; measured there beside its peers, see BENCHMARKS.md",
     ),
     Rule("", "eager", "runs on every device; not measured on this one yet: `loss-core bench --tune` does it"),
 )
