@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def test_a_rank_whose_parent_is_gone_does_not_wait_for_the_others(tmp_path):
 
 
 def test_ranks_share_the_vocabulary_as_torch_does():
-    torch = pytest.importorskip("torch")
+    torch = importlib.import_module("torch")
     for vocab in (1, 2, 7, 12, 301):
         for ranks in (1, 2, 3, 4):
             chunks = [len(part) for part in torch.arange(vocab).chunk(ranks)]
@@ -231,7 +232,7 @@ def test_ranks_share_the_vocabulary_as_torch_does():
 
 
 def test_what_a_rank_holds_is_its_part_of_the_whole():
-    torch_inputs = pytest.importorskip("loss_core_bench.torch_inputs")
+    torch_inputs = importlib.import_module("loss_core_bench.torch_inputs")
     # A block shorter than the array, so that it is repeated, and rows start anywhere in it.
     tile = Tiled(np.random.default_rng(0).standard_normal(997, np.float32), (50, 70))
     whole = tile.full()
@@ -307,13 +308,13 @@ def test_peers_are_those_that_exist_over_ranks():
 
 
 def test_too_few_devices_are_told():
-    torch = pytest.importorskip("torch")
-    unusable = pytest.importorskip("loss_core_bench.runner").Unusable
+    torch = importlib.import_module("torch")
+    unusable = importlib.import_module("loss_core_bench.runner").Unusable
     ranks = torch.cuda.device_count() + 2
     with pytest.raises(unusable, match=f"{ranks} ranks need {ranks} CUDA devices; torch sees {ranks - 2}"):
-        pytest.importorskip("loss_core_bench.torch_team").join(0, ranks, "", "cuda")
+        importlib.import_module("loss_core_bench.torch_team").join(0, ranks, "", "cuda")
     with pytest.raises(unusable, match="99 ranks need 99 devices; JAX sees"):
-        pytest.importorskip("loss_core_bench.jax_runner").join(0, 99, "", "cpu")
+        importlib.import_module("loss_core_bench.jax_runner").join(0, 99, "", "cpu")
 
 
 @pytest.mark.parametrize("options", [{"tp": 0}, {"tp": True}, {"tp": 2, "device": "cuda:1"}])
