@@ -23,7 +23,7 @@ from loss_core_jax.cross_entropy import arithmetic_dtype, counted_or_zero, nan_i
 _BUDGET_BYTES, _BUDGET_BYTES_ELSEWHERE = {"cpu": 64 << 20}, 256 << 20
 _TILE, _TILE_ELSEWHERE = {"cpu": 2048}, 16384
 # Each chunk reads the weight twice, and reads and writes its gradient: below 128 rows that takes longer than the
-# products; with 512 rows it is a tenth. Up to as many rows as H the logits take no more room than that gradient.
+# products; with 512 rows it is a tenth. Up to a quarter of H rows, the logits take a quarter of that gradient's room.
 _MIN_CHUNK, _GOOD_CHUNK = 128, 512
 
 
@@ -50,7 +50,7 @@ def plan_for(num_rows: int, weight_VH: jax.Array, softcap: float) -> Plan:
     dtype = arithmetic_dtype(weight_VH)
     platform = jax.default_backend()
     budget = _BUDGET_BYTES.get(platform, _BUDGET_BYTES_ELSEWHERE)
-    chunk = rows_within(budget, vocab * dtype.itemsize, at_least=max(_MIN_CHUNK, min(_GOOD_CHUNK, hidden)))
+    chunk = rows_within(budget, vocab * dtype.itemsize, at_least=max(_MIN_CHUNK, min(_GOOD_CHUNK, hidden // 4)))
     return Plan(max(min(chunk, num_rows), 1), min(_TILE.get(platform, _TILE_ELSEWHERE), vocab), softcap, dtype)
 
 
