@@ -25,13 +25,17 @@ AUTO = "auto"
 
 # Kernels in the order in which tables list them; the module is imported on first use.
 _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "torch": ("loss_core_torch.backend", ("eager", "triton", "te")),
+    "torch": ("loss_core_torch.backend", ("eager", "compile", "triton", "te")),
     "jax": ("loss_core_jax.backend", ("xla", "pallas")),
 }
 
 # Never `auto`'s choice: whether it can be used is known only by importing a large library, which takes seconds and
 # can fail in ways of its own.
 _ONLY_BY_NAME = frozenset({"torch:te"})
+
+
+# Compiled at its first call for each kind of input: seconds, which over all cases and dtypes become minutes.
+COMPILED_AT_FIRST_CALL = frozenset({"torch:compile"})
 
 
 class BackendUnavailable(ImportError):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from loss_core import oracle
 from loss_core.backend import (
     AUTO,
+    COMPILED_AT_FIRST_CALL,
     BackendUnavailable,
     Evaluation,
     all_flags,
@@ -80,7 +81,8 @@ def check(
     Args:
         config: registry name (its cases then set fields of their own), a config (kept as it is), a
             list of these, or None for all losses.
-        backends: flags; None for every flag that can be used here.
+        backends: flags; None for every flag that can be used here, but for those that compile at their first call
+            (torch:compile), which are to be named.
         against: a flag; the others are then compared with it alone, besides the oracle. None: pairwise,
             the first flag of each framework against those of the other frameworks.
         dtypes: of the inputs; None for float32, bfloat16, float16 and float64.
@@ -171,7 +173,14 @@ def _flags(backends: Sequence[str] | None, against: str | None, report: Report) 
     if backends is None:
         statuses = [flag_status(flag) for flag in all_flags()]
         report.unusable = [status for status in statuses if not status.usable]
-        flags = [status.flag for status in statuses if status.usable]
+        usable = [status.flag for status in statuses if status.usable]
+        flags = [flag for flag in usable if flag not in COMPILED_AT_FIRST_CALL]
+        report.skipped += [
+            f"{flag}: it compiles for each kind of input, which takes minutes over all cases; name it to check it "
+            f"(--backend {flag})"
+            for flag in usable
+            if flag not in flags and flag != against
+        ]
         if not flags:
             raise BackendUnavailable("; ".join(dict.fromkeys(status.reason for status in report.unusable)))
     else:

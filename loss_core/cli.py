@@ -120,7 +120,9 @@ def make_app() -> Any:
         ] = None,
         backend: Annotated[
             list[str] | None,
-            typer.Option(metavar="FLAG", help="Such as torch:eager or jax. Default: every flag usable here."),
+            typer.Option(
+                metavar="FLAG", help="Such as torch:eager or jax. Default: every flag usable here but torch:compile."
+            ),
         ] = None,
         against: Annotated[
             str | None,
@@ -153,7 +155,8 @@ def make_app() -> Any:
     ) -> None:
         """Check losses and gradients against float64, and backends against each other.
 
-        Without options: every loss, flag, dtype and named case.
+        Without options: every loss, flag, dtype and named case; torch:compile only where --backend names it, since it
+        compiles for minutes.
 
         May be repeated: --config, --backend, --dtype, --case, --import.
 

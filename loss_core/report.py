@@ -102,7 +102,7 @@ class Report:
     Attributes:
         rows: in the order of the table.
         unusable: flags that were asked for, or exist, and can't be used here, with reasons.
-        skipped: losses and flags that can't be combined, with reasons.
+        skipped: losses and flags that can't be combined, and flags that are to be named, with reasons.
         histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
             bin below for smaller and exact ones, and one above).
         versions: of Python, NumPy and the frameworks.

@@ -6,7 +6,7 @@ import torch
 import loss_core_torch.auto
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.choices import store_choices
-from loss_core_torch import kernels
+from loss_core_torch import compile_set, compiled, kernels
 
 
 @pytest.fixture
@@ -16,6 +16,9 @@ def tuned(tmp_path, monkeypatch):
     loss_core_torch.auto.choose.cache_clear()
     yield lambda **entry: store_choices([{"backend": "torch", "device": "cpu", **entry}])
     loss_core_torch.auto.choose.cache_clear()
+
+
+needs_compiler = pytest.mark.skipif(not compiled.status().usable, reason=compiled.status().reason)
 
 
 @pytest.fixture
@@ -55,6 +58,27 @@ def test_each_call_has_its_own_choice(tuned, marked):
     assert seen == ["torch:triton", "torch:eager", "torch:eager", "torch:triton"]
     assert "--tune" in loss.kernel_choice.reason
     assert loss.kernel_for(torch.device("cpu"), torch.float32, (5, 9)).flag == "torch:triton"
+
+
+@needs_compiler
+def test_a_kernel_that_compiles_is_taken_where_it_was_measured_and_nowhere_else(tuned, monkeypatch):
+    ran = []
+    for name in ("cross_entropy_with_grad", "cross_entropy_stats"):
+        real = getattr(kernels.find("eager"), name)
+        monkeypatch.setattr(compile_set, name, lambda *args, real=real: ran.append(real) or real(*args))
+    tuned(loss="MaskedCrossEntropy", dtype="float32", shape=(64, 8192), flag="torch:compile")
+    loss = MaskedCrossEntropyConfig().build(backend="torch")
+    assert loss.kernel_choice.flag == "torch:eager"
+    assert "compile" in loss.kernel_choice.candidates
+    cpu = torch.device("cpu")
+    assert loss.kernel_for(cpu, torch.float32, (64, 8192)).flag == "torch:compile"
+    assert loss.kernel_for(cpu, torch.bfloat16, (64, 8192)).flag == "torch:eager"
+    loss(torch.randn(64, 8192, requires_grad=True), torch.zeros(64, dtype=torch.int64)).backward()
+    assert (loss.kernel_choice.flag, len(ran)) == ("torch:compile", 1)
+    loss(torch.randn(2, 8192), torch.zeros(2, dtype=torch.int64))
+    assert (loss.kernel_choice.flag, len(ran)) == ("torch:eager", 1)
+    # The fused loss has no such kernel, whatever was kept.
+    assert "compile" not in FusedLinearCEConfig().build(backend="torch").kernel_choice.candidates
 
 
 def test_the_other_losses_are_asked_for_their_shapes(tuned, marked):

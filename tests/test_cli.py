@@ -282,6 +282,24 @@ def test_backends_names_every_flag():
     assert any(re.match(r"torch:eager +yes +torch \d", line) for line in lines)
 
 
+def test_a_kernel_that_compiles_is_left_out_unless_it_is_named():
+    quick = ("--config", "MaskedCrossEntropy", "--dtype", "float32", "--case", "vocab-1")
+    status = loss_core.backend.flag_status("torch:compile")
+    if not status.usable:
+        pytest.skip(status.reason)
+    bare = run("check", *quick)
+    assert bare.exit_code == 0
+    assert not re.search(r"^ok torch:compile", bare.stdout, re.M)
+    flat = " ".join(bare.stdout.split())
+    assert "Skipped: torch:compile: it compiles for each kind of input" in flat
+    assert "(--backend torch:compile)" in flat
+    for named in (("--backend", "torch:compile"), ("--against", "torch:compile")):
+        result = run("check", *quick, *named)
+        assert result.exit_code == 0
+        assert re.search(r"^ok torch:compile", result.stdout, re.M)
+        assert "it compiles" not in result.stdout
+
+
 def test_a_loss_that_a_flag_does_not_serve_is_listed_as_skipped(monkeypatch):
     from loss_core_torch import backend
 

@@ -531,7 +531,8 @@ def refuses_without_a_gpu():
 def auto_stays_eager():
     # Nothing was measured for Triton, so that the table does not name it; `bench --tune` may.
     choice = MaskedCrossEntropyConfig().build().kernel_choice
-    assert (choice.flag, choice.candidates) == ("torch:eager", ("eager", "triton"))
+    assert choice.flag == "torch:eager"
+    assert {"eager", "triton"} <= set(choice.candidates)
 
 
 SCENARIOS = (

@@ -1,8 +1,9 @@
 """What `torch:auto` takes for a call: what was fastest on this machine, else what the table below says.
 
 `loss-core bench --tune` measures and keeps the fastest flags of a machine (`loss_core.choices`). Where it has not been
-run, a row of RULES decides; each says what was measured. A kernel that compiles at its first call is no default: the
-seconds that this takes are the caller's to spend.
+run, a row of RULES decides; each says what was measured. A kernel that compiles at its first call (`torch:compile`) is
+no default: the seconds that this takes are the caller's to spend, by its name or by `--tune`, which shows its first
+call beside its time.
 """
 
 from __future__ import annotations

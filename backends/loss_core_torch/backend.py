@@ -17,7 +17,7 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
-from loss_core_torch import auto, te
+from loss_core_torch import auto, compiled, te
 from loss_core_torch.evaluate import evaluate
 from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
@@ -56,6 +56,9 @@ _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
     (FusedLinearCEConfig, "eager"): _fused,
     (TEParallelCEConfig, "eager"): _parallel,
     (KDLossConfig, "eager"): _distillation,
+    (MaskedCrossEntropyConfig, "compile"): _masked,
+    (TEParallelCEConfig, "compile"): _parallel,
+    (KDLossConfig, "compile"): _distillation,
     (MaskedCrossEntropyConfig, "triton"): _masked,
     (FusedLinearCEConfig, "triton"): _fused,
     (TEParallelCEConfig, "triton"): _parallel,
@@ -74,6 +77,8 @@ def kernel_status(kernel: str) -> FlagStatus:
     """Whether a kernel can be used here, and why not."""
     if kernel == "te":
         return te.status()
+    if kernel == "compile":
+        return compiled.status()
     flag, version = f"torch:{kernel}", f"torch {torch.__version__}"
     if kernel == "triton":
         return _triton_status(flag)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loss_core import row_stats
 from loss_core_torch import huge_pages, values
+from loss_core_torch.eager_logits import scaled
 from loss_core_torch.opaque import opaque, untraced
 from loss_core_torch.row_blocks import Buffer, block_rows, log2_exp, row_blocks, some_ignored, widened, without
 from loss_core_torch.values import compute_dtype
@@ -231,10 +232,7 @@ def distillation_scale_grad(
 ) -> Tensor:
     """What `distillation_with_grad` gave, times a scalar on the CPU; by 1 it is left alone."""
     factor = float(upstream)
-    if factor == 1.0:
+    if scaled(grad, coef_T.dtype, factor):
         return grad
-    if grad.dtype == coef_T.dtype and math.isfinite(factor):
-        return grad.mul_(factor)
-    # Made anew: a 16-bit gradient would be rounded twice, and 0 times inf in an ignored row is NaN.
     args = (student, teacher, keep_T, inverse_temperature, chunk_size, state, kl_T, coef_T * factor)
     return distillation_grad(*args, False)

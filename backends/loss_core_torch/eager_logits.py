@@ -199,10 +199,19 @@ def cross_entropy_scale_grad(
 ) -> None:
     """Multiply what `cross_entropy_with_grad` gave by a scalar on the CPU, in place; by 1 it is left alone."""
     factor = float(upstream)
-    if factor == 1.0:
-        return
-    if grad.dtype == m_T.dtype and math.isfinite(factor):
-        grad.mul_(factor)
-    else:
-        # Made anew: a 16-bit gradient would be rounded twice, and 0 times inf in an ignored row is NaN.
+    if not scaled(grad, m_T.dtype, factor):
         _write_grad(grad, logits, labels_T, 0, keep_T, m_T, s_T, coef_T * factor)
+
+
+def scaled(grad: Tensor, dtype: torch.dtype, factor: float) -> bool:
+    """Whether the gradient could be multiplied by the factor, in place; else it is to be made anew.
+
+    A gradient narrower than `dtype`, that of the arithmetic, would be rounded twice, and 0 times inf in an ignored row
+    is NaN.
+    """
+    if factor == 1.0:
+        return True
+    fits = grad.dtype == dtype and math.isfinite(factor)
+    if fits:
+        grad.mul_(factor)
+    return fits

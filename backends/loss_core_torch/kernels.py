@@ -12,6 +12,7 @@ from loss_core_torch import eager
 # Kernel of the flag -> module; imported when a loss is built with it. `te` is no such set: it has the loss whole.
 _MODULES = {
     "eager": "loss_core_torch.eager",
+    "compile": "loss_core_torch.compile_set",
     "triton": "loss_core_torch.triton_set",
     "te": "loss_core_torch.te",
 }

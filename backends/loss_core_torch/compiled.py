@@ -1,0 +1,119 @@
+"""Programs that TorchInductor makes of functions at their first call, and whether this machine can make them.
+
+Not in anybody's way: these programs see no gradient mode, no requires_grad and no shapes of the caller's, are
+compiled apart from what the caller compiles, and survive `torch._dynamo.reset()` at the cost of compiling again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss_core.backend import FlagStatus, install_line
+
+FLAG = "torch:compile"
+
+# The number of threads is asked for when the program runs, and rows are shared among them however few there were when
+# it was compiled: the program depends on no size that it saw first.
+_OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True}
+
+
+# Rows of more columns than this are summed by TorchInductor in another way: another program.
+_LONG_ROW = 4096
+
+# Tokens and classes that a program sees first, of short and of long rows. What it makes of the last columns, fewer
+# than a vector holds, depends on their number here: one less than full vectors, so that they are like all others.
+_SAMPLE = (64, _LONG_ROW - 1, 2 * _LONG_ROW - 1)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a program is made for, of one tensor; its sizes are not."""
+
+    dtype: torch.dtype
+    device: torch.device
+    dim: int
+    contiguous: bool
+    inference: bool
+
+    def sample(self, vocab: int) -> Tensor:
+        with torch.inference_mode(self.inference):
+            shape = (_SAMPLE[0], vocab + (not self.contiguous))[: self.dim]
+            x = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return x if self.contiguous else x[:, :-1]
+
+
+def run(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """function(*tensors), compiled: once for these dtypes and layouts, for all sizes above 1.
+
+    Args:
+        function: of tensors alone, without keywords or closures; may write to its arguments.
+        tensors: the first a matrix [T, V]; these contiguous, or with rows that are.
+    """
+    kinds = tuple(_Kind(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference()) for x in tensors)
+    long = tensors[0].shape[1] > _LONG_ROW
+    with torch.no_grad():
+        program = _program(function, kinds, _SAMPLE[1 + long], torch.get_num_threads())
+        return program(*(x.detach() for x in tensors))
+
+
+@cache
+def _program(function: FunctionType, kinds: tuple[_Kind, ...], vocab: int, threads: int) -> Callable[..., Any]:
+    """What torch.compile makes of a function for inputs of these kinds, with `threads` of PyTorch's.
+
+    Compiled here, on a sample, and not for the caller's sizes: a result must not depend on which call came first.
+
+    A copy of the function's code each: torch.compile keeps its programs at the code, and gives up after eight.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    # fullgraph: an error rather than uncompiled operations, which need memory for [T, V] temporaries.
+    program: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
+    program(*(kind.sample(vocab) for kind in kinds))
+    return program
+
+
+def status() -> FlagStatus:
+    """Whether TorchInductor finds what it compiles with; looks at files alone."""
+    reason, install = _missing()
+    version = "" if reason else f"torch {torch.__version__}, {_compiler()}"
+    return FlagStatus(FLAG, not reason, reason and f"'{FLAG}' {reason}", version, install)
+
+
+def _missing() -> tuple[str, str]:
+    """What is missing here, and the command that installs it where there is one; empty if nothing is."""
+    compiler = _compiler()
+    if shutil.which(compiler) is None:
+        reason = (
+            f"needs a C++ compiler, and {compiler!r} is not found: install one (g++, clang++, on Windows Visual C++), "
+            "or name it in the environment variable CXX; or use 'torch:eager'."
+        )
+        return reason, ""
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        reason = (
+            f"needs Python's C headers, and there is no Python.h in {headers}: install them (python3-dev on Debian, "
+            "python3-devel on Fedora), or use 'torch:eager'."
+        )
+        return reason, ""
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        install = install_line("triton")
+        return f"needs triton on a machine with a GPU: {install}", install
+    return "", ""
+
+
+def _compiler() -> str:
+    """The one that TorchInductor will take: $CXX, else the platform's (torch._inductor.config.cpp.cxx)."""
+    usual = {"darwin": "clang++", "win32": "cl"}
+    return os.environ.get("CXX") or usual.get(sys.platform, "g++")
