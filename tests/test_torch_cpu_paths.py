@@ -47,6 +47,22 @@ def test_an_ordinary_call_gives_what_the_checked_one_gives(config, small, monkey
         torch.testing.assert_close(got, wanted, rtol=rtol, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ordinary_evaluation_gives_what_the_checked_one_gives(reduction, dtype, monkeypatch):
+    monkeypatch.setattr(ordinary, "_SMALL", 0)
+    loss = MaskedCrossEntropyConfig(reduction=reduction, fp32_upcast=False).build()
+    logits, labels = torch.randn(T, V, dtype=dtype, requires_grad=True), torch.arange(T)
+    with torch.no_grad():
+        checked = loss(logits, labels, mask=torch.ones(T))  # no ordinary call
+        monkeypatch.setattr(checks, "tokens", None)  # the long way would fail
+        for given in (logits, logits.detach()):
+            got = loss(given, labels)
+            assert not got.requires_grad
+            assert got.dtype == dtype
+            assert torch.equal(got, checked)
+
+
 def test_which_calls_are_small(monkeypatch):
     seen = []
     real = ordinary.F.cross_entropy

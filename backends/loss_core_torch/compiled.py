@@ -12,11 +12,10 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ _LONG_ROW = 4096
 _SAMPLE = (64, _LONG_ROW - 1, 2 * _LONG_ROW - 1)
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What a program is made for, of one tensor; its sizes are not."""
 
     dtype: torch.dtype
