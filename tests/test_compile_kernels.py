@@ -54,6 +54,7 @@ def test_other_dtypes(dtype):
 def test_parts_of_the_vocabulary_fold_to_the_whole():
     z, teacher, labels = torch.randn(5, 40), torch.randn(5, 40), torch.tensor([0, 12, 13, 39, 7])
     keep, coef = torch.tensor([True, True, False, True, True]), torch.rand(5)
+    z[0, 14:] = teacher[0, 14:] = -torch.inf
     m, s, t = eager.cross_entropy_stats(z, labels, 0)
     kd = eager.distillation_stats(z, teacher, keep, 0.5, 0)
     kl = row_stats.finish_kd(torch, row_stats.KDRowState(*kd))
@@ -90,8 +91,10 @@ def test_rows_of_minus_infinity_alone_are_as_eager_has_them(vocab):
 
 
 def test_the_gradient_over_the_logits_is_bitwise_the_same():
-    labels = torch.tensor([[1, -100, 3], [0, 36, 2]])
-    whole = torch.randn(2, 4, 37)
+    # Many rows whose last columns fill no vector: the compiler may round these in another way.
+    labels = torch.randint(0, 45, (2, 200))
+    labels[:, ::3] = -100
+    whole = torch.randn(2, 201, 45)
     for reduction in ("mean", "none"):
         results = []
         for inplace in (False, True):
@@ -120,6 +123,8 @@ def test_any_number_of_tokens_and_classes_is_served_by_two_programs():
             labels = torch.arange(tokens) % vocab
             expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
             torch.testing.assert_close(loss(logits, labels).double(), expected, rtol=1e-6, atol=1e-6)
+    # Nor is whether a gradient will be asked for another kind.
+    MaskedCrossEntropyConfig(reduction="none").build(backend=FLAG)(logits.requires_grad_(), labels)
     assert _programs() - before == 2
 
 

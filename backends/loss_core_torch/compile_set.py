@@ -40,7 +40,7 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """[..., V] tensors of one shape as few matrices each, views all of them, with the place of their rows."""
     shape = tensors[0].shape
     ones = tuple(dim for dim, size in enumerate(shape[:-1]) if size == 1)
-    return row_blocks(shape[:-1].numel(), *(x.detach().squeeze(ones) for x in tensors))
+    return row_blocks(shape[:-1].numel(), *(x.squeeze(ones) for x in tensors))
 
 
 def _joined(parts: list[Any]) -> Any:
