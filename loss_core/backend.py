@@ -34,7 +34,7 @@ _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
 _ONLY_BY_NAME = frozenset({"torch:te"})
 
 
-# Compiled at its first call for each kind of input: seconds, which over all cases and dtypes become minutes.
+# Compiled at its first call for each kind of input: seconds, which over all cases and dtypes add up to a minute.
 COMPILED_AT_FIRST_CALL = frozenset({"torch:compile"})
 
 

@@ -176,8 +176,8 @@ def _flags(backends: Sequence[str] | None, against: str | None, report: Report) 
         usable = [status.flag for status in statuses if status.usable]
         flags = [flag for flag in usable if flag not in COMPILED_AT_FIRST_CALL]
         report.skipped += [
-            f"{flag}: it compiles for each kind of input, which takes minutes over all cases; name it to check it "
-            f"(--backend {flag})"
+            f"{flag}: it compiles for each kind of input, which takes about a minute over all cases; name it to "
+            f"check it (--backend {flag})"
             for flag in usable
             if flag not in flags and flag != against
         ]

@@ -156,7 +156,7 @@ def make_app() -> Any:
         """Check losses and gradients against float64, and backends against each other.
 
         Without options: every loss, flag, dtype and named case; torch:compile only where --backend names it, since it
-        compiles for minutes.
+        compiles for about a minute.
 
         May be repeated: --config, --backend, --dtype, --case, --import.
 
