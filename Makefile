@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types kernels gpu benchmarks check-wheel clean
+.PHONY: help setup demo test lint format types kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,22 @@ kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 
 gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
 	$(PY) examples/gpu_session.py
+
+# Each size over a factor of 16, the others fixed. Small enough for two cores, large enough that a call is mostly the work
+# that grows: the fused loss's block of logits is full from 512 tokens on.
+GROWTH := $(VENV)/bin/loss-core bench --backend torch:eager --backend jax:xla --peers none --rounds 3
+FUSED := --config FusedLinearCrossEntropy
+LOGITS := --config MaskedCrossEntropy --config KDLoss
+SHARES := --ignored 0 --ignored 0.5 --ignored 0.75 --ignored 0.875 --ignored 0.9375
+RESULT := --json examples/benchmarks/cpu-growth
+
+growth: setup ## how time and memory grow with T, V and the share that counts; 6 quiet minutes, then: make benchmarks
+	$(GROWTH) $(FUSED) $(foreach t,512 1024 2048 4096 8192,--shape $(t),32000,256) $(RESULT)-fused-tokens.json
+	$(GROWTH) $(FUSED) $(foreach v,2048 4096 8192 16384 32768,--shape 1024,$(v),256) $(RESULT)-fused-vocab.json
+	$(GROWTH) $(FUSED) --shape 4096,8192,256 $(SHARES) $(RESULT)-fused-share.json
+	$(GROWTH) $(LOGITS) $(foreach t,128 256 512 1024 2048,--shape $(t),32000) $(RESULT)-logits-tokens.json
+	$(GROWTH) $(LOGITS) $(foreach v,2000 4000 8000 16000 32000,--shape 1024,$(v)) $(RESULT)-logits-vocab.json
+	$(GROWTH) $(LOGITS) --shape 1024,32000 $(SHARES) $(RESULT)-logits-share.json
 
 benchmarks: setup ## write the tables and pictures of BENCHMARKS.md from examples/benchmarks/*.json
 	$(PY) examples/benchmark_page.py

@@ -175,6 +175,14 @@ def input_bytes(job: Job) -> int:
     return BYTES[job.dtype] * sum(copies[name] * math.prod(shape) for name, shape in float_shapes(job).items())
 
 
+def gradient_bytes(job: Job) -> int:
+    """Size of the gradients that a call returns, on the rank with the most classes."""
+    if job.forward_only:
+        return 0
+    shapes = float_shapes(job.of_largest_rank())
+    return BYTES[job.dtype] * sum(math.prod(shapes[name]) for name in GRADS[kind_of(job.loss_config())])
+
+
 def make_inputs(job: Job) -> tuple[dict[str, Tiled], NDArray[np.int64]]:
     """The floating inputs by argument name, and labels [T] with the exact share of ignored ones.
 

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from loss_core.bench_growth import SHARE, Series, growth_of, series_of
 from loss_core.bench_report import (
     FLAG,
+    FLOOR,
     BenchReport,
     BenchRow,
     Missing,
     best_flag_of,
     best_peer_of,
+    call_text,
     floor_of,
     framework_of,
     plain_of,
+    share_text,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +33,14 @@ LEGEND = (
     "time: median of the rounds; ±: spread of the middle half; x plain, x peer: share of the time of the plain "
     "implementation and of the best peer, on the same framework; of floor: floor / time; memory: most held above the "
     "inputs, gradients included; errors: relative, against float64"
+)
+
+GROWTH_HEADINGS = ("", "x size", "time", "x time", "exponent", "memory", "beside gradients")
+
+GROWTH_LEGEND = (
+    "x size, x time: the largest over the smallest; exponent: slope of log time over log size by least squares, 1 is "
+    "linear; memory: most held above the inputs, at the smallest and at the largest size, then without the gradients, "
+    "which grow with T or V by their nature"
 )
 
 
@@ -103,11 +115,61 @@ def _ratio(seconds: float | None, other: float | None) -> str:
 def heading_of(group: Sequence[BenchRow], report: BenchReport) -> str:
     """What the rows of a group measure."""
     row = group[0]
-    what = "forward only" if report.settings.get("forward_only") else "forward + backward"
-    ignored = report.settings.get("ignored", 0.0)
-    share = f", {ignored:.0%} ignored" if ignored else ""
-    ranks = f", over {tp} ranks" if (tp := report.settings.get("tp", 1)) > 1 else ""
-    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {what}{share}{ranks}"
+    share = f", {share_text(row.ignored)} ignored" if row.ignored else ""
+    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {_how(report)}{share}{_ranks(report)}"
+
+
+def _how(report: BenchReport) -> str:
+    return "forward only" if report.settings.get("forward_only") else "forward + backward"
+
+
+def _ranks(report: BenchReport) -> str:
+    return f", over {tp} ranks" if (tp := report.settings.get("tp", 1)) > 1 else ""
+
+
+def growth_tables(report: BenchReport) -> list[tuple[str, list[Line]]]:
+    """How the implementations grow: heading and rows of each series that is long enough to tell."""
+    made = []
+    for series in series_of(report):
+        lines = []
+        for growth in growth_of(series):
+            first, last = growth.first, growth.last
+            is_floor = first.kind == FLOOR
+            cells = (
+                first.implementation,
+                f"{growth.size_factor:.3g}",
+                f"{time_text(first.seconds)} to {time_text(last.seconds)}",
+                f"{growth.time_factor:.3g}",
+                f"{growth.exponent:.2f}",
+                "" if is_floor else _from_to(first.peak, last.peak),
+                "" if is_floor else _from_to(first.working, last.working),
+            )
+            lines.append(Line(cells, "", first.kind))
+        if lines:
+            made.append((series_heading(series, report), lines))
+    return made
+
+
+def series_heading(series: Series, report: BenchReport) -> str:
+    """What differs between the calls of a series, and what does not."""
+    row = series.rows[0]
+    losses = {row.loss for row in series.rows}
+    loss = row.loss if len(losses) == 1 else str(row.config.get("name"))
+    names = [name for name in "TVH"[: len(row.shape)] if name != series.axis]
+    fixed = " x ".join(f"{row.shape['TVH'.index(name)]:,}" for name in names)
+    share = f", {share_text(row.ignored)} ignored" if row.ignored and series.axis != SHARE else ""
+    ends = [size_text(size, series.axis) for size in (series.sizes[0], series.sizes[-1])]
+    what = f"over {series.axis}, {ends[0]} to {ends[1]}, at {' x '.join(names)} = {fixed}"
+    return f"{loss}, {row.dtype}, {_how(report)}{share}{_ranks(report)}: {what}"
+
+
+def size_text(size: float, axis: str) -> str:
+    """A size along an axis."""
+    return share_text(size) if axis == SHARE else f"{size:,.0f}"
+
+
+def _from_to(first: int | None, last: int | None) -> str:
+    return "" if first is None or last is None else f"{memory_text(first)} to {memory_text(last)}"
 
 
 def facts_of(report: BenchReport) -> dict[str, str]:
@@ -136,7 +198,7 @@ def verdict(report: BenchReport) -> str:
     """For each call and framework: our fastest flag and the best peer."""
     said = []
     for group in report.groups():
-        head = f"{group[0].loss} {'x'.join(map(str, group[0].shape))} {group[0].dtype}"
+        head = call_text(*group[0].group)
         frameworks = dict.fromkeys(framework_of(row) for row in group if row.kind == FLAG)
         for framework in frameworks:
             ours, peer = best_flag_of(group, framework), best_peer_of(group, framework)
@@ -174,16 +236,19 @@ def _text_lines(report: BenchReport, width: int) -> Iterator[tuple[str, str]]:
         lines = lines_of(group)
         yield "", ""
         yield heading_of(group, report), "bold"
-        timed = [line for line in lines if line.style != "failed"]
-        cells = [HEADINGS, *(line.cells for line in timed)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        yield _aligned(HEADINGS, widths), "dim"
-        for line in timed:
-            yield _aligned(line.cells, widths), _STYLES[line.style]
+        yield from _table(HEADINGS, [line for line in lines if line.style != "failed"])
         for line in lines:
             if line.note:
                 style = "yellow" if line.style in ("failed", "wrong") else "dim"
                 yield from _wrapped(f"{line.cells[0]}: {line.note}", width, style)
+    growth = growth_tables(report)
+    if growth:
+        yield "", ""
+        yield from _wrapped(f"Growth. {GROWTH_LEGEND}", width)
+    for heading, lines in growth:
+        yield "", ""
+        yield heading, "bold"
+        yield from _table(GROWTH_HEADINGS, lines)
     if report.missing:
         yield "", ""
         yield "Not measured here:", ""
@@ -192,6 +257,13 @@ def _text_lines(report: BenchReport, width: int) -> Iterator[tuple[str, str]]:
     yield "", ""
     for text in verdict(report).splitlines():
         yield text, "bold"
+
+
+def _table(headings: Sequence[str], lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    widths = [max(map(len, column)) for column in zip(headings, *(line.cells for line in lines), strict=True)]
+    yield _aligned(headings, widths), "dim"
+    for line in lines:
+        yield _aligned(line.cells, widths), _STYLES[line.style]
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -215,17 +287,19 @@ def _wrapped(text: str, width: int, style: str = "") -> Iterator[tuple[str, str]
 
 
 def markdown(report: BenchReport) -> str:
-    """The tables as Markdown."""
-    parts = []
-    for group in report.groups():
-        parts += [f"**{heading_of(group, report)}**", ""]
-        parts += ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-        for line in lines_of(group):
-            cells = line.cells
-            if line.style == "failed":
-                cells = (cells[0], line.note, *[""] * (len(HEADINGS) - 2))
-            name = f"**{cells[0]}**" if line.style in ("best", "flag") else cells[0]
-            note = f" ({line.note})" if line.note and line.style != "failed" else ""
-            parts.append("| " + " | ".join([f"{name}{note}", *cells[1:]]).replace("  ", " ") + " |")
-        parts.append("")
-    return "\n".join(parts)
+    """The tables as Markdown, those of growth first: they say what the many after them come to."""
+    growth = [part for heading, lines in growth_tables(report) for part in _markdown(heading, GROWTH_HEADINGS, lines)]
+    calls = [part for g in report.groups() for part in _markdown(heading_of(g, report), HEADINGS, lines_of(g))]
+    return "\n".join([*growth, *calls])
+
+
+def _markdown(heading: str, headings: Sequence[str], lines: Sequence[Line]) -> list[str]:
+    parts = [f"**{heading}**", "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+    for line in lines:
+        cells = line.cells
+        if line.style == "failed":
+            cells = (cells[0], line.note, *[""] * (len(headings) - 2))
+        name = f"**{cells[0]}**" if line.style in ("best", "flag") else cells[0]
+        note = f" ({line.note})" if line.note and line.style != "failed" else ""
+        parts.append("| " + " | ".join([f"{name}{note}", *cells[1:]]).replace("  ", " ") + " |")
+    return [*parts, ""]

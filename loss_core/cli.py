@@ -201,7 +201,10 @@ def make_app() -> Any:
             typer.Option(metavar="DTYPE", help="float32, bfloat16, float16 or float64. Default: float32."),
         ] = None,
         device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cpu or cuda.")] = "cpu",
-        ignored: Annotated[float, typer.Option(metavar="SHARE", help="Share of labels that are ignored.")] = 0.0,
+        ignored: Annotated[
+            list[float] | None,
+            typer.Option(metavar="SHARE", help="Share of labels that are ignored. Default: 0."),
+        ] = None,
         peers: Annotated[
             list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(PEERS)}; all or none. Default: all.")
         ] = None,
@@ -229,7 +232,7 @@ def make_app() -> Any:
 
         Without options: every loss and flag, 2,048 tokens, vocabulary 32,000, hidden size 512.
 
-        May be repeated: --config, --backend, --shape, --workload, --dtype, --peers, --import.
+        May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --peers, --import.
 
         Exit code: 0, or 1 when no flag ran, one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
         """
@@ -241,7 +244,7 @@ def make_app() -> Any:
             tokens=tokens,
             dtypes=dtype or (),
             device=device,
-            ignored=ignored,
+            ignored=ignored or (),
             peers=peers or (),
             tp=tp,
             forward_only=forward_only,

@@ -34,7 +34,7 @@ class BenchOptions:
     tokens: int | None = None
     dtypes: Sequence[str] = ()
     device: str = "cpu"
-    ignored: float = 0.0
+    ignored: Sequence[float] = ()
     peers: Sequence[str] = ()
     tp: int = 1
     forward_only: bool = False
@@ -69,6 +69,8 @@ def run_bench(options: BenchOptions, out: Console, err: Console) -> int:
     peers = _peers(options.peers)
     if options.tune and options.forward_only:
         raise UsageProblem("--tune keeps choices for training steps; leave out --forward-only.")
+    if options.tune and len(options.ignored) > 1:
+        raise UsageProblem("--tune keeps one choice for each shape; give --ignored once.")
     if options.tune and options.tp > 1:
         raise UsageProblem("--tune keeps choices for losses that one process holds whole; leave out --tp.")
     flags = None if not options.backends or "all" in options.backends else list(options.backends)
