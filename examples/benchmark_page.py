@@ -18,7 +18,8 @@ from pathlib import Path
 from loss_core.bench_figures import group_pictures, growth_pictures
 from loss_core.bench_growth import growth_of, series_of
 from loss_core.bench_report import BenchReport
-from loss_core.bench_tables import facts_of, markdown, missing_text, verdict, warnings_of
+from loss_core.bench_tables import facts_of, verdict, warnings_of
+from loss_core.bench_text import markdown, missing_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "BENCHMARKS.md"

@@ -1,12 +1,10 @@
-"""The benchmark as a table: the cells, and how the terminal and Markdown show them."""
+"""The tables of a benchmark: headings, cells and the words around them; `bench_text` shows them."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 from loss_core.bench_growth import SHARE, Series, growth_of, series_of
 from loss_core.bench_report import (
@@ -14,7 +12,6 @@ from loss_core.bench_report import (
     FLOOR,
     BenchReport,
     BenchRow,
-    Missing,
     best_flag_of,
     best_peer_of,
     call_text,
@@ -24,9 +21,6 @@ from loss_core.bench_report import (
     share_text,
 )
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 HEADINGS = ("", "time", "±", "x plain", "x peer", "of floor", "memory", "first call", "loss error", "grad error")
 
 LEGEND = (
@@ -35,12 +29,13 @@ LEGEND = (
     "inputs, gradients included; errors: relative, against float64"
 )
 
-GROWTH_HEADINGS = ("", "x size", "time", "x time", "exponent", "memory", "beside gradients")
+GROWTH_HEADINGS = ("", "x size", "time", "x time", "exponent", "of floor", "memory", "beside gradients")
 
 GROWTH_LEGEND = (
     "x size, x time: the largest over the smallest; exponent: slope of log time over log size by least squares, 1 is "
-    "linear; memory: most held above the inputs, at the smallest and at the largest size, then without the gradients, "
-    "which grow with T or V by their nature"
+    "linear; of floor: floor / time, which load on the machine that changes from call to call moves less; memory: most "
+    "held above the inputs, then without the gradients, which grow with T or V by their nature; to: from the smallest "
+    "size to the largest"
 )
 
 
@@ -74,7 +69,7 @@ def lines_of(group: Sequence[BenchRow]) -> list[Line]:
             "" if row.spread is None else f"{row.spread:.0%}",
             _ratio(row.seconds, plain.seconds if plain else None),
             _ratio(row.seconds, peer.seconds if peer else None),
-            f"{floor / row.seconds:.0%}" if floor and row.seconds else "",
+            _percent(floor, row.seconds),
             "" if row.kind == "floor" else memory_text(row.peak),
             "" if row.kind == "floor" else time_text(row.first_call),
             error_text(row.loss_error),
@@ -134,15 +129,21 @@ def growth_tables(report: BenchReport) -> list[tuple[str, list[Line]]]:
         lines = []
         for growth in growth_of(series):
             first, last = growth.first, growth.last
-            is_floor = first.kind == FLOOR
+            beside = "", "", ""
+            if first.kind != FLOOR:
+                shares = [_floor_share(row, series) for row in (first, last)]
+                beside = (
+                    " to ".join(shares) if all(shares) else "",
+                    _from_to(first.peak, last.peak),
+                    _from_to(first.working, last.working),
+                )
             cells = (
                 first.implementation,
                 f"{growth.size_factor:.3g}",
                 f"{time_text(first.seconds)} to {time_text(last.seconds)}",
                 f"{growth.time_factor:.3g}",
                 f"{growth.exponent:.2f}",
-                "" if is_floor else _from_to(first.peak, last.peak),
-                "" if is_floor else _from_to(first.working, last.working),
+                *beside,
             )
             lines.append(Line(cells, "", first.kind))
         if lines:
@@ -166,6 +167,14 @@ def series_heading(series: Series, report: BenchReport) -> str:
 def size_text(size: float, axis: str) -> str:
     """A size along an axis."""
     return share_text(size) if axis == SHARE else f"{size:,.0f}"
+
+
+def _floor_share(row: BenchRow, series: Series) -> str:
+    return _percent(floor_of(other for other in series.rows if other.group == row.group), row.seconds)
+
+
+def _percent(floor: float | None, seconds: float | None) -> str:
+    return f"{floor / seconds:.0%}" if floor and seconds else ""
 
 
 def _from_to(first: int | None, last: int | None) -> str:
@@ -210,96 +219,3 @@ def verdict(report: BenchReport) -> str:
                 text += f", {ours.seconds / peer.seconds:.2f} of {peer.implementation}'s {time_text(peer.seconds)}"
             said.append(text)
     return "\n".join(said)
-
-
-_STYLES = {"floor": "dim", "best": "bold green", "flag": "green", "peer": "", "wrong": "bold red", "failed": "yellow"}
-
-
-def print_bench(console: Console, report: BenchReport) -> None:
-    """The whole report on a terminal."""
-    for text, style in _text_lines(report, max(console.width - 1, 40)):
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def bench_text(report: BenchReport, width: int = 119) -> str:
-    """The whole report as plain text."""
-    return "\n".join(text for text, _ in _text_lines(report, width))
-
-
-def _text_lines(report: BenchReport, width: int) -> Iterator[tuple[str, str]]:
-    """Lines and their styles. Tables are not wrapped: they are read by their columns."""
-    yield from _wrapped(" · ".join(f"{name} {value}" for name, value in facts_of(report).items()), width)
-    for warning in warnings_of(report):
-        yield from _wrapped(warning, width, "yellow")
-    yield from _wrapped(LEGEND, width)
-    for group in report.groups():
-        lines = lines_of(group)
-        yield "", ""
-        yield heading_of(group, report), "bold"
-        yield from _table(HEADINGS, [line for line in lines if line.style != "failed"])
-        for line in lines:
-            if line.note:
-                style = "yellow" if line.style in ("failed", "wrong") else "dim"
-                yield from _wrapped(f"{line.cells[0]}: {line.note}", width, style)
-    growth = growth_tables(report)
-    if growth:
-        yield "", ""
-        yield from _wrapped(f"Growth. {GROWTH_LEGEND}", width)
-    for heading, lines in growth:
-        yield "", ""
-        yield heading, "bold"
-        yield from _table(GROWTH_HEADINGS, lines)
-    if report.missing:
-        yield "", ""
-        yield "Not measured here:", ""
-        for missing in report.missing:
-            yield from _wrapped(f"  {missing_text(missing)}", width)
-    yield "", ""
-    for text in verdict(report).splitlines():
-        yield text, "bold"
-
-
-def _table(headings: Sequence[str], lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
-    widths = [max(map(len, column)) for column in zip(headings, *(line.cells for line in lines), strict=True)]
-    yield _aligned(headings, widths), "dim"
-    for line in lines:
-        yield _aligned(line.cells, widths), _STYLES[line.style]
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *rest]).rstrip()
-
-
-def missing_text(missing: Missing) -> str:
-    """Why something was not measured, and the line that installs it."""
-    install = f": {missing.install}" if missing.install and missing.install not in missing.reason else ""
-    return f"{missing.name}: {missing.reason}{install}"
-
-
-def _wrapped(text: str, width: int, style: str = "") -> Iterator[tuple[str, str]]:
-    for line in textwrap.wrap(
-        text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    ):  # fmt: skip
-        yield line, style
-
-
-def markdown(report: BenchReport) -> str:
-    """The tables as Markdown, those of growth first: they say what the many after them come to."""
-    growth = [part for heading, lines in growth_tables(report) for part in _markdown(heading, GROWTH_HEADINGS, lines)]
-    calls = [part for g in report.groups() for part in _markdown(heading_of(g, report), HEADINGS, lines_of(g))]
-    return "\n".join([*growth, *calls])
-
-
-def _markdown(heading: str, headings: Sequence[str], lines: Sequence[Line]) -> list[str]:
-    parts = [f"**{heading}**", "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-    for line in lines:
-        cells = line.cells
-        if line.style == "failed":
-            cells = (cells[0], line.note, *[""] * (len(headings) - 2))
-        name = f"**{cells[0]}**" if line.style in ("best", "flag") else cells[0]
-        note = f" ({line.note})" if line.note and line.style != "failed" else ""
-        parts.append("| " + " | ".join([f"{name}{note}", *cells[1:]]).replace("  ", " ") + " |")
-    return [*parts, ""]

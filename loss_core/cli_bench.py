@@ -11,7 +11,7 @@ from loss_core.backend import BackendUnavailable
 from loss_core.bench import bench
 from loss_core.bench_peers import PEERS
 from loss_core.bench_report import BenchReport
-from loss_core.bench_tables import print_bench
+from loss_core.bench_text import print_bench
 from loss_core.bench_tune import choices_of
 from loss_core.choices import store_choices
 from loss_core.cli_configs import UsageProblem, closest, read_configs

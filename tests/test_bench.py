@@ -31,7 +31,8 @@ from loss_core.bench_job import BLOCK, Job, Tiled, input_bytes, make_inputs, sam
 from loss_core.bench_peers import PEERS, Peer
 from loss_core.bench_process import WorkerFailed, WorkerProcess
 from loss_core.bench_report import BenchReport, BenchRow, Missing, best_flag_of, best_peer_of
-from loss_core.bench_tables import HEADINGS, bench_text, lines_of, markdown, time_text, verdict, warnings_of
+from loss_core.bench_tables import HEADINGS, lines_of, time_text, verdict, warnings_of
+from loss_core.bench_text import bench_text, markdown
 from loss_core.bench_tune import choices_of
 from loss_core.workloads import WORKLOADS, Workload
 

@@ -14,7 +14,8 @@ from loss_core.bench_growth import SHARE, T, V, exponent, growth_of, series_of
 from loss_core.bench_html import bench_page
 from loss_core.bench_job import Job, gradient_bytes
 from loss_core.bench_report import BenchReport, BenchRow, share_text
-from loss_core.bench_tables import bench_text, growth_tables, markdown, series_heading
+from loss_core.bench_tables import growth_tables, series_heading
+from loss_core.bench_text import bench_text, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"name": "KDLoss"}
@@ -126,11 +127,11 @@ def test_wrong_and_failed_rows_are_left_out():
 
 
 def grown() -> BenchReport:
-    """Times that are linear in T, memory that is flat but for the gradients."""
+    """Times that are linear in T, memory that is flat but for the gradients; a floor that is not linear."""
     mib = 2**20
     rows = []
-    for t in (64, 256, 1024):
-        rows += [row(t / 1e4, (t, 1000), "floor")]
+    for t, floor in ((64, 6.4e-3), (256, 36e-3), (1024, 204.8e-3)):
+        rows += [row(floor, (t, 1000), "floor")]
         rows += [row(t / 1e3, (t, 1000), peak=(t + 20) * mib, gradients=t * mib, ignored=0.0)]
     return BenchReport(rows=rows, settings={"forward_only": False})
 
@@ -139,8 +140,17 @@ def test_the_table_shows_time_exponent_and_memory_of_both_ends():
     ((heading, lines),) = growth_tables(grown())
     assert heading == "KDLoss, float32, forward + backward: over T, 64 to 1,024, at V = 1,000"
     assert [line.cells for line in lines] == [
-        ("floor", "16", "6.40 ms to 102 ms", "16", "1.00", "", ""),
-        ("torch:eager", "16", "64.0 ms to 1.02 s", "16", "1.00", "84 MiB to 1,044 MiB", "20 MiB to 20 MiB"),
+        ("floor", "16", "6.40 ms to 205 ms", "32", "1.25", "", "", ""),
+        (
+            "torch:eager",
+            "16",
+            "64.0 ms to 1.02 s",
+            "16",
+            "1.00",
+            "10% to 20%",
+            "84 MiB to 1,044 MiB",
+            "20 MiB to 20 MiB",
+        ),
     ]
 
 
@@ -155,7 +165,9 @@ def test_terminal_page_and_markdown_hold_table_and_picture():
     report = grown()
     row_text = "64.0 ms to 1.02 s"
     assert row_text in bench_text(report)
-    assert "| **torch:eager** | 16 | 64.0 ms to 1.02 s | 16 | 1.00 | 84 MiB to 1,044 MiB" in markdown(report)
+    assert "| **torch:eager** | 16 | 64.0 ms to 1.02 s | 16 | 1.00 | 10% to 20% | 84 MiB to 1,044 MiB" in markdown(
+        report
+    )
     page = bench_page(report)
     assert row_text in page
     # Time and memory of each call, and one picture of growth.
