@@ -51,6 +51,7 @@ def bench(
     ignored: float | Sequence[float] = 0.0,
     peers: Sequence[str] | None = None,
     tp: int = 1,
+    count_known: bool = False,
     forward_only: bool = False,
     rounds: int = 7,
     threads: int | None = None,
@@ -78,6 +79,9 @@ def bench(
         tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
             a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
             A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
+        count_known: give our fused loss the number of labels that count, as num_valid_tokens, as a caller who knows it
+            does: without it, tokens that are ignored take part in products under jit and on accelerators. Peers have no
+            such argument.
         forward_only: the loss alone, without gradients.
         rounds: how often each implementation is asked, in a new order each time.
         threads: of each process; None for all cores.
@@ -98,12 +102,13 @@ def bench(
     shares = list(dict.fromkeys([ignored] if isinstance(ignored, int | float) else ignored)) or [0.0]
     _check(shapes, dtypes, shares, rounds)
     _check_ranks(tp, device)
+    _check_count(count_known, losses, tp)
     threads = _num_cores() if threads is None else threads
     report = BenchReport(
         versions={"loss-core": __version__, "python": platform.python_version(), "numpy": np.__version__},
         settings={
             "device": device, "ignored": shares, "forward_only": forward_only, "rounds": rounds, "threads": threads,
-            "seed": seed, "tp": tp,
+            "seed": seed, "tp": tp, "count_known": count_known,
         },
         machine=describe_machine(),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -116,6 +121,7 @@ def bench(
         "forward_only": forward_only,
         "imports": tuple(imports),
         "tp": tp,
+        "count_known": count_known,
     }
     jobs = [
         (name, Job(loss.to_dict(), shape, dtype, ignored=share, **how))
@@ -186,6 +192,15 @@ def _check_ranks(tp: int, device: str) -> None:
     if tp > 1 and ":" in device:
         kind = device.partition(":")[0]
         raise ValueError(f"device {device!r} is one device, and tp={tp} takes {tp}: name the kind alone, {kind!r}.")
+
+
+def _check_count(count_known: bool, losses: Sequence[LossConfig], tp: int) -> None:
+    if not count_known:
+        return
+    if others := [type(loss).__name__ for loss in losses if not isinstance(loss, FusedLinearCEConfig)]:
+        raise ValueError(f"count_known is for FusedLinearCrossEntropy alone: {others[0]} takes no num_valid_tokens.")
+    if tp > 1:
+        raise ValueError(f"count_known is for a vocabulary that one process holds whole, not for tp={tp}.")
 
 
 def _num_cores() -> int:

@@ -55,6 +55,7 @@ class Job:
         forward_only: the loss alone, without gradients.
         imports: modules that register losses of the user's own.
         tp: ranks that share the vocabulary; 1 for one process that holds it whole.
+        count_known: whether our fused loss is told as num_valid_tokens how many labels count.
     """
 
     config: Mapping[str, Any]
@@ -66,6 +67,7 @@ class Job:
     forward_only: bool = False
     imports: tuple[str, ...] = field(default=())
     tp: int = 1
+    count_known: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a message to a worker."""
@@ -153,6 +155,13 @@ class Tiled:
         """Some rows of an array of two dimensions, without the others."""
         width = self.shape[1]
         return np.take(self.block, indices[:, None] * width + np.arange(width), mode="wrap")
+
+
+def known_count(job: Job, labels: NDArray[np.int64]) -> dict[str, int]:
+    """What our fused loss is given besides arrays: num_valid_tokens of these labels, where the job says so."""
+    if not job.count_known:
+        return {}
+    return {"num_valid_tokens": int((labels != int(getattr(job.loss_config(), "ignore_index", -100))).sum())}
 
 
 def sampled_tokens(job: Job) -> NDArray[np.int64]:

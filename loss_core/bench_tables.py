@@ -145,7 +145,9 @@ def growth_tables(report: BenchReport) -> list[tuple[str, list[Line]]]:
                 f"{growth.exponent:.2f}",
                 *beside,
             )
-            lines.append(Line(cells, "", first.kind))
+            # The floor's note is the rates of one call.
+            note = first.note if first.kind != FLOOR and first.note == last.note else ""
+            lines.append(Line(cells, note, first.kind))
         if lines:
             made.append((series_heading(series, report), lines))
     return made

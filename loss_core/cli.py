@@ -211,6 +211,9 @@ def make_app() -> Any:
         tp: Annotated[
             int, typer.Option(metavar="N", min=1, help="Ranks that share the vocabulary, started and ended by bench.")
         ] = 1,
+        count_known: Annotated[
+            bool, typer.Option("--count-known", help="Tell the fused loss how many labels count: num_valid_tokens.")
+        ] = False,
         forward_only: Annotated[bool, typer.Option("--forward-only", help="The loss alone, no gradients.")] = False,
         rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each is asked.")] = 7,
         threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of each process.")] = None,
@@ -247,6 +250,7 @@ def make_app() -> Any:
             ignored=ignored or (),
             peers=peers or (),
             tp=tp,
+            count_known=count_known,
             forward_only=forward_only,
             rounds=rounds,
             threads=threads,

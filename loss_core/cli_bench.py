@@ -37,6 +37,7 @@ class BenchOptions:
     ignored: Sequence[float] = ()
     peers: Sequence[str] = ()
     tp: int = 1
+    count_known: bool = False
     forward_only: bool = False
     rounds: int = 7
     threads: int | None = None
@@ -86,6 +87,7 @@ def run_bench(options: BenchOptions, out: Console, err: Console) -> int:
                 ignored=options.ignored,
                 peers=peers,
                 tp=options.tp,
+                count_known=options.count_known,
                 forward_only=options.forward_only,
                 rounds=options.rounds,
                 threads=options.threads,

@@ -289,6 +289,8 @@ def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monk
         ({"ignored": 1.0}, ValueError, "ignored must be a share"),
         ({"ignored": [0.5, -0.1]}, ValueError, r"ignored must be a share in \[0, 1\), got -0.1"),
         ({"rounds": 0}, ValueError, "rounds must be >= 1"),
+        ({"count_known": True}, ValueError, "count_known is for FusedLinearCrossEntropy alone: KDLossConfig"),
+        ({"config": "FusedLinearCrossEntropy", "count_known": True, "tp": 2}, ValueError, "not for tp=2"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_is_started(options, error, text):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, unregister_loss
 from loss_core.bench import bench
 from loss_core.bench_figures import growth_pictures
 from loss_core.bench_growth import SHARE, T, V, exponent, growth_of, series_of
@@ -132,12 +134,14 @@ def grown() -> BenchReport:
     rows = []
     for t, floor in ((64, 6.4e-3), (256, 36e-3), (1024, 204.8e-3)):
         rows += [row(floor, (t, 1000), "floor")]
-        rows += [row(t / 1e3, (t, 1000), peak=(t + 20) * mib, gradients=t * mib, ignored=0.0)]
+        rows[-1].note = "at 9 GB/s copied"
+        rows += [row(t / 1e3, (t, 1000), peak=(t + 20) * mib, gradients=t * mib, note="runs torch:eager")]
     return BenchReport(rows=rows, settings={"forward_only": False})
 
 
 def test_the_table_shows_time_exponent_and_memory_of_both_ends():
     ((heading, lines),) = growth_tables(grown())
+    assert [line.note for line in lines] == ["", "runs torch:eager"]
     assert heading == "KDLoss, float32, forward + backward: over T, 64 to 1,024, at V = 1,000"
     assert [line.cells for line in lines] == [
         ("floor", "16", "6.40 ms to 205 ms", "32", "1.25", "", "", ""),
@@ -165,8 +169,9 @@ def test_terminal_page_and_markdown_hold_table_and_picture():
     report = grown()
     row_text = "64.0 ms to 1.02 s"
     assert row_text in bench_text(report)
-    assert "| **torch:eager** | 16 | 64.0 ms to 1.02 s | 16 | 1.00 | 10% to 20% | 84 MiB to 1,044 MiB" in markdown(
-        report
+    assert (
+        "| **torch:eager** (runs torch:eager) | 16 | 64.0 ms to 1.02 s | 16 | 1.00 | 10% to 20% | 84 MiB to 1,044 MiB"
+        in markdown(report)
     )
     page = bench_page(report)
     assert row_text in page
@@ -224,3 +229,47 @@ def test_several_shares_are_several_calls():
     assert "MaskedCrossEntropy, 64 x 100, float32, forward + backward, 75% ignored" in bench_text(report)
     assert "MaskedCrossEntropy 64x100 float32, 50% ignored: torch:eager" in bench_text(report)
     assert BenchReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_count_that_is_known_reaches_our_fused_loss_and_no_peer(tmp_path, monkeypatch, known):
+    # A loss of one's own that counts how often it is told, in place of a time, which shows nothing on a small call.
+    (tmp_path / "told_losses.py").write_text(TOLD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told = importlib.import_module("told_losses")
+    try:
+        report = bench(told.ToldConfig(reduction="mean"), ["torch:eager", "jax:xla"], shapes=[(300, 50, 8)],
+                       peers=["plain-torch", "plain-jax"], ignored=0.5, count_known=known, imports=["told_losses"],
+                       rounds=1, threads=1)  # fmt: skip
+    finally:
+        unregister_loss("Told")
+        del sys.modules["told_losses"]
+    rows = {row.implementation: row for row in report.rows}
+    assert report.settings["count_known"] is known
+    for flag in ("torch:eager", "jax:xla"):
+        assert rows[flag].error == ("" if known else "AssertionError: told None"), flag
+        assert not known or ("num_valid_tokens" in rows[flag].note and not rows[flag].wrong)
+    for peer in ("plain-torch", "plain-jax"):
+        assert (rows[peer].error, rows[peer].note) == ("", "")
+
+
+TOLD = """
+from dataclasses import dataclass
+from loss_core import FusedLinearCEConfig, register_loss
+
+@dataclass
+class ToldConfig(FusedLinearCEConfig):
+    pass
+
+def told(backend):
+    def build(config):
+        right = FusedLinearCEConfig(reduction="mean").build(backend=backend)
+        def loss(*, num_valid_tokens=None, labels, **arrays):
+            # Half of the labels of the call, and of the smaller one that is compared with float64.
+            assert num_valid_tokens == len(labels) // 2, f"told {num_valid_tokens}"
+            return right(labels=labels, num_valid_tokens=num_valid_tokens, **arrays)
+        return loss
+    return build
+
+register_loss("Told", ToldConfig, {"torch": told("torch:eager"), "jax": told("jax:xla")})
+"""
