@@ -278,7 +278,7 @@ class FloorRunner:
         for hidden_TH, weight_VH in self.products:
             operations = 2 * hidden_TH.numel() * weight_VH.shape[0]
             # The floor is that of the machine, not of the library that PyTorch takes.
-            for multiply in (torch.mm, Products(hidden_TH.dtype, self.device).new):
+            for multiply in (torch.mm, Products(hidden_TH.dtype, hidden_TH.device).new):
                 step = functools.partial(multiply, hidden_TH, weight_VH.T)
                 rates.append(operations / self._fastest(step, budget, most))
         return {"copy_rate": moved / copying, "product_rate": max(rates)}
