@@ -516,6 +516,10 @@ def test_the_command_prints_writes_and_tunes(tmp_path, monkeypatch):
         (["--ignored", "0.5", "--ignored", "2"], "ignored must be a share"),
         (["--tune", "--forward-only"], "leave out --forward-only"),
         (["--tune", "--tp", "2"], "leave out --tp"),
+        (
+            ["--count-known", "--config", "KDLoss", "--shape", "8,10", "--rounds", "1"],
+            "count_known is for FusedLinearCrossEntropy alone",
+        ),
         (["--tune", "--ignored", "0", "--ignored", "0.5"], "give --ignored once"),
         (["--tp", "2", "--device", "cuda:1"], "name the kind alone, 'cuda'"),
         (["--json", "/nowhere/r.json"], "there is no folder /nowhere"),
