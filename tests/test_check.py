@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core.check import assert_backends_agree, check, compare
 from loss_core_jax import cross_entropy, distillation, reduction
-from loss_core_torch import autograd, block_logits, checks, eager, eager_linear, eager_logits, module_logits
+from loss_core_torch import (
+    autograd,
+    block_logits,
+    checks,
+    eager,
+    eager_linear,
+    eager_logits,
+    module_logits,
+)
 from loss_core_torch import reduction as torch_reduction
 from loss_core_torch.products import Products
 
@@ -151,7 +159,13 @@ def strides_of_a_contiguous_tensor(patch):
 
 @bug("MaskedCrossEntropy", "nan-where-ignored")
 def ignored_rows_multiplied_by_zero(patch):
+    patch(eager_logits, "counted_places", lambda keep, *tensors: None)
     patch(eager_logits, "some_ignored", lambda keep: False)
+
+
+@bug("MaskedCrossEntropy", "nan-where-ignored")
+def ignored_rows_taken_with_the_others(patch):
+    patch(eager_logits, "counted_places", lambda keep, *tensors: torch.arange(keep.numel()))
 
 
 @bug("MaskedCrossEntropy", "basic", "bfloat16")
