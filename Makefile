@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types kernels gpu benchmarks check-wheel clean
+.PHONY: help setup demo test lint format types kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,24 @@ kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 
 gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
 	$(PY) examples/gpu_session.py
+
+# Each size over a factor of 16, the others fixed: small enough for two cores, and with the fewest tokens torch's block of
+# 48 MiB of logits is full, so that its memory has nothing left to grow by.
+GROWTH := $(VENV)/bin/loss-core bench --peers none --rounds 3
+BOTH := --backend torch:eager --backend jax:xla
+FUSED := --config FusedLinearCrossEntropy
+LOGITS := --config MaskedCrossEntropy --config KDLoss
+SHARES := $(foreach share,0 0.5 0.75 0.875 0.9375,--ignored $(share))
+RESULT := --json examples/benchmarks/cpu-growth
+
+growth: setup ## how time and memory grow with T, V and the share that counts; 6 quiet minutes, then: make benchmarks
+	$(GROWTH) $(BOTH) $(FUSED) $(foreach t,512 1024 2048 4096 8192,--shape $(t),32000,256) $(RESULT)-fused-tokens.json
+	$(GROWTH) $(BOTH) $(FUSED) $(foreach v,2048 4096 8192 16384 32768,--shape 1024,$(v),256) $(RESULT)-fused-vocab.json
+	$(GROWTH) $(BOTH) $(FUSED) --shape 4096,8192,256 $(SHARES) $(RESULT)-fused-share.json
+	$(GROWTH) --backend jax:xla $(FUSED) --shape 4096,8192,256 $(SHARES) --count-known $(RESULT)-fused-share-known.json
+	$(GROWTH) $(BOTH) $(LOGITS) $(foreach t,128 512 2048,--shape $(t),32000) $(RESULT)-logits-tokens.json
+	$(GROWTH) $(BOTH) $(LOGITS) $(foreach v,2000 8000 32000,--shape 1024,$(v)) $(RESULT)-logits-vocab.json
+	$(GROWTH) $(BOTH) $(LOGITS) --shape 1024,32000 $(foreach s,0 0.75 0.9375,--ignored $(s)) $(RESULT)-logits-share.json
 
 benchmarks: setup ## write the tables and pictures of BENCHMARKS.md from examples/benchmarks/*.json
 	$(PY) examples/benchmark_page.py

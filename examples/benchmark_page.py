@@ -4,7 +4,8 @@
     python examples/benchmark_page.py --check    # exit code 1 where the page is not what the results say
 
 A result is the JSON of one `loss-core bench --json`. Each becomes a section between the two marks of the page, with
-its command, device, versions and date, and one picture per call beside the JSON.
+its command, device, versions and date. Pictures lie beside the JSON: a pair for each call, or, for three or more
+calls that differ in one size alone, one of how time and memory grow over it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loss_core.bench_figures import group_pictures, growth_pictures
+from loss_core.bench_growth import growth_of, series_of
 from loss_core.bench_report import BenchReport
-from loss_core.bench_tables import facts_of, markdown, missing_text, verdict, warnings_of
+from loss_core.bench_tables import facts_of, verdict, warnings_of
+from loss_core.bench_text import markdown, missing_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "BENCHMARKS.md"
@@ -39,8 +42,11 @@ def section(name: str, report: BenchReport, pictures: Sequence[tuple[str, str]])
 
 def drawn(name: str, report: BenchReport) -> Iterator[tuple[str, Path, str]]:
     """Title, file and SVG of each picture."""
-    groups = [picture for group in report.groups() for picture in group_pictures(group, file=True)]
-    for index, picture in enumerate([*groups, *growth_pictures(report, file=True)]):
+    # Of many calls along one axis the growth is the picture; a pair for each of them would bury it.
+    along = {row.group for series in series_of(report) if growth_of(series) for row in series.rows}
+    groups = [group for group in report.groups() if group[0].group not in along]
+    alone = [picture for group in groups for picture in group_pictures(group, file=True)]
+    for index, picture in enumerate([*alone, *growth_pictures(report, file=True)]):
         yield picture.title, RESULTS / f"{name}-{index}.svg", picture.svg
 
 

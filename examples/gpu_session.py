@@ -25,7 +25,8 @@ from loss_core import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCross
 from loss_core.backend import all_flags, flag_status
 from loss_core.bench import bench
 from loss_core.bench_report import BenchReport, BenchRow, best_flag_of, best_peer_of, floor_of
-from loss_core.bench_tables import bench_text, memory_text, time_text
+from loss_core.bench_tables import memory_text, time_text
+from loss_core.bench_text import bench_text
 from loss_core.check import check
 from loss_core.report import Report
 

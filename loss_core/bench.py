@@ -26,7 +26,7 @@ from loss_core.backend import AUTO, BackendUnavailable, all_flags, flag_status, 
 from loss_core.bench_job import Job, kind_of
 from loss_core.bench_machine import describe_machine
 from loss_core.bench_peers import PEERS
-from loss_core.bench_report import BenchReport, BenchRow, Missing
+from loss_core.bench_report import BenchReport, BenchRow, Missing, call_text
 from loss_core.bench_run import Progress, Run
 from loss_core.build import LOSS_CONFIG_REGISTRY
 from loss_core.calls import distinct_names
@@ -48,9 +48,10 @@ def bench(
     workloads: Sequence[Workload] = (),
     dtypes: Sequence[str] = ("float32",),
     device: str = "cpu",
-    ignored: float = 0.0,
+    ignored: float | Sequence[float] = 0.0,
     peers: Sequence[str] | None = None,
     tp: int = 1,
+    count_known: bool = False,
     forward_only: bool = False,
     rounds: int = 7,
     threads: int | None = None,
@@ -73,11 +74,14 @@ def bench(
             their softcap as well.
         dtypes: of the inputs, such as "bfloat16".
         device: "cpu", "cuda", "cuda:1".
-        ignored: share of labels that are ignore_index, in [0, 1).
+        ignored: share of labels that are ignore_index, in [0, 1); each of several makes calls of its own.
         peers: names of `loss_core.bench_peers.PEERS`; None for all that are installed, () for none.
         tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
             a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
             A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
+        count_known: give our fused loss the number of labels that count, as num_valid_tokens, as a caller who knows it
+            does: without it, tokens that are ignored take part in products under jit and on accelerators. Peers have no
+            such argument.
         forward_only: the loss alone, without gradients.
         rounds: how often each implementation is asked, in a new order each time.
         threads: of each process; None for all cores.
@@ -95,14 +99,16 @@ def bench(
     """
     start = time.perf_counter()
     losses = _losses(config)
-    _check(shapes, dtypes, ignored, rounds)
+    shares = list(dict.fromkeys([ignored] if isinstance(ignored, int | float) else ignored)) or [0.0]
+    _check(shapes, dtypes, shares, rounds)
     _check_ranks(tp, device)
+    _check_count(count_known, losses, tp)
     threads = _num_cores() if threads is None else threads
     report = BenchReport(
         versions={"loss-core": __version__, "python": platform.python_version(), "numpy": np.__version__},
         settings={
-            "device": device, "ignored": ignored, "forward_only": forward_only, "rounds": rounds, "threads": threads,
-            "seed": seed, "tp": tp,
+            "device": device, "ignored": shares, "forward_only": forward_only, "rounds": rounds, "threads": threads,
+            "seed": seed, "tp": tp, "count_known": count_known,
         },
         machine=describe_machine(),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -111,23 +117,25 @@ def bench(
     chosen_peers = _peers(peers, tp, report)
     how: dict[str, Any] = {
         "device": device,
-        "ignored": ignored,
         "seed": seed,
         "forward_only": forward_only,
         "imports": tuple(imports),
         "tp": tp,
+        "count_known": count_known,
     }
     jobs = [
-        (name, Job(loss.to_dict(), shape, dtype, **how))
+        (name, Job(loss.to_dict(), shape, dtype, ignored=share, **how))
         for name, loss, shape in _calls(losses, shapes, workloads)
         for dtype in dtypes
+        for share in shares
     ]
     run = Run(report, threads, timeout, None if time_limit is None else start + time_limit, seed, progress)
     run.total = len(jobs) * (rounds + 1)
     try:
         for index, (name, job) in enumerate(jobs):
             if index and run.late():
-                report.missing.append(Missing(f"{name} {job.shape} {job.dtype}", "the time limit was reached"))
+                call = call_text(name, job.shape, job.dtype, job.ignored)
+                report.missing.append(Missing(call, "the time limit was reached"))
                 continue
             run.group(name, job, flags, chosen_peers, rounds)
             report.seconds = time.perf_counter() - start
@@ -165,14 +173,15 @@ def _named(name: str) -> LossConfig:
     return loss
 
 
-def _check(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], ignored: float, rounds: int) -> None:
+def _check(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], shares: Sequence[float], rounds: int) -> None:
     for shape in shapes:
         if len(shape) not in (2, 3) or not all(isinstance(n, int) and n >= 1 for n in shape):
             raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
     for dtype in dtypes:
         float_format(dtype)
-    if not 0 <= ignored < 1:
-        raise ValueError(f"ignored must be a share in [0, 1), got {ignored}.")
+    for share in shares:
+        if not 0 <= share < 1:
+            raise ValueError(f"ignored must be a share in [0, 1), got {share}.")
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}.")
 
@@ -183,6 +192,15 @@ def _check_ranks(tp: int, device: str) -> None:
     if tp > 1 and ":" in device:
         kind = device.partition(":")[0]
         raise ValueError(f"device {device!r} is one device, and tp={tp} takes {tp}: name the kind alone, {kind!r}.")
+
+
+def _check_count(count_known: bool, losses: Sequence[LossConfig], tp: int) -> None:
+    if not count_known:
+        return
+    if others := [type(loss).__name__ for loss in losses if not isinstance(loss, FusedLinearCEConfig)]:
+        raise ValueError(f"count_known is for FusedLinearCrossEntropy alone: {others[0]} takes no num_valid_tokens.")
+    if tp > 1:
+        raise ValueError(f"count_known is for a vocabulary that one process holds whole, not for tp={tp}.")
 
 
 def _num_cores() -> int:

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark: time beside the floor, memory against time, time over T and over V."""
+"""The pictures of a benchmark: time beside the floor, memory against time, growth over sizes."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loss_core.bench_growth import Series, series_of, size_of
 from loss_core.bench_report import FLAG, FLOOR, BenchReport, BenchRow, floor_of
-from loss_core.bench_tables import time_text
+from loss_core.bench_tables import series_heading, size_text, time_text
 from loss_core.page import blank_figure, svg_of
 
 # Colour-blind safe (Okabe & Ito). Ours is blue, a peer grey: the eye finds what the page is about.
@@ -42,21 +43,13 @@ def group_pictures(group: Sequence[BenchRow], *, file: bool = False) -> list[Pic
 
 
 def growth_pictures(report: BenchReport, *, file: bool = False) -> list[Picture]:
-    """Time and memory over T and over V, for losses measured at several of them, all other sizes equal."""
-    made = []
-    for axis, name in ((0, "T"), (1, "V")):
-        series: dict[tuple[Any, ...], list[list[BenchRow]]] = {}
-        for group in report.groups():
-            row = group[0]
-            others = tuple(size for i, size in enumerate(row.shape) if i != axis)
-            series.setdefault((str(row.config.get("name")), row.dtype, others), []).append(group)
-        for (loss, dtype, others), groups in series.items():
-            if len({group[0].shape[axis] for group in groups}) < 2:
-                continue
-            fixed = " x ".join(f"{n:,}" for n in others)
-            title = f"{loss}, {dtype}: over {name}, at {'VT'[axis]} {'x H ' if len(others) > 1 else ''}= {fixed}"
-            made.append(Picture(title, "both axes logarithmic", _growth_picture(groups, axis, name, file)))
-    return made
+    """Time and memory of each series of calls that differ in one size alone."""
+    words = (
+        "both axes logarithmic, a decade as long up as along; dashed grey: linear; dashed below: without the gradients"
+    )
+    return [
+        Picture(series_heading(series, report), words, _growth_picture(series, file)) for series in series_of(report)
+    ]
 
 
 def _colour(row: BenchRow) -> str:
@@ -103,23 +96,22 @@ def _memory_picture(rows: Sequence[BenchRow], floor: float | None, file: bool) -
         if floor:
             axes.axvline(floor / unit, color=_WRONG, linewidth=1.4)
         axes.margins(x=0.25, y=0.15)
-        _number_axes(axes)
+        for line in (axes.xaxis, axes.yaxis):
+            _number_axis(line)
         axes.set_xlabel(f"{name} per call (red: the floor)")
         axes.set_ylabel("MiB above the inputs")
         _plain(axes)
         return svg_of(figure, file=file)
 
 
-def _growth_picture(groups: Sequence[Sequence[BenchRow]], axis: int, name: str, file: bool) -> str:
-    names = list(dict.fromkeys(row.implementation for group in groups for row in group if row.seconds))
-    with blank_figure(6.2, 5.4) as figure:
+def _growth_picture(series: Series, file: bool) -> str:
+    axis = series.axis
+    with blank_figure(6.2, 6.4) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
+        names = series.implementations
         for i, implementation in enumerate(names):
-            rows = sorted(
-                (r for group in groups for r in group if r.implementation == implementation and r.seconds),
-                key=lambda r: r.shape[axis],
-            )
-            sizes = [row.shape[axis] for row in rows]
+            rows = series.of(implementation)
+            sizes = [size_of(row, axis) for row in rows]
             is_floor = implementation == FLOOR
             style: dict[str, Any] = {
                 "color": _WRONG if is_floor else _LINES[i % len(_LINES)],
@@ -129,18 +121,37 @@ def _growth_picture(groups: Sequence[Sequence[BenchRow]], axis: int, name: str, 
             }
             above.plot(sizes, [(row.seconds or 0.0) * 1e3 for row in rows], label=implementation, **style)
             if not is_floor:
-                below.plot(sizes, [max((row.peak or 0) / 2**20, 1.0) for row in rows], **style)
+                below.plot(sizes, [_mebibytes(row.peak) for row in rows], **style)
+            if not is_floor and all(row.gradients for row in rows):
+                below.plot(sizes, [_mebibytes(row.working) for row in rows], **style | {"linestyle": "--"})
+        # Through the largest size, where what a call costs whatever its size weighs least.
+        last = series.of(next((name for name in names if name != FLOOR), names[0]))[-1]
+        line = [(last.seconds or 0.0) * 1e3 * size / size_of(last, axis) for size in series.sizes]
+        above.plot(series.sizes, line, label="linear", color="#8a94a6", linestyle="--", linewidth=1.0, zorder=1)
         for axes, label in ((above, "ms per call"), (below, "MiB above the inputs")):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            _widen(axes, series.sizes[-1] / series.sizes[0])
+            _number_axis(axes.yaxis)
             axes.set_ylabel(label)
             _plain(axes)
-        ticks = sorted({group[0].shape[axis] for group in groups})
-        below.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        below.set_xticks(series.sizes, [size_text(size, axis) for size in series.sizes])
         below.minorticks_off()
-        below.set_xlabel(name)
+        below.set_xlabel(axis)
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
         return svg_of(figure, file=file)
+
+
+def _mebibytes(size: int | None) -> float:
+    """At least 1, for an axis that has no 0."""
+    return max((size or 0) / 2**20, 1.0)
+
+
+def _widen(axes: Any, factor: float) -> None:
+    """Make a logarithmic y axis span at least a factor: a line that is flat must look flat."""
+    low, high = axes.get_ylim()
+    more = max(factor / (high / low), 1.0) ** 0.5
+    axes.set_ylim(low / more, high * more)
 
 
 def _unit(seconds: float) -> tuple[float, str]:
@@ -149,14 +160,13 @@ def _unit(seconds: float) -> tuple[float, str]:
     )
 
 
-def _number_axes(axes: Any) -> None:
-    """Numbers instead of powers of ten: the axes span one or two decades."""
+def _number_axis(line: Any) -> None:
+    """Numbers instead of powers of ten: the axis spans one or two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    for line in (axes.xaxis, axes.yaxis):
-        line.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        line.set_minor_locator(LogLocator(subs=()))
+    line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    line.set_minor_locator(LogLocator(subs=()))
 
 
 def _plain(axes: Any) -> None:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from loss_core.bench_figures import group_pictures, growth_pictures
 from loss_core.bench_report import BenchReport
-from loss_core.bench_tables import HEADINGS, LEGEND, facts_of, heading_of, lines_of, verdict, warnings_of
+from loss_core.bench_tables import (
+    GROWTH_HEADINGS,
+    GROWTH_LEGEND,
+    HEADINGS,
+    LEGEND,
+    facts_of,
+    growth_tables,
+    heading_of,
+    lines_of,
+    verdict,
+    warnings_of,
+)
 from loss_core.page import render_page
 
 
@@ -15,10 +26,17 @@ def bench_page(report: BenchReport) -> str:
         verdict=verdict(report).splitlines(),
         command=report.command or "loss_core.bench.bench(...)",
         facts=facts_of(report),
-        legend=f"{LEGEND[:1].upper()}{LEGEND[1:]}.",
+        legend=_sentence(LEGEND),
         warnings=warnings_of(report),
         headings=HEADINGS,
         groups=[(heading_of(g, report), lines_of(g), group_pictures(g)) for g in report.groups()],
+        growth_headings=GROWTH_HEADINGS,
+        growth_legend=_sentence(GROWTH_LEGEND),
+        growth_tables=growth_tables(report),
         growth=growth_pictures(report),
         missing=report.missing,
     )
+
+
+def _sentence(legend: str) -> str:
+    return f"{legend[:1].upper()}{legend[1:]}."

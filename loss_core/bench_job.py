@@ -55,6 +55,7 @@ class Job:
         forward_only: the loss alone, without gradients.
         imports: modules that register losses of the user's own.
         tp: ranks that share the vocabulary; 1 for one process that holds it whole.
+        count_known: whether our fused loss is told as num_valid_tokens how many labels count.
     """
 
     config: Mapping[str, Any]
@@ -66,6 +67,7 @@ class Job:
     forward_only: bool = False
     imports: tuple[str, ...] = field(default=())
     tp: int = 1
+    count_known: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for a message to a worker."""
@@ -155,6 +157,13 @@ class Tiled:
         return np.take(self.block, indices[:, None] * width + np.arange(width), mode="wrap")
 
 
+def known_count(job: Job, labels: NDArray[np.int64]) -> dict[str, int]:
+    """What our fused loss is given besides arrays: num_valid_tokens of these labels, where the job says so."""
+    if not job.count_known:
+        return {}
+    return {"num_valid_tokens": int((labels != int(getattr(job.loss_config(), "ignore_index", -100))).sum())}
+
+
 def sampled_tokens(job: Job) -> NDArray[np.int64]:
     """The tokens whose gradient is compared at the full shape: the first, the last, and some between."""
     return np.unique(np.linspace(0, job.shape[0] - 1, _SAMPLED_TOKENS).astype(np.int64))
@@ -173,6 +182,14 @@ def input_bytes(job: Job) -> int:
     """Size of the floating inputs, on all ranks together."""
     copies = {name: 1 if name in VOCAB_AXIS else job.tp for name in float_shapes(job)}
     return BYTES[job.dtype] * sum(copies[name] * math.prod(shape) for name, shape in float_shapes(job).items())
+
+
+def gradient_bytes(job: Job) -> int:
+    """Size of the gradients that a call returns, on the rank with the most classes."""
+    if job.forward_only:
+        return 0
+    shapes = float_shapes(job.of_largest_rank())
+    return BYTES[job.dtype] * sum(math.prod(shapes[name]) for name in GRADS[kind_of(job.loss_config())])
 
 
 def make_inputs(job: Job) -> tuple[dict[str, Tiled], NDArray[np.int64]]:

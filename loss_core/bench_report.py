@@ -30,10 +30,12 @@ class BenchRow:
         shape: (T, V) or (T, V, H).
         dtype: of the inputs.
         config: the loss, as `LossConfig.to_dict` gives it.
+        ignored: share of labels that are ignore_index.
         rounds: seconds of one call, the median of each round; over ranks those of the slowest rank.
         calls: how many calls were timed.
         peak: most bytes held above the inputs during a call, results included; None where not measured. Over ranks that
             of the rank with most.
+        gradients: bytes of the gradients among the results; None where not noted.
         first_call: seconds of the first call, with what it compiled.
         loss_error: relative error of the loss against float64.
         grad_error: largest over the gradients of ||error|| / ||gradient||; None for forward only.
@@ -49,9 +51,11 @@ class BenchRow:
     shape: tuple[int, ...]
     dtype: str
     config: dict[str, Any] = field(default_factory=dict)
+    ignored: float = 0.0
     rounds: list[float] = field(default_factory=list)
     calls: int = 0
     peak: int | None = None
+    gradients: int | None = None
     first_call: float | None = None
     loss_error: float | None = None
     grad_error: float | None = None
@@ -64,6 +68,11 @@ class BenchRow:
     def seconds(self) -> float | None:
         """Median over the rounds."""
         return median(self.rounds) if self.rounds else None
+
+    @property
+    def working(self) -> int | None:
+        """Bytes of `peak` beside the gradients: what an implementation needs to make them."""
+        return None if self.peak is None or self.gradients is None else max(self.peak - self.gradients, 0)
 
     @property
     def spread(self) -> float | None:
@@ -82,9 +91,9 @@ class BenchRow:
         return any(not error <= WRONG for error in errors)
 
     @property
-    def group(self) -> tuple[str, tuple[int, ...], str]:
+    def group(self) -> tuple[str, tuple[int, ...], str, float]:
         """Rows of one group are of the same call."""
-        return self.loss, tuple(self.shape), self.dtype
+        return self.loss, tuple(self.shape), self.dtype, self.ignored
 
 
 @dataclass(frozen=True)
@@ -144,11 +153,24 @@ class BenchReport:
         """
         try:
             data = json.loads(text)
-            rows = [_row(row) for row in data.pop("rows")]
+            # Reports from before a run could have several shares say it once, for all rows.
+            share = data.get("settings", {}).get("ignored", 0.0)
+            rows = [_row({"ignored": share, **row}) for row in data.pop("rows")]
             missing = [Missing(**entry) for entry in data.pop("missing")]
             return cls(rows=rows, missing=missing, **data)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a report of loss-core bench: {error}") from error
+
+
+def call_text(loss: str, shape: Iterable[int], dtype: str, ignored: float) -> str:
+    """A call in one line: "KDLoss 64x1000 float32, 25% ignored"."""
+    share = f", {share_text(ignored)} ignored" if ignored else ""
+    return f"{loss} {'x'.join(map(str, shape))} {dtype}{share}"
+
+
+def share_text(share: float) -> str:
+    """A share of 0 to 1 as percent, with its decimals where it has some."""
+    return f"{100 * share:.4g}%"
 
 
 def _row(data: Mapping[str, Any]) -> BenchRow:

@@ -17,11 +17,11 @@ import numpy as np
 from loss_core.backend import parse_flag
 from loss_core.bench_errors import Judge
 from loss_core.bench_floor import least_work, left_out, words
-from loss_core.bench_job import Job, input_bytes, kind_of
+from loss_core.bench_job import Job, gradient_bytes, input_bytes, kind_of
 from loss_core.bench_machine import free_memory
 from loss_core.bench_peers import PEERS, peers_for
 from loss_core.bench_process import WorkerFailed
-from loss_core.bench_report import FLAG, FLOOR, PEER, BenchReport, BenchRow, Missing
+from loss_core.bench_report import FLAG, FLOOR, PEER, BenchReport, BenchRow, Missing, call_text
 from loss_core.bench_team import Team
 
 Progress = Callable[[int, int, str], None]
@@ -68,7 +68,9 @@ class Run:
             *((flag, FLAG) for flag in flags),
             *((name, PEER) for name in peers if name in fitting),
         ]
-        entries = [BenchRow(loss, name, kind, job.shape, job.dtype, dict(job.config)) for name, kind in names]
+        entries = [
+            BenchRow(loss, name, kind, job.shape, job.dtype, dict(job.config), job.ignored) for name, kind in names
+        ]
         entries[0].note = f"{words(job)}{left_out(job)}"
         self.report.rows += entries
         self._start(entries, job)
@@ -129,6 +131,7 @@ class Run:
         answer = self._ask(row, {"do": "prepare", "file": judge.file})
         if answer:
             row.first_call, row.peak = answer["first_call"], answer["peak"]
+            row.gradients = None if row.kind == FLOOR else gradient_bytes(job)
             row.note = row.note or answer["note"]
             sample = self.teams[row.implementation].results(judge.file)
         # After the first call, which is to include what it compiles.
@@ -216,7 +219,7 @@ def _framework(row: BenchRow) -> str:
 
 
 def _label(row: BenchRow) -> str:
-    return f"{row.loss} {'x'.join(map(str, row.shape))} {row.dtype} {row.implementation}"
+    return f"{call_text(*row.group)} {row.implementation}"
 
 
 def _rates(answer: dict[str, float]) -> str:

@@ -1,27 +1,25 @@
-"""The benchmark as a table: the cells, and how the terminal and Markdown show them."""
+"""The tables of a benchmark: headings, cells and the words around them; `bench_text` shows them."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
+from loss_core.bench_growth import SHARE, Series, growth_of, series_of
 from loss_core.bench_report import (
     FLAG,
+    FLOOR,
     BenchReport,
     BenchRow,
-    Missing,
     best_flag_of,
     best_peer_of,
+    call_text,
     floor_of,
     framework_of,
     plain_of,
+    share_text,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 HEADINGS = ("", "time", "±", "x plain", "x peer", "of floor", "memory", "first call", "loss error", "grad error")
 
@@ -29,6 +27,15 @@ LEGEND = (
     "time: median of the rounds; ±: spread of the middle half; x plain, x peer: share of the time of the plain "
     "implementation and of the best peer, on the same framework; of floor: floor / time; memory: most held above the "
     "inputs, gradients included; errors: relative, against float64"
+)
+
+GROWTH_HEADINGS = ("", "x size", "time", "x time", "exponent", "of floor", "memory", "beside gradients")
+
+GROWTH_LEGEND = (
+    "x size, x time: the largest over the smallest; exponent: slope of log time over log size by least squares, 1 is "
+    "linear; of floor: floor / time, which load on the machine that changes from call to call moves less; memory: most "
+    "held above the inputs, then without the gradients, which grow with T or V by their nature; to: from the smallest "
+    "size to the largest"
 )
 
 
@@ -62,7 +69,7 @@ def lines_of(group: Sequence[BenchRow]) -> list[Line]:
             "" if row.spread is None else f"{row.spread:.0%}",
             _ratio(row.seconds, plain.seconds if plain else None),
             _ratio(row.seconds, peer.seconds if peer else None),
-            f"{floor / row.seconds:.0%}" if floor and row.seconds else "",
+            _percent(floor, row.seconds),
             "" if row.kind == "floor" else memory_text(row.peak),
             "" if row.kind == "floor" else time_text(row.first_call),
             error_text(row.loss_error),
@@ -103,11 +110,77 @@ def _ratio(seconds: float | None, other: float | None) -> str:
 def heading_of(group: Sequence[BenchRow], report: BenchReport) -> str:
     """What the rows of a group measure."""
     row = group[0]
-    what = "forward only" if report.settings.get("forward_only") else "forward + backward"
-    ignored = report.settings.get("ignored", 0.0)
-    share = f", {ignored:.0%} ignored" if ignored else ""
-    ranks = f", over {tp} ranks" if (tp := report.settings.get("tp", 1)) > 1 else ""
-    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {what}{share}{ranks}"
+    share = f", {share_text(row.ignored)} ignored" if row.ignored else ""
+    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {_how(report)}{share}{_ranks(report)}"
+
+
+def _how(report: BenchReport) -> str:
+    return "forward only" if report.settings.get("forward_only") else "forward + backward"
+
+
+def _ranks(report: BenchReport) -> str:
+    return f", over {tp} ranks" if (tp := report.settings.get("tp", 1)) > 1 else ""
+
+
+def growth_tables(report: BenchReport) -> list[tuple[str, list[Line]]]:
+    """How the implementations grow: heading and rows of each series that is long enough to tell."""
+    made = []
+    for series in series_of(report):
+        lines = []
+        for growth in growth_of(series):
+            first, last = growth.first, growth.last
+            beside = "", "", ""
+            if first.kind != FLOOR:
+                shares = [_floor_share(row, series) for row in (first, last)]
+                beside = (
+                    " to ".join(shares) if all(shares) else "",
+                    _from_to(first.peak, last.peak),
+                    _from_to(first.working, last.working),
+                )
+            cells = (
+                first.implementation,
+                f"{growth.size_factor:.3g}",
+                f"{time_text(first.seconds)} to {time_text(last.seconds)}",
+                f"{growth.time_factor:.3g}",
+                f"{growth.exponent:.2f}",
+                *beside,
+            )
+            # The floor's note is the rates of one call.
+            note = first.note if first.kind != FLOOR and first.note == last.note else ""
+            lines.append(Line(cells, note, first.kind))
+        if lines:
+            made.append((series_heading(series, report), lines))
+    return made
+
+
+def series_heading(series: Series, report: BenchReport) -> str:
+    """What differs between the calls of a series, and what does not."""
+    row = series.rows[0]
+    losses = {row.loss for row in series.rows}
+    loss = row.loss if len(losses) == 1 else str(row.config.get("name"))
+    names = [name for name in "TVH"[: len(row.shape)] if name != series.axis]
+    fixed = " x ".join(f"{row.shape['TVH'.index(name)]:,}" for name in names)
+    share = f", {share_text(row.ignored)} ignored" if row.ignored and series.axis != SHARE else ""
+    ends = [size_text(size, series.axis) for size in (series.sizes[0], series.sizes[-1])]
+    what = f"over {series.axis}, {ends[0]} to {ends[1]}, at {' x '.join(names)} = {fixed}"
+    return f"{loss}, {row.dtype}, {_how(report)}{share}{_ranks(report)}: {what}"
+
+
+def size_text(size: float, axis: str) -> str:
+    """A size along an axis."""
+    return share_text(size) if axis == SHARE else f"{size:,.0f}"
+
+
+def _floor_share(row: BenchRow, series: Series) -> str:
+    return _percent(floor_of(other for other in series.rows if other.group == row.group), row.seconds)
+
+
+def _percent(floor: float | None, seconds: float | None) -> str:
+    return f"{floor / seconds:.0%}" if floor and seconds else ""
+
+
+def _from_to(first: int | None, last: int | None) -> str:
+    return "" if first is None or last is None else f"{memory_text(first)} to {memory_text(last)}"
 
 
 def facts_of(report: BenchReport) -> dict[str, str]:
@@ -136,7 +209,7 @@ def verdict(report: BenchReport) -> str:
     """For each call and framework: our fastest flag and the best peer."""
     said = []
     for group in report.groups():
-        head = f"{group[0].loss} {'x'.join(map(str, group[0].shape))} {group[0].dtype}"
+        head = call_text(*group[0].group)
         frameworks = dict.fromkeys(framework_of(row) for row in group if row.kind == FLAG)
         for framework in frameworks:
             ours, peer = best_flag_of(group, framework), best_peer_of(group, framework)
@@ -148,84 +221,3 @@ def verdict(report: BenchReport) -> str:
                 text += f", {ours.seconds / peer.seconds:.2f} of {peer.implementation}'s {time_text(peer.seconds)}"
             said.append(text)
     return "\n".join(said)
-
-
-_STYLES = {"floor": "dim", "best": "bold green", "flag": "green", "peer": "", "wrong": "bold red", "failed": "yellow"}
-
-
-def print_bench(console: Console, report: BenchReport) -> None:
-    """The whole report on a terminal."""
-    for text, style in _text_lines(report, max(console.width - 1, 40)):
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def bench_text(report: BenchReport, width: int = 119) -> str:
-    """The whole report as plain text."""
-    return "\n".join(text for text, _ in _text_lines(report, width))
-
-
-def _text_lines(report: BenchReport, width: int) -> Iterator[tuple[str, str]]:
-    """Lines and their styles. Tables are not wrapped: they are read by their columns."""
-    yield from _wrapped(" · ".join(f"{name} {value}" for name, value in facts_of(report).items()), width)
-    for warning in warnings_of(report):
-        yield from _wrapped(warning, width, "yellow")
-    yield from _wrapped(LEGEND, width)
-    for group in report.groups():
-        lines = lines_of(group)
-        yield "", ""
-        yield heading_of(group, report), "bold"
-        timed = [line for line in lines if line.style != "failed"]
-        cells = [HEADINGS, *(line.cells for line in timed)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        yield _aligned(HEADINGS, widths), "dim"
-        for line in timed:
-            yield _aligned(line.cells, widths), _STYLES[line.style]
-        for line in lines:
-            if line.note:
-                style = "yellow" if line.style in ("failed", "wrong") else "dim"
-                yield from _wrapped(f"{line.cells[0]}: {line.note}", width, style)
-    if report.missing:
-        yield "", ""
-        yield "Not measured here:", ""
-        for missing in report.missing:
-            yield from _wrapped(f"  {missing_text(missing)}", width)
-    yield "", ""
-    for text in verdict(report).splitlines():
-        yield text, "bold"
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (
-        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *rest]).rstrip()
-
-
-def missing_text(missing: Missing) -> str:
-    """Why something was not measured, and the line that installs it."""
-    install = f": {missing.install}" if missing.install and missing.install not in missing.reason else ""
-    return f"{missing.name}: {missing.reason}{install}"
-
-
-def _wrapped(text: str, width: int, style: str = "") -> Iterator[tuple[str, str]]:
-    for line in textwrap.wrap(
-        text, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    ):  # fmt: skip
-        yield line, style
-
-
-def markdown(report: BenchReport) -> str:
-    """The tables as Markdown."""
-    parts = []
-    for group in report.groups():
-        parts += [f"**{heading_of(group, report)}**", ""]
-        parts += ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-        for line in lines_of(group):
-            cells = line.cells
-            if line.style == "failed":
-                cells = (cells[0], line.note, *[""] * (len(HEADINGS) - 2))
-            name = f"**{cells[0]}**" if line.style in ("best", "flag") else cells[0]
-            note = f" ({line.note})" if line.note and line.style != "failed" else ""
-            parts.append("| " + " | ".join([f"{name}{note}", *cells[1:]]).replace("  ", " ") + " |")
-        parts.append("")
-    return "\n".join(parts)

@@ -28,7 +28,7 @@ def choices_of(report: BenchReport) -> list[dict[str, Any]]:
                     "shape": list(best.shape),
                     "backend": backend,
                     "flag": best.implementation,
-                    "ignored": report.settings.get("ignored", 0.0),
+                    "ignored": best.ignored,
                     "versions": report.versions,
                     "date": report.date,
                     "rows": [

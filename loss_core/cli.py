@@ -204,13 +204,19 @@ def make_app() -> Any:
             typer.Option(metavar="DTYPE", help="float32, bfloat16, float16 or float64. Default: float32."),
         ] = None,
         device: Annotated[str, typer.Option(metavar="DEVICE", help="Such as cpu or cuda.")] = "cpu",
-        ignored: Annotated[float, typer.Option(metavar="SHARE", help="Share of labels that are ignored.")] = 0.0,
+        ignored: Annotated[
+            list[float] | None,
+            typer.Option(metavar="SHARE", help="Share of labels that are ignored. Default: 0."),
+        ] = None,
         peers: Annotated[
             list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(PEERS)}; all or none. Default: all.")
         ] = None,
         tp: Annotated[
             int, typer.Option(metavar="N", min=1, help="Ranks that share the vocabulary, started and ended by bench.")
         ] = 1,
+        count_known: Annotated[
+            bool, typer.Option("--count-known", help="Tell the fused loss how many labels count: num_valid_tokens.")
+        ] = False,
         forward_only: Annotated[bool, typer.Option("--forward-only", help="The loss alone, no gradients.")] = False,
         rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each is asked.")] = 7,
         threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of each process.")] = None,
@@ -232,7 +238,7 @@ def make_app() -> Any:
 
         Without options: every loss and flag, 2,048 tokens, vocabulary 32,000, hidden size 512.
 
-        May be repeated: --config, --backend, --shape, --workload, --dtype, --peers, --import.
+        May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --peers, --import.
 
         Exit code: 0, or 1 when no flag ran, one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
         """
@@ -244,9 +250,10 @@ def make_app() -> Any:
             tokens=tokens,
             dtypes=dtype or (),
             device=device,
-            ignored=ignored,
+            ignored=ignored or (),
             peers=peers or (),
             tp=tp,
+            count_known=count_known,
             forward_only=forward_only,
             rounds=rounds,
             threads=threads,

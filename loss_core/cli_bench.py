@@ -11,7 +11,7 @@ from loss_core.backend import BackendUnavailable
 from loss_core.bench import bench
 from loss_core.bench_peers import PEERS
 from loss_core.bench_report import BenchReport
-from loss_core.bench_tables import print_bench
+from loss_core.bench_text import print_bench
 from loss_core.bench_tune import choices_of
 from loss_core.choices import store_choices
 from loss_core.cli_configs import UsageProblem, closest, read_configs
@@ -34,9 +34,10 @@ class BenchOptions:
     tokens: int | None = None
     dtypes: Sequence[str] = ()
     device: str = "cpu"
-    ignored: float = 0.0
+    ignored: Sequence[float] = ()
     peers: Sequence[str] = ()
     tp: int = 1
+    count_known: bool = False
     forward_only: bool = False
     rounds: int = 7
     threads: int | None = None
@@ -69,6 +70,8 @@ def run_bench(options: BenchOptions, out: Console, err: Console) -> int:
     peers = _peers(options.peers)
     if options.tune and options.forward_only:
         raise UsageProblem("--tune keeps choices for training steps; leave out --forward-only.")
+    if options.tune and len(options.ignored) > 1:
+        raise UsageProblem("--tune keeps one choice for each shape; give --ignored once.")
     if options.tune and options.tp > 1:
         raise UsageProblem("--tune keeps choices for losses that one process holds whole; leave out --tp.")
     flags = None if not options.backends or "all" in options.backends else list(options.backends)
@@ -84,6 +87,7 @@ def run_bench(options: BenchOptions, out: Console, err: Console) -> int:
                 ignored=options.ignored,
                 peers=peers,
                 tp=options.tp,
+                count_known=options.count_known,
                 forward_only=options.forward_only,
                 rounds=options.rounds,
                 threads=options.threads,

@@ -24,7 +24,7 @@ from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfi
 from loss_core.cases import named_cases
 from loss_core.dtypes import round_to
 from loss_core.tolerance import allowances, share_of_allowance
-from loss_core_torch import distributed, eager_linear, triton_sizes, values
+from loss_core_torch import block_logits, distributed, eager_linear, triton_sizes, values
 
 CASES = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count", "loss-weights",
          "edge-labels", "nan-where-ignored", "temperature", "softcap", "softcap-none", "ignore-index-0")  # fmt: skip
@@ -162,7 +162,7 @@ def logits_computed_again(world):
     with contextlib.ExitStack() as stack:
         for name, value in (("_LOGITS_BYTES_CPU", 0), ("_MIN_BLOCK_TOKENS", 5), ("_MAX_BLOCK_TOKENS", 5)):
             stack.enter_context(unittest.mock.patch.object(eager_linear, name, value))
-        stack.enter_context(unittest.mock.patch.object(eager_linear, "_TILE_COLUMNS", 7))
+        stack.enter_context(unittest.mock.patch.object(block_logits, "_TILE_COLUMNS", 7))
         for case in cases("FusedLinearCrossEntropy"):
             for sizes in splits(41, world.ranks)[1:3]:
                 _sharded(world, Problem(case), sizes)

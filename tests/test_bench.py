@@ -31,7 +31,8 @@ from loss_core.bench_job import BLOCK, Job, Tiled, input_bytes, make_inputs, sam
 from loss_core.bench_peers import PEERS, Peer
 from loss_core.bench_process import WorkerFailed, WorkerProcess
 from loss_core.bench_report import BenchReport, BenchRow, Missing, best_flag_of, best_peer_of
-from loss_core.bench_tables import HEADINGS, bench_text, lines_of, markdown, time_text, verdict, warnings_of
+from loss_core.bench_tables import HEADINGS, lines_of, time_text, verdict, warnings_of
+from loss_core.bench_text import bench_text, markdown
 from loss_core.bench_tune import choices_of
 from loss_core.workloads import WORKLOADS, Workload
 
@@ -86,7 +87,8 @@ def test_json_holds_the_whole_report(report):
     text = report.to_json()
     assert BenchReport.from_json(text) == report
     data = json.loads(text)
-    assert data["settings"]["ignored"] == 0.25
+    assert data["settings"]["ignored"] == [0.25]
+    assert {row["ignored"] for row in data["rows"]} == {0.25}
     assert data["versions"]["torch"]
     assert data["machine"]["cores"] >= 1
     assert all({"seconds", "spread", "peak", "grad_error"} <= set(row) for row in data["rows"])
@@ -285,7 +287,10 @@ def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monk
         ({"config": "FusedLinearCrossEntropy", "shapes": [(4, 5)]}, ValueError, "hidden size"),
         ({"dtypes": ["int8"]}, ValueError, "int8"),
         ({"ignored": 1.0}, ValueError, "ignored must be a share"),
+        ({"ignored": [0.5, -0.1]}, ValueError, r"ignored must be a share in \[0, 1\), got -0.1"),
         ({"rounds": 0}, ValueError, "rounds must be >= 1"),
+        ({"count_known": True}, ValueError, "count_known is for FusedLinearCrossEntropy alone: KDLossConfig"),
+        ({"config": "FusedLinearCrossEntropy", "count_known": True, "tp": 2}, ValueError, "not for tp=2"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_is_started(options, error, text):
@@ -344,7 +349,7 @@ def test_the_floor_counts_what_must_be_done():
 
 
 def row(name: str, kind: str, seconds: float, **more: object) -> BenchRow:
-    return BenchRow("KDLoss", name, kind, (8, 10), "float32", {"name": "KDLoss"}, [seconds], **more)  # type: ignore[arg-type]
+    return BenchRow("KDLoss", name, kind, (8, 10), "float32", {"name": "KDLoss"}, rounds=[seconds], **more)  # type: ignore[arg-type]
 
 
 def test_ratios_stay_within_a_framework():
@@ -508,9 +513,14 @@ def test_the_command_prints_writes_and_tunes(tmp_path, monkeypatch):
         (["--dtype", "bf16"], "--dtype 'bf16' is unknown"),
         (["--config", "KDLos"], "did you mean 'KDLoss'?"),
         (["--backend", "jax:pallas"], "jax:pallas"),
-        (["--ignored", "2"], "ignored must be a share"),
+        (["--ignored", "0.5", "--ignored", "2"], "ignored must be a share"),
         (["--tune", "--forward-only"], "leave out --forward-only"),
         (["--tune", "--tp", "2"], "leave out --tp"),
+        (
+            ["--count-known", "--config", "KDLoss", "--shape", "8,10", "--rounds", "1"],
+            "count_known is for FusedLinearCrossEntropy alone",
+        ),
+        (["--tune", "--ignored", "0", "--ignored", "0.5"], "give --ignored once"),
         (["--tp", "2", "--device", "cuda:1"], "name the kind alone, 'cuda'"),
         (["--json", "/nowhere/r.json"], "there is no folder /nowhere"),
     ],

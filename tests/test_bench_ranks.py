@@ -21,8 +21,8 @@ from loss_core.bench_peers import PEERS, peers_for
 from loss_core.bench_process import WorkerFailed, WorkerProcess
 from loss_core.bench_report import FLAG, PEER, BenchRow
 from loss_core.bench_shards import rank_sizes, views
-from loss_core.bench_tables import bench_text
 from loss_core.bench_team import Team, _together
+from loss_core.bench_text import bench_text
 
 LOSSES = {
     "logits": MaskedCrossEntropyConfig(reduction="mean"),

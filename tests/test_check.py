@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core.check import assert_backends_agree, check, compare
 from loss_core_jax import cross_entropy, distillation, reduction
-from loss_core_torch import autograd, checks, eager, eager_linear, eager_logits, module_logits
+from loss_core_torch import (
+    autograd,
+    block_logits,
+    checks,
+    eager,
+    eager_linear,
+    eager_logits,
+    module_logits,
+)
 from loss_core_torch import reduction as torch_reduction
+from loss_core_torch.products import Products
 
 
 def test_correct_kernels_pass():
@@ -68,10 +77,15 @@ def missing_temperature_squared(patch):
 
 @bug("FusedLinearCrossEntropy", "many-tokens", "bfloat16")
 def weight_gradient_accumulated_in_bfloat16(patch):
-    real = torch.addmm
+    real = Products.add
     patch(eager_linear, "_MIN_BLOCK_TOKENS", 8)
     patch(eager_linear, "_MAX_BLOCK_TOKENS", 8)
-    patch(torch, "addmm", lambda *args, out, **kw: out.copy_(real(*args, out=out, **kw).bfloat16()))
+
+    def add(self, out, a, b):
+        real(self, out, a, b)
+        out.copy_(out.bfloat16())
+
+    patch(Products, "add", add)
 
 
 @bug("MaskedCrossEntropy", "ragged")
@@ -124,8 +138,7 @@ def upstream_gradient_ignored(patch):
 
 @bug("FusedLinearCrossEntropy", "softcap")
 def softcap_left_out_of_the_gradient(patch):
-    real = eager_linear._apply_softcap
-    patch(eager_linear, "_apply_softcap", lambda z, cap, buffer: real(z, cap, buffer[:0]))
+    patch(block_logits, "_slope", lambda tanh, out: out.fill_(1.0))
 
 
 @bug("MaskedCrossEntropy", "huge-logits")
@@ -146,7 +159,13 @@ def strides_of_a_contiguous_tensor(patch):
 
 @bug("MaskedCrossEntropy", "nan-where-ignored")
 def ignored_rows_multiplied_by_zero(patch):
+    patch(eager_logits, "counted_places", lambda keep, *tensors: None)
     patch(eager_logits, "some_ignored", lambda keep: False)
+
+
+@bug("MaskedCrossEntropy", "nan-where-ignored")
+def ignored_rows_taken_with_the_others(patch):
+    patch(eager_logits, "counted_places", lambda keep, *tensors: torch.arange(keep.numel()))
 
 
 @bug("MaskedCrossEntropy", "basic", "bfloat16")

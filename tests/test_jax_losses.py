@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loss_core.check import check
 from loss_core_jax import (
     FusedLinearCrossEntropy,
     KDLoss,
@@ -291,3 +292,33 @@ def test_float32_weight_gradient_over_many_chunks() -> None:
     loss = FusedLinearCrossEntropy()
     grad = jax.grad(lambda w: loss(hidden, labels, w))(weight)
     np.testing.assert_allclose(np.asarray(grad, np.float64), [[-480], [480]], rtol=2**-8)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_first_product_of_bfloat16_goes_to_the_units_that_a_cpu_has(units: bool, monkeypatch: Any) -> None:
+    # XLA makes the products of both forms right on any CPU.
+    monkeypatch.setattr(vocab_tiles, "_multiplied_by_the_cpu", lambda dtype: units and dtype == jnp.bfloat16)
+    jax.clear_caches()
+    shapes = (jax.ShapeDtypeStruct((T, H), jnp.bfloat16), jax.ShapeDtypeStruct((V, H), jnp.bfloat16))
+    labels = jnp.arange(T)
+    program = jax.jit(lambda h, w: FusedLinearCrossEntropy()(h, labels, w)).lower(*shapes).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products
+    assert all(("xbf16" in line) == units and "xf32>" in line for line in products), products
+    report = check("FusedLinearCrossEntropy", backends=["jax:xla"], dtypes=["bfloat16", "float16"])
+    assert report.passed, str(report)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "expected"),
+    [("fma avx512_bf16 sse", "bfloat16", True), ("amx_bf16", "bfloat16", True), ("fma avx512f", "bfloat16", False),
+     ("avx512_bf16", "float16", False), ("avx512_bf16", "float32", False)],
+)  # fmt: skip
+def test_which_cpu_has_units_for_bfloat16(
+    flags: str, dtype: str, expected: bool, monkeypatch: Any, tmp_path: Any
+) -> None:
+    listed = tmp_path / "cpuinfo"
+    listed.write_text(f"processor : 0\nflags : {flags}\n\nprocessor : 1\nflags : avx512_bf16\n")
+    monkeypatch.setattr(vocab_tiles, "Path", lambda name: listed)
+    assert vocab_tiles._multiplied_by_the_cpu.__wrapped__(jnp.dtype(dtype)) == expected

@@ -13,6 +13,7 @@ from loss_core.check import check
 from loss_core_bridge import build_jax_loss, build_torch_loss
 from loss_core_jax import fused_linear, skipping
 from loss_core_torch import FusedLinearCrossEntropy, values
+from loss_core_torch.block_logits import BlockLogits
 
 T, V, H = 12, 11, 5
 COUNTED = 8
@@ -43,8 +44,8 @@ def _results(loss_fn, **extras):
 def products(monkeypatch):
     """Tokens in each first product, as on an accelerator, whose values stay there."""
     monkeypatch.setattr(values, "may_read", lambda x: False)
-    rows, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **kw: rows.append(a.shape[0]) or mm(a, b, **kw))
+    rows, fill = [], BlockLogits.fill
+    monkeypatch.setattr(BlockLogits, "fill", lambda self, h_BH: rows.append(h_BH.shape[0]) or fill(self, h_BH))
     return rows
 
 
@@ -62,8 +63,8 @@ def test_which_tokens_take_part(products, reduction, skip, number, expected):
 
 
 def test_on_a_cpu_they_are_left_out_unless_told_otherwise(monkeypatch):
-    rows, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **kw: rows.append(a.shape[0]) or mm(a, b, **kw))
+    rows, fill = [], BlockLogits.fill
+    monkeypatch.setattr(BlockLogits, "fill", lambda self, h_BH: rows.append(h_BH.shape[0]) or fill(self, h_BH))
     for skip in (None, True, False):
         _results(FusedLinearCrossEntropy(skip_ignored=skip))
     assert rows == [COUNTED, COUNTED, T]

@@ -8,7 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core_torch import checks, eager_linear, huge_pages, ordinary, row_blocks
+from loss_core_torch import (
+    checks,
+    eager_distillation,
+    eager_linear,
+    eager_logits,
+    huge_pages,
+    ordinary,
+    row_blocks,
+)
 
 T, V, H = 6, 33, 8
 
@@ -165,6 +173,60 @@ def test_a_block_of_a_large_vocabulary_keeps_to_its_budget():
     tokens = eager_linear.block_tokens(128256, torch.device("cpu"), 4)
     assert tokens > 64
     assert tokens * 128256 * 4 <= 48 << 20
+
+
+@pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(), KDLossConfig()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_do_not_count_are_not_looked_at(config, dtype, monkeypatch):
+    seen = []
+    real = row_blocks.log2_exp
+
+    def log2_exp(z_BV, *rest):
+        seen.append(z_BV.shape[0])
+        return real(z_BV, *rest)
+
+    for module in (eager_logits, eager_distillation):
+        monkeypatch.setattr(module, "log2_exp", log2_exp)
+    monkeypatch.setattr(ordinary, "_SMALL", 0)
+    # Three rows a block.
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS_CPU", (6 if isinstance(config, KDLossConfig) else 3) * V)
+    sides = 2 if isinstance(config, KDLossConfig) else 1
+    labels = torch.tensor([3, -100, -100, -100, -100, -100, -100, 5, 7, 7, 0, -100])
+
+    def run(rows):
+        torch.manual_seed(1)
+        logits = [torch.randn(12, V).to(dtype) for _ in range(sides)]
+        for x in logits:
+            x[labels == -100] = torch.nan
+        logits = [x[rows] for x in logits]
+        logits[0].requires_grad_()
+        loss = config.build(backend="torch:eager")
+        with torch.no_grad():
+            evaluated = loss(*logits, labels[rows])
+        result = loss(*logits, labels[rows])
+        (grad,) = torch.autograd.grad(result, logits[:1])
+        return result.detach(), evaluated, grad
+
+    loss, evaluated, grad = run(slice(None))
+    assert sum(seen) == 5 * 2 * sides  # evaluation, and loss and gradient together
+    counted = labels != -100
+    for got, wanted in zip((loss, evaluated, grad[counted]), run(counted), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=3e-7, atol=0)
+    assert not grad[~counted].any()
+    assert all(not value for value in (run(~counted)[0], run(~counted)[2].any()))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_ignored_rows_of_a_slice_may_hold_nan(reduction):
+    logits = torch.randn(2, 4, V)
+    logits[:, 1] = torch.nan
+    labels = torch.tensor([[3, -100, 5], [7, -100, 0]])
+    logits.requires_grad_()
+    loss = MaskedCrossEntropyConfig(reduction=reduction).build(backend="torch:eager")(logits[:, :-1], labels)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[:, 1].any()
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are Linux's")

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from loss_core.bench_job import GRADS, Job, Tiled, kind_of
+from loss_core.bench_job import GRADS, Job, Tiled, kind_of, known_count
 from loss_core.build import build_loss_module
 from loss_core.vocab_split import VOCAB_AXIS
 from loss_core_bench import jax_peers
@@ -78,12 +78,13 @@ def make_runner(job: Job, kind: str, name: str, mesh: Mesh | None) -> Runner:
     if kind == "peer":
         if not layout.even:
             raise Unusable(f"JAX arrays are sharded in equal parts, and {job.tp} does not divide {job.shape[1]}.")
-        return LossRunner(job, jax_peers.peer_loss(name, config, job), "", layout)
+        return LossRunner(replace(job, count_known=False), jax_peers.peer_loss(name, config, job), "", layout)
     loss = build_loss_module(config if mesh is None else replace(config, tp_group=_AXIS), backend=name)
     choice = getattr(loss, "kernel_choice", None)
     notes = [f"runs {choice.flag}"] if choice is not None and choice.flag != name else []
     if not layout.even:
         notes.append(f"{job.tp} does not divide {job.shape[1]}: takes whole arrays, which it pads and shards itself")
+    notes += ["is given num_valid_tokens"] if job.count_known else []
     return LossRunner(job, layout.inside(loss) if mesh and layout.even else loss, "; ".join(notes), layout)
 
 
@@ -141,14 +142,15 @@ class LossRunner:
         self.grad_of = GRADS[kind_of(job.loss_config())]
         self.inputs: dict[str, Any] = {}
 
-        def step(floats: dict[str, jax.Array], others: dict[str, jax.Array]) -> Any:
+        def step(floats: dict[str, jax.Array], others: dict[str, jax.Array], fixed: tuple[tuple[str, int], ...]) -> Any:
+            given = {**others, **dict(fixed)}
             if job.forward_only:
-                return loss(**floats, **others)
-            value, pull_back = jax.vjp(lambda varied: loss(**varied, **others), floats)
+                return loss(**floats, **given)
+            value, pull_back = jax.vjp(lambda varied: loss(**varied, **given), floats)
             return value, pull_back(jnp.ones_like(value))[0]
 
         # A new function, so that every runner compiles its own: first calls are comparable.
-        self.step = jax.jit(step, out_shardings=self._out_shardings())
+        self.step = jax.jit(step, static_argnums=2, out_shardings=self._out_shardings())
 
     @property
     def loaded(self) -> bool:
@@ -203,11 +205,13 @@ class LossRunner:
             name: self.layout.put(name, _place(tile, self.job.dtype)) for name, tile in tiles.items()
         }
         placed["labels"] = self.layout.put("labels", jnp.asarray(labels, jnp.int32))
-        return placed
+        return placed | known_count(self.job, labels)
 
-    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[str, int], ...]]:
+        """What gets a gradient, the other arrays, and what is static under jit."""
+        fixed = tuple((name, value) for name, value in inputs.items() if isinstance(value, int))
         floats = {name: inputs[name] for name in self.grad_of}
-        return floats, {name: value for name, value in inputs.items() if name not in floats}
+        return floats, {name: inputs[name] for name in inputs if name not in (*floats, *dict(fixed))}, fixed
 
     def _call(self) -> Any:
         return jax.block_until_ready(self.step(*self._split(self.inputs)))

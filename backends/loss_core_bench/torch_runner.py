@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import time
@@ -17,13 +18,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_core.bench_job import GRADS, Job, Tiled, kind_of
+from loss_core.bench_job import GRADS, Job, Tiled, kind_of, known_count
 from loss_core.build import build_loss_module
 from loss_core.vocab_split import VOCAB_AXIS
 from loss_core_bench import torch_peers
 from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
 from loss_core_bench.torch_inputs import DTYPES, place, place_columns
 from loss_core_bench.torch_team import Team, join
+from loss_core_torch.products import Products
 
 __all__ = ["device_name", "join", "make_runner", "versions"]
 
@@ -58,13 +60,14 @@ def make_runner(job: Job, kind: str, name: str, team: Team) -> Runner:
         return FloorRunner(job, team)
     config: Any = job.loss_config()
     if kind == "peer":
-        return LossRunner(job, torch_peers.candidates(name, config, job), team)
+        return LossRunner(replace(job, count_known=False), torch_peers.candidates(name, config, job), team)
     if team.ranks > 1:
         config = replace(config, tp_group=dist.group.WORLD)
     loss = build_loss_module(config, backend=name)
     choice = getattr(loss, "kernel_choice", None)
-    note = f"runs {choice.flag}" if choice is not None and choice.flag != name else ""
-    return LossRunner(job, [(note, loss)], team)
+    notes = [f"runs {choice.flag}"] if choice is not None and choice.flag != name else []
+    notes += ["is given num_valid_tokens"] if job.count_known else []
+    return LossRunner(job, [("; ".join(notes), loss)], team)
 
 
 class LossRunner:
@@ -77,7 +80,7 @@ class LossRunner:
         self.candidates = candidates
         self.note, self.loss = candidates[0]
         self.grad_of = GRADS[kind_of(job.loss_config())]
-        self.sets: list[dict[str, Tensor]] = []
+        self.sets: list[dict[str, Any]] = []
         self.turn = 0
 
     @property
@@ -90,7 +93,7 @@ class LossRunner:
         self.sets = [first]
         if self._on_cuda:
             # Inputs that fit the cache would be read from it: rotate among copies that do not.
-            size = sum(x.numel() * x.element_size() for x in first.values())
+            size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             self.sets += [self._inputs(tiles, labels) for _ in range(min(int(3 * cache // size), 64))]
 
@@ -149,14 +152,14 @@ class LossRunner:
     def _on_cuda(self) -> bool:
         return self.job.device.startswith("cuda")
 
-    def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Tensor]:
+    def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Any]:
         dtype = DTYPES[self.job.dtype]
-        inputs = {name: self._part(name, tile, dtype) for name, tile in tiles.items()}
+        inputs: dict[str, Any] = {name: self._part(name, tile, dtype) for name, tile in tiles.items()}
         if not self.job.forward_only:
             for name in self.grad_of:
                 inputs[name].requires_grad_()
         inputs["labels"] = torch.from_numpy(labels).to(self.device)
-        return inputs
+        return inputs | known_count(self.job, labels)
 
     def _part(self, name: str, tile: Tiled, dtype: torch.dtype) -> Tensor:
         """What this rank holds of an input."""
@@ -183,7 +186,7 @@ class LossRunner:
             torch.cuda.synchronize(self.device)
         return result
 
-    def _with_grads(self, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _with_grads(self, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         value = self.loss(**inputs)
         upstream = None if value.dim() == 0 else torch.ones_like(value)
         return value, torch.autograd.grad(value, [inputs[name] for name in self.grad_of], upstream)
@@ -275,8 +278,10 @@ class FloorRunner:
         rates = [0.0]
         for hidden_TH, weight_VH in self.products:
             operations = 2 * hidden_TH.numel() * weight_VH.shape[0]
-            seconds = self._fastest(lambda a=hidden_TH, b=weight_VH: a @ b.T, budget, most)  # type: ignore[misc]
-            rates.append(operations / seconds)
+            # The floor is that of the machine, not of the library that PyTorch takes.
+            for multiply in (torch.mm, Products(hidden_TH.dtype, hidden_TH.device).new):
+                step = functools.partial(multiply, hidden_TH, weight_VH.T)
+                rates.append(operations / self._fastest(step, budget, most))
         return {"copy_rate": moved / copying, "product_rate": max(rates)}
 
     def _fastest(self, step: Callable[[], Any], budget: float, most: int) -> float:

@@ -8,6 +8,7 @@ As `eager_logits`. Exponents stay binary logarithms (see `row_blocks.log2_exp`) 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,17 @@ from loss_core import row_stats
 from loss_core_torch import huge_pages, values
 from loss_core_torch.eager_logits import scaled
 from loss_core_torch.opaque import opaque, untraced
-from loss_core_torch.row_blocks import Buffer, block_rows, log2_exp, row_blocks, some_ignored, widened, without
+from loss_core_torch.row_blocks import (
+    Buffer,
+    Gathered,
+    block_rows,
+    counted_places,
+    log2_exp,
+    row_blocks,
+    some_ignored,
+    widened,
+    without,
+)
 from loss_core_torch.values import compute_dtype
 
 _LN_2 = math.log(2.0)
@@ -88,13 +99,25 @@ def distillation_stats(
         return tuple(state)
     rows = _rows(student, keep_T, chunk_size)
     exponents = _Exponents(rows, student, state.m_t.dtype, inverse_temperature)
-    for at, (s_BV, t_BV) in row_blocks(rows, student, teacher):
+    for at, (s_BV, t_BV) in _counted_blocks(rows, keep_T, state, student, teacher):
         _block_stats(exponents, s_BV, t_BV, at, state)
     return tuple(state)
 
 
+def _counted_blocks(
+    rows: int, keep_T: Tensor, state: row_stats.KDRowState, *tensors: Tensor
+) -> Iterable[tuple[slice | Tensor, tuple[Tensor, ...]]]:
+    """Blocks of rows: of all of them, or copies of those that count, with the others' state made that of a KL of 0."""
+    places_N = counted_places(keep_T, *tensors)
+    if places_N is None:
+        return row_blocks(rows, *tensors)
+    for part_T, neutral in zip(state, (0.0, 1.0, 0.0, 0.0, 1.0), strict=True):
+        part_T.fill_(neutral)
+    return Gathered(rows, places_N, *tensors)
+
+
 def _block_stats(
-    exponents: _Exponents, s_BV: Tensor, t_BV: Tensor, at: slice, state: row_stats.KDRowState
+    exponents: _Exponents, s_BV: Tensor, t_BV: Tensor, at: slice | Tensor, state: row_stats.KDRowState
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write a block's row state; returns 2^y of student and teacher in buffers, and their sums."""
     ys_BV, state.m_s[at], ns_B = exponents.of(s_BV, 0)
@@ -209,11 +232,17 @@ def distillation_with_grad(
     grad_TV = grad.view(-1, student.shape[-1])
     rows = _rows(student, keep_T, chunk_size)
     exponents = _Exponents(rows, student, state.m_t.dtype, inverse_temperature)
-    for at, (s_BV, t_BV) in row_blocks(rows, student, teacher):
-        grad_BV = grad_TV[at]
+    blocks = _counted_blocks(rows, keep_T, state, student, teacher)
+    if isinstance(blocks, Gathered):
+        grad_TV.index_fill_(0, (~keep_T).nonzero()[:, 0], 0.0)
+    for at, (s_BV, t_BV) in blocks:
+        # The gradient of rows that were copied takes the place of the copy.
+        grad_BV = s_BV if isinstance(at, Tensor) else grad_TV[at]
         es_BV, et_BV, sum_s_B, sum_t_B = _block_stats(exponents, s_BV, t_BV, at, state)
         out_BV = _difference(es_BV, coef_T[at] / sum_s_B, et_BV, coef_T[at] / sum_t_B, grad_BV)
         _store(grad_BV, out_BV, keep_T[at])
+        if isinstance(at, Tensor):
+            grad_TV.index_copy_(0, at, grad_BV)
     return tuple(state), grad
 
 

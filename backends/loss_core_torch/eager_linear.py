@@ -6,9 +6,12 @@ and sums s are there, with E' = E minus s at each label,
     grad_hidden = (coef / s) (E' @ W)          grad_weight += E'.T @ ((coef / s) h)
 
 so the division by s and every factor of the loss fall on [B, H] operands, never on [B, V].
+
+Memory: the two gradients, and the logits of a block of tokens. Those of the first, larger block stand in the memory of
+the weight's gradient, which holds no values until they are done with.
 """
 
-# T = tokens, B = tokens of a block, H = hidden, V = vocabulary, C = columns of a vocabulary tile
+# T = tokens, N = tokens in products, B = tokens of a block, H = hidden, V = vocabulary, C = columns of a tile
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from loss_core import row_stats
 from loss_core_torch import huge_pages, row_blocks, values
+from loss_core_torch.block_logits import BlockLogits, Tiles
 from loss_core_torch.opaque import opaque
 from loss_core_torch.values import compute_dtype
 
@@ -31,10 +35,6 @@ _LOGITS_BYTES = 512 << 20
 # twice as much).
 _MIN_BLOCK_TOKENS = 96
 _MAX_BLOCK_TOKENS = 1024
-
-# Columns of a vocabulary tile on the CPU: a tile of the weight (1024 x 1024 float32 = 4 MiB) is read
-# once from memory for two uses.
-_TILE_COLUMNS = 1024
 
 
 def block_tokens(vocab: int, device: torch.device, itemsize: int) -> int:
@@ -107,16 +107,20 @@ def linear_cross_entropy(
     grad_h = torch.zeros(h_TH.shape if want_h else (0,), dtype=dtype, device=device)
     # The first block writes every entry; without any block zeros are right.
     grad_w = huge_pages.empty(w_VH.shape if want_w else torch.Size([0]), dtype, device)
-    block = block_tokens(w_VH.shape[0], device, dtype.itemsize)
     places_N, all_count = tokens_in_products(keep_T, skip_ignored, num_valid)
-    blocks = list(_token_blocks(keep_T.numel(), places_N, block))
+    num_tokens = keep_T.numel() if places_N is None else places_N.numel()
+    vocab, hidden = w_VH.shape
+    block = block_tokens(vocab, device, dtype.itemsize)
+    # Nothing stands in the weight's gradient before the first block is done: there is room for the logits of H tokens.
+    lent = min(hidden, _MAX_BLOCK_TOKENS) if want_w and device.type == "cpu" else 0
+    lent = lent if lent > block else 0
+    blocks = list(token_blocks(keep_T.numel(), places_N, block, lent or block))
     if not blocks:
         return loss_T, grad_h, grad_w.zero_()
-    vocab = w_VH.shape[0]
-    room = max(map(_length, blocks))
-    tiles = Tiles(w_VH, product_dtype, dtype)
     with_grads = want_h or want_w
-    buffer = torch.empty(room * vocab if with_grads else 0, dtype=dtype, device=device)
+    room = min(block, max(num_tokens - lent, 0)) if with_grads else 0
+    buffer = torch.empty(room * vocab, dtype=dtype, device=device)
+    tiles = Tiles(w_VH, product_dtype, dtype)
     for number, at in enumerate(blocks):
         keep_B = keep_T[at]
         # What an ignored token holds must not reach a product, not even times 0.
@@ -127,45 +131,18 @@ def linear_cross_entropy(
         if not with_grads:
             loss_T[at] = torch.where(keep_B, _loss(h_BH, tiles, label_B, softcap), 0.0)
             continue
-        z_BV = buffer[: h_BH.shape[0] * vocab].view(-1, vocab)
-        for tile, w_CH in tiles:
-            torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])
-        loss_B, sum_B = _rows(z_BV, label_B, softcap)
-        loss_T[at] = torch.where(keep_B, loss_B, 0.0)
-        factor_B1 = (torch.where(keep_B, coef_T[at], 0.0) / sum_B)[:, None]
-        scaled_BH = h_BH * factor_B1
-        gh_BH = torch.zeros_like(h_BH) if want_h else h_BH
-        for tile, w_CH in tiles:
-            if want_h:
-                gh_BH.addmm_(z_BV[:, tile], w_CH)
-            if want_w:
-                torch.addmm(grad_w[tile], z_BV[:, tile].t(), scaled_BH, beta=float(number > 0), out=grad_w[tile])
-        if want_h:
+        logits = BlockLogits(buffer, h_BH.shape[0], tiles, softcap, grad_w if lent and number == 0 else None)
+        m_B = logits.fill(h_BH)
+        place_B = logits.places(label_B)
+        target_B = logits.at(place_B)
+        s_B, power_B = logits.to_gradient(m_B, place_B)
+        loss_T[at] = torch.where(keep_B, s_B.log() + (m_B - target_B), 0.0)
+        factor_B1 = (torch.where(keep_B, coef_T[at], 0.0) / power_B)[:, None]
+        gh_BH = torch.zeros_like(h_BH) if want_h else None
+        logits.add_gradients(gh_BH, grad_w if want_w else None, h_BH * factor_B1, first=number == 0)
+        if gh_BH is not None:
             grad_h[at] = gh_BH.mul_(factor_B1)
     return loss_T, grad_h, grad_w
-
-
-def _rows(z_BV: Tensor, label_B: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """Loss per token; and in the place of the logits E', with the sums by which it is to be divided.
-
-    By rows of a few MiB, so that only the first look at a logit goes to memory.
-    """
-    losses, sums = [], []
-    rows = row_blocks.block_rows(z_BV.shape[-1], z_BV.device)
-    slope_BV = z_BV.new_empty(min(rows, z_BV.shape[0]) if softcap else 0, z_BV.shape[1])
-    for z_bV, label_b in zip(z_BV.split(rows), label_B.split(rows), strict=True):
-        slope_bV = _apply_softcap(z_bV, softcap, slope_BV[: z_bV.shape[0]])
-        label_b1 = label_b[:, None]
-        m_b = z_bV.amax(-1)
-        target_b = z_bV.gather(1, label_b1)[:, 0]
-        number_b = row_blocks.log2_exp(z_bV, 1.0, m_b, z_bV)
-        sum_b = z_bV.exp2_().sum(-1)
-        losses.append(row_blocks.without(number_b, sum_b).log() + (m_b - target_b))
-        sums.append(sum_b)
-        z_bV.scatter_add_(1, label_b1, -sum_b[:, None])
-        if slope_bV is not None:
-            z_bV.mul_(slope_bV)
-    return torch.cat(losses), torch.cat(sums)
 
 
 def _loss(h_BH: Tensor, tiles: Tiles, label_B: Tensor, softcap: float) -> Tensor:
@@ -173,23 +150,25 @@ def _loss(h_BH: Tensor, tiles: Tiles, label_B: Tensor, softcap: float) -> Tensor
     empty_B = h_BH.new_full(label_B.shape, -torch.inf)
     state = row_stats.RowState(empty_B, torch.zeros_like(empty_B), empty_B)
     buffer = h_BH.new_empty(h_BH.shape[0] * tiles.columns)
-    none = buffer.new_empty(0)
+    factor = softcap or 1.0
     for tile, w_CH in tiles:
         z_BC = buffer[: h_BH.shape[0] * w_CH.shape[0]].view(-1, w_CH.shape[0])
-        torch.mm(h_BH, w_CH.t(), out=z_BC)
-        _apply_softcap(z_BC, softcap, none)
+        tiles.products.into(z_BC, h_BH, w_CH.t())
+        if softcap:
+            z_BC.div_(softcap).tanh_()
         local_B = label_B - tile.start
         owned_B = (local_B >= 0) & (local_B < w_CH.shape[0])
-        target_B = z_BC.gather(1, torch.where(owned_B, local_B, 0)[:, None])[:, 0]
-        m_B = z_BC.amax(-1)
-        number_B = row_blocks.log2_exp(z_BC, 1.0, m_B, z_BC)
+        target_B = z_BC.gather(1, torch.where(owned_B, local_B, 0)[:, None])[:, 0] * factor
+        m_B = z_BC.amax(-1) * factor
+        number_B = row_blocks.log2_exp(z_BC, factor, m_B, z_BC)
         s_B = row_blocks.without(number_B, z_BC.exp2_().sum(-1))
         part = row_stats.RowState(m_B, s_B, torch.where(owned_B, target_B, -torch.inf))
         state = row_stats.combine(torch, state, part)
     return row_stats.finish(torch, state)
 
 
-def _length(at: slice | Tensor) -> int:
+def length(at: slice | Tensor) -> int:
+    """Tokens of a block."""
     return at.stop - at.start if isinstance(at, slice) else at.numel()
 
 
@@ -213,41 +192,14 @@ def tokens_in_products(keep_T: Tensor, skip_ignored: bool | None, num_valid: int
     return (None if places_N.numel() == keep_T.numel() else places_N), True
 
 
-def _token_blocks(num_tokens: int, places_N: Tensor | None, block: int) -> Iterator[slice | Tensor]:
-    """Places of the tokens of each block: slices of all, or indices."""
-    if places_N is not None:
-        yield from places_N.split(block) if places_N.numel() else ()
-        return
-    for start in range(0, num_tokens, block):
-        yield slice(start, min(start + block, num_tokens))
+def token_blocks(num_tokens: int, places_N: Tensor | None, block: int, first: int) -> Iterator[slice | Tensor]:
+    """Places of the tokens of each block: slices of all, or indices.
 
-
-class Tiles:
-    """Vocabulary tiles of the weight, rounded to product_dtype, in the dtype of the arithmetic.
-
-    Attributes:
-        columns: classes of a tile, more than those of the last one.
+    Args:
+        block, first: tokens of a block, and of the first one.
     """
-
-    def __init__(self, w_VH: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> None:
-        self._w_VH, self._product_dtype, self._dtype = w_VH, product_dtype, dtype
-        self.columns = min(_TILE_COLUMNS, w_VH.shape[0]) if w_VH.device.type == "cpu" else w_VH.shape[0]
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        vocab = self._w_VH.shape[0]
-        for start in range(0, vocab, self.columns):
-            tile = slice(start, min(start + self.columns, vocab))
-            yield tile, self._w_VH[tile].to(self._product_dtype).to(self._dtype)
-
-
-def _apply_softcap(z_BV: Tensor, softcap: float, buffer: Tensor) -> Tensor | None:
-    """z <- c tanh(z / c) in place; returns the slope 1 - tanh^2 when there is a buffer for it."""
-    if not softcap:
-        return None
-    z_BV.div_(softcap).tanh_()
-    slope_BV = None
-    if buffer.numel():
-        slope_BV = buffer[: z_BV.numel()].view(z_BV.shape)
-        torch.mul(z_BV, z_BV, out=slope_BV).neg_().add_(1.0)
-    z_BV.mul_(softcap)
-    return slope_BV
+    total = num_tokens if places_N is None else places_N.numel()
+    stop = 0
+    while stop < total:
+        start, stop = stop, min(stop + (block if stop else first), total)
+        yield slice(start, stop) if places_N is None else places_N[start:stop]

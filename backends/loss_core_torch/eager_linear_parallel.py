@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core_torch import eager_linear, row_blocks
+from loss_core_torch import eager_linear
+from loss_core_torch.block_logits import BlockLogits, Tiles
 from loss_core_torch.values import compute_dtype
 
 
@@ -46,19 +47,17 @@ def linear_cross_entropy_stats(
     waits = keep_logits and len(blocks) == 1
     if not blocks or vocab == 0:
         return m_T, s_T, t_T, m_T.new_empty(0)
-    buffer = m_T.new_empty(max(map(eager_linear._length, blocks)) * vocab)
+    buffer = m_T.new_empty(max(map(eager_linear.length, blocks)) * vocab)
+    tiles = Tiles(w_VH, product_dtype, dtype)
     for at in blocks:
-        z_BV, _ = _logits(h_TH, w_VH, keep_T, at, all_count, softcap, product_dtype, buffer)
-        owned_B, column_B1 = _column(labels_T[at], keep_T[at], vocab_start, vocab)
-        m_B = z_BV.amax(-1)
+        h_BH = _hidden(h_TH, keep_T, at, all_count, product_dtype, dtype)
+        logits = BlockLogits(buffer, h_BH.shape[0], tiles, softcap)
+        m_B = logits.fill(h_BH)
+        owned_B, column_B = _column(labels_T[at], keep_T[at], vocab_start, vocab)
         m_T[at] = m_B
-        t_T[at] = torch.where(owned_B, z_BV.gather(1, column_B1)[:, 0], -torch.inf)
-        if waits:
-            # Row by row of the cache's size, so that what is kept stays as it is without a copy of it all.
-            s_T[at] = torch.cat([(z - m[:, None]).exp_().sum(-1) for z, m in _small(z_BV, m_B)])
-        else:
-            s_T[at] = z_BV.sub_(m_B[:, None]).exp_().sum(-1)
-    return m_T, s_T, t_T, buffer.view(-1, vocab) if waits else buffer.new_empty(0)
+        t_T[at] = torch.where(owned_B, logits.at(logits.places(column_B)), -torch.inf)
+        s_T[at] = logits.sums(m_B)
+    return m_T, s_T, t_T, buffer if waits else buffer.new_empty(0)
 
 
 def linear_cross_entropy_grads(
@@ -94,30 +93,20 @@ def linear_cross_entropy_grads(
     blocks, all_count = _plan(keep_T, vocab, dtype, skip_ignored, num_valid)
     if not blocks or vocab == 0:
         return grad_h, grad_w
-    rows = max(map(eager_linear._length, blocks))
-    buffer = logits.view(-1) if logits.numel() else m_T.new_empty(rows * vocab)
+    rows = max(map(eager_linear.length, blocks))
+    buffer = logits if logits.numel() else m_T.new_empty(rows * vocab)
+    tiles = Tiles(w_VH, product_dtype, dtype)
     for number, at in enumerate(blocks):
-        keep_B, s_B1 = keep_T[at], s_T[at, None]
-        if logits.numel():
-            z_BV, h_BH = logits, _hidden(h_TH, keep_T, at, all_count, product_dtype, dtype)
-        else:
-            z_BV, h_BH = _logits(h_TH, w_VH, keep_T, at, all_count, softcap, product_dtype, buffer)
-        # tanh = z / c, since z = c tanh; the slope is 1 - tanh^2.
-        slope_BV = z_BV.div(softcap).square_().neg_().add_(1.0) if softcap else None
-        z_BV.sub_(m_T[at, None]).exp_()
-        owned_B, column_B1 = _column(labels_T[at], keep_B, vocab_start, vocab)
-        z_BV.scatter_add_(1, column_B1, torch.where(owned_B[:, None], -s_B1, 0.0))
-        if slope_BV is not None:
-            z_BV.mul_(slope_BV)
-        factor_B1 = torch.where(keep_B, coef_T[at], 0.0)[:, None] / s_B1
-        scaled_BH = h_BH * factor_B1
-        gh_BH = torch.zeros_like(h_BH) if want_h else h_BH
-        for tile, w_CH in eager_linear.Tiles(w_VH, product_dtype, dtype):
-            if want_h:
-                gh_BH.addmm_(z_BV[:, tile], w_CH)
-            if want_w:
-                torch.addmm(grad_w[tile], z_BV[:, tile].t(), scaled_BH, beta=float(number > 0), out=grad_w[tile])
-        if want_h:
+        h_BH = _hidden(h_TH, keep_T, at, all_count, product_dtype, dtype)
+        of_block = BlockLogits(buffer, h_BH.shape[0], tiles, softcap)
+        if not logits.numel():
+            of_block.fill(h_BH)
+        owned_B, column_B = _column(labels_T[at], keep_T[at], vocab_start, vocab)
+        _, power_B = of_block.to_gradient(m_T[at], of_block.places(column_B), owned_B, s_T[at])
+        factor_B1 = (torch.where(keep_T[at], coef_T[at], 0.0) / power_B)[:, None]
+        gh_BH = torch.zeros_like(h_BH) if want_h else None
+        of_block.add_gradients(gh_BH, grad_w if want_w else None, h_BH * factor_B1, first=number == 0)
+        if gh_BH is not None:
             grad_h[at] = gh_BH.mul_(factor_B1)
     return grad_h, grad_w
 
@@ -133,7 +122,7 @@ def _plan(
     budget = eager_linear._LOGITS_BYTES_CPU if device.type == "cpu" else eager_linear._LOGITS_BYTES
     if num_tokens * vocab * dtype.itemsize <= budget:
         block = max(block, num_tokens)
-    return list(eager_linear._token_blocks(keep_T.numel(), places_N, block)), all_count
+    return list(eager_linear.token_blocks(keep_T.numel(), places_N, block, block)), all_count
 
 
 def _hidden(
@@ -149,32 +138,8 @@ def _hidden(
     return h_BH if all_count else torch.where(keep_T[at][:, None], h_BH, 0.0)
 
 
-def _logits(
-    h_TH: Tensor,
-    w_VH: Tensor,
-    keep_T: Tensor,
-    at: slice | Tensor,
-    all_count: bool,
-    softcap: float,
-    product_dtype: torch.dtype,
-    buffer: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """softcap(h @ W.T) of a block, in the buffer, and h."""
-    h_BH = _hidden(h_TH, keep_T, at, all_count, product_dtype, buffer.dtype)
-    z_BV = buffer[: h_BH.shape[0] * w_VH.shape[0]].view(h_BH.shape[0], w_VH.shape[0])
-    for tile, w_CH in eager_linear.Tiles(w_VH, product_dtype, buffer.dtype):
-        torch.mm(h_BH, w_CH.t(), out=z_BV[:, tile])
-    eager_linear._apply_softcap(z_BV, softcap, buffer.new_empty(0))
-    return z_BV, h_BH
-
-
 def _column(labels_B: Tensor, keep_B: Tensor, vocab_start: int, vocab: int) -> tuple[Tensor, Tensor]:
     """Which tokens have their label in this part, and the label's column there."""
     local_B = labels_B - vocab_start
     owned_B = keep_B & (local_B >= 0) & (local_B < vocab)
-    return owned_B, torch.where(owned_B, local_B, 0)[:, None]
-
-
-def _small(z_BV: Tensor, m_B: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    rows = row_blocks.block_rows(z_BV.shape[-1], z_BV.device)
-    return zip(z_BV.split(rows), m_B.split(rows), strict=True)
+    return owned_B, torch.where(owned_B, local_B, 0)

@@ -16,7 +16,17 @@ from torch import Tensor
 from loss_core import row_stats
 from loss_core_torch import huge_pages
 from loss_core_torch.opaque import opaque, untraced
-from loss_core_torch.row_blocks import Buffer, block_rows, log2_exp, row_blocks, some_ignored, widened, without
+from loss_core_torch.row_blocks import (
+    Buffer,
+    Gathered,
+    block_rows,
+    counted_places,
+    log2_exp,
+    row_blocks,
+    some_ignored,
+    widened,
+    without,
+)
 from loss_core_torch.values import compute_dtype
 
 
@@ -151,6 +161,16 @@ def cross_entropy_with_grad(
     grad_TV = grad.view(-1, vocab)
     rows = _rows(logits, labels_T)
     buffer = Buffer(rows, logits, dtype)
+    places_N = counted_places(keep_T, logits)
+    if places_N is not None:
+        state = _counted_state(labels_T, dtype)
+        grad_TV.index_fill_(0, (~keep_T).nonzero()[:, 0], 0.0)
+        for at_B, (block_BV,) in Gathered(rows, places_N, logits):
+            # The gradient takes the place of the copy.
+            part = _rows_with_grad(block_BV, block_BV, labels_T[at_B], coef_T[at_B], None, buffer)
+            grad_TV.index_copy_(0, at_B, block_BV)
+            _put_state(state, at_B, part)
+        return row_stats.finish(torch, state), state.m, state.s, grad
     ignored = some_ignored(keep_T)
     column_T = torch.where((labels_T >= 0) & (labels_T < vocab), labels_T, 0) if ignored else labels_T
     blocks = list(row_blocks(rows, logits))
@@ -164,6 +184,17 @@ def cross_entropy_with_grad(
     state = states[0] if len(states) == 1 else row_stats.RowState(*map(torch.cat, zip(*states, strict=True)))
     loss_T = row_stats.finish(torch, state)
     return loss_T.masked_fill_(~keep_T, 0.0) if ignored else loss_T, state.m, state.s, grad
+
+
+def _counted_state(labels_T: Tensor, dtype: torch.dtype) -> row_stats.RowState:
+    """Row states to be filled in where a token counts; of loss 0 elsewhere."""
+    zero_T = torch.zeros(labels_T.shape, dtype=dtype, device=labels_T.device)
+    return row_stats.RowState(zero_T, torch.ones_like(zero_T), zero_T.clone())
+
+
+def _put_state(state: row_stats.RowState, at_B: Tensor, part: row_stats.RowState) -> None:
+    for whole_T, part_B in zip(state, part, strict=True):
+        whole_T[at_B] = part_B
 
 
 def _rows_with_grad(
@@ -182,6 +213,12 @@ def _rows_with_grad(
 
 def cross_entropy_rows(logits: Tensor, labels_T: Tensor, keep_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loss_T, m_T, s_T of `cross_entropy_with_grad`, without the gradient."""
+    places_N = counted_places(keep_T, logits)
+    if places_N is not None:
+        state = _counted_state(labels_T, compute_dtype(logits.dtype))
+        for at_B, (block_BV,) in Gathered(_rows(logits, labels_T), places_N, logits):
+            _put_state(state, at_B, row_stats.RowState(*cross_entropy_stats(block_BV, labels_T[at_B], 0)))
+        return row_stats.finish(torch, state), state.m, state.s
     state = row_stats.RowState(*cross_entropy_stats(logits, labels_T, 0))
     return row_stats.finish(torch, state).masked_fill_(~keep_T, 0.0), state.m, state.s
 

@@ -60,6 +60,40 @@ def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tenso
         start += length
 
 
+def counted_places(keep_T: Tensor, *tensors: Tensor) -> Tensor | None:
+    """Places [N] int64 of the rows that count, where it pays to gather them; None to take all rows as they lie.
+
+    Args:
+        keep_T: bool.
+        tensors: [..., V], which are to be gathered from.
+    """
+    shape = tensors[0].shape
+    # Of a slice such as logits[:, :-1] there is no matrix to gather from.
+    matrices = len(shape) == 2 or all(x.is_contiguous() for x in tensors)
+    if not (matrices and shape[-1] and values.may_read(keep_T)):
+        return None
+    places_N = keep_T.nonzero()[:, 0]
+    return places_N if places_N.numel() < keep_T.numel() else None
+
+
+class Gathered:
+    """Blocks of rows at given places, copied into buffers that the next block uses again."""
+
+    def __init__(self, rows: int, places_N: Tensor, *tensors: Tensor) -> None:
+        self._rows, self._places_N = rows, places_N
+        self._matrices = [x.reshape(-1, x.shape[-1]) for x in tensors]
+        self._buffers = [x.new_empty(min(rows, places_N.numel()) * x.shape[-1]) for x in tensors]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Yields the places of a block, and the block of each tensor."""
+        for at in self._places_N.split(self._rows) if self._places_N.numel() else ():
+            blocks = []
+            for x_TV, buffer in zip(self._matrices, self._buffers, strict=True):
+                block_BV = buffer[: at.numel() * x_TV.shape[-1]].view(at.numel(), -1)
+                blocks.append(torch.index_select(x_TV, 0, at, out=block_BV))
+            yield at, tuple(blocks)
+
+
 def some_ignored(keep: Tensor) -> bool:
     """Whether rows of a block may need clearing."""
     return not (values.may_read(keep) and bool(keep.all()))
