@@ -443,11 +443,14 @@ def test_markdown_has_a_row_for_each_implementation(report):
 def test_tuned_choices_are_read_back(report, tmp_path):
     file = tmp_path / "new" / "choices.json"
     entries = choices_of(report)
-    assert {entry["flag"] for entry in entries} == {"torch:eager", "jax:xla"}
+    best = {entry["backend"]: entry["flag"] for entry in entries}
+    # Whichever of the two was faster today.
+    assert best["torch"] in ("torch:eager", "torch:compile")
+    assert best["jax"] == "jax:xla"
     choices.store_choices(entries, file)
     ask = {"loss": "KDLoss", "device": "cpu", "dtype": "float32", "file": file}
-    assert choices.tuned_choice(shape=(64, 1000), **ask) == "torch:eager"
-    assert choices.tuned_choice(shape=(70, 900), **ask) == "torch:eager"
+    assert choices.tuned_choice(shape=(64, 1000), **ask) == best["torch"]
+    assert choices.tuned_choice(shape=(70, 900), **ask) == best["torch"]
     assert choices.tuned_choice(shape=(64, 1000), backend="jax", **ask) == "jax:xla"
     assert choices.tuned_choice(shape=(512, 1000), **ask) is None
     assert choices.tuned_choice(shape=(64, 1000), **ask | {"dtype": "bfloat16"}) is None
