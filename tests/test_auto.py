@@ -1,12 +1,17 @@
 """`torch:auto`: by the table until something was measured here, then by what `bench --tune` kept, call by call."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import loss_core_torch.auto
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core.backend import COMPILED_AT_FIRST_CALL
 from loss_core.choices import store_choices
 from loss_core_torch import compile_set, compiled, kernels
+from loss_core_torch.auto import RULES
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def marked(monkeypatch):
 
 def _auto(config):
     loss = config.build(backend="torch:auto")
-    return loss.with_kernel_choice(loss_core_torch.auto.by_rule("cpu", ("eager", "triton")))
+    return loss.with_kernel_choice(loss_core_torch.auto.by_rule(type(loss).__name__, "cpu", ("eager", "triton")))
 
 
 def test_without_measurements_a_rule_decides_and_says_why(tuned):
@@ -37,7 +42,22 @@ def test_without_measurements_a_rule_decides_and_says_why(tuned):
     assert loss.kernel_choice.flag == "torch:eager"
     assert "BENCHMARKS.md" in loss.kernel_choice.reason
     assert "eager" in loss.kernel_choice.candidates
-    assert "not measured" in loss_core_torch.auto.by_rule("xpu", ("eager", "triton")).reason
+    assert "not measured" in loss_core_torch.auto.by_rule("KDLoss", "xpu", ("eager", "triton")).reason
+
+
+@pytest.mark.parametrize(
+    "rule", [rule for rule in RULES if rule.results], ids=lambda rule: f"{rule.device}-{rule.loss}"
+)
+def test_a_rule_takes_what_the_results_that_it_names_show_to_be_fastest(rule):
+    for name in rule.results:
+        text = (Path(__file__).parent.parent / f"examples/benchmarks/{name}.json").read_text(encoding="utf-8")
+        rows = [row for row in json.loads(text)["rows"] if row["loss"] == rule.loss and row["seconds"]]
+        ours = {row["implementation"]: row["seconds"] for row in rows if row["kind"] == "flag"}
+        # None that compiles at its first call is a default.
+        best = min(set(ours) - COMPILED_AT_FIRST_CALL, key=ours.__getitem__)
+        assert best == f"torch:{rule.kernel}"
+        if "ahead of F.linear_cross_entropy" in rule.why:
+            assert ours[best] < min(row["seconds"] for row in rows if row["implementation"] == "torch-linear-ce")
 
 
 def test_a_named_flag_is_never_changed(tuned, marked):

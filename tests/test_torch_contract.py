@@ -10,7 +10,15 @@ import torch.nn.functional as F
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.check import check
-from loss_core_torch import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy, eager, values
+from loss_core_torch import (
+    FusedLinearCrossEntropy,
+    KDLoss,
+    MaskedCrossEntropy,
+    TEParallelCrossEntropy,
+    eager,
+    kernels,
+    values,
+)
 from loss_core_torch.products import Products
 
 T, V, H = 6, 11, 5
@@ -360,6 +368,15 @@ def test_repr_pickle_and_deepcopy():
     assert "torch:eager" in repr(module)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert (twin.reduction, twin.kernel_choice) == ("mean", module.kernel_choice)
+
+
+def test_another_process_finds_the_kernels_of_a_pickled_module(monkeypatch):
+    module = MaskedCrossEntropyConfig().build(backend="torch:eager")
+    module._kernel = kernels.load("compile")
+    stored = pickle.dumps(module)
+    monkeypatch.delitem(kernels._LOADED, "compile")
+    pickle.loads(stored)
+    assert kernels.find("compile").__name__ == "loss_core_torch.compile_set"
 
 
 def test_auto_says_what_it_chose_and_why():

@@ -23,23 +23,38 @@ class Rule:
 
     Attributes:
         device: torch device type it is for, "" for any.
+        loss: class name, "" for any.
         kernel: what it takes.
-        measured: what was measured, and where.
+        why: in words.
+        results: names of the results in BENCHMARKS.md that show it; empty where nothing was measured.
     """
 
     device: str
+    loss: str
     kernel: str
-    measured: str
+    why: str
+    results: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shown = f" (BENCHMARKS.md: {', '.join(self.results)})" if self.results else ""
+        return self.why + shown
 
 
-# The first row that fits counts.
+_NO_COMPILER = "the fastest that does not compile at its first call; torch:compile may pay: `loss-core bench --tune`"
+
+# The first row that fits counts. tests/test_auto.py holds each row with results to what these say.
 RULES = (
     Rule(
         "cpu",
+        "FusedLinearCrossEntropy",
         "eager",
-        "the kernel that is made for CPUs; measured there beside its peers, see BENCHMARKS.md",
+        "made for CPUs, ahead of F.linear_cross_entropy",
+        ("cpu-torch-fused", "cpu-torch-fused-bf16", "cpu-torch-fused-128k", "cpu-torch-fused-ignored"),
     ),
-    Rule("", "eager", "runs on every device; not measured on this one yet: `loss-core bench --tune` does it"),
+    Rule("cpu", "MaskedCrossEntropy", "eager", _NO_COMPILER, ("cpu-torch-logits", "cpu-torch-logits-bf16")),
+    Rule("cpu", "KDLoss", "eager", _NO_COMPILER, ("cpu-torch-kd",)),
+    Rule("cpu", "", "eager", "made for CPUs, with the kernels of MaskedCrossEntropy"),
+    Rule("", "", "eager", "runs on every device; not measured on this one yet: `loss-core bench --tune` does it"),
 )
 
 
@@ -60,14 +75,14 @@ def choose(
         return KernelChoice(
             flag, "the fastest on this machine for such a call, by `loss-core bench --tune`", candidates
         )
-    return by_rule(device.type, candidates)
+    return by_rule(loss, device.type, candidates)
 
 
-def by_rule(device_type: str, candidates: tuple[str, ...]) -> KernelChoice:
+def by_rule(loss: str, device_type: str, candidates: tuple[str, ...]) -> KernelChoice:
     """The first row of the table that fits."""
     for rule in RULES:
-        if rule.device in ("", device_type) and rule.kernel in candidates:
-            return KernelChoice(f"torch:{rule.kernel}", rule.measured, candidates)
+        if rule.device in ("", device_type) and rule.loss in ("", loss) and rule.kernel in candidates:
+            return KernelChoice(f"torch:{rule.kernel}", str(rule), candidates)
     return KernelChoice(f"torch:{candidates[0]}", "the only kernel for this loss that can be used here", candidates)
 
 

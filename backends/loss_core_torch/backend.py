@@ -68,6 +68,15 @@ _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
 }
 
 
+# The modules' names, by which `auto` knows the losses.
+_LOSSES: dict[type[LossConfig], str] = {
+    MaskedCrossEntropyConfig: "MaskedCrossEntropy",
+    FusedLinearCEConfig: "FusedLinearCrossEntropy",
+    TEParallelCEConfig: "TEParallelCrossEntropy",
+    KDLossConfig: "KDLoss",
+}
+
+
 def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
     """The table (config class, kernel) -> builder."""
     return _BUILDERS
@@ -106,4 +115,5 @@ def _triton_status(flag: str) -> FlagStatus:
 
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
     """What `auto` takes until it sees a tensor; see `loss_core_torch.auto`."""
-    return auto.by_rule("cuda" if torch.cuda.is_available() else "cpu", candidates)
+    loss = next(name for cls, name in _LOSSES.items() if isinstance(config, cls))
+    return auto.by_rule(loss, "cuda" if torch.cuda.is_available() else "cpu", candidates)

@@ -38,6 +38,11 @@ class LossModule(nn.Module):
         self._kernel = kernels.load(parse_flag(choice.flag).kernel)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Another process, to which the module was pickled, has not imported its kernels yet.
+        kernels.load(self._kernel)
+
     def kernel_for(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> KernelChoice:
         """Which kernel would run for a call, and why.
 
