@@ -185,6 +185,14 @@ def _largest_allocation(call):
     return max(event.self_cpu_memory_usage for event in profiler.events())
 
 
+def _allocated(function):
+    """Bytes of all tensors that a call makes, whether it frees them or not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+
+
 @torch.no_grad()
 def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary():
     tokens, vocab = 64, 5000
@@ -194,6 +202,18 @@ def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary():
     assert _largest_allocation(lambda: torch.exp(logits)) >= size
     assert _largest_allocation(lambda: ce(logits, labels)) < size / 20
     assert _largest_allocation(lambda: kd(logits, logits * 1, labels)) <= size  # that of the product here
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_the_only_tensor_of_tokens_times_vocabulary(dtype):
+    tokens, vocab = 64, 5000
+    logits = torch.randn(tokens, vocab, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    loss = MaskedCrossEntropyConfig().build(backend=FLAG)
+    loss(logits, labels).backward()
+    grad_size = logits.nbytes
+    assert _allocated(lambda: loss(logits, labels)) < 1.1 * grad_size
+    assert _allocated(lambda: logits.float().exp()) >= tokens * vocab * 4
 
 
 # --- beside what callers do

@@ -243,3 +243,29 @@ def test_only_large_results_are_advised_and_only_their_own_pages(monkeypatch):
     assert x.data_ptr() <= start
     assert start + length <= x.data_ptr() + x.nbytes
     assert x.nbytes - length < 2 * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize(
+    ("named", "features", "wanted"),
+    [
+        ("", [], True),
+        ("", ["0110010"], False),
+        ("", ["0000000", "0110010"], False),
+        ("", ["0110"], True),
+        ("1", ["0110010"], True),
+        ("0", [], False),
+    ],
+)
+def test_huge_pages_are_left_to_machines_that_keep_their_memory(named, features, wanted, monkeypatch, tmp_path):
+    for number, bits in enumerate(features):
+        (tmp_path / f"virtio{number}").mkdir()
+        (tmp_path / f"virtio{number}" / "features").write_text(bits + "\n")
+    monkeypatch.setattr(huge_pages, "_BALLOONS", tmp_path)
+    monkeypatch.setenv(huge_pages.VARIABLE, named)
+    assert huge_pages._wanted() == wanted
+
+
+def test_a_wrong_value_of_the_variable_is_told(monkeypatch):
+    monkeypatch.setenv(huge_pages.VARIABLE, "yes")
+    with pytest.raises(ValueError, match="LOSS_CORE_HUGE_PAGES must be 0 or 1, got 'yes'"):
+        huge_pages._wanted()

@@ -43,6 +43,24 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     return row_blocks(shape[:-1].numel(), *(x.squeeze(ones) for x in tensors))
 
 
+class _Labels:
+    """The label's column in each row of a matrix, where it has one."""
+
+    def __init__(self, column_T: Tensor, like_TV: Tensor) -> None:
+        self._owned_T = (column_T >= 0) & (column_T < like_TV.shape[1])
+        self._at = (torch.arange(column_T.numel(), device=column_T.device), torch.where(self._owned_T, column_T, 0))
+
+    def of(self, x_TV: Tensor) -> Tensor:
+        """The values there, in the dtype of the arithmetic; of another column where there is none."""
+        return x_TV[self._at].to(compute_dtype(x_TV.dtype))
+
+    def subtract(self, grad_TV: Tensor, t_T: Tensor, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor) -> None:
+        """Write coef (softmax - 1) there, rounded once; 0 where keep is False."""
+        power_T = (t_T - torch.where(m_T == -torch.inf, 0.0, m_T)).exp()
+        label_T = torch.where(keep_T, power_T * (coef_T / s_T) - coef_T, 0.0).to(grad_TV.dtype)
+        grad_TV[self._at] = torch.where(self._owned_T, label_T, grad_TV[self._at])
+
+
 def _joined(parts: list[Any]) -> Any:
     """Tuples of [t] values, one after the other as tuples of [T] values."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -84,8 +102,11 @@ def _write_grad(
     column_T, coef_T = labels_T - vocab_start, coef_T.contiguous()
     grad_TV = grad.view(-1, logits.shape[-1])
     for at, (z_TV,) in _matrices(logits):
-        rows = (column_T[at], keep_T[at], m_T[at], s_T[at], coef_T[at])
+        rows = (keep_T[at], m_T[at], s_T[at], coef_T[at])
+        labels = _Labels(column_T[at], z_TV)
+        t_T = labels.of(z_TV)
         run(compiled_rows.cross_entropy_grad, z_TV, *rows, grad_TV[at])
+        labels.subtract(grad_TV[at], t_T, *rows)
 
 
 @untraced
@@ -97,8 +118,11 @@ def cross_entropy_overwrite(
         return eager_logits.cross_entropy_overwrite(logits, labels_T, vocab_start, keep_T, m_T, s_T, coef_T)
     column_T, coef_T = labels_T - vocab_start, coef_T.contiguous()
     for at, (z_TV,) in _matrices(logits):
-        rows = (column_T[at], keep_T[at], m_T[at], s_T[at], coef_T[at])
+        rows = (keep_T[at], m_T[at], s_T[at], coef_T[at])
+        labels = _Labels(column_T[at], z_TV)
+        t_T = labels.of(z_TV)
         run(compiled_rows.cross_entropy_overwrite, z_TV, *rows)
+        labels.subtract(z_TV, t_T, *rows)
 
 
 @untraced
@@ -110,10 +134,13 @@ def cross_entropy_with_grad(
         return eager_logits.cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
     grad = huge_pages.empty(logits.shape, logits.dtype, logits.device)
     grad_TV, coef_T = grad.view(-1, logits.shape[-1]), coef_T.contiguous()
-    found = [
-        run(compiled_rows.cross_entropy_with_grad, z_TV, labels_T[at], keep_T[at], coef_T[at], grad_TV[at])
-        for at, (z_TV,) in _matrices(logits)
-    ]
+    found = []
+    for at, (z_TV,) in _matrices(logits):
+        labels = _Labels(labels_T[at], z_TV)
+        t_T = labels.of(z_TV)
+        m_T, s_T = run(compiled_rows.cross_entropy_with_grad, z_TV, keep_T[at], coef_T[at], grad_TV[at])
+        labels.subtract(grad_TV[at], t_T, keep_T[at], m_T, s_T, coef_T[at])
+        found.append((m_T, s_T, t_T))
     state = row_stats.RowState(*_joined(found))
     return row_stats.finish(torch, state).masked_fill_(~keep_T, 0.0), state.m, state.s, grad
 

@@ -31,10 +31,10 @@ _OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.enable_loop_tail_v
 
 
 # Rows of more columns than this are summed by TorchInductor in another way: another program.
-_LONG_ROW = 4096
+LONG_ROW = 4096
 
 # Tokens, and classes of short and of long rows, that a program sees first; no two equal, or it took them for one.
-_SAMPLE = (64, _LONG_ROW - 1, 2 * _LONG_ROW - 1)
+_SAMPLE = (64, LONG_ROW - 1, 2 * LONG_ROW - 1)
 
 
 class _Kind(NamedTuple):
@@ -61,7 +61,7 @@ def run(function: Callable[..., Any], *tensors: Tensor) -> Any:
         tensors: the first a matrix [T, V]; these contiguous, or with rows that are.
     """
     kinds = tuple(_Kind(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference()) for x in tensors)
-    long = tensors[0].shape[1] > _LONG_ROW
+    long = tensors[0].shape[1] > LONG_ROW
     with torch.no_grad():
         program = _program(function, kinds, _SAMPLE[1 + long], torch.get_num_threads())
         return program(*(x.detach() for x in tensors))

@@ -4,7 +4,9 @@ Plain PyTorch operations without loops: the compiler makes one loop over rows ou
 memory once and is in cache for whatever else looks at it. Arithmetic is float32, or float64 for float64 logits. The
 formulas stand in `loss_core.oracle`, the row state in `loss_core.row_stats`.
 
-Exponentials are 2^(x log2 e), as in `row_blocks`: the compiler's exp2 is faster than its exp.
+An exponential that is used twice is made once: TorchInductor keeps those of the row that it works on (of exp; it would
+make exp2 again). What concerns the label's class alone is not here: one column of a loop over all would cost each of
+them a comparison.
 """
 
 # T = tokens, V = vocabulary (of this rank)
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from loss_core import row_stats
+from loss_core_torch.compiled import LONG_ROW
 from loss_core_torch.values import compute_dtype
 
 
@@ -27,9 +30,23 @@ def _shifted(x_TV: Tensor, m_T: Tensor) -> Tensor:
     return x_TV - torch.where(m_T == -torch.inf, 0.0, m_T)[:, None]
 
 
-def _exp(x_TV: Tensor) -> Tensor:
+def _exp2(x_TV: Tensor) -> Tensor:
+    """exp that is made again for each use."""
     # log2 e as a literal: a number from elsewhere would become an input of the program.
     return (x_TV * 1.4426950408889634).exp2()
+
+
+def _largest(x_TV: Tensor) -> Tensor:
+    """Largest value of each row, NaN if there is one."""
+    vocab = x_TV.shape[1]
+    if vocab <= LONG_ROW:
+        return x_TV.amax(-1)
+    # The compiler compares vector by vector with the largest so far, each waiting for the one before: so with a quarter
+    # of them, and up to three columns that are left over.
+    quarter = vocab // 4
+    a, b, c, d = (x_TV[:, number * quarter : (number + 1) * quarter] for number in range(4))
+    m_T = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).amax(-1)
+    return torch.maximum(m_T, x_TV[:, vocab - 4 :].amax(-1))
 
 
 def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
@@ -37,19 +54,9 @@ def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
     return torch.where(keep_T[:, None], out_TV, 0.0)
 
 
-def _row_state(x_TV: Tensor, column_T: Tensor) -> row_stats.RowState:
-    m_T = x_TV.amax(-1)
-    s_T = _exp(_shifted(x_TV, m_T)).sum(-1)
+def _label_logit(x_TV: Tensor, column_T: Tensor) -> Tensor:
     owned_T = (column_T >= 0) & (column_T < x_TV.shape[1])
-    t_T = x_TV.gather(1, torch.where(owned_T, column_T, 0)[:, None])[:, 0]
-    return row_stats.RowState(m_T, s_T, torch.where(owned_T, t_T, -torch.inf))
-
-
-def _grad(x_TV: Tensor, column_T: Tensor, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor) -> Tensor:
-    # Compared, not scattered: that would be a second pass over memory.
-    hit_TV = torch.arange(x_TV.shape[1], device=x_TV.device) == column_T[:, None]
-    grad_TV = _exp(_shifted(x_TV, m_T)) * (coef_T / s_T)[:, None] - torch.where(hit_TV, coef_T[:, None], 0.0)
-    return _kept(grad_TV, keep_T)
+    return torch.where(owned_T, x_TV.gather(1, torch.where(owned_T, column_T, 0)[:, None])[:, 0], -torch.inf)
 
 
 def cross_entropy_stats(logits_TV: Tensor, column_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,46 +65,42 @@ def cross_entropy_stats(logits_TV: Tensor, column_T: Tensor) -> tuple[Tensor, Te
     Args:
         column_T: [T] int64, the label's column; where it is none of these, t is -inf.
     """
-    return _row_state(_wide(logits_TV), column_T)
+    x_TV = _wide(logits_TV)
+    m_T = _largest(x_TV)
+    return m_T, _shifted(x_TV, m_T).exp().sum(-1), _label_logit(x_TV, column_T)
 
 
 def cross_entropy_grad(
-    logits_TV: Tensor,
-    column_T: Tensor,
-    keep_T: Tensor,
-    m_T: Tensor,
-    s_T: Tensor,
-    coef_T: Tensor,
-    out_TV: Tensor,
+    logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor, out_TV: Tensor
 ) -> None:
-    """coef (softmax - onehot) into out, 0 where keep is False."""
-    out_TV.copy_(_grad(_wide(logits_TV), column_T, keep_T, m_T, s_T, coef_T))
+    """coef softmax into out, 0 where keep is False."""
+    powers_TV = _shifted(_wide(logits_TV), m_T).exp()
+    out_TV.copy_(_kept(powers_TV * (coef_T / s_T)[:, None], keep_T))
 
 
-def cross_entropy_overwrite(
-    logits_TV: Tensor, column_T: Tensor, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor
-) -> None:
+def cross_entropy_overwrite(logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, s_T: Tensor, coef_T: Tensor) -> None:
     """`cross_entropy_grad` over the logits."""
-    logits_TV.copy_(_grad(_wide(logits_TV), column_T, keep_T, m_T, s_T, coef_T))
+    powers_TV = _shifted(_wide(logits_TV), m_T).exp()
+    logits_TV.copy_(_kept(powers_TV * (coef_T / s_T)[:, None], keep_T))
 
 
-def cross_entropy_with_grad(
-    logits_TV: Tensor, column_T: Tensor, keep_T: Tensor, coef_T: Tensor, out_TV: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row state (m, s, t), and coef (softmax - onehot) into out, 0 where keep is False."""
+def cross_entropy_with_grad(logits_TV: Tensor, keep_T: Tensor, coef_T: Tensor, out_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """m and s as of `cross_entropy_stats`, and coef softmax into out, 0 where keep is False."""
     x_TV = _wide(logits_TV)
-    state = _row_state(x_TV, column_T)
-    out_TV.copy_(_grad(x_TV, column_T, keep_T, state.m, state.s, coef_T))
-    return state
+    m_T = x_TV.amax(-1)
+    powers_TV = _shifted(x_TV, m_T).exp()
+    s_T = powers_TV.sum(-1)
+    out_TV.copy_(_kept(powers_TV * (coef_T / s_T)[:, None], keep_T))
+    return m_T, s_T
 
 
 def _kd_state(student_TV: Tensor, teacher_TV: Tensor) -> row_stats.KDRowState:
     m_s_T, m_t_T = student_TV.amax(-1), teacher_TV.amax(-1)
     student_TV, teacher_TV = _shifted(student_TV, m_s_T), _shifted(teacher_TV, m_t_T)
-    powers_TV = _exp(teacher_TV)
+    powers_TV = _exp2(teacher_TV)
     # A probability of 0 counts for nothing, even if the gap is inf or NaN.
     weighted_TV = torch.where(powers_TV == 0, 0.0, powers_TV * (teacher_TV - student_TV))
-    return row_stats.KDRowState(m_t_T, powers_TV.sum(-1), weighted_TV.sum(-1), m_s_T, _exp(student_TV).sum(-1))
+    return row_stats.KDRowState(m_t_T, powers_TV.sum(-1), weighted_TV.sum(-1), m_s_T, _exp2(student_TV).sum(-1))
 
 
 def _kd_student_grad(
@@ -107,8 +110,8 @@ def _kd_student_grad(
     state: row_stats.KDRowState,
     coef_T: Tensor,
 ) -> Tensor:
-    p_s_TV = _exp(_shifted(student_TV, state.m_s)) * (coef_T / state.s_s)[:, None]
-    p_t_TV = _exp(_shifted(teacher_TV, state.m_t)) * (coef_T / state.s_t)[:, None]
+    p_s_TV = _exp2(_shifted(student_TV, state.m_s)) * (coef_T / state.s_s)[:, None]
+    p_t_TV = _exp2(_shifted(teacher_TV, state.m_t)) * (coef_T / state.s_t)[:, None]
     return _kept(p_s_TV - p_t_TV, keep_T)
 
 
@@ -155,7 +158,7 @@ def distillation_teacher_grad(
     """coef p_t (log p_t - log p_s - KL) into out, 0 where keep is False."""
     zs_TV, zt_TV = _wide(student_TV) * inverse_temperature, _wide(teacher_TV) * inverse_temperature
     exponent_TV = _shifted(zt_TV, m_t_T)
-    powers_TV = _exp(exponent_TV)
+    powers_TV = _exp2(exponent_TV)
     excess_TV = exponent_TV - _shifted(zs_TV, m_s_T) - (s_t_T.log() - s_s_T.log() + kl_T)[:, None]
     grad_TV = torch.where(powers_TV == 0, 0.0, powers_TV * excess_TV) * (coef_T / s_t_T)[:, None]
     out_TV.copy_(_kept(grad_TV, keep_T))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from loss_core import (
     BackendUnavailable,
@@ -98,6 +99,7 @@ class _LogitsCrossEntropy(LossModule):
                 return loss
         if not self._one_pass(logits, None):
             wanted = torch.is_grad_enabled() and logits.requires_grad
+            wanted = wanted or forward_ad.unpack_dual(logits).tangent is not None
             return None if wanted or self._kernel == "te" else self._evaluated(logits, labels_T)
         tokens = ordinary.tokens(labels_T, logits.dtype, self.reduction)
         loss = autograd.run(autograd.CrossEntropySum, logits, *tokens, self._kernel, False)[0]
@@ -105,9 +107,7 @@ class _LogitsCrossEntropy(LossModule):
 
     def _evaluated(self, logits: Tensor, labels_T: Tensor) -> Tensor:
         """The loss of an ordinary call of which no gradient is wanted: no token needs a factor."""
-        keep_T = torch.ones_like(labels_T, dtype=torch.bool)
-        args = (logits, labels_T, keep_T, None, None, self._kernel, False)
-        loss_T = autograd.run(autograd.CrossEntropy, *args)[0]
+        loss_T = autograd.cross_entropy_values(logits, labels_T, self._kernel)
         loss = loss_T.mean() if self.reduction == "mean" else loss_T.sum()
         return loss if self.fp32_upcast else loss.to(logits.dtype)
 
