@@ -139,21 +139,47 @@ class BlockLogits:
             sums.append(row_blocks.without(number_b, power_b))
         return torch.cat(sums), torch.cat(powers)
 
-    def add_gradients(self, gh_BH: Tensor | None, gw_VH: Tensor | None, scaled_BH: Tensor, *, first: bool) -> None:
-        """gh += E' @ W and gw += E'.T @ scaled, each where it is wanted; with `first`, gw is written."""
+    def add_gradients(
+        self, gh_BH: Tensor | None, gw_VH: Tensor | None, scaled_BH: Tensor, *, first: bool, last: bool
+    ) -> None:
+        """gh += E' @ W and gw += E'.T @ scaled, each where it is wanted.
+
+        Args:
+            scaled_BH: hidden states times the factor of each token.
+            first: gw holds no values yet.
+            last: no block follows. Until then gw may hold what `_add_transposed` needs.
+        """
         products = self._tiles.products
+        scaled_HB = scaled_BH.t().contiguous() if products.by_onednn else None
         for tile, w_CH in self._tiles:
             z_BC = self._piece(tile)
             if gh_BH is not None:
                 products.add(gh_BH, z_BC, w_CH)
             if gw_VH is None:
                 continue
-            if not first:
+            if scaled_HB is not None:
+                self._add_transposed(gw_VH[tile], scaled_HB, z_BC, first, last)
+            elif not first:
                 products.add(gw_VH[tile], z_BC.t(), scaled_BH)
             elif self._lent:
                 gw_VH[tile] = products.new(z_BC.t(), scaled_BH)
             else:
                 products.into(gw_VH[tile], z_BC.t(), scaled_BH)
+
+    def _add_transposed(self, gw_CH: Tensor, scaled_HB: Tensor, z_BC: Tensor, first: bool, last: bool) -> None:
+        """gw += E'.T @ scaled, of which gw holds the transpose until the last block.
+
+        oneDNN wants the left operand dense as it is, and takes the right one in either order: to multiply by E'.T from
+        the left, it would be transposed for each block; this way the sum is, once.
+        """
+        kept_HC = gw_CH.view(scaled_HB.shape[0], z_BC.shape[1])
+        new_HC = self._tiles.products.new(scaled_HB, z_BC)
+        if last:
+            gw_CH.copy_((new_HC if first else new_HC.add_(kept_HC)).t())
+        elif first:
+            kept_HC.copy_(new_HC)
+        else:
+            kept_HC.add_(new_HC)
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, self._tiles.vocab, self._tiles.columns):

@@ -139,7 +139,8 @@ def linear_cross_entropy(
         loss_T[at] = torch.where(keep_B, s_B.log() + (m_B - target_B), 0.0)
         factor_B1 = (torch.where(keep_B, coef_T[at], 0.0) / power_B)[:, None]
         gh_BH = torch.zeros_like(h_BH) if want_h else None
-        logits.add_gradients(gh_BH, grad_w if want_w else None, h_BH * factor_B1, first=number == 0)
+        last = number == len(blocks) - 1
+        logits.add_gradients(gh_BH, grad_w if want_w else None, h_BH * factor_B1, first=number == 0, last=last)
         if gh_BH is not None:
             grad_h[at] = gh_BH.mul_(factor_B1)
     return loss_T, grad_h, grad_w

@@ -105,7 +105,8 @@ def linear_cross_entropy_grads(
         _, power_B = of_block.to_gradient(m_T[at], of_block.places(column_B), owned_B, s_T[at])
         factor_B1 = (torch.where(keep_T[at], coef_T[at], 0.0) / power_B)[:, None]
         gh_BH = torch.zeros_like(h_BH) if want_h else None
-        of_block.add_gradients(gh_BH, grad_w if want_w else None, h_BH * factor_B1, first=number == 0)
+        last = number == len(blocks) - 1
+        of_block.add_gradients(gh_BH, grad_w if want_w else None, h_BH * factor_B1, first=number == 0, last=last)
         if gh_BH is not None:
             grad_h[at] = gh_BH.mul_(factor_B1)
     return grad_h, grad_w
