@@ -169,10 +169,11 @@ def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary():
         assert 0 < largest.size < tokens * vocab * 4 / 2, config
 
 
-def test_a_block_of_a_large_vocabulary_keeps_to_its_budget():
-    tokens = eager_linear.block_tokens(128256, torch.device("cpu"), 4)
+@pytest.mark.parametrize(("hidden", "mebibytes"), [(64, 48), (512, 48), (1024, 96), (4096, 384), (65536, 512)])
+def test_a_block_of_a_large_vocabulary_keeps_to_its_budget(hidden, mebibytes):
+    tokens = eager_linear.block_tokens(128256, hidden, torch.device("cpu"), 4)
     assert tokens > 64
-    assert tokens * 128256 * 4 <= 48 << 20
+    assert tokens * 128256 * 4 <= mebibytes << 20 < (tokens + 32) * 128256 * 4
 
 
 @pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(), KDLossConfig()], ids=str)

@@ -26,9 +26,11 @@ from loss_core_torch.block_logits import BlockLogits, Tiles
 from loss_core_torch.opaque import opaque
 from loss_core_torch.values import compute_dtype
 
-# Bytes of a block's logits. On the CPU a block is the only thing that costs memory besides the
-# gradients; elsewhere products want to be large.
+# Bytes of a block's logits. On the CPU a block is the only thing that costs memory besides the gradients, for up to
+# this many hidden units, and in proportion for more: the weight's gradient, which each block is a pass over, is larger
+# by as much. Elsewhere products want to be large.
 _LOGITS_BYTES_CPU = 48 << 20
+_HIDDEN_CPU = 512
 _LOGITS_BYTES = 512 << 20
 
 # Fewer tokens than this make the products slow (measured: 128 tokens cost as much as 512, 64 a tenth more, 32
@@ -37,10 +39,16 @@ _MIN_BLOCK_TOKENS = 96
 _MAX_BLOCK_TOKENS = 1024
 
 
-def block_tokens(vocab: int, device: torch.device, itemsize: int) -> int:
+def logits_bytes(hidden: int, device: torch.device) -> int:
+    """Bytes that the logits of a block may take."""
+    if device.type != "cpu":
+        return _LOGITS_BYTES
+    return min(_LOGITS_BYTES_CPU * max(hidden, _HIDDEN_CPU) // _HIDDEN_CPU, _LOGITS_BYTES)
+
+
+def block_tokens(vocab: int, hidden: int, device: torch.device, itemsize: int) -> int:
     """Tokens whose logits fit the budget, a multiple of 32."""
-    budget = _LOGITS_BYTES_CPU if device.type == "cpu" else _LOGITS_BYTES
-    fitting = budget // max(vocab * itemsize, 1)
+    fitting = logits_bytes(hidden, device) // max(vocab * itemsize, 1)
     return max(_MIN_BLOCK_TOKENS, min(_MAX_BLOCK_TOKENS, fitting // 32 * 32))
 
 
@@ -110,7 +118,7 @@ def linear_cross_entropy(
     places_N, all_count = tokens_in_products(keep_T, skip_ignored, num_valid)
     num_tokens = keep_T.numel() if places_N is None else places_N.numel()
     vocab, hidden = w_VH.shape
-    block = block_tokens(vocab, device, dtype.itemsize)
+    block = block_tokens(vocab, hidden, device, dtype.itemsize)
     # Nothing stands in the weight's gradient before the first block is done: there is room for the logits of H tokens.
     lent = min(hidden, _MAX_BLOCK_TOKENS) if want_w and device.type == "cpu" else 0
     lent = lent if lent > block else 0

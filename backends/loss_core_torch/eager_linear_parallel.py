@@ -43,7 +43,7 @@ def linear_cross_entropy_stats(
     dtype, vocab = compute_dtype(h_TH.dtype), w_VH.shape[0]
     m_T = torch.full(keep_T.shape, -torch.inf, dtype=dtype, device=h_TH.device)
     s_T, t_T = torch.zeros_like(m_T), m_T.clone()
-    blocks, all_count = _plan(keep_T, vocab, dtype, skip_ignored, num_valid)
+    blocks, all_count = _plan(keep_T, w_VH, dtype, skip_ignored, num_valid)
     waits = keep_logits and len(blocks) == 1
     if not blocks or vocab == 0:
         return m_T, s_T, t_T, m_T.new_empty(0)
@@ -90,7 +90,7 @@ def linear_cross_entropy_grads(
     dtype, vocab = m_T.dtype, w_VH.shape[0]
     grad_h = m_T.new_zeros(h_TH.shape if want_h else (0,))
     grad_w = m_T.new_zeros(w_VH.shape if want_w else (0,))
-    blocks, all_count = _plan(keep_T, vocab, dtype, skip_ignored, num_valid)
+    blocks, all_count = _plan(keep_T, w_VH, dtype, skip_ignored, num_valid)
     if not blocks or vocab == 0:
         return grad_h, grad_w
     rows = max(map(eager_linear.length, blocks))
@@ -113,15 +113,15 @@ def linear_cross_entropy_grads(
 
 
 def _plan(
-    keep_T: Tensor, vocab: int, dtype: torch.dtype, skip_ignored: bool | None, num_valid: int | None
+    keep_T: Tensor, w_VH: Tensor, dtype: torch.dtype, skip_ignored: bool | None, num_valid: int | None
 ) -> tuple[list[slice | Tensor], bool]:
     """Blocks of tokens, one alone where its logits fit the budget, and whether all of these tokens count."""
     device = keep_T.device
     places_N, all_count = eager_linear.tokens_in_products(keep_T, skip_ignored, num_valid)
     num_tokens = keep_T.numel() if places_N is None else places_N.numel()
-    block = eager_linear.block_tokens(vocab, device, dtype.itemsize)
-    budget = eager_linear._LOGITS_BYTES_CPU if device.type == "cpu" else eager_linear._LOGITS_BYTES
-    if num_tokens * vocab * dtype.itemsize <= budget:
+    vocab, hidden = w_VH.shape
+    block = eager_linear.block_tokens(vocab, hidden, device, dtype.itemsize)
+    if num_tokens * vocab * dtype.itemsize <= eager_linear.logits_bytes(hidden, device):
         block = max(block, num_tokens)
     return list(eager_linear.token_blocks(keep_T.numel(), places_N, block, block)), all_count
 
