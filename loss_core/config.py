@@ -132,8 +132,9 @@ class FusedLinearCEConfig(LossConfig):
         tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
         sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
             are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
-        skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (torch
-            on a CPU); True: everywhere, for one host sync per call on an accelerator; False: never.
+        skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (on a
+            CPU; in JAX by chunks of 512 tokens); True: everywhere, for one host sync per call on an accelerator;
+            False: never.
     """
 
     ignore_index: int = -100

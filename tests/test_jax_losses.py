@@ -20,6 +20,7 @@ from loss_core_jax import (
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
     cross_entropy,
+    fused_linear,
     vocab_tiles,
 )
 
@@ -322,3 +323,42 @@ def test_which_cpu_has_units_for_bfloat16(
     listed.write_text(f"processor : 0\nflags : {flags}\n\nprocessor : 1\nflags : avx512_bf16\n")
     monkeypatch.setattr(vocab_tiles, "Path", lambda name: listed)
     assert vocab_tiles._multiplied_by_the_cpu.__wrapped__(jnp.dtype(dtype)) == expected
+
+
+@pytest.mark.parametrize(("skip", "chunks"), [(None, 2), (False, 6)])
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_chunks_behind_the_tokens_that_count_are_left_out_under_jit(
+    skip: bool | None, chunks: int, differentiated: bool, monkeypatch: Any
+) -> None:
+    num_tokens, counted = 90, 20  # chunks of 16, the last moved back
+    rng = np.random.default_rng(3)
+    hidden = jnp.asarray(rng.normal(size=(num_tokens, H)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(V, H)), jnp.float32)
+    places = rng.permutation(num_tokens)[:counted]
+    labels = np.full(num_tokens, IGNORE)
+    labels[places] = rng.integers(0, V, counted)
+    # What nobody looks at may be anything.
+    hidden = hidden.at[np.setdiff1d(np.arange(num_tokens), places)].set(jnp.nan)
+    seen = []
+    real = vocab_tiles.fold_tiles
+
+    def fold_tiles(*args: Any, **kwargs: Any) -> Any:
+        jax.debug.callback(lambda: seen.append(1))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(fused_linear, "fold_tiles", fold_tiles)
+    jax.clear_caches()
+    loss = FusedLinearCrossEntropy(skip_ignored=skip)
+    run = jax.value_and_grad(loss, argnums=(0, 2)) if differentiated else lambda *args: (loss(*args), ())
+    value, grads = jax.block_until_ready(jax.jit(run)(hidden, jnp.asarray(labels), weight))
+    jax.effects_barrier()
+    assert len(seen) == chunks
+    monkeypatch.undo()
+    jax.clear_caches()
+    alone = jax.value_and_grad(FusedLinearCrossEntropy(), argnums=(0, 2))
+    expected, expected_grads = alone(hidden[places], jnp.asarray(labels[places]), weight)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    if differentiated:
+        np.testing.assert_allclose(grads[0][places], expected_grads[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(grads[1], expected_grads[1], rtol=1e-5, atol=1e-5)
+        assert jnp.count_nonzero(grads[0]) == jnp.count_nonzero(grads[0][places])

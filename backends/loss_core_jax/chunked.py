@@ -30,15 +30,28 @@ def chunk_starts(num_rows: int, chunk: int) -> np.ndarray:
     return np.minimum(np.arange(0, num_rows, chunk), num_rows - chunk).astype(np.int32)
 
 
-def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int) -> Arrays:
-    """`fn(*inputs)` by chunks of the first axis; fn maps `[C, ...]` arrays to a tuple of `[C, ...]` arrays."""
+def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int, counted_T: jax.Array | None = None) -> Arrays:
+    """`fn(*inputs)` by chunks of the first axis; fn maps `[C, ...]` arrays to a tuple of `[C, ...]` arrays.
+
+    Args:
+        counted_T: bool; where given, and where it pays, chunks without any are left out, and their results are 0.
+    """
     num_rows = inputs[0].shape[0]
     if chunk >= num_rows:
         return fn(*inputs)
+    places_T = None if counted_T is None else counted_first(counted_T, chunk)
 
     def body(outputs: Arrays, start: jax.Array) -> tuple[Arrays, None]:
-        pieces = fn(*(take_rows(x, start, chunk) for x in inputs))
-        return tuple(put_rows(out, piece, start) for out, piece in zip(outputs, pieces, strict=True)), None
+        if places_T is None or counted_T is None:
+            pieces = fn(*(take_rows(x, start, chunk) for x in inputs))
+            return tuple(put_rows(out, piece, start) for out, piece in zip(outputs, pieces, strict=True)), None
+        places_C = take_rows(places_T, start, chunk)
+
+        def some(outputs: Arrays) -> Arrays:
+            pieces = fn(*(take_rows_at(x, places_C) for x in inputs))
+            return tuple(put_rows_at(out, piece, places_C) for out, piece in zip(outputs, pieces, strict=True))
+
+        return lax.cond(jnp.any(take_rows_at(counted_T, places_C)), some, lambda outputs: outputs, outputs), None
 
     shapes = jax.eval_shape(lambda *xs: fn(*(x[:chunk] for x in xs)), *inputs)
     zeros = tuple(zeros_for_loop((num_rows, *s.shape[1:]), s.dtype, *inputs) for s in shapes)
@@ -67,6 +80,32 @@ def put_rows(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     if rows.shape == array.shape:
         return rows
     return lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)
+
+
+def counted_first(counted_T: jax.Array, chunk: int) -> jax.Array | None:
+    """Places of the rows, [T] int32, those that count first: so that chunks behind them can be left out by a `cond`.
+
+    Returns:
+        None where nothing is gained: with a single chunk, or on an accelerator, whose host would have to wait for
+        each predicate.
+    """
+    if chunk >= counted_T.shape[0] or jax.default_backend() != "cpu":
+        return None
+    return jnp.argsort(~counted_T, stable=True).astype(np.int32)
+
+
+def take_rows_at(array: jax.Array, places_C: jax.Array) -> jax.Array:
+    """`array[places_C]`, for places that differ."""
+    # As in `take_rows`.
+    array, places_C = behind_barrier(array, places_C)
+    rows: jax.Array = array.at[places_C].get(mode="promise_in_bounds", unique_indices=True)
+    return rows
+
+
+def put_rows_at(array: jax.Array, rows: jax.Array, places_C: jax.Array) -> jax.Array:
+    """`array` with the rows at these places, which differ, replaced; in place within a loop."""
+    new: jax.Array = array.at[places_C].set(rows, mode="promise_in_bounds", unique_indices=True)
+    return new
 
 
 def zeros_for_loop(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Array:

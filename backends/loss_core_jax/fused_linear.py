@@ -21,15 +21,24 @@ import numpy as np
 from jax import lax
 
 from loss_core.row_stats import RowState, finish
-from loss_core_jax.checks import in_host_memory
-from loss_core_jax.chunked import chunk_starts, map_chunks, put_rows, take_rows, zeros_for_loop
+from loss_core_jax.checks import IGNORED, in_host_memory
+from loss_core_jax.chunked import (
+    chunk_starts,
+    counted_first,
+    map_chunks,
+    put_rows,
+    put_rows_at,
+    take_rows,
+    take_rows_at,
+    zeros_for_loop,
+)
 from loss_core_jax.cross_entropy import losses_of_counted
 from loss_core_jax.vocab_tiles import Gradients, chunk_gradients, fold_tiles, plan_for
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def linear_total(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, scale: jax.Array, softcap: float
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, scale: jax.Array, softcap: float, skip: bool = True
 ) -> jax.Array:
     """Sum over rows of scale * cross entropy; a scalar in the dtype of the arithmetic.
 
@@ -39,15 +48,18 @@ def linear_total(
         target: [...] int32, classes or IGNORED or INVALID.
         scale: [...] factor per row, in the dtype of the arithmetic; differentiable.
         softcap: c in c * tanh(logits / c), 0 is off.
+        skip: leave chunks of ignored rows out where that needs no sync.
     """
-    return _total(_losses_only(hidden, weight_VH, target, softcap=softcap), scale)
+    return _total(_losses_only(hidden, weight_VH, target, softcap=softcap, skip=skip), scale)
 
 
 def _total(loss: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.sum(loss * scale)
 
 
-def _total_forward(hidden: Any, weight_VH: Any, target: Any, scale: Any, softcap: float) -> tuple[jax.Array, Any]:
+def _total_forward(
+    hidden: Any, weight_VH: Any, target: Any, scale: Any, softcap: float, skip: bool
+) -> tuple[jax.Array, Any]:
     # With symbolic zeros each argument says whether it is differentiated: a frozen weight costs no product.
     loss, gradients = _losses_and_gradients(
         hidden.value,
@@ -55,6 +67,7 @@ def _total_forward(hidden: Any, weight_VH: Any, target: Any, scale: Any, softcap
         target.value,
         scale.value,
         softcap=softcap,
+        skip=skip,
         want_hidden=hidden.perturbed,
         want_weight=weight_VH.perturbed,
     )
@@ -63,7 +76,7 @@ def _total_forward(hidden: Any, weight_VH: Any, target: Any, scale: Any, softcap
     return _total(loss, scale.value), (gradients, loss, dtypes)
 
 
-def _total_backward(softcap: float, residuals: Any, grad: Any) -> tuple[Any, Any, None, jax.Array]:
+def _total_backward(softcap: float, skip: bool, residuals: Any, grad: Any) -> tuple[Any, Any, None, jax.Array]:
     gradients, loss, (hidden_like, weight_like) = residuals
     grad = _instantiate(grad)
     return (
@@ -101,7 +114,7 @@ linear_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, softcap: float) -> jax.Array:
     """Cross entropy per row, shape of target; arguments as in `linear_total`."""
-    loss: jax.Array = _losses_only(hidden, weight_VH, target, softcap=softcap)
+    loss: jax.Array = _losses_only(hidden, weight_VH, target, softcap=softcap, skip=True)
     return loss
 
 
@@ -124,10 +137,19 @@ def _rows_backward(softcap: float, residuals: Any, grad: jax.Array) -> tuple[jax
 linear_rows.defvjp(_rows_forward, _rows_backward)
 
 
-@functools.partial(jax.jit, static_argnames="softcap")
-def _losses_only(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, *, softcap: float) -> jax.Array:
-    state = row_states(hidden, weight_VH, target, softcap=softcap)
-    return losses_of_counted(finish(jnp, state), target.reshape(-1)).reshape(target.shape)
+@functools.partial(jax.jit, static_argnames=("softcap", "skip"))
+def _losses_only(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, *, softcap: float, skip: bool
+) -> jax.Array:
+    hidden_TH, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    plan = plan_for(target_T.shape[0], weight_VH, softcap)
+
+    def chunk(hidden_CH: jax.Array, target_C: jax.Array) -> tuple[jax.Array]:
+        state_C = fold_tiles(hidden_CH, weight_VH, target_C, plan, keep=False)[0]
+        return (losses_of_counted(finish(jnp, state_C), target_C),)
+
+    (loss_T,) = map_chunks(chunk, (hidden_TH, target_T), plan.chunk, target_T != IGNORED if skip else None)
+    return loss_T.reshape(target.shape)
 
 
 @functools.partial(jax.jit, static_argnames="softcap")
@@ -153,7 +175,7 @@ def row_states(
     return RowState(*map_chunks(chunk, (hidden_TH, target.reshape(-1)), plan.chunk))
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "want_hidden", "want_weight"))
+@functools.partial(jax.jit, static_argnames=("softcap", "skip", "want_hidden", "want_weight"))
 def _losses_and_gradients(
     hidden: jax.Array,
     weight_VH: jax.Array,
@@ -161,12 +183,13 @@ def _losses_and_gradients(
     scale: jax.Array,
     *,
     softcap: float,
+    skip: bool,
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[jax.Array, Gradients]:
     if not (want_hidden or want_weight):
-        return _losses_only(hidden, weight_VH, target, softcap=softcap), Gradients(None, None)
-    return _sweep(hidden, weight_VH, target, scale, None, softcap, want_hidden, want_weight)
+        return _losses_only(hidden, weight_VH, target, softcap=softcap, skip=skip), Gradients(None, None)
+    return _sweep(hidden, weight_VH, target, scale, None, softcap, skip, want_hidden, want_weight)
 
 
 @functools.partial(jax.jit, static_argnames="softcap")
@@ -181,7 +204,7 @@ def gradients_again(
     num_classes: jax.Array | None = None,
 ) -> Gradients:
     """Gradients in the dtype of the arithmetic, given the state of every row and its upstream gradient."""
-    return _sweep(hidden, weight_VH, target, grad, state, softcap, True, True, num_classes)[1]
+    return _sweep(hidden, weight_VH, target, grad, state, softcap, False, True, True, num_classes)[1]
 
 
 def _sweep(
@@ -191,6 +214,7 @@ def _sweep(
     scale: jax.Array,
     state: RowState | None,
     softcap: float,
+    skip: bool,
     want_hidden: bool,
     want_weight: bool,
     num_classes: jax.Array | None = None,
@@ -201,15 +225,31 @@ def _sweep(
     plan = plan_for(num_rows, weight_VH, softcap)
     sources = (hidden_TH, weight_VH, target_T, scale_T)
 
+    places_T = counted_first(target_T != IGNORED, plan.chunk) if skip else None
+
     def body(carry: tuple[jax.Array, Gradients], start_and_first: jax.Array) -> tuple[Any, None]:
+        if places_T is None:
+            return chunk(carry, start_and_first, None), None
+        places_C = take_rows(places_T, start_and_first[0], plan.chunk)
+        counts = jnp.any(take_rows_at(target_T, places_C) != IGNORED)
+        return lax.cond(counts, lambda sums: chunk(sums, start_and_first, places_C), lambda sums: sums, carry), None
+
+    def chunk(carry: tuple[jax.Array, Gradients], start_and_first: jax.Array, places_C: jax.Array | None) -> Any:
         losses_T, sums = carry
         start, first_new = start_and_first
-        hidden_CH, target_C, scale_C = (take_rows(x, start, plan.chunk) for x in (hidden_TH, target_T, scale_T))
+
+        def take(x: jax.Array) -> jax.Array:
+            return take_rows(x, start, plan.chunk) if places_C is None else take_rows_at(x, places_C)
+
+        def put(x: jax.Array, rows: jax.Array) -> jax.Array:
+            return put_rows(x, rows, start) if places_C is None else put_rows_at(x, rows, places_C)
+
+        hidden_CH, target_C, scale_C = map(take, (hidden_TH, target_T, scale_T))
         tiles = None
         if state is None:
             state_C, tiles = fold_tiles(hidden_CH, weight_VH, target_C, plan, keep=True)
         else:
-            state_C = RowState(*(take_rows(x, start, plan.chunk) for x in state))
+            state_C = RowState(*map(take, state))
         loss_C = losses_of_counted(finish(jnp, state_C), target_C)
         is_new_C = start + jnp.arange(plan.chunk, dtype=np.int32) >= first_new
         dhidden_CH, dweight_VH = chunk_gradients(
@@ -227,8 +267,8 @@ def _sweep(
         )
         dhidden_TH = sums.hidden_TH
         if dhidden_TH is not None and dhidden_CH is not None:
-            dhidden_TH = put_rows(dhidden_TH, dhidden_CH, start)
-        return (put_rows(losses_T, loss_C, start), Gradients(dhidden_TH, dweight_VH)), None
+            dhidden_TH = put(dhidden_TH, dhidden_CH)
+        return put(losses_T, loss_C), Gradients(dhidden_TH, dweight_VH)
 
     sums = Gradients(
         zeros_for_loop(hidden_TH.shape, plan.dtype, *sources) if want_hidden else None,

@@ -161,7 +161,8 @@ class FusedLinearCrossEntropy(_Loss):
     A second derivative is right, but keeps the logits of every chunk.
 
     Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names. Ignored
-        tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens.
+        tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None on a
+        CPU, also under jit, up to a chunk of 512 tokens, if the loss is reduced and no vocabulary is sharded.
     """
 
     ignore_index: int = -100
@@ -255,7 +256,9 @@ class FusedLinearCrossEntropy(_Loss):
             loss = linear_rows(hidden_states, lm_weight, target, softcap)
             loss = loss if size is None else skipping.put_back(loss, places, shape=all_targets.shape)
         else:
-            loss = zero_without_tokens(linear_total(hidden_states, lm_weight, target, scale, softcap), count)
+            loss = zero_without_tokens(
+                linear_total(hidden_states, lm_weight, target, scale, softcap, self.skip_ignored is not False), count
+            )
         return skipping.nan_if_wrong(loss, all_targets, num_valid_tokens)
 
 

@@ -26,6 +26,7 @@ _BUDGET_BYTES, _BUDGET_BYTES_ELSEWHERE = {"cpu": 64 << 20}, 256 << 20
 _TILE, _TILE_ELSEWHERE = {"cpu": 2048}, 16384
 # Each chunk reads the weight twice, and reads and writes its gradient: below 128 rows that takes longer than the
 # products; with 512 rows it is a tenth. Of 3/8 H rows the logits take 3/8 of the room that this gradient takes.
+# More than 512 gain nothing on a CPU, and whole chunks are what is left out where labels are ignored.
 _MIN_CHUNK, _GOOD_CHUNK = 128, 512
 
 
@@ -53,6 +54,8 @@ def plan_for(num_rows: int, weight_VH: jax.Array, softcap: float) -> Plan:
     platform = jax.default_backend()
     budget = _BUDGET_BYTES.get(platform, _BUDGET_BYTES_ELSEWHERE)
     chunk = rows_within(budget, vocab * dtype.itemsize, at_least=max(_MIN_CHUNK, min(_GOOD_CHUNK, hidden * 3 // 8)))
+    if platform == "cpu":
+        chunk = min(chunk, _GOOD_CHUNK)
     return Plan(max(min(chunk, num_rows), 1), min(_TILE.get(platform, _TILE_ELSEWHERE), vocab), softcap, dtype)
 
 
