@@ -41,7 +41,8 @@ gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goal
 	$(PY) examples/gpu_session.py
 
 # Each size over a factor of 16, the others fixed: small enough for two cores, and with the fewest tokens torch's block of
-# 48 MiB of logits is full, so that its memory has nothing left to grow by.
+# 48 MiB of logits is full, so that its memory has nothing left to grow by. Logits are larger than the caches from the
+# start, and their gradients than what malloc keeps.
 GROWTH := $(VENV)/bin/loss-core bench --peers none --rounds 3
 BOTH := --backend torch:eager --backend jax:xla
 FUSED := --config FusedLinearCrossEntropy
@@ -54,8 +55,8 @@ growth: setup ## how time and memory grow with T, V and the share that counts; 6
 	$(GROWTH) $(BOTH) $(FUSED) $(foreach v,2048 4096 8192 16384 32768,--shape 1024,$(v),256) $(RESULT)-fused-vocab.json
 	$(GROWTH) $(BOTH) $(FUSED) --shape 4096,8192,256 $(SHARES) $(RESULT)-fused-share.json
 	$(GROWTH) --backend jax:xla $(FUSED) --shape 4096,8192,256 $(SHARES) --count-known $(RESULT)-fused-share-known.json
-	$(GROWTH) $(BOTH) $(LOGITS) $(foreach t,128 512 2048,--shape $(t),32000) $(RESULT)-logits-tokens.json
-	$(GROWTH) $(BOTH) $(LOGITS) $(foreach v,2000 8000 32000,--shape 1024,$(v)) $(RESULT)-logits-vocab.json
+	$(GROWTH) $(BOTH) $(LOGITS) $(foreach t,512 2048 8192,--shape $(t),32000) $(RESULT)-logits-tokens.json
+	$(GROWTH) $(BOTH) $(LOGITS) $(foreach v,4000 16000 64000,--shape 4096,$(v)) $(RESULT)-logits-vocab.json
 	$(GROWTH) $(BOTH) $(LOGITS) --shape 1024,32000 $(foreach s,0 0.75 0.9375,--ignored $(s)) $(RESULT)-logits-share.json
 
 benchmarks: setup ## write the tables and pictures of BENCHMARKS.md from examples/benchmarks/*.json

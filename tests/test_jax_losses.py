@@ -362,3 +362,23 @@ def test_chunks_behind_the_tokens_that_count_are_left_out_under_jit(
         np.testing.assert_allclose(grads[0][places], expected_grads[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(grads[1], expected_grads[1], rtol=1e-5, atol=1e-5)
         assert jnp.count_nonzero(grads[0]) == jnp.count_nonzero(grads[0][places])
+
+
+@pytest.mark.parametrize("largest", [0.0, 25.0, 60.0, 1e4])
+@pytest.mark.parametrize("ignored", [np.nan, np.inf, -np.inf, 0.0])
+def test_a_row_whose_largest_logit_is_found_late(largest: float, ignored: float) -> None:
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(8, 1000)).astype(np.float32)
+    labels = rng.integers(0, 400, 8)
+    logits[3, 900] = largest  # behind the columns that are looked at first, and not the label
+    logits[5], labels[5] = ignored, IGNORE
+    loss, grad = jax.jit(jax.value_and_grad(MaskedCrossEntropy(reduction="sum")))(jnp.asarray(logits), labels)
+    z = np.delete(logits, 5, axis=0).astype(np.float64)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    kept = np.delete(labels, 5)
+    lse = z.max(-1) + np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1))
+    np.testing.assert_allclose(loss, np.sum(lse - z[range(7), kept]), rtol=1e-6)
+    p[range(7), kept] -= 1
+    np.testing.assert_allclose(np.delete(grad, 5, axis=0), p, rtol=2e-5, atol=1e-30)
+    assert not grad[5].any()

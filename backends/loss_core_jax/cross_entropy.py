@@ -7,6 +7,7 @@ The formula stands in `loss_core.oracle`; the row state in `loss_core.row_stats`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from loss_core_jax.chunked import map_chunks, rows_within
 
 # XLA for CPU writes a cast of the logits out before it sums over it; chunks bound this temporary, and keep it in cache.
 _BUDGET_BYTES = 8 << 20
+
+# Columns whose largest logit stands for that of a row, and how far a sum of exp(z - m) may be from 1.
+_SAMPLE, _FAR = 256, 1e13
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -38,17 +42,28 @@ def cross_entropy_rows(logits: jax.Array, target: jax.Array) -> jax.Array:
     Returns:
         [...] in the dtype of the arithmetic.
     """
-    return _forward(logits, target)[0]
+    return _evaluated(logits, target, _row_state)[0]
 
 
 def _forward(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, Residuals]:
-    logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-    # Without a cast XLA sums exp(z - m) straight from the logits: no temporaries, so no chunks.
-    chunk = chunk_of(logits_TV) if logits.dtype != arithmetic_dtype(logits) else target.size
-    state = RowState(*map_chunks(_row_state, (logits_TV, target_T), chunk))
-    loss_T = losses_of_counted(finish(jnp, state), target_T)
+    # Not where only the loss is wanted: XLA would compile for twice as long as for two looks.
+    loss, state = _evaluated(logits, target, _one_look if jax.default_backend() == "cpu" else _row_state)
     # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
-    return loss_T.reshape(target.shape), (logits, target, state.m, state.s)
+    return loss, (logits, target, state.m, state.s)
+
+
+def _evaluated(
+    logits: jax.Array, target: jax.Array, whole: Callable[[jax.Array, jax.Array], RowState]
+) -> tuple[jax.Array, RowState]:
+    """Losses, and the states of the rows; `whole` makes them where no chunks are needed."""
+    logits_TV, target_T = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if logits.dtype != arithmetic_dtype(logits):
+        state = RowState(*map_chunks(_row_state, (logits_TV, target_T), chunk_of(logits_TV)))
+    else:
+        # Without a cast XLA sums exp(z - m) straight from the logits: no temporaries, so no chunks.
+        state = whole(logits_TV, target_T)
+    loss_T = losses_of_counted(finish(jnp, state), target_T)
+    return loss_T.reshape(target.shape), state
 
 
 def _backward(residuals: Residuals, grad: jax.Array) -> tuple[jax.Array, None]:
@@ -68,15 +83,45 @@ def chunk_of(logits: jax.Array) -> int:
 
 
 def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:
-    ignored_C = target_C == IGNORED
     wide_CV = logits_CV.astype(arithmetic_dtype(logits_CV))
     # The loss does not depend on m, so it may be held constant: second derivatives get no 0 / 0 from ties.
     m_C = lax.stop_gradient(jnp.max(wide_CV, axis=-1))
     s_C = _sum_exp(wide_CV, m_C, target_C)
     # Gathered from the logits as given: from the cast it would make XLA write the cast out once more.
-    t_C = jnp.take_along_axis(logits_CV, jnp.maximum(target_C, 0)[:, None], axis=-1)[:, 0].astype(wide_CV.dtype)
-    # An ignored row counts as zeros (what it adds to s is of no interest): its inf or NaN reaches nothing behind this.
-    return RowState(*(jnp.where(ignored_C, other, stat) for other, stat in ((0, m_C), (1, s_C), (0, t_C))))
+    t_C = _label_logit(logits_CV, target_C).astype(wide_CV.dtype)
+    return _without_ignored(RowState(m_C, s_C, t_C), target_C == IGNORED)
+
+
+def _one_look(logits_TV: jax.Array, target_T: jax.Array) -> RowState:
+    """`_row_state` with one look at most logits: m is a number near the largest, which takes no pass to find.
+
+    m is the largest of the label's logit and the first ones; any m gives the same loss as long as no exp(z - m)
+    overflows. The sum tells of rows where m is more than 30 below the largest; with one of these, all are looked at
+    twice. Up to there rounding z - m moves exp by 16 u at most: beside the 6 sqrt(n) u that `loss_core.tolerance`
+    allows a sum of n > 256 terms, of which a sum in vectors needs a third.
+    """
+    ignored_T = target_T == IGNORED
+    t_T = _label_logit(logits_TV, target_T)
+    near_T = lax.stop_gradient(jnp.maximum(jnp.max(logits_TV[:, :_SAMPLE], axis=-1), t_T))
+    sum_T = _sum_exp(logits_TV, near_T, target_T)
+    enough = jnp.all(ignored_T | ((sum_T > 1 / _FAR) & (sum_T < _FAR)))
+
+    def look_twice(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        m_T = lax.stop_gradient(jnp.max(logits_TV, axis=-1))
+        return m_T, _sum_exp(logits_TV, m_T, target_T)
+
+    m_T, s_T = lax.cond(enough, lambda _: (near_T, sum_T), look_twice, logits_TV)
+    return _without_ignored(RowState(m_T, s_T, t_T), ignored_T)
+
+
+def _without_ignored(state: RowState, ignored_T: jax.Array) -> RowState:
+    """The state with ignored rows as zeros (what it adds to s is of no interest): their NaN reaches nothing behind."""
+    return RowState(*(jnp.where(ignored_T, other, stat) for other, stat in zip((0, 1, 0), state, strict=True)))
+
+
+def _label_logit(logits_CV: jax.Array, target_C: jax.Array) -> jax.Array:
+    """The logit of each row's class, of class 0 where the label is none."""
+    return jnp.take_along_axis(logits_CV, jnp.maximum(target_C, 0)[:, None], axis=-1)[:, 0]
 
 
 @jax.custom_jvp
