@@ -216,6 +216,28 @@ def test_a_gradient_is_the_only_tensor_of_tokens_times_vocabulary(dtype):
     assert _allocated(lambda: logits.float().exp()) >= tokens * vocab * 4
 
 
+@pytest.mark.parametrize("largest", [0.0, 25.0, 60.0, 1e4])
+@pytest.mark.parametrize("ignored", [torch.nan, -torch.inf, 0.0])
+def test_a_row_whose_largest_logit_is_found_late(largest, ignored):
+    torch.manual_seed(5)
+    logits, labels = torch.randn(8, 5000), torch.randint(0, 4000, (8,))
+    logits[3, 4900] = largest  # behind the columns that are looked at first, and not the label
+    logits[4, :300] = -torch.inf
+    logits[5], labels[5] = ignored, -100
+    for reduction in ("sum", "none"):
+        loss = MaskedCrossEntropyConfig(reduction=reduction).build(backend=FLAG)
+        z = logits.double()
+        wanted = torch.nn.functional.cross_entropy(z.requires_grad_(), labels, reduction=reduction)
+        wanted.sum().backward()
+        got, grad = _loss_and_grad(loss, logits, labels)
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            grad, torch.where((labels == -100)[:, None], 0, z.grad).float(), rtol=2e-5, atol=1e-30
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(loss(logits, labels), wanted.float(), rtol=1e-6, atol=0)
+
+
 # --- beside what callers do
 
 

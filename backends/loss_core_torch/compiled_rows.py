@@ -36,27 +36,32 @@ def _exp2(x_TV: Tensor) -> Tensor:
     return (x_TV * 1.4426950408889634).exp2()
 
 
-def _largest(x_TV: Tensor) -> Tensor:
-    """Largest value of each row, NaN if there is one."""
-    vocab = x_TV.shape[1]
-    if vocab <= LONG_ROW:
-        return x_TV.amax(-1)
-    # The compiler compares vector by vector with the largest so far, each waiting for the one before: so with a quarter
-    # of them, and up to three columns that are left over.
-    quarter = vocab // 4
-    a, b, c, d = (x_TV[:, number * quarter : (number + 1) * quarter] for number in range(4))
-    m_T = torch.maximum(torch.maximum(a, b), torch.maximum(c, d)).amax(-1)
-    return torch.maximum(m_T, x_TV[:, vocab - 4 :].amax(-1))
+def looks_once(logits_TV: Tensor) -> bool:
+    """Whether m is a number near the largest logit, not that; then `near_enough` is to be asked."""
+    return logits_TV.device.type == "cpu" and logits_TV.shape[1] > LONG_ROW
+
+
+def near_enough(s_T: Tensor) -> Tensor:
+    """Whether no logit of a row is more than 30 above its m.
+
+    Up to there rounding z - m moves exp by 16 u at most: beside the 6 sqrt(n) u that `loss_core.tolerance` allows a
+    sum of n terms, 384 u for the shortest of these rows, of which a sum in vectors needs a quarter.
+    """
+    return (s_T > 1e-13) & (s_T < 1e13)
+
+
+def near_largest(logits_TV: Tensor, t_T: Tensor) -> Tensor:
+    """m of each row: the largest of the label's logit t and the first ones, which takes no look at them all.
+
+    Any m gives the same loss and gradient as long as no exp(z - m) overflows.
+    """
+    m_T = torch.maximum(_wide(logits_TV[:, :256]).amax(-1), t_T)
+    return torch.where(m_T == -torch.inf, 0.0, m_T)
 
 
 def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
     """Ignored rows cleared; not by a product with 0, since they may hold inf or NaN."""
     return torch.where(keep_T[:, None], out_TV, 0.0)
-
-
-def _label_logit(x_TV: Tensor, column_T: Tensor) -> Tensor:
-    owned_T = (column_T >= 0) & (column_T < x_TV.shape[1])
-    return torch.where(owned_T, x_TV.gather(1, torch.where(owned_T, column_T, 0)[:, None])[:, 0], -torch.inf)
 
 
 def cross_entropy_stats(logits_TV: Tensor, column_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +71,11 @@ def cross_entropy_stats(logits_TV: Tensor, column_T: Tensor) -> tuple[Tensor, Te
         column_T: [T] int64, the label's column; where it is none of these, t is -inf.
     """
     x_TV = _wide(logits_TV)
-    m_T = _largest(x_TV)
-    return m_T, _shifted(x_TV, m_T).exp().sum(-1), _label_logit(x_TV, column_T)
+    owned_T = (column_T >= 0) & (column_T < x_TV.shape[1])
+    t_T = x_TV.gather(1, torch.where(owned_T, column_T, 0)[:, None])[:, 0]
+    t_T = torch.where(owned_T, t_T, -torch.inf)
+    m_T = near_largest(x_TV, t_T) if looks_once(x_TV) else x_TV.amax(-1)
+    return m_T, _shifted(x_TV, m_T).exp().sum(-1), t_T
 
 
 def cross_entropy_grad(
@@ -85,13 +93,25 @@ def cross_entropy_overwrite(logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, s_T:
 
 
 def cross_entropy_with_grad(logits_TV: Tensor, keep_T: Tensor, coef_T: Tensor, out_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """m and s as of `cross_entropy_stats`, and coef softmax into out, 0 where keep is False."""
+    """m and s, and coef softmax into out, 0 where keep is False."""
     x_TV = _wide(logits_TV)
     m_T = x_TV.amax(-1)
-    powers_TV = _shifted(x_TV, m_T).exp()
+    return m_T, _powers_with_grad(_shifted(x_TV, m_T), keep_T, coef_T, out_TV)
+
+
+def cross_entropy_with_grad_near(
+    logits_TV: Tensor, m_T: Tensor, keep_T: Tensor, coef_T: Tensor, out_TV: Tensor
+) -> Tensor:
+    """s for the m of `near_largest`, and coef softmax into out, 0 where keep is False."""
+    # m is given: were it made in here, TorchInductor would keep the exponentials of all rows.
+    return _powers_with_grad(_wide(logits_TV) - m_T[:, None], keep_T, coef_T, out_TV)
+
+
+def _powers_with_grad(shifted_TV: Tensor, keep_T: Tensor, coef_T: Tensor, out_TV: Tensor) -> Tensor:
+    powers_TV = shifted_TV.exp()
     s_T = powers_TV.sum(-1)
     out_TV.copy_(_kept(powers_TV * (coef_T / s_T)[:, None], keep_T))
-    return m_T, s_T
+    return s_T
 
 
 def _kd_state(student_TV: Tensor, teacher_TV: Tensor) -> row_stats.KDRowState:
