@@ -50,13 +50,13 @@ LOGITS := --config MaskedCrossEntropy --config KDLoss
 SHARES := $(foreach share,0 0.5 0.75 0.875 0.9375,--ignored $(share))
 RESULT := --json examples/benchmarks/cpu-growth
 
-growth: setup ## how time and memory grow with T, V and the share that counts; 6 quiet minutes, then: make benchmarks
+growth: setup ## how time and memory grow with T, V and the share that counts; 8 quiet minutes, then: make benchmarks
 	$(GROWTH) $(BOTH) $(FUSED) $(foreach t,512 1024 2048 4096 8192,--shape $(t),32000,256) $(RESULT)-fused-tokens.json
 	$(GROWTH) $(BOTH) $(FUSED) $(foreach v,2048 4096 8192 16384 32768,--shape 1024,$(v),256) $(RESULT)-fused-vocab.json
 	$(GROWTH) $(BOTH) $(FUSED) --shape 4096,8192,256 $(SHARES) $(RESULT)-fused-share.json
 	$(GROWTH) --backend jax:xla $(FUSED) --shape 4096,8192,256 $(SHARES) --count-known $(RESULT)-fused-share-known.json
-	$(GROWTH) $(BOTH) $(LOGITS) $(foreach t,512 2048 8192,--shape $(t),32000) $(RESULT)-logits-tokens.json
-	$(GROWTH) $(BOTH) $(LOGITS) $(foreach v,4000 16000 64000,--shape 4096,$(v)) $(RESULT)-logits-vocab.json
+	$(GROWTH) $(BOTH) $(LOGITS) $(foreach t,320 1280 5120,--shape $(t),32000) $(RESULT)-logits-tokens.json
+	$(GROWTH) $(BOTH) $(LOGITS) $(foreach v,2500 10000 40000,--shape 4096,$(v)) $(RESULT)-logits-vocab.json
 	$(GROWTH) $(BOTH) $(LOGITS) --shape 1024,32000 $(foreach s,0 0.75 0.9375,--ignored $(s)) $(RESULT)-logits-share.json
 
 benchmarks: setup ## write the tables and pictures of BENCHMARKS.md from examples/benchmarks/*.json
