@@ -30,28 +30,15 @@ def chunk_starts(num_rows: int, chunk: int) -> np.ndarray:
     return np.minimum(np.arange(0, num_rows, chunk), num_rows - chunk).astype(np.int32)
 
 
-def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int, counted_T: jax.Array | None = None) -> Arrays:
-    """`fn(*inputs)` by chunks of the first axis; fn maps `[C, ...]` arrays to a tuple of `[C, ...]` arrays.
-
-    Args:
-        counted_T: bool; where given, and where it pays, chunks without any are left out, and their results are 0.
-    """
+def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int) -> Arrays:
+    """`fn(*inputs)` by chunks of the first axis; fn maps `[C, ...]` arrays to a tuple of `[C, ...]` arrays."""
     num_rows = inputs[0].shape[0]
     if chunk >= num_rows:
         return fn(*inputs)
-    places_T = None if counted_T is None else counted_first(counted_T, chunk)
 
     def body(outputs: Arrays, start: jax.Array) -> tuple[Arrays, None]:
-        if places_T is None or counted_T is None:
-            pieces = fn(*(take_rows(x, start, chunk) for x in inputs))
-            return tuple(put_rows(out, piece, start) for out, piece in zip(outputs, pieces, strict=True)), None
-        places_C = take_rows(places_T, start, chunk)
-
-        def some(outputs: Arrays) -> Arrays:
-            pieces = fn(*(take_rows_at(x, places_C) for x in inputs))
-            return tuple(put_rows_at(out, piece, places_C) for out, piece in zip(outputs, pieces, strict=True))
-
-        return lax.cond(jnp.any(take_rows_at(counted_T, places_C)), some, lambda outputs: outputs, outputs), None
+        pieces = fn(*(take_rows(x, start, chunk) for x in inputs))
+        return tuple(put_rows(out, piece, start) for out, piece in zip(outputs, pieces, strict=True)), None
 
     shapes = jax.eval_shape(lambda *xs: fn(*(x[:chunk] for x in xs)), *inputs)
     zeros = tuple(zeros_for_loop((num_rows, *s.shape[1:]), s.dtype, *inputs) for s in shapes)

@@ -48,9 +48,10 @@ def linear_total(
         target: [...] int32, classes or IGNORED or INVALID.
         scale: [...] factor per row, in the dtype of the arithmetic; differentiable.
         softcap: c in c * tanh(logits / c), 0 is off.
-        skip: leave chunks of ignored rows out where that needs no sync.
+        skip: leave chunks of ignored rows out where that needs no sync, and gradients are wanted: XLA compiles a
+            forward with the sort and the branch for more than half as long again.
     """
-    return _total(_losses_only(hidden, weight_VH, target, softcap=softcap, skip=skip), scale)
+    return _total(_losses_only(hidden, weight_VH, target, softcap=softcap), scale)
 
 
 def _total(loss: jax.Array, scale: jax.Array) -> jax.Array:
@@ -114,7 +115,7 @@ linear_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, softcap: float) -> jax.Array:
     """Cross entropy per row, shape of target; arguments as in `linear_total`."""
-    loss: jax.Array = _losses_only(hidden, weight_VH, target, softcap=softcap, skip=True)
+    loss: jax.Array = _losses_only(hidden, weight_VH, target, softcap=softcap)
     return loss
 
 
@@ -137,19 +138,10 @@ def _rows_backward(softcap: float, residuals: Any, grad: jax.Array) -> tuple[jax
 linear_rows.defvjp(_rows_forward, _rows_backward)
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "skip"))
-def _losses_only(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, *, softcap: float, skip: bool
-) -> jax.Array:
-    hidden_TH, target_T = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    plan = plan_for(target_T.shape[0], weight_VH, softcap)
-
-    def chunk(hidden_CH: jax.Array, target_C: jax.Array) -> tuple[jax.Array]:
-        state_C = fold_tiles(hidden_CH, weight_VH, target_C, plan, keep=False)[0]
-        return (losses_of_counted(finish(jnp, state_C), target_C),)
-
-    (loss_T,) = map_chunks(chunk, (hidden_TH, target_T), plan.chunk, target_T != IGNORED if skip else None)
-    return loss_T.reshape(target.shape)
+@functools.partial(jax.jit, static_argnames="softcap")
+def _losses_only(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, *, softcap: float) -> jax.Array:
+    state = row_states(hidden, weight_VH, target, softcap=softcap)
+    return losses_of_counted(finish(jnp, state), target.reshape(-1)).reshape(target.shape)
 
 
 @functools.partial(jax.jit, static_argnames="softcap")
@@ -188,7 +180,7 @@ def _losses_and_gradients(
     want_weight: bool,
 ) -> tuple[jax.Array, Gradients]:
     if not (want_hidden or want_weight):
-        return _losses_only(hidden, weight_VH, target, softcap=softcap, skip=skip), Gradients(None, None)
+        return _losses_only(hidden, weight_VH, target, softcap=softcap), Gradients(None, None)
     return _sweep(hidden, weight_VH, target, scale, None, softcap, skip, want_hidden, want_weight)
 
 
