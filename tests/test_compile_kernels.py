@@ -236,6 +236,8 @@ def test_a_row_whose_largest_logit_is_found_late(largest, ignored):
         )
         with torch.no_grad():
             torch.testing.assert_close(loss(logits, labels), wanted.float(), rtol=1e-6, atol=0)
+            in_batches = loss(logits.view(2, 4, -1), labels.view(2, 4))
+            torch.testing.assert_close(in_batches, wanted.float().view(in_batches.shape), rtol=1e-6, atol=0)
 
 
 # --- beside what callers do

@@ -37,8 +37,8 @@ def _exp2(x_TV: Tensor) -> Tensor:
 
 
 def looks_once(logits_TV: Tensor) -> bool:
-    """Whether m is a number near the largest logit, not that; then `near_enough` is to be asked."""
-    return logits_TV.device.type == "cpu" and logits_TV.shape[1] > LONG_ROW
+    """Whether m is a number near the largest logit, not that; then `near_enough` is to be asked. Of [..., V] logits."""
+    return logits_TV.device.type == "cpu" and logits_TV.shape[-1] > LONG_ROW
 
 
 def near_enough(s_T: Tensor) -> Tensor:
