@@ -20,7 +20,7 @@ class RowState(NamedTuple):
     """Cross entropy of a row over a piece of the vocabulary.
 
     Attributes:
-        m: max of the logits, -inf for an empty piece.
+        m: max of the logits, or a number near it (see `near_largest`); -inf for an empty piece.
         s: sum of exp(z - m).
         t: logit of the target, -inf when the target is in another piece.
     """
@@ -68,6 +68,35 @@ def finish(xp: Namespace, state: RowState) -> Array:
     offset of the logits costs no digits.
     """
     return xp.log(state.s) + (state.m - state.t)
+
+
+# How many columns `near_largest` wants.
+NEAR_COLUMNS = 256
+
+
+def near_largest(xp: Namespace, first: Array, t: Array) -> Array:
+    """An m for rows that takes no look at all of their logits: any will do, as long as no exp(z - m) overflows.
+
+    Whether it did is asked of the sum, by `near_enough`.
+
+    Args:
+        first: [T, up to NEAR_COLUMNS] the first logits of each row, in the dtype of the arithmetic.
+        t: [T] the target's logit, or -inf.
+    Returns:
+        [T] the largest of these, 0 where all are -inf.
+    """
+    m = xp.maximum(xp.amax(first, -1), t)
+    return xp.where(m == -float("inf"), xp.zeros_like(m), m)
+
+
+def near_enough(s: Array) -> Array:
+    """Whether the sums are those of rows with no logit more than 30 above the m of `near_largest`.
+
+    Up to there the rounding of z - m moves its exp by 16 u at most. Rows of n <= NEAR_COLUMNS logits have their
+    largest for m. For longer ones `loss_core.tolerance` allows the sum 6 sqrt(n) u, 96 u at least, and sums in vectors
+    of 8 need no more than 6 sqrt(n / 8) u of that.
+    """
+    return (s > 1e-13) & (s < 1e13)
 
 
 def combine_kd(xp: Namespace, a: KDRowState, b: KDRowState) -> KDRowState:

@@ -111,6 +111,36 @@ def test_finish_keeps_digits_under_a_large_offset():
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_a_number_near_the_largest_logit_gives_the_same_loss_and_the_sum_tells_where_it_is_not_near(name):
+    xp, asarray = _namespace(name)
+    rng = np.random.default_rng(2)
+    z_TV = rng.standard_normal((6, 1000)).astype(np.float32)
+    z_TV[:, 700] = [0.0, 15.0, 29.5, 31.0, 60.0, 1e4]  # behind the first columns
+    z_TV[0, :300] = -np.inf
+    column_T = np.asarray([5, 400, 400, 400, 400, 700])
+    t_T = z_TV[np.arange(6), column_T]
+    m_T = np.asarray(row_stats.near_largest(xp, asarray(z_TV[:, : row_stats.NEAR_COLUMNS]), asarray(t_T)))
+    first = np.maximum(z_TV[:, : row_stats.NEAR_COLUMNS].max(-1), t_T)
+    assert m_T[0] == 0
+    np.testing.assert_array_equal(m_T[1:], first[1:])
+    with np.errstate(over="ignore"):
+        s_T = np.exp(z_TV - m_T[:, None]).sum(-1)
+    enough = np.asarray(row_stats.near_enough(asarray(s_T)))
+    # Never enough where a logit is 30 above m.
+    assert not (enough & (z_TV.max(-1) - m_T >= 30)).any()
+    assert enough.tolist() == [True, True, True, True, False, True]
+    loss_T = np.asarray(row_stats.finish(xp, RowState(*map(asarray, (m_T, s_T, t_T)))))
+    exact = _state(z_TV.astype(np.float64), column_T, 0, 1000)
+    wanted_T = row_stats.finish(np, exact)
+    # Of z - m 16 u, of exp 1 ulp, of NumPy's sum 6 sqrt(n / 8), of the logarithm, of m - t and of their sum.
+    allowed_T = (16 + 2 + 6 * np.sqrt(1000 / 8) + 2 + 2 * np.abs(m_T - t_T) + 2 * np.abs(wanted_T)) * 2.0**-24
+    finite = enough & np.isfinite(wanted_T)
+    assert (np.abs(loss_T[finite] - wanted_T[finite]) <= allowed_T[finite]).all()
+    for bad in (np.nan, np.inf, 0.0):
+        assert not np.asarray(row_stats.near_enough(asarray(np.float32([bad])))).any()
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("cuts", [(13,), (1, 13), (5, 5, 13), (7, 13), tuple(range(1, 14))])
 def test_kd_any_split_gives_the_whole(name, cuts):
     xp, asarray = _namespace(name)

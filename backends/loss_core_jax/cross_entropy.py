@@ -14,15 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loss_core.row_stats import RowState, finish
+from loss_core.row_stats import NEAR_COLUMNS, RowState, finish, near_enough, near_largest
 from loss_core_jax.checks import IGNORED, INVALID
 from loss_core_jax.chunked import map_chunks, rows_within
 
 # XLA for CPU writes a cast of the logits out before it sums over it; chunks bound this temporary, and keep it in cache.
 _BUDGET_BYTES = 8 << 20
-
-# Columns whose largest logit stands for that of a row, and how far a sum of exp(z - m) may be from 1.
-_SAMPLE, _FAR = 256, 1e13
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -93,18 +90,12 @@ def _row_state(logits_CV: jax.Array, target_C: jax.Array) -> RowState:
 
 
 def _one_look(logits_TV: jax.Array, target_T: jax.Array) -> RowState:
-    """`_row_state` with one look at most logits: m is a number near the largest, which takes no pass to find.
-
-    m is the largest of the label's logit and the first ones; any m gives the same loss as long as no exp(z - m)
-    overflows. The sum tells of rows where m is more than 30 below the largest; with one of these, all are looked at
-    twice. Up to there rounding z - m moves exp by 16 u at most: beside the 6 sqrt(n) u that `loss_core.tolerance`
-    allows a sum of n > 256 terms, of which a sum in vectors needs a third.
-    """
+    """`_row_state` with one look at the logits where `near_largest` gives an m for every row, else with two more."""
     ignored_T = target_T == IGNORED
     t_T = _label_logit(logits_TV, target_T)
-    near_T = lax.stop_gradient(jnp.maximum(jnp.max(logits_TV[:, :_SAMPLE], axis=-1), t_T))
+    near_T = lax.stop_gradient(near_largest(jnp, logits_TV[:, :NEAR_COLUMNS], t_T))
     sum_T = _sum_exp(logits_TV, near_T, target_T)
-    enough = jnp.all(ignored_T | ((sum_T > 1 / _FAR) & (sum_T < _FAR)))
+    enough = jnp.all(ignored_T | near_enough(sum_T))
 
     def look_twice(logits_TV: jax.Array) -> tuple[jax.Array, jax.Array]:
         m_T = lax.stop_gradient(jnp.max(logits_TV, axis=-1))

@@ -74,7 +74,7 @@ def cross_entropy_stats(logits: Tensor, labels_T: Tensor, vocab_start: int) -> t
     column_T = labels_T - vocab_start
     found = [run(compiled_rows.cross_entropy_stats, z_TV, column_T[at]) for at, (z_TV,) in _matrices(logits)]
     m_T, s_T, t_T = _joined(found)
-    if compiled_rows.looks_once(logits) and not compiled_rows.near_enough(s_T).all():
+    if compiled_rows.looks_once(logits) and not row_stats.near_enough(s_T).all():
         return eager_logits.cross_entropy_stats(logits, labels_T, vocab_start)
     return m_T, s_T, t_T
 
@@ -145,7 +145,7 @@ def cross_entropy_with_grad(
         if compiled_rows.looks_once(z_TV) and z_TV.dtype == t_T.dtype:
             m_T = compiled_rows.near_largest(z_TV, t_T)
             s_T = run(compiled_rows.cross_entropy_with_grad_near, z_TV, m_T, *rest)
-            if not (compiled_rows.near_enough(s_T) | ~keep_T[at]).all():
+            if not (row_stats.near_enough(s_T) | ~keep_T[at]).all():
                 del grad, grad_TV, rest  # before another one is made
                 return eager_logits.cross_entropy_with_grad(logits, labels_T, keep_T, coef_T)
         else:

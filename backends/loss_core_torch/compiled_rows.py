@@ -5,8 +5,8 @@ memory once and is in cache for whatever else looks at it. Arithmetic is float32
 formulas stand in `loss_core.oracle`, the row state in `loss_core.row_stats`.
 
 An exponential that is used twice is made once: TorchInductor keeps those of the row that it works on (of exp; it would
-make exp2 again). What concerns the label's class alone is not here: one column of a loop over all would cost each of
-them a comparison.
+make exp2 again). The -1 of the gradient at the label's class is not here: in a loop over all classes it would cost each
+of them a comparison.
 """
 
 # T = tokens, V = vocabulary (of this rank)
@@ -37,26 +37,14 @@ def _exp2(x_TV: Tensor) -> Tensor:
 
 
 def looks_once(logits_TV: Tensor) -> bool:
-    """Whether m is a number near the largest logit, not that; then `near_enough` is to be asked. Of [..., V] logits."""
+    """Whether m is that of `row_stats.near_largest`, so that `near_enough` is to be asked. Of [..., V] logits."""
     return logits_TV.device.type == "cpu" and logits_TV.shape[-1] > LONG_ROW
 
 
-def near_enough(s_T: Tensor) -> Tensor:
-    """Whether no logit of a row is more than 30 above its m.
-
-    Up to there rounding z - m moves exp by 16 u at most: beside the 6 sqrt(n) u that `loss_core.tolerance` allows a
-    sum of n terms, 384 u for the shortest of these rows, of which a sum in vectors needs a quarter.
-    """
-    return (s_T > 1e-13) & (s_T < 1e13)
-
-
 def near_largest(logits_TV: Tensor, t_T: Tensor) -> Tensor:
-    """m of each row: the largest of the label's logit t and the first ones, which takes no look at them all.
-
-    Any m gives the same loss and gradient as long as no exp(z - m) overflows.
-    """
-    m_T = torch.maximum(_wide(logits_TV[:, :256]).amax(-1), t_T)
-    return torch.where(m_T == -torch.inf, 0.0, m_T)
+    """m of each row for the label's logit t, in the dtype of the arithmetic."""
+    m_T: Tensor = row_stats.near_largest(torch, _wide(logits_TV[:, : row_stats.NEAR_COLUMNS]), t_T)
+    return m_T
 
 
 def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
