@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -238,8 +239,10 @@ def test_what_a_worker_prints_does_not_disturb_its_answers(tmp_path, monkeypatch
 def test_ctrl_c_stops_every_worker_and_leaves_quietly():
     command = [sys.executable, "-m", "loss_core.cli", "bench", "--config", "KDLoss", "--shape", "64,1000",
                "--rounds", "100000", "--peers", "none", "--backend", "torch:eager", "--tp", "2"]  # fmt: skip
+    # A shell starts its background jobs with SIGINT ignored, which they inherit: these tests may be one.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+                               start_new_session=True, preexec_fn=heeded)  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         # The floor and the flag, on two ranks each.
