@@ -1,0 +1,147 @@
+"""Row terms: the few sums over the vocabulary that every loss and gradient of a row is made of.
+
+Terms of pieces of a row (kernel blocks, vocabulary tiles, tensor-parallel ranks, scans) fold with `combine`. A loss is
+two functions of terms: its value, and the coefficients of its gradient. Both are [T]-sized and are written here once,
+over an array namespace `xp`: `numpy`, `torch` or `jax.numpy`. Kernels make terms, and a gradient from coefficients;
+they know no losses.
+
+Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmetic.
+"""
+
+# T = tokens (rows), V = vocabulary or a piece of it, z = logits (after softcap and temperature)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Array = Any
+Namespace = Any
+
+
+class RowTerms(NamedTuple):
+    """Terms of one distribution over a piece of the vocabulary.
+
+    Attributes:
+        m: max of z, -inf for an empty piece.
+        s: sum of exp(z - m).
+        t: z of the target, -inf where another piece owns it.
+        z_sum: sum of z; None where the loss does not need it (`Objective.needs_z_sum`).
+    """
+
+    m: Array
+    s: Array
+    t: Array
+    z_sum: Array | None = None
+
+
+class Coefficients(NamedTuple):
+    """Gradient of a row by its logits: exp(z - m) * scale - uniform, plus `target` at the target's column.
+
+    Attributes:
+        scale: factor of exp(z - m).
+        target: added at the target's column.
+        uniform: taken off every column; None for 0.
+    """
+
+    scale: Array
+    target: Array
+    uniform: Array | None = None
+
+
+class Objective(NamedTuple):
+    """Which cross entropy is meant: the options that its value and coefficients depend on.
+
+    Attributes:
+        num_classes: V over all pieces.
+    """
+
+    num_classes: int
+
+    @property
+    def needs_z_sum(self) -> bool:
+        """Whether `RowTerms.z_sum` is needed."""
+        return False
+
+
+class PairTerms(NamedTuple):
+    """Terms of two distributions, teacher (t) and student (s), over a piece of the vocabulary.
+
+    Attributes:
+        m_t, m_s: max of z_t, of z_s; -inf for an empty piece.
+        s_t, s_s: sum of exp(z_t - m_t), of exp(z_s - m_s).
+        a: sum of exp(z_t - m_t) * ((z_t - m_t) - (z_s - m_s)).
+    """
+
+    m_t: Array
+    s_t: Array
+    a: Array
+    m_s: Array
+    s_s: Array
+
+
+# Terms of a piece without classes: the identities of `combine` and `combine_pairs`.
+EMPTY_ROW = RowTerms(m=-float("inf"), s=0.0, t=-float("inf"), z_sum=0.0)
+EMPTY_PAIR = PairTerms(m_t=-float("inf"), s_t=0.0, a=0.0, m_s=-float("inf"), s_s=0.0)
+
+
+def combine(xp: Namespace, a: RowTerms, b: RowTerms) -> RowTerms:
+    """Terms of two pieces as one. Associative and commutative up to rounding."""
+    m = xp.maximum(a.m, b.m)
+    s = a.s * xp.exp(_shift(xp, a.m, m)) + b.s * xp.exp(_shift(xp, b.m, m))
+    z_sum = None if a.z_sum is None else a.z_sum + b.z_sum
+    return RowTerms(m, s, xp.maximum(a.t, b.t), z_sum)
+
+
+def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array:
+    """Cross entropy per row: log-sum-exp minus the target's logit; +inf where no piece owns the target.
+
+    Written relative to the maximum, so that a large common offset of the logits costs no digits.
+    """
+    return xp.log(terms.s) + (terms.m - terms.t)
+
+
+def cross_entropy_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, objective: Objective) -> Coefficients:
+    """Coefficients of the gradient of upstream * `cross_entropy`."""
+    return Coefficients(upstream / terms.s, -upstream)
+
+
+def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:
+    """Terms of two pieces as one, for pairs of distributions."""
+    m_t = xp.maximum(a.m_t, b.m_t)
+    m_s = xp.maximum(a.m_s, b.m_s)
+    parts = [_moved(xp, piece, m_t, m_s) for piece in (a, b)]
+    (s_t_a, a_a, s_s_a), (s_t_b, a_b, s_s_b) = parts
+    return PairTerms(m_t, s_t_a + s_t_b, a_a + a_b, m_s, s_s_a + s_s_b)
+
+
+def kl_divergence(xp: Namespace, terms: PairTerms) -> Array:
+    """KL(teacher || student) per row; NaN where either has no finite logit at all."""
+    # m_s - m_s is 0, or NaN for a student of -inf alone, whose log(s_s) would pass for a number.
+    return terms.a / terms.s_t - xp.log(terms.s_t) + (xp.log(terms.s_s) + (terms.m_s - terms.m_s))
+
+
+def kl_centre(xp: Namespace, terms: PairTerms, kl: Array) -> Array:
+    """What (z_t - m_t) - (z_s - m_s) is compared with in the teacher's gradient.
+
+    With it, log p_t - log p_s - KL is ((z_t - m_t) - (z_s - m_s)) - centre.
+    """
+    return xp.log(terms.s_t) - xp.log(terms.s_s) + kl
+
+
+def _shift(xp: Namespace, m: Array, new_m: Array) -> Array:
+    """m - new_m, with an empty piece (m = -inf) staying -inf."""
+    # -inf minus -inf is NaN: an empty piece must stay the identity.
+    return m - xp.where(new_m == -float("inf"), xp.zeros_like(new_m), new_m)
+
+
+def _moved(xp: Namespace, piece: PairTerms, m_t: Array, m_s: Array) -> tuple[Array, Array, Array]:
+    """(s_t, a, s_s) of a piece, relative to other maxima."""
+    shift_t = _shift(xp, piece.m_t, m_t)
+    shift_s = _shift(xp, piece.m_s, m_s)
+    scale_t = xp.exp(shift_t)
+    s_t = piece.s_t * scale_t
+    # Weight 0 times an infinite shift must be 0: such a piece holds no teacher probability.
+    none = xp.zeros_like(s_t)
+    moved = s_t * xp.where(s_t == 0, none, shift_t) - s_t * xp.where(s_t == 0, none, shift_s)
+    a = xp.where(scale_t == 0, xp.zeros_like(s_t), piece.a * scale_t) + moved
+    return s_t, a, piece.s_s * xp.exp(shift_s)
