@@ -3,10 +3,10 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PYTEST_ARGS ?= -n auto --maxprocesses 8
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow check lint format types kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,10 +22,16 @@ demo: setup ## check the losses on this machine, then train a small model on tor
 test: setup ## run all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+test-slow: setup ## run the tests that wait for torch.compile: a quarter of an hour more
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
+
+check: setup ## every loss on both backends and on torch:compile against float64
+	$(VENV)/bin/loss-core check --backend torch:plain --backend torch:eager --backend torch:compile --backend jax:xla
+
 lint: setup ## ruff and the import rules
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) tests/import_rules.py
+	$(VENV)/bin/lint-imports
 
 format: setup ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
@@ -35,7 +41,7 @@ types: setup ## mypy, strict
 	$(PY) -m mypy
 
 kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
-	$(PY) tests/kernel_table.py
+	$(PY) tests/on_torch/kernels/gpu/kernel_table.py
 
 gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
 	$(PY) examples/gpu_session.py
@@ -59,7 +65,7 @@ growth: setup ## how time and memory grow with T, V and the share that counts; 8
 	$(GROWTH) $(BOTH) $(LOGITS) $(foreach v,2500 10000 40000,--shape 4096,$(v)) $(RESULT)-logits-vocab.json
 	$(GROWTH) $(BOTH) $(LOGITS) --shape 1024,32000 $(foreach s,0 0.75 0.9375,--ignored $(s)) $(RESULT)-logits-share.json
 
-benchmarks: setup ## write the tables and pictures of BENCHMARKS.md from examples/benchmarks/*.json
+benchmarks: setup ## write the summary of BENCHMARKS.md and the pages of examples/benchmarks from the results there
 	$(PY) examples/benchmark_page.py
 
 check-wheel: setup ## build the wheel and try it without torch and jax, with one, with the other

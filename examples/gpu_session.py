@@ -4,7 +4,7 @@
     python examples/gpu_session.py --device cpu --small          # the same steps on a CPU, at small sizes
     python examples/gpu_session.py --dry-run                     # what would be done
 
-Runs from a checkout without an install: `PYTHONPATH=.:backends`. Needs torch and Triton; the peers that are
+Runs from a checkout without an install: `PYTHONPATH=.:backends`. Needs torch and Triton; the baselines that are
 importable are measured beside. Every step has a time limit and writes its results into --out when it ends, so that
 a session that is cut off leaves what was done by then. Exit code: 0; 1 when a check failed or a result was wrong.
 """
@@ -22,20 +22,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
-from loss_core.backend import all_flags, flag_status
 from loss_core.bench import bench
-from loss_core.bench_report import BenchReport, BenchRow, best_flag_of, best_peer_of, floor_of
-from loss_core.bench_tables import memory_text, time_text
-from loss_core.bench_text import bench_text
+from loss_core.bench.report import BenchReport, BenchRow, best_baseline_of, best_flag_of, roofline_of
+from loss_core.bench.tables import memory_text, time_text
+from loss_core.bench.text import bench_text
 from loss_core.check import check
-from loss_core.report import Report
+from loss_core.check.report import Report
+from loss_core.dispatch.flags import all_flags, flag_status
 
 GIB = 2**30
 
 _LOGITS, _FUSED, _KD = MaskedCrossEntropyConfig(reduction="mean"), FusedLinearCEConfig(reduction="mean"), KDLossConfig()
 # The plain form and the best compiled one; the other variants of both are for a longer session.
-_TORCH_PEERS = ("plain-torch", "compiled-torch-upcast", "torch-linear-ce", "cce", "liger", "te", "nemo")
-_JAX_PEERS = ("plain-jax", "optax", "jax-cce", "tokamax")
+_TORCH_BASELINES = ("compiled-torch", "torch-linear-ce", "cce", "liger", "te", "nemo")
+_JAX_BASELINES = ("plain-jax", "optax", "jax-cce", "tokamax")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Step:
         config: the loss.
         shapes: each (T, V) or (T, V, H).
         seconds: time limit.
-        framework: whose flags and peers run.
+        framework: whose flags and baselines run.
         ignored: share of labels that are ignored.
-        of_floor: goal, as floor / time; 0 where there is none.
+        of_roofline: goal, as roofline / time; 0 where there is none.
         most_bytes: goal for the memory above the inputs, at the first shape; 0 where there is none.
     """
 
@@ -59,7 +59,7 @@ class Step:
     seconds: float
     framework: str = "torch"
     ignored: float = 0.0
-    of_floor: float = 0.0
+    of_roofline: float = 0.0
     most_bytes: int = 0
 
 
@@ -67,9 +67,9 @@ _LLAMA, _QWEN = (8192, 128_256, 4096), (8192, 151_936, 4096)
 
 # The most important first: what is cut off is at the end.
 STEPS = (
-    Step("ce", _LOGITS, ((8192, 128_256), (8192, 32_000), (4096, 262_144)), 75, of_floor=0.85),
-    Step("fused", _FUSED, (_QWEN, _LLAMA, (16_384, 248_320, 2048)), 105, of_floor=1 / 1.2, most_bytes=3 * GIB),
-    Step("kd", _KD, ((4096, 128_256),), 35, of_floor=0.80),
+    Step("ce", _LOGITS, ((8192, 128_256), (8192, 32_000), (4096, 262_144)), 75, of_roofline=0.85),
+    Step("fused", _FUSED, (_QWEN, _LLAMA, (16_384, 248_320, 2048)), 105, of_roofline=1 / 1.2, most_bytes=3 * GIB),
+    Step("kd", _KD, ((4096, 128_256),), 35, of_roofline=0.80),
     Step("fused-half-ignored", _FUSED, (_QWEN,), 40, ignored=0.5),
     Step("ce-half-ignored", _LOGITS, ((8192, 128_256),), 25, ignored=0.5),
     Step("jax-ce", _LOGITS, ((8192, 128_256),), 20, framework="jax"),
@@ -82,7 +82,7 @@ _CHECK_SECONDS, _SANITIZER_SECONDS = 90.0, 45.0
 def small(step: Step) -> Step:
     """The step at sizes for a CPU, where no goal applies."""
     shapes = tuple((t // 128, v // 64 + 1, *(h // 64 for h in rest)) for t, v, *rest in step.shapes)
-    return replace(step, shapes=shapes, of_floor=0.0, most_bytes=0)
+    return replace(step, shapes=shapes, of_roofline=0.0, most_bytes=0)
 
 
 def run_checks(flags: Sequence[str], device: str, deadline: float, quick: bool) -> Iterator[Report]:
@@ -140,7 +140,7 @@ def run_step(
         dtypes=["bfloat16"],
         device=device,
         ignored=step.ignored,
-        peers=_TORCH_PEERS if step.framework == "torch" else _JAX_PEERS,
+        peers=_TORCH_BASELINES if step.framework == "torch" else _JAX_BASELINES,
         rounds=rounds,
         timeout=seconds,
         time_limit=seconds,
@@ -153,20 +153,26 @@ def run_step(
 def against_goal(step: Step, group: Sequence[BenchRow]) -> str:
     """One line of the summary."""
     head = f"{step.name:19}{'x'.join(map(str, group[0].shape)):19}"
-    ours, peer, floor = best_flag_of(group, step.framework), best_peer_of(group, step.framework), floor_of(group)
-    if ours is None or not ours.seconds or not floor:
+    ours, baseline, roofline = (
+        best_flag_of(group, step.framework),
+        best_baseline_of(group, step.framework),
+        roofline_of(group),
+    )
+    if ours is None or not ours.seconds or not roofline:
         return f"{head}no result"
-    share = floor / ours.seconds
-    parts = [f"{head}{ours.implementation:13} {time_text(ours.seconds):>8}", f"{share:4.0%} of the floor"]
-    if step.of_floor:
-        parts.append(f"(goal {step.of_floor:.0%}: {'met' if share >= step.of_floor else 'NOT met'})")
+    share = roofline / ours.seconds
+    parts = [f"{head}{ours.implementation:13} {time_text(ours.seconds):>8}", f"{share:4.0%} of the roofline"]
+    if step.of_roofline:
+        parts.append(f"(goal {step.of_roofline:.0%}: {'met' if share >= step.of_roofline else 'NOT met'})")
     if ours.peak is not None:
         parts.append(memory_text(ours.peak))
     if step.most_bytes and ours.peak is not None and group[0].shape == step.shapes[0]:
         goal = memory_text(step.most_bytes)
         parts.append(f"(goal {goal}: {'met' if ours.peak <= step.most_bytes else 'NOT met'})")
-    if peer is not None and peer.seconds:
-        parts.append(f"{ours.seconds / peer.seconds:.2f} of {peer.implementation}'s {time_text(peer.seconds)}")
+    if baseline is not None and baseline.seconds:
+        parts.append(
+            f"{ours.seconds / baseline.seconds:.2f} of {baseline.implementation}'s {time_text(baseline.seconds)}"
+        )
     return "  ".join(parts)
 
 

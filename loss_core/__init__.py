@@ -7,9 +7,7 @@ MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean', 
 Importing this package loads neither torch nor jax; `config.build(backend=...)` does.
 """
 
-from loss_core.backend import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice, parse_flag
 from loss_core.build import (
-    LOSS_CONFIG_REGISTRY,
     build_loss_config,
     build_loss_module,
     register_loss,
@@ -23,6 +21,9 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
+from loss_core.dispatch.flags import parse_flag
+from loss_core.dispatch.protocol import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice
+from loss_core.registry import LOSS_CONFIG_REGISTRY
 
 __version__ = "0.1.0"
 

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loss_core.backend import forget_builders, register_builders, takes_backend
-from loss_core.config import (
-    FusedLinearCEConfig,
-    KDLossConfig,
-    LossConfig,
-    LossFromFactoryConfig,
-    MaskedCrossEntropyConfig,
-    TEParallelCEConfig,
-    make_config,
-)
+from loss_core.config import LossConfig, LossFromFactoryConfig, make_config
+from loss_core.dispatch.builders import forget_builders, register_builders, takes_backend
+from loss_core.registry import DEFINITIONS, LOSS_CONFIG_REGISTRY, config_class_for, is_ours
 
-LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {
-    "MaskedCrossEntropy": MaskedCrossEntropyConfig,
-    "FusedLinearCrossEntropy": FusedLinearCEConfig,
-    "TEParallelCrossEntropy": TEParallelCEConfig,
-    "KDLoss": KDLossConfig,
-}
+if TYPE_CHECKING:
+    from loss_core.losses import LossDef
+
+LossLike = LossConfig | Mapping[str, Any] | str | Callable[..., Any]
 
 
-def register_loss(name: str, config_cls: type[LossConfig], builders: Mapping[str, Callable[[Any], Any]]) -> None:
+def register_loss(
+    name: str,
+    config_cls: type[LossConfig],
+    builders: Mapping[str, Callable[[Any], Any]],
+    *,
+    definition: LossDef | None = None,
+) -> None:
     """Add a loss of your own to the registry, with a builder per backend flag.
 
     Args:
@@ -33,9 +30,13 @@ def register_loss(name: str, config_cls: type[LossConfig], builders: Mapping[str
         config_cls: a dataclass that derives from LossConfig.
         builders: flag -> function that takes the config and returns the loss. "torch" stands for
             "torch:eager", "jax" for "jax:xla". The function may import its framework inside.
+        definition: what the loss computes, a `loss_core.losses.LossDef`: with it `loss_core.check.check`,
+            `loss_core.bench.bench` and their commands serve the loss like ours. None: a class that derives from one
+            of ours has that one's, another has none. See examples/custom_loss.py.
     Raises:
         ValueError: the name is taken by another class, or a flag is unknown.
-        TypeError: config_cls is no dataclass derived from LossConfig, or a builder is not callable.
+        TypeError: config_cls is no dataclass derived from LossConfig, a builder is not callable, or
+            definition is no LossDef.
 
     Example:
         >>> from dataclasses import dataclass
@@ -60,53 +61,34 @@ def register_loss(name: str, config_cls: type[LossConfig], builders: Mapping[str
     taken = LOSS_CONFIG_REGISTRY.get(name)
     if taken is not None and taken is not config_cls:
         raise ValueError(f"The name {name!r} is taken by {taken.__name__}; choose another.")
+    if definition is not None and not hasattr(definition, "oracle"):
+        raise TypeError(f"definition must be a loss_core.losses.LossDef, got {definition!r}.")
     register_builders(config_cls, builders)
     LOSS_CONFIG_REGISTRY[name] = config_cls
+    DEFINITIONS.pop(config_cls, None)
+    if definition is not None:
+        DEFINITIONS[config_cls] = definition
 
 
 def unregister_loss(name: str) -> None:
-    """Take back a `register_loss`. The losses of this library can't be taken back."""
+    """Undo a `register_loss`. The losses of this library can't be unregistered."""
     config_cls = LOSS_CONFIG_REGISTRY.get(name)
-    if config_cls is None or config_cls.__module__ == "loss_core.config":
+    if config_cls is None or is_ours(config_cls):
         raise ValueError(f"{name!r} is not a loss that was registered with register_loss.")
     del LOSS_CONFIG_REGISTRY[name]
     if config_cls not in LOSS_CONFIG_REGISTRY.values():
         forget_builders(config_cls)
+        DEFINITIONS.pop(config_cls, None)
 
 
-def registered_name(config_cls: type[LossConfig]) -> str:
-    """The registry name of a config class."""
-    for name, cls in LOSS_CONFIG_REGISTRY.items():
-        if cls is config_cls:
-            return name
-    raise TypeError(
-        f"{config_cls.__name__} is in no registry, so it has no name to be stored under; "
-        "register it with loss_core.register_loss."
-    )
-
-
-def config_class_for(name: object) -> type[LossConfig]:
-    """The config class of a registry name.
-
-    Raises:
-        TypeError: not a registry name (the type is the peer's).
-    """
-    config_cls = LOSS_CONFIG_REGISTRY.get(name) if isinstance(name, str) else None
-    if config_cls is None:
-        raise TypeError(
-            f"Unknown loss name {name!r}: expected one of {sorted(LOSS_CONFIG_REGISTRY)}, a LossConfig, or a loss "
-            "class/callable. Resolve dotted paths in the caller."
-        )
-    return config_cls
-
-
-def build_loss_config(loss: LossConfig | str | Callable[..., Any], **loss_kwargs: Any) -> LossConfig:
+def build_loss_config(loss: LossLike, **loss_kwargs: Any) -> LossConfig:
     """Normalise a loss target to a LossConfig.
 
     | loss | result |
     |---|---|
     | LossConfig instance | the same object; kwargs are refused |
     | registry name | its typed config |
+    | mapping with the key "name", as `to_dict` makes it | the named loss's config; kwargs are refused |
     | class with a registered name whose kwargs fit | the typed config |
     | any other callable | LossFromFactoryConfig |
 
@@ -115,20 +97,20 @@ def build_loss_config(loss: LossConfig | str | Callable[..., Any], **loss_kwargs
         TypeError: a config class instead of an instance, an unknown name, an unknown field, or
             something that is no loss.
     """
-    if isinstance(loss, LossConfig):
+    if isinstance(loss, LossConfig | Mapping):
         if loss_kwargs:
             raise ValueError(
                 "Loss hyperparameters must be set on the config, not passed beside it "
                 f"(got {sorted(loss_kwargs)} with a {type(loss).__name__})."
             )
-        return loss
+        return loss if isinstance(loss, LossConfig) else LossConfig.from_dict(loss)
     if isinstance(loss, type) and issubclass(loss, LossConfig):
         raise TypeError(f"Pass a LossConfig instance, not the class {loss.__name__} (e.g. {loss.__name__}()).")
     if isinstance(loss, str):
         return make_config(config_class_for(loss), loss_kwargs)
     if not callable(loss):
         raise TypeError(
-            f"Expected a LossConfig, a registry name or a loss class/callable, got {type(loss).__name__}. "
+            f"Expected a LossConfig, a registry name, a mapping or a loss class/callable, got {type(loss).__name__}. "
             "Resolve dotted paths in the caller."
         )
     config_cls = LOSS_CONFIG_REGISTRY.get(getattr(loss, "__name__", ""))
@@ -137,21 +119,35 @@ def build_loss_config(loss: LossConfig | str | Callable[..., Any], **loss_kwargs
     return LossFromFactoryConfig(factory=loss, kwargs=dict(loss_kwargs))
 
 
-def build_loss_module(
-    loss: LossConfig | str | Callable[..., Any], *, backend: str | None = None, **loss_kwargs: Any
-) -> Any:
+def split_backend(loss: LossLike, backend: str | None) -> tuple[LossLike, str | None]:
+    """The loss without the key "backend" that a recipe's mapping may have, and the flag.
+
+    Raises:
+        ValueError: the mapping names one flag, and the argument another.
+    """
+    if not isinstance(loss, Mapping) or "backend" not in loss:
+        return loss, backend
+    rest = dict(loss)
+    named = rest.pop("backend")
+    if backend is not None and named is not None and backend != named:
+        raise ValueError(f"backend={backend!r} beside a mapping with the backend {named!r}: give one of them.")
+    return rest, named if backend is None else backend
+
+
+def build_loss_module(loss: LossLike, *, backend: str | None = None, **loss_kwargs: Any) -> Any:
     """Build a loss: `build_loss_config(loss, **loss_kwargs).build(backend=backend)`.
 
     `backend` is a reserved word: it is the flag and never reaches the loss. A factory that has an
     argument of that name is bound first, with `functools.partial`.
 
     Args:
-        loss: as in build_loss_config.
+        loss: as in build_loss_config; a mapping may have the flag under "backend".
         backend: flag `BACKEND[:KERNEL]`; None is "torch" for typed configs.
     Raises:
         ValueError: also when a flag is given with a raw factory, or with a config whose own `build`
             takes none: it would be ignored.
     """
+    loss, backend = split_backend(loss, backend)
     config = build_loss_config(loss, **loss_kwargs)
     if backend is None:
         return config.build()

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
-import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Self, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-REDUCTIONS = ("sum", "mean", "none")
-
-# Marks a field that holds a live handle (a process group): it belongs to one process, so it
-# enters no dict, no repr and no comparison.
-_RUNTIME = {"loss_core.runtime": True}
+from loss_core.dispatch.builders import build
+from loss_core.field_checks import check_bool, check_integer, check_number, check_reduction
+from loss_core.registry import config_class_for, registered_name, typed_loss
 
 
-@dataclass
+# No dataclass itself: parsers that fill dataclasses from mappings (dacite) would take it for a loss without fields.
 class LossConfig:
     """Base of every loss config.
 
     Subclass it as a dataclass and either register builders for it with
     `loss_core.register_loss`, or override `build(self)`.
+
+    A field made with `field(default=None, repr=False, compare=False)` holds a live handle, such as a process group: it
+    belongs to one process, so it enters no dict either.
     """
+
+    if TYPE_CHECKING:
+        # Every class that derives from it is one, so that `fields` and `replace` take a LossConfig.
+        __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         self.validate()
@@ -48,15 +51,11 @@ class LossConfig:
             BackendUnavailable: the flag is known but can't be used here; says why and what to install.
             NotImplementedError: the config has no builder.
         """
-        from loss_core.backend import build
-
         self.validate()
         return build(self, backend)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values, with the registry name under "name". Runtime handles are left out."""
-        from loss_core.build import registered_name
-
         name = registered_name(type(self))
         values = {f.name: _plain(copy.deepcopy(getattr(self, f.name))) for f in fields(self) if not is_runtime_field(f)}
         return {"name": name, **values}
@@ -68,8 +67,6 @@ class LossConfig:
         Called on `LossConfig`, "name" chooses the class; called on a subclass, "name" may be left
         out and must agree when it is there.
         """
-        from loss_core.build import config_class_for
-
         if not isinstance(data, Mapping):
             raise TypeError(f"from_dict expects a mapping of field names to values, got {type(data).__name__}.")
         values = dict(data)
@@ -89,12 +86,37 @@ class LossConfig:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A process group can't be copied; copies of a config share it.
         twin = copy.copy(self)
-        for f in fields(self):
+        for f in _fields(type(self)):
             if not is_runtime_field(f):
                 setattr(twin, f.name, copy.deepcopy(getattr(self, f.name), memo))
         return twin
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
+        """How pydantic fills a field of this type: a config stays as it is, a mapping is read by `from_dict`."""
+        # A core schema is a plain dict: pydantic need not be imported for it.
+        return {
+            "type": "function-plain",
+            "function": {"type": "no-info", "function": cls._parsed},
+            "serialization": {"type": "function-plain", "function": lambda config: config.to_dict()},
+        }
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        named = {"properties": {"name": {"type": "string"}}, "required": ["name"]} if cls is LossConfig else {}
+        return {"title": cls.__name__, "type": "object", **named}
+
+    @classmethod
+    def _parsed(cls, value: Any) -> Self:
+        if isinstance(value, cls):
+            return value
+        try:
+            return cls.from_dict(value)
+        except TypeError as error:  # of which pydantic makes no validation error
+            raise ValueError(str(error)) from error
+
+
+@typed_loss("MaskedCrossEntropy", "cross_entropy")
 @dataclass
 class MaskedCrossEntropyConfig(LossConfig):
     """Cross entropy over logits `[..., V]`, with a mask.
@@ -102,7 +124,7 @@ class MaskedCrossEntropyConfig(LossConfig):
     Attributes:
         fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
             False: in the dtype of the logits, as F.cross_entropy gives it.
-        ignore_index: label that marks a position to leave out; any integer.
+        ignore_index: label that marks a position to leave out; any integer of 64 bits.
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: as in TEParallelCEConfig.
         inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
@@ -111,23 +133,24 @@ class MaskedCrossEntropyConfig(LossConfig):
     fp32_upcast: bool = True
     ignore_index: int = -100
     reduction: str = "sum"
-    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    tp_group: Any = field(default=None, repr=False, compare=False)
     inplace_grad: bool = False
 
     def validate(self) -> None:
-        _check_bool("fp32_upcast", self.fp32_upcast)
-        _check_integer("ignore_index", self.ignore_index)
-        _check_reduction(self.reduction)
-        _check_bool("inplace_grad", self.inplace_grad)
+        check_bool("fp32_upcast", self.fp32_upcast)
+        check_integer("ignore_index", self.ignore_index)
+        check_reduction(self.reduction)
+        check_bool("inplace_grad", self.inplace_grad)
 
 
+@typed_loss("FusedLinearCrossEntropy", "linear_cross_entropy")
 @dataclass
 class FusedLinearCEConfig(LossConfig):
     """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
 
     Attributes:
-        ignore_index: label that marks a position to leave out; any integer.
-        logit_softcapping: c in `c * tanh(logits / c)`, in logit units; >= 0, 0 is off.
+        ignore_index: label that marks a position to leave out; any integer of 64 bits.
+        logit_softcapping: c in `c * tanh(logits / c)`, in logit units; 0 is off, else 2**-63 to 2**63.
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
         sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
@@ -140,25 +163,26 @@ class FusedLinearCEConfig(LossConfig):
     ignore_index: int = -100
     logit_softcapping: float = 0.0
     reduction: str = "sum"
-    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    tp_group: Any = field(default=None, repr=False, compare=False)
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
 
     def validate(self) -> None:
-        _check_integer("ignore_index", self.ignore_index)
-        _check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", low=0.0)
-        _check_reduction(self.reduction)
-        _check_bool("sequence_parallel", self.sequence_parallel)
+        check_integer("ignore_index", self.ignore_index)
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
+        check_reduction(self.reduction)
+        check_bool("sequence_parallel", self.sequence_parallel)
         if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
             raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
 
 
+@typed_loss("TEParallelCrossEntropy", "cross_entropy")
 @dataclass
 class TEParallelCEConfig(LossConfig):
     """Cross entropy over logits whose vocabulary may be sharded over a tensor-parallel group.
 
     Attributes:
-        ignore_index: label that marks a position to leave out; any integer.
+        ignore_index: label that marks a position to leave out; any integer of 64 bits.
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax: the
             name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
@@ -167,22 +191,23 @@ class TEParallelCEConfig(LossConfig):
 
     ignore_index: int = -100
     reduction: str = "sum"
-    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    tp_group: Any = field(default=None, repr=False, compare=False)
     inplace_grad: bool = False
 
     def validate(self) -> None:
-        _check_integer("ignore_index", self.ignore_index)
-        _check_reduction(self.reduction)
-        _check_bool("inplace_grad", self.inplace_grad)
+        check_integer("ignore_index", self.ignore_index)
+        check_reduction(self.reduction)
+        check_bool("inplace_grad", self.inplace_grad)
 
 
+@typed_loss("KDLoss", "distillation")
 @dataclass
 class KDLossConfig(LossConfig):
     """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
 
     Attributes:
-        ignore_index: label that marks a position to leave out; any integer.
-        temperature: softmax temperature T, > 0, no unit.
+        ignore_index: label that marks a position to leave out; any integer of 64 bits.
+        temperature: softmax temperature T, no unit; 2**-63 to 2**63.
         fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
             False: in the dtype of the student's logits.
         tp_group: as in TEParallelCEConfig.
@@ -192,14 +217,14 @@ class KDLossConfig(LossConfig):
     ignore_index: int = -100
     temperature: float = 1.0
     fp32_upcast: bool = True
-    tp_group: Any = field(default=None, repr=False, compare=False, metadata=_RUNTIME)
+    tp_group: Any = field(default=None, repr=False, compare=False)
     chunk_size: int = 0
 
     def validate(self) -> None:
-        _check_integer("ignore_index", self.ignore_index)
-        _check_number("temperature", self.temperature, "a finite number > 0", low=0.0, open_end=True)
-        _check_bool("fp32_upcast", self.fp32_upcast)
-        _check_integer("chunk_size", self.chunk_size, low=0)
+        check_integer("ignore_index", self.ignore_index)
+        check_number("temperature", self.temperature, "a finite number > 0")
+        check_bool("fp32_upcast", self.fp32_upcast)
+        check_integer("chunk_size", self.chunk_size, low=0)
 
 
 @dataclass
@@ -250,12 +275,16 @@ def factory_name(factory: Any) -> str:
 
 def is_runtime_field(f: Any) -> bool:
     """Whether a dataclass field holds a live handle rather than a value."""
-    return bool(f.metadata.get("loss_core.runtime"))
+    return not f.repr and not f.compare
+
+
+def _fields(config_cls: type[Any]) -> tuple[Any, ...]:
+    return fields(config_cls) if is_dataclass(config_cls) else ()
 
 
 def make_config(config_cls: type[LossConfig], values: Mapping[str, Any]) -> LossConfig:
     """Call the config class; an unknown field is a TypeError that names the closest one."""
-    known = [f.name for f in fields(config_cls) if f.init]
+    known = [f.name for f in _fields(config_cls) if f.init]
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
@@ -264,27 +293,3 @@ def make_config(config_cls: type[LossConfig], values: Mapping[str, Any]) -> Loss
                 f"{config_cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(known) or 'none'}."
             )
     return config_cls(**values)
-
-
-def _check_reduction(value: object) -> None:
-    if not isinstance(value, str) or value not in REDUCTIONS:
-        raise ValueError(f"Invalid reduction: {value!r}. reduction must be one of {', '.join(map(repr, REDUCTIONS))}.")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}.")
-
-
-def _check_integer(name: str, value: object, low: int | None = None) -> None:
-    accepted = "an integer" if low is None else f"an integer >= {low}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or (low is not None and value < low):
-        raise ValueError(f"{name} must be {accepted}, got {value!r}.")
-
-
-def _check_number(name: str, value: object, accepted: str, *, low: float, open_end: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        hint = " (a string: YAML reads 1e-3 as text, write 1.0e-3)" if isinstance(value, str) else ""
-        raise ValueError(f"{name} must be {accepted}, got {value!r}{hint}.")
-    if value < low or (open_end and value == low):
-        raise ValueError(f"{name} must be {accepted}, got {value!r}.")

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page from one of the templates beside this file; everything that comes from the values is escaped."""
+    """A page from a template such as "check/page.html.j2"; everything that comes from the values is escaped."""
     import jinja2
 
     files = resources.files("loss_core")

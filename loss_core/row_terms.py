@@ -63,13 +63,18 @@ class Objective(NamedTuple):
         return False
 
 
+# Unit of `PairTerms.a`: a power of two, so that it costs no digits. Where a student is masked by the lowest finite
+# number in place of -inf, single gaps are near the largest one; their sum must stay finite for a divergence that is.
+GAP_UNIT = 2.0**20
+
+
 class PairTerms(NamedTuple):
     """Terms of two distributions, teacher (t) and student (s), over a piece of the vocabulary.
 
     Attributes:
         m_t, m_s: max of z_t, of z_s; -inf for an empty piece.
         s_t, s_s: sum of exp(z_t - m_t), of exp(z_s - m_s).
-        a: sum of exp(z_t - m_t) * ((z_t - m_t) - (z_s - m_s)).
+        a: sum of exp(z_t - m_t) * ((z_t - m_t) - (z_s - m_s)) / GAP_UNIT.
     """
 
     m_t: Array
@@ -117,7 +122,8 @@ def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:
 def kl_divergence(xp: Namespace, terms: PairTerms) -> Array:
     """KL(teacher || student) per row; NaN where either has no finite logit at all."""
     # m_s - m_s is 0, or NaN for a student of -inf alone, whose log(s_s) would pass for a number.
-    return terms.a / terms.s_t - xp.log(terms.s_t) + (xp.log(terms.s_s) + (terms.m_s - terms.m_s))
+    gap = terms.a / terms.s_t * GAP_UNIT
+    return gap - xp.log(terms.s_t) + (xp.log(terms.s_s) + (terms.m_s - terms.m_s))
 
 
 def kl_centre(xp: Namespace, terms: PairTerms, kl: Array) -> Array:
@@ -142,6 +148,7 @@ def _moved(xp: Namespace, piece: PairTerms, m_t: Array, m_s: Array) -> tuple[Arr
     s_t = piece.s_t * scale_t
     # Weight 0 times an infinite shift must be 0: such a piece holds no teacher probability.
     none = xp.zeros_like(s_t)
-    moved = s_t * xp.where(s_t == 0, none, shift_t) - s_t * xp.where(s_t == 0, none, shift_s)
+    unit = s_t / GAP_UNIT
+    moved = unit * xp.where(s_t == 0, none, shift_t) - unit * xp.where(s_t == 0, none, shift_s)
     a = xp.where(scale_t == 0, xp.zeros_like(s_t), piece.a * scale_t) + moved
     return s_t, a, piece.s_s * xp.exp(shift_s)

@@ -842,8 +842,13 @@ def test_a_label_that_is_no_class_is_refused_through_the_bridge():
     for config in CONFIGS:
         arguments = library_case(config, torch.float32)
         arguments["labels"].view(-1)[1] = 10**6
+        loss = build_torch_loss(config, backend="jax")
+        if isinstance(config, loss_core.KDLossConfig):
+            # Its labels only say which tokens are ignored.
+            assert loss(**arguments).isfinite()
+            continue
         with pytest.raises(ValueError, match="1000000"):
-            build_torch_loss(config, backend="jax")(**arguments)
+            loss(**arguments)
 
 
 def test_same_training_by_flag_with_the_library():

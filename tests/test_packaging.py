@@ -48,7 +48,7 @@ def test_pre_commit_runs_the_installed_tools():
     assert [repo["repo"] for repo in repos] == ["local"]
     for hook in repos[0]["hooks"]:
         assert hook["language"] == "system"
-        assert hook["entry"].startswith(".venv/bin/python ")
+        assert hook["entry"].startswith(".venv/bin/")
         assert "additional_dependencies" not in hook
 
 

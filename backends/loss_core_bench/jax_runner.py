@@ -1,4 +1,4 @@
-"""Measuring on JAX: our losses by flag, the peers, and the rates of the floor where torch is not installed."""
+"""Measuring on JAX: our losses by flag, the baselines, and the rates of the roofline where torch is not installed."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -17,11 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from loss_core.bench_job import GRADS, Job, Tiled, kind_of, known_count
+from loss_core.bench.job import Job, Tiled, known_count
+from loss_core.bench.processes import Prepared, Rates
+from loss_core.bench.report import BASELINE, ROOFLINE
+from loss_core.bench.shards import Arrays
 from loss_core.build import build_loss_module
-from loss_core.vocab_split import VOCAB_AXIS
-from loss_core_bench import jax_peers
-from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
+from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core_bench import jax_baselines
+from loss_core_bench.runner import Runner, host_peak, timed, timed_calls
 
 # The axis of the mesh over which the vocabulary is sharded.
 _AXIS = "tp"
@@ -36,7 +39,7 @@ def device_name(device: str) -> str:
     """The accelerator's name, or "cpu".
 
     Raises:
-        Unusable: JAX sees no such device.
+        BackendUnavailable: JAX sees no such device.
     """
     return "cpu" if device == "cpu" else str(_device(device).device_kind)
 
@@ -46,20 +49,20 @@ def _device(name: str) -> jax.Device:
     try:
         return jax.devices(platform)[int(index or 0)]
     except (RuntimeError, IndexError) as error:
-        raise Unusable(f"JAX has no device {name!r} here ({str(error).splitlines()[0]}).") from error
+        raise BackendUnavailable(f"JAX has no device {name!r} here ({str(error).splitlines()[0]}).") from error
 
 
 def join(rank: int, ranks: int, meet: str, device: str) -> Mesh | None:
     """The devices of all ranks, which this one process holds; None for one rank.
 
     Raises:
-        Unusable: there are fewer devices than ranks.
+        BackendUnavailable: there are fewer devices than ranks.
     """
     if ranks == 1:
         return None
     devices = jax.devices(device)
     if len(devices) < ranks:
-        raise Unusable(f"{ranks} ranks need {ranks} devices; JAX sees {len(devices)} for device {device!r}.")
+        raise BackendUnavailable(f"{ranks} ranks need {ranks} devices; JAX sees {len(devices)} for device {device!r}.")
     mesh = Mesh(np.array(devices[:ranks]), (_AXIS,))
     # For the life of the process: a loss that has to shard its arguments finds it there.
     jax.set_mesh(mesh)
@@ -67,18 +70,20 @@ def join(rank: int, ranks: int, meet: str, device: str) -> Mesh | None:
 
 
 def make_runner(job: Job, kind: str, name: str, mesh: Mesh | None) -> Runner:
-    """The runner of a flag, a peer, or the floor, over the ranks of a mesh."""
+    """The runner of a flag, a baseline, or the roofline, over the ranks of a mesh."""
     jax.config.update("jax_enable_x64", job.dtype == "float64")
     if mesh is None:
         jax.config.update("jax_default_device", _device(job.device))
-    if kind == "floor":
-        return FloorRunner(job, mesh)
+    if kind == ROOFLINE:
+        return RooflineRunner(job, mesh)
     config: Any = job.loss_config()
     layout = Layout(mesh, job)
-    if kind == "peer":
+    if kind == BASELINE:
         if not layout.even:
-            raise Unusable(f"JAX arrays are sharded in equal parts, and {job.tp} does not divide {job.shape[1]}.")
-        return LossRunner(replace(job, count_known=False), jax_peers.peer_loss(name, config, job), "", layout)
+            raise BackendUnavailable(
+                f"JAX arrays are sharded in equal parts, and {job.tp} does not divide {job.shape[1]}."
+            )
+        return LossRunner(replace(job, count_known=False), jax_baselines.baseline_loss(name, config, job), "", layout)
     loss = build_loss_module(config if mesh is None else replace(config, tp_group=_AXIS), backend=name)
     choice = getattr(loss, "kernel_choice", None)
     notes = [f"runs {choice.flag}"] if choice is not None and choice.flag != name else []
@@ -94,12 +99,13 @@ class Layout:
     def __init__(self, mesh: Mesh | None, job: Job) -> None:
         self.mesh = mesh
         self.even = len(set(job.sizes)) == 1
+        self.axes = job.definition.vocab_axes
 
     def spec(self, name: str) -> PartitionSpec:
         """How an argument or its gradient is shared: by the vocabulary, where that has equal parts."""
-        if name not in VOCAB_AXIS or not self.even:
+        if name not in self.axes or not self.even:
             return PartitionSpec()
-        return PartitionSpec(_AXIS) if VOCAB_AXIS[name] == 0 else PartitionSpec(None, _AXIS)
+        return PartitionSpec(_AXIS) if self.axes[name] == 0 else PartitionSpec(None, _AXIS)
 
     def sharding(self, name: str) -> NamedSharding | None:
         """The same, on the devices; None for one."""
@@ -124,7 +130,7 @@ class Layout:
         return over_ranks
 
 
-def _place(tile: Tiled, dtype: str) -> jax.Array:
+def place(tile: Tiled, dtype: str) -> jax.Array:
     """The whole array, repeated on the device."""
     block = jnp.asarray(tile.block, dtype)
     size = int(np.prod(tile.shape))
@@ -139,7 +145,7 @@ class LossRunner:
         self.job = job
         self.note = note
         self.layout = layout
-        self.grad_of = GRADS[kind_of(job.loss_config())]
+        self.grad_of = job.trained
         self.inputs: dict[str, Any] = {}
 
         def step(floats: dict[str, jax.Array], others: dict[str, jax.Array], fixed: tuple[tuple[str, int], ...]) -> Any:
@@ -165,33 +171,33 @@ class LossRunner:
         self.inputs = {}
         gc.collect()
 
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
         results = self.step(*self._split(self._inputs(tiles, labels)))
         value, grads = (results, {}) if self.job.forward_only else results
         return {name: _to_float64(x) for name, x in {"loss": value, **grads}.items()}
 
-    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
         start = time.perf_counter()
         result = self._call()
         first = time.perf_counter() - start
         sample = self._sample(result, tokens)
         del result
-        return {"first_call": first, "peak": self._peak(), "note": self.note}, sample
+        return Prepared(first, self._peak(), self.note, sample)
 
-    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> Arrays:
         if self.job.forward_only:
             return {"loss": _to_float64(result)}
         value, grads = result
         sample = {"loss": _to_float64(value), "rows": _to_float64(grads[self.grad_of[0]][tokens])}
-        if len(grads) > 1:
+        if self.job.definition.products:
             sample["inner"] = np.array([_inner(self.inputs[name], grads[name]) for name in self.grad_of])
         return sample
 
     def warm_up(self) -> None:
         self._call()
 
-    def round(self, budget: float, most: int) -> dict[str, Any]:
-        return {"seconds": timed_calls(self._call, budget, most)}
+    def round(self, budget: float, most: int) -> list[float]:
+        return timed_calls(self._call, budget, most)
 
     def _out_shardings(self) -> Any:
         """Of loss and gradients: those of the inputs, so that all implementations hand over the same."""
@@ -202,7 +208,7 @@ class LossRunner:
 
     def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Any]:
         placed: dict[str, Any] = {
-            name: self.layout.put(name, _place(tile, self.job.dtype)) for name, tile in tiles.items()
+            name: self.layout.put(name, place(tile, self.job.dtype)) for name, tile in tiles.items()
         }
         placed["labels"] = self.layout.put("labels", jnp.asarray(labels, jnp.int32))
         return placed | known_count(self.job, labels)
@@ -226,7 +232,7 @@ class LossRunner:
         return int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
 
 
-class FloorRunner:
+class RooflineRunner:
     """How fast this machine copies and multiplies, on arrays of the size of the job's."""
 
     _MOST_BYTES, _MOST_TOKENS, _MOST_VOCAB = 2**28, 1024, 8192
@@ -241,17 +247,18 @@ class FloorRunner:
 
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
         self.products: list[tuple[jax.Array, jax.Array]] = []
-        if len(self.job.shape) == 3:
+        if self.job.definition.products:
             tokens, vocab, hidden = self.job.shape
-            hidden_TH = Tiled(tiles["hidden_states"].block, (min(tokens, self._MOST_TOKENS), hidden)).full()
-            weight_VH = Tiled(tiles["lm_weight"].block, (min(vocab, self._MOST_VOCAB), hidden)).full()
+            rows, weight = (argument.name for argument in self.job.definition.inputs)
+            hidden_TH = Tiled(tiles[rows].block, (min(tokens, self._MOST_TOKENS), hidden)).full()
+            weight_VH = Tiled(tiles[weight].block, (min(vocab, self._MOST_VOCAB), hidden)).full()
             self.products = [
                 (self._on_all(jnp.asarray(hidden_TH, d)), jnp.asarray(weight_VH, d))
                 for d in {self.job.dtype, "float32"}
             ]
         size = jnp.dtype(self.job.dtype).itemsize
         length = min(self.job.shape[0] * self.job.shape[1], self._MOST_BYTES // size)
-        self.source = self._on_all(_place(Tiled(next(iter(tiles.values())).block, (length,)), self.job.dtype))
+        self.source = self._on_all(place(Tiled(next(iter(tiles.values())).block, (length,)), self.job.dtype))
         self.loaded = True
 
     def _on_all(self, x: jax.Array) -> jax.Array:
@@ -265,16 +272,16 @@ class FloorRunner:
         self.products, self.loaded = [], False
         self.source = jnp.zeros(0)
 
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
         return {}
 
-    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        return {"first_call": timed(self.warm_up), "peak": 0, "note": ""}, {}
+    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
+        return Prepared(timed(self.warm_up), 0, "", {})
 
     def warm_up(self) -> None:
         self.round(0.0, 1)
 
-    def round(self, budget: float, most: int) -> dict[str, Any]:
+    def round(self, budget: float, most: int) -> Rates:
         """The copy rate in bytes read and written per second, the product rate in operations per second."""
         ranks = 1 if self.mesh is None else self.mesh.size
         moved = 2 * self.source.nbytes / ranks
@@ -283,7 +290,7 @@ class FloorRunner:
         for a, b in self.products:
             times = timed_calls(lambda a=a, b=b: jax.block_until_ready(self.multiply(a, b)), budget, most)  # type: ignore[misc]
             rates.append(2 * a.size / ranks * b.shape[0] / float(np.median(times)))
-        return {"copy_rate": moved / float(np.median(seconds)), "product_rate": max(rates)}
+        return Rates(moved / float(np.median(seconds)), max(rates))
 
 
 def _inner(x: jax.Array, y: jax.Array) -> float:

@@ -15,11 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.bench_job import Tiled
-
-
-class Unusable(Exception):
-    """The implementation can't run this call here; the message says why."""
+from loss_core.bench.job import Tiled
+from loss_core.bench.processes import Prepared, Rates
+from loss_core.bench.shards import Arrays
 
 
 class Runner(Protocol):
@@ -30,7 +28,7 @@ class Runner(Protocol):
         """Whether the inputs are on the device."""
         ...
 
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
         """Loss and gradients ("loss", and by argument name) of one call."""
         ...
 
@@ -42,20 +40,16 @@ class Runner(Protocol):
         """Take them away again."""
         ...
 
-    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        """First call and memory; and of a call at the full shape what can be compared with float64.
-
-        That is "loss", the "rows" of the first gradient that belong to the tokens, and for the fused loss "inner", the
-        inner products of hidden states and weight with their gradients. Both are the sum of dz * z, so they are equal.
-        """
+    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
+        """The first calls at the full shape; `tokens` are those whose gradients are kept."""
         ...
 
     def warm_up(self) -> None:
         """One call that is not timed."""
         ...
 
-    def round(self, budget: float, most: int) -> dict[str, Any]:
-        """Timed calls."""
+    def round(self, budget: float, most: int) -> list[float] | Rates:
+        """Seconds of timed calls; of the roofline the rates."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Measuring on PyTorch: our losses by flag, the peers, and the rates of the floor; on a CPU and on CUDA."""
+"""Measuring on PyTorch: our losses by flag, the baselines, and the rates of the roofline; on a CPU and on CUDA."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -18,14 +18,17 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_core.bench_job import GRADS, Job, Tiled, kind_of, known_count
+from loss_core.bench.job import Job, Tiled, known_count
+from loss_core.bench.processes import Prepared, Rates
+from loss_core.bench.report import BASELINE, ROOFLINE
+from loss_core.bench.shards import Arrays
 from loss_core.build import build_loss_module
-from loss_core.vocab_split import VOCAB_AXIS
-from loss_core_bench import torch_peers
-from loss_core_bench.runner import Runner, Unusable, host_peak, timed, timed_calls
+from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core_bench import torch_baselines
+from loss_core_bench.runner import Runner, host_peak, timed, timed_calls
 from loss_core_bench.torch_inputs import DTYPES, place, place_columns
-from loss_core_bench.torch_team import Team, join
-from loss_core_torch.products import Products
+from loss_core_bench.torch_ranks import Ranks, join
+from loss_core_torch.kernels.eager.products import Products
 
 __all__ = ["device_name", "join", "make_runner", "versions"]
 
@@ -42,44 +45,44 @@ def device_name(device: str) -> str:
     """The accelerator's name, or "cpu".
 
     Raises:
-        Unusable: torch sees no such device.
+        BackendUnavailable: torch sees no such device.
     """
     if device == "cpu":
         return "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise Unusable(f"torch has no device {device!r} here ({str(error).splitlines()[0]}).") from error
+        raise BackendUnavailable(f"torch has no device {device!r} here ({str(error).splitlines()[0]}).") from error
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
-def make_runner(job: Job, kind: str, name: str, team: Team) -> Runner:
-    """The runner of a flag, a peer, or the floor, on the rank that this process is."""
+def make_runner(job: Job, kind: str, name: str, ranks: Ranks) -> Runner:
+    """The runner of a flag, a baseline, or the roofline, on the rank that this process is."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    if kind == "floor":
-        return FloorRunner(job, team)
+    if kind == ROOFLINE:
+        return RooflineRunner(job, ranks)
     config: Any = job.loss_config()
-    if kind == "peer":
-        return LossRunner(replace(job, count_known=False), torch_peers.candidates(name, config, job), team)
-    if team.ranks > 1:
+    if kind == BASELINE:
+        return LossRunner(replace(job, count_known=False), torch_baselines.candidates(name, config, job), ranks)
+    if ranks.ranks > 1:
         config = replace(config, tp_group=dist.group.WORLD)
     loss = build_loss_module(config, backend=name)
     choice = getattr(loss, "kernel_choice", None)
     notes = [f"runs {choice.flag}"] if choice is not None and choice.flag != name else []
     notes += ["is given num_valid_tokens"] if job.count_known else []
-    return LossRunner(job, [("; ".join(notes), loss)], team)
+    return LossRunner(job, [("; ".join(notes), loss)], ranks)
 
 
 class LossRunner:
     """A loss, forward and backward, or forward only; over ranks, one rank's part of it."""
 
-    def __init__(self, job: Job, candidates: torch_peers.Candidates, team: Team) -> None:
+    def __init__(self, job: Job, candidates: torch_baselines.Candidates, ranks: Ranks) -> None:
         self.job = job
-        self.team = team
-        self.device = team.device(job.device)
+        self.ranks = ranks
+        self.device = ranks.device(job.device)
         self.candidates = candidates
         self.note, self.loss = candidates[0]
-        self.grad_of = GRADS[kind_of(job.loss_config())]
+        self.grad_of = job.trained
         self.sets: list[dict[str, Any]] = []
         self.turn = 0
 
@@ -103,7 +106,7 @@ class LossRunner:
         if self._on_cuda:
             torch.cuda.empty_cache()
 
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
         inputs = self._inputs(tiles, labels)
         if self.job.forward_only:
             with torch.no_grad():
@@ -111,8 +114,8 @@ class LossRunner:
         value, grads = self._with_grads(inputs)
         return {"loss": _to_numpy(value), **{name: _to_numpy(g) for name, g in zip(self.grad_of, grads, strict=True)}}
 
-    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        self.team.ready(True)
+    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
+        self.ranks.ready(True)
         start = time.perf_counter()
         result = self._call()
         first = time.perf_counter() - start
@@ -121,21 +124,21 @@ class LossRunner:
             result = self._call()
         sample = self._sample(result, tokens)
         del result
-        return {"first_call": first, "peak": self._peak(), "note": self.note}, sample
+        return Prepared(first, self._peak(), self.note, sample)
 
-    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def _sample(self, result: Any, tokens: NDArray[np.int64]) -> Arrays:
         if self.job.forward_only:
             return {"loss": _to_numpy(result)}
         value, grads = result
         rows = grads[0][torch.from_numpy(tokens).to(self.device)]
         sample = {"loss": _to_numpy(value), "rows": _to_numpy(rows)}
-        if len(grads) > 1:
+        if self.job.definition.products:
             inputs = self.sets[self.turn]
             pairs = zip(self.grad_of, grads, strict=True)
             sample["inner"] = np.array([_inner(inputs[name].detach(), grad) for name, grad in pairs])
         return sample
 
-    def _second_call(self, candidate: tuple[str, torch_peers.Loss]) -> float:
+    def _second_call(self, candidate: tuple[str, torch_baselines.Loss]) -> float:
         _, self.loss = candidate
         self._call()
         return timed(self._call)
@@ -143,10 +146,10 @@ class LossRunner:
     def warm_up(self) -> None:
         self._call()
 
-    def round(self, budget: float, most: int) -> dict[str, Any]:
+    def round(self, budget: float, most: int) -> list[float]:
         if not self._on_cuda:
-            return {"seconds": timed_calls(self._call, budget, most, self.team.ready)}
-        return {"seconds": cuda_times(self._step, budget, most, self.team, self.device)}
+            return timed_calls(self._call, budget, most, self.ranks.ready)
+        return cuda_times(self._step, budget, most, self.ranks, self.device)
 
     @property
     def _on_cuda(self) -> bool:
@@ -163,11 +166,12 @@ class LossRunner:
 
     def _part(self, name: str, tile: Tiled, dtype: torch.dtype) -> Tensor:
         """What this rank holds of an input."""
-        if self.team.ranks == 1 or name not in VOCAB_AXIS:
+        axis = self.job.definition.vocab_axes.get(name)
+        if self.ranks.ranks == 1 or axis is None:
             return place(tile, dtype, self.device)
-        start = sum(self.job.sizes[: self.team.rank])
-        stop = start + self.job.sizes[self.team.rank]
-        if VOCAB_AXIS[name] == 0:
+        start = sum(self.job.sizes[: self.ranks.rank])
+        stop = start + self.job.sizes[self.ranks.rank]
+        if axis == 0:
             return place(tile.row_range(start, stop), dtype, self.device)
         return place_columns(tile, start, stop, dtype, self.device)
 
@@ -201,17 +205,17 @@ class LossRunner:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def cuda_times(step: Callable[[], Any], budget: float, most: int, team: Team, device: str) -> list[float]:
+def cuda_times(step: Callable[[], Any], budget: float, most: int, ranks: Ranks, device: str) -> list[float]:
     """Seconds of each call by events on the device, which leaves out what the host does beside it."""
     step()
     torch.cuda.synchronize()
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
-    count = team.least(max(1, min(most, int(budget / max(time.perf_counter() - start, 1e-6)))))
+    count = ranks.least(max(1, min(most, int(budget / max(time.perf_counter() - start, 1e-6)))))
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for before, after in marks:
-        team.line_up(device)
+        ranks.line_up(device)
         before.record()
         result = step()
         after.record()
@@ -224,14 +228,14 @@ def cuda_times(step: Callable[[], Any], budget: float, most: int, team: Team, de
 _ENOUGH = {"cpu": (2**28, 1024, 8192), "cuda": (2**30, 8192, 32768)}
 
 
-class FloorRunner:
+class RooflineRunner:
     """How fast this machine copies and multiplies, on arrays of the size of the job's."""
 
-    def __init__(self, job: Job, team: Team) -> None:
+    def __init__(self, job: Job, ranks: Ranks) -> None:
         # All ranks measure at the same time, on arrays of the size that the largest part has.
         self.job = job.of_largest_rank()
-        self.team = team
-        self.device = team.device(job.device)
+        self.ranks = ranks
+        self.device = ranks.device(job.device)
         self.where = "cuda" if job.device.startswith("cuda") else "cpu"
         # A copy needs no more than this to show its rate, nor a product more rows and columns.
         self.most_bytes, self.most_tokens, self.most_vocab = _ENOUGH[self.where]
@@ -239,14 +243,15 @@ class FloorRunner:
 
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
         job = self.job
-        # On a CPU without 16-bit matrix units float32 is faster: the floor takes the faster of the two.
+        # On a CPU without 16-bit matrix units float32 is faster: the roofline takes the faster of the two.
         dtypes = {DTYPES[job.dtype]} | ({torch.float32} if self.where == "cpu" else set())
         self.products: list[tuple[Tensor, Tensor]] = []
-        if len(job.shape) == 3:
+        if job.definition.products:
             tokens, vocab, hidden = job.shape
-            hidden_TH = place(Tiled(tiles["hidden_states"].block, (min(tokens, self.most_tokens), hidden)),
+            rows, weight = (argument.name for argument in job.definition.inputs)
+            hidden_TH = place(Tiled(tiles[rows].block, (min(tokens, self.most_tokens), hidden)),
                                torch.float32, self.device)  # fmt: skip
-            weight_VH = place(Tiled(tiles["lm_weight"].block, (min(vocab, self.most_vocab), hidden)),
+            weight_VH = place(Tiled(tiles[weight].block, (min(vocab, self.most_vocab), hidden)),
                                torch.float32, self.device)  # fmt: skip
             self.products = [(hidden_TH.to(d), weight_VH.to(d)) for d in dtypes]
         size = torch.empty(0, dtype=DTYPES[job.dtype]).element_size()
@@ -262,32 +267,32 @@ class FloorRunner:
         if self.where == "cuda":
             torch.cuda.empty_cache()
 
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
         return {}
 
-    def prepare(self, tokens: NDArray[np.int64]) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        return {"first_call": timed(self.warm_up), "peak": 0, "note": ""}, {}
+    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
+        return Prepared(timed(self.warm_up), 0, "", {})
 
     def warm_up(self) -> None:
         self.round(0.0, 1)
 
-    def round(self, budget: float, most: int) -> dict[str, Any]:
+    def round(self, budget: float, most: int) -> Rates:
         """The copy rate in bytes read and written per second, the product rate in operations per second."""
         moved = 2 * self.source.numel() * self.source.element_size()
         copying = self._fastest(lambda: self.target.copy_(self.source), budget, most)
         rates = [0.0]
         for hidden_TH, weight_VH in self.products:
             operations = 2 * hidden_TH.numel() * weight_VH.shape[0]
-            # The floor is that of the machine, not of the library that PyTorch takes.
+            # The roofline is that of the machine, not of the library that PyTorch takes.
             for multiply in (torch.mm, Products(hidden_TH.dtype, hidden_TH.device).new):
                 step = functools.partial(multiply, hidden_TH, weight_VH.T)
                 rates.append(operations / self._fastest(step, budget, most))
-        return {"copy_rate": moved / copying, "product_rate": max(rates)}
+        return Rates(moved / copying, max(rates))
 
     def _fastest(self, step: Callable[[], Any], budget: float, most: int) -> float:
         if self.where == "cuda":
-            return float(np.median(cuda_times(step, budget, most, self.team, self.device)))
-        return float(np.median(timed_calls(step, budget, most, self.team.ready)))
+            return float(np.median(cuda_times(step, budget, most, self.ranks, self.device)))
+        return float(np.median(timed_calls(step, budget, most, self.ranks.ready)))
 
 
 def _inner(x: Tensor, y: Tensor) -> float:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from loss_core import BackendUnavailable, LossConfig, LossFromFactoryConfig, build_loss_config, parse_flag
-from loss_core.backend import install_line, takes_backend
+from loss_core.build import LossLike, split_backend
+from loss_core.dispatch.builders import takes_backend
+from loss_core.dispatch.flags import install_line
 
 if TYPE_CHECKING:
     import torch
 
     from loss_core_bridge.jax_as_torch import JaxLossModule
     from loss_core_bridge.torch_as_jax import TorchLossFunction
-
-LossLike = LossConfig | str | Callable[..., Any]
 
 
 def jax_loss_as_torch(loss: Callable[..., Any]) -> torch.nn.Module:
@@ -52,7 +52,7 @@ def build_torch_loss(loss: LossLike, backend: str | None = None, **loss_kwargs: 
     """Build a loss for a torch training script, whatever the backend that computes it.
 
     Args:
-        loss: config, registry name or factory, as in `loss_core.build_loss_module`; a loss added
+        loss: config, registry name, mapping or factory, as in `loss_core.build_loss_module`; a loss added
             with `loss_core.register_loss` works alike.
         backend: flag `BACKEND[:KERNEL]`; None is "torch" (for a factory: whatever it makes).
             A torch flag builds natively; a jax flag builds the JAX loss and wraps it.
@@ -90,6 +90,7 @@ def _build(
     loss: LossLike, backend: str | None, loss_kwargs: dict[str, Any], *, default: str
 ) -> tuple[LossConfig, str | None, Any]:
     """(config, framework that the flag names, built loss); no framework for a loss that takes no flag."""
+    loss, backend = split_backend(loss, backend)
     config = build_loss_config(loss, **loss_kwargs)
     flagless = isinstance(config, LossFromFactoryConfig) or not takes_backend(config)
     if backend is None and flagless:

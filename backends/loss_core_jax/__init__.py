@@ -1,5 +1,7 @@
 """The losses of `loss_core` in JAX: `loss_core.build_loss_module(config, backend="jax")` builds them."""
 
-from loss_core_jax.losses import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_jax.losses.distillation import KDLoss
+from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
 
 __all__ = ["FusedLinearCrossEntropy", "KDLoss", "MaskedCrossEntropy", "TEParallelCrossEntropy"]

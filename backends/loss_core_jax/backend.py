@@ -1,4 +1,4 @@
-"""What `loss_core.backend` asks of the JAX backend: which kernel makes which loss, what can be used here."""
+"""The JAX backend as `loss_core.dispatch.protocol.Backend` has it: who makes which loss, what can be used here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from loss_core.backend import FlagStatus, KernelChoice
 from loss_core.config import (
     FusedLinearCEConfig,
     KDLossConfig,
@@ -15,9 +14,12 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
+from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core_jax.evaluate import evaluate
-from loss_core_jax.losses import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
-from loss_core_jax.ranks import evaluate_shards, join_ranks, rank_setup
+from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_jax.losses.distillation import KDLoss
+from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_jax.parallel.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
     "builders",
@@ -30,26 +32,16 @@ __all__ = [
 ]
 
 _BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
-    (MaskedCrossEntropyConfig, "xla"): lambda c: MaskedCrossEntropy(
-        c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
-    ),
-    (FusedLinearCEConfig, "xla"): lambda c: FusedLinearCrossEntropy(
-        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel, c.skip_ignored
-    ),
-    (TEParallelCEConfig, "xla"): lambda c: TEParallelCrossEntropy(
-        c.ignore_index, c.reduction, c.tp_group, c.inplace_grad
-    ),
-    (KDLossConfig, "xla"): lambda c: KDLoss(c.ignore_index, c.temperature, c.fp32_upcast, c.tp_group, c.chunk_size),
+    (MaskedCrossEntropyConfig, "xla"): MaskedCrossEntropy.from_config,
+    (FusedLinearCEConfig, "xla"): FusedLinearCrossEntropy.from_config,
+    (TEParallelCEConfig, "xla"): TEParallelCrossEntropy.from_config,
+    (KDLossConfig, "xla"): KDLoss.from_config,
 }
 
 
 def kernel_status(kernel: str) -> FlagStatus:
     """Whether a kernel can be used here, and why not."""
-    version = f"jax {jax.__version__}"
-    if kernel == "xla":
-        return FlagStatus("jax:xla", True, "", version, "")
-    reason = f"'jax:{kernel}' has no kernels in this version: use 'jax:xla'."
-    return FlagStatus(f"jax:{kernel}", False, reason, version, "")
+    return FlagStatus(f"jax:{kernel}", True, "", f"jax {jax.__version__}", "")
 
 
 def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
@@ -59,4 +51,4 @@ def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
 
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
     """What `auto` takes among the kernels that are built and usable."""
-    return KernelChoice(f"jax:{candidates[0]}", "the only kernel of this version on jax")
+    return KernelChoice(f"jax:{candidates[0]}", "the only kernel on jax")

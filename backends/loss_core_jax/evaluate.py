@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loss_core.backend import Evaluation
+from loss_core.dispatch.protocol import Evaluation
+from loss_core_jax.kernels import kernels_in
 
 
 def evaluate(
@@ -22,7 +23,7 @@ def evaluate(
     grad_of: tuple[str, ...],
     device: str | None = None,
 ) -> Evaluation:
-    """Run a built loss and its gradient on NumPy inputs; see `loss_core.backend.Backend.evaluate`.
+    """Run a built loss and its gradient on NumPy inputs; see `loss_core.dispatch.protocol.Backend.evaluate`.
 
     Args:
         device: platform such as "cpu" or "cuda", None for JAX's default.
@@ -30,17 +31,20 @@ def evaluate(
     chosen = None if device is None else jax.devices(device)[0]
     with jax.enable_x64(dtype == "float64"), jax.default_device(chosen):
         inputs = {name: to_jax(array, dtype) for name, array in arrays.items()}
-        varied = {name: inputs.pop(name) for name in grad_of}
+        before = {name: _bits(x) for name, x in inputs.items()}
+        varied, fixed = {name: inputs[name] for name in grad_of}, {k: x for k, x in inputs.items() if k not in grad_of}
         # Under jit labels have no value to check; an abstract call with the real ones refuses what an eager call would.
-        result = jax.eval_shape(lambda floats: loss(**floats, **inputs), varied)
+        result = jax.eval_shape(lambda floats: loss(**floats, **fixed), varied)
         ones = np.ones(result.shape) if upstream is None else np.asarray(upstream)
-        value, grads = _value_and_grads(loss, varied, inputs, jnp.asarray(ones, result.dtype))
+        arguments = (varied, fixed, jnp.asarray(ones, result.dtype))
+        program = _value_and_grads.lower(loss, *arguments).compile()
+        value, grads = program(*arguments)
         return Evaluation(
             loss=to_float64(value),
             grads={name: to_float64(grad) for name, grad in grads.items()},
             dtypes={name: str(x.dtype) for name, x in {"loss": value, **grads}.items()},
-            mutated=(),  # a jax.Array can't be changed
-            kernel="jax:xla",
+            mutated=tuple(name for name, x in inputs.items() if _bits(x) != before[name]),
+            kernel=kernels_in(program),
         )
 
 
@@ -60,3 +64,7 @@ def to_jax(array: np.ndarray, dtype: str) -> Any:
 def to_float64(array: jax.Array) -> np.ndarray:
     """On the host, in float64."""
     return np.asarray(array).astype(np.float64)
+
+
+def _bits(array: Any) -> bytes:
+    return np.asarray(array).tobytes()

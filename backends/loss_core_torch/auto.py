@@ -1,20 +1,27 @@
 """What `torch:auto` takes for a call: what was fastest on this machine, else what the table below says.
 
-`loss-core bench --tune` measures and keeps the fastest flags of a machine (`loss_core.choices`). Where it has not been
-run, a row of RULES decides; each says what was measured. A kernel that compiles at its first call (`torch:compile`) is
-no default: the seconds that this takes are the caller's to spend, by its name or by `--tune`, which shows its first
-call beside its time.
+`loss-core bench --tune` measures and keeps the fastest flags of a machine (`loss_core.dispatch.tuned`). Where it has
+not been run, a row of RULES decides. Kernels that compile at their first call (`torch:compile`) are no default: the
+seconds that this takes are the caller's to spend, by name or by `--tune`.
 """
+
+# T = tokens, V = vocabulary, H = hidden
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any, cast
 
 import torch
 
-from loss_core.backend import KernelChoice, parse_flag
-from loss_core.choices import tuned_choice
+from loss_core.dispatch.flags import parse_flag
+from loss_core.dispatch.protocol import KernelChoice
+from loss_core.dispatch.tuned import tuned_choice
+from loss_core_torch import kernels
+from loss_core_torch.kernels import KernelSet
+from loss_core_torch.self_check import disagreement
 
 
 @dataclass(frozen=True)
@@ -22,39 +29,42 @@ class Rule:
     """A row of the table.
 
     Attributes:
-        device: torch device type it is for, "" for any.
-        loss: class name, "" for any.
+        device: torch device type it is for, "" for any. ROCm's is "cuda", too.
+        max_logits: T * V up to which it holds, 0 for any.
         kernel: what it takes.
         why: in words.
-        results: names of the results in BENCHMARKS.md that show it; empty where nothing was measured.
+        results: names of the results in examples/benchmarks that show it; empty where nothing was measured.
     """
 
     device: str
-    loss: str
+    max_logits: int
     kernel: str
     why: str
     results: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = f" (BENCHMARKS.md: {', '.join(self.results)})" if self.results else ""
+        shown = f" (examples/benchmarks: {', '.join(self.results)})" if self.results else ""
         return self.why + shown
 
 
-_NO_COMPILER = "the fastest that does not compile at its first call; torch:compile may pay: `loss-core bench --tune`"
-
-# The first row that fits counts. tests/test_auto.py holds each row with results to what these say.
+# The first row that fits counts. tests/on_torch/test_auto.py holds each row with results to what these say.
 RULES = (
     Rule(
         "cpu",
-        "FusedLinearCrossEntropy",
-        "eager",
-        "made for CPUs, ahead of F.linear_cross_entropy",
-        ("cpu-torch-fused", "cpu-torch-fused-bf16", "cpu-torch-fused-128k", "cpu-torch-fused-ignored"),
+        1 << 18,
+        "plain",
+        "a small call, where blocks of rows cost more Python than they save",
+        ("cpu-torch-small",),
     ),
-    Rule("cpu", "MaskedCrossEntropy", "eager", _NO_COMPILER, ("cpu-torch-logits", "cpu-torch-logits-bf16")),
-    Rule("cpu", "KDLoss", "eager", _NO_COMPILER, ("cpu-torch-kd",)),
-    Rule("cpu", "", "eager", "made for CPUs, with the kernels of MaskedCrossEntropy"),
-    Rule("", "", "eager", "runs on every device; not measured on this one yet: `loss-core bench --tune` does it"),
+    Rule(
+        "cpu",
+        0,
+        "eager",
+        "the fastest that does not compile at its first call; torch:compile may pay: `loss-core bench --tune`",
+        ("cpu-torch-fused", "cpu-torch-fused-128k", "cpu-torch-logits", "cpu-torch-logits-bf16", "cpu-torch-kd"),
+    ),
+    Rule("cuda", 0, "triton", "the fewest passes over memory; agreed with torch:eager on a few rows on this device"),
+    Rule("", 0, "eager", "runs on every device; not measured on this one: `loss-core bench --tune` does it"),
 )
 
 
@@ -70,22 +80,52 @@ def choose(
         shape: (T, V), or (T, V, H) for the fused loss.
         candidates: kernels that have this loss and can be used.
     """
-    flag = tuned_choice(loss, _device_name(device), str(dtype).removeprefix("torch."), shape)
+    flag = tuned_choice(
+        loss, _device_name(device), str(dtype).removeprefix("torch."), shape, version=str(torch.__version__),
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
     if flag is not None and parse_flag(flag).kernel in candidates:
-        return KernelChoice(
-            flag, "the fastest on this machine for such a call, by `loss-core bench --tune`", candidates
-        )
-    return by_rule(loss, device.type, candidates)
+        why = "the fastest on this machine for such a call, by `loss-core bench --tune`"
+        return KernelChoice(flag, why, candidates)
+    choice = by_rule(device.type, candidates, shape[0] * shape[1])
+    if choice.flag == "torch:triton" and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        return where_it_agrees(choice, cast(KernelSet, kernels.find("triton")), device, dtype)
+    return choice
 
 
-def by_rule(loss: str, device_type: str, candidates: tuple[str, ...]) -> KernelChoice:
-    """The first row of the table that fits."""
+def where_it_agrees(
+    choice: KernelChoice, kernel_set: KernelSet, device: torch.device, dtype: torch.dtype
+) -> KernelChoice:
+    """The choice, or torch:eager where the kernels of the choice do not agree with it on a few rows on this device."""
+    why_not = _distrust(cast(Any, kernel_set), device, dtype)
+    if why_not is None:
+        return choice
+    why = f"{kernel_set.flag} was found wrong on this device: {why_not}"
+    return KernelChoice("torch:eager", why, choice.candidates)
+
+
+def by_rule(device_type: str, candidates: tuple[str, ...], num_logits: int = 0) -> KernelChoice:
+    """The first row of the table that fits.
+
+    Args:
+        num_logits: T * V; 0: not known yet.
+    """
     for rule in RULES:
-        if rule.device in ("", device_type) and rule.loss in ("", loss) and rule.kernel in candidates:
+        small = rule.max_logits == 0 or 0 < num_logits <= rule.max_logits
+        if rule.device in ("", device_type) and small and rule.kernel in candidates:
             return KernelChoice(f"torch:{rule.kernel}", str(rule), candidates)
     return KernelChoice(f"torch:{candidates[0]}", "the only kernel for this loss that can be used here", candidates)
 
 
+@cache
+def _distrust(kernel_set: KernelSet, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels are not to be taken on a device, None where they agree with torch:eager; once per process."""
+    found = disagreement(kernel_set, cast(KernelSet, kernels.find("eager")), device, dtype)
+    if found is not None:
+        warnings.warn(f"torch:auto takes torch:eager instead of {kernel_set.flag} on {device}: {found}", stacklevel=2)
+    return found
+
+
 def _device_name(device: torch.device) -> str:
-    """As `loss_core.choices` has it: "cpu", or the accelerator's own name."""
+    """As `loss_core.dispatch.tuned` has it: "cpu", or the accelerator's own name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,15 +1,16 @@
-"""What `loss_core.backend` asks of the torch backend: which kernel makes which loss, what can be used here."""
+"""The torch backend as `loss_core.dispatch.protocol.Backend` has it: who makes which loss, what can be used here."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from loss_core.backend import FlagStatus, KernelChoice, install_line
 from loss_core.config import (
     FusedLinearCEConfig,
     KDLossConfig,
@@ -17,9 +18,14 @@ from loss_core.config import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
-from loss_core_torch import auto, compiled, te
+from loss_core.dispatch.flags import install_line
+from loss_core.dispatch.protocol import FlagStatus, KernelChoice
+from loss_core_torch import auto
 from loss_core_torch.evaluate import evaluate
+from loss_core_torch.kernels import te
+from loss_core_torch.kernels.compiled import programs
 from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_torch.modules.base import LossModule
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
@@ -33,48 +39,27 @@ __all__ = [
 ]
 
 
-def _masked(c: MaskedCrossEntropyConfig) -> MaskedCrossEntropy:
-    return MaskedCrossEntropy(c.fp32_upcast, c.ignore_index, c.reduction, c.tp_group, c.inplace_grad)
-
-
-def _fused(c: FusedLinearCEConfig) -> FusedLinearCrossEntropy:
-    return FusedLinearCrossEntropy(
-        c.ignore_index, c.logit_softcapping, c.reduction, c.tp_group, c.sequence_parallel, c.skip_ignored
-    )
-
-
-def _parallel(c: TEParallelCEConfig) -> TEParallelCrossEntropy:
-    return TEParallelCrossEntropy(c.ignore_index, c.reduction, c.tp_group, c.inplace_grad)
-
-
-def _distillation(c: KDLossConfig) -> KDLoss:
-    return KDLoss(c.ignore_index, c.temperature, c.fp32_upcast, c.tp_group, c.chunk_size)
-
-
-_BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
-    (MaskedCrossEntropyConfig, "eager"): _masked,
-    (FusedLinearCEConfig, "eager"): _fused,
-    (TEParallelCEConfig, "eager"): _parallel,
-    (KDLossConfig, "eager"): _distillation,
-    (MaskedCrossEntropyConfig, "compile"): _masked,
-    (TEParallelCEConfig, "compile"): _parallel,
-    (KDLossConfig, "compile"): _distillation,
-    (MaskedCrossEntropyConfig, "triton"): _masked,
-    (FusedLinearCEConfig, "triton"): _fused,
-    (TEParallelCEConfig, "triton"): _parallel,
-    (KDLossConfig, "triton"): _distillation,
-    (MaskedCrossEntropyConfig, "te"): _masked,
-    (TEParallelCEConfig, "te"): _parallel,
+# Config -> its module, and the kernels that have the loss, in the order in which tables list them.
+_LOSSES: dict[type[LossConfig], tuple[type[LossModule], tuple[str, ...]]] = {
+    MaskedCrossEntropyConfig: (MaskedCrossEntropy, ("plain", "eager", "compile", "triton", "te")),
+    FusedLinearCEConfig: (FusedLinearCrossEntropy, ("plain", "eager", "triton")),
+    TEParallelCEConfig: (TEParallelCrossEntropy, ("plain", "eager", "compile", "triton", "te")),
+    KDLossConfig: (KDLoss, ("plain", "eager", "compile", "triton")),
 }
 
 
-# The modules' names, by which `auto` knows the losses.
-_LOSSES: dict[type[LossConfig], str] = {
-    MaskedCrossEntropyConfig: "MaskedCrossEntropy",
-    FusedLinearCEConfig: "FusedLinearCrossEntropy",
-    TEParallelCEConfig: "TEParallelCrossEntropy",
-    KDLossConfig: "KDLoss",
-}
+def _builder(module: type[LossModule]) -> Callable[[Any], LossModule]:
+    """A module's arguments are the fields of its config."""
+    names = inspect.signature(module).parameters
+
+    def build(config: Any) -> LossModule:
+        # A user's config may derive from ours and have more fields.
+        return module(**{f.name: getattr(config, f.name) for f in fields(config) if f.name in names})
+
+    return build
+
+
+_BUILDERS = {(config, kernel): _builder(module) for config, (module, kernels) in _LOSSES.items() for kernel in kernels}
 
 
 def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
@@ -84,16 +69,14 @@ def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
 
 def kernel_status(kernel: str) -> FlagStatus:
     """Whether a kernel can be used here, and why not."""
+    flag = f"torch:{kernel}"
     if kernel == "te":
-        return te.status()
+        return te.KERNELS.status()
     if kernel == "compile":
-        return compiled.status()
-    flag, version = f"torch:{kernel}", f"torch {torch.__version__}"
+        return programs.status()
     if kernel == "triton":
         return _triton_status(flag)
-    if any(name == kernel for _, name in _BUILDERS):
-        return FlagStatus(flag, True, "", version, "")
-    return FlagStatus(flag, False, f"'{flag}' has no kernels in this version of loss-core: use 'torch:eager'.", "", "")
+    return FlagStatus(flag, True, "", f"torch {torch.__version__}", "")
 
 
 def _triton_status(flag: str) -> FlagStatus:
@@ -115,5 +98,4 @@ def _triton_status(flag: str) -> FlagStatus:
 
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
     """What `auto` takes until it sees a tensor; see `loss_core_torch.auto`."""
-    loss = next(name for cls, name in _LOSSES.items() if isinstance(config, cls))
-    return auto.by_rule(loss, "cuda" if torch.cuda.is_available() else "cpu", candidates)
+    return auto.by_rule("cuda" if torch.cuda.is_available() else "cpu", candidates)

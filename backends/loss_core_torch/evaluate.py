@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loss_core.backend import Evaluation, KernelChoice, parse_flag
-from loss_core_torch import kernels
+from loss_core.dispatch.observed import names, observing
+from loss_core.dispatch.protocol import Evaluation
 from loss_core_torch.modules import FusedLinearCrossEntropy
-from loss_core_torch.values import compute_dtype
+from loss_core_torch.tracing import compute_dtype
 
 _DTYPES = {
     "float32": torch.float32,
@@ -31,7 +31,7 @@ def evaluate(
     grad_of: tuple[str, ...],
     device: str | None = None,
 ) -> Evaluation:
-    """Run a built loss and its gradient on NumPy inputs; see `loss_core.backend.Backend.evaluate`."""
+    """Run a built loss and its gradient on NumPy inputs; see `loss_core.dispatch.protocol.Backend.evaluate`."""
     where = torch.device(device or "cpu")
     inputs = {name: _to_tensor(value, _DTYPES[dtype], where) for name, value in arrays.items()}
     before = {name: value.detach().clone() for name, value in inputs.items()}
@@ -42,9 +42,10 @@ def evaluate(
         # No leaf may be overwritten: the loss gets what an operation made of it, with the same strides.
         leaf = inputs["logits"]
         passed["logits"] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=where).copy_(leaf)
-    result = loss(**passed)
-    seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
-    grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
+    with observing() as seen:
+        result = loss(**passed)
+        seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
+        grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
     mutated = tuple(name for name, value in inputs.items() if not _same(value.detach(), before[name]))
     results = {"loss": result.detach(), **dict(zip(grad_of, grads, strict=True))}
     return Evaluation(
@@ -52,7 +53,7 @@ def evaluate(
         grads={name: _to_numpy(results[name]) for name in grad_of},
         dtypes={name: str(value.dtype).removeprefix("torch.") for name, value in results.items()},
         mutated=mutated,
-        kernel=getattr(loss, "kernel_choice", KernelChoice("", "")).flag,
+        kernel=names(seen),
         product_dtype=_product_dtype(loss, _DTYPES[dtype], where),
     )
 
@@ -61,7 +62,7 @@ def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str |
     """Dtype to which the kernels of a fused loss round the logits' gradient, None where they do not."""
     if not isinstance(loss, FusedLinearCrossEntropy):
         return None
-    operand = kernels.find(parse_flag(loss.kernel_choice.flag).kernel).operand_dtype(dtype, device)
+    operand = loss.operand_dtype(dtype, device)
     return None if operand == compute_dtype(dtype) else str(operand).removeprefix("torch.")
 
 
@@ -77,7 +78,9 @@ def _to_tensor(value: NDArray[Any], dtype: torch.dtype, device: torch.device) ->
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) if a.is_floating_point() else torch.equal(a, b)
+    """Whether two tensors hold the same bits, NaN included."""
+    bits = (x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(*bits)
 
 
 def _to_numpy(value: torch.Tensor) -> NDArray[np.float64]:

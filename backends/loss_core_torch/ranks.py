@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from loss_core.backend import Evaluation, RankSetup
-from loss_core.ranks import Request
-from loss_core.vocab_split import shard
+from loss_core.dispatch.protocol import Evaluation, RankSetup
+from loss_core.losses.vocab_split import shard, vocab_axes
+from loss_core.workers.ranks import Request
 from loss_core_torch.evaluate import evaluate
 
 
@@ -30,8 +30,9 @@ def join_ranks(rank: int, ranks: int, folder: Path) -> None:
 def evaluate_shards(request: Request) -> list[Evaluation]:
     """This rank's part of a call."""
     rank = dist.get_rank()
-    parts = {name: shard(name, array, request.sizes, rank) for name, array in request.arrays.items()}
-    config: Any = replace(request.config, tp_group=dist.group.WORLD)  # type: ignore[call-arg]
+    axes = vocab_axes(request.config)
+    parts = {name: shard(axes.get(name), array, request.sizes, rank) for name, array in request.arrays.items()}
+    config: Any = replace(request.config, tp_group=dist.group.WORLD)
     return [
         evaluate(
             config.build(backend=request.flag),

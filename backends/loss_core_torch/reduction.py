@@ -4,81 +4,96 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loss_core_torch import distributed
-from loss_core_torch.values import compute_dtype
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.tracing import compute_dtype, may_read
 
 
-def reduce_tokens(
-    loss_T: Tensor,
-    keep_T: Tensor,
-    shape: torch.Size,
-    reduction: str,
-    num_tokens: Any = None,
-    weights_T: Tensor | None = None,
-    groups: tuple[Any, ...] = (),
-) -> Tensor:
-    """From the loss of each token (0 where ignored) to the result.
+def reduce_tokens(loss_T: Tensor, tokens: Tokens, reduction: str, groups: tuple[Any, ...] = ()) -> Tensor:
+    """From the loss of each token (0 where ignored) to the result, in the dtype of the loss.
 
     Args:
         groups: process groups over which the tokens are sharded; their sums and numbers are added up.
     """
+    if tokens.nan_T is not None:
+        # A product, so that the gradient is NaN as well.
+        loss_T = loss_T * tokens.nan_T.to(loss_T.dtype)
     if reduction == "none":
-        return loss_T.view(shape)
+        return loss_T.view(tokens.shape)
     if reduction == "mean":
-        total, number = loss_T.sum(), keep_T.sum()
-        if groups:
-            # In float64, in which the number of tokens is exact.
-            sums = distributed.SumOverRanks.apply(torch.stack([total.double(), number.double()]), groups)
-            total, number = sums[0].to(total.dtype), sums[1].to(total.dtype)
-        return total / number.clamp(min=1)
-    if weights_T is not None:
-        loss_T = loss_T * weights_T.to(loss_T.dtype)
+        return _mean(loss_T, _number(tokens), groups)
+    if tokens.weights_T is not None:
+        weights_T, keep_T = tokens.weights_T.to(loss_T.dtype), tokens.keep_T
+        # So that an ignored token's weight gets 0 even from an infinite upstream gradient.
+        loss_T = loss_T * (weights_T if keep_T is None else weights_T.masked_fill(~keep_T, 1.0))
     total = loss_T.sum()
     if groups:
-        total = distributed.SumOverRanks.apply(total, groups)
-    if num_tokens is None:
-        return total
-    return total / divisor(num_tokens)
+        total = _sum_over_ranks(total, groups)
+    return total if tokens.num_tokens is None else total / _divisor(tokens.num_tokens, total)
 
 
-def divisor(num_tokens: Any) -> Any:
-    """The count, with 0 replaced by 1; where it is 0 no token counts (`keep_if_counted`), so the loss is 0."""
-    if isinstance(num_tokens, Tensor):
-        return torch.where(num_tokens == 0, 1, num_tokens)
-    return num_tokens or 1
+def coefficients(tokens: Tokens, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Factor of each token's loss in the result, [T] in the dtype of the arithmetic for inputs of `dtype`.
 
-
-def keep_if_counted(keep_T: Tensor, num_tokens: Any) -> Tensor:
-    """A count of 0 means that no token counts anywhere: then none does here."""
-    if num_tokens is None:
-        return keep_T
-    if isinstance(num_tokens, Tensor):
-        return keep_T & (num_tokens != 0)
-    return keep_T if num_tokens else torch.zeros_like(keep_T)
-
-
-def nan_where(values_T: Tensor, bad_T: Tensor | None) -> Tensor:
-    """A label that is no class makes its token NaN, never a finite number."""
-    return values_T if bad_T is None else values_T.masked_fill(bad_T, torch.nan)
-
-
-def coefficients(
-    dtype: torch.dtype,
-    keep_T: Tensor,
-    bad_T: Tensor | None,
-    reduction: str,
-    num_tokens: Any,
-    weights_T: Tensor | None,
-) -> Tensor:
-    """Factor of each token's loss in the result, [T] in the dtype of the arithmetic for inputs of `dtype`."""
-    ones_T = torch.ones_like(keep_T, dtype=compute_dtype(dtype))
-    weighted_T = ones_T if weights_T is None else weights_T.to(ones_T.dtype)
-    coef_T = torch.where(keep_T, nan_where(weighted_T, bad_T), 0.0)
+    The counterpart of `reduce_tokens` for losses that make their sum, and its gradient, themselves.
+    """
+    labels_T, keep_T = tokens.labels_T, tokens.keep_T
+    coef_T = torch.ones_like(labels_T, dtype=compute_dtype(dtype))
+    for factor_T in (tokens.weights_T, tokens.nan_T):
+        coef_T = coef_T if factor_T is None else coef_T * factor_T.to(coef_T.dtype)
+    if keep_T is not None:
+        coef_T = coef_T.masked_fill(~keep_T, 0.0)
     if reduction == "mean":
-        return coef_T / keep_T.sum().clamp(min=1)
-    return coef_T if num_tokens is None else coef_T / divisor(num_tokens)
+        number = _number(tokens)
+        return coef_T / (number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1))
+    return coef_T if tokens.num_tokens is None else coef_T / _divisor(tokens.num_tokens, coef_T)
+
+
+def weighted_sum(coef_T: Tensor, loss_T: Tensor) -> Tensor:
+    """Sum of coef * loss; a coefficient of 0 takes a token out, even one whose loss is infinite."""
+    if may_read(loss_T) and math.isfinite(total := (coef_T * loss_T).sum()):
+        return total
+    return (coef_T * loss_T).masked_fill(coef_T == 0, 0.0).sum()
+
+
+def zero_where_ignored(loss_T: Tensor, keep_T: Tensor | None) -> Tensor:
+    """The loss of each token, 0 for ignored ones."""
+    return loss_T if keep_T is None else loss_T.masked_fill(~keep_T, 0.0)
+
+
+def _number(tokens: Tokens) -> Tensor | int:
+    """How many tokens count."""
+    return tokens.labels_T.numel() if tokens.keep_T is None else tokens.keep_T.sum()
+
+
+def _mean(loss_T: Tensor, number: Tensor | int, groups: tuple[Any, ...]) -> Tensor:
+    if isinstance(number, int) and not groups:
+        return loss_T.mean() if number else loss_T.sum()
+    total = loss_T.sum()
+    number = torch.as_tensor(number, device=total.device)
+    if groups:
+        # In float64, in which the number of tokens is exact.
+        sums = _sum_over_ranks(torch.stack([total.double(), number.double()]), groups)
+        total, number = sums[0].to(total.dtype), sums[1].to(total.dtype)
+    return total / number.clamp(min=1)
+
+
+def _sum_over_ranks(part: Tensor, groups: tuple[Any, ...]) -> Tensor:
+    from loss_core_torch.parallel.collectives import SumOverRanks
+
+    total: Tensor = SumOverRanks.apply(part, groups)
+    return total
+
+
+def _divisor(num_tokens: Any, like: Tensor) -> Any:
+    """The count, with 0 replaced by 1 (no token counts then); a tensor in the dtype of the arithmetic."""
+    if not isinstance(num_tokens, Tensor):
+        return num_tokens or 1
+    count = num_tokens.to(like.dtype)
+    # A count that is negative or NaN was an error where it could be read.
+    return count.masked_fill(count == 0, 1.0).masked_fill(~(count >= 0), torch.nan)

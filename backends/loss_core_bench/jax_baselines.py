@@ -1,0 +1,120 @@
+"""The baselines on JAX, each behind a function that takes the forward arguments of our losses. The runner adds jit."""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loss_core.bench.job import Job
+from loss_core.config import LossConfig
+from loss_core.dispatch.protocol import BackendUnavailable
+
+Loss = Callable[..., jax.Array]
+
+
+def baseline_loss(name: str, config: LossConfig, job: Job) -> Loss:
+    """The loss that stands for a baseline.
+
+    Raises:
+        BackendUnavailable: not for this config.
+    """
+    return _ADAPTERS[name](config, job)
+
+
+def _reduced(config: Any, loss_T: jax.Array, labels_T: jax.Array) -> jax.Array:
+    """What users of a loss per token write around it."""
+    keep_T = labels_T != config.ignore_index
+    loss_T = jnp.where(keep_T, loss_T, 0)
+    reduction = getattr(config, "reduction", "mean")
+    if reduction == "none":
+        return loss_T
+    return loss_T.sum() / keep_T.sum() if reduction == "mean" else loss_T.sum()
+
+
+def _over_logits(config: Any, job: Job, per_token: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+    """A loss per token of float32 logits, as a loss over logits or over hidden states."""
+
+    def logits_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        wide_TV = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        known_T = jnp.where(labels == config.ignore_index, 0, labels)
+        return _reduced(config, per_token(wide_TV, known_T), labels)
+
+    def fused_loss(hidden_states: jax.Array, lm_weight: jax.Array, labels: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(hidden_states.dtype, jnp.float32)
+        logits_TV = jnp.matmul(hidden_states, lm_weight.T, preferred_element_type=wide)
+        if cap := config.logit_softcapping:
+            logits_TV = cap * jnp.tanh(logits_TV / cap)
+        return logits_loss(logits_TV, labels)
+
+    return fused_loss if job.definition.products else logits_loss
+
+
+def _over_distributions(config: Any, per_token: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+    """A divergence per token of float32 log-probabilities of the student and probabilities of the teacher."""
+
+    def loss(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(student_logits.dtype, jnp.float32)
+        log_ps_TV = jax.nn.log_softmax(student_logits.astype(wide) / config.temperature)
+        pt_TV = jax.nn.softmax(teacher_logits.astype(wide) / config.temperature)
+        return config.temperature**2 * _reduced(config, per_token(log_ps_TV, pt_TV), labels)
+
+    return loss
+
+
+def _plain_jax(config: Any, job: Job) -> Loss:
+    if job.definition.name == "distillation":
+        return _over_distributions(
+            config,
+            lambda log_ps_TV, pt_TV: jnp.where(pt_TV > 0, pt_TV * (jnp.log(pt_TV) - log_ps_TV), 0).sum(-1),
+        )
+    return _over_logits(
+        config,
+        job,
+        lambda logits_TV, labels_T: -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), labels_T[:, None], -1)[:, 0],
+    )
+
+
+def _optax(config: Any, job: Job) -> Loss:
+    losses = importlib.import_module("optax").losses
+    if job.definition.name == "distillation":
+        return _over_distributions(config, losses.kl_divergence)
+    return _over_logits(config, job, losses.softmax_cross_entropy_with_integer_labels)
+
+
+def _jax_cce(config: Any, job: Job) -> Loss:
+    _refuse(config, job, "jax-cce")
+    if config.reduction != "mean":
+        raise BackendUnavailable("jax-cce has reduction mean only.")
+    function = importlib.import_module("jax_cce").linear_cross_entropy
+    return lambda hidden_states, lm_weight, labels: function(hidden_states, lm_weight, labels)
+
+
+def _tokamax(config: Any, job: Job) -> Loss:
+    _refuse(config, job, "tokamax")
+    if config.reduction == "none":
+        raise BackendUnavailable("tokamax has no reduction none.")
+    function = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
+    return lambda hidden_states, lm_weight, labels: function(
+        hidden_states, labels, lm_weight.T, reduction=config.reduction
+    )
+
+
+def _refuse(config: Any, job: Job, who: str) -> None:
+    if job.num_kept < job.shape[0]:
+        raise BackendUnavailable(f"{who} has no ignore_index: use --ignored 0.")
+    if config.logit_softcapping:
+        raise BackendUnavailable(f"{who} has no softcap.")
+
+
+_ADAPTERS: dict[str, Callable[[Any, Job], Loss]] = {
+    "plain-jax": _plain_jax,
+    "optax": _optax,
+    "jax-cce": _jax_cce,
+    "tokamax": _tokamax,
+}

@@ -1,0 +1,167 @@
+"""The seam between losses and kernels: a kernel set makes terms of rows, and gradients from coefficients.
+
+Kernels know rows, not losses: what a row's loss is, and its coefficients, stands in `loss_core.row_terms`.
+"""
+
+# T = tokens (any leading dimensions), V = vocabulary or this device's share of it, H = hidden
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# A name in the program of every operation that a kernel makes: it tells which kernels a program runs.
+_SCOPE = "loss_core."
+
+
+class Shard(NamedTuple):
+    """What the arrays of a call hold of the whole problem. Hashable: static under jit.
+
+    Attributes:
+        axes: mesh axes over which the vocabulary is sharded, in order; () where arrays hold all of it.
+        partitioned: whether XLA may spread the arrays over devices: then no kernel slices rows or gathers classes,
+            for which XLA would move the logits.
+    """
+
+    axes: tuple[str, ...] = ()
+    partitioned: bool = False
+
+
+class Rows(NamedTuple):
+    """Rows of logits.
+
+    Attributes:
+        logits: [..., V] floating; computed in float32 (float64 for float64).
+        target: [...] int32: a column, IGNORED, INVALID or ELSEWHERE.
+        num_classes: columns from this one on are padding of -inf; None where there is none.
+    """
+
+    logits: jax.Array
+    target: jax.Array
+    num_classes: jax.Array | None = None
+
+
+class LinearRows(NamedTuple):
+    """Rows whose logits are `softcap(hidden @ weight_VH.T)`.
+
+    Attributes:
+        hidden: [..., H] floating.
+        weight_VH: dtype of hidden, or float32.
+        target: as in `Rows`.
+        num_classes: rows of the weight from this one on are padding; None where there is none.
+    """
+
+    hidden: jax.Array
+    weight_VH: jax.Array
+    target: jax.Array
+    num_classes: jax.Array | None = None
+
+
+class Pairs(NamedTuple):
+    """Rows of two logits.
+
+    Attributes:
+        student, teacher: [..., V] floating.
+        target: [...] int32; only IGNORED matters.
+    """
+
+    student: jax.Array
+    teacher: jax.Array
+    target: jax.Array
+
+
+class Linear(NamedTuple):
+    """What is static about linear rows. Hashable.
+
+    Attributes:
+        objective: which cross entropy.
+        softcap: c in c * tanh(logits / c), 0 is off.
+        shard: as in `Shard`.
+    """
+
+    objective: Objective
+    softcap: float = 0.0
+    shard: Shard = Shard()
+
+
+class Wanted(NamedTuple):
+    """Which gradients of linear rows are made, and whether rows that are ignored may be left out of the products."""
+
+    hidden: bool = True
+    weight: bool = True
+    skip_ignored: bool = False
+
+
+class LinearGradients(NamedTuple):
+    """Gradients of linear rows in the dtype of the arithmetic; None where not wanted."""
+
+    hidden: jax.Array | None
+    weight_VH: jax.Array | None
+
+
+class KernelSet(Protocol):
+    """Kernels behind one flag. Hashable, and equal only to sets that compute the same.
+
+    Terms have the shape of `target`; those of ignored rows are finite. Gradients over logits have the logits' dtype and
+    are exactly 0 in ignored rows, whatever these hold.
+    """
+
+    def row_terms(self, rows: Rows, objective: Objective, shard: Shard) -> RowTerms:
+        """Terms of each row."""
+        ...
+
+    def row_gradient(self, rows: Rows, terms: RowTerms, coefficients: Coefficients) -> jax.Array:
+        """Gradient of the logits from the terms and the coefficients of each row."""
+        ...
+
+    def pair_terms(self, pairs: Pairs, temperature: float, chunk_size: int, shard: Shard) -> PairTerms:
+        """Terms of each pair at logits / temperature; m_t and m_s alone are in units of the logits.
+
+        Args:
+            chunk_size: rows computed at a time, 0 to choose.
+        """
+        ...
+
+    def pair_gradients(
+        self, pairs: Pairs, terms: PairTerms, kl: jax.Array, upstream: jax.Array, temperature: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gradients of upstream * kl by student and teacher, given terms as `pair_terms` gives them, and the kl."""
+        ...
+
+    def linear_terms(self, rows: LinearRows, linear: Linear) -> RowTerms:
+        """Terms of each row; one product, no logits of all rows."""
+        ...
+
+    def linear_gradients(
+        self, rows: LinearRows, terms: RowTerms, upstream: jax.Array, linear: Linear
+    ) -> LinearGradients:
+        """Gradients of upstream * cross entropy from terms; makes the logits again: three products."""
+        ...
+
+    def linear_terms_and_gradients(
+        self, rows: LinearRows, upstream: jax.Array, linear: Linear, wanted: Wanted
+    ) -> tuple[RowTerms, LinearGradients]:
+        """Terms and gradients of upstream * cross entropy while a chunk's logits are at hand: three products in all."""
+        ...
+
+
+def recorded(flag: str) -> Callable[[F], F]:
+    """Decorator of a kernel: each operation that it makes carries the flag in the compiled program."""
+
+    def wrap(kernel: F) -> F:
+        named: F = jax.named_call(kernel, name=_SCOPE + flag)
+        return named
+
+    return wrap
+
+
+def kernels_in(program: jax.stages.Compiled) -> str:
+    """Flags of the kernels that a compiled program runs, sorted; "" for none of ours."""
+    return " and ".join(sorted(set(re.findall(rf"{re.escape(_SCOPE)}(\w+:\w+)", program.as_text() or ""))))

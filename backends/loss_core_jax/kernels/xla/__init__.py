@@ -1,0 +1,71 @@
+"""`jax:xla`: kernels as JAX operations, which XLA compiles and fuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core_jax.kernels import Linear, LinearGradients, LinearRows, Pairs, Rows, Shard, Wanted, recorded
+from loss_core_jax.kernels.xla import linear, pairs, rows
+from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, LinearSizes, by_platform
+
+FLAG = "jax:xla"
+
+
+@dataclass(frozen=True)
+class XlaKernels:
+    """The kernel set of `jax:xla`.
+
+    Attributes:
+        row_bytes: most bytes of a temporary of logits that need a cast.
+        pair_bytes: most bytes of each of the three temporaries of pairs.
+        cpu, accelerator: how linear rows are cut up, by what the program is compiled for.
+    """
+
+    row_bytes: int = rows.TEMPORARY_BYTES
+    pair_bytes: int = pairs.TEMPORARY_BYTES
+    cpu: LinearSizes = CPU
+    accelerator: LinearSizes = ACCELERATOR
+
+    @recorded(FLAG)
+    def row_terms(self, these: Rows, objective: Objective, shard: Shard) -> RowTerms:
+        return rows.terms(these, objective, shard, self.row_bytes)
+
+    @recorded(FLAG)
+    def row_gradient(self, these: Rows, terms: RowTerms, coefficients: Coefficients) -> jax.Array:
+        return rows.gradient(these, terms, coefficients)
+
+    @recorded(FLAG)
+    def pair_terms(self, these: Pairs, temperature: float, chunk_size: int, shard: Shard) -> PairTerms:
+        return pairs.terms(these, temperature, chunk_size, shard, self.pair_bytes)
+
+    @recorded(FLAG)
+    def pair_gradients(
+        self, these: Pairs, terms: PairTerms, kl: jax.Array, upstream: jax.Array, temperature: float
+    ) -> tuple[jax.Array, jax.Array]:
+        return pairs.gradients(these, terms, kl, upstream, temperature)
+
+    @recorded(FLAG)
+    def linear_terms(self, these: LinearRows, how: Linear) -> RowTerms:
+        found: RowTerms = by_platform(linear.terms, (how,), self.cpu, self.accelerator, these)
+        return found
+
+    @recorded(FLAG)
+    def linear_gradients(self, these: LinearRows, terms: RowTerms, upstream: jax.Array, how: Linear) -> LinearGradients:
+        _, found = by_platform(linear.sweep, (how, Wanted()), self.cpu, self.accelerator, these, upstream, terms)
+        gradients: LinearGradients = found
+        return gradients
+
+    @recorded(FLAG)
+    def linear_terms_and_gradients(
+        self, these: LinearRows, upstream: jax.Array, how: Linear, wanted: Wanted
+    ) -> tuple[RowTerms, LinearGradients]:
+        found: tuple[RowTerms, LinearGradients] = by_platform(
+            linear.sweep, (how, wanted), self.cpu, self.accelerator, these, upstream, None
+        )
+        return found
+
+
+XLA = XlaKernels()

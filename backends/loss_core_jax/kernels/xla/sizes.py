@@ -1,0 +1,108 @@
+"""How linear rows are cut up, by the platform that the program is compiled for."""
+
+# T = tokens, C = tokens of a chunk, V = vocabulary, B = vocabulary of a tile, H = hidden
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+# Rows of 16 float32 logits fill a cache line: a tile is a multiple of them.
+_ALIGNED = 16
+
+
+class LinearSizes(NamedTuple):
+    """Sizes for one platform. Hashable.
+
+    Attributes:
+        logits_bytes: most bytes of the logits of one chunk.
+        chunk: least and most rows of a chunk. Each chunk reads the weight twice, and reads and writes its gradient:
+            below 128 rows that takes longer than the products; with 512 rows it is a tenth.
+        tile: most classes of a tile.
+        is_cpu: written for XLA:CPU: chunks of ignored rows are skipped (an accelerator's host would wait for each
+            predicate), and transposed operands are written out (a product over the rows of its left operand takes
+            1.5 times as long there).
+        widened: 16-bit dtypes whose products are made in float32: the processor has no units for them, and no value
+            changes.
+    """
+
+    logits_bytes: int
+    chunk: tuple[int, int]
+    tile: int
+    is_cpu: bool = False
+    widened: tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    """How one call is cut up: num_chunks chunks of `chunk` rows, tiles of `tile` classes; dtype of the arithmetic."""
+
+    num_chunks: int
+    chunk: int
+    tile: int
+    dtype: Any
+    sizes: LinearSizes
+
+
+def widened_on_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """16-bit dtypes for which this processor has no units: float16, and bfloat16 unless it says otherwise.
+
+    Measured with avx512_bf16: 0.50 TFLOP/s, where products of float32 run at 0.25.
+    """
+    # The first lines are those of the first core.
+    flags = cpuinfo.read_text().partition("\n\n")[0].split() if cpuinfo.is_file() else []
+    return ("float16",) if {"avx512_bf16", "amx_bf16"} & set(flags) else ("bfloat16", "float16")
+
+
+CPU = LinearSizes(64 << 20, (128, 512), 2048, is_cpu=True, widened=widened_on_cpu())
+# Larger products, to be busy, for which it has the room.
+ACCELERATOR = LinearSizes(256 << 20, (128, 1 << 30), 16384)
+
+
+def plan_for(num_rows: int, weight_VH: jax.Array, dtype: Any, sizes: LinearSizes, *, partitioned: bool) -> Plan:
+    """The plan of a call with at least one row.
+
+    Args:
+        partitioned: XLA spreads each chunk over the devices of the axes that are its own, and the vocabulary is one
+            tile, since slices of it would be moved.
+    """
+    vocab, hidden = weight_VH.shape
+    least, most = sizes.chunk
+    # With 3/8 H rows the logits take 3/8 of the room of the weight's gradient: worth it up to 512.
+    least = max(least, min(512, hidden * 3 // 8, most))
+    chunk = min(max(sizes.logits_bytes // (vocab * dtype.itemsize), least), most)
+    if partitioned:
+        chunk *= _num_devices()
+    num_chunks = -(-num_rows // chunk)
+    num_tiles = 1 if partitioned else -(-vocab // sizes.tile)
+    tile = vocab if num_tiles == 1 else _round_up(-(-vocab // num_tiles), _ALIGNED)
+    return Plan(num_chunks, -(-num_rows // num_chunks), min(tile, vocab), dtype, sizes)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _num_devices() -> int:
+    """Devices of the axes that XLA takes care of."""
+    mesh = jax.sharding.get_abstract_mesh()
+    num_devices = max(mesh.size, 1)
+    for axis in mesh.manual_axes:
+        num_devices //= mesh.shape[axis]
+    return num_devices
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def by_platform(
+    kernel: Callable[..., Any], static: tuple[Any, ...], cpu: LinearSizes, accelerator: LinearSizes, *arrays: Any
+) -> Any:
+    """`kernel(*static, sizes, *arrays)` with the sizes of the platform that the program is compiled for."""
+    # Not jax.default_backend(): arrays may lie on another platform, and under jit they do not say.
+    on_cpu, elsewhere = (functools.partial(kernel, *static, sizes) for sizes in (cpu, accelerator))
+    if cpu == accelerator:
+        return on_cpu(*arrays)
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)

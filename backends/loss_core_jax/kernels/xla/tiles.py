@@ -1,0 +1,172 @@
+"""One chunk of linear rows: its terms and gradients, the vocabulary taken in tiles.
+
+A tile of the weight at a time is cast, multiplied and added to, so no product makes a temporary of `[V, H]`.
+"""
+
+# C = tokens of a chunk, V = vocabulary, N = tiles of the vocabulary, B = vocabulary of a tile, H = hidden
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from loss_core.row_terms import EMPTY_ROW, RowTerms, combine, cross_entropy_coefficients
+from loss_core_jax.kernels import Linear, LinearGradients, Wanted
+from loss_core_jax.kernels.xla.chunks import (
+    behind_barrier,
+    finite,
+    put_rows,
+    take_rows,
+    without_ignored,
+    zero_if_ignored,
+    zeros_for_loop,
+)
+from loss_core_jax.kernels.xla.sizes import Plan
+
+
+class Chunk(NamedTuple):
+    """Rows of one chunk.
+
+    Attributes:
+        hidden_CH: zeros in ignored rows.
+        weight_VH: the whole weight.
+        target_C: as in `LinearRows`.
+        num_classes: as in `LinearRows`.
+    """
+
+    hidden_CH: jax.Array
+    weight_VH: jax.Array
+    target_C: jax.Array
+    num_classes: jax.Array | None
+
+
+class _Tile(NamedTuple):
+    """A piece of the vocabulary.
+
+    The last tile is moved back so that it ends with the vocabulary; the columns it repeats are left out of
+    every sum.
+    """
+
+    start: jax.Array
+    weight_BH: jax.Array  # in the dtype of the hidden states, in which products are made
+    class_1B: jax.Array  # class of each column, -1 where repeated or padding
+
+
+def _tile(chunk: Chunk, index: jax.Array, plan: Plan) -> _Tile:
+    start = jnp.minimum(index * plan.tile, chunk.weight_VH.shape[0] - plan.tile)
+    class_1B = (start + jnp.arange(plan.tile, dtype=np.int32))[None]
+    is_new = class_1B >= index * plan.tile
+    if chunk.num_classes is not None:
+        is_new = is_new & (class_1B < chunk.num_classes)
+    weight_BH = take_rows(chunk.weight_VH, start, plan.tile).astype(chunk.hidden_CH.dtype)
+    return _Tile(start, weight_BH, jnp.where(is_new, class_1B, -1))
+
+
+def _tile_indices(chunk: Chunk, plan: Plan) -> jax.Array:
+    return jnp.arange(-(-chunk.weight_VH.shape[0] // plan.tile), dtype=np.int32)
+
+
+def _tile_logits(chunk: Chunk, tile: _Tile, linear: Linear, plan: Plan) -> jax.Array:
+    """[C, B] logits after the softcap, -inf in repeated columns and in padding."""
+    z_CB = _product(chunk.hidden_CH, tile.weight_BH, 1, 1, plan)
+    if linear.softcap:
+        z_CB = linear.softcap * jnp.tanh(z_CB / linear.softcap)
+    return jnp.where(tile.class_1B < 0, -jnp.inf, z_CB)
+
+
+def _target_logits(z_CB: jax.Array, tile: _Tile, target_C: jax.Array, *, gather: bool) -> jax.Array:
+    """[C] logit of each row's target, -inf where the tile does not own it."""
+    if not gather:
+        return jnp.max(jnp.where(tile.class_1B == target_C[:, None], z_CB, -jnp.inf), axis=1)
+    # A column that the tile repeats holds -inf.
+    owned_C = (target_C >= tile.start) & (target_C < tile.start + z_CB.shape[1])
+    column_C1 = jnp.where(owned_C, target_C - tile.start, 0)[:, None]
+    t_C = jnp.take_along_axis(z_CB, column_C1, axis=1, mode="promise_in_bounds")[:, 0]
+    return jnp.where(owned_C, t_C, -jnp.inf)
+
+
+def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, plan: Plan) -> jax.Array:
+    """Sum of products over one axis of each, accumulated in the dtype of the arithmetic."""
+    if a.dtype != b.dtype or str(a.dtype) in plan.sizes.widened:
+        a, b = a.astype(plan.dtype), b.astype(plan.dtype)
+    return lax.dot_general(
+        a, b, (((axis_a,), (axis_b,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=plan.dtype
+    )
+
+
+def chunk_terms(chunk: Chunk, linear: Linear, plan: Plan, *, keep: bool) -> tuple[RowTerms, jax.Array | None]:
+    """Terms of each row, and the logits [N, C, B] where they are to be kept."""
+    objective = linear.objective
+
+    def body(terms: RowTerms, index: jax.Array) -> tuple[RowTerms, jax.Array | None]:
+        tile = _tile(chunk, index, plan)
+        z_CB = _tile_logits(chunk, tile, linear, plan)
+        # As for rows: nothing depends on the maximum, so it is held constant.
+        m_C = lax.stop_gradient(jnp.max(z_CB, axis=1))
+        s_C = jnp.sum(jnp.exp(z_CB - finite(m_C)[:, None]), axis=1)
+        t_C = _target_logits(z_CB, tile, chunk.target_C, gather=not linear.shard.partitioned)
+        z_sum_C = jnp.sum(jnp.where(tile.class_1B < 0, 0, z_CB), axis=1) if objective.needs_z_sum else None
+        return combine(jnp, terms, RowTerms(m_C, s_C, t_C, z_sum_C)), z_CB if keep else None
+
+    zero_C = zeros_for_loop(chunk.target_C.shape, plan.dtype, chunk.hidden_CH, chunk.weight_VH, chunk.target_C)
+    empty = RowTerms(
+        zero_C + EMPTY_ROW.m, zero_C, zero_C + EMPTY_ROW.t, z_sum=zero_C if objective.needs_z_sum else None
+    )
+    terms, tiles_NCB = lax.scan(body, empty, _tile_indices(chunk, plan))
+    return without_ignored(terms, chunk.target_C), tiles_NCB
+
+
+def chunk_gradients(
+    chunk: Chunk,
+    terms: RowTerms,
+    upstream_C: jax.Array,
+    tiles_NCB: jax.Array | None,
+    dweight_VH: jax.Array | None,
+    linear: Linear,
+    plan: Plan,
+    wanted: Wanted,
+) -> LinearGradients:
+    """Gradient of the chunk's hidden states, and the running sum of the weight's with this chunk added.
+
+    Args:
+        tiles_NCB: the logits, where `chunk_terms` has kept them.
+        dweight_VH: the running sum; None where it is not wanted.
+    """
+    coefficients = cross_entropy_coefficients(jnp, terms, upstream_C, linear.objective)
+    scale_C1, target_C1 = coefficients.scale[:, None], coefficients.target[:, None]
+
+    def body(sums: LinearGradients, index_and_tile: Any) -> tuple[LinearGradients, None]:
+        index, z_CB = index_and_tile
+        tile = _tile(chunk, index, plan)
+        z_CB = _tile_logits(chunk, tile, linear, plan) if z_CB is None else z_CB
+        dlogits_CB = jnp.exp(z_CB - terms.m[:, None]) * scale_C1
+        if coefficients.uniform is not None:
+            dlogits_CB = dlogits_CB - coefficients.uniform[:, None]
+        dlogits_CB = dlogits_CB + jnp.where(tile.class_1B == chunk.target_C[:, None], target_C1, 0)
+        if linear.softcap:
+            capped = jnp.where(tile.class_1B < 0, 0, z_CB / linear.softcap)
+            dlogits_CB = dlogits_CB * (1 - capped * capped)
+        dlogits_CB = zero_if_ignored(jnp.where(tile.class_1B < 0, 0, dlogits_CB), chunk.target_C)
+        dhidden_CH, dweight_VH = sums
+        if dhidden_CH is not None:
+            dhidden_CH = dhidden_CH + _product(dlogits_CB, tile.weight_BH, 1, 0, plan)
+        if dweight_VH is not None:
+            part_BH = _product(_transposed(dlogits_CB, linear, plan), chunk.hidden_CH, 1, 0, plan)
+            dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, tile.start, plan.tile) + part_BH, tile.start)
+        return LinearGradients(dhidden_CH, dweight_VH), None
+
+    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, upstream_C)
+    zeros_CH = zeros_for_loop(chunk.hidden_CH.shape, plan.dtype, *sources) if wanted.hidden else None
+    sums, _ = lax.scan(body, LinearGradients(zeros_CH, dweight_VH), (_tile_indices(chunk, plan), tiles_NCB))
+    # An inf in the weight times a gradient of 0 is NaN; an ignored row gets 0 all the same.
+    dhidden_CH = None if sums.hidden is None else zero_if_ignored(sums.hidden, chunk.target_C)
+    return LinearGradients(dhidden_CH, sums.weight_VH)
+
+
+def _transposed(array: jax.Array, linear: Linear, plan: Plan) -> jax.Array:
+    written = plan.sizes.is_cpu and not linear.shard.partitioned
+    return behind_barrier(array.T)[0] if written else array.T

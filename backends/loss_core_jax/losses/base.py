@@ -1,0 +1,90 @@
+"""What the losses share: frozen, hashable callables that are pytrees without leaves.
+
+They hold no array and do no arithmetic. Forward argument names are those of the torch modules.
+
+JAX gives gradients of every floating argument (logits, hidden states, weight, loss weights). Derivatives of
+second order are computed in reverse mode (`jax.grad` of `jax.grad`), or forward over reverse (`jax.hessian`);
+`jax.jvp` of a loss itself is refused by JAX (`jax.custom_vjp`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from loss_core.config import LossConfig
+from loss_core.dispatch.protocol import BackendUnavailable, KernelChoice
+from loss_core_jax import inputs
+from loss_core_jax.inputs import ArrayLike
+from loss_core_jax.kernels import KernelSet
+from loss_core_jax.kernels.xla import XLA
+from loss_core_jax.parallel.layout import axis_names
+
+Count = int | float | ArrayLike
+TPGroup = str | tuple[str, ...] | None
+
+
+class _Fields:
+    """Fields that every loss has, in the place that its config gives them."""
+
+    ignore_index: int
+    tp_group: TPGroup
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss(_Fields):
+    """Base of the losses; each has the fields of its config. Losses that compute the same are equal.
+
+    Attributes:
+        kernels: what runs.
+        kernel_choice: the flag that names it, and why it was chosen.
+    """
+
+    kernels: KernelSet = dataclasses.field(default=XLA, kw_only=True, repr=False)
+    kernel_choice: KernelChoice | None = dataclasses.field(default=None, kw_only=True, compare=False)
+
+    config_class: ClassVar[type[LossConfig]]
+    # The argument, and its axis, that says how large the vocabulary is; None where labels need not be classes.
+    _vocab_axis: ClassVar[tuple[str, int] | None] = ("logits", -1)
+
+    def __post_init__(self) -> None:
+        if self.tp_group is not None:
+            names = axis_names(self.tp_group)
+            # "tp" and ("tp",) compute the same.
+            object.__setattr__(self, "tp_group", names[0] if len(names) == 1 else names)
+        self.config_class(**{name: getattr(self, name) for name in self._config_fields() if name != "tp_group"})
+        if getattr(self, "inplace_grad", False):
+            raise BackendUnavailable(
+                f"{type(self).__name__} on jax got inplace_grad=True: a jax.Array can't be written to. Use "
+                "inplace_grad=False; a training step under jax.jit reuses the logits' memory by itself, and that of "
+                "its arguments with donate_argnums."
+            )
+
+    @classmethod
+    def _config_fields(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(cls.config_class))
+
+    @classmethod
+    def from_config(cls, config: LossConfig) -> Self:
+        """The loss that a config means."""
+        return cls(**{name: getattr(config, name) for name in cls._config_fields()})
+
+    def with_kernel_choice(self, choice: KernelChoice) -> Self:
+        """A copy that tells which kernel runs and why."""
+        return dataclasses.replace(self, kernel_choice=choice)
+
+    def check_values(self, arguments: Mapping[str, Any]) -> None:
+        """Raise for a label that is no class: for callers that run the loss under jit, where it can't be seen.
+
+        Args:
+            arguments: of a call, by name. labels and mask are NumPy arrays; of the rest only the shape is used.
+        Raises:
+            ValueError: a label outside [0, V) that is not ignored; names position and value.
+        """
+        name, axis = self._vocab_axis or ("", 0)
+        labels, mask, scores = arguments.get("labels"), arguments.get("mask"), arguments.get(name)
+        if labels is None or scores is None:
+            return  # the call itself will name the missing argument
+        inputs.check_mask(labels, mask)
+        inputs.read_labels(labels, mask, self.ignore_index, scores.shape[axis])

@@ -1,0 +1,166 @@
+"""Cross entropy over logits: `MaskedCrossEntropy` and `TEParallelCrossEntropy`.
+
+The derivative is a custom one: it keeps the logits as they came and the terms of each row.
+"""
+
+# T = tokens (any leading dimensions), V = vocabulary
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from loss_core.config import MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core_jax import inputs
+from loss_core_jax.inputs import ArrayLike
+from loss_core_jax.kernels import KernelSet, Rows, Shard
+from loss_core_jax.losses.base import Count, Loss, TPGroup
+from loss_core_jax.parallel.collectives import align, fold_rows, local_target, num_local_classes, whole_cotangent
+from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
+from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
+
+Residuals = tuple[jax.Array, jax.Array, RowTerms]
+
+
+class _LogitsCrossEntropy(Loss):
+    reduction: str
+    fp32_upcast = True
+
+    def __call__(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        mask: ArrayLike | None = None,
+        num_label_tokens: Count | None = None,
+        loss_weights: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Cross entropy of `softmax(logits)` at the labels.
+
+        Args:
+            logits: [..., V] floating.
+            labels: [...] integers of any width, in [0, V) or ignore_index.
+            mask: shape of labels or broadcastable to it; positions where it is 0 are ignored.
+            num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
+            loss_weights: [...] factor per position. Reduction "sum" only.
+        Returns:
+            A scalar, or the shape of labels for reduction "none"; float32 (float64 for float64 logits), or the
+            dtype of the logits with fp32_upcast=False.
+        Raises:
+            TypeError: labels are floating or boolean, logits are not floating.
+            ValueError: shapes do not match, or a label or count that can be read is out of its range.
+        """
+        inputs.check_arrays(logits=logits, labels=labels, mask=mask, loss_weights=loss_weights)
+        inputs.check_logits("logits", logits, labels)
+        inputs.check_mask(labels, mask)
+        inputs.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
+        count = inputs.read_count("num_label_tokens", num_label_tokens)
+        layout = layout_for(self.tp_group, logits, logits, -1)
+        target = inputs.read_labels(labels, mask, self.ignore_index, layout.vocab(logits.shape[-1]))
+        return _reduced(self, logits, target, count, loss_weights, layout=layout)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MaskedCrossEntropy(_LogitsCrossEntropy):
+    """Cross entropy over logits, with a mask.
+
+    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+        inplace_grad must be False.
+    """
+
+    fp32_upcast: bool = True
+    ignore_index: int = -100
+    reduction: str = "sum"
+    tp_group: TPGroup = None
+    inplace_grad: bool = False
+    config_class = MaskedCrossEntropyConfig
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class TEParallelCrossEntropy(_LogitsCrossEntropy):
+    """As `MaskedCrossEntropy`, always in float32 (float64 for float64 logits).
+
+    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+        inplace_grad must be False.
+    """
+
+    ignore_index: int = -100
+    reduction: str = "sum"
+    tp_group: TPGroup = None
+    inplace_grad: bool = False
+    config_class = TEParallelCEConfig
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _reduced(
+    loss_fn: _LogitsCrossEntropy,
+    logits: jax.Array,
+    target: jax.Array,
+    count: jax.Array | None,
+    loss_weights: jax.Array | None,
+    *,
+    layout: Layout,
+) -> jax.Array:
+    """The loss of arguments that have been checked."""
+    objective = Objective(layout.vocab(logits.shape[-1]))
+    loss = loss_rows(loss_fn.kernels, logits, target, objective, layout)
+    if loss_fn.reduction != "none":
+        scale = row_scale(target, loss.dtype, mean=loss_fn.reduction == "mean", count=count, loss_weights=loss_weights)
+        loss = total(loss, scale, count)
+    return loss if loss_fn.fp32_upcast else loss.astype(logits.dtype)
+
+
+def loss_rows(
+    kernels: KernelSet, logits: jax.Array, target: jax.Array, objective: Objective, layout: Layout
+) -> jax.Array:
+    """Cross entropy per row, for any layout; 0 where the target is IGNORED, NaN where it is INVALID.
+
+    Args:
+        logits: [..., V], or this device's share inside `jax.shard_map`.
+        target: [...] int32, classes of the full vocabulary or IGNORED or INVALID.
+    """
+    if not target.size:
+        # JAX forgets what empty arrays vary over.
+        return jnp.zeros(target.shape, inputs.arithmetic_dtype(logits))
+
+    def inside(logits: jax.Array, target: jax.Array) -> jax.Array:
+        logits, target = align(layout.axes, (logits,), (target,))
+        return _rows(logits, target, kernels, objective, layout.shard)
+
+    return over(layout, inside, Operand(logits, -1, padding=-jnp.inf), Operand(target))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _rows(logits: jax.Array, target: jax.Array, kernels: KernelSet, objective: Objective, shard: Shard) -> jax.Array:
+    return _forward(logits, target, kernels, objective, shard)[0]
+
+
+def _forward(
+    logits: jax.Array, target: jax.Array, kernels: KernelSet, objective: Objective, shard: Shard
+) -> tuple[jax.Array, Residuals]:
+    terms = fold_rows(kernels.row_terms(_local(logits, target, objective, shard), objective, shard), shard)
+    # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
+    return valid_losses(cross_entropy(jnp, terms, objective), target), (logits, target, terms)
+
+
+def _backward(
+    kernels: KernelSet, objective: Objective, shard: Shard, residuals: Residuals, cotangent: jax.Array
+) -> tuple[jax.Array, None]:
+    logits, target, terms = residuals
+    upstream = valid_upstream(whole_cotangent(cotangent, shard), target)
+    coefficients = cross_entropy_coefficients(jnp, terms, upstream, objective)
+    return kernels.row_gradient(_local(logits, target, objective, shard), terms, coefficients), None
+
+
+_rows.defvjp(_forward, _backward)
+
+
+def _local(logits: jax.Array, target: jax.Array, objective: Objective, shard: Shard) -> Rows:
+    num_local = logits.shape[-1]
+    num_classes = num_local_classes(num_local, objective.num_classes, shard)
+    return Rows(logits, local_target(target, num_local, shard), num_classes)

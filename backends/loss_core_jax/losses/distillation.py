@@ -1,0 +1,130 @@
+"""Knowledge distillation: `KDLoss`."""
+
+# T = tokens (any leading dimensions), V = vocabulary
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from loss_core.config import KDLossConfig
+from loss_core.row_terms import PairTerms, kl_divergence
+from loss_core_jax import inputs
+from loss_core_jax.inputs import ArrayLike
+from loss_core_jax.kernels import KernelSet, Pairs, Shard
+from loss_core_jax.losses.base import Count, Loss, TPGroup
+from loss_core_jax.parallel.collectives import align, fold_pairs, whole_cotangent
+from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
+from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class KDLoss(Loss):
+    """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
+
+    Attributes: as in `loss_core.KDLossConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    fp32_upcast: bool = True
+    tp_group: TPGroup = None
+    chunk_size: int = 0
+    config_class = KDLossConfig
+    _vocab_axis = None
+
+    def __call__(
+        self,
+        student_logits: ArrayLike,
+        teacher_logits: ArrayLike,
+        labels: ArrayLike,
+        num_batch_labels: Count | None = None,
+    ) -> jax.Array:
+        """Mean over positions that are not ignored of T^2 * KL(teacher || student).
+
+        Args:
+            student_logits: [..., V] floating.
+            teacher_logits: shape of student_logits; floating; differentiable, too.
+            labels: [...] integers of any width; they only say what is ignored, by ignore_index.
+            num_batch_labels: divides the sum instead of the number of positions; 0 gives 0.
+        Returns:
+            A scalar in float32 (float64 for float64 logits), or in the dtype of the student's logits with
+            fp32_upcast=False.
+        Raises:
+            TypeError: labels are floating or boolean, logits are not floating.
+            ValueError: shapes do not match, or a count that can be read is negative or NaN.
+        """
+        inputs.check_arrays(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
+        inputs.check_pair(student_logits, teacher_logits, labels)
+        count = inputs.read_count("num_batch_labels", num_batch_labels)
+        layout = layout_for(self.tp_group, student_logits, student_logits, -1)
+        target = inputs.read_labels(labels, None, self.ignore_index, None)
+        return _reduced(self, student_logits, teacher_logits, target, count, layout=layout)
+
+
+class _Problem(NamedTuple):
+    """What is static about a divergence. Hashable."""
+
+    kernels: KernelSet
+    temperature: float
+    chunk_size: int
+    shard: Shard
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _reduced(
+    loss_fn: KDLoss,
+    student: jax.Array,
+    teacher: jax.Array,
+    target: jax.Array,
+    count: jax.Array | None,
+    *,
+    layout: Layout,
+) -> jax.Array:
+    """The loss of arguments that have been checked."""
+    problem = _Problem(loss_fn.kernels, float(loss_fn.temperature), int(loss_fn.chunk_size), layout.shard)
+    loss = loss_rows(student, teacher, target, problem, layout)
+    loss = total(loss, row_scale(target, loss.dtype, mean=True, count=count), count)
+    return loss if loss_fn.fp32_upcast else loss.astype(student.dtype)
+
+
+def loss_rows(
+    student: jax.Array, teacher: jax.Array, target: jax.Array, problem: _Problem, layout: Layout
+) -> jax.Array:
+    """T^2 * KL(teacher || student) per row, for any layout; 0 where the target is IGNORED."""
+    if not target.size:
+        # JAX forgets what empty arrays vary over.
+        return jnp.zeros(target.shape, inputs.arithmetic_dtype(student, teacher))
+
+    def inside(student: jax.Array, teacher: jax.Array, target: jax.Array) -> jax.Array:
+        return _rows(Pairs(*align(layout.axes, (student, teacher), (target,))), problem)
+
+    logits = (Operand(x, -1, padding=-jnp.inf) for x in (student, teacher))
+    return over(layout, inside, *logits, Operand(target))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rows(pairs: Pairs, problem: _Problem) -> jax.Array:
+    return _forward(pairs, problem)[0]
+
+
+def _forward(pairs: Pairs, problem: _Problem) -> tuple[jax.Array, Any]:
+    kernels, temperature, chunk_size, shard = problem
+    terms = fold_pairs(kernels.pair_terms(pairs, temperature, chunk_size, shard), temperature, shard)
+    kl = kl_divergence(jnp, terms)
+    return valid_losses(temperature**2 * kl, pairs.target), (pairs, terms, kl)
+
+
+def _backward(problem: _Problem, residuals: tuple[Pairs, PairTerms, jax.Array], cotangent: jax.Array) -> tuple[Any]:
+    pairs, terms, kl = residuals
+    upstream = valid_upstream(whole_cotangent(cotangent, problem.shard), pairs.target) * problem.temperature**2
+    by_student, by_teacher = problem.kernels.pair_gradients(pairs, terms, kl, upstream, problem.temperature)
+    return (Pairs(by_student, by_teacher, None),)  # type: ignore[arg-type]
+
+
+_rows.defvjp(_forward, _backward)

@@ -1,0 +1,301 @@
+"""Cross entropy of `hidden_states @ lm_weight.T` that never holds the logits of all tokens: `FusedLinearCrossEntropy`.
+
+Two derivatives, because what is known in the forward differs:
+
+- `_summed`: the factor of every row is known, so the forward that runs under differentiation makes the
+  gradients while a chunk's logits are at hand (three products in all).
+- `_rows`: upstream gradients, or the terms of other devices, come later, so the backward makes each chunk's logits
+  again (four products).
+"""
+
+# T = tokens (any leading dimensions), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loss_core.config import FusedLinearCEConfig
+from loss_core.row_terms import Objective, RowTerms, cross_entropy
+from loss_core_jax import compat, inputs
+from loss_core_jax.inputs import IGNORED, ArrayLike
+from loss_core_jax.kernels import KernelSet, Linear, LinearRows, Wanted
+from loss_core_jax.losses import valid_tokens
+from loss_core_jax.losses.base import Count, Loss, TPGroup
+from loss_core_jax.parallel.collectives import (
+    fold_rows,
+    local_target,
+    num_local_classes,
+    summed_over_copies,
+    summed_over_shards,
+    types_tell,
+    whole_cotangent,
+)
+from loss_core_jax.parallel.layout import NOWHERE, Layout, Operand, layout_for, over
+from loss_core_jax.reduction import finish_count, row_scale, total, valid_losses, valid_upstream
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class FusedLinearCrossEntropy(Loss):
+    """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Under `jax.grad` the gradients are made in the forward (three products; four for reduction "none"); a call
+    that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
+    A second derivative is right, but keeps the logits of every chunk.
+
+    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names. Ignored
+        tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None on a
+        CPU, also under jit, up to a chunk of 512 tokens, if a reduced loss is differentiated and no vocabulary is
+        sharded.
+    """
+
+    ignore_index: int = -100
+    logit_softcapping: float = 0.0
+    reduction: str = "sum"
+    tp_group: TPGroup = None
+    sequence_parallel: bool = False
+    skip_ignored: bool | None = None
+    config_class = FusedLinearCEConfig
+    # Numbers that give arrays their shape: no arrays themselves, for the bridge.
+    static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
+    _vocab_axis = ("lm_weight", 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_parallel and self.tp_group is None:
+            raise ValueError(
+                "sequence_parallel=True needs tp_group, the mesh axis over which hidden_states are gathered; without "
+                "it, XLA moves sharded hidden_states by itself: use sequence_parallel=False."
+            )
+
+    def __call__(
+        self,
+        hidden_states: ArrayLike,
+        labels: ArrayLike,
+        lm_weight: ArrayLike,
+        num_label_tokens: Count | None = None,
+        grad_reduce_group: Any = None,
+        loss_weights: ArrayLike | None = None,
+        num_valid_tokens: int | None = None,
+    ) -> jax.Array:
+        """Cross entropy of `softmax(softcap(hidden_states @ lm_weight.T))` at the labels.
+
+        Args:
+            hidden_states: [..., H] floating.
+            labels: [...] integers of any width, in [0, V) or ignore_index.
+            lm_weight: [V, H], dtype of hidden_states; or float32 beside bfloat16 or float16: then products are made in
+                the dtype of hidden_states, and the weight's gradient is float32.
+            num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
+            grad_reduce_group: of torch; must be None. Under `shard_map` JAX sums the weight's gradient itself.
+            loss_weights: [...] factor per position. Reduction "sum" only.
+            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer (static under
+                jit); the others then take part in no product. A wrong number is a ValueError where labels can be
+                read, a NaN elsewhere.
+        Returns:
+            A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs.
+        Raises:
+            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype in another way,
+                num_valid_tokens is no Python integer.
+            ValueError: shapes do not match, or a label or count that can be read is out of its range;
+                skip_ignored=True under jit, skip_ignored=False with num_valid_tokens.
+        """
+        if grad_reduce_group is not None:
+            raise ValueError(
+                f"grad_reduce_group must be None on jax, got {grad_reduce_group!r}: it names a torch process group. "
+                "Under jax.shard_map the gradient of a replicated lm_weight is summed by JAX."
+            )
+        inputs.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight, loss_weights=loss_weights)
+        layout = layout_for(self.tp_group, hidden_states, lm_weight, 0)
+        is_sequence = self.sequence_parallel and layout != NOWHERE
+        inputs.check_linear(_whole_sequence(hidden_states, layout) if is_sequence else hidden_states, labels, lm_weight)
+        inputs.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
+        count = inputs.read_count("num_label_tokens", num_label_tokens)
+        vocab = layout.vocab(lm_weight.shape[0])
+        target = inputs.read_labels(labels, None, self.ignore_index, vocab)
+        if layout != NOWHERE:
+            valid_tokens.refuse_if_sharded(self.skip_ignored, num_valid_tokens)
+        size = None
+        if self.skip_ignored or num_valid_tokens is not None:
+            size = valid_tokens.num_rows(target, self.skip_ignored, num_valid_tokens)
+        hidden, weight_VH, target = map(inputs.as_jax, (hidden_states, lm_weight, target))
+        dtype = inputs.arithmetic_dtype(hidden, weight_VH)
+        scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
+        linear = Linear(Objective(vocab), float(self.logit_softcapping), layout.shard)
+        problem = _Problem(self.kernels, linear, is_sequence and bool(layout.axes))
+        if not target.size:
+            # JAX forgets what empty arrays vary over.
+            return jnp.zeros(target.shape if self.reduction == "none" else (), dtype)
+        if layout != NOWHERE:
+            loss = _loss_rows(hidden, weight_VH, target, problem, layout)
+            return loss if self.reduction == "none" else _total(loss, scale, count)
+        taken, taken_scale, indices = target, scale, None
+        if size is not None:
+            # One row at least, which may be an ignored one: then everything below holds without any.
+            hidden, taken, taken_scale, indices = valid_tokens.gather(hidden, target, scale, size=max(size, 1))
+        if self.reduction == "none":
+            loss = _loss_rows(hidden, weight_VH, taken, problem, layout)
+            loss = loss if indices is None else valid_tokens.scatter(loss, indices, shape=target.shape)
+        else:
+            rows = (hidden, weight_VH, taken, taken_scale)
+            axes = compat.varying_axes(*rows)
+            aligned = (compat.vary(x, axes) for x in rows)
+            loss = finish_count(_summed(*aligned, problem, self.skip_ignored is not False), count)
+        return loss if num_valid_tokens is None else valid_tokens.nan_if_wrong(loss, target, num_valid_tokens)
+
+
+_row_scale = jax.jit(row_scale, static_argnames=("dtype", "mean"))
+_total = jax.jit(total)
+
+
+class _Problem(NamedTuple):
+    """What is static in a call; hashable.
+
+    Attributes:
+        gathers: whether hidden states are this device's share of the sequence, which is gathered.
+    """
+
+    kernels: KernelSet
+    linear: Linear
+    gathers: bool
+
+
+def _whole_sequence(hidden: ArrayLike, layout: Layout) -> Any:
+    """Shape and dtype of all hidden states, for sequence-parallel ones.
+
+    Raises:
+        ValueError: there is no sequence dimension, or it does not divide by the axis.
+    """
+    shape = hidden.shape
+    if len(shape) < 2 or (not layout.inside and shape[0] % layout.num_shards):
+        raise ValueError(
+            f"hidden_states has shape {shape}; with sequence_parallel=True its first dimension must be the sequence, "
+            f"in {layout.num_shards} equal shares over the mesh axes {', '.join(map(repr, layout.axes))}."
+        )
+    return jax.ShapeDtypeStruct((layout.vocab(shape[0]), *shape[1:]), hidden.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, scale: jax.Array, problem: _Problem, skip: bool
+) -> jax.Array:
+    """Sum over rows of scale * cross entropy; a scalar in the dtype of the arithmetic.
+
+    Args:
+        scale: [...] factor per row, in the dtype of the arithmetic; differentiable.
+        skip: leave chunks of ignored rows out where that needs no sync, and gradients are wanted: XLA compiles a
+            forward with the sort and the branch for more than half as long again.
+    """
+    terms = problem.kernels.linear_terms(LinearRows(hidden, weight_VH, target), problem.linear)
+    return jnp.sum(_losses(terms, target, problem.linear.objective) * scale)
+
+
+def _summed_forward(
+    hidden: Any, weight_VH: Any, target: Any, scale: Any, problem: _Problem, skip: bool
+) -> tuple[jax.Array, Any]:
+    # With symbolic zeros each argument says whether it is differentiated: a frozen weight costs no product.
+    rows, wanted = LinearRows(hidden.value, weight_VH.value, target.value), (hidden.perturbed, weight_VH.perturbed)
+    upstream = valid_upstream(scale.value, rows.target)
+    terms, gradients = problem.kernels.linear_terms_and_gradients(rows, upstream, problem.linear, Wanted(*wanted, skip))
+    loss = _losses(terms, rows.target, problem.linear.objective)
+    # Empty arrays carry the dtypes to the backward.
+    dtypes = (jnp.zeros(0, hidden.value.dtype), jnp.zeros(0, weight_VH.value.dtype))
+    return jnp.sum(loss * scale.value), (gradients, loss, rows.target, dtypes)
+
+
+def _summed_backward(problem: _Problem, skip: bool, residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+    gradients, loss, target, (hidden_like, weight_like) = residuals
+    cotangent = compat.instantiate(cotangent)
+    return (
+        _times(gradients.hidden, cotangent, target, hidden_like.dtype, of_rows=True),
+        _times(gradients.weight_VH, cotangent, target, weight_like.dtype, of_rows=False),
+        None,
+        _times(loss[..., None], cotangent, target, loss.dtype, of_rows=True)[..., 0],
+    )
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+
+
+def _times(gradient: Any, cotangent: jax.Array, target: jax.Array, dtype: Any, *, of_rows: bool) -> Any:
+    if gradient is None:
+        return None
+    # The usual upstream gradient is 1. Where it can be read without a sync, do not make a second [V, H] array for it.
+    if gradient.dtype == dtype and inputs.in_host_memory(cotangent) and cotangent == 1:
+        return gradient
+    return _scaled(gradient, cotangent, target, dtype=dtype, of_rows=of_rows)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "of_rows"))
+def _scaled(gradient: jax.Array, cotangent: jax.Array, target: jax.Array, *, dtype: Any, of_rows: bool) -> jax.Array:
+    # Ignored rows stay 0, and so does a sum without any other, even if the upstream gradient is inf or NaN.
+    ignored = (target == IGNORED)[..., None] if of_rows else jnp.all(target == IGNORED)
+    return jnp.where(ignored, 0, gradient * cotangent).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _losses(terms: RowTerms, target: jax.Array, objective: Objective) -> jax.Array:
+    return valid_losses(cross_entropy(jnp, terms, objective), target)
+
+
+def _loss_rows(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem, layout: Layout
+) -> jax.Array:
+    """Cross entropy per row, shape of target, for any layout."""
+
+    def inside(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array) -> jax.Array:
+        axes = frozenset(layout.axes)
+        if types_tell(layout.axes):
+            weight_VH = compat.vary(weight_VH, axes)
+            hidden = compat.vary(hidden, axes) if problem.gathers else hidden
+        return _rows(hidden, weight_VH, target, problem)
+
+    # Rows of the weight that are added are zeros; their logits are taken for -inf.
+    weight = Operand(weight_VH, 0, has_rows=False)
+    return over(layout, inside, Operand(hidden, is_sequence=problem.gathers), weight, Operand(target))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem) -> jax.Array:
+    return _rows_forward(hidden, weight_VH, target, problem)[0]
+
+
+def _rows_forward(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem
+) -> tuple[jax.Array, Any]:
+    shard = problem.linear.shard
+    if problem.gathers:
+        hidden = lax.all_gather(hidden, shard.axes, axis=0, tiled=True)
+    terms = problem.kernels.linear_terms(_local(hidden, weight_VH, target, problem), problem.linear)
+    terms = fold_rows(terms, shard)
+    return _losses(terms, target, problem.linear.objective), (hidden, weight_VH, target, terms)
+
+
+def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    hidden, weight_VH, target, terms = residuals
+    shard = problem.linear.shard
+    upstream = valid_upstream(whole_cotangent(cotangent, shard), target)
+    rows = _local(hidden, weight_VH, target, problem)
+    gradients = problem.kernels.linear_gradients(rows, terms, upstream, problem.linear)
+    assert gradients.hidden is not None, "both are wanted"
+    if problem.gathers:
+        by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
+    else:
+        by_hidden = summed_over_shards(gradients.hidden, hidden, shard)
+    by_weight = summed_over_copies(gradients.weight_VH, weight_VH)
+    return by_hidden.astype(hidden.dtype), by_weight.astype(weight_VH.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _local(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem) -> LinearRows:
+    """The rows over this device's share of the vocabulary."""
+    shard, num_local = problem.linear.shard, weight_VH.shape[0]
+    num_classes = num_local_classes(num_local, problem.linear.objective.num_classes, shard)
+    return LinearRows(hidden, weight_VH, local_target(target, num_local, shard), num_classes)

@@ -1,0 +1,1 @@
+"""Losses over device meshes: where arrays lie, and what devices exchange."""

@@ -1,0 +1,100 @@
+"""Cross entropy over logits as an autograd function."""
+
+# T = tokens, V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core_torch import inplace, operators
+from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.kernels import KernelSet, Rows
+from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.second_derivative import once_differentiable
+
+
+class Call(NamedTuple):
+    """What a call is beside its tensors.
+
+    Attributes:
+        kernels: the set of kernels.
+        objective: which cross entropy.
+        vocab_start: first class of these logits.
+        group: over which the vocabulary is sharded, or None.
+        overwrite: the backward writes over the logits.
+        grad_in_forward: the gradient is made in the forward; only with coefficients, no group, no overwrite, no trace.
+    """
+
+    kernels: KernelSet
+    objective: Objective
+    vocab_start: int = 0
+    group: Any = None
+    overwrite: bool = False
+    grad_in_forward: bool = False
+
+
+class CrossEntropy(Function):
+    """Cross entropy of each token, or their sum with given coefficients.
+
+    Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None; coef_T [T] in
+    the dtype of the arithmetic, not differentiated, or None; the call.
+    Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
+    arithmetic. Further outputs are what waits for the backward.
+
+    A gradient that was made in the forward is handed on by the first backward, in its own memory; another backward
+    (retain_graph) computes it again.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor | None, coef_T: Tensor | None, call: Call
+    ) -> tuple[Tensor, ...]:
+        rows = Rows(logits, labels_T, keep_T, call.vocab_start)
+        made: list[Tensor] = []
+        if call.grad_in_forward:
+            assert coef_T is not None
+            terms, *made = operators.row_terms_and_grad(call.kernels, rows, coef_T, call.objective)
+        else:
+            terms = operators.row_terms(call.kernels, rows, call.objective)
+        if call.group is not None:
+            terms = collectives.fold(terms, call.group)
+        loss_T = zero_where_ignored(cross_entropy(torch, terms, call.objective), keep_T)
+        result = loss_T if coef_T is None else weighted_sum(coef_T, loss_T)
+        return result, *terms[:3], *made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream, call = grads[0], ctx.call
+        inplace.claim(ctx)
+        check_upstream(upstream)
+        logits, labels_T, keep_T, coef_T, m_T, s_T, t_T, *made = ctx.saved_tensors
+        terms = RowTerms(m_T, s_T, t_T)
+        with torch.no_grad():
+            upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
+            coefficients = cross_entropy_coefficients(torch, terms, upstream_T, call.objective)
+            rows = Rows(logits, labels_T, keep_T, call.vocab_start)
+            args = (call.kernels, rows, terms, coefficients)
+            if call.overwrite:
+                operators.row_grad(*args, out=logits.detach())
+                grad = inplace.overwritten(ctx, logits)
+            elif made and not ctx.spent:
+                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+                ctx.spent = True
+                grad = operators.row_grad(*args, out=made[0].data, unless_one=upstream)
+            else:
+                grad = operators.row_grad(*args)
+        return once_differentiable(grad, logits, upstream), None, None, None, None

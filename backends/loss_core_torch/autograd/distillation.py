@@ -1,0 +1,95 @@
+"""KL divergence of a student from a teacher as an autograd function."""
+
+# T = tokens, V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core.row_terms import PairTerms, kl_divergence
+from loss_core_torch import operators
+from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.kernels import KernelSet, Pairs
+from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.second_derivative import once_differentiable
+
+
+class Call(NamedTuple):
+    """What a call is beside its tensors.
+
+    Attributes:
+        kernels: the set of kernels.
+        temperature: divides both logits.
+        chunk_size: most rows of a temporary; 0: the kernels choose.
+        group: over which the vocabulary is sharded, or None.
+        grad_in_forward: the student's gradient is made in the forward; only with coefficients, no group, no trace.
+    """
+
+    kernels: KernelSet
+    temperature: float
+    chunk_size: int = 0
+    group: Any = None
+    grad_in_forward: bool = False
+
+
+class Distillation(Function):
+    """KL(teacher || student) of each token at a temperature, or their sum with given coefficients; not times T^2.
+
+    Inputs: student, teacher [..., V] float; keep_T [T] bool or None; coef_T [T] in the dtype of the arithmetic, not
+    differentiated, or None; the call.
+    Output: with coef_T the scalar sum of coef * KL, else kl_T [T], 0 for ignored tokens; in the dtype of the
+    arithmetic. Further outputs are what waits for the backward; of the gradients, the student's alone is made in the
+    forward. See `CrossEntropy` on a second backward.
+    """
+
+    @staticmethod
+    def forward(
+        student: Tensor, teacher: Tensor, keep_T: Tensor | None, coef_T: Tensor | None, call: Call
+    ) -> tuple[Tensor, ...]:
+        pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
+        made: list[Tensor] = []
+        if call.grad_in_forward:
+            assert coef_T is not None
+            terms, *made = operators.pair_terms_and_grad(call.kernels, pairs, coef_T / call.temperature)
+        else:
+            terms = operators.pair_terms(call.kernels, pairs)
+        if call.group is not None:
+            terms = collectives.fold(terms, call.group)
+        kl_T = zero_where_ignored(kl_divergence(torch, terms), keep_T)
+        result = kl_T.clone() if coef_T is None else weighted_sum(coef_T, kl_T)
+        return result, kl_T, *terms, *made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream, call = grads[0], ctx.call
+        check_upstream(upstream)
+        student, teacher, keep_T, coef_T, kl_T, *rest = ctx.saved_tensors
+        terms, made = PairTerms(*rest[:5]), rest[5:]
+        want_student, want_teacher = ctx.needs_input_grad[:2]
+        found: list[Tensor | None] = [None, None]
+        with torch.no_grad():
+            upstream_T = upstream.to(kl_T.dtype) if coef_T is None else coef_T * upstream.to(kl_T.dtype)
+            pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
+            args = (call.kernels, pairs, terms, kl_T, upstream_T / call.temperature)
+            if made and not ctx.spent:
+                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+                ctx.spent = True
+                found[0] = operators.pair_grad(*args, False, out=made[0].data, unless_one=upstream)
+            elif want_student:
+                found[0] = operators.pair_grad(*args, False)
+            if want_teacher:
+                found[1] = operators.pair_grad(*args, True)
+        return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)

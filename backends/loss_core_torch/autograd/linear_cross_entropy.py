@@ -1,0 +1,180 @@
+"""Cross entropy of softcap(hidden @ W.T) as an autograd function, without the logits.
+
+Over a whole vocabulary, with a coefficient for each token, the forward makes loss and gradients with three matrix
+products. Otherwise the backward computes the logits again: the upstream gradient of each token, or the other ranks'
+part of its row, is not known before. Over a group: one all-gather of the row terms in the forward; one all-reduce of
+the gradient of the hidden states in the backward, or one reduce-scatter where each rank holds a share of the sequence.
+"""
+
+# T = tokens, N = tokens in products, R = ranks, V = vocabulary of this rank, H = hidden
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core.row_terms import Objective, RowTerms, cross_entropy
+from loss_core_torch import operators
+from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.kernels import KernelSet, Linear
+from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.second_derivative import once_differentiable
+from loss_core_torch.tracing import is_traced, may_read
+
+
+class Call(NamedTuple):
+    """What a call is beside its tensors.
+
+    Attributes:
+        kernels: the set of kernels.
+        objective: which cross entropy.
+        softcap: 0 is off.
+        product_dtype: dtype to which the operands are rounded.
+        want: which gradients may be asked for, of hidden states and of the weight.
+        vocab_start: first class of this weight.
+        group: over which the vocabulary is sharded, or None.
+        sequence_dim: dimension of the hidden states that is sharded over the group, or None.
+    """
+
+    kernels: KernelSet
+    objective: Objective
+    softcap: float
+    product_dtype: torch.dtype
+    want: tuple[bool, bool]
+    vocab_start: int = 0
+    group: Any = None
+    sequence_dim: int | None = None
+
+
+class LinearCrossEntropy(Function):
+    """Cross entropy of each token, or their sum with given coefficients.
+
+    Inputs: hidden [..., H] and w_VH float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None;
+    places_N [N] int64, the tokens that take part in products (the others are ignored), or None for all, ignored ones
+    as zeros; coef_T [T] in the dtype of the arithmetic, or None; the call.
+    Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
+    arithmetic. Further outputs are what waits for the backward. See `CrossEntropy` on a second backward.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        w_VH: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor | None,
+        places_N: Tensor | None,
+        coef_T: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, ...]:
+        # Gathered once: to gather again would be a second collective in the backward.
+        whole = (
+            hidden if call.sequence_dim is None else collectives.gather_shares(hidden, call.sequence_dim, call.group)
+        )
+        linear = _operands(whole, w_VH, labels_T, keep_T, places_N, call)
+        made: list[Tensor] = []
+        if coef_T is not None and call.group is None and any(call.want):
+            coef_N = coef_T if places_N is None else coef_T[places_N]
+            terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
+        else:
+            keep_logits = call.group is not None and any(call.want)
+            terms, logits = operators.linear_terms(call.kernels, linear, call.objective, keep_logits)
+            made = [logits] if logits.numel() else []
+        if call.group is not None:
+            terms = collectives.fold(terms, call.group)
+        loss_N = cross_entropy(torch, terms, call.objective)
+        loss_T = zero_where_ignored(_put(loss_N, places_N, labels_T.numel()), keep_T)
+        result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
+        return result, loss_T, *terms[:3], *([] if whole is hidden else [whole]), *made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, *tensors, ctx.call = inputs
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.mark_non_differentiable(*output[1:])
+        # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
+        ctx.set_materialize_grads(False)
+        rest = list(output[1:])
+        whole = hidden if ctx.call.sequence_dim is None else rest.pop(4)
+        ctx.save_for_backward(whole, *tensors, *rest)
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream, call = grads[0], ctx.call
+        check_upstream(upstream)
+        whole, w_VH, labels_T, keep_T, places_N, coef_T, loss_T, m_T, s_T, t_T, *made = ctx.saved_tensors
+        want_h, want_w = ctx.needs_input_grad[:2]
+        fresh, ctx.spent = made and not ctx.spent, True
+        with torch.no_grad():
+            if fresh and call.group is None:
+                coef_N = coef_T if places_N is None else coef_T[places_N]
+                grad_h, grad_w = _scaled(made, upstream, coef_N)
+            else:
+                upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
+                upstream_T = upstream_T if keep_T is None else upstream_T.masked_fill(~keep_T, 0.0)
+                upstream_N = upstream_T if places_N is None else upstream_T[places_N]
+                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+                logits = made[0].data if fresh else m_T.new_empty(0)
+                linear = _operands(whole, w_VH, labels_T, keep_T, places_N, call)
+                grad_h, grad_w = operators.linear_grads(
+                    call.kernels, linear, RowTerms(m_T, s_T, t_T), upstream_N, call.objective, (want_h, want_w), logits
+                )
+            grad_hidden = _hidden_grad(grad_h, keep_T, places_N, ctx.shape, call).to(ctx.dtype) if want_h else None
+            grad_weight = grad_w.to(w_VH.dtype) if want_w else None
+            grad_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[5] else None
+        found = [once_differentiable(x, whole, w_VH, coef_T, upstream) for x in (grad_hidden, grad_weight, grad_coef)]
+        return found[0], found[1], None, None, None, found[2], None
+
+
+def _operands(
+    whole: Tensor, w_VH: Tensor, labels_T: Tensor, keep_T: Tensor | None, places_N: Tensor | None, call: Call
+) -> Linear:
+    """The operands of the products, without ignored tokens or with zeros for them."""
+    h_TH = whole.reshape(-1, whole.shape[-1])
+    if places_N is not None:
+        h_TH, labels_T = h_TH.index_select(0, places_N), labels_T.index_select(0, places_N)
+    elif keep_T is not None:
+        # What an ignored token holds must not reach a product, not even times 0.
+        h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
+    return Linear(h_TH, w_VH, labels_T, call.vocab_start, call.softcap, call.product_dtype)
+
+
+def _put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:
+    """Rows of the tokens in products among those of all tokens; 0 elsewhere."""
+    if places_N is None:
+        return x_N
+    return x_N.new_zeros((num_tokens, *x_N.shape[1:])).index_copy(0, places_N, x_N)
+
+
+def _scaled(made: list[Tensor], upstream: Tensor, coef_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that were made in the forward, times the upstream gradient."""
+    if may_read(upstream) and float(upstream) == 1.0:
+        return made[0].data, made[1].data
+    # Where no token counts the gradient is 0, even for an infinite upstream.
+    factor = upstream.masked_fill((coef_N == 0).all(), 0.0)
+    if is_traced(upstream):
+        return made[0] * factor, made[1] * factor
+    return made[0].data.mul_(factor), made[1].data.mul_(factor)
+
+
+def _hidden_grad(
+    grad_h: Tensor, keep_T: Tensor | None, places_N: Tensor | None, shape: torch.Size, call: Call
+) -> Tensor:
+    """The gradient of this rank's hidden states, in the dtype of the arithmetic."""
+    if places_N is not None:
+        num_tokens = shape[:-1].numel() * (1 if call.sequence_dim is None else dist.get_world_size(call.group))
+        grad_h = _put(grad_h, places_N, num_tokens)
+    if keep_T is not None:
+        # Not a product with 0: the upstream gradient may be infinite.
+        grad_h = grad_h.masked_fill(~keep_T[:, None], 0.0)
+    if call.group is None:
+        return grad_h.view(shape)
+    if call.sequence_dim is None:
+        dist.all_reduce(grad_h, group=call.group)
+        return grad_h.view(shape)
+    return collectives.reduce_scatter_shares(grad_h, shape, call.sequence_dim, call.group)

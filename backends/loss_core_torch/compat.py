@@ -1,0 +1,227 @@
+"""Private and version-dependent APIs of PyTorch: one function each, with the version in which it was seen."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.utils import _pytree as pytree
+
+R = TypeVar("R")
+
+
+def all_gather(out: Tensor, part: Tensor, group: Any) -> None:
+    """Write the parts of all ranks, which have one shape, into `out`, in rank order."""
+    # Renamed in torch 2.13, which warns about the old name.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(out, part, group=group)
+
+
+def reduce_scatter(out: Tensor, parts: Tensor, group: Any) -> None:
+    """Write the sum over the ranks of this rank's part into `out`; `parts` holds one part per rank, in rank order."""
+    # Renamed in torch 2.13, which warns about the old name.
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(out, parts, group=group)
+
+
+def group_store(group: Any) -> Any:
+    """The key-value store over which the ranks of a group met; its timeout is that of init_process_group."""
+    # A method of the group in torch 2.13.
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    return distributed_c10d._get_process_group_store(group)
+
+
+def has_peers(group: Any) -> bool:
+    """Whether other processes take part in a group: not in dry runs, whose ranks exist in one process alone.
+
+    Those are the "fake" backend, and LocalTensorMode, which runs over it. Seen in torch 2.13.
+    """
+    return "fake" not in dist.get_backend(group)
+
+
+def is_strided_shard(placement: Any) -> bool:
+    """Whether a placement is FSDP's, of a dimension that another dimension of the mesh shards as well.
+
+    A private class. Seen in torch 2.10, 2.13.
+    """
+    return type(placement).__name__ == "_StridedShard"
+
+
+def on_each_rank(function: Callable[..., R], *args: Any) -> R:
+    """Call a function whose shapes may differ among ranks; under LocalTensorMode once for each rank that it simulates.
+
+    Seen in torch 2.13.
+
+    Args:
+        function: works on this rank's tensors alone: no collective, no side effect.
+    """
+    local: Any = sys.modules.get("torch.distributed._local_tensor")
+    if local is None or local.enabled_local_tensor_mode() is None:
+        return function(*args)
+    specs = []
+
+    def flat(*args: Any) -> tuple[Any, ...]:
+        # The mode puts the ranks' results together, but knows no NamedTuples.
+        leaves, spec = pytree.tree_flatten(function(*args))
+        specs.append(spec)
+        return tuple(leaves)
+
+    leaves = local.maybe_run_for_local_tensor(flat)(*args)
+    result: R = pytree.tree_unflatten(leaves, specs[0])
+    return result
+
+
+# Whether a torch.func transform is active; Dynamo guards on it. Seen in torch 2.10, 2.13.
+in_functorch_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# A tensor with a shape but no values. Seen in torch 2.10, 2.13.
+FakeTensor = torch._subclasses.FakeTensor
+
+
+def functorch_transforms() -> tuple[str, ...]:
+    """Names of the active torch.func transforms, such as "Vmap"; not for traced calls. Seen in torch 2.10, 2.13."""
+    if not in_functorch_transform():
+        return ()
+    stack: Any = torch._C._functorch.get_interpreter_stack()
+    return tuple(interpreter.key().name for interpreter in stack or ())
+
+
+@contextmanager
+def outside_of_functorch() -> Iterator[None]:
+    """What runs in here sees no torch.func transform, for tensors that none of them has wrapped.
+
+    Seen in torch 2.10, 2.13.
+    """
+    if not in_functorch_transform():
+        yield
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def without_wrappers(value: Any) -> Any:
+    """The tensor in memory behind what a torch.func gradient has wrapped; any other value as it is.
+
+    Seen in torch 2.10, 2.13.
+    """
+    while isinstance(value, Tensor) and is_functorch_wrapped(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for a batch of tensors under vmap; not for traced calls. Seen in torch 2.10, 2.13."""
+    return bool(torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x))
+
+
+def is_functorch_wrapped(x: Tensor) -> bool:
+    """Whether x belongs to a torch.func transform. Seen in torch 2.10, 2.13."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+# The mode of a key of `MODES` that looks at every operation, or None. Seen in torch 2.10, 2.13.
+dispatch_mode: Callable[[Any], Any] = torch._C._get_dispatch_mode
+MODES: tuple[Any, ...] = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def onednn_operator() -> Any:
+    """oneDNN's linear layer, which TorchInductor's graphs call, if there is one. Seen in torch 2.10, 2.13."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def onednn_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b by oneDNN, for matrices in float32 on a CPU. Seen in torch 2.10, 2.13."""
+    # A linear layer without bias, which takes its weight as [N, K]; fast where that is dense in either order.
+    product: Tensor = onednn_operator()(a_MK, b_KN.t(), None, "none", [], "")
+    return product
+
+
+@cache
+def onednn_is_faster(processor: str | None = None, capability: str | None = None) -> bool:
+    """Whether float32 products go to oneDNN on a processor: AMD's with AVX-512, where PyTorch would take MKL.
+
+    Args:
+        processor: what tells whose it is; None: this machine's.
+        capability: as `torch.backends.cpu.get_cpu_capability` has it; None: this machine's.
+    """
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and (capability or torch.backends.cpu.get_cpu_capability()) == "AVX512"
+        and "AuthenticAMD" in (_processor() if processor is None else processor)
+        and onednn_operator() is not None
+    )
+
+
+def _processor() -> str:
+    """What tells whose processor this is: the first lines of Linux's list, elsewhere Python's own word."""
+    listed = Path("/proc/cpuinfo")
+    return listed.read_text()[:200] if listed.is_file() else platform.processor()
+
+
+def float32_products_are_full() -> bool:
+    """Whether nothing else than float32 was asked for float32 products. Seen in torch 2.10, 2.13."""
+    return not any(map(_is_reduced, _BACKENDS))
+
+
+@contextmanager
+def full_float32_products() -> Iterator[None]:
+    """Matrix products of float32 in float32 while this lasts, whatever precision the program has chosen for others.
+
+    PyTorch has no such choice for one product, so the settings of the whole process are changed, and restored by the
+    last call to leave. Seen in torch 2.10, 2.13.
+    """
+    _FULL_FLOAT32.enter()
+    try:
+        yield
+    finally:
+        _FULL_FLOAT32.leave()
+
+
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+
+
+def _is_reduced(backend: Any) -> bool:
+    """Whether float32 products of a backend are made in another precision; "none" means: as the next setting says."""
+    chain = (backend.matmul, backend, torch.backends)
+    found = (getattr(setting, "fp32_precision", "none") for setting in chain)
+    return next((precision for precision in found if precision != "none"), "none") not in ("none", "ieee")
+
+
+class _FullFloat32:
+    """How many calls want full float32 products now, and the settings to restore after the last of them."""
+
+    def __init__(self) -> None:
+        self._lock, self._calls = threading.Lock(), 0
+        self._before: list[tuple[Any, str]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._calls == 0:
+                self._before = [(x.matmul, x.matmul.fp32_precision) for x in _BACKENDS if _is_reduced(x)]
+                for setting, _ in self._before:
+                    setting.fp32_precision = "ieee"
+            self._calls += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._calls == 0:
+                for setting, precision in self._before:
+                    setting.fp32_precision = precision
+
+
+_FULL_FLOAT32 = _FullFloat32()

@@ -1,0 +1,253 @@
+"""What the losses accept, in one place: shapes, dtypes, labels, masks, counts. Nothing here changes an input."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from loss_core_torch.tracing import may_read, ordinary
+
+
+class Tokens(NamedTuple):
+    """What a call says of its tokens, checked.
+
+    Attributes:
+        shape: of labels.
+        labels_T: int64; keep_T: bool, which tokens count, or None where it is known that all do.
+        num_tokens: divisor of the sum, a number or a 0-d tensor, or None.
+        weights_T: factor of each token's loss, or None.
+        nan_T: 1 for each token, NaN where it was seen too late for an error that its arguments are wrong; or None.
+    """
+
+    shape: torch.Size
+    labels_T: Tensor
+    keep_T: Tensor | None
+    num_tokens: Any = None
+    weights_T: Tensor | None = None
+    nan_T: Tensor | None = None
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """A plain tensor, or a TypeError that says what came instead."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, but what it belongs to is a plain tensor. Pass {name}.to_local(), or DTensors alone."
+        )
+    return ordinary(value)
+
+
+def tokens(
+    of: str,
+    shape: torch.Size,
+    device: torch.device,
+    reduction: str,
+    ignore_index: int,
+    labels: Any,
+    mask: Any = None,
+    count_name: str = "num_label_tokens",
+    num_tokens: Any = None,
+    loss_weights: Any = None,
+    vocab: int | None = None,
+) -> Tokens:
+    """Everything with one value per token, checked against the leading shape of the tensor named `of`.
+
+    Args:
+        vocab: number of classes, where it is known yet: then it may be seen at once that all tokens count.
+    """
+    num_tokens = count(count_name, num_tokens, reduction, device)
+    weights_T = weights(loss_weights, shape, reduction, device)
+    labels_T = labels_like(labels, shape, of, device)
+    if mask is None and vocab is not None and _all_classes(labels_T, vocab) and not 0 <= ignore_index < vocab:
+        return Tokens(shape, labels_T, None, num_tokens, weights_T)
+    return Tokens(shape, labels_T, kept(labels_T, shape, ignore_index, mask), num_tokens, weights_T)
+
+
+def floats(name: str, value: Any) -> Tensor:
+    """A floating-point tensor with at least one dimension."""
+    value = tensor(name, value)
+    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+    if value.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a 0-d tensor.")
+    return value
+
+
+def not_empty(name: str, what: str, value: Tensor, dim: int = -1) -> None:
+    """Refuse a tensor of which a dimension, named `what`, is empty."""
+    if value.shape[dim] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: the {what} must not be empty.")
+
+
+def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) -> Tensor:
+    """labels as int64 of shape [T] on the device, contiguous.
+
+    Args:
+        lead: the leading shape that labels must have; of: name of the tensor it comes from.
+    """
+    labels = tensor("labels", labels)
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers of any width, got {labels.dtype}.")
+    if labels.shape != lead:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but {of} has leading shape {tuple(lead)}; they must match "
+            f"({of}.shape[:-1] == labels.shape)."
+        )
+    # A kernel takes them side by side: a column of a matrix of labels does not lie so.
+    return labels.detach().to(device=device, dtype=torch.int64).reshape(-1).contiguous()
+
+
+def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = None) -> Tensor:
+    """Which tokens count, [T] bool: the label is not ignore_index, and mask is not 0 there."""
+    keep_T = labels_T != ignore_index
+    if mask is None:
+        return keep_T
+    mask = tensor("mask", mask)
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool, integer or float, got {mask.dtype}.")
+    mask = mask.detach().to(labels_T.device) != 0
+    if mask.shape != shape:
+        try:
+            mask = mask.broadcast_to(shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)} but labels has shape {tuple(shape)}; "
+                "mask.shape == labels.shape must hold, or mask must broadcast to it."
+            ) from error
+    return keep_T & mask.reshape(-1)
+
+
+def settled(tokens: Tokens) -> Tokens:
+    """The tokens with keep_T None where it can be seen that none is ignored, and none where the count is 0."""
+    keep_T, count = tokens.keep_T, tokens.num_tokens
+    if keep_T is None:
+        if count is None:
+            return tokens
+        keep_T = torch.ones_like(tokens.labels_T, dtype=torch.bool)
+    if isinstance(count, Tensor):
+        # A count of 0 means that no token counts anywhere: then none does here.
+        keep_T = keep_T & (count != 0)
+    elif count == 0:
+        keep_T = torch.zeros_like(keep_T)
+    return tokens._replace(keep_T=None if may_read(keep_T) and bool(keep_T.all()) else keep_T)
+
+
+def all_alike(tokens: Tokens) -> bool:
+    """Whether no token is ignored, weighted, counted otherwise or wrong: their sum or mean is the result."""
+    plain = tokens.keep_T is None and tokens.num_tokens is None and tokens.weights_T is None and tokens.nan_T is None
+    return plain and tokens.labels_T.numel() > 0
+
+
+def in_range(tokens: Tokens, vocab: int, ignore_index: int) -> Tokens:
+    """The tokens, once a label that counts but is no class has been refused, or marked in nan_T.
+
+    Raises:
+        ValueError: where values may be read; elsewhere the token is NaN.
+    """
+    labels_T, keep_T = tokens.labels_T, tokens.keep_T
+    if keep_T is None or _all_classes(labels_T, vocab):
+        return tokens
+    if not may_read(labels_T):
+        return tokens._replace(nan_T=nan_where(keep_T & ((labels_T < 0) | (labels_T >= vocab)), tokens.nan_T))
+    bad_T = keep_T & ((labels_T < 0) | (labels_T >= vocab))
+    if not bool(bad_T.any()):
+        return tokens
+    first, shape = int(bad_T.nonzero()[0, 0]), tokens.shape
+    at = torch.unravel_index(torch.tensor(first, device=labels_T.device), shape) if shape else ()
+    raise ValueError(
+        f"labels{[int(i) for i in at]} is {int(labels_T[first])}, which is neither a class in [0, {vocab}) nor "
+        f"ignore_index ({ignore_index})."
+    )
+
+
+def _all_classes(labels_T: Tensor, vocab: int) -> bool:
+    """Whether it can be seen that every label is a class."""
+    if not may_read(labels_T) or not labels_T.numel():
+        return False
+    low, high = torch.aminmax(labels_T)
+    return int(low) >= 0 and int(high) < vocab
+
+
+def nan_where(bad: Tensor, factor_T: Tensor | None) -> Tensor:
+    """The factor of each token, or 1, but NaN where `bad` (a bool tensor [T] or []) is True."""
+    ones = torch.ones_like(bad, dtype=torch.float32) if factor_T is None else factor_T
+    return ones.masked_fill(bad, torch.nan)
+
+
+def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
+    """A token count: None, a number, or a 0-d tensor on the device."""
+    if value is None:
+        return None
+    if reduction != "sum":
+        raise ValueError(f"{name} is only supported when reduction is 'sum', got reduction={reduction!r}.")
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype == torch.bool or value.dtype.is_complex:
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}, {value.dtype}."
+            )
+        value = ordinary(value.detach()).to(device)
+        if may_read(value) and not float(value) >= 0:
+            raise ValueError(f"{name} must be >= 0, got {float(value):g}.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}.")
+    if not float(value) >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}.")
+    return value
+
+
+def with_number(tokens: Tokens, value: Any, skip_ignored: bool | None) -> Tokens:
+    """The tokens, once the number of those that count has been compared with what the caller says of it.
+
+    Raises:
+        ValueError: a wrong number, where values may be read; elsewhere every token is NaN.
+    """
+    if value is None:
+        return tokens
+    keep_T = tokens.keep_T
+    keep_T = torch.ones_like(tokens.labels_T, dtype=torch.bool) if keep_T is None else keep_T
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"num_valid_tokens must be a Python integer, got {type(value).__name__}: it gives arrays their shape, so "
+            "it must be known on the host. int(tensor) waits for the device; skip_ignored=True does that by itself."
+        )
+    number = cast(int, value)
+    if skip_ignored is False:
+        raise ValueError(
+            f"num_valid_tokens={number} is for leaving the other tokens out of the products, which skip_ignored=False "
+            "forbids; use skip_ignored=None or True, or leave the number out."
+        )
+    if not 0 <= number <= keep_T.numel():
+        raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {number}.")
+    if not may_read(keep_T):
+        wrong = (keep_T.sum() != number).expand(keep_T.shape)
+        return tokens._replace(nan_T=nan_where(wrong, tokens.nan_T))
+    found = int(keep_T.sum())
+    if found != number:
+        raise ValueError(
+            f"num_valid_tokens is {number}, but {found} of the {keep_T.numel()} labels are not ignore_index; it must "
+            "be their number in this very call, on this rank."
+        )
+    return tokens
+
+
+def weights(value: Any, shape: torch.Size, reduction: str, device: torch.device) -> Tensor | None:
+    """loss_weights as [T] on the device, or None."""
+    if value is None:
+        return None
+    value = tensor("loss_weights", value)
+    if reduction != "sum":
+        raise ValueError(f"loss_weights is only supported when reduction is 'sum', got reduction={reduction!r}.")
+    if value.shape != shape:
+        raise ValueError(
+            f"loss_weights has shape {tuple(value.shape)} but labels has shape {tuple(shape)}; they must match."
+        )
+    if value.dtype == torch.bool or value.dtype.is_complex:
+        raise TypeError(f"loss_weights must be numbers, got {value.dtype}.")
+    return value.to(device).reshape(-1)

@@ -1,0 +1,210 @@
+"""Kernel sets. A set makes the terms of rows, and gradients from coefficients; it knows rows, not losses.
+
+`KernelSet` is what a set implements. Losses reach it through `loss_core_torch.operators`, which makes each method a
+custom operator where a call is traced.
+"""
+
+# T = tokens (rows), V = vocabulary (of this rank), H = hidden
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+
+
+class Rows(NamedTuple):
+    """Logits, and what is known of each row before they are read.
+
+    Attributes:
+        logits: [..., V] float, any strides.
+        labels_T: [T] int64, counted over the whole vocabulary; no class of it for a target that nobody owns.
+        keep_T: [T] bool, False for rows to ignore; None: no row is ignored.
+        vocab_start: first class of these columns.
+    """
+
+    logits: Tensor
+    labels_T: Tensor
+    keep_T: Tensor | None
+    vocab_start: int = 0
+
+
+class Pairs(NamedTuple):
+    """Logits of two distributions.
+
+    Attributes:
+        student, teacher: [..., V] float, any strides.
+        keep_T: as in `Rows`.
+        inverse_temperature: factor of both.
+        chunk_size: most rows of a temporary; 0: the set chooses.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    keep_T: Tensor | None
+    inverse_temperature: float
+    chunk_size: int = 0
+
+
+class Linear(NamedTuple):
+    """Operands of logits softcap(h @ W.T) that are never held whole. No row is ignored.
+
+    Attributes:
+        h_TH: [T, H] float; w_VH: [V, H] float.
+        labels_T, vocab_start: as in `Rows`.
+        softcap: c of c * tanh(logits / c); 0 is off.
+        product_dtype: dtype to which the operands are rounded.
+    """
+
+    h_TH: Tensor
+    w_VH: Tensor
+    labels_T: Tensor
+    vocab_start: int
+    softcap: float
+    product_dtype: torch.dtype
+
+
+class KernelSet(Protocol):
+    """What a set of kernels computes. Results are in the dtype of the arithmetic, gradients of logits in the logits'.
+
+    Terms of an ignored row are any numbers; its gradient is exactly 0, whatever it holds.
+    """
+
+    flag: str
+
+    def grad_in_forward(self, device: torch.device) -> bool:
+        """Whether terms and gradient of a row are better made together than in two visits."""
+        ...
+
+    def row_terms(self, rows: Rows, objective: Objective) -> RowTerms:
+        """Terms of each row over these columns."""
+        ...
+
+    def row_grad(
+        self,
+        rows: Rows,
+        terms: RowTerms,
+        coefficients: Coefficients,
+        out: Tensor | None = None,
+        unless_one: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient by the logits, from terms and coefficients over the whole vocabulary.
+
+        Args:
+            out: [..., V], where it goes; may be the logits themselves. None: a new contiguous tensor.
+            unless_one: scalar; where it is exactly 1, `out` holds the result already and nothing is done.
+        """
+        ...
+
+    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
+        """Terms, and the gradient of the sum of coef * loss, in one visit of each row."""
+        ...
+
+    def pair_terms(self, pairs: Pairs) -> PairTerms:
+        """Terms of each pair of rows over these columns."""
+        ...
+
+    def pair_grad(
+        self,
+        pairs: Pairs,
+        terms: PairTerms,
+        kl_T: Tensor,
+        coef_T: Tensor,
+        of_teacher: bool,
+        out: Tensor | None = None,
+        unless_one: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient of the sum of coef * KL by the student's logits, or by the teacher's.
+
+        Args:
+            coef_T: [T], every factor of the temperature included.
+            out, unless_one: as in `row_grad`.
+        """
+        ...
+
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+        """Terms, and the student's gradient, in one visit of each pair of rows."""
+        ...
+
+    def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Dtype in which the logits' gradient enters its two matrix products."""
+        ...
+
+    def linear_terms(self, linear: Linear, objective: Objective, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+        """Terms over these rows of the weight; and what `linear_grads` takes as `logits`.
+
+        Args:
+            keep_logits: whether `linear_grads` will follow. The logits are kept if they fit the memory of one block,
+                else (or if False) the second result is empty.
+        """
+        ...
+
+    def linear_grads(
+        self, linear: Linear, terms: RowTerms, upstream_T: Tensor, objective: Objective, want: tuple[bool, bool],
+        logits: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Gradients by h [T, H] and W [V, H] for the upstream gradient of each row's loss.
+
+        Args:
+            terms: over the whole vocabulary.
+            want: which of the two; the other is empty.
+            logits: of `linear_terms`, overwritten; empty: they are computed again.
+        """
+        ...
+
+    def linear_terms_and_grads(
+        self, linear: Linear, coef_T: Tensor, objective: Objective, want: tuple[bool, bool]
+    ) -> tuple[RowTerms, Tensor, Tensor]:
+        """Terms, and the gradients of the sum of coef * loss, with three matrix products."""
+        ...
+
+
+# The label of an ignored token in what `WholeLosses.linear_cross_entropy` gets: no number that a caller would give.
+IGNORED = -(1 << 63)
+
+
+class WholeLosses:
+    """What `plain` and `te` are: they make the loss of each token whole, in operations that autograd knows.
+
+    A method that is not overridden is a loss that the flag does not have.
+    """
+
+    flag: str
+
+    def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
+        """Loss of each token, [T] in the dtype of the arithmetic; 0 for ignored ones.
+
+        Args:
+            group: over which the vocabulary is sharded in equal parts, or None.
+            reduction: "none"; or "sum" or "mean" of all tokens, where none is ignored.
+        """
+        raise NotImplementedError
+
+    def distillation(self, pairs: Pairs) -> Tensor:
+        """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`."""
+        raise NotImplementedError
+
+    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
+        """Cross entropy of the logits of each token; else as `cross_entropy`."""
+        raise NotImplementedError
+
+
+# Name in the flag -> module with `KERNELS`, imported when a loss is built with it.
+_MODULES = {
+    "plain": "loss_core_torch.kernels.plain",
+    "eager": "loss_core_torch.kernels.eager",
+    "compile": "loss_core_torch.kernels.compiled",
+    "triton": "loss_core_torch.kernels.gpu",
+    "te": "loss_core_torch.kernels.te",
+}
+
+
+@cache
+def find(name: str) -> KernelSet | WholeLosses:
+    """The kernels of a name in the flag."""
+    return cast(KernelSet | WholeLosses, cast(Any, import_module(_MODULES[name])).KERNELS)

@@ -1,0 +1,200 @@
+"""What TorchInductor compiles for `torch:compile`, on matrices: terms, and gradients from coefficients.
+
+Plain PyTorch operations without loops: the compiler makes one loop over rows out of each function, so that a row is
+read from memory once and is in cache for whatever else looks at it. Arithmetic is float32, or float64 for float64
+logits. The laws stand in `loss_core.row_terms`.
+
+An exponential that is used twice is made once: TorchInductor keeps those of the row that it works on (of exp; it would
+make exp2 again). The target's column is not written here: in a loop over all classes it would cost each of them a
+comparison.
+"""
+
+# T = tokens, V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loss_core.row_terms import GAP_UNIT, Objective, PairTerms, RowTerms, cross_entropy_coefficients, kl_centre
+from loss_core_torch.tracing import compute_dtype
+
+_UNIT = 1.0 / GAP_UNIT
+
+
+def _wide(logits_TV: Tensor) -> Tensor:
+    return logits_TV.to(compute_dtype(logits_TV.dtype))
+
+
+def _shifted(x_TV: Tensor, m_T: Tensor) -> Tensor:
+    """x - m, where a row without any finite logit stays -inf: -inf minus -inf would be NaN."""
+    return x_TV - torch.where(m_T == -torch.inf, 0.0, m_T)[:, None]
+
+
+def _exp2(x_TV: Tensor) -> Tensor:
+    """exp that is made again for each use."""
+    # log2 e as a literal: a number from elsewhere would become an input of the program.
+    return (x_TV * 1.4426950408889634).exp2()
+
+
+def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
+    """Ignored rows cleared; not by a product with 0, since they may hold inf or NaN."""
+    return torch.where(keep_T[:, None], out_TV, 0.0)
+
+
+def row_terms(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """m and s."""
+    x_TV = _wide(logits_TV)
+    m_T = x_TV.amax(-1)
+    return m_T, _shifted(x_TV, m_T).exp().sum(-1)
+
+
+def row_sum_around(logits_TV: Tensor, m_T: Tensor) -> Tensor:
+    """s for a given m, which is finite."""
+    return (_wide(logits_TV) - m_T[:, None]).exp().sum(-1)
+
+
+def row_terms_and_sum(logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, s and z_sum."""
+    return *row_terms(logits_TV), _wide(logits_TV).sum(-1)
+
+
+def row_grad(logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, scale_T: Tensor, out_TV: Tensor) -> None:
+    """scale exp(z - m) into out, 0 where keep is False."""
+    out_TV.copy_(_kept(_shifted(_wide(logits_TV), m_T).exp() * scale_T[:, None], keep_T))
+
+
+def row_grad_uniform(
+    logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, scale_T: Tensor, uniform_T: Tensor, out_TV: Tensor
+) -> None:
+    """scale exp(z - m) - uniform into out, 0 where keep is False."""
+    powers_TV = _shifted(_wide(logits_TV), m_T).exp()
+    out_TV.copy_(_kept(powers_TV * scale_T[:, None] - uniform_T[:, None], keep_T))
+
+
+def row_terms_and_grad(
+    logits_TV: Tensor, keep_T: Tensor, t_T: Tensor, coef_T: Tensor, out_TV: Tensor, num_classes: int, *options: float
+) -> tuple[Tensor, ...]:
+    """m, s, z_sum (0 where it is not needed), and the gradient but for the target's column into out.
+
+    Args:
+        num_classes, options: of the `Objective`.
+    """
+    x_TV = _wide(logits_TV)
+    m_T = x_TV.amax(-1)
+    shifted_TV = _shifted(x_TV, m_T)
+    return _terms_and_grad(x_TV, shifted_TV, m_T, keep_T, t_T, coef_T, out_TV, Objective(num_classes, *options))
+
+
+def row_terms_and_grad_around(
+    logits_TV: Tensor,
+    keep_T: Tensor,
+    t_T: Tensor,
+    coef_T: Tensor,
+    m_T: Tensor,
+    out_TV: Tensor,
+    num_classes: int,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    """As `row_terms_and_grad`, for a given m, which is finite."""
+    # m is given: were it made in here, TorchInductor would keep the exponentials of all rows.
+    x_TV = _wide(logits_TV)
+    shifted_TV = x_TV - m_T[:, None]
+    return _terms_and_grad(x_TV, shifted_TV, m_T, keep_T, t_T, coef_T, out_TV, Objective(num_classes, *options))
+
+
+def _terms_and_grad(
+    x_TV: Tensor,
+    shifted_TV: Tensor,
+    m_T: Tensor,
+    keep_T: Tensor,
+    t_T: Tensor,
+    coef_T: Tensor,
+    out_TV: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, ...]:
+    powers_TV = shifted_TV.exp()
+    s_T = powers_TV.sum(-1)
+    z_sum_T = x_TV.sum(-1) if objective.needs_z_sum else torch.zeros_like(s_T)
+    found = cross_entropy_coefficients(torch, RowTerms(m_T, s_T, t_T, z_sum_T), coef_T, objective)
+    grad_TV = powers_TV * found.scale[:, None]
+    if found.uniform is not None:
+        grad_TV = grad_TV - found.uniform[:, None]
+    out_TV.copy_(_kept(grad_TV, keep_T))
+    return m_T, s_T, z_sum_T
+
+
+def _pair_terms(student_TV: Tensor, teacher_TV: Tensor) -> PairTerms:
+    m_s_T, m_t_T = student_TV.amax(-1), teacher_TV.amax(-1)
+    student_TV, teacher_TV = _shifted(student_TV, m_s_T), _shifted(teacher_TV, m_t_T)
+    powers_TV = _exp2(teacher_TV)
+    # A probability of 0 counts for nothing, even if the gap is inf or NaN.
+    weighted_TV = torch.where(powers_TV == 0, 0.0, powers_TV * (teacher_TV * _UNIT - student_TV * _UNIT))
+    return PairTerms(m_t_T, powers_TV.sum(-1), weighted_TV.sum(-1), m_s_T, _exp2(student_TV).sum(-1))
+
+
+def _student_grad(student_TV: Tensor, teacher_TV: Tensor, keep_T: Tensor, terms: PairTerms, coef_T: Tensor) -> Tensor:
+    p_s_TV = _exp2(_shifted(student_TV, terms.m_s)) * (coef_T / terms.s_s)[:, None]
+    p_t_TV = _exp2(_shifted(teacher_TV, terms.m_t)) * (coef_T / terms.s_t)[:, None]
+    return _kept(p_s_TV - p_t_TV, keep_T)
+
+
+def pair_terms(student_TV: Tensor, teacher_TV: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+    """PairTerms.
+
+    Args:
+        factor: of both logits, a scalar tensor, so that another temperature is no other program.
+    """
+    return _pair_terms(_wide(student_TV) * factor, _wide(teacher_TV) * factor)
+
+
+def pair_student_grad(
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    factor: Tensor,
+    keep_T: Tensor,
+    m_t_T: Tensor,
+    s_t_T: Tensor,
+    a_T: Tensor,
+    m_s_T: Tensor,
+    s_s_T: Tensor,
+    kl_T: Tensor,
+    coef_T: Tensor,
+    out_TV: Tensor,
+) -> None:
+    """coef (p_s - p_t) into out, 0 where keep is False."""
+    terms = PairTerms(m_t_T, s_t_T, a_T, m_s_T, s_s_T)
+    out_TV.copy_(_student_grad(_wide(student_TV) * factor, _wide(teacher_TV) * factor, keep_T, terms, coef_T))
+
+
+def pair_teacher_grad(
+    student_TV: Tensor,
+    teacher_TV: Tensor,
+    factor: Tensor,
+    keep_T: Tensor,
+    m_t_T: Tensor,
+    s_t_T: Tensor,
+    a_T: Tensor,
+    m_s_T: Tensor,
+    s_s_T: Tensor,
+    kl_T: Tensor,
+    coef_T: Tensor,
+    out_TV: Tensor,
+) -> None:
+    """coef p_t (log p_t - log p_s - KL) into out, 0 where keep is False."""
+    terms = PairTerms(m_t_T, s_t_T, a_T, m_s_T, s_s_T)
+    exponent_TV = _shifted(_wide(teacher_TV) * factor, m_t_T)
+    powers_TV = _exp2(exponent_TV)
+    gap_TV = exponent_TV - _shifted(_wide(student_TV) * factor, m_s_T) - kl_centre(torch, terms, kl_T)[:, None]
+    grad_TV = torch.where(powers_TV == 0, 0.0, powers_TV * gap_TV) * (coef_T / s_t_T)[:, None]
+    out_TV.copy_(_kept(grad_TV, keep_T))
+
+
+def pair_terms_and_grad(
+    student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, keep_T: Tensor, coef_T: Tensor, out_TV: Tensor
+) -> tuple[Tensor, ...]:
+    """PairTerms, and coef (p_s - p_t) into out, 0 where keep is False."""
+    zs_TV, zt_TV = _wide(student_TV) * factor, _wide(teacher_TV) * factor
+    terms = _pair_terms(zs_TV, zt_TV)
+    out_TV.copy_(_student_grad(zs_TV, zt_TV, keep_T, terms, coef_T))
+    return terms

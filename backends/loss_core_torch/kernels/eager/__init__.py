@@ -1,0 +1,30 @@
+"""The kernels of `torch:eager`: PyTorch operations, block of rows by block of rows, on any torch device."""
+
+from __future__ import annotations
+
+import torch
+
+from loss_core_torch.kernels.eager.linear import LinearKernels
+from loss_core_torch.kernels.eager.pairs import PairKernels
+from loss_core_torch.kernels.eager.rows import RowKernels
+from loss_core_torch.kernels.eager.sizes import SIZES, Sizes
+
+
+class EagerKernels(RowKernels, PairKernels, LinearKernels):
+    """A `KernelSet`; see there for each method.
+
+    Args:
+        sizes: of blocks; results differ between two choices by rounding alone.
+    """
+
+    flag = "torch:eager"
+
+    def __init__(self, sizes: Sizes = SIZES) -> None:
+        self.sizes = sizes
+
+    def grad_in_forward(self, device: torch.device) -> bool:
+        """On a CPU a block of rows stays in cache between its terms and its gradient."""
+        return device.type == "cpu"
+
+
+KERNELS = EagerKernels()

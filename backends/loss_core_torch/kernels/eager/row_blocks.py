@@ -1,0 +1,189 @@
+"""Cutting [..., V] tensors into blocks of rows, and exponentials of a block.
+
+A block is small enough to stay in cache (on a CPU), so that no [T, V] temporary exists, in any dtype.
+"""
+
+# T = tokens, B = rows of a block, V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loss_core_torch.tracing import may_read
+
+_LOG2_E = math.log2(math.e)
+
+# A whole number of vectors, for any machine and a few threads.
+_ALIGNMENT = 256
+
+# Up to this size of a row's maximum, its product with log2(e) is rounded by less than 1/8.
+_MODERATE = 2.0**20
+
+
+class Block(NamedTuple):
+    """Where a block of rows lies.
+
+    Attributes:
+        at: among the T rows, as a slice or as indices [B] int64.
+        slab: in a [..., V] tensor, as integers and one slice of its leading dimensions; None where it is a matrix.
+    """
+
+    at: slice | Tensor
+    slab: tuple[int | slice, ...] | None
+
+    def length(self) -> int:
+        """Number of rows."""
+        return self.at.stop - self.at.start if isinstance(self.at, slice) else self.at.numel()
+
+    def take(self, x: Tensor) -> Tensor:
+        """The block [B, V] of a [..., V] tensor: a view where its strides allow it and its rows are not gathered."""
+        if self.slab is not None:
+            return x[self.slab].reshape(-1, x.shape[-1])
+        x_TV = x.view(-1, x.shape[-1])
+        return x_TV[self.at] if isinstance(self.at, slice) else x_TV.index_select(0, self.at)
+
+    def put(self, x: Tensor, block_BV: Tensor) -> None:
+        """Write the block into a [..., V] tensor."""
+        if self.slab is not None:
+            slab = x[self.slab]
+            slab.copy_(block_BV.view(slab.shape))
+        elif isinstance(self.at, slice):
+            x.view(-1, x.shape[-1])[self.at] = block_BV
+        else:
+            x.view(-1, x.shape[-1]).index_copy_(0, self.at, block_BV.to(x.dtype))
+
+    def view(self, x: Tensor) -> Tensor | None:
+        """The block [B, V] of a [..., V] tensor on the same memory; None where there is no such view."""
+        if isinstance(self.at, Tensor):
+            return None
+        return matrix(x if self.slab is None else x[self.slab], self.at if self.slab is None else None)
+
+
+def matrix(x: Tensor, at: slice | None = None) -> Tensor | None:
+    """x [..., V], or some of its rows, as a matrix on the same memory; None where its strides allow none."""
+    try:
+        x_TV = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return None
+    return x_TV if at is None else x_TV[at]
+
+
+def blocks(rows: int, keep_T: Tensor | None, *tensors: Tensor) -> Iterator[Block]:
+    """Blocks of at most `rows` rows of [..., V] tensors of one shape.
+
+    Rows to ignore are left out where the tensors are matrices and their values may be read; elsewhere they are in the
+    blocks. Measured at 1,024 x 32,000 with 3 of 4 rows ignored, on two cores: cross entropy takes 0.65 of the time of
+    clearing them, distillation 0.32.
+    """
+    shape = tensors[0].shape
+    if tensors[0].numel() == 0:
+        return
+    if all(matrix(x) is not None for x in tensors):
+        if keep_T is not None and may_read(keep_T):
+            places_N = keep_T.nonzero()[:, 0]
+            yield from (Block(at_B, None) for at_B in places_N.split(rows) if at_B.numel())
+        else:
+            total = shape[:-1].numel()
+            yield from (Block(slice(first, min(first + rows, total)), None) for first in range(0, total, rows))
+        return
+    # A slab is one dimension cut, and all behind it: the outermost whose rows fit a block.
+    lead = shape[:-1]
+    dim = next(d for d in range(len(lead)) if lead[d + 1 :].numel() <= rows)
+    inner, start = lead[dim + 1 :].numel(), 0
+    step = rows // inner
+    for outer in itertools.product(*map(range, lead[:dim])):
+        for first in range(0, lead[dim], step):
+            last = min(first + step, lead[dim])
+            length = (last - first) * inner
+            yield Block(slice(start, start + length), (*outer, slice(first, last)))
+            start += length
+
+
+class Buffer:
+    """Room for the largest block, handed out in the shape of the present one."""
+
+    def __init__(self, rows: int, like: Tensor, dtype: torch.dtype) -> None:
+        size = -(-rows * like.shape[-1] // _ALIGNMENT) * _ALIGNMENT
+        self._flat = torch.empty(size, dtype=dtype, device=like.device)
+
+    def take(self, block_BV: Tensor) -> Tensor:
+        """The buffer in the shape of a block."""
+        return self._flat[: block_BV.numel()].view(block_BV.shape)
+
+    def widened(self, block_BV: Tensor) -> Tensor:
+        """The block in the dtype of the buffer: itself, or a copy in the buffer."""
+        return block_BV if block_BV.dtype == self._flat.dtype else self.take(block_BV).copy_(block_BV)
+
+    def exp2(self, y_BV: Tensor) -> Tensor:
+        """2^y in place, where y is what `take` gave."""
+        # PyTorch's kernel rounds the last elements, those that fill no vector, in another way. They are made to lie
+        # behind the block: a row's result must not depend on the block that it is in.
+        self._flat[: -(-y_BV.numel() // _ALIGNMENT) * _ALIGNMENT].exp2_()
+        return y_BV
+
+
+def log2_exp(z_BV: Tensor, factor: float, m_B: Tensor, out_BV: Tensor) -> Tensor | None:
+    """Binary logarithms y of exp(factor z - m), each row up to a number of its own.
+
+    In base 2 because exp2 runs at the speed of memory in PyTorch's CPU kernels, exp at a third of it.
+
+    Args:
+        z_BV: in the dtype of the arithmetic; may be out_BV.
+        m_B: largest value of factor z in each row.
+        out_BV: receives y.
+    Returns:
+        The row's number n, with exp(factor z - m) = 2^(y - n); None where it is 0.
+    """
+    # NaN and infinities fail the comparison.
+    if may_read(m_B) and float(torch.linalg.vector_norm(m_B, torch.inf)) < _MODERATE:
+        # One fused multiply-add, rounded once. What rounding moves `shift` by is the same for the whole row: it
+        # is the number that is returned.
+        shift_B = m_B * -_LOG2_E
+        torch.add(shift_B[:, None], z_BV, alpha=factor * _LOG2_E, out=out_BV)
+        return torch.add(shift_B, m_B, alpha=_LOG2_E)
+    shifted(z_BV, factor, m_B, out_BV).mul_(_LOG2_E)
+    return None
+
+
+def shifted(z_BV: Tensor, factor: float, m_B: Tensor, out_BV: Tensor) -> Tensor:
+    """factor z - m, into `out`, which may be z."""
+    if factor != 1.0:
+        z_BV = torch.mul(z_BV, factor, out=out_BV)
+    # -inf minus -inf is NaN: a row without any finite logit must give 0.
+    return torch.sub(z_BV, torch.where(m_B == -torch.inf, 0.0, m_B)[:, None], out=out_BV)
+
+
+def without(number_B: Tensor | None, powers_B: Tensor) -> Tensor:
+    """powers / 2^n, for the number n of `log2_exp`."""
+    return powers_B if number_B is None else powers_B / number_B.exp2()
+
+
+def row_sums(x_BV: Tensor) -> Tensor:
+    """Sum of each row; its rounding does not depend on how many rows there are."""
+    # PyTorch cuts one long row alone into a piece for each thread. Beside a second row it does not.
+    return x_BV.sum(-1) if x_BV.shape[0] != 1 else x_BV.expand(2, -1).sum(-1)[:1]
+
+
+def row_dots(x_BV: Tensor, y_BV: Tensor) -> Tensor:
+    """Sum of x * y of each row; otherwise as `row_sums`."""
+    if x_BV.shape[0] != 1:
+        return torch.linalg.vecdot(x_BV, y_BV)
+    return torch.linalg.vecdot(x_BV.expand(2, -1), y_BV.expand(2, -1))[:1]
+
+
+def clear_ignored(out: Tensor, keep_T: Tensor | None) -> None:
+    """Zeros in ignored rows, where they can be written on their own."""
+    out_TV = matrix(out) if out.numel() else None
+    if keep_T is not None and out_TV is not None and may_read(keep_T):
+        out_TV.index_fill_(0, (~keep_T).nonzero()[:, 0], 0.0)
+
+
+def is_one(unless_one: Tensor | None) -> bool:
+    """Whether there is a scalar, on the CPU, of exactly 1."""
+    return unless_one is not None and may_read(unless_one) and float(unless_one) == 1.0

@@ -1,0 +1,121 @@
+"""Starting kernels of `torch:triton`: on which device, for which layout of memory, in how many programs."""
+
+# T = tokens (rows), V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core_torch import compat
+from loss_core_torch.kernels.gpu import kernels, products, sizes
+from loss_core_torch.kernels.gpu.sizes import LaunchParameters
+
+# Triton decides when the kernels are decorated, so this holds for the life of the process.
+_INTERPRETED = not isinstance(kernels.row_kernel, triton.JITFunction)
+
+
+class Layout(NamedTuple):
+    """How a kernel finds the rows of a tensor [..., V]; handed to it as it is.
+
+    Attributes:
+        sizes: of the leading dimensions, from the last to the second; as few as walk through the rows in C order.
+        strides: of all leading dimensions, from the last to the first, in elements.
+        stride_v: of the vocabulary.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    stride_v: int
+
+
+def layout(x: Tensor) -> Layout:
+    """The layout of [..., V]. A plain matrix has no sizes: its rows need no division."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    inner_first = merged[::-1] or [(1, 0)]
+    sizes_, strides = (tuple(column) for column in zip(*inner_first, strict=True))
+    return Layout(sizes_[:-1], strides, x.stride(-1))
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters, **constants: Any) -> None:
+    """Start one kernel on the device of its first tensor.
+
+    Raises:
+        BackendUnavailable: tensors on a CPU, where kernels run in Triton's interpreter alone.
+    """
+    device = args[0].device
+    check_device(device, _INTERPRETED)
+    # Triton launches on the current device, which need not be the tensors'.
+    here: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    warps = sizes.warps_on(size, amd=torch.version.hip is not None)
+    if compat.in_functorch_transform():
+        # A kernel takes memory, and a wrapped tensor has none of its own.
+        args = tuple(map(compat.without_wrappers, args))
+    with here, compat.outside_of_functorch():
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=size.num_stages)
+
+
+def check_device(device: torch.device, interpreted: bool) -> None:
+    """Refuse tensors on a CPU, unless kernels are interpreted."""
+    if device.type == "cpu" and not interpreted:
+        raise BackendUnavailable(
+            "'torch:triton' got tensors on the cpu; it needs them on a GPU. Use 'torch:eager' for the CPU, or set "
+            "TRITON_INTERPRET=1 before the first import to run the kernels there, slowly."
+        )
+
+
+class Launcher(NamedTuple):
+    """What decides how kernels are launched. Tests, and the compilation without a GPU, bring their own.
+
+    Nothing is tuned at run time: that would cost the host time in the first steps, and results would depend on which
+    sizes won.
+
+    Attributes:
+        start: starts one kernel; see `start`.
+        parameters: sizes of a launch; see `sizes.launch_parameters`.
+        chunk_tokens: tokens of a chunk of the fused loss; see `sizes.chunk_tokens`.
+        operand_dtype: dtype of the operands of matrix products; see `products.operand_dtype`.
+    """
+
+    start: Callable[..., None] = start
+    parameters: Callable[[int, int, torch.dtype, str], LaunchParameters] = sizes.launch_parameters
+    chunk_tokens: Callable[[int, int, int], int] = sizes.chunk_tokens
+    operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = products.operand_dtype
+
+    def parts(self, num_rows: int, vocab: int, dtype: torch.dtype, kind: str) -> tuple[LaunchParameters, int, int]:
+        """Sizes of a launch, the columns of a part of a row, and the number of parts."""
+        size = self.parameters(num_rows, vocab, dtype, kind)
+        blocks = triton.cdiv(vocab, size.block_v)
+        part = triton.cdiv(blocks, size.split) * size.block_v
+        return size, part, triton.cdiv(vocab, part)
+
+    def fold(self, kernel: Any, pieces: tuple[Tensor | None, ...], out: tuple[Tensor | None, ...], parts: int) -> None:
+        """Terms of rows into `out` [T], from those of their parts in `pieces` [T, parts]."""
+        assert out[0] is not None
+        size = sizes.fold_parameters(parts)
+        self.start(kernel, (out[0].numel(),), *pieces, *out, parts, size=size, BLOCK_PARTS=size.block_v)
+
+
+def per_part(terms: tuple[Tensor | None, ...], parts: int) -> tuple[Tensor | None, ...]:
+    """Where the terms of each part of a row go: where the row's do, if there is one part."""
+    if parts == 1:
+        return terms
+    return tuple(None if x is None else x.new_empty((x.numel(), parts)) for x in terms)
+
+
+def dense(x_T: Tensor | None) -> Tensor | None:
+    """One entry per row, side by side: labels may be a column of a matrix, an upstream gradient one number expanded."""
+    return None if x_T is None else x_T.contiguous()

@@ -1,0 +1,97 @@
+"""Pairs of rows, student and teacher: their terms, their gradients, and both in one kernel; see `KernelSet`.
+
+There are no temporaries of [chunk_size, V], so that any chunk size is kept to.
+"""
+
+# T = tokens (rows), V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loss_core.row_terms import EMPTY_PAIR, PairTerms
+from loss_core_torch.kernels import Pairs
+from loss_core_torch.kernels.gpu import kernels
+from loss_core_torch.kernels.gpu.launch import Launcher, dense, layout, per_part
+from loss_core_torch.kernels.gpu.rows import with_effect
+from loss_core_torch.tracing import compute_dtype
+
+
+def terms(launcher: Launcher, pairs: Pairs) -> PairTerms:
+    """Terms of each pair of rows; of an ignored one those of an empty piece. See `KernelSet.pair_terms`."""
+    student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
+    num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
+    found = _new_terms(pairs)
+    if student.numel() == 0:
+        # The identity of `row_terms.combine_pairs`.
+        for term_T, value in zip(found, EMPTY_PAIR, strict=True):
+            term_T.fill_(value)
+        return found
+    size, part, parts = launcher.parts(num_rows, vocab, student.dtype, "pair_terms")
+    pieces = per_part(found, parts)
+    launcher.start(
+        kernels.pair_terms_kernel, (num_rows, parts), student, teacher, dense(keep_T), *pieces,
+        pairs.inverse_temperature, vocab, part, layout(student), layout(teacher),
+        size=size, BLOCK_V=size.block_v, UNROLL=size.unroll,
+    )  # fmt: skip
+    if parts > 1:
+        launcher.fold(kernels.pair_fold_kernel, pieces, found, parts)
+    return found
+
+
+def grad(
+    launcher: Launcher,
+    pairs: Pairs,
+    terms: PairTerms,
+    kl_T: Tensor,
+    coef_T: Tensor,
+    of_teacher: bool,
+    out: Tensor | None = None,
+    unless_one: Tensor | None = None,
+) -> Tensor:
+    """The gradient by the student's logits, or by the teacher's; see `KernelSet.pair_grad`."""
+    student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
+    num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
+    out = _new_grad(teacher if of_teacher else student) if out is None else out
+    if student.numel() == 0:
+        return out
+    size, part, parts = launcher.parts(num_rows, vocab, student.dtype, "pair_grad")
+    vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, kl_T, coef_T))
+    launcher.start(
+        kernels.pair_grad_kernel, (num_rows, parts), out, student, teacher, dense(keep_T), *vectors, unless_one,
+        pairs.inverse_temperature, vocab, part, layout(out), layout(student), layout(teacher),
+        size=size, OF_TEACHER=of_teacher, BLOCK_V=size.block_v,
+    )  # fmt: skip
+    return out
+
+
+def terms_and_grad(launcher: Launcher, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+    """Terms and the student's gradient, as `rows.terms_and_grad`; see `KernelSet.pair_terms_and_grad`."""
+    student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
+    num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
+    if student.numel() == 0 or launcher.parts(num_rows, vocab, student.dtype, "pair_terms")[2] > 1:
+        found = terms(launcher, pairs)
+        counted = pairs._replace(keep_T=with_effect(keep_T, coef_T))
+        # The student's gradient does not depend on the divergence.
+        return found, grad(launcher, counted, found, found.a, coef_T, False)
+    found, out = _new_terms(pairs), _new_grad(student)
+    size = launcher.parameters(num_rows, vocab, student.dtype, "pair_row")
+    launcher.start(
+        kernels.pair_kernel, (num_rows,), out, student, teacher, dense(keep_T), dense(coef_T), *found,
+        pairs.inverse_temperature, vocab, layout(out), layout(student), layout(teacher),
+        size=size, BLOCK_V=size.block_v, UNROLL=size.unroll,
+    )  # fmt: skip
+    return found, out
+
+
+def _new_terms(pairs: Pairs) -> PairTerms:
+    student = pairs.student
+    shape, dtype = (student.shape[:-1].numel(),), compute_dtype(student.dtype)
+    m_t, s_t, a, m_s, s_s = (torch.empty(shape, dtype=dtype, device=student.device) for _ in range(5))
+    return PairTerms(m_t, s_t, a, m_s, s_s)
+
+
+def _new_grad(logits: Tensor) -> Tensor:
+    # Not empty_like, which would keep the strides.
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

@@ -1,0 +1,116 @@
+"""Rows of logits: their terms, their gradient, and both in one kernel; see `KernelSet`."""
+
+# T = tokens (rows), V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, cross_entropy_coefficients
+from loss_core_torch.kernels import Rows
+from loss_core_torch.kernels.gpu import kernels
+from loss_core_torch.kernels.gpu.launch import Launcher, dense, layout, per_part
+from loss_core_torch.tracing import compute_dtype
+
+
+def terms(launcher: Launcher, rows: Rows, objective: Objective, softcap: float = 0.0) -> RowTerms:
+    """Terms of softcap(logits); of an ignored row those of an empty piece. See `KernelSet.row_terms`."""
+    logits, labels_T, keep_T, vocab_start = rows
+    num_rows, vocab = labels_T.numel(), logits.shape[-1]
+    found = _new_terms(rows, objective)
+    if logits.numel() == 0:
+        return _fill_empty(found)
+    kind = "capped_terms" if softcap else "terms"
+    size, part, parts = launcher.parts(num_rows, vocab, logits.dtype, kind)
+    pieces = per_part(found, parts)
+    launcher.start(
+        kernels.row_terms_kernel, (num_rows, parts), logits, dense(labels_T), dense(keep_T), *pieces, vocab_start,
+        vocab, part, layout(logits), size=size, SOFTCAP=softcap, BLOCK_V=size.block_v, UNROLL=size.unroll,
+    )  # fmt: skip
+    if parts > 1:
+        launcher.fold(kernels.row_fold_kernel, pieces, found, parts)
+    return found
+
+
+def grad(
+    launcher: Launcher,
+    rows: Rows,
+    terms: RowTerms,
+    coefficients: Coefficients,
+    out: Tensor | None = None,
+    unless_one: Tensor | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The gradient by the logits, softcap's slope included; see `KernelSet.row_grad`.
+
+    A kernel looks at `unless_one`, so that the host need not wait for it.
+    """
+    logits, labels_T, keep_T, vocab_start = rows
+    num_rows, vocab = labels_T.numel(), logits.shape[-1]
+    out = _new_grad(logits) if out is None else out
+    if logits.numel() == 0:
+        return out
+    size, part, parts = launcher.parts(num_rows, vocab, logits.dtype, "grad")
+    launcher.start(
+        kernels.row_grad_kernel, (num_rows, parts), out, logits, dense(labels_T), dense(keep_T), dense(terms.m),
+        dense(terms.t), *map(dense, coefficients), unless_one, vocab_start, vocab, part, layout(out), layout(logits),
+        size=size, SOFTCAP=softcap, BLOCK_V=size.block_v,
+    )  # fmt: skip
+    return out
+
+
+def terms_and_grad(
+    launcher: Launcher,
+    rows: Rows,
+    coef_T: Tensor,
+    objective: Objective,
+    out: Tensor | None = None,
+    softcap: float = 0.0,
+) -> tuple[RowTerms, Tensor]:
+    """Terms and gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
+
+    A row is read a second time at once after the first, from the cache, so that memory sees one read and one write.
+    Few rows would leave most of the chip idle: their terms and gradients take two kernels. A coefficient of 0 gives a
+    gradient of 0, whatever the row holds.
+    """
+    logits, labels_T, keep_T, vocab_start = rows
+    num_rows, vocab = labels_T.numel(), logits.shape[-1]
+    out = _new_grad(logits) if out is None else out
+    if logits.numel() == 0 or launcher.parts(num_rows, vocab, logits.dtype, "terms")[2] > 1:
+        found = terms(launcher, rows, objective, softcap)
+        counted = rows._replace(keep_T=with_effect(keep_T, coef_T))
+        coefficients = cross_entropy_coefficients(torch, found, coef_T, objective)
+        return found, grad(launcher, counted, found, coefficients, out, softcap=softcap)
+    found = _new_terms(rows, objective)
+    size = launcher.parameters(num_rows, vocab, logits.dtype, "capped_row" if softcap else "row")
+    launcher.start(
+        kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(coef_T), *found,
+        vocab_start, vocab, layout(out), layout(logits), size=size, SOFTCAP=softcap, BLOCK_V=size.block_v,
+        UNROLL=size.unroll,
+    )  # fmt: skip
+    return found, out
+
+
+def with_effect(keep_T: Tensor | None, coef_T: Tensor) -> Tensor:
+    """keep_T without the rows whose coefficient is 0."""
+    return coef_T != 0 if keep_T is None else keep_T & (coef_T != 0)
+
+
+def _new_terms(rows: Rows, objective: Objective) -> RowTerms:
+    dtype, shape, device = compute_dtype(rows.logits.dtype), rows.labels_T.shape, rows.logits.device
+    m_T, s_T, t_T, z_sum_T = (torch.empty(shape, dtype=dtype, device=device) for _ in range(4))
+    return RowTerms(m_T, s_T, t_T, z_sum_T if objective.needs_z_sum else None)
+
+
+def _fill_empty(terms: RowTerms) -> RowTerms:
+    """Terms of no classes: the identity of `row_terms.combine`."""
+    for term_T, value in zip(terms, EMPTY_ROW, strict=True):
+        if term_T is not None:
+            term_T.fill_(value)
+    return terms
+
+
+def _new_grad(logits: Tensor) -> Tensor:
+    # Not empty_like, which would keep the strides.
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)

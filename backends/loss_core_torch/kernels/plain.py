@@ -1,0 +1,127 @@
+"""`torch:plain`: what everybody writes, with the contract of the losses around it.
+
+F.cross_entropy, F.linear and log_softmax on whole tensors, in the dtype of the arithmetic. It is the reference to read,
+and the flag for whatever autograd can do with PyTorch's own operations: second derivatives, forward mode, vmap.
+"""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loss_core.dispatch.observed import record
+from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.row_terms import Objective
+from loss_core_torch import compat
+from loss_core_torch.kernels import IGNORED, Linear, Pairs, Rows, WholeLosses
+from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
+
+
+class PlainLosses(WholeLosses):
+    """See `WholeLosses` for each method."""
+
+    flag = "torch:plain"
+
+    def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
+        _observe()
+        if group is not None:
+            raise BackendUnavailable("'torch:plain' needs the whole vocabulary: use 'torch:eager' with a tp_group.")
+        logits_TV = _matrix(rows.logits, rows.keep_T)
+        return _cross_entropy(logits_TV, rows.labels_T, rows.keep_T, objective, reduction)
+
+    def distillation(self, pairs: Pairs) -> Tensor:
+        _observe()
+        factor = pairs.inverse_temperature
+        log_s_TV = (_matrix(pairs.student, pairs.keep_T) * factor).log_softmax(-1)
+        log_t_TV = (_matrix(pairs.teacher, pairs.keep_T) * factor).log_softmax(-1)
+        probabilities_TV = log_t_TV.exp()
+        # A class that the teacher rules out weighs nothing, even where its gap is inf or NaN; inside of the product so
+        # that its gradient is 0 as well.
+        gap_TV = (log_t_TV - log_s_TV).masked_fill(probabilities_TV == 0, 0.0)
+        return (probabilities_TV * gap_TV).sum(-1)
+
+    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
+        _observe()
+        dtype = compute_dtype(linear.h_TH.dtype)
+        # Autocast has said what the operands are rounded to; the logits it would round as well.
+        with no_autocast(linear.h_TH):
+            logits_TV = _product(*(_rounded(x, linear.product_dtype, dtype) for x in (linear.h_TH, linear.w_VH)))
+        if linear.softcap:
+            logits_TV = linear.softcap * torch.tanh(logits_TV / linear.softcap)
+        keep_T = linear.labels_T != IGNORED
+        # A weight that holds NaN must not get it back from a token that is ignored.
+        return _cross_entropy(logits_TV.masked_fill(~keep_T[:, None], 0.0), linear.labels_T, keep_T, objective)
+
+
+def _observe() -> None:
+    # In a traced call it is the graph that runs, which Dynamo lets no context variable into.
+    if not torch.compiler.is_compiling():
+        record(PlainLosses.flag)
+
+
+def _cross_entropy(
+    logits_TV: Tensor, labels_T: Tensor, keep_T: Tensor | None, objective: Objective, reduction: str = "none"
+) -> Tensor:
+    """Loss of each token, 0 where ignored; or their sum or mean, where none is."""
+    if keep_T is None and may_read(labels_T):
+        # Each was seen to be a class; F.cross_entropy ignores none.
+        return F.cross_entropy(logits_TV, labels_T, reduction=reduction, ignore_index=-1)
+    vocab = logits_TV.shape[1]
+    # A label that is no class was seen too late for an error: its loss will be multiplied by NaN, and its gradient must
+    # not be that of an ignored row.
+    targets_T = labels_T.clamp(0, vocab - 1)
+    targets_T = targets_T if keep_T is None else targets_T.masked_fill(~keep_T, vocab)
+    return F.cross_entropy(logits_TV, targets_T, reduction=reduction, ignore_index=vocab)
+
+
+def _matrix(logits: Tensor, keep_T: Tensor | None) -> Tensor:
+    """[T, V] in the dtype of the arithmetic, with zeros in ignored rows, which may hold inf or NaN."""
+    logits_TV = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    logits_TV = logits_TV.to(compute_dtype(logits.dtype))
+    return logits_TV if keep_T is None else logits_TV.masked_fill(~keep_T[:, None], 0.0)
+
+
+def _rounded(x: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """x rounded to the dtype of the products, in that of the arithmetic; with a gradient that is not rounded to it."""
+    if x.dtype == product_dtype:
+        return x.to(dtype)
+    x = x.to(dtype)
+    # Exactly the rounded value: the difference of two numbers so near to each other is exact.
+    return x + (x.to(product_dtype).to(dtype) - x).detach()
+
+
+def _product(h_TH: Tensor, w_VH: Tensor) -> Tensor:
+    """h @ W.T in full precision, forward and backward."""
+    # In a graph of torch.compile the product is the compiler's, and so is its precision.
+    if torch.compiler.is_compiling() or compat.float32_products_are_full() or h_TH.dtype != torch.float32:
+        return F.linear(h_TH, w_VH)
+    product: Tensor = _FullProduct.apply(h_TH, w_VH.t())
+    return product
+
+
+class _FullProduct(torch.autograd.Function):
+    """a @ b in float32 where the program has chosen another precision; as often differentiable as one likes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+        with compat.full_float32_products():
+            return a_MK @ b_KN
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        a_MK, b_KN = ctx.saved_tensors
+        return _FullProduct.apply(grads[0], b_KN.t()), _FullProduct.apply(a_MK.t(), grads[0])
+
+
+KERNELS = PlainLosses()

@@ -1,0 +1,229 @@
+"""`torch:te`: the loss of each token by Transformer Engine's public `parallel_cross_entropy`.
+
+The only file that knows transformer_engine. TE's kernels make the loss per token and its gradient; the
+contract of the losses is kept here, around them. There are two kinds of TE, told apart by the signature:
+
+- From 2.19 on it leaves the logits alone, keeps a copy of them in their own dtype, and makes the gradient in
+  backward from each token's upstream gradient.
+- From 2.5 to 2.18 it makes the gradient in forward, over the logits themselves (2.18: beside them), rounds it
+  there to their dtype, and scales it in backward, up to 2.7 by the first token's upstream gradient alone. Slices
+  such as logits[:, :-1] of a batch are read in wrong rows, and a second backward is wrong in silence.
+  These get a float32 copy to overwrite and an upstream gradient of ones; each token's factor is applied here,
+  before the only rounding. That copy takes 4 bytes per logit, with fp32_upcast=False as well.
+
+Older ones are refused: 2.4 and before divide the gradient by the number of rows without being asked, 2.3 and
+before have no ignore_idx, and before 2.2 there is no such function.
+
+What TE's kernels do not do, here as there: a shard of the vocabulary (or the first 32768 classes of a larger
+one) whose logits are all -inf makes the token's loss NaN; pad with a finite number instead. torch.compile
+breaks its graph around the call.
+"""
+
+# T = tokens (B * S), B, S = the leading dimensions as TE wants them, V = vocabulary of this rank
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import os
+import re
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core.dispatch.flags import install_line
+from loss_core.dispatch.observed import record
+from loss_core.dispatch.protocol import BackendUnavailable, FlagStatus
+from loss_core.row_terms import Objective
+from loss_core_torch.kernels import Rows, WholeLosses
+from loss_core_torch.second_derivative import once_differentiable
+
+OLDEST = (2, 5)
+
+# TE's own default of ignore_idx, for tokens that do not count, whatever the caller's ignore_index: no class has this
+# number. Left to the default, since 2.5 and 2.6 fail in backward once ignore_idx is passed.
+_IGNORED = -100
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Entry(NamedTuple):
+    """TE's function, and whether it leaves its input alone."""
+
+    parallel_cross_entropy: Callable[..., Tensor]
+    preserves: bool
+
+
+class TELosses(WholeLosses):
+    """See `WholeLosses`: cross entropy over logits, whose vocabulary may be sharded.
+
+    Args:
+        device_type: where TE's kernels run: "cuda", or "cpu" with TRITON_INTERPRET=1, as those of torch:triton.
+    """
+
+    flag = "torch:te"
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        self._device_type = device_type
+
+    def status(self) -> FlagStatus:
+        """Whether TE can be used here, and if not, why."""
+        found = _version()
+        version = f"transformer_engine {found}" if found else ""
+        try:
+            find_entry()
+        except BackendUnavailable as error:
+            return FlagStatus(self.flag, False, str(error), version, install_line("te"))
+        if self._device_type == "cuda" and not torch.cuda.is_available():
+            reason = f"'{self.flag}' needs a CUDA device, and torch.cuda.is_available() is False here."
+            return FlagStatus(self.flag, False, reason, version, "")
+        return FlagStatus(self.flag, True, "", version, "")
+
+    # Not traced: TE's graph inside of ours is none that the compiler can follow.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
+        """See `WholeLosses.cross_entropy`. A second backward runs TE's forward again, its collective included.
+
+        Args:
+            rows: logits in float32 or bfloat16, not changed.
+        Raises:
+            BackendUnavailable: no usable TE, or logits of a device or dtype that it does not take.
+        """
+        record(self.flag)
+        logits, keep_T = rows.logits, rows.keep_T
+        self._check(logits)
+        if logits.numel() == 0:
+            # TE refuses empty tensors. A sum over no classes is 0 and stays connected.
+            return _reduced(logits.float().sum(-1).reshape(-1), reduction)
+        # A label that is no class would be looked up out of bounds: class 0 stands in.
+        labels_T = torch.where((rows.labels_T >= 0) & (rows.labels_T < objective.num_classes), rows.labels_T, 0)
+        if keep_T is not None:
+            labels_T = torch.where(keep_T, labels_T, _IGNORED)
+        loss_T: Tensor = _CrossEntropy.apply(logits, labels_T, keep_T, group, self._entry)
+        return _reduced(loss_T, reduction)
+
+    @cached_property
+    def _entry(self) -> Entry:
+        return find_entry()
+
+    def _check(self, logits: Tensor) -> None:
+        if logits.device.type != self._device_type:
+            raise BackendUnavailable(
+                f"'{self.flag}' takes logits on a CUDA device, got {logits.device}: use 'torch:eager'."
+            )
+        if logits.dtype not in _DTYPES:
+            raise BackendUnavailable(
+                f"'{self.flag}' takes float32 and bfloat16 logits, got {logits.dtype}: use 'torch:eager'."
+            )
+
+
+class _CrossEntropy(Function):
+    """TE's own graph in a function of ours: what TE does not promise is added on both of its sides.
+
+    Inputs: logits [..., V]; labels_T [T] int64, -100 for ignored tokens; keep_T [T] bool or None; the group; the entry.
+    Output: loss_T, [T] float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels_T: Tensor, keep_T: Tensor | None, group: Any, entry: Entry) -> Tensor:
+        ctx.group, ctx.entry = group, entry
+        ctx.save_for_backward(logits, labels_T, keep_T)
+        ctx.run = _run(entry, logits, labels_T, group, ctx.needs_input_grad[0])
+        # A tensor of our own: not a view into TE's graph. TE has 0 for ignored tokens, too.
+        return ctx.run[0].detach().reshape(-1).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        logits, labels_T, keep_T = ctx.saved_tensors
+        coef_T = grads[0].detach()
+        if keep_T is not None:
+            coef_T = coef_T.masked_fill(~keep_T, 0.0)
+        # TE's backward writes into its buffers, so they serve once; a second backward makes new ones.
+        run, ctx.run = ctx.run or _run(ctx.entry, logits, labels_T, ctx.group, True), None
+        with torch.no_grad():
+            grad = _gradient(ctx.entry, run[0], run[1], coef_T).to(logits.dtype).reshape(logits.shape)
+        return once_differentiable(grad, logits, grads[0]), None, None, None, None
+
+
+def _run(entry: Entry, logits: Tensor, labels_T: Tensor, group: Any, want_grad: bool) -> tuple[Tensor, Tensor]:
+    """TE's loss [B, S], with its graph behind it, and the tensor [B, S, V] that this graph starts from."""
+    start_BSV = _as_rows(logits.detach())
+    if not entry.preserves:
+        start_BSV = start_BSV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    elif start_BSV.stride(-1) != 1:
+        # Its kernels multiply class and stride in 32 bits, which a transposed tensor can exceed.
+        start_BSV = start_BSV.contiguous()
+    start_BSV.requires_grad_(want_grad)
+    # Triton launches on the current device, whichever device the tensors are on.
+    with torch.set_grad_enabled(want_grad), torch.cuda.device_of(start_BSV):
+        # By position: the first argument's name differs, the order does not.
+        loss_BS = entry.parallel_cross_entropy(start_BSV, labels_T.view(start_BSV.shape[:2]), 0.0, False, group)
+    return loss_BS, start_BSV
+
+
+def _gradient(entry: Entry, loss_BS: Tensor, start_BSV: Tensor, coef_T: Tensor) -> Tensor:
+    """The gradient [B, S, V] for the upstream gradient of each token, from the graph of `_run`."""
+    coef_BS = coef_T.view(loss_BS.shape)
+    if entry.preserves:
+        return torch.autograd.grad(loss_BS, start_BSV, coef_BS)[0]
+    return torch.autograd.grad(loss_BS, start_BSV, torch.ones_like(loss_BS))[0].mul_(coef_BS.unsqueeze(-1))
+
+
+def _reduced(loss_T: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss_T
+    return loss_T.mean() if reduction == "mean" else loss_T.sum()
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """A new tensor [B, S, V] of the same values: a view where the strides allow it."""
+    if logits.dim() == 3:
+        return logits.view_as(logits)
+    return logits.reshape(1, -1, logits.shape[-1])
+
+
+def find_entry() -> Entry:
+    """What the installed TE offers.
+
+    Raises:
+        BackendUnavailable: none is installed, it is too old, or it can't be imported.
+    """
+    version = _version()
+    parts = re.match(r"(\d+)\.(\d+)", version or "")
+    if parts and (int(parts[1]), int(parts[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise BackendUnavailable(
+            f"'{TELosses.flag}' needs transformer_engine >= {oldest}, found {version}: {install_line('te')}"
+        )
+    try:
+        module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
+    except Exception as error:
+        # Not only ImportError: TE raises other kinds where a part of it is missing.
+        raise BackendUnavailable(_why_not(error)) from error
+    function = module.parallel_cross_entropy
+    # Up to 2.11 it is the `apply` of an autograd function, which has no names.
+    return Entry(function, "overwrite_input" in inspect.signature(function).parameters)
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == "transformer_engine":
+        return f"'{TELosses.flag}' needs transformer_engine ({error}): {install_line('te')}"
+    return (
+        f"'{TELosses.flag}' needs transformer_engine, which is installed but can't be imported "
+        f"({type(error).__name__}: {error}): {install_line('te')}"
+    )
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+KERNELS = TELosses("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")

@@ -1,0 +1,7 @@
+"""The losses as torch modules: checks, a family's autograd function, and the reduction over [T]."""
+
+from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_torch.modules.distillation import KDLoss
+from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
+
+__all__ = ["FusedLinearCrossEntropy", "KDLoss", "MaskedCrossEntropy", "TEParallelCrossEntropy"]

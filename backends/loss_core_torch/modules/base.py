@@ -1,0 +1,150 @@
+"""What the losses share as torch modules: which kernels run, and how the ranks of a group agree on a call."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from loss_core import KernelChoice, parse_flag
+from loss_core_torch import compat
+from loss_core_torch import kernels as kernel_sets
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.kernels import KernelSet, WholeLosses
+from loss_core_torch.tracing import is_traced
+
+Kernels = KernelSet | WholeLosses
+
+
+class LossModule(nn.Module):
+    """What the four modules share. Calling a module does not change it.
+
+    Attributes:
+        kernel_choice: which kernels run, and why; with `auto`, what is taken where nothing is known of the call yet.
+    """
+
+    _fields: tuple[str, ...] = ()
+    # The dimension of the tensor that is sharded: logits [..., V].
+    _vocab_dim = -1
+    # Else they only say which tokens are ignored.
+    _labels_are_classes = True
+    tp_group: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.with_kernel_choice(KernelChoice("torch:eager", "made directly"))
+
+    def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
+        """Run the kernels that the choice names; returns the module."""
+        self.kernel_choice = choice
+        self._kernels: Kernels = kernel_sets.find(parse_flag(choice.flag).kernel)
+        return self
+
+    def with_kernels(self, kernels: Kernels) -> LossModule:
+        """Run kernels of one's own, or ours with other sizes; returns the module."""
+        self.kernel_choice = KernelChoice(kernels.flag, "given to the module")
+        self._kernels = kernels
+        return self
+
+    def kernel_for(
+        self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], whole: bool | None = None
+    ) -> KernelChoice:
+        """Which kernels would run for a call, and why.
+
+        Args:
+            device, dtype: of the logits or hidden states.
+            shape: (T, V), or (T, V, H) for the fused loss.
+            whole: whether the call concerns this process alone; None: where there is no tp_group.
+        """
+        candidates = self.kernel_choice.candidates
+        if len(candidates) < 2:
+            return self.kernel_choice
+        if not (self.tp_group is None if whole is None else whole):
+            # Those that make each token's loss whole need the whole vocabulary.
+            candidates = tuple(kernel for kernel in candidates if kernel != "plain")
+        from loss_core_torch import auto
+
+        return auto.choose(type(self).__name__, device, dtype, shape, candidates)
+
+    def _kernels_for(self, like: Any, weight: Any = None, teacher: Any = None) -> Kernels:
+        """The kernels of a call.
+
+        Args:
+            like: logits, beside a teacher's or not, or hidden states beside the weight [V, H]; not checked yet.
+        Raises:
+            RuntimeError: a torch.func transform that they have no rule for.
+        """
+        found = self._kernels
+        tensors = isinstance(like, Tensor) and like.dim() and (weight is None or isinstance(weight, Tensor))
+        # A graph keeps the kernels that the loss had when it was traced: what is tuned can't be read there.
+        if tensors and len(self.kernel_choice.candidates) > 1 and not is_traced(like):
+            tokens = like.numel() // max(like.shape[-1], 1)
+            shape = (tokens, like.shape[-1]) if weight is None else (tokens, *weight.shape)
+            whole = is_whole(self.tp_group, like, weight, teacher)
+            choice = self.kernel_for(like.device, like.dtype, shape, whole)
+            found = kernel_sets.find(choice.flag.partition(":")[2])
+        if not isinstance(found, WholeLosses):
+            _refuse_transforms(found.flag, like, weight, teacher)
+        return found
+
+    def _agree(
+        self,
+        ranks: Any,
+        like: Any,
+        check: Callable[[], Tokens],
+        alike: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> tuple[Tokens, Any]:
+        """The checked tokens of a call and the shards of its vocabulary, once the other ranks agree.
+
+        Args:
+            alike: what must be the same on the ranks over which the vocabulary is sharded; settings: on all ranks.
+        """
+        from loss_core_torch.parallel import agreement
+
+        settings = {name: getattr(self, name) for name in self._fields} | settings
+        what = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        ignore_index = settings["ignore_index"] if self._labels_are_classes else None
+        return agreement.agree(ranks, what, like, self._vocab_dim, ignore_index, check, alike)
+
+    def extra_repr(self) -> str:
+        values = [f"{name}={getattr(self, name)!r}" for name in self._fields]
+        return ", ".join([*values, f"kernel={self.kernel_choice.flag!r}"])
+
+
+def is_whole(tp_group: Any, *tensors: Any) -> bool:
+    """Whether a call concerns this process alone: no group, no DTensors."""
+    return tp_group is None and not any(hasattr(x, "full_tensor") for x in tensors)
+
+
+def cast(loss: Tensor, fp32_upcast: bool, like: Tensor) -> Tensor:
+    """The result in its dtype: that of the arithmetic, or that of the logits."""
+    return loss if fp32_upcast else loss.to(like.dtype)
+
+
+def _refuse_transforms(flag: str, *inputs: Any) -> None:
+    """Refuse vmap and forward-mode derivatives, for which the kernels have no rules.
+
+    Raises:
+        RuntimeError: names the flag that has.
+    """
+    if torch.compiler.is_compiling():
+        # Dynamo traces into the autograd functions there and would lose gradients. Without fullgraph it goes on in
+        # eager mode, where they are right.
+        if compat.in_functorch_transform():
+            raise RuntimeError(
+                f"{flag!r} can't be differentiated by torch.func inside of torch.compile. Build the loss with "
+                "backend='torch:plain' there."
+            )
+        return
+    found = [name for name in compat.functorch_transforms() if name in ("Vmap", "Jvp")]
+    if not found and any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        found = ["Jvp"]
+    if found:
+        what = {"Vmap": "batching rule (torch.func.vmap)", "Jvp": "forward-mode derivative (torch.func.jvp)"}
+        raise RuntimeError(f"{flag!r} has no {what[found[0]]}. Build the loss with backend='torch:plain' there.")

@@ -1,0 +1,213 @@
+"""The two cross entropies over logits as torch modules. No mathematics here."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss_core import BackendUnavailable, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core.row_terms import Objective
+from loss_core_torch import inplace, inputs
+from loss_core_torch.autograd.cross_entropy import Call, CrossEntropy
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.kernels import Rows, WholeLosses
+from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.reduction import coefficients, reduce_tokens
+from loss_core_torch.tracing import is_transformed
+
+
+class _LogitsCrossEntropy(LossModule):
+    """Cross entropy over logits; the two public classes differ in their fields alone."""
+
+    ignore_index: int
+    reduction: str
+    fp32_upcast: bool = True
+    inplace_grad: bool = False
+
+    def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
+        if self.inplace_grad:
+            if choice.flag in ("torch:te", "torch:plain"):
+                raise BackendUnavailable(
+                    f"'{choice.flag}' does not write the gradient over the logits (inplace_grad=True): use "
+                    "'torch:triton' or 'torch:eager', or inplace_grad=False."
+                )
+            # Nor may auto take them for a call.
+            able = tuple(kernel for kernel in choice.candidates if kernel not in ("te", "plain"))
+            choice = replace(choice, candidates=able)
+        return super().with_kernel_choice(choice)
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        num_label_tokens: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy between logits and labels.
+
+        Args:
+            logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed (with
+                inplace_grad: the backward leaves its gradient there). With tp_group: this rank's part of the
+                vocabulary, of any size, in rank order. Or a DTensor, which needs no tp_group, and gets a gradient of
+                its own placement.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. The same on every
+                rank of the group. This, mask and loss_weights: plain, or DTensors that lie as the logits' tokens do;
+                plain values may also be those of all tokens of a DTensor of logits.
+            mask: shape of labels, or broadcasting to it; bool, integer or float; 0 ignores the position.
+            num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
+            loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
+        Returns:
+            Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64 logits),
+            the dtype of the logits with fp32_upcast=False. Of all tokens of a DTensor, on every rank, also where its
+            tokens are sharded; with reduction="none" a DTensor, unless labels are plain and this rank's own.
+        Raises:
+            ValueError: shapes that do not fit, no classes, a label that is no class (on a CPU; elsewhere that
+                token's loss and gradient are NaN), a count or weights without reduction="sum". Over a group it is
+                raised on every rank, whichever rank's arguments are at fault.
+            TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
+            RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
+        """
+        kernels = self._kernels_for(logits)
+        if not is_whole(self.tp_group, logits):
+            return self._sharded(kernels, logits, labels, mask, num_label_tokens, loss_weights)
+        logits = inputs.floats("logits", logits)
+        inputs.not_empty("logits", "vocabulary (last dimension)", logits)
+        tokens = self._tokens(logits, labels, mask, num_label_tokens, loss_weights, vocab=logits.shape[-1])
+        compute = self._loss_outside_of_graphs if self.inplace_grad else self._loss
+        return compute(kernels, logits, inputs.settled(self._in_range(tokens, logits.shape[-1])))
+
+    # Where `inplace.check` has broken a graph, torch.compile goes on behind it: what a graph computes is in new memory,
+    # and the logits would be handed on for their gradient.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _loss_outside_of_graphs(self, kernels: Kernels, logits: Tensor, tokens: Tokens) -> Tensor:
+        return self._loss(kernels, logits, tokens)
+
+    # Hosts exchange messages there, which no graph can hold.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sharded(self, kernels: Kernels, given: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
+        from loss_core_torch.parallel import placement
+
+        layout = placement.of_logits("logits", given, self.tp_group)
+        logits = layout.local(given)
+
+        def check() -> Tokens:
+            lead = inputs.floats("logits", logits).shape[:-1]
+            own = [
+                layout.token_values(name, value, lead)
+                for name, value in (("labels", labels), ("mask", mask), ("loss_weights", loss_weights))
+            ]
+            return self._tokens(logits, own[0], own[1], count, own[2], given)
+
+        tokens, shards = self._agree(layout.ranks, logits, check)
+        if shards is None:
+            inputs.not_empty("logits", "vocabulary (last dimension)", logits)
+        tokens = inputs.settled(self._in_range(tokens, logits.shape[-1] if shards is None else shards.total))
+        loss = self._loss(kernels, inputs.floats("logits", logits), tokens, shards, layout.ranks.tokens)
+        return layout.token_result(loss, labels) if self.reduction == "none" else loss
+
+    def _tokens(
+        self,
+        logits: Tensor,
+        labels: Any,
+        mask: Any,
+        count: Any,
+        loss_weights: Any,
+        given: Any = None,
+        vocab: int | None = None,
+    ) -> Tokens:
+        if self.inplace_grad and inplace.applies(logits):
+            inplace.check(logits if given is None else given)
+        return inputs.tokens(
+            "logits", logits.shape[:-1], logits.device, self.reduction, self.ignore_index, labels, mask,
+            num_tokens=count, loss_weights=loss_weights, vocab=vocab,
+        )  # fmt: skip
+
+    def _in_range(self, tokens: Tokens, vocab: int) -> Tokens:
+        return inputs.in_range(tokens, vocab, self.ignore_index)
+
+    def _loss(
+        self, kernels: Kernels, logits: Tensor, tokens: Tokens, shards: Any = None, token_groups: tuple[Any, ...] = ()
+    ) -> Tensor:
+        start, group = (0, None) if shards is None else (shards.start, shards.group)
+        objective = Objective(logits.shape[-1] if shards is None else shards.total)
+        if isinstance(kernels, WholeLosses):
+            if shards is not None and not shards.even:
+                raise ValueError(
+                    f"{kernels.flag!r} needs the vocabulary in equal shards, ordered by the group's ranks: use "
+                    "'torch:eager' or 'torch:triton', or pad the head to a multiple of the group's size."
+                )
+            rows = Rows(logits, tokens.labels_T, tokens.keep_T, start)
+            if self.reduction != "none" and not token_groups and inputs.all_alike(tokens):
+                return cast(kernels.cross_entropy(rows, objective, group, self.reduction), self.fp32_upcast, logits)
+            loss_T = kernels.cross_entropy(rows, objective, group)
+            return cast(reduce_tokens(loss_T, tokens, self.reduction, token_groups), self.fp32_upcast, logits)
+        overwrite = self.inplace_grad and inplace.applies(logits)
+        call = Call(kernels, objective, start, group, overwrite)
+        if self._sums_itself(logits, tokens, shards, token_groups):
+            at_once = not overwrite and kernels.grad_in_forward(logits.device)
+            coef_T = coefficients(tokens, self.reduction, logits.dtype)
+            call = call._replace(grad_in_forward=at_once)
+            loss = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)[0]
+        else:
+            loss_T = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, None, call)[0]
+            loss = reduce_tokens(loss_T, tokens, self.reduction, token_groups)
+        return cast(loss, self.fp32_upcast, logits)
+
+    def _sums_itself(self, logits: Tensor, tokens: Tokens, shards: Any, token_groups: tuple[Any, ...]) -> bool:
+        """Whether the factor of each token in the result is known before its loss, so that gradients can be made."""
+        weights_T = tokens.weights_T
+        return (
+            self.reduction != "none"
+            and shards is None
+            and not token_groups
+            and torch.is_grad_enabled()
+            and logits.requires_grad
+            # Their gradient is the loss of each token, which may be differentiated again.
+            and not (weights_T is not None and weights_T.requires_grad)
+            # A traced graph can neither hand a buffer over nor be told to compute again.
+            and not is_transformed(logits)
+        )
+
+
+class MaskedCrossEntropy(_LogitsCrossEntropy):
+    """Cross entropy over logits, with a mask. Config: `loss_core.MaskedCrossEntropyConfig`."""
+
+    _fields = ("fp32_upcast", "ignore_index", "reduction", "inplace_grad")
+
+    def __init__(
+        self,
+        fp32_upcast: bool = True,
+        ignore_index: int = -100,
+        reduction: str = "sum",
+        tp_group: Any = None,
+        inplace_grad: bool = False,
+    ) -> None:
+        """Fields as in MaskedCrossEntropyConfig, which validates them."""
+        super().__init__()
+        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad)
+        self.fp32_upcast, self.ignore_index, self.reduction = config.fp32_upcast, config.ignore_index, config.reduction
+        self.tp_group, self.inplace_grad = tp_group, config.inplace_grad
+
+
+class TEParallelCrossEntropy(_LogitsCrossEntropy):
+    """Cross entropy over logits whose vocabulary is sharded over tp_group, if there is one.
+
+    Config: `loss_core.TEParallelCEConfig`. The name is NeMo AutoModel's; any kernel can run it.
+    """
+
+    _fields = ("ignore_index", "reduction", "inplace_grad")
+
+    def __init__(
+        self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None, inplace_grad: bool = False
+    ) -> None:
+        """Fields as in TEParallelCEConfig, which validates them."""
+        super().__init__()
+        config = TEParallelCEConfig(ignore_index, reduction, None, inplace_grad)
+        self.ignore_index, self.reduction, self.tp_group = config.ignore_index, config.reduction, tp_group
+        self.inplace_grad = config.inplace_grad

@@ -1,0 +1,142 @@
+"""The distillation loss as a torch module. No mathematics here."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss_core import BackendUnavailable, KDLossConfig
+from loss_core_torch import inputs
+from loss_core_torch.autograd.distillation import Call, Distillation
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.kernels import Pairs, WholeLosses
+from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.reduction import coefficients, reduce_tokens
+from loss_core_torch.tracing import compute_dtype, is_transformed
+
+
+class KDLoss(LossModule):
+    """Forward KL(teacher || student) at temperature T, times T^2. Config: `loss_core.KDLossConfig`."""
+
+    _fields = ("ignore_index", "temperature", "fp32_upcast", "chunk_size")
+    _labels_are_classes = False
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        fp32_upcast: bool = True,
+        tp_group: Any = None,
+        chunk_size: int = 0,
+    ) -> None:
+        """Fields as in KDLossConfig, which validates them."""
+        super().__init__()
+        config = KDLossConfig(ignore_index, temperature, fp32_upcast, None, chunk_size)
+        self.ignore_index, self.temperature, self.fp32_upcast = config.ignore_index, config.temperature, fp32_upcast
+        self.tp_group, self.chunk_size = tp_group, config.chunk_size
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        num_batch_labels: int | Tensor | None = None,
+    ) -> Tensor:
+        """KL divergence of the student from the teacher, over the positions that count.
+
+        Args:
+            student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
+                MaskedCrossEntropy.
+            teacher_logits: [..., V] float on the same device, of a dtype of its own if need be; gets a
+                gradient when it requires one. Sharded as the student's.
+            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
+            num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+        Returns:
+            Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False.
+        Raises:
+            ValueError: shapes that do not fit, no classes, or a count that is negative or NaN (on a CPU); over a group
+                on every rank.
+            TypeError: labels that are no integers.
+        Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
+        """
+        kernels = self._kernels_for(student_logits, teacher=teacher_logits)
+        if not is_whole(self.tp_group, student_logits, teacher_logits):
+            return self._sharded(kernels, student_logits, teacher_logits, labels, num_batch_labels)
+        tokens = self._tokens(student_logits, teacher_logits, labels, num_batch_labels)
+        inputs.not_empty("student_logits", "vocabulary (last dimension)", student_logits)
+        return self._loss(kernels, student_logits, teacher_logits, inputs.settled(tokens))
+
+    # Hosts exchange messages there, which no graph can hold.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _sharded(self, kernels: Kernels, student: Any, teacher: Any, labels: Any, count: Any) -> Tensor:
+        from loss_core_torch.parallel import placement
+
+        layout = placement.of_both(student, teacher, self.tp_group)
+        student, teacher = layout.local(student), layout.local(teacher)
+
+        def check() -> Tokens:
+            lead = inputs.floats("student_logits", student).shape[:-1]
+            return self._tokens(student, teacher, layout.token_values("labels", labels, lead), count)
+
+        tokens, shards = self._agree(layout.ranks, student, check)
+        if shards is None:
+            inputs.not_empty("student_logits", "vocabulary (last dimension)", student)
+        return self._loss(kernels, student, teacher, inputs.settled(tokens), shards, layout.ranks.tokens)
+
+    def _tokens(self, student: Any, teacher: Any, labels: Any, count: Any) -> Tokens:
+        inputs.floats("student_logits", student)
+        inputs.floats("teacher_logits", teacher)
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"student_logits has shape {tuple(student.shape)} but teacher_logits has shape "
+                f"{tuple(teacher.shape)}; they must match."
+            )
+        return inputs.tokens(
+            "student_logits", student.shape[:-1], student.device, "sum", self.ignore_index, labels,
+            count_name="num_batch_labels", num_tokens=count,
+        )  # fmt: skip
+
+    def _loss(
+        self,
+        kernels: Kernels,
+        student: Tensor,
+        teacher: Tensor,
+        tokens: Tokens,
+        shards: Any = None,
+        token_groups: tuple[Any, ...] = (),
+    ) -> Tensor:
+        given, keep_T = student, tokens.keep_T
+        student, teacher = inputs.floats("student_logits", student), inputs.floats("teacher_logits", teacher)
+        wide = torch.promote_types(compute_dtype(student.dtype), compute_dtype(teacher.dtype))
+        if wide == torch.float64:
+            student, teacher = student.to(wide), teacher.to(wide)
+        temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
+        if isinstance(kernels, WholeLosses):
+            if shards is not None:
+                raise BackendUnavailable(
+                    f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
+                )
+            kl_T = kernels.distillation(Pairs(student, teacher, keep_T, 1.0 / temperature))
+            return cast(reduce_tokens(kl_T * temperature**2, tokens, reduction, token_groups), self.fp32_upcast, given)
+        group = None if shards is None else shards.group
+        call = Call(kernels, temperature, self.chunk_size, group)
+        # The factor of each token in the result is known before its divergence, so that gradients can be made.
+        if (
+            shards is None
+            and not token_groups
+            and torch.is_grad_enabled()
+            and student.requires_grad
+            # A traced graph can neither hand a buffer over nor be told to compute again.
+            and not is_transformed(student, teacher)
+        ):
+            coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
+            call = call._replace(grad_in_forward=kernels.grad_in_forward(student.device))
+            loss = Distillation.apply(student, teacher, keep_T, coef_T, call)[0]
+        else:
+            kl_T = Distillation.apply(student, teacher, keep_T, None, call)[0]
+            loss = reduce_tokens(kl_T * temperature**2, tokens, reduction, token_groups)
+        return cast(loss, self.fp32_upcast, given)

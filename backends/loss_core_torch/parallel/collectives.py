@@ -1,0 +1,102 @@
+"""The collectives of a call: an all-gather of row terms or tokens, sums over ranks, and the sharded head's weight.
+
+Every rank folds the same terms in the same order, so the loss is bitwise the same on all of them.
+"""
+
+# T = tokens, R = ranks
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core import row_terms
+from loss_core.row_terms import PairTerms, RowTerms
+from loss_core_torch import compat
+
+Terms = TypeVar("Terms", RowTerms, PairTerms)
+
+
+def fold(terms: Terms, group: Any, bad_T: Tensor | None = None) -> Terms:
+    """Terms of the whole row on every rank, from one all-gather.
+
+    Args:
+        terms: this rank's, [T] each; as many tokens on every rank. Those that are None stay None.
+        bad_T: [T] bool, tokens that are to be NaN on every rank, or None.
+    """
+    combine: Any = row_terms.combine if isinstance(terms, RowTerms) else row_terms.combine_pairs
+    present = {name: value for name, value in zip(terms._fields, terms, strict=True) if value is not None}
+    packed = torch.stack(tuple(present.values()))
+    if bad_T is not None:
+        packed = packed.masked_fill(bad_T, torch.nan)
+    parts = (terms._replace(**dict(zip(present, part, strict=True))) for part in gather_equal(packed, group))
+    return reduce(lambda a, b: combine(torch, a, b), parts)
+
+
+def gather_equal(part: Tensor, group: Any) -> Tensor:
+    """[R, ...]: the tensors of all ranks, which have one shape, in rank order. One collective."""
+    part = part.contiguous()
+    gathered = part.new_empty((dist.get_world_size(group), *part.shape))
+    compat.all_gather(gathered.view(-1), part.view(-1), group)
+    return gathered
+
+
+def gather_shares(share: Tensor, dim: int, group: Any) -> Tensor:
+    """The whole tensor, from the equal shares of the ranks along `dim`, in rank order. One collective."""
+    return gather_equal(share, group).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter_shares(whole: Tensor, shape: torch.Size, dim: int, group: Any) -> Tensor:
+    """The sum over the ranks of this rank's share: the reverse of `gather_shares`. One collective.
+
+    Args:
+        whole: the whole tensor, in any shape; shape: that of a share.
+    """
+    ranks = dist.get_world_size(group)
+    shares_R = whole.view(*shape[:dim], ranks, *shape[dim:]).movedim(dim, 0).contiguous()
+    share = whole.new_empty(shape)
+    compat.reduce_scatter(share.view(-1), shares_R.view(-1), group)
+    return share
+
+
+class SumOverRanks(Function):
+    """Sum over the ranks of groups, in rank order. Each rank's part gets the gradient of the sum as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, groups: tuple[Any, ...]) -> Tensor:
+        for group in groups:
+            part = reduce(torch.add, gather_equal(part, group))
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+def materialize(lm_weight: Any, grad_reduce_group: Any) -> Any:
+    """The whole weight of a sharded head; see FusedLinearCrossEntropy.materialize_lm_weight."""
+    if not hasattr(lm_weight, "full_tensor"):
+        return lm_weight
+    if not (torch.is_grad_enabled() and lm_weight.requires_grad):
+        return lm_weight.full_tensor()
+    mesh_size = lm_weight.device_mesh.size()
+    group_size = 1 if grad_reduce_group is None else dist.get_world_size(grad_reduce_group)
+    if mesh_size != group_size:
+        raise ValueError(
+            "FusedLinearCrossEntropy needs a grad_reduce_group that matches the mesh of the sharded lm_weight: "
+            f"mesh size={mesh_size}, reduction group size={group_size}. Pass the process group over which the "
+            "weight is sharded and the tokens differ."
+        )
+    if mesh_size == 1:
+        return lm_weight.full_tensor()
+    from torch.distributed.tensor import Partial
+
+    # Partial: the backward reduce-scatters this rank's full gradient into the shards.
+    weight = lm_weight.full_tensor(grad_placements=[Partial()] * lm_weight.device_mesh.ndim)
+    weight.register_hook(lambda grad: grad / group_size)
+    return weight

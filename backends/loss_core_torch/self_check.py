@@ -1,0 +1,75 @@
+"""Whether two sets of kernels agree on a few rows, for `torch:auto` to ask before it takes one by itself.
+
+A check of the machine (driver, compiler, chip), not of the mathematics: that is what `loss-core check` is for.
+"""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loss_core.row_terms import Objective, kl_divergence
+from loss_core_torch.kernels import KernelSet, Linear, Pairs, Rows
+from loss_core_torch.tracing import compute_dtype
+
+# V = 515: no multiple of any block, and one block more than a power of 2.
+_TOKENS, _VOCAB, _HIDDEN = 8, 515, 64
+
+# Roundings that the two may differ by: of the arithmetic, in sums of some hundred terms of size 1; and of the dtype, to
+# which results are rounded once, and operands of a product before it.
+_ROUNDINGS_INSIDE, _ROUNDINGS = 64, 8
+
+
+def disagreement(kernels: KernelSet, reference: KernelSet, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What differs, with the numbers; None where everything agrees. A kernel that raises disagrees."""
+    with torch.no_grad():
+        wanted = _results(reference, device, dtype)
+        try:
+            found = _results(kernels, device, dtype)
+        except Exception as error:
+            return f"{kernels.flag} raised {type(error).__name__}: {error}"
+    for name, want in wanted.items():
+        inside = _ROUNDINGS_INSIDE * torch.finfo(compute_dtype(dtype)).eps
+        allowed = (inside + _ROUNDINGS * torch.finfo(want.dtype).eps) * want.abs().max().double()
+        got = found[name].double()
+        difference = (got - want.double()).abs().max()
+        # Not `>`: NaN must not pass.
+        if not bool(difference <= allowed):
+            at = int((got - want.double()).abs().nan_to_num(torch.inf).argmax())
+            values = f"{float(got.flatten()[at]):.6g} and {float(want.flatten()[at]):.6g}"
+            return f"{name} of {kernels.flag} and {reference.flag} in {dtype} is {values} at element {at}"
+    return None
+
+
+def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Terms and gradients of every kind, from the same inputs each time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    student, teacher, hidden, weight = (
+        draw(_TOKENS, _VOCAB), draw(_TOKENS, _VOCAB), draw(_TOKENS, _HIDDEN), draw(_VOCAB, _HIDDEN),
+    )  # fmt: skip
+    labels_T = torch.randint(0, _VOCAB, (_TOKENS,), generator=generator).to(device)
+    coef_T = torch.linspace(0.5, 1.0, _TOKENS, dtype=compute_dtype(dtype), device=device)
+    keep_T = torch.arange(_TOKENS, device=device) != 3
+    objective = Objective(_VOCAB)
+    row_terms, row_grad = kernels.row_terms_and_grad(Rows(student, labels_T, keep_T), coef_T, objective)
+    pairs = Pairs(student, teacher, keep_T, 0.5)
+    pair_terms = kernels.pair_terms(pairs)
+    kl_T = kl_divergence(torch, pair_terms)
+    linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype)
+    linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, objective, (True, True))
+    return {
+        "the sum of a row": row_terms.s[keep_T],
+        "the gradient of the logits": row_grad,
+        "the divergence of a row": kl_T[keep_T],
+        "the student's gradient": kernels.pair_grad(pairs, pair_terms, kl_T, coef_T, False),
+        "the teacher's gradient": kernels.pair_grad(pairs, pair_terms, kl_T, coef_T, True),
+        "the sum of a fused row": linear_terms.s,
+        "the gradient of the hidden states": grad_h.to(dtype),
+        "the gradient of the weight": grad_w.to(dtype),
+    }

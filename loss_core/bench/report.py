@@ -1,0 +1,214 @@
+"""What a benchmark found: rows of measurements, and what follows from setting them beside each other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+# Kinds of rows.
+ROOFLINE, FLAG, BASELINE = "roofline", "flag", "baseline"
+
+# What everybody writes; on torch over ranks a baseline, on one the flag. Times are told as a share of its time.
+PLAIN = ("torch:plain", "plain-torch", "plain-jax")
+
+# Relative error beyond which a result is none: 16-bit arithmetic throughout stays below it. Such a row is shown, and
+# is neither the best baseline nor a choice. Smaller errors are shown beside the time, for the reader to judge.
+WRONG = 0.05
+
+
+@dataclass
+class BenchRow:
+    """One implementation on one call.
+
+    Attributes:
+        loss: display name of the config.
+        implementation: flag, baseline's name, or "roofline".
+        kind: "roofline", "flag" or "baseline".
+        framework: that it runs on, "torch" or "jax".
+        shape: (T, V) or (T, V, H).
+        dtype: of the inputs.
+        config: the loss, as `LossConfig.to_dict` gives it.
+        ignored: share of labels that are ignore_index.
+        rounds: seconds of one call, the median of each round; over ranks those of the slowest rank.
+        calls: how many calls were timed.
+        peak: most bytes held above the inputs during a call, results included; None where not measured. Over ranks that
+            of the rank with most.
+        gradients: bytes of the gradients among the results; None where not noted.
+        first_call: seconds of the first call, with what it compiled.
+        loss_error: relative error of the loss against float64.
+        grad_error: largest over the gradients of ||error|| / ||gradient||; None for forward only.
+        error_ratio: largest error / what rounding explains, as `loss-core check` counts it.
+        error_shape: shape of the call that was compared with float64.
+        note: what the implementation chose, or how the roofline is counted.
+        error: why there is no time.
+    """
+
+    loss: str
+    implementation: str
+    kind: str
+    framework: str
+    shape: tuple[int, ...]
+    dtype: str
+    config: dict[str, Any] = field(default_factory=dict)
+    ignored: float = 0.0
+    rounds: list[float] = field(default_factory=list)
+    calls: int = 0
+    peak: int | None = None
+    gradients: int | None = None
+    first_call: float | None = None
+    loss_error: float | None = None
+    grad_error: float | None = None
+    error_ratio: float | None = None
+    error_shape: tuple[int, ...] = ()
+    note: str = ""
+    error: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Median over the rounds."""
+        return median(self.rounds) if self.rounds else None
+
+    @property
+    def working(self) -> int | None:
+        """Bytes of `peak` beside the gradients: what an implementation needs to make them."""
+        return None if self.peak is None or self.gradients is None else max(self.peak - self.gradients, 0)
+
+    @property
+    def spread(self) -> float | None:
+        """Largest distance of a round from the median, as a share of it; the extreme quarter at either end left out."""
+        if not self.rounds or not self.seconds:
+            return None
+        ordered = sorted(self.rounds)
+        cut = len(ordered) // 4
+        kept = ordered[cut : len(ordered) - cut]
+        return max(kept[-1] - self.seconds, self.seconds - kept[0]) / self.seconds
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the result is so far from float64 that its time says nothing."""
+        errors = [error for error in (self.loss_error, self.grad_error) if error is not None]
+        return any(not error <= WRONG for error in errors)
+
+    @property
+    def group(self) -> tuple[str, tuple[int, ...], str, float]:
+        """Rows of one group are of the same call."""
+        return self.loss, tuple(self.shape), self.dtype, self.ignored
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A flag or baseline that was not measured, and what would change that."""
+
+    name: str
+    reason: str
+    install: str = ""
+
+
+@dataclass
+class BenchReport:
+    """Rows, and what they were measured with.
+
+    Attributes:
+        rows: groups one after the other; the roofline is the first row of each.
+        missing: what could not be run here.
+        settings: options of the run.
+        versions: of this library, Python and the frameworks.
+        machine: processor, accelerator, other processes.
+        orders: for each group, the order of the implementations in each round.
+        seconds: of the whole run.
+        date: when it began, ISO 8601.
+        command: what was typed, "" for a call of `bench`.
+    """
+
+    rows: list[BenchRow] = field(default_factory=list)
+    missing: list[Missing] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    orders: list[list[list[str]]] = field(default_factory=list)
+    seconds: float = 0.0
+    date: str = ""
+    command: str = ""
+
+    def groups(self) -> list[list[BenchRow]]:
+        """Rows of the same call together."""
+        return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.group)]
+
+    def to_json(self) -> str:
+        """As JSON; `from_json` reads it back."""
+        rows = [
+            {name: _finite(value) for name, value in asdict(row).items()}
+            | {"seconds": row.seconds, "spread": row.spread}
+            for row in self.rows
+        ]
+        return json.dumps({**asdict(self), "rows": rows}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> BenchReport:
+        """A report from `to_json`'s text.
+
+        Raises:
+            ValueError: the text is no such report.
+        """
+        try:
+            data = json.loads(text)
+            rows = [_row(row) for row in data.pop("rows")]
+            missing = [Missing(**entry) for entry in data.pop("missing")]
+            return cls(rows=rows, missing=missing, **data)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a report of loss-core bench: {error}") from error
+
+
+def call_text(loss: str, shape: Iterable[int], dtype: str, ignored: float) -> str:
+    """A call in one line: "KDLoss 64x1000 float32, 25% ignored"."""
+    share = f", {share_text(ignored)} ignored" if ignored else ""
+    return f"{loss} {'x'.join(map(str, shape))} {dtype}{share}"
+
+
+def share_text(share: float) -> str:
+    """A share of 0 to 1 as percent, with its decimals where it has some."""
+    return f"{100 * share:.4g}%"
+
+
+def _row(data: Mapping[str, Any]) -> BenchRow:
+    # What JSON has no number for is written as a string.
+    values: dict[str, Any] = {
+        key: float(value) if key in ("loss_error", "grad_error", "error_ratio") and isinstance(value, str) else value
+        for key, value in data.items()
+        if key not in ("seconds", "spread")
+    }
+    return BenchRow(**{**values, "shape": tuple(values["shape"]), "error_shape": tuple(values["error_shape"])})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither inf nor NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def roofline_of(group: Iterable[BenchRow]) -> float | None:
+    """Seconds of the roofline of a group."""
+    return next((row.seconds for row in group if row.kind == ROOFLINE), None)
+
+
+def plain_of(group: Iterable[BenchRow], framework: str) -> BenchRow | None:
+    """The plain implementation of a group on a framework."""
+    return _fastest(row for row in group if row.implementation in PLAIN and row.framework == framework)
+
+
+def best_baseline_of(group: Iterable[BenchRow], framework: str) -> BenchRow | None:
+    """The fastest baseline on a framework whose result is not wrong."""
+    return _fastest(row for row in group if row.kind == BASELINE and row.framework == framework and not row.wrong)
+
+
+def best_flag_of(group: Iterable[BenchRow], framework: str | None = None) -> BenchRow | None:
+    """The fastest flag (on one framework) whose result is not wrong."""
+    return _fastest(row for row in group if row.kind == FLAG and framework in (None, row.framework) and not row.wrong)
+
+
+def _fastest(rows: Iterable[BenchRow]) -> BenchRow | None:
+    return min((row for row in rows if row.seconds is not None), key=lambda row: row.seconds or 0.0, default=None)

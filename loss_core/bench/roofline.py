@@ -1,0 +1,74 @@
+"""The roofline: the least work that a loss must do, over the rates that the same run measured.
+
+Over ranks that share the vocabulary it is the work of the largest part, at the rates that one rank has while all of
+them are busy. What they tell each other is not counted.
+
+Each input is read once, of arguments with a row per token the rows that are not ignored, and each gradient written
+once, at the rate of a large copy; a loss over hidden states must make its matrix products over the tokens that are
+not ignored, three times as many with a backward, at the rate of a large product. The larger of the two times is the
+roofline. Nothing runs much faster, unless it leaves out work.
+"""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from loss_core.bench.job import BYTES, Job
+
+
+@dataclass(frozen=True)
+class Work:
+    """Least work of one call: bytes through memory, floating-point operations of matrix products."""
+
+    moved: int
+    operations: int
+
+    def seconds(self, copy_rate: float, product_rate: float) -> float:
+        """Time at the rates of a copy (bytes read and written per second) and of a product (operations per second)."""
+        of_products = self.operations / product_rate if self.operations else 0.0
+        return max(self.moved / copy_rate, of_products)
+
+
+def least_work(job: Job) -> Work:
+    """Bytes and operations that no implementation of the call can do without, on the rank with the most classes."""
+    job = job.of_largest_rank()
+    shapes, kept = job.float_shapes, job.num_kept
+    # Fewer tokens are read than written: the gradient of an ignored one is 0, and has to be stored.
+    read = {a.name: (kept, *shapes[a.name][1:]) if a.dims[0] == "T" else shapes[a.name] for a in job.definition.inputs}
+    written = () if job.forward_only else job.trained
+    moved = sum(map(math.prod, read.values())) + sum(math.prod(shapes[name]) for name in written)
+    return Work(BYTES[job.dtype] * moved, _num_products(job) * 2 * kept * math.prod(job.shape[1:]))
+
+
+def words(job: Job) -> str:
+    """What the roofline of a call counts."""
+    if products := _num_products(job):
+        counted = f"{products} matrix product{'s' if products > 1 else ''}"
+    else:
+        reads, writes = len(job.definition.inputs), 0 if job.forward_only else len(job.trained)
+        counted = f"{reads} read{'s' if reads > 1 else ''}"
+        counted += f" + {writes} write{'s' if writes > 1 else ''} of the logits" if writes else " of the logits"
+    return counted if job.tp == 1 else f"{counted}, of the largest of {job.tp} parts,"
+
+
+def left_out(job: Job) -> str:
+    """What it does not count, though every implementation has to do it: empty for one rank.
+
+    How little of what ranks tell each other can't hide behind other work is not known: of each row the statistics of a
+    rank's own classes, and the gradients of what all ranks hold whole, which are sums over the classes.
+    """
+    if job.tp == 1:
+        return ""
+    exchanged = f"{job.definition.row_numbers} numbers per token"
+    whole = [name for name in job.trained if name not in job.definition.vocab_axes]
+    if whole and not job.forward_only:
+        exchanged += f" and the sum of the gradients of {' and '.join(whole)}"
+    return f"; not counted: what the ranks tell each other, at least {exchanged}"
+
+
+def _num_products(job: Job) -> int:
+    """A product has two operands, and a gradient of each is a product, too."""
+    return job.definition.products * (1 if job.forward_only else 3)

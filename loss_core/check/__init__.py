@@ -1,0 +1,13 @@
+"""The proof that backends agree: every loss, flag, dtype and case against float64, and against each other.
+
+>>> from loss_core.check import check
+>>> report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"])  # doctest: +SKIP
+>>> report.passed  # doctest: +SKIP
+True
+"""
+
+from loss_core.check.compare import compare
+from loss_core.check.report import HISTOGRAM_EDGES, Finding, Report, Row
+from loss_core.check.run import DTYPES, assert_backends_agree, check
+
+__all__ = ["DTYPES", "HISTOGRAM_EDGES", "Finding", "Report", "Row", "assert_backends_agree", "check", "compare"]

@@ -1,0 +1,175 @@
+"""The calls of a check: which losses, with which cases, how each is named and run again alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.config import LossConfig
+from loss_core.dtypes import round_to
+from loss_core.losses import Case, named_cases, random_cases
+from loss_core.losses.definition import need_definition
+from loss_core.losses.rounding import result_dtype
+from loss_core.registry import LOSS_CONFIG_REGISTRY, config_class_for, our_losses
+
+# What a finding is "against" when it is the oracle.
+ORACLE = "float64"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One case of one loss in one dtype.
+
+    Attributes:
+        loss: registry name or config, as the caller gave it.
+        name: of the loss in the table.
+        suffix: options that reproduce lines need besides.
+        captured: whether the inputs are the caller's own.
+        ranks: over how many the vocabulary is sharded; 0 where the call runs whole, in this process.
+        split: name of the way it is sharded; sizes: classes of each rank's shard.
+    """
+
+    loss: str | LossConfig
+    name: str
+    case: Case
+    dtype: str
+    suffix: str
+    device: str | None
+    captured: bool
+    ranks: int = 0
+    split: str = ""
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def case_name(self) -> str:
+        """The case, with the split: "mean/uneven"."""
+        return f"{self.case.name}/{self.split}" if self.ranks else self.case.name
+
+    def flag_name(self, flag: str) -> str:
+        """The flag, with the number of ranks: "torch:eager tp=2"."""
+        return f"{flag} tp={self.ranks}" if self.ranks else flag
+
+    def reproduce(self, flag: str, against: str) -> str:
+        """The command that runs this call alone; a line of Python for a class that no registry knows."""
+        other = "" if against == ORACLE else f" --against {against}"
+        if isinstance(self.loss, str):
+            config = self.loss
+        elif type(self.loss) in LOSS_CONFIG_REGISTRY.values():
+            config = json.dumps(self.loss.to_dict())
+        else:
+            return f"check({self.loss!r}, [{flag!r}], dtypes=[{self.dtype!r}], only=[{self.case.name!r}])"
+        case = "" if self.captured else f" --case {self.case.name}"
+        case += f" --tp {self.ranks}" if self.ranks else ""
+        return (
+            f"loss-core check --config {shlex.quote(config)} --backend {flag}{other} --dtype {self.dtype}"
+            f"{case}{self.suffix}"
+        )
+
+
+def _name(loss: str | LossConfig) -> str:
+    if isinstance(loss, str):
+        return loss
+    exact = [name for name, cls in LOSS_CONFIG_REGISTRY.items() if type(loss) is cls]
+    parents = [name for name, cls in LOSS_CONFIG_REGISTRY.items() if isinstance(loss, cls)]
+    return [*exact, *parents, type(loss).__name__][0]
+
+
+def distinct_names(losses: Sequence[str | LossConfig]) -> list[str]:
+    """A name for each; where several configs of one loss are checked, with the fields that are not the default."""
+    names = [_name(loss) for loss in losses]
+    told = [
+        name if names.count(name) == 1 or isinstance(loss, str) else f"{name}({_changed_fields(loss)})"
+        for loss, name in zip(losses, names, strict=True)
+    ]
+    return [name if told.count(name) == 1 else f"{name} #{told[: i + 1].count(name)}" for i, name in enumerate(told)]
+
+
+def _changed_fields(config: LossConfig) -> str:
+    changed = [
+        f"{f.name}={value!r}"
+        for f in fields(config)
+        for value in [getattr(config, f.name)]
+        if f.compare and (f.default is MISSING or value != f.default)
+    ]
+    return ", ".join(changed)
+
+
+def filters_in_words(shape: tuple[int, ...] | None, only: Sequence[str] | None) -> str:
+    """Which cases were asked for, for messages."""
+    names = f" named {' or '.join(only)}" if only is not None else ""
+    return names + (f" at the shape {','.join(map(str, shape))}" if shape is not None else "")
+
+
+def chosen_losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[str | LossConfig]:
+    """What `check` was asked for, as a list; None is every loss of this library. Refuses what has no definition."""
+    if config is None:
+        return list(our_losses())
+    losses = [config] if isinstance(config, str | LossConfig) else list(config)
+    for loss in losses:
+        loss = config_of(loss)
+        if not isinstance(loss, LossConfig):
+            raise TypeError(f"config must be a registry name or a LossConfig, got {loss!r}.")
+        need_definition(loss)
+    return losses
+
+
+def config_of(loss: str | LossConfig) -> LossConfig:
+    """The config of a registry name, with its defaults; a config as it is."""
+    return config_class_for(loss)() if isinstance(loss, str) else loss
+
+
+def chosen_cases(
+    loss: str | LossConfig,
+    shape: tuple[int, ...] | None,
+    only: Sequence[str] | None,
+    num_random: int,
+    seed: int,
+    inputs: Mapping[str, NDArray[Any]] | None,
+) -> list[Case]:
+    """The named and random cases, or the one captured call."""
+    if inputs is not None:
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        arrays = {name: a.astype(np.float64) if a.dtype.kind not in "iub" else a for name, a in arrays.items()}
+        config = config_of(loss)
+        grad_of = tuple(a.name for a in need_definition(config).arguments if a.differentiated and a.name in arrays)
+        return [Case("captured", config, arrays, None, grad_of)]
+    named = named_cases(loss, shape=shape)
+    random = random_cases(loss, num_random, seed, shape)
+    cases = [*named, *random]
+    return cases if only is None else [case for case in cases if case.name in only]
+
+
+def reproduce_suffix(shape: tuple[int, ...] | None, num_random: int, seed: int, device: str | None) -> str:
+    """Options that a reproduce line must repeat."""
+    parts = []
+    if shape is not None:
+        parts.append(f" --shape {','.join(map(str, shape))}")
+    if num_random:
+        parts.append(f" --cases {num_random} --seed {seed}")
+    if device is not None:
+        parts.append(f" --device {device}")
+    return "".join(parts)
+
+
+def rounded(call: Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
+    """The arrays and the upstream gradient as the tested dtype holds them."""
+    case, dtype = call.case, call.dtype
+    # A weight's rows, and a teacher's logits, come as they are.
+    arguments = need_definition(case.config).arguments
+    sliced = [a.name for a in arguments if case.strided and a.dims[:1] == ("T",) and a.trained]
+    arrays = {}
+    for name, value in case.arrays.items():
+        value = round_to(value, dtype) if value.dtype.kind == "f" else value
+        if name in sliced and value.dtype.kind == "f" and value.ndim > 1:
+            longer = np.zeros((*value.shape[:-2], value.shape[-2] + 1, value.shape[-1]))
+            longer[..., :-1, :] = value
+            value = longer[..., :-1, :]
+        arrays[name] = value
+    upstream = case.upstream
+    return arrays, None if upstream is None else round_to(upstream, result_dtype(case.config, dtype))

@@ -1,0 +1,228 @@
+"""A user's own call of a loss, read from .npz or .safetensors and looked over before it is run."""
+
+# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.config import LossConfig
+from loss_core.dispatch.flags import install_line
+from loss_core.dtypes import FORMATS
+from loss_core.losses import Argument, LossDef, definition_of
+from loss_core.losses.reduction import kept_tokens
+from loss_core.registry import config_class_for
+from loss_core.usage import UsageProblem, closest
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """One call of a loss, as the user stored it.
+
+    Attributes:
+        arrays: arguments by name; bfloat16 as float32, which holds its values exactly.
+        dtype: of the logits or hidden states in the file.
+        notes: what the reader should know, such as inputs of another dtype.
+    """
+
+    arrays: dict[str, Array]
+    dtype: str
+    notes: tuple[str, ...]
+
+
+def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
+    """The arguments of one call, from a file that names them as the loss's forward does.
+
+    Args:
+        path: .npz (numpy.savez) or .safetensors.
+        loss: what the call is for.
+    Raises:
+        UsageProblem: the file can't be read, an argument is missing, unknown, or of a wrong kind or shape.
+    """
+    if path.suffix not in (".npz", ".safetensors"):
+        raise UsageProblem(f"--inputs {path}: expected a file that ends in .npz or .safetensors.")
+    found, dtypes = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    config = config_class_for(loss)() if isinstance(loss, str) else loss
+    definition = definition_of(config)
+    if definition is None:
+        raise UsageProblem(
+            f"--inputs: the arguments of {type(config).__name__} are not known; use loss_core.check.compare."
+        )
+    try:
+        _check_names(loss if isinstance(loss, str) else type(loss).__name__, definition, found)
+        arrays = _checked(definition, config, found)
+    except UsageProblem as error:
+        raise UsageProblem(f"--inputs {path}: {error}") from error
+    floats = [argument.name for argument in definition.inputs]
+    dtype = dtypes[floats[0]]
+    others = {n: d for n, d in dtypes.items() if d in FORMATS and d != dtype and n in (*floats, "loss_weights")}
+    notes = tuple(
+        f"{path}: {other} is {d}, but {floats[0]} is {dtype}; all inputs are given in the dtype of the check."
+        for other, d in others.items()
+    )
+    return CapturedCall(arrays, dtype, notes)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    try:
+        # Opened here: np.load leaves a file open that it then finds broken.
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UsageProblem(f"--inputs {path}: holds a single array; store arguments by name, with numpy.savez.")
+            arrays = {name: np.asarray(file[name]) for name in file.files}
+    except OSError as error:
+        raise UsageProblem(f"--inputs {path} can't be read: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageProblem(f"--inputs {path} is no .npz file of plain arrays: {error}.") from error
+    for name, array in arrays.items():
+        if array.dtype.kind == "V":
+            raise UsageProblem(
+                f"--inputs {path}: {name} has the type {array.dtype}, which NumPy can't read back "
+                "(bfloat16, it may be); store such tensors as .safetensors."
+            )
+    native = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
+    return native, {name: array.dtype.name for name, array in native.items()}
+
+
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+}  # fmt: skip
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    try:
+        from safetensors import SafetensorError, deserialize
+    except ImportError as error:
+        raise UsageProblem(f"--inputs {path} needs safetensors ({error}): {install_line('cli')}") from error
+    try:
+        entries: list[tuple[str, Any]] = list(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise UsageProblem(f"--inputs {path} can't be read: {error.strerror or error}.") from error
+    except SafetensorError as error:
+        raise UsageProblem(f"--inputs {path} is no .safetensors file: {error}.") from error
+    arrays: dict[str, Array] = {}
+    dtypes: dict[str, str] = {}
+    for name, entry in entries:
+        stored = entry["dtype"]
+        if stored not in _SAFETENSORS:
+            known = ", ".join(_SAFETENSORS)
+            raise UsageProblem(f"--inputs {path}: {name} has the dtype {stored}; accepted are {known}.")
+        dtypes[name] = _SAFETENSORS[stored]
+        arrays[name] = _from_bytes(entry["data"], dtypes[name]).reshape(entry["shape"])
+    return arrays, dtypes
+
+
+def _from_bytes(data: bytes, dtype: str) -> Array:
+    if dtype != "bfloat16":
+        return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).astype(dtype)
+    # A bfloat16 is the upper half of a float32.
+    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def _check_names(loss: str, definition: LossDef, arrays: Mapping[str, Array]) -> None:
+    required = [a for a in definition.arguments if not a.optional]
+    optional = [a.name for a in definition.arguments if a.optional]
+    # Floating arguments first, then labels.
+    required.sort(key=lambda a: a.kind != "float")
+    takes = ", ".join(f"{a.name} {_shape_text(a)}" for a in required)
+    takes = f"{loss} takes {takes}" + (f", and optionally {', '.join(optional)}" if optional else "")
+    names = [a.name for a in required]
+    unknown = [name for name in arrays if name not in (*names, *optional)]
+    missing = [name for name in names if name not in arrays]
+    if unknown:
+        raise UsageProblem(f"unknown argument {unknown[0]!r}{closest(unknown[0], [*missing, *optional])} {takes}.")
+    if missing:
+        raise UsageProblem(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. {takes}.")
+
+
+def _shape_text(argument: Argument) -> str:
+    return f"[{', '.join('...' if dim == 'T' else dim for dim in argument.dims)}]"
+
+
+def _checked(definition: LossDef, config: LossConfig, found: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays, after what every backend would refuse has been refused with a message."""
+    arrays = dict(found)
+    labels = arrays["labels"]
+    if labels.dtype.kind not in "iu":
+        raise UsageProblem(f"labels must be integers, got {labels.dtype}.")
+    if labels.size == 0:
+        raise UsageProblem(f"labels is empty (shape {labels.shape}).")
+    for argument in definition.inputs:
+        dtype = arrays[argument.name].dtype
+        if dtype.kind != "f" or dtype.itemsize > 8:
+            raise UsageProblem(f"{argument.name} must be one of {', '.join(FORMATS)}, got {dtype}.")
+    vocab = _check_shapes(definition, arrays)
+    for argument in definition.arguments:
+        if argument.name in arrays and not definition.accepts(config, argument.name):
+            reduction = definition.reduction(config)
+            raise UsageProblem(f"{argument.name} goes with reduction 'sum' only, but the config has {reduction!r}.")
+        if argument.name in arrays and argument.kind in ("count", "hint"):
+            arrays[argument.name] = _count(argument.name, arrays[argument.name])
+    if definition.find("label") is not None:
+        _check_labels(arrays, vocab, int(getattr(config, "ignore_index", -100)))
+    return arrays
+
+
+def _check_shapes(definition: LossDef, arrays: Mapping[str, Array]) -> int:
+    """Compare all shapes with that of labels, and with each other; returns V."""
+    lead = arrays["labels"].shape
+    sizes: dict[str, tuple[int, str]] = {}
+    for argument in definition.arguments:
+        if argument.name not in arrays or argument.kind not in ("float", "mask"):
+            continue
+        name, shape = argument.name, arrays[argument.name].shape
+        if argument.kind == "mask":
+            _check_broadcast(name, shape, lead)
+            continue
+        leading, dims = (len(lead), argument.dims[1:]) if argument.dims[0] == "T" else (0, argument.dims)
+        if leading and shape[:leading] != lead:
+            raise UsageProblem(f"labels has shape {lead} but {name} has shape {shape}; its leading part must match.")
+        if len(shape) != leading + len(dims):
+            raise UsageProblem(f"{name} has shape {shape}, but must be {_shape_text(argument)}.")
+        for dim, size in zip(dims, shape[leading:], strict=True):
+            known, other = sizes.setdefault(dim, (size, name))
+            if size != known:
+                raise UsageProblem(
+                    f"{name} has shape {shape}, so {dim} = {size}, but {other} has {dim} = {known}; they must match."
+                )
+    vocab = sizes["V"][0]
+    if not vocab:
+        raise UsageProblem("the vocabulary is empty: V = 0.")
+    return vocab
+
+
+def _check_broadcast(name: str, shape: tuple[int, ...], lead: tuple[int, ...]) -> None:
+    try:
+        np.broadcast_to(np.empty(shape, np.bool_), lead)
+    except ValueError as error:
+        raise UsageProblem(f"{name} has shape {shape}, which does not broadcast to that of labels, {lead}.") from error
+
+
+def _count(name: str, value: Array) -> Array:
+    if value.size != 1 or value.dtype.kind not in "iuf" or not float(value.reshape(())).is_integer():
+        raise UsageProblem(f"{name} must be one whole number, got {value.dtype} of shape {value.shape}.")
+    return np.asarray(int(value.reshape(())))
+
+
+def _check_labels(arrays: Mapping[str, Array], vocab: int, ignore_index: int) -> None:
+    labels = arrays["labels"]
+    keep = kept_tokens(arrays, ignore_index).reshape(labels.shape)
+    wrong = np.argwhere(keep & ((labels < 0) | (labels >= vocab)))
+    if wrong.size:
+        at = tuple(int(i) for i in wrong[0])
+        place = "".join(f"[{i}]" for i in at)
+        raise UsageProblem(
+            f"labels{place} is {int(labels[at])}, which is outside [0, {vocab}) and not ignore_index ({ignore_index})."
+        )

@@ -1,0 +1,104 @@
+"""Compare two implementations of any loss, without a definition of it: for someone who ports his own.
+
+The reference is the first implementation run in float64; how far rounding may move a result is estimated from it, as
+`loss_core.losses.probing` says. The two float64 results must agree too: they find a wrong formula however coarse the
+dtype is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.check.report import Finding, Report, Row, add_findings, framework_version
+from loss_core.dispatch.flags import load_backend, parse_flag
+from loss_core.dispatch.protocol import Evaluation
+from loss_core.dtypes import compute_format, float_format, round_to
+from loss_core.losses.probing import Sensitivity
+
+Floats = NDArray[np.float64]
+
+
+def compare(
+    fn_torch: Callable[..., Any],
+    fn_jax: Callable[..., Any],
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    dtype: str = "float32",
+    arithmetic: str | None = None,
+    grad_of: Sequence[str] | None = None,
+    upstream: NDArray[Any] | None = None,
+    frameworks: tuple[str, str] = ("torch", "jax"),
+    seed: int = 0,
+) -> Report:
+    """Compare value and gradients of two callables on the same inputs.
+
+    Args:
+        fn_torch, fn_jax: take the inputs as keyword arguments (torch tensors, JAX arrays) and return
+            one tensor or array. Both must also run in float64.
+        inputs: NumPy arrays by argument name; floating ones are rounded to dtype first.
+        dtype: of the floating inputs: "float32", "bfloat16", "float16" or "float64".
+        arithmetic: dtype in which the callables compute inside; None: float32 (float64 for float64).
+        grad_of: arguments to differentiate; None: all floating ones.
+        upstream: derivative of the objective by the result; None for ones.
+        frameworks: of the two callables, so that two of the same framework can be compared as well.
+        seed: of the disturbances.
+    Returns:
+        A Report with four rows: each against float64, one against the other, and both in float64.
+    Raises:
+        ValueError: for names and dtypes that don't exist. Errors of the callables pass through.
+    """
+    start = time.perf_counter()
+    fmt = float_format(dtype)
+    inner = float_format(arithmetic) if arithmetic else compute_format(dtype)
+    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    floats = [name for name, value in arrays.items() if value.dtype.kind == "f"]
+    wanted = tuple(floats if grad_of is None else grad_of)
+    unknown = [name for name in wanted if name not in floats]
+    if unknown:
+        raise ValueError(f"grad_of names {unknown}, which are no floating-point inputs; these are: {floats}.")
+    rounded = {name: round_to(value, dtype) if name in floats else value for name, value in arrays.items()}
+    functions = (fn_torch, fn_jax)
+    labels = _labels(frameworks)
+
+    def run(which: int, values: Mapping[str, NDArray[Any]], kind: str) -> Evaluation:
+        backend = load_backend(parse_flag(frameworks[which]).backend)
+        return backend.evaluate(functions[which], values, dtype=kind, upstream=upstream, grad_of=wanted)
+
+    sensitivity = Sensitivity(lambda values: _results(run(0, values, "float64")), rounded, floats, inner.u, seed)
+    reference, second = sensitivity.reference, _results(run(1, rounded, "float64"))
+    report = Report(versions={name: framework_version(name) for name in dict.fromkeys(frameworks)})
+    names = [getattr(fn, "__name__", type(fn).__name__) for fn in functions]
+    both = names[0] if names[0] == names[1] else f"{names[0]}, {names[1]}"
+    got = [_results(run(which, rounded, dtype)) for which in (0, 1)]
+    double = float_format("float64")
+    one = sensitivity.allowed(inner.u, dict.fromkeys(reference, fmt))
+    two = {name: 2 * value for name, value in one.items()}
+    exact = {name: 2 * value for name, value in sensitivity.allowed(double.u, dict.fromkeys(reference, double)).items()}
+    pairs = [
+        (names[0], labels[0], "float64", dtype, got[0], reference, one),
+        (names[1], labels[1], "float64", dtype, got[1], reference, one),
+        (both, labels[0], labels[1], dtype, got[0], got[1], two),
+        (both, labels[1], labels[0], "float64", second, reference, exact),
+    ]
+    for loss, flag, against, kind, values, expected, limits in pairs:
+        row = Row(loss, flag, against, kind, cases=1)
+        template = Finding(loss=loss, flag=flag, against=against, dtype=kind, case="inputs")
+        add_findings(row, template, values, expected, limits, dict.fromkeys(values, kind))
+        report.rows.append(row)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _labels(frameworks: tuple[str, str]) -> tuple[str, str]:
+    if frameworks[0] != frameworks[1]:
+        return frameworks
+    return (f"{frameworks[0]} (1st)", f"{frameworks[1]} (2nd)")
+
+
+def _results(got: Evaluation) -> dict[str, Floats]:
+    return {"loss": got.loss, **got.grads}

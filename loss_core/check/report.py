@@ -1,0 +1,218 @@
+"""What a check finds: findings, rows of the table, and the report that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.dispatch.flags import all_flags, load_backend, parse_flag
+from loss_core.dispatch.protocol import FlagStatus
+from loss_core.losses import share_of_allowance
+
+Floats = NDArray[np.float64]
+
+# Edges of the histogram of errors, as powers of ten of their share of the allowance.
+HISTOGRAM_EDGES = np.linspace(-6, 2, 33)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or the worst of what is right.
+
+    Attributes:
+        loss, flag, against, dtype, case: what was run; against is "float64" or another flag.
+        tensor: "loss" or the argument whose gradient it is.
+        share: error as a share of its allowance; above 1 is a failure.
+        error, allowed, got, expected: at the worst position.
+        position: index of the worst element.
+        problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
+        reproduce: command that runs this case alone.
+    """
+
+    loss: str
+    flag: str
+    against: str
+    dtype: str
+    case: str
+    tensor: str = ""
+    share: float = float("inf")
+    error: float = float("nan")
+    allowed: float = float("nan")
+    position: tuple[int, ...] = ()
+    got: float = float("nan")
+    expected: float = float("nan")
+    problem: str = ""
+    reproduce: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.problem) or not self.share <= 1.0
+
+    @property
+    def where(self) -> str:
+        """The tensor and the position in it, such as "logits[0][3]"."""
+        return self.tensor + "".join(f"[{i}]" for i in self.position)
+
+    @property
+    def what(self) -> str:
+        """What is wrong there, in words."""
+        if self.problem:
+            return self.problem
+        return (
+            f"{self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g} is "
+            f"{self.share:.3g} times the allowance of {self.allowed:.3g}"
+        )
+
+    def __str__(self) -> str:
+        run = f"{self.loss} {self.flag} against {self.against}, {self.dtype}, case {self.case}"
+        again = f"\n  {self.reproduce}" if self.reproduce else ""
+        return f"{run}, {self.where}: {self.what}{again}"
+
+
+@dataclass
+class Row:
+    """One line of the table: all cases of one loss, flag and dtype.
+
+    Attributes:
+        worst: the finding with the largest share of its allowance; None when nothing was run.
+        cases: how many cases were run; failures: findings that failed.
+    """
+
+    loss: str
+    flag: str
+    against: str
+    dtype: str
+    cases: int = 0
+    worst: Finding | None = None
+    failures: list[Finding] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        rows: in the order of the table.
+        unusable: flags that were asked for, or exist, and can't be used here, with reasons.
+        skipped: losses and flags that can't be combined, and flags that are to be named, with reasons.
+        histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
+            bin below for smaller and exact ones, and one above).
+        versions: of Python, NumPy and the frameworks.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    unusable: list[FlagStatus] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    histograms: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was run and nothing failed."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> list[Finding]:
+        return [finding for row in self.rows for finding in row.failures]
+
+    def count(self, flag: str, dtype: str, shares: Sequence[Floats]) -> None:
+        """Enter errors, as shares of their allowance, in the histogram of a flag and dtype."""
+        edges = np.concatenate([[-np.inf], HISTOGRAM_EDGES, [np.inf]])
+        counts = self.histograms.setdefault((flag, dtype), np.zeros(len(edges) - 1, np.int64))
+        for share in shares:
+            with np.errstate(divide="ignore"):
+                logs = np.log10(share.reshape(-1))
+            counts += np.histogram(np.clip(logs, -1e9, 1e9), bins=np.clip(edges, -2e9, 2e9))[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; infinities and NaN become strings."""
+        return {
+            "passed": self.passed,
+            "seconds": round(self.seconds, 3),
+            "versions": self.versions,
+            "rows": [_plain(asdict(row) | {"passed": row.passed}) for row in self.rows],
+            "unusable": [asdict(status) for status in self.unusable],
+            "skipped": self.skipped,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
+            + (f"worst {row.worst.share:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
+               if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
+            for row in self.rows
+        ]  # fmt: skip
+        return "\n".join([*lines, *(str(finding) for finding in self.failures)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
+
+
+def add_findings(
+    row: Row,
+    template: Finding,
+    got: Mapping[str, Floats],
+    expected: Mapping[str, Floats],
+    allowed: Mapping[str, Floats],
+    dtypes: Mapping[str, str],
+) -> list[Floats]:
+    """Compare results by name, note failures and the worst finding in the row; returns the shares.
+
+    Args:
+        template: a finding with everything filled in that is the same for all tensors.
+        dtypes: dtype by name, for what overflow may do.
+    """
+    shares = []
+    for tensor, value in got.items():
+        if value.shape != expected[tensor].shape:
+            problem = f"has shape {value.shape}, not {expected[tensor].shape}"
+            row.failures.append(replace(template, tensor=tensor, problem=problem))
+            continue
+        share = share_of_allowance(value, expected[tensor], allowed[tensor], dtypes[tensor])
+        shares.append(share)
+        if not share.size:
+            continue
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+        with np.errstate(invalid="ignore"):
+            error = float(abs(value[at] - expected[tensor][at]))
+        finding = replace(
+            template,
+            tensor=tensor,
+            share=float(share[at]),
+            error=error,
+            allowed=float(allowed[tensor][at]),
+            position=at,
+            got=float(value[at]),
+            expected=float(expected[tensor][at]),
+        )
+        if finding.failed:
+            row.failures.append(finding)
+        if row.worst is None or finding.share > row.worst.share:
+            row.worst = finding
+    return shares
+
+
+def framework_version(backend: str) -> str:
+    """Version of the framework behind a backend, such as "2.13.0"."""
+    first = next(flag for flag in all_flags() if flag.startswith(f"{backend}:"))
+    return load_backend(backend).kernel_status(parse_flag(first).kernel).version.partition(" ")[2]

@@ -1,0 +1,294 @@
+"""`check`: every loss, flag, dtype and case against float64, and backends against each other."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.check.calls import (
+    ORACLE,
+    Call,
+    chosen_cases,
+    chosen_losses,
+    config_of,
+    distinct_names,
+    filters_in_words,
+    reproduce_suffix,
+    rounded,
+)
+from loss_core.check.report import Finding, Report, Row, add_findings, framework_version
+from loss_core.check.sharded import EVEN_SHAPE, Evaluate, can_be_sharded, check_ranks, over_ranks, sharded_calls
+from loss_core.config import LossConfig
+from loss_core.dispatch.builders import is_registered
+from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, flag_status, load_backend, parse_flag
+from loss_core.dispatch.protocol import BackendUnavailable, Evaluation
+from loss_core.dtypes import float_format
+from loss_core.losses import OracleResult, allowances
+from loss_core.losses import evaluate as oracle
+from loss_core.losses.rounding import result_dtype
+from loss_core.workers.pool import RequestFailed, WorkerFailed
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Progress = Callable[[int, int, str], None]
+
+
+def check(
+    config: str | LossConfig | Sequence[str | LossConfig] | None = None,
+    backends: Sequence[str] | None = None,
+    *,
+    against: str | None = None,
+    dtypes: Sequence[str] | None = None,
+    shape: tuple[int, ...] | None = None,
+    only: Sequence[str] | None = None,
+    num_random: int = 0,
+    seed: int = 0,
+    inputs: Mapping[str, NDArray[Any]] | None = None,
+    device: str | None = None,
+    tp: Sequence[int] = (),
+    modules: Sequence[str] = (),
+    reproduce_options: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Check losses on backends against the float64 oracle, and backends against each other.
+
+    Args:
+        config: registry name (its cases then set fields of their own), a config (kept as it is), a
+            list of these, or None for all losses.
+        backends: flags; None for every flag that can be used here, but for those that compile at their first call
+            (torch:compile), which are to be named.
+        against: a flag; the others are then compared with it alone, besides the oracle. None: pairwise,
+            the first flag of each framework against those of the other frameworks.
+        dtypes: of the inputs; None for float32, bfloat16, float16 and float64.
+        shape: (T, V) or (T, V, H) in place of the shapes of the named cases.
+        only: names of cases; None for all.
+        num_random: random cases on top; seed: theirs.
+        inputs: arguments of one captured call, in place of the named cases.
+        device: such as "cuda"; None for each backend's default.
+        tp: numbers of ranks. The calls then run with the vocabulary sharded over so many processes (torch, gloo) or
+            devices (JAX), in even, uneven and empty shards, and not in this process: against the oracle on the
+            whole problem, and bitwise between ranks. On the CPU.
+        modules: names of Python modules that register the losses, to be imported by these processes.
+        reproduce_options: what reproduce lines need besides, such as " --inputs call.npz".
+        progress: called as progress(done, total, label).
+    Returns:
+        A Report; `report.passed` says it all. A flag that is named but can't be used raises.
+    Raises:
+        BackendUnavailable, ValueError, TypeError: for flags, names, dtypes and shapes that don't exist.
+        WorkerFailed: a process of `tp` died, or did not answer in time.
+    """
+    start = time.perf_counter()
+    check_ranks(tp, against, device)
+    report = Report(versions={"python": platform.python_version(), "numpy": np.__version__})
+    losses = chosen_losses(config)
+    flags = _flags(backends, against, report)
+    wanted = tuple(dtypes) if dtypes else DTYPES
+    for dtype in wanted:
+        float_format(dtype)
+    if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
+        raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
+    suffix = reproduce_suffix(shape, num_random, seed, device) + reproduce_options
+    calls, even_calls = [], []
+    for loss, name in zip(losses, distinct_names(losses), strict=True):
+        if tp and not can_be_sharded(config_of(loss)):
+            report.skipped.append(f"{name}: it has no tp_group")
+            continue
+        cases = chosen_cases(loss, shape, only, num_random, seed, inputs)
+        if not cases:
+            report.skipped.append(f"{name}: no case{filters_in_words(shape, only)}")
+        even = chosen_cases(loss, EVEN_SHAPE, only, 0, seed, None) if tp and shape is None and inputs is None else []
+        for dtype in wanted:
+            of_dtype = [Call(loss, name, case, dtype, suffix, device, inputs is not None) for case in (*cases, *even)]
+            calls += of_dtype[: len(cases)]
+            even_calls += of_dtype[len(cases) :]
+    if tp:
+        calls = sharded_calls(calls, even_calls, tp)
+    if not calls:
+        raise ValueError(f"Nothing to check: {'; '.join(report.skipped)}.")
+    table: dict[tuple[str, str, str, str], Row] = {}
+    done = 0
+    for ranks, group in groupby(calls, key=lambda call: call.ranks):
+        with ExitStack() as stack:
+            pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
+            # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            if progress and ranks:
+                progress(done, len(calls), f"starting {ranks} ranks")
+            backends_used = list(dict.fromkeys(parse_flag(flag).backend for flag in flags))
+            evaluate = stack.enter_context(over_ranks(backends_used, ranks, modules)) if ranks else _in_this_process
+            for call in group:
+                if progress:
+                    progress(done, len(calls), call.flag_name(f"{call.name} {call.dtype} {call.case_name}"))
+                _check_case(call, flags, against, table, report, pool, evaluate)
+                done += 1
+    if progress:
+        progress(len(calls), len(calls), "done")
+    report.rows = list(table.values())
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def assert_backends_agree(
+    config: str | LossConfig, backends: Sequence[str] = ("torch", "jax"), **options: Any
+) -> Report:
+    """`check`, as an assertion for a test suite.
+
+    Raises:
+        AssertionError: something failed; the message names each failure and how to run it alone.
+    """
+    report = check(config, backends, **options)
+    if not report.passed:
+        raise AssertionError("Backends do not agree:\n" + "\n".join(str(finding) for finding in report.failures))
+    return report
+
+
+def _flags(backends: Sequence[str] | None, against: str | None, report: Report) -> list[str]:
+    """Flags to run, each naming its kernel or `auto`; notes what can't be used."""
+    if backends is None:
+        statuses = [flag_status(flag) for flag in all_flags()]
+        report.unusable = [status for status in statuses if not status.usable]
+        usable = [status.flag for status in statuses if status.usable]
+        flags = [flag for flag in usable if flag not in COMPILED_AT_FIRST_CALL]
+        report.skipped += [
+            f"{flag}: it compiles for each kind of input, which takes about a minute over all cases; name it to "
+            f"check it (--backend {flag})"
+            for flag in usable
+            if flag not in flags and flag != against
+        ]
+        if not flags:
+            raise BackendUnavailable("; ".join(dict.fromkeys(status.reason for status in report.unusable)))
+    else:
+        flags = [_usable(flag) for flag in backends]
+    if against is not None:
+        flags.append(_usable(against))
+    flags = list(dict.fromkeys(flags))
+    for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
+        report.versions[backend] = framework_version(backend)
+    return flags
+
+
+def _usable(flag: str) -> str:
+    """The flag in full; raises where it names a kernel that can't be used here."""
+    parsed = parse_flag(flag)
+    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
+        raise BackendUnavailable(status.reason)
+    return str(parsed)
+
+
+def _check_case(
+    call: Call,
+    flags: list[str],
+    against: str | None,
+    table: dict[tuple[str, str, str, str], Row],
+    report: Report,
+    pool: ThreadPoolExecutor,
+    evaluate: Evaluate,
+) -> None:
+    arrays, upstream = rounded(call)
+    running = {flag: pool.submit(evaluate, call, flag, arrays, upstream) for flag in flags}
+    expected = oracle(call.case.config, arrays, upstream)
+    done: dict[str, tuple[Evaluation, dict[str, NDArray[np.float64]]]] = {}
+    for flag, future in running.items():
+        key = (call.name, call.flag_name(flag), ORACLE, call.dtype)
+        row = table.setdefault(key, Row(*key))
+        try:
+            got = future.result()
+        except BackendUnavailable as error:
+            note = f"{call.name} {call.flag_name(flag)}: {error}"
+            if note not in report.skipped:
+                report.skipped.append(note)
+            table.pop(key, None)
+            continue
+        except WorkerFailed:
+            raise
+        except Exception as error:  # a kernel that breaks is a finding, not the end of the check
+            row.cases += 1
+            text = str(error) if isinstance(error, RequestFailed) else f"{type(error).__name__}: {error}"
+            row.failures.append(_problem(call, flag, "loss", text))
+            continue
+        if got is None:
+            continue
+        row.cases += 1
+        allowed = allowances(
+            call.case.config, arrays, expected, call.dtype, upstream=upstream, product_dtype=got.product_dtype
+        )
+        row.failures += _contract_problems(call, flag, got)
+        done[flag] = (got, allowed)
+        template = _template(call, flag, ORACLE)
+        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes)
+        report.count(flag, call.dtype, shares)
+    if call.ranks:
+        return
+    for flag, other in _pairs(list(done), against):
+        key = (call.name, flag, other, call.dtype)
+        row = table.setdefault(key, Row(*key))
+        row.cases += 1
+        (got, allowed), (reference, allowed_too) = done[flag], done[other]
+        # Each may be off by its own allowance.
+        both = {name: allowed[name] + allowed_too[name] for name in allowed}
+        template = _template(call, flag, other)
+        add_findings(row, template, _results(got), _results(reference), both, got.dtypes)
+
+
+def _in_this_process(
+    call: Call, flag: str, arrays: Mapping[str, NDArray[Any]], upstream: NDArray[Any] | None
+) -> Evaluation:
+    loss = call.case.config.build(backend=flag)
+    backend = load_backend(parse_flag(flag).backend)
+    return backend.evaluate(
+        loss, arrays, dtype=call.dtype, upstream=upstream, grad_of=call.case.grad_of, device=call.device
+    )
+
+
+def _pairs(flags: list[str], against: str | None) -> Iterable[tuple[str, str]]:
+    """Which flags are compared with which."""
+    if against is not None:
+        target = str(parse_flag(against))
+        return [(flag, target) for flag in flags if flag != target and target in flags]
+    return [
+        (a, b) for i, a in enumerate(flags) for b in flags[i + 1 :] if parse_flag(a).backend != parse_flag(b).backend
+    ]
+
+
+def _results(got: Evaluation) -> dict[str, NDArray[np.float64]]:
+    return {"loss": got.loss, **got.grads}
+
+
+def _expected(expected: OracleResult) -> dict[str, NDArray[np.float64]]:
+    return {"loss": expected.loss, **expected.grads}
+
+
+def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
+    """What is wrong besides the numbers: dtypes, inputs that were changed, another kernel than the flag's."""
+    problems = []
+    wanted = dict.fromkeys(got.grads, call.dtype) | {"loss": result_dtype(call.case.config, call.dtype)}
+    for name, dtype in wanted.items():
+        if got.dtypes[name] != dtype:
+            problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
+    for name in got.mutated:
+        problems.append(_problem(call, flag, name, "the caller's input was changed"))
+    for name in got.ranks_differ:
+        problems.append(_problem(call, flag, name, "is not bitwise the same on all ranks"))
+    # A user's own loss need not say which kernels it ran.
+    if parse_flag(flag).kernel != AUTO and got.kernel != flag and (got.kernel or not is_registered(call.case.config)):
+        problems.append(_problem(call, flag, "loss", f"{flag!r} was asked for, but {got.kernel or 'no kernel'!r} ran"))
+    return problems
+
+
+def _template(call: Call, flag: str, against: str) -> Finding:
+    """A finding with what all tensors of a call share."""
+    reproduce = call.reproduce(flag, against)
+    return Finding(call.name, call.flag_name(flag), against, call.dtype, call.case_name, reproduce=reproduce)
+
+
+def _problem(call: Call, flag: str, tensor: str, text: str) -> Finding:
+    return replace(_template(call, flag, ORACLE), tensor=tensor, problem=text)

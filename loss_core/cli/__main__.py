@@ -1,0 +1,6 @@
+"""`python -m loss_core.cli`: the command, where its script is not on the path."""
+
+from loss_core.cli import main
+
+if __name__ == "__main__":
+    main()

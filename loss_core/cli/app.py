@@ -1,0 +1,56 @@
+"""The commands of `loss-core`; what `check` and `bench` do is in the files beside this one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loss_core import __version__
+from loss_core.check.text import print_backends, print_losses
+from loss_core.cli.bench import bench_command
+from loss_core.cli.check import check_command
+from loss_core.cli.common import Modules, command, import_modules
+from loss_core.dispatch.flags import all_flags, flag_status
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LLM training losses with one typed config each, on PyTorch and JAX; and the proof that they agree.",
+)
+app.command("check")(check_command)
+app.command("bench")(bench_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"loss-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("backends")
+@command
+def backends_command() -> int:
+    """List every backend flag: usable here, version, and if not, why and what to install."""
+    print_backends(Console(), [flag_status(flag) for flag in all_flags()])
+    return 0
+
+
+@app.command("losses")
+@command
+def losses_command(modules: Modules = None) -> int:
+    """List every loss config: fields, types, defaults and meaning."""
+    import_modules(modules or ())
+    print_losses(Console())
+    return 0

@@ -1,0 +1,197 @@
+"""`loss-core check`: from options to a report on the terminal, as JSON and as a page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from loss_core.check import Report, check
+from loss_core.check.captured import CapturedCall, read_call
+from loss_core.check.html import report_page
+from loss_core.check.text import print_check, print_reasons
+from loss_core.cli.common import (
+    Backends,
+    Configs,
+    Device,
+    Dtypes,
+    Json,
+    Modules,
+    Page,
+    Seed,
+    Shape,
+    check_outputs,
+    command,
+    import_modules,
+    known_dtypes,
+    known_word,
+    note,
+    progress_bar,
+    read_losses,
+    shape_of,
+    write_outputs,
+)
+from loss_core.config import LossConfig
+from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
+from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.losses.drawing import recipe_names
+from loss_core.usage import UsageProblem
+from loss_core.workers.pool import WorkerFailed
+
+# Each rank is a process with a framework in it.
+_MOST_RANKS = 64
+
+
+@command
+def check_command(
+    ctx: typer.Context,
+    config: Configs = None,
+    backend: Backends = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="FLAG", help="Compare with this flag alone, besides float64. Default: torch with jax."),
+    ] = None,
+    dtype: Dtypes = None,
+    shape: Shape = None,
+    case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this named case only.")] = None,
+    cases: Annotated[int, typer.Option(metavar="N", min=0, help="Random cases on top of the named ones.")] = 0,
+    seed: Seed = 0,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A captured call, .npz or .safetensors with the forward's arguments."),
+    ] = None,
+    device: Device = None,
+    tp: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N]", help="Share the vocabulary over N ranks, started here, and check these."),
+    ] = None,
+    json: Json = None,
+    page: Page = None,
+    modules: Modules = None,
+) -> int:
+    """Check losses and gradients against float64, and backends against each other.
+
+    Without options: every loss, flag, dtype and named case; torch:compile only where --backend names it, since it
+    compiles for about a minute.
+
+    May be repeated: --config, --backend, --dtype, --case, --import.
+
+    Exit code: 0 all agree, 1 something does not (or a rank of --tp failed), 2 wrong usage, 130 Ctrl-C.
+    """
+    out, err = Console(), Console(stderr=True)
+    import_modules(modules or ())
+    check_outputs(json, page)
+    losses = read_losses(config)
+    sizes = shape_of(shape) if shape is not None else None
+    ranks = _ranks(tp, against, device)
+    _check_flags(backend or [], against, err)
+    dtypes = known_dtypes(dtype)
+    _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])
+    if inputs is not None and (case or shape or cases):
+        raise UsageProblem("--case, --cases and --shape choose generated inputs; leave them out beside --inputs.")
+    call = _captured(inputs, losses)
+    for text in call.notes if call else ():
+        note(err, text)
+    reproduce = f" --inputs {shlex.quote(str(inputs))}" if inputs else ""
+    with progress_bar(err) as progress:
+        try:
+            report = check(
+                losses or None,
+                backend or None,
+                against=against,
+                dtypes=dtypes or ([call.dtype] if call else None),
+                shape=sizes,
+                only=case or None,
+                num_random=cases,
+                seed=seed,
+                inputs=call.arrays if call else None,
+                device=device,
+                tp=ranks,
+                modules=modules or (),
+                reproduce_options=reproduce + "".join(f" --import {module}" for module in modules or ()),
+                progress=progress,
+            )
+        except (BackendUnavailable, ValueError, TypeError) as error:
+            raise UsageProblem(str(error)) from error
+        except WorkerFailed as error:
+            note(err, f"loss-core: {error}.")
+            return 1
+    _check_ran(report, device)
+    print_check(out, report)
+    typed = ctx.obj or "loss-core check"
+    write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: report_page(report, typed))], err)
+    return 0 if report.passed else 1
+
+
+def _ranks(tp: str | None, against: str | None, device: str | None) -> tuple[int, ...]:
+    if tp is None:
+        return ()
+    parts = [part.strip() for part in tp.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= _MOST_RANKS for part in parts):
+        raise UsageProblem(f"--tp {tp!r}: expected numbers of ranks from 1 to {_MOST_RANKS}, such as 2 or 1,2,4.")
+    for name, value in (("--against", against), ("--device", device)):
+        if value is not None and value != "cpu":
+            raise UsageProblem(f"{name} {value} can't be used beside --tp: its ranks run on the CPU, against float64.")
+    return tuple(int(part) for part in parts)
+
+
+def _check_flags(backends: Sequence[str], against: str | None, err: Console) -> None:
+    """Flags that can't be used: with the reason and what to install."""
+    named = [*backends, *([against] if against else [])]
+    try:
+        parsed = [parse_flag(flag) for flag in named]
+    except ValueError as error:
+        raise UsageProblem(str(error)) from error
+    if against and backends and len(set(map(str, parsed))) == 1:
+        raise UsageProblem(f"--against {against} is the only flag: name another one with --backend.")
+    for flag in parsed:
+        # `auto` can be used where any kernel of its backend can.
+        kernels = [str(flag)] if flag.kernel != AUTO else _kernels(flag.backend)
+        unusable = [status for status in map(flag_status, kernels) if not status.usable]
+        if len(unusable) == len(kernels):
+            print_reasons(err, unusable)
+            raise UsageProblem(f"'{flag}' can't be used here. `loss-core backends` lists what can.")
+    if not parsed:
+        statuses = [flag_status(flag) for flag in all_flags()]
+        if not any(status.usable for status in statuses):
+            print_reasons(err, statuses)
+            raise UsageProblem("No backend can be used here, so there is nothing to check.")
+
+
+def _kernels(backend: str) -> list[str]:
+    return [flag for flag in all_flags() if parse_flag(flag).backend == backend]
+
+
+def _check_cases(names: Sequence[str], random: Sequence[str]) -> None:
+    for name in names:
+        if name.startswith("random-") and name not in random:
+            raise UsageProblem(
+                f"--case {name}: a random case needs the options that draw it: --cases N (more than its last "
+                "number) --seed S (its first)."
+            )
+        if name not in random:
+            known_word("--case", name, recipe_names())
+
+
+def _captured(path: Path | None, losses: Sequence[str | LossConfig]) -> CapturedCall | None:
+    if path is None:
+        return None
+    if len(losses) != 1:
+        raise UsageProblem(
+            f"--inputs needs exactly one --config, to know which loss the call is of; got {len(losses)}."
+        )
+    return read_call(path, losses[0])
+
+
+def _check_ran(report: Report, device: str | None) -> None:
+    """Tell a wrong request from a wrong kernel."""
+    if not report.rows:
+        raise UsageProblem("Nothing could be run: " + "; ".join(report.skipped) + ".")
+    problems = {finding.problem for finding in report.failures}
+    runs = sum(row.cases for row in report.rows)
+    if device and len(problems) == 1 and "" not in problems and len(report.failures) == runs:
+        raise UsageProblem(f"--device {device}: nothing runs there: {problems.pop()}")

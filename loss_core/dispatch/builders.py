@@ -1,0 +1,115 @@
+"""Which builder makes which config for which flag.
+
+A name that is spelled out never falls back to another kernel; only `auto` chooses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from loss_core.dispatch.flags import AUTO, load_backend, parse_flag
+from loss_core.dispatch.protocol import Backend, BackendFlag, BackendUnavailable, KernelChoice
+from loss_core.registry import is_ours
+
+if TYPE_CHECKING:
+    from loss_core.config import LossConfig
+
+# Never `auto`'s choice: whether it can be used is known only by importing a large library, which takes seconds and
+# can fail in ways of its own.
+_ONLY_BY_NAME = frozenset({"torch:te"})
+
+# What a backend's name alone stands for where a user registers a builder.
+_REGISTERED_AS = {"torch": "eager", "jax": "xla"}
+
+# What users have registered: config class -> {full flag: builder}.
+_USER_BUILDERS: dict[type[Any], dict[str, Callable[[Any], Any]]] = {}
+
+
+def register_builders(config_cls: type[LossConfig], builders: Mapping[str, Callable[[Any], Any]]) -> None:
+    """Add builders of a user's config by flag; see `loss_core.register_loss`."""
+    table: dict[str, Callable[[Any], Any]] = {}
+    for flag, builder in builders.items():
+        parsed = parse_flag(flag)
+        if not callable(builder):
+            raise TypeError(f"The builder for {flag!r} must be a callable that takes the config, got {builder!r}.")
+        kernel = _REGISTERED_AS[parsed.backend] if parsed.kernel == AUTO else parsed.kernel
+        table[f"{parsed.backend}:{kernel}"] = builder
+    _USER_BUILDERS[config_cls] = table
+
+
+def forget_builders(config_cls: type[LossConfig]) -> None:
+    """Undo `register_builders`."""
+    _USER_BUILDERS.pop(config_cls, None)
+
+
+def _user_table(config_cls: type[Any]) -> dict[str, Callable[[Any], Any]] | None:
+    """Builders by flag of the nearest class that a user registered; None when a class of ours is nearer."""
+    for cls in config_cls.__mro__:
+        if cls in _USER_BUILDERS:
+            return _USER_BUILDERS[cls]
+        if is_ours(cls):
+            return None
+    return None
+
+
+def is_registered(config: LossConfig) -> bool:
+    """Whether a user's builders make this config."""
+    return _user_table(type(config)) is not None
+
+
+def takes_backend(config: LossConfig) -> bool:
+    """Whether the config's own `build` has a `backend` argument (a user's override may have none)."""
+    parameters = inspect.signature(config.build).parameters
+    return "backend" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def build(config: LossConfig, flag: str) -> Any:
+    """Build a validated config for a flag. `LossConfig.build` is the public way here."""
+    parsed = parse_flag(flag)
+    table = _user_table(type(config))
+    if table is not None:
+        return _build_registered(config, parsed, table)
+    if not any(is_ours(cls) for cls in type(config).__mro__):
+        raise NotImplementedError(
+            f"{type(config).__name__} must implement build(), or be registered with loss_core.register_loss "
+            f"with a builder for {parsed.backend!r}."
+        )
+    return _build_ours(config, parsed, load_backend(parsed.backend))
+
+
+def _build_registered(config: LossConfig, flag: BackendFlag, table: Mapping[str, Callable[[Any], Any]]) -> Any:
+    fitting = [name for name in table if name.startswith(f"{flag.backend}:")]
+    name = str(flag) if flag.kernel != AUTO else next(iter(fitting), str(flag))
+    if name not in table:
+        raise BackendUnavailable(
+            f"{type(config).__name__} has no builder for '{flag}'; registered: {', '.join(table) or 'none'}."
+        )
+    return table[name](config)
+
+
+def _build_ours(config: LossConfig, flag: BackendFlag, backend: Backend) -> Any:
+    builders = backend.builders()
+    by_kernel = {
+        kernel: builder for (config_cls, kernel), builder in builders.items() if config_cls in type(config).__mro__
+    }
+    if flag.kernel != AUTO:
+        # Before the status: no install line helps where the kernel has no such loss.
+        if flag.kernel not in by_kernel and any(kernel == flag.kernel for _, kernel in builders):
+            raise BackendUnavailable(
+                f"'{flag}' has no kernel for {type(config).__name__}; it is served by "
+                f"{', '.join(f'{flag.backend}:{k}' for k in by_kernel)}."
+            )
+        status = backend.kernel_status(flag.kernel)
+        if not status.usable:
+            raise BackendUnavailable(status.reason)
+        choice = KernelChoice(str(flag), "named by the flag")
+    else:
+        candidates = [kernel for kernel in by_kernel if f"{flag.backend}:{kernel}" not in _ONLY_BY_NAME]
+        usable = tuple(kernel for kernel in candidates if backend.kernel_status(kernel).usable)
+        if not usable:
+            raise BackendUnavailable(f"No kernel of {flag.backend!r} for {type(config).__name__} can be used here.")
+        choice = backend.choose_kernel(config, usable)
+    loss = by_kernel[parse_flag(choice.flag).kernel](config)
+    return loss.with_kernel_choice(choice) if hasattr(loss, "with_kernel_choice") else loss

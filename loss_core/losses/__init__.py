@@ -1,0 +1,33 @@
+"""What a loss is, apart from its kernels: `LossDef`, and the definitions of the losses of this library."""
+
+from loss_core.losses.definition import (
+    LABELS,
+    LOSS_WEIGHTS,
+    MASK,
+    Argument,
+    LossDef,
+    OracleResult,
+    Recipe,
+    Sizes,
+    definition_of,
+)
+from loss_core.losses.drawing import Case, named_cases, random_cases
+from loss_core.losses.oracle import allowances, evaluate, share_of_allowance
+
+__all__ = [
+    "LABELS",
+    "LOSS_WEIGHTS",
+    "MASK",
+    "Argument",
+    "Case",
+    "LossDef",
+    "OracleResult",
+    "Recipe",
+    "Sizes",
+    "allowances",
+    "definition_of",
+    "evaluate",
+    "named_cases",
+    "random_cases",
+    "share_of_allowance",
+]

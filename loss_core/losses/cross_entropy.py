@@ -1,0 +1,111 @@
+"""Cross entropy over logits: -log softmax(z)[y] per token, d/dz = softmax(z) - onehot(y)."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.dtypes import compute_format, float_format
+from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Arrays, Floats, LossDef
+from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
+from loss_core.losses.rounding import (
+    finite,
+    log_softmax,
+    onehot_errors,
+    result_errors,
+    softmax_errors,
+    stored,
+    token_errors,
+    zero_where_ignored,
+)
+
+# (config, logits [T, V], labels [T], which tokens count [T]) -> loss of each token [T], its derivative by the logits
+# [T, V]. Rows that are ignored hold zeros, and what is returned for them is not used.
+TokenLoss = Callable[[Any, Floats, NDArray[Any], NDArray[np.bool_]], tuple[Floats, Floats]]
+
+
+def token_cross_entropy(
+    config: Any, z_TV: Floats, labels_T: NDArray[Any], keep_T: NDArray[np.bool_]
+) -> tuple[Floats, Floats]:
+    """Loss per token, and its derivative by the logits; 0 where ignored, NaN for a label outside [0, V)."""
+    num_tokens, vocab = z_TV.shape
+    loss_T = np.zeros(num_tokens)
+    grad_TV = np.zeros((num_tokens, vocab))
+    for i in np.flatnonzero(keep_T):
+        label = int(labels_T[i])
+        if not 0 <= label < vocab:
+            loss_T[i] = grad_TV[i] = np.nan
+            continue
+        log_p_V = log_softmax(z_TV[i])
+        loss_T[i] = -log_p_V[label]
+        grad_TV[i] = np.exp(log_p_V)
+        grad_TV[i, label] -= 1
+    return loss_T, grad_TV
+
+
+def reduction_of(config: Any, arrays: Arrays) -> Reduction:
+    """The reduction of a call that has the fields and arguments of cross entropy, or some of them."""
+    return Reduction(
+        getattr(config, "reduction", "sum"),
+        np.shape(arrays["labels"]),
+        kept_tokens(arrays, config.ignore_index),
+        arrays.get("num_label_tokens"),
+        arrays.get("loss_weights"),
+    )
+
+
+def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | None], TokenResult]:
+    """The oracle of a loss over `logits` and `labels` from its loss per token.
+
+    Labels, mask, loss_weights, num_label_tokens, ignore_index and reduction mean what they mean for cross entropy.
+    """
+
+    def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+        reduction = reduction_of(config, arrays)
+        keep_T, logits = reduction.keep_T, arrays["logits"]
+        loss_T, dz_TV = token_loss(config, kept_rows(logits, keep_T), np.asarray(arrays["labels"]).reshape(-1), keep_T)
+        loss_T = np.where(keep_T, loss_T, 0.0)
+        coef_T = reduction.coefficients(upstream)
+        grads = reduction.weights_grad(loss_T, upstream)
+        grads["logits"] = times_rows(coef_T, dz_TV).reshape(np.shape(logits))
+        return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+
+    return oracle
+
+
+def error_bound(
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+) -> dict[str, Floats]:
+    """Rounding of the softmax, of each token's loss, of the sum, and of the stored results."""
+    inner = compute_format(dtype)
+    labels_T = np.asarray(arrays["labels"]).reshape(-1)
+    zero_T = np.zeros(labels_T.size)
+    sm = softmax_errors(kept_rows(arrays["logits"], expected.reduction.keep_T), zero_T, inner)
+    result = result_errors(config, expected, token_errors(sm, labels_T, expected, zero_T, inner.u), dtype, upstream)
+    _, error_TV = onehot_errors(sm, labels_T, expected.coef_T, inner)
+    grad = expected.grads["logits"]
+    allowed = stored(finite(grad), error_TV.reshape(grad.shape), float_format(dtype))
+    result["logits"] = zero_where_ignored(allowed, expected.reduction.keep_T)
+    return result
+
+
+COUNT = Argument("num_label_tokens", (), "count", differentiated=False, optional=True, sum_only=True)
+
+RANDOM_FIELDS = {
+    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
+    "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
+    "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
+}
+
+DEFINITION = LossDef(
+    "cross_entropy",
+    (Argument("logits", ("T", "V")), LABELS, MASK, COUNT, LOSS_WEIGHTS),
+    over_logits(token_cross_entropy),
+    error_bound,
+    random_fields=RANDOM_FIELDS,
+)

@@ -1,0 +1,246 @@
+"""Named, seeded inputs that find bugs, shared by tests, `check` and `bench`.
+
+A recipe says what is special about a case and which failure it would catch; `make_case` turns it into arrays for one
+config. Values are float64: whoever runs a case rounds them to its dtype first.
+"""
+
+# lead = leading dimensions of labels; T = their product, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.losses.definition import LossDef, Recipe, Sizes, definition_of, need_definition
+from loss_core.registry import LOSS_CONFIG_REGISTRY
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one loss: config, arguments, upstream gradient.
+
+    Attributes:
+        name: of the recipe, or how to reproduce a random case.
+        config: what is built.
+        arrays: keyword arguments of the loss's forward, floats in float64.
+        upstream: derivative of the objective by the result; None for ones.
+        grad_of: arguments whose gradient is compared.
+        strided: floating arrays are to be given as slices of longer ones.
+        catches: the failure that the case would catch.
+    """
+
+    name: str
+    config: Any
+    arrays: dict[str, Array]
+    upstream: Array | None
+    grad_of: tuple[str, ...]
+    strided: bool = False
+    catches: str = ""
+
+
+@dataclass
+class Drawn:
+    """A case in the making, which `Recipe.change` may change.
+
+    Attributes:
+        rows: names of the floating arguments [T, ...]; logits: those of them that are [T, V].
+    """
+
+    recipe: Recipe
+    arrays: dict[str, Array]
+    ignore_index: int
+    rng: np.random.Generator
+    rows: tuple[str, ...]
+    logits: tuple[str, ...]
+
+
+def _offset(drawn: Drawn) -> None:
+    for name, offset in zip(drawn.logits, (1e4, -2e3), strict=False):
+        drawn.arrays[name] = drawn.arrays[name] + offset
+
+
+def _minus_inf(drawn: Drawn) -> None:
+    banned = drawn.rng.random(drawn.recipe.vocab) < 0.5
+    banned[0] = False
+    for name in drawn.logits:
+        drawn.arrays[name] = np.where(banned, -np.inf, drawn.arrays[name])
+    _set_labels(drawn, 0)
+
+
+def _nan_where_ignored(drawn: Drawn) -> None:
+    labels = drawn.arrays["labels"]
+    junk = np.resize([np.nan, np.inf, -np.inf], labels.shape)
+    for name in drawn.rows:
+        ignored = (labels == drawn.ignore_index)[..., None]
+        drawn.arrays[name] = np.where(ignored, junk[..., None], drawn.arrays[name])
+
+
+def _near_ignore_index(drawn: Drawn) -> None:
+    labels = drawn.arrays["labels"]
+    near = np.clip(drawn.ignore_index + drawn.rng.integers(-1, 2, labels.shape), 0, drawn.recipe.vocab - 1)
+    drawn.arrays["labels"] = np.where(drawn.rng.random(labels.shape) < 0.5, near, labels)
+
+
+def _edge_labels(drawn: Drawn) -> None:
+    _set_labels(drawn, np.where(drawn.rng.random(drawn.arrays["labels"].shape) < 0.5, 0, drawn.recipe.vocab - 1))
+
+
+def _set_labels(drawn: Drawn, labels: Any) -> None:
+    """Other labels, where they are not ignored."""
+    given = drawn.arrays["labels"]
+    drawn.arrays["labels"] = np.where(given == drawn.ignore_index, given, labels)
+
+
+# What every loss gets, as far as it has the arguments and fields.
+RECIPES = (
+    Recipe("basic", "any error at all, and an upstream gradient that is left out", extras=("upstream",)),
+    Recipe("none-ignored", "padding rows counted although nothing is ignored", ignored=0.0),
+    Recipe("mean", "a mean over all positions instead of those that count", {"reduction": "mean"}, ("reduction",)),
+    Recipe(
+        "none",
+        "the first token's upstream gradient used for all",
+        {"reduction": "none"},
+        ("reduction",),
+        extras=("upstream",),
+    ),
+    Recipe("all-ignored", "0/0 when no label counts", {"reduction": "mean"}, ignored=1.0),
+    Recipe("vocab-1", "V = 1, where loss and gradient are 0", vocab=1, ignored=0.2),
+    Recipe("ragged", "padded columns that count, which only small logits show", scale=0.01),
+    Recipe("huge-logits", "overflow of exp, or digits lost to a large maximum", scale=1e4),
+    Recipe("offset", "digits lost when all logits share a large offset", change=_offset, over_logits=True),
+    Recipe("minus-inf", "NaN from -inf logits, as a vocabulary mask gives", change=_minus_inf, over_logits=True),
+    Recipe("ignore-index-0", "ignore_index compared with another number", {"ignore_index": 0}),
+    Recipe("ignore-index-in-vocab", "ignore_index off by one", {"ignore_index": 5}, change=_near_ignore_index),
+    Recipe("mask", "a mask that is left out, or turned round", extras=("mask",)),
+    Recipe("nan-where-ignored", "0 * NaN in ignored rows", change=_nan_where_ignored),
+    Recipe("count", "a token count that does not divide, or divides twice", extras=("count", "upstream")),
+    Recipe("loss-weights", "weights left out, or without a gradient", extras=("loss_weights", "count")),
+    Recipe("edge-labels", "the first or the last class missed by a block", change=_edge_labels),
+    Recipe(
+        "no-upcast",
+        "a float32 result where the input's dtype is promised",
+        {"fp32_upcast": False},
+        ("fp32_upcast",),
+    ),
+    Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
+)
+
+
+def recipes_of(loss: str | Any) -> tuple[Recipe, ...]:
+    """The recipes of a loss: those of every loss, then its own."""
+    return (*RECIPES, *need_definition(loss).recipes)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of all recipes of all registered losses."""
+    names = [recipe.name for recipe in RECIPES]
+    for loss in LOSS_CONFIG_REGISTRY:
+        if (definition := definition_of(loss)) is not None:
+            names += [recipe.name for recipe in definition.recipes]
+    return tuple(dict.fromkeys(names))
+
+
+def named_cases(
+    loss: str | Any, *, shape: tuple[int, ...] | None = None, only: tuple[str, ...] | None = None
+) -> list[Case]:
+    """The named cases of a loss.
+
+    Args:
+        loss: registry name, where each case may set fields of its own; or a config, which is kept as it is.
+        shape: (T, V) or (T, V, H) in place of the shapes of the recipes.
+        only: names of the cases wanted; None for all.
+    Raises:
+        TypeError: the loss has no definition.
+    """
+    base = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
+    definition, known = need_definition(base), {f.name for f in fields(base)}
+    made = []
+    for recipe in recipes_of(base):
+        if only is not None and recipe.name not in only:
+            continue
+        sized = recipe if shape is None else _with_shape(recipe, shape)
+        if sized is None or not known.issuperset(recipe.needs) or (recipe.over_logits and not _logits(definition)):
+            continue
+        tweaks = {k: v for k, v in recipe.fields.items() if k in known} if isinstance(loss, str) else {}
+        config = replace(base, **tweaks)
+        # A config that is the user's own must still make the case that the recipe means.
+        means = all(getattr(config, k, v) == v for k, v in recipe.fields.items() if k != "reduction")
+        if means and all(_accepts(definition, config, extra) for extra in recipe.extras):
+            made.append(make_case(sized, config, seed=zlib.crc32(recipe.name.encode())))
+    return made
+
+
+def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] | None = None) -> list[Case]:
+    """Cases with random shapes, values, fields and arguments; the same for the same seed."""
+    made = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        config = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
+        definition = need_definition(config)
+        if isinstance(loss, str):
+            known = {f.name for f in fields(config)}
+            values = {name: draw(rng) for name, draw in definition.random_fields.items() if name in known}
+            config = replace(config, **values)
+        lead = tuple(int(n) for n in rng.integers(1, 7, rng.integers(1, 4)))
+        extras = [extra for extra in ("mask", "loss_weights", "count", "upstream") if rng.random() < 0.4]
+        recipe = Recipe(
+            f"random-{seed}-{index}",
+            "anything",
+            lead=lead,
+            vocab=int(rng.choice([1, 2, 3, 7, 31, 64, 129, 200])),
+            hidden=int(rng.choice([1, 4, 17, 32])),
+            scale=float(rng.choice([0.01, 1.0, 5.0, 100.0])),
+            ignored=float(rng.choice([0.0, 0.3, 0.9])),
+            extras=tuple(extra for extra in extras if _accepts(definition, config, extra)),
+            strided=bool(rng.random() < 0.3),
+        )
+        sized = recipe if shape is None else _resized(recipe, shape)
+        made.append(make_case(sized, config, seed=int(rng.integers(2**31))))
+    return made
+
+
+def make_case(recipe: Recipe, config: Any, seed: int) -> Case:
+    """Draw the arrays of a recipe for a config."""
+    definition, rng = need_definition(config), np.random.default_rng(seed)
+    labels = rng.integers(0, recipe.vocab, recipe.lead)
+    sizes = Sizes(recipe.lead, recipe.vocab, recipe.hidden)
+    arrays: dict[str, Array] = dict(definition.draw(definition, sizes, recipe.scale, rng))
+    ignore_index = int(getattr(config, "ignore_index", -100))
+    arrays["labels"] = np.where(rng.random(recipe.lead) < recipe.ignored, ignore_index, labels)
+    if "mask" in recipe.extras:
+        arrays["mask"] = (rng.random(recipe.lead) < 0.6).astype(np.int64)
+    if "loss_weights" in recipe.extras:
+        arrays["loss_weights"] = rng.random(recipe.lead) * 2
+    if "count" in recipe.extras and (count := definition.find("count")) is not None:
+        arrays[count.name] = np.asarray(7)
+    if recipe.change is not None:
+        rows = tuple(a.name for a in definition.inputs if a.dims[0] == "T")
+        recipe.change(Drawn(recipe, arrays, ignore_index, rng, rows, _logits(definition)))
+    upstream: Array | None = None
+    if "upstream" in recipe.extras:
+        upstream = np.asarray(rng.standard_normal(recipe.lead if definition.reduction(config) == "none" else ()))
+    grad_of = tuple(a.name for a in definition.arguments if a.differentiated and a.name in arrays)
+    return Case(recipe.name, config, arrays, upstream, grad_of, recipe.strided, recipe.catches)
+
+
+def _logits(definition: LossDef) -> tuple[str, ...]:
+    return tuple(a.name for a in definition.inputs if a.dims == ("T", "V"))
+
+
+def _with_shape(recipe: Recipe, shape: tuple[int, ...]) -> Recipe | None:
+    """The recipe at another shape; None where the shape is the point of the recipe."""
+    return _resized(recipe, shape) if recipe.vocab == Recipe.vocab else None
+
+
+def _resized(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
+    return replace(recipe, lead=shape[:1], vocab=shape[1], hidden=shape[2] if len(shape) > 2 else recipe.hidden)
+
+
+def _accepts(definition: LossDef, config: Any, extra: str) -> bool:
+    return extra == "upstream" or definition.accepts(config, extra)

@@ -1,0 +1,152 @@
+"""Cross entropy of softcap(h @ W.T), softcap(z) = c tanh(z / c).
+
+Source of the softcap: Gemma 2 (arXiv:2408.00118), section 2.
+"""
+
+# T = tokens (all leading dimensions of labels, flattened), n = some of them, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.dtypes import compute_format, float_format
+from loss_core.losses.cross_entropy import COUNT, RANDOM_FIELDS, reduction_of, token_cross_entropy
+from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Recipe
+from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
+from loss_core.losses.rounding import (
+    TANH_ULPS,
+    finite,
+    onehot_errors,
+    result_errors,
+    softmax_errors,
+    stored,
+    sum_growth,
+    token_errors,
+    zero_where_ignored,
+)
+
+
+def softcap(z_TV: Floats, cap: float) -> tuple[Floats, Floats]:
+    """c tanh(z / c) and its derivative; cap = 0 changes nothing."""
+    if cap == 0:
+        return z_TV, np.ones_like(z_TV)
+    tanh = np.tanh(z_TV / cap)
+    return cap * tanh, 1 - tanh**2
+
+
+def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+    """Loss, and the gradients of hidden states, weight and loss weights."""
+    reduction = reduction_of(config, arrays)
+    keep_T = reduction.keep_T
+    h_TH = kept_rows(arrays["hidden_states"], keep_T)
+    weight_VH = np.asarray(arrays["lm_weight"], np.float64)
+    z_TV, slope_TV = softcap(h_TH @ weight_VH.T, config.logit_softcapping)
+    loss_T, dz_TV = token_cross_entropy(config, z_TV, np.asarray(arrays["labels"]).reshape(-1), keep_T)
+    coef_T = reduction.coefficients(upstream)
+    grads = reduction.weights_grad(loss_T, upstream)
+    draw_TV = times_rows(coef_T, dz_TV * slope_TV)
+    grads["hidden_states"] = (draw_TV @ weight_VH).reshape(np.shape(arrays["hidden_states"]))
+    grads["lm_weight"] = draw_TV.T @ h_TH
+    return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+
+
+def sampled_rows(
+    config: Any, h_nH: Floats, blocks: Iterable[NDArray[Any]], arrays: Arrays, upstream: NDArray[Any] | None
+) -> Floats:
+    """Gradient of some rows of hidden states [n, H] of a call too large for the oracle.
+
+    Args:
+        blocks: the weight, some rows at a time; gone through twice.
+        arrays: the other arguments, of these rows.
+    """
+    parts = [np.asarray(block, np.float64) for block in blocks]
+    z_nV, slope_nV = softcap(np.concatenate([h_nH @ part.T for part in parts], axis=1), config.logit_softcapping)
+    reduction = reduction_of(config, arrays)
+    _, dz_nV = token_cross_entropy(config, z_nV, np.asarray(arrays["labels"]).reshape(-1), reduction.keep_T)
+    draw_nV = times_rows(reduction.coefficients(upstream), dz_nV * slope_nV)
+    dh_nH, start = np.zeros_like(h_nH), 0
+    for part in parts:
+        dh_nH += draw_nV[:, start : start + len(part)] @ part
+        start += len(part)
+    return dh_nH
+
+
+def error_bound(
+    config: Any,
+    arrays: Arrays,
+    expected: TokenResult,
+    dtype: str,
+    upstream: NDArray[Any] | None,
+    product_dtype: str | None,
+) -> dict[str, Floats]:
+    """As cross entropy, with products before and after.
+
+    A logit is a sum of H products: sum_growth(H) u |h| |W|. The softcap adds its own roundings, and
+    its slope 1 - tanh^2 moves by 2 err / c. Each gradient is a sum over V (or T) of products whose
+    left factor carries the error of the logits' gradient.
+    """
+    fmt, inner = float_format(dtype), compute_format(dtype)
+    u = inner.u
+    h_TH = kept_rows(arrays["hidden_states"], expected.reduction.keep_T)
+    w_VH = np.asarray(arrays["lm_weight"], np.float64)
+    labels_T = np.asarray(arrays["labels"]).reshape(-1)
+    err_raw_T = np.max(sum_growth(h_TH.shape[1]) * u * (np.abs(h_TH) @ np.abs(w_VH).T), axis=-1)
+    raw_TV = h_TH @ w_VH.T
+    cap = float(config.logit_softcapping)
+    z_TV, slope_TV = softcap(raw_TV, cap)
+    err_z_T = err_raw_T + (TANH_ULPS * u * np.max(np.abs(raw_TV), axis=-1) if cap else 0.0)
+    sm = softmax_errors(z_TV, err_z_T, inner)
+    result = result_errors(config, expected, token_errors(sm, labels_T, expected, err_z_T, u), dtype, upstream)
+    dz_TV, err_dz_TV = onehot_errors(sm, labels_T, expected.coef_T, inner)
+    if cap:
+        err_slope_TV = 2 * err_raw_T[:, None] / cap + 2 * TANH_ULPS * u
+        err_dz_TV = err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV
+        dz_TV = dz_TV * slope_TV
+    if product_dtype is not None:
+        operand = float_format(product_dtype)
+        # Rounding of the operand, and what is lost near 0.
+        err_dz_TV = err_dz_TV + operand.u * np.abs(dz_TV) + np.where(dz_TV != 0, operand.near_zero, 0.0)
+    size_TV = np.abs(dz_TV)
+    num_tokens, vocab = size_TV.shape
+    # Each term of a sum may be flushed to 0 as well.
+    err_h_TH = (err_dz_TV + sum_growth(vocab) * u * size_TV) @ np.abs(w_VH) + vocab * inner.near_zero
+    err_w_VH = (err_dz_TV + sum_growth(num_tokens) * u * size_TV).T @ np.abs(h_TH) + num_tokens * inner.near_zero
+    grad = expected.grads["hidden_states"]
+    allowed = stored(finite(grad), err_h_TH.reshape(grad.shape), fmt)
+    result["hidden_states"] = zero_where_ignored(allowed, expected.reduction.keep_T)
+    result["lm_weight"] = stored(finite(expected.grads["lm_weight"]), err_w_VH, fmt)
+    return result
+
+
+RECIPES = (
+    Recipe("softcap", "a softcap that is left out of the gradient", {"logit_softcapping": 5.0}, ignored=0.2),
+    Recipe(
+        "softcap-none",
+        "a softcap lost when logits are computed again",
+        {"logit_softcapping": 2.0, "reduction": "none"},
+        extras=("upstream",),
+    ),
+    Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
+)
+
+DEFINITION = LossDef(
+    "linear_cross_entropy",
+    (
+        Argument("hidden_states", ("T", "H")),
+        Argument("lm_weight", ("V", "H")),
+        LABELS,
+        COUNT,
+        LOSS_WEIGHTS,
+        Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
+    ),
+    oracle,
+    error_bound,
+    RECIPES,
+    random_fields=RANDOM_FIELDS | {"logit_softcapping": lambda rng: float(rng.choice([0.0, 3.0, 30.0]))},
+    products=1,
+    sampled_rows=sampled_rows,
+)

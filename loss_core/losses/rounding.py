@@ -1,0 +1,157 @@
+"""Pieces of error bounds: how far a correct implementation may be from the float64 oracle, derived, not chosen.
+
+To first order in u, the unit roundoff of the arithmetic inside (float32, or float64 for float64
+inputs). The bound holds for every backward-stable way to compute these losses (with or without
+centring on the maximum, any order of summation), so one number serves all kernels. Each constant
+has its derivation beside it; none was fitted.
+
+Inputs are rounded to the tested dtype before they reach the oracle, so that dtype's own rounding
+enters only where a result is stored in it.
+"""
+
+# T = tokens, V = vocabulary, H = hidden. rel_* relative, err_* absolute errors, both bounds.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.dtypes import FloatFormat, compute_format, float_format
+from loss_core.losses.definition import Floats
+from loss_core.losses.reduction import TokenResult
+
+# A sum of n terms in any order is off by at most (n - 1) u sum|x| (Higham, Accuracy and Stability,
+# eq. 4.4), and by sum_growth sqrt(n) u sum|x| with probability 1 - 2 exp(-sum_growth^2 / 2)
+# (Higham & Mary 2019, SIAM J. Sci. Comput. 41, Theorem 2.4): 6 leaves 3e-8.
+SUM_GROWTH = 6.0
+
+# exp and log as the platforms give them: CUDA's expf is within 2 ulp = 4 u, so is the exp2.approx under Triton's exp,
+# XLA's and SLEEF's are within 1 ulp.
+EXP_ULPS = 6.0
+
+# Roundings of exp's argument -r, each of which moves the result by the factor u r: the subtraction z - m, and where
+# exp is made as exp2(x log2 e), as by Triton and by CUDA's __expf, that product and log2 e itself (0.22 u off in
+# float32, 0.13 u in float64).
+EXP_ARGUMENT_ROUNDINGS = 2.25
+LOG_ULPS = 4.0
+
+# tanh likewise (CUDA: 2 ulp), plus the division by c before and the product with c after it.
+TANH_ULPS = 6.0
+
+# A token's coefficient is upstream * weight / count: three roundings, and one for applying it.
+COEF_ROUNDINGS = 4.0
+
+
+def result_dtype(config: Any, dtype: str) -> str:
+    """Dtype in which the loss comes back."""
+    return dtype if not getattr(config, "fp32_upcast", True) else compute_format(dtype).name
+
+
+def log_softmax(z_TV: Floats) -> Floats:
+    """log softmax over the last axis."""
+    m_T1 = np.max(z_TV, axis=-1, keepdims=True)
+    return np.asarray((z_TV - m_T1) - np.log(np.sum(np.exp(z_TV - m_T1), axis=-1, keepdims=True)))
+
+
+def sum_growth(n: int) -> float:
+    """Factor of u sum|x| that bounds the rounding of a sum of n terms."""
+    return float(min(n, SUM_GROWTH * np.sqrt(n)))
+
+
+@dataclass(frozen=True)
+class SoftmaxErrors:
+    """Softmax of given logits, and how far a computed one may be off."""
+
+    z_TV: Floats
+    log_p_TV: Floats
+    p_TV: Floats
+    lse_T: Floats
+    err_p_TV: Floats
+    err_lse_T: Floats
+
+
+def finite(values: Floats) -> Floats:
+    """0 in the place of what is no finite number."""
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+def softmax_errors(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> SoftmaxErrors:
+    """Rounding of the log-sum-exp and of each probability.
+
+    With r = max z - z the argument of exp is off by EXP_ARGUMENT_ROUNDINGS u r, so that e^-r is off by the
+    factor u (EXP_ARGUMENT_ROUNDINGS r + EXP_ULPS); the sum averages these with the weights p and adds its
+    own growth (more than a running sum's rescalings add: one exp and one product for each block of columns).
+    The log-sum-exp is then rounded as log s, and as m + log s. A probability computed as exp(z - lse)
+    sees lse's error once more. Errors of z itself shift numerator and sum: twice err_z. A probability
+    below the normal range may be flushed to 0.
+    """
+    u = inner.u
+    log_p_TV = log_softmax(z_TV)
+    p_TV = np.exp(log_p_TV)
+    m_T = np.max(z_TV, axis=-1)
+    lse_T = finite(m_T - np.max(log_p_TV, axis=-1))
+    r_TV = finite(m_T[:, None] - z_TV)
+    off_TV = EXP_ARGUMENT_ROUNDINGS * r_TV
+    rel_s_T = u * (np.sum(finite(p_TV * off_TV), axis=-1) + EXP_ULPS + sum_growth(z_TV.shape[-1]))
+    log_s_T = finite(np.abs(lse_T - m_T))
+    err_lse_T = err_z_T + rel_s_T + u * (LOG_ULPS * log_s_T + np.abs(finite(m_T)) + 2 * np.abs(lse_T))
+    rel_p_TV = u * (off_TV + EXP_ULPS + 2) + (err_z_T + err_lse_T)[:, None]
+    return SoftmaxErrors(z_TV, log_p_TV, p_TV, lse_T, rel_p_TV * p_TV + inner.near_zero, err_lse_T)
+
+
+def stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
+    """Adds the one rounding of a stored result, and what is lost near 0."""
+    return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.near_zero)
+
+
+def token_errors(sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float) -> Floats:
+    """Error of each token's cross entropy: of lse, of the target's logit, of their difference."""
+    vocab = sm.z_TV.shape[-1]
+    rows = np.arange(labels_T.size)
+    target_T = finite(sm.z_TV[rows, np.clip(labels_T.astype(np.int64), 0, vocab - 1)])
+    loss_T = np.abs(finite(expected.token_loss_T))
+    err_T = sm.err_lse_T + err_z_T + u * (np.abs(target_T) + 2 * loss_T)
+    return np.where(expected.reduction.keep_T, err_T, 0.0)
+
+
+def result_errors(
+    config: Any, expected: TokenResult, err_T: Floats, dtype: str, upstream: NDArray[Any] | None
+) -> dict[str, Floats]:
+    """Errors of the reduced loss and of the gradient of loss_weights, from each token's error."""
+    fmt, u = float_format(dtype), compute_format(dtype).u
+    out = float_format(result_dtype(config, dtype))
+    reduction = expected.reduction
+    if reduction.kind == "none":
+        return {"loss": stored(finite(expected.loss), err_T.reshape(expected.loss.shape), out)}
+    scale_T = reduction.coefficients(None)
+    terms_T = np.abs(finite(scale_T * expected.token_loss_T))
+    error = np.sum(np.abs(scale_T) * err_T) + u * (sum_growth(err_T.size) + COEF_ROUNDINGS) * np.sum(terms_T)
+    result = {"loss": stored(finite(expected.loss), error, out)}
+    if "loss_weights" in expected.grads:
+        grad = expected.grads["loss_weights"]
+        unit_T = reduction.coefficients(upstream, weighted=False)
+        error = (np.abs(unit_T) * err_T).reshape(grad.shape) + COEF_ROUNDINGS * u * np.abs(finite(grad))
+        result["loss_weights"] = stored(finite(grad), error, fmt)
+    return result
+
+
+def onehot_errors(
+    sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat
+) -> tuple[Floats, Floats]:
+    """coef (p - onehot), and its error."""
+    dz_TV = sm.p_TV.copy()
+    rows = np.flatnonzero(coef_T != 0)
+    inside = (labels_T[rows] >= 0) & (labels_T[rows] < dz_TV.shape[-1])
+    dz_TV[rows[inside], labels_T[rows[inside]].astype(np.int64)] -= 1
+    error_TV = sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    coef_T1 = np.abs(coef_T)[:, None]
+    error_TV = np.where(coef_T1 == 0, 0.0, coef_T1 * error_TV + inner.near_zero)
+    return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), finite(error_TV)
+
+
+def zero_where_ignored(error: Floats, keep_T: NDArray[np.bool_]) -> Floats:
+    """An ignored token's gradient is exactly 0: no allowance at all."""
+    return np.where(keep_T.reshape(error.shape[:-1])[..., None], error, 0.0)

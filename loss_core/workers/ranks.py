@@ -1,0 +1,124 @@
+"""Ranks that compute one call together, the vocabulary sharded over them.
+
+A backend says what to start (`rank_setup`): a process for each rank, or one that holds all ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from loss_core.config import LossConfig, is_runtime_field
+from loss_core.dispatch.flags import load_backend
+from loss_core.dispatch.protocol import Backend, Evaluation
+from loss_core.losses.vocab_split import merge
+from loss_core.workers.pool import Pool, RequestFailed, Start, WorkerFailed
+
+# Seconds to answer one call.
+CALL_LIMIT = 60.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, as it is sent to every process: the whole problem, of which each rank takes its part.
+
+    Attributes:
+        config: without runtime fields, which a process sets for itself.
+        sizes: classes of each rank's shard, in rank order.
+        The others: as in `loss_core.dispatch.protocol.Backend.evaluate`.
+    """
+
+    config: LossConfig
+    flag: str
+    arrays: Mapping[str, NDArray[Any]]
+    dtype: str
+    upstream: NDArray[Any] | None
+    grad_of: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+class Ranks:
+    """The processes of one backend and number of ranks. A context manager: they end with the block.
+
+    Args:
+        backend: "torch" or "jax".
+        ranks: how many share the vocabulary.
+        modules: Python modules to import in each process, which register the caller's losses.
+        call_limit: seconds within which every rank must answer a call.
+    Raises:
+        WorkerFailed: a process could not start.
+    """
+
+    def __init__(
+        self, backend: str, ranks: int, *, modules: Sequence[str] = (), call_limit: float = CALL_LIMIT
+    ) -> None:
+        setup = load_backend(backend).rank_setup(ranks)
+        self.splits, self.call_limit = setup.splits, call_limit
+        self._folder = tempfile.TemporaryDirectory(prefix="loss-core-ranks-")
+        alone = f"the {backend} process of {ranks} ranks"
+        self.pool = Pool(
+            [
+                Start(
+                    f"rank {rank} of {ranks} on {backend}" if setup.processes > 1 else alone,
+                    "loss_core.workers.ranks:join_ranks",
+                    {"backend": backend, "rank": rank, "ranks": ranks, "folder": self._folder.name, "modules": modules},
+                    setup.environment,
+                )
+                for rank in range(setup.processes)
+            ]
+        )
+        try:
+            self.pool.started()
+        except RequestFailed as error:
+            self.close()
+            raise WorkerFailed(f"the ranks on {backend} could not start: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def evaluate(self, request: Request) -> Evaluation:
+        """The call's loss and gradients, put together from all ranks.
+
+        Raises:
+            BackendUnavailable: the flag can't compute this call over ranks.
+            RequestFailed: the call raised on every rank.
+            WorkerFailed: a rank died or did not answer in time.
+        """
+        answers = self.pool.ask(self.call_limit, "evaluate_shards", request=request)
+        return merge(request.config, [found for answer in answers for found in answer])
+
+    def close(self) -> None:
+        """End the processes. May be called more than once."""
+        self.pool.stop()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def join_ranks(backend: str, rank: int, ranks: int, folder: str, modules: Sequence[str]) -> Backend:
+    """In a process of the pool: the backend, whose ranks have met."""
+    for module in modules:
+        importlib.import_module(module)
+    loaded = load_backend(backend)
+    loaded.join_ranks(rank, ranks, Path(folder))
+    return loaded
+
+
+def without_runtime_fields(config: LossConfig) -> LossConfig:
+    """A copy that can be sent to another process: handles of this one are taken out."""
+    twin = copy.copy(config)
+    for f in fields(config):
+        if is_runtime_field(f):
+            setattr(twin, f.name, None)
+    return twin

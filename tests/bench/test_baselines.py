@@ -1,0 +1,16 @@
+"""Which baselines there are for a call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from helpers.bench import LOSSES, job
+from loss_core.bench.baselines import BASELINES
+
+
+def test_baselines_are_those_that_exist_over_ranks():
+    calls = [replace(job(loss, 300), dtype="bfloat16") for loss in LOSSES]
+    over = {name for name, found in BASELINES.items() if any(map(found.fits, calls))}
+    alone = {name for name, found in BASELINES.items() if any(found.fits(replace(call, tp=1)) for call in calls)}
+    assert over == {"plain-torch", "torch-loss-parallel", "te", "plain-jax"}
+    assert alone == set(BASELINES) - {"plain-torch", "torch-loss-parallel"}

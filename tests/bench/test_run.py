@@ -1,0 +1,274 @@
+"""`bench`: real processes on small shapes. What a time is depends on the machine, so no time is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+
+import pytest
+
+from helpers.bench import by_name
+from helpers.processes import workers_of
+from loss_core import unregister_loss
+from loss_core.bench import bench
+from loss_core.bench.baselines import BASELINES, Baseline
+from loss_core.bench.html import bench_page
+from loss_core.bench.report import BenchReport, Missing, best_flag_of
+from loss_core.bench.tables import growth_tables
+from loss_core.bench.text import bench_text, markdown
+from loss_core.bench.tune import choices_of
+from loss_core.bench.workloads import Workload
+from loss_core.dispatch.protocol import BackendUnavailable
+
+# Fewer threads than a test machine has cores: tests run beside others.
+SMALL = {"threads": 1, "rounds": 4}
+
+
+@pytest.fixture(scope="module")
+def report():
+    """One run on both frameworks, which several tests look at."""
+    return bench("KDLoss", shapes=[(64, 1000)], peers=["plain-jax"], ignored=0.25, **SMALL)
+
+
+def test_every_implementation_has_time_memory_and_error(report):
+    rows = by_name(report)
+    assert next(iter(rows)) == "roofline"
+    assert {"torch:plain", "torch:eager", "jax:xla", "plain-jax"} <= set(rows)
+    for name, row in rows.items():
+        assert row.error == "", f"{name}: {row.error}"
+        assert len(row.rounds) == 4
+        assert row.seconds > 0
+        if name != "roofline":
+            assert row.first_call > 0
+            assert row.calls >= 4
+            assert row.loss_error < 1e-5
+            assert row.grad_error < 1e-5
+            assert not row.wrong
+            assert row.error_ratio <= 1 or row.kind == "baseline"
+            assert row.error_shape == (64, 1000)
+
+
+def test_the_roofline_is_below_every_time(report):
+    rows = by_name(report)
+    assert all(rows["roofline"].seconds < row.seconds for name, row in rows.items() if name != "roofline")
+    assert "2 reads + 1 write of the logits" in rows["roofline"].note
+
+
+def test_the_order_is_another_one_in_each_round(report):
+    (orders,) = report.orders
+    assert len(orders) == 4
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_json_holds_the_whole_report(report):
+    text = report.to_json()
+    assert BenchReport.from_json(text) == report
+    data = json.loads(text)
+    assert data["settings"]["ignored"] == [0.25]
+    assert {row["ignored"] for row in data["rows"]} == {0.25}
+    assert data["versions"]["torch"]
+    assert data["machine"]["cores"] >= 1
+    assert all({"seconds", "spread", "peak", "grad_error"} <= set(row) for row in data["rows"])
+
+
+def test_no_process_is_left(report):
+    assert workers_of(os.getpid()) == []
+
+
+WRONG = """
+import torch
+from dataclasses import dataclass
+from loss_core import MaskedCrossEntropyConfig, register_loss
+from loss_core_torch.modules import MaskedCrossEntropy
+
+@dataclass
+class TwiceConfig(MaskedCrossEntropyConfig):
+    pass
+
+@dataclass
+class DiesConfig(MaskedCrossEntropyConfig):
+    pass
+
+@dataclass
+class ForgetsConfig(MaskedCrossEntropyConfig):
+    pass
+
+class Dies(torch.nn.Module):
+    def forward(self, logits, labels):
+        import os, sys
+        print("the last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), 9)
+
+def twice(config):
+    right = MaskedCrossEntropy(reduction="mean")
+    return lambda logits, labels: 2 * right(logits, labels)
+
+register_loss("Twice", TwiceConfig, {"torch": twice})
+def forgets(config):
+    right = MaskedCrossEntropy(reduction="sum")
+    return lambda logits, labels: right(logits[:256], labels[:256]) / len(labels)
+
+register_loss("Forgets", ForgetsConfig, {"torch": forgets})
+register_loss("Dies", DiesConfig, {"torch": lambda c: Dies()})
+"""
+
+
+@pytest.fixture
+def wrong_losses(tmp_path, monkeypatch):
+    """A module of a user, whose losses are wrong and deadly."""
+    (tmp_path / "wrong_losses.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    __import__("wrong_losses")
+    yield "wrong_losses"
+    unregister_loss("Twice")
+    unregister_loss("Dies")
+    unregister_loss("Forgets")
+    del sys.modules["wrong_losses"]
+
+
+def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wrong_losses):
+    # The deadly one last, so that the process of the others serves it, too.
+    report = bench(["Twice", "Forgets", "Dies"], ["torch:eager"], shapes=[(300, 100)], peers=[],
+                   imports=[wrong_losses], rounds=1, threads=1)  # fmt: skip
+    twice, forgets, dies = report.groups()
+    rows = {row.implementation: row for row in twice}
+    assert rows["torch:eager"].wrong
+    assert rows["torch:eager"].loss_error == pytest.approx(1.0, rel=1e-3)
+    assert best_flag_of(report.rows) is None
+    assert choices_of(report) == []
+    assert "WRONG" in bench_text(report)
+
+    # Right on the 256 tokens of the reduced call, wrong beyond them.
+    rows = {row.implementation: row for row in forgets}
+    assert rows["torch:eager"].loss_error < 1e-5
+    assert rows["torch:eager"].grad_error > 0.1
+    assert rows["torch:eager"].wrong
+
+    # A process that dies is a row with its error, and the others go on.
+    rows = {row.implementation: row for row in dies}
+    assert rows["torch:eager"].error == "its process was ended by SIGKILL (out of memory?): the last words"
+    assert rows["torch:eager"].seconds is None
+    assert rows["roofline"].seconds > 0
+    assert "SIGKILL" in bench_text(report)
+
+
+def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monkeypatch):
+    absent = Baseline("absent", "nowhere", "torch", ("linear_cross_entropy",), ("no_such_package",),
+                      "pip install no-such-package")  # fmt: skip
+    monkeypatch.setitem(BASELINES, "absent", absent)
+    tiny = Workload("tiny", 8, 10, 4, softcap=5.0, source="nobody/tiny")
+    report = bench("FusedLinearCrossEntropy", ["torch:eager"], workloads=[tiny], peers=["torch-linear-ce", "absent"],
+                   rounds=1, threads=1)  # fmt: skip
+    rows = by_name(report)
+    assert list(rows) == ["roofline", "torch:eager"]
+    ours = rows["torch:eager"]
+    assert (ours.loss, ours.shape) == ("FusedLinearCrossEntropy, tiny", (8, 10, 4))
+    assert ours.config["logit_softcapping"] == 5.0
+    assert ours.error_ratio <= 1
+    assert report.missing == [
+        Missing("absent", "needs no_such_package", "pip install no-such-package"),
+        Missing("torch-linear-ce", "FusedLinearCrossEntropy, tiny: F.linear_cross_entropy has no softcap."),
+    ]
+    assert "absent: needs no_such_package: pip install no-such-package" in bench_text(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"peers": ["nobody"]}, ValueError, "Unknown peer 'nobody'"),
+        ({"config": "NoLoss"}, ValueError, "Unknown loss 'NoLoss'"),
+        ({"backends": ["torch:fast"]}, ValueError, "Unknown backend flag 'torch:fast'"),
+        ({"backends": ["torch:te"], "config": "MaskedCrossEntropy"}, BackendUnavailable, "torch:te"),
+        ({"shapes": [(4,)]}, ValueError, r"shape must be \(T, V\)"),
+        ({"config": "FusedLinearCrossEntropy", "shapes": [(4, 5)]}, ValueError, "hidden size"),
+        ({"dtypes": ["int8"]}, ValueError, "int8"),
+        ({"ignored": 1.0}, ValueError, "ignored must be a share"),
+        ({"ignored": [0.5, -0.1]}, ValueError, r"ignored must be a share in \[0, 1\), got -0.1"),
+        ({"rounds": 0}, ValueError, "rounds must be >= 1"),
+        (
+            {"count_known": True},
+            ValueError,
+            "count_known is for losses that take num_valid_tokens.*KDLossConfig does not",
+        ),
+        ({"config": "FusedLinearCrossEntropy", "count_known": True, "tp": 2}, ValueError, "not for tp=2"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_is_started(options, error, text):
+    with pytest.raises(error, match=text):
+        bench(**{"config": "KDLoss", "shapes": [(8, 10)], "peers": []} | options)
+
+
+def test_the_page_holds_every_table_and_escapes_what_it_shows(report):
+    text = report.to_json().replace("KDLoss", "KD<b>Loss")
+    page = bench_page(BenchReport.from_json(text))
+    assert "KD&lt;b&gt;Loss, 64 x 1,000" in page
+    assert "<b>Loss" not in page
+    assert page.count("<svg") == 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_markdown_has_a_row_for_each_implementation(report):
+    table = [line for line in markdown(report).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(report.rows)
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_several_shares_are_several_calls():
+    report = bench("MaskedCrossEntropy", ["torch:eager"], shapes=[(64, 100)], ignored=[0.0, 0.5, 0.75, 0.5], peers=[],
+                   rounds=1, threads=1)  # fmt: skip
+    assert [(r.implementation, r.ignored) for r in report.rows] == [
+        (name, share) for share in (0.0, 0.5, 0.75) for name in ("roofline", "torch:eager")
+    ]
+    assert report.settings["ignored"] == [0.0, 0.5, 0.75]
+    assert all(r.gradients == 4 * 64 * 100 for r in report.rows if r.kind == "flag")
+    assert [group[0].ignored for group in report.groups()] == [0.0, 0.5, 0.75]
+    assert [line.cells[0] for _, lines in growth_tables(report) for line in lines] == ["roofline", "torch:eager"]
+    assert "MaskedCrossEntropy, 64 x 100, float32, forward + backward, 75% ignored" in bench_text(report)
+    assert "MaskedCrossEntropy 64x100 float32, 50% ignored: torch:eager" in bench_text(report)
+    assert BenchReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_count_that_is_known_reaches_our_fused_loss_and_no_peer(tmp_path, monkeypatch, known):
+    # A loss of one's own that counts how often it is told, in place of a time, which shows nothing on a small call.
+    (tmp_path / "told_losses.py").write_text(TOLD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told = importlib.import_module("told_losses")
+    try:
+        report = bench(told.ToldConfig(reduction="mean"), ["torch:eager", "jax:xla"], shapes=[(300, 50, 8)],
+                       peers=["plain-jax"], ignored=0.5, count_known=known, imports=["told_losses"],
+                       rounds=1, threads=1)  # fmt: skip
+    finally:
+        unregister_loss("Told")
+        del sys.modules["told_losses"]
+    rows = {row.implementation: row for row in report.rows}
+    assert report.settings["count_known"] is known
+    for flag in ("torch:eager", "jax:xla"):
+        assert rows[flag].error == ("" if known else "AssertionError: told None"), flag
+        assert not known or ("num_valid_tokens" in rows[flag].note and not rows[flag].wrong)
+    assert (rows["plain-jax"].error, rows["plain-jax"].note) == ("", "")
+
+
+TOLD = """
+from dataclasses import dataclass
+from loss_core import FusedLinearCEConfig, register_loss
+
+@dataclass
+class ToldConfig(FusedLinearCEConfig):
+    pass
+
+def told(backend):
+    def build(config):
+        right = FusedLinearCEConfig(reduction="mean").build(backend=backend)
+        def loss(*, num_valid_tokens=None, labels, **arrays):
+            # Half of the labels of the call, and of the smaller one that is compared with float64.
+            assert num_valid_tokens == len(labels) // 2, f"told {num_valid_tokens}"
+            return right(labels=labels, num_valid_tokens=num_valid_tokens, **arrays)
+        return loss
+    return build
+
+register_loss("Told", ToldConfig, {"torch": told("torch:eager"), "jax": told("jax:xla")})
+"""

@@ -1,0 +1,68 @@
+"""`bench` over ranks that share the vocabulary."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from helpers.processes import workers_of
+from loss_core import unregister_loss
+from loss_core.bench import bench
+from loss_core.bench.text import bench_text
+
+DEADLY = """
+import os
+import torch.distributed as dist
+from dataclasses import dataclass
+from loss_core import MaskedCrossEntropyConfig, register_loss
+
+@dataclass
+class DiesConfig(MaskedCrossEntropyConfig):
+    pass
+
+def dies(config):
+    def loss(logits, labels):
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), 9)
+        dist.barrier()
+    return loss
+
+register_loss("Dies", DiesConfig, {"torch": dies})
+"""
+
+
+def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_its_error(tmp_path, monkeypatch):
+    before = workers_of(os.getpid())
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    __import__("deadly")
+    try:
+        report = bench(["FusedLinearCrossEntropy", "Dies"], ["torch:eager"], shapes=[(40, 301, 16)], tp=2, rounds=2,
+                       threads=2, imports=["deadly"], peers=["compiled-torch", "torch-linear-ce"])  # fmt: skip
+    finally:
+        unregister_loss("Dies")
+        del sys.modules["deadly"]
+    (roofline, ours), (_, dead) = report.groups()
+    assert roofline.seconds > 0
+    assert "of the largest of 2 parts" in roofline.note
+    assert "not counted: what the ranks tell each other, at least 3 numbers per token" in roofline.note
+    assert ours.error == ""
+    assert ours.error_ratio <= 1
+    assert len(ours.rounds) == 2
+    assert ours.calls >= 2
+    assert report.settings["tp"] == 2
+    assert dead.error.startswith("rank 1 of 2: its process was ended by SIGKILL")
+    assert dead.seconds is None
+    text = bench_text(report)
+    assert "FusedLinearCrossEntropy, 40 x 301 x 16, float32, forward + backward, over 2 ranks" in text
+    assert "compiled-torch: not over tensor parallel" in text
+    assert "torch-linear-ce: not over tensor parallel" in text
+    assert workers_of(os.getpid()) == before
+
+
+@pytest.mark.parametrize("options", [{"tp": 0}, {"tp": True}, {"tp": 2, "device": "cuda:1"}])
+def test_a_wrong_number_of_ranks_is_refused_before_anything_is_started(options):
+    with pytest.raises(ValueError, match=r"tp must be a whole number >= 1|name the kind alone, 'cuda'"):
+        bench("KDLoss", ["torch:eager"], shapes=[(8, 10)], peers=[], **options)

@@ -1,0 +1,12 @@
+"""Shapes of real models."""
+
+from __future__ import annotations
+
+from loss_core.bench.workloads import WORKLOADS
+
+
+def test_workloads_have_sizes_and_a_source():
+    for name, load in WORKLOADS.items():
+        assert load.name == name
+        assert all(size > 0 for size in load.shape)
+        assert "/" in load.source

@@ -1,0 +1,178 @@
+"""`loss-core check`: exit codes, messages, and that what it prints can be copied and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers.command import QUICK, command, environment, interrupted, run, spawn
+from loss_core import (
+    LossConfig,
+    register_loss,
+    unregister_loss,
+)
+from loss_core.check import check
+
+
+def test_a_good_check_exits_0_with_table_and_verdict():
+    result = run("check", *QUICK)
+    assert result.exit_code == 0, result.output
+    for loss in ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "TEParallelCrossEntropy", "KDLoss"):
+        assert loss in result.stdout
+    assert result.stdout.count("ok torch:eager") == 4
+    assert result.stdout.strip().splitlines()[-1].startswith("PASS: ")
+
+
+def reproduce_lines(result):
+    return [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("loss-core check")]
+
+
+def test_a_bad_kernel_exits_1_and_its_lines_reproduce_it(forgetful):
+    configs = [word for loss in ("MaskedCrossEntropy", "KDLoss", "ForgetfulKD") for word in ("--config", loss)]
+    result = run("check", *configs, *QUICK, "--case", "temperature")
+    assert result.exit_code == 1
+    assert re.search(r"^FAIL torch:eager .* temperature, ", result.stdout, re.MULTILINE)
+    assert len(re.findall("^ok +torch:eager", result.stdout, re.MULTILINE)) == 2, "the other losses are fine"
+    assert result.stdout.strip().splitlines()[-1].startswith("FAIL: 1 of 3 rows")
+    (line,) = reproduce_lines(result)
+    assert line == "loss-core check --config ForgetfulKD --backend torch:eager --dtype float32 --case temperature"
+    again = run(*shlex.split(line)[1:])
+    assert again.exit_code == 1
+    assert "student_logits" in again.stdout
+    assert run(*shlex.split(line.replace("ForgetfulKD", "KDLoss"))[1:]).exit_code == 0
+
+
+def test_reproduce_lines_of_a_config_with_fields_and_a_random_case(forgetful):
+    config = "{name: ForgetfulKD, temperature: 3.0}"
+    drawn = ("--cases", 3, "--seed", 7, "--shape", "5,40")
+    result = run("check", "--config", config, "--backend", "torch:eager", "--dtype", "float64", *drawn)
+    random = next(line for line in reproduce_lines(result) if "--case random-7-" in line)
+    assert '\'{"name": "ForgetfulKD"' in random
+    assert "--shape 5,40 --cases 3 --seed 7" in random
+    again = run(*shlex.split(random)[1:])
+    assert again.exit_code == 1, again.output
+    assert again.stdout.count("loss-core check") == 1
+
+
+def test_a_long_reproduce_line_is_one_line_in_a_pipe(forgetful, tmp_path):
+    config = "{name: ForgetfulKD, temperature: 3.0, ignore_index: -7}"
+    result = spawn("check", "--config", config, *QUICK, "--import", forgetful, cwd=tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert "\x1b[" not in result.stdout + result.stderr
+    line = next(line for line in result.stdout.splitlines() if "loss-core check" in line).strip()
+    assert len(line) > 120
+    assert line.endswith("--case basic --import forgetful_loss")
+    assert spawn(*shlex.split(line)[1:], cwd=tmp_path).returncode == 1
+    table = [row for row in result.stdout.splitlines() if row.startswith(("ok ", "FAIL ", "   flag"))]
+    assert table
+    assert max(map(len, table)) <= 80
+
+
+def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not():
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            command("check", *QUICK), stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment(), timeout=120
+        )
+        os.close(theirs)
+        seen = os.read(ours, 1 << 20).decode()
+    finally:
+        os.close(ours)
+    assert done.returncode == 0
+    assert "/4" in seen, "how many of the four are done"
+    assert "\x1b[" not in done.stdout
+
+
+def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(tmp_path):
+    (tmp_path / "slow_loss.py").write_text(
+        "import pathlib, time\n"
+        "from dataclasses import dataclass\n"
+        "from loss_core import KDLossConfig, register_loss\n"
+        "@dataclass\n"
+        "class SlowConfig(KDLossConfig):\n"
+        "    pass\n"
+        "def slow(**arguments):\n"
+        "    pathlib.Path('running').touch()\n"
+        "    time.sleep(60)\n"
+        "register_loss('Slow', SlowConfig, {'torch:eager': lambda config: slow})\n"
+    )
+
+    def ready(process):
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "running").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    arguments = ("check", "--config", "Slow", *QUICK, "--import", "slow_loss")
+    assert interrupted(arguments, ready, cwd=tmp_path) == (130, "", "loss-core: stopped.\n")
+
+
+@pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
+def test_without_the_libraries_of_the_page_it_says_so_before_the_check(library, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, library, None)
+    result = run("check", *QUICK, "--report", tmp_path / "r.html")
+    assert result.exit_code == 2
+    assert f"--report needs {library}" in result.stderr
+    assert "pip install 'loss-core[cli]'" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_users_loss_without_a_definition_is_refused():
+    from dataclasses import make_dataclass
+
+    register_loss("OddLoss", make_dataclass("OddLossConfig", [], bases=(LossConfig,)), {"torch": lambda c: None})
+    try:
+        result = run("check", "--config", "OddLoss", "--backend", "torch:eager")
+    finally:
+        unregister_loss("OddLoss")
+    assert result.exit_code == 2
+    assert "There is no definition of OddLossConfig in float64" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--config", "KDLos"), "did you mean 'KDLoss'?"),
+        (("--backend", "torhc"), "Unknown backend flag 'torhc'"),
+        (("--dtype", "floot32"), "did you mean 'float32'?"),
+        (("--case", "bsic"), "did you mean 'basic'? Known: basic, none-ignored"),
+        (("--case", "random-0-3", "--cases", "3"), "needs the options that draw it"),
+        (("--case", "mask", "--config", "KDLoss"), "KDLoss: no case named mask"),
+        (("--shape", "4"), "expected T,V or T,V,H"),
+        (("--shape", "4,0"), "expected T,V or T,V,H"),
+        (("--cases", "-1"), "greater than or equal to 0"),
+        (("--backend", "torch:eager", "--against", "torch:eager"), "is the only flag"),
+        (("--json", "/absent/report.json"), "there is no folder /absent"),
+        (("--report", "."), "is a folder"),
+        (("--inputs", "x.npz"), "needs exactly one --config"),
+        (("--inputs", "x.npz", "--config", "KDLoss", "--case", "basic"), "leave them out beside --inputs"),
+        (("--inputs", "x.csv", "--config", "KDLoss"), ".npz or .safetensors"),
+        (("--inputs", "x.npz", "--config", "KDLoss"), "No such file"),
+        (("--device", "cdua", "--backend", "torch:eager", "--case", "basic"), "--device cdua: nothing runs there"),
+    ],
+)
+def test_wrong_words_are_2_and_told(options, message):
+    result = run("check", *options)
+    assert result.exit_code == 2, result.output
+    # typer's own messages stand in a box.
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_json_is_the_report(tmp_path):
+    result = run("check", *QUICK, "--json", tmp_path / "r.json")
+    assert result.exit_code == 0
+    read = json.loads((tmp_path / "r.json").read_text())
+    expected = json.loads(check(None, ["torch:eager"], dtypes=["float32"], only=["basic"]).to_json())
+    assert read["rows"] == expected["rows"]
+    assert read.keys() == expected.keys()
+    assert read["passed"] is True

@@ -1,0 +1,234 @@
+"""The laws of row terms: identity, any split, any order, blocks of -inf; the same over NumPy, torch and JAX."""
+
+import numpy as np
+import pytest
+
+from loss_core import row_terms
+from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms
+
+# T = rows, V = vocabulary
+
+OBJECTIVE = Objective(13)
+CUTS = pytest.mark.parametrize("cuts", [(13,), (1, 13), (5, 5, 13), (7, 13), tuple(range(1, 14))], ids=str)
+namespaces = pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+
+
+def _namespace(name):
+    if name == "numpy":
+        return np, np.asarray
+    if name == "torch":
+        import torch
+
+        return torch, lambda x: torch.from_numpy(np.asarray(x))
+    import jax
+
+    return jax.numpy, jax.numpy.asarray
+
+
+def _row_terms(z_TV, column_T, start=0, stop=None):
+    """Terms of the columns start:stop, by definition."""
+    stop = z_TV.shape[1] if stop is None else stop
+    piece = z_TV[:, start:stop]
+    m = piece.max(-1, initial=-np.inf)
+    s = np.where(np.isneginf(m), 0.0, np.exp(piece - np.where(np.isneginf(m), 0, m)[:, None]).sum(-1))
+    inside = (column_T >= start) & (column_T < stop)
+    t = np.where(inside, z_TV[np.arange(len(z_TV)), np.where(inside, column_T, 0)], -np.inf)
+    return RowTerms(m, s, t, piece.sum(-1))
+
+
+def _pair_terms(zs_TV, zt_TV, start=0, stop=None):
+    zs, zt = zs_TV[:, start:stop], zt_TV[:, start:stop]
+    m_s, m_t = zs.max(-1, initial=-np.inf), zt.max(-1, initial=-np.inf)
+    cs, ct = (zs - np.where(np.isneginf(m_s), 0, m_s)[:, None], zt - np.where(np.isneginf(m_t), 0, m_t)[:, None])
+    e = np.exp(ct)
+    with np.errstate(invalid="ignore"):
+        gap = (ct - np.where(np.isneginf(m_s)[:, None], 0.0, cs)) / GAP_UNIT
+    a = np.where(e == 0, 0.0, e * np.where(e == 0, 0.0, gap)).sum(-1)
+    return PairTerms(m_t, np.where(np.isneginf(m_t), 0, e.sum(-1)), a, m_s, np.exp(cs).sum(-1) * ~np.isneginf(m_s))
+
+
+def _fold(xp, asarray, combine, pieces):
+    total = None
+    for terms in pieces:
+        terms = type(terms)(*(asarray(part) for part in terms))
+        total = terms if total is None else combine(xp, total, terms)
+    return type(total)(*(np.asarray(part) for part in total))
+
+
+def _pieces(make, cuts, *args):
+    return [make(*args, a, b) for a, b in zip((0, *cuts), cuts, strict=False)]
+
+
+def _logits(scale=5.0, seed=0):
+    rng = np.random.default_rng(seed)
+    # Multiples of 1/64, which float32 holds exactly beside the offset.
+    z_TV = np.round(rng.standard_normal((6, 13)) * scale * 64) / 64
+    z_TV[1, :7] = -np.inf  # a whole block of -inf
+    z_TV[2] += 1e4  # a large common offset
+    return z_TV, np.asarray([0, 12, 3, 8, 5, 6])
+
+
+def _pair_logits():
+    zs_TV, zt_TV = _logits(seed=1)[0], _logits(seed=2)[0]
+    zs_TV[1, :7] = 0.5  # the student allows what the teacher rules out in row 1
+    zt_TV[4, :3] = zs_TV[4, :3] = -np.inf
+    return zs_TV, zt_TV
+
+
+def _log_softmax(z_TV):
+    shifted = z_TV - z_TV.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _kl(zs_TV, zt_TV):
+    """By definition; what the teacher rules out weighs nothing."""
+    log_s, log_t = _log_softmax(zs_TV), _log_softmax(zt_TV)
+    with np.errstate(invalid="ignore"):
+        return np.where(np.exp(log_t) == 0, 0.0, np.exp(log_t) * (log_t - log_s)).sum(-1)
+
+
+# --- one distribution
+
+
+@namespaces
+@CUTS
+def test_any_split_gives_the_whole(name, cuts):
+    xp, asarray = _namespace(name)
+    z_TV, column_T = _logits()
+    pieces, whole = _pieces(_row_terms, cuts, z_TV, column_T), _row_terms(z_TV, column_T)
+    rtol = 1e-6 if name == "jax" else 1e-13
+    for order in (pieces, pieces[::-1]):
+        folded = _fold(xp, asarray, row_terms.combine, order)
+        for got, expected in zip(folded, whole, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=rtol)
+
+
+def test_associative():
+    z_TV, column_T = _logits()
+    a, b, c = _pieces(_row_terms, (4, 9, 13), z_TV, column_T)
+    left = row_terms.combine(np, row_terms.combine(np, a, b), c)
+    right = row_terms.combine(np, a, row_terms.combine(np, b, c))
+    for got, expected in zip(left, right, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-14)
+
+
+def test_identity_is_exact_and_two_empty_pieces_stay_empty():
+    z_TV, column_T = _logits()
+    terms, empty = _row_terms(z_TV, column_T), RowTerms(*(np.full(6, value) for value in EMPTY_ROW))
+    for got, expected in zip(_row_terms(z_TV, column_T, 5, 5), empty, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for pair, whole in (((terms, empty), terms), ((empty, terms), terms), ((empty, empty), empty)):
+        for got, expected in zip(row_terms.combine(np, *pair), whole, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_a_sum_that_nobody_needs_stays_none():
+    z_TV, column_T = _logits()
+    a, b = (piece._replace(z_sum=None) for piece in _pieces(_row_terms, (4, 13), z_TV, column_T))
+    assert row_terms.combine(np, a, b).z_sum is None
+    assert not OBJECTIVE.needs_z_sum
+
+
+@namespaces
+def test_value_and_gradient_are_those_of_the_definition(name):
+    xp, asarray = _namespace(name)
+    z_TV, column_T = _logits()
+    upstream_T = np.linspace(0.5, 2.0, 6)
+    terms = RowTerms(*map(asarray, _row_terms(z_TV, column_T)))
+    rtol, atol = (1e-5, 1e-5) if name == "jax" else (1e-13, 1e-13)
+    log_p = _log_softmax(z_TV)
+    value_T = row_terms.cross_entropy(xp, terms, OBJECTIVE)
+    np.testing.assert_allclose(np.asarray(value_T), -log_p[np.arange(6), column_T], rtol=rtol, atol=atol)
+    coefficients = row_terms.cross_entropy_coefficients(xp, terms, asarray(upstream_T), OBJECTIVE)
+    scale_T, target_T = (np.asarray(x) for x in coefficients[:2])
+    assert coefficients.uniform is None
+    one_hot = column_T[:, None] == np.arange(13)
+    grad_TV = np.exp(z_TV - z_TV.max(-1, keepdims=True)) * scale_T[:, None] + one_hot * target_T[:, None]
+    np.testing.assert_allclose(grad_TV, upstream_T[:, None] * (np.exp(log_p) - one_hot), rtol=rtol, atol=atol)
+
+
+def test_target_that_nobody_owns_is_loud():
+    terms = _row_terms(_logits()[0], np.full(6, 99))
+    assert np.all(np.isposinf(row_terms.cross_entropy(np, terms, OBJECTIVE)))
+
+
+def test_a_large_common_offset_costs_no_digits():
+    z_TV, column_T = _logits(scale=1.0)
+    z_TV = np.where(np.isneginf(z_TV), -30.0, z_TV).astype(np.float32)
+    z_TV[:] = z_TV[0]  # same row everywhere, each with another offset that float32 holds exactly
+    z_TV = np.round(z_TV * 1024) / 1024
+    both = (z_TV, z_TV + np.float32(4096))
+    losses = [
+        row_terms.cross_entropy(np, RowTerms(*map(np.float32, _row_terms(z.astype(np.float32), column_T))), OBJECTIVE)
+        for z in both
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-7)
+
+
+# --- two distributions
+
+
+@namespaces
+@CUTS
+def test_any_split_of_pairs_gives_the_whole(name, cuts):
+    xp, asarray = _namespace(name)
+    zs_TV, zt_TV = _pair_logits()
+    pieces = _pieces(_pair_terms, cuts, zs_TV, zt_TV)
+    rtol, atol = (2e-5, 1e-4) if name == "jax" else (1e-12, 1e-12)
+    for order in (pieces, pieces[::-1]):
+        folded = _fold(xp, asarray, row_terms.combine_pairs, order)
+        np.testing.assert_allclose(row_terms.kl_divergence(np, folded), _kl(zs_TV, zt_TV), rtol=rtol, atol=atol)
+
+
+def test_pairs_are_associative():
+    a, b, c = _pieces(_pair_terms, (4, 9, 13), *_pair_logits())
+    left = row_terms.combine_pairs(np, row_terms.combine_pairs(np, a, b), c)
+    right = row_terms.combine_pairs(np, a, row_terms.combine_pairs(np, b, c))
+    for got, expected in zip(left, right, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-13)
+
+
+def test_identity_of_pairs_is_exact_and_two_empty_pieces_stay_empty():
+    terms, empty = _pair_terms(*_pair_logits()), PairTerms(*(np.full(6, value) for value in EMPTY_PAIR))
+    for pair, whole in (((terms, empty), terms), ((empty, terms), terms), ((empty, empty), empty)):
+        for got, expected in zip(row_terms.combine_pairs(np, *pair), whole, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+@namespaces
+def test_the_centre_gives_the_teachers_gradient(name):
+    xp, asarray = _namespace(name)
+    zs_TV, zt_TV = (np.where(np.isneginf(z), -3.0, z) for z in _pair_logits())
+    terms = PairTerms(*map(asarray, _pair_terms(zs_TV, zt_TV)))
+    centre_T = np.asarray(row_terms.kl_centre(xp, terms, asarray(_kl(zs_TV, zt_TV))))
+    gap_TV = (zt_TV - zt_TV.max(-1, keepdims=True)) - (zs_TV - zs_TV.max(-1, keepdims=True))
+    expected = _log_softmax(zt_TV) - _log_softmax(zs_TV) - _kl(zs_TV, zt_TV)[:, None]
+    np.testing.assert_allclose(gap_TV - centre_T[:, None], expected, rtol=1e-5, atol=1e-4 if name == "jax" else 1e-12)
+
+
+def test_student_without_any_finite_logit_is_nan():
+    terms = PairTerms(*(np.asarray([x]) for x in (0.0, 2.0, 0.1, -np.inf, 0.0)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert np.isnan(row_terms.kl_divergence(np, terms)).all()
+
+
+def test_the_unit_of_gaps_costs_no_digits():
+    assert float(np.frexp(GAP_UNIT)[0]) == 0.5  # a power of two
+
+
+@namespaces
+def test_masks_of_the_lowest_finite_number_stay_finite(name):
+    # 7 of 13 gaps are near the largest float32: their sum would be infinite without GAP_UNIT, the divergence is not.
+    xp, asarray = _namespace(name)
+    lowest = np.finfo(np.float32).min
+    zs_TV, zt_TV = np.zeros((1, 13), np.float32), np.zeros((1, 13), np.float32)
+    zs_TV[:, :7] = lowest
+    expected = 7 / 13 * -float(lowest)
+    for cuts in ((13,), (6, 13), tuple(range(1, 14))):
+        pieces = [
+            PairTerms(*(x.astype(np.float32) for x in _pair_terms(zs_TV, zt_TV, a, b)))
+            for a, b in zip((0, *cuts), cuts, strict=False)
+        ]
+        folded = PairTerms(*map(asarray, _fold(xp, asarray, row_terms.combine_pairs, pieces)))
+        kl = np.asarray(row_terms.kl_divergence(xp, folded))
+        np.testing.assert_allclose(kl, expected, rtol=1e-6)

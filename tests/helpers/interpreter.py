@@ -1,0 +1,94 @@
+"""Cells of torch:triton in Triton's interpreter: one process for all of them, a result for each.
+
+Triton decides when it is imported whether it interprets or compiles. So the tests of a session whose parameter `flag`
+is "torch:triton" run together in one further pytest with TRITON_INTERPRET=1, and each of them takes its result from it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAG = "torch:triton"
+ON = os.environ.get("TRITON_INTERPRET") == "1"
+
+_WANTED = "LOSS_CORE_TESTS_INTERPRETED"
+_RESULTS = "LOSS_CORE_TESTS_RESULTS"
+
+
+def possible() -> bool:
+    """Whether Triton is installed, so that its kernels can be interpreted."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted(item: pytest.Item) -> bool:
+    """Whether a test is one of Triton's cells."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("flag") == FLAG
+
+
+def results(session: pytest.Session, folder: Path) -> dict[str, str]:
+    """What became of each of the session's cells: "" where it passed, else the report of the failure.
+
+    Args:
+        folder: that the processes of pytest-xdist share; the first to come runs the cells, the others wait.
+    """
+    from filelock import FileLock
+
+    stored = folder / "interpreted.json"
+    with FileLock(folder / "interpreted.lock"):
+        if not stored.exists():
+            stored.write_text(json.dumps(_run([item.nodeid for item in session.items if is_interpreted(item)], folder)))
+    found: dict[str, str] = json.loads(stored.read_text())
+    return found
+
+
+def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
+    wanted, stored = folder / "interpreted_wanted.json", folder / "interpreted_results.json"
+    wanted.write_text(json.dumps(nodeids))
+    files = sorted({nodeid.partition("::")[0] for nodeid in nodeids})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", _WANTED: str(wanted), _RESULTS: str(stored)}
+    # Without the addopts of the session: neither its processes nor its reports are meant here.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    if not stored.exists():
+        return dict.fromkeys(nodeids, f"the interpreter's process failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    found: dict[str, str] = json.loads(stored.read_text())
+    return {nodeid: found.get(nodeid, "the interpreter's process ended before it") for nodeid in nodeids}
+
+
+def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """Tests that a process does not run.
+
+    A call takes the interpreter some tenths of a second: of each test it runs one cell for each config, the first,
+    whatever the other parameters. In the interpreter's process, only what the session wants is run.
+    """
+    if _WANTED in os.environ:
+        wanted = set(json.loads(Path(os.environ[_WANTED]).read_text()))
+        return {item for item in items if item.nodeid not in wanted}
+    seen, left = set(), set()
+    for item in filter(is_interpreted, items):
+        parameters = item.callspec.params
+        key = (item.nodeid.partition("[")[0], repr(parameters["config"]) if "config" in parameters else item.nodeid)
+        if key in seen:
+            left.add(item)
+        seen.add(key)
+    return left
+
+
+def store(nodeid: str, report: Any) -> None:
+    """In the interpreter's process: write down what became of a cell, at once, so that a crash loses no other."""
+    if _RESULTS in os.environ and (report.when == "call" or not report.passed):
+        path = Path(os.environ[_RESULTS])
+        found = json.loads(path.read_text()) if path.exists() else {}
+        text = "" if report.passed else ("skipped: " if report.skipped else "") + str(report.longrepr)
+        path.write_text(json.dumps(found | {nodeid: found.get(nodeid) or text}))

@@ -1,0 +1,70 @@
+"""The matrix: every flag x loss x case x dtype against float64, each cell a test with an id of its own.
+
+A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from loss_core import LOSS_CONFIG_REGISTRY, BackendUnavailable
+from loss_core.check import DTYPES, check
+from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status
+from loss_core.losses.drawing import named_cases
+
+
+def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
+    """Parametrise a test over (flag, loss, case, dtype).
+
+    Args:
+        backend: "torch" or "jax".
+        interpreted: flags whose cells take their results from a process in which they can be used.
+    """
+    made = []
+    for flag in all_flags():
+        if not flag.startswith(f"{backend}:") or not (flag in interpreted or flag_status(flag).usable):
+            continue
+        # Those that compile at the first call do so for each kind of input: minutes over all cells.
+        marks = [pytest.mark.slow] if flag in COMPILED_AT_FIRST_CALL else []
+        # What runs slowly runs where it differs; `loss-core check`, which CI calls as well, has every cell.
+        slow = flag in interpreted or backend == "jax" or bool(marks)
+        for (loss, case), dtype in itertools.product(_cases(), ("float32", "bfloat16") if slow else DTYPES):
+            if slow and loss == "TEParallelCrossEntropy":
+                # Computed by what computes MaskedCrossEntropy.
+                continue
+            if flag in interpreted or _serves(flag, loss):
+                made.append(pytest.param(flag, loss, case, dtype, id=f"{flag}-{loss}-{case}-{dtype}", marks=marks))
+    return pytest.mark.parametrize(("flag", "loss", "case", "dtype"), made)
+
+
+def assert_agrees(flag: str, loss: str, case: str, dtype: str, shape: tuple[int, ...] | None = None) -> None:
+    """One cell: loss and gradients within the allowance, by the kernel that the flag names.
+
+    Args:
+        shape: (T, V) in place of the case's, unless its shape is the point of the case.
+    """
+    if shape is not None and not named_cases(loss, shape=shape, only=(case,)):
+        shape = None
+    report = check(loss, [flag], dtypes=[dtype], only=[case], shape=shape)
+    assert report.passed, "\n".join(str(finding) for finding in report.failures)
+    assert not report.skipped
+    assert [(row.flag, row.dtype, row.cases) for row in report.rows] == [(flag, dtype, 1)]
+
+
+@functools.cache
+def _cases() -> tuple[tuple[str, str], ...]:
+    return tuple((loss, case.name) for loss in LOSS_CONFIG_REGISTRY for case in named_cases(loss))
+
+
+@functools.cache
+def _serves(flag: str, loss: str) -> bool:
+    try:
+        LOSS_CONFIG_REGISTRY[loss]().build(backend=flag)
+    except BackendUnavailable:
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""`LossDef`: what check, bench and the rest ask of a loss, for ours and for a user's own."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from loss_core import (
+    LOSS_CONFIG_REGISTRY,
+    FusedLinearCEConfig,
+    KDLossConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    register_loss,
+    unregister_loss,
+)
+from loss_core.bench.job import Job, make_inputs
+from loss_core.bench.roofline import least_work, words
+from loss_core.check import check
+from loss_core.losses import LABELS, Argument, LossDef, Sizes, allowances, definition_of, evaluate, named_cases
+from loss_core.losses.cross_entropy import over_logits, token_cross_entropy
+from loss_core.losses.definition import need_definition
+
+by_loss = pytest.mark.parametrize("name", LOSS_CONFIG_REGISTRY)
+
+
+@dataclass
+class HalfConfig(LossConfig):
+    """Half of the cross entropy, summed."""
+
+    ignore_index: int = -100
+
+
+def token_half(config, logits_TV, labels_T, keep_T):
+    loss_T, grad_TV = token_cross_entropy(config, logits_TV, labels_T, keep_T)
+    return loss_T / 2, grad_TV / 2
+
+
+HALF = LossDef("half", (Argument("logits", ("T", "V")), LABELS), over_logits(token_half))
+
+
+def build_half(factor):
+    def build(config):
+        import torch
+
+        class Half(torch.nn.Module):
+            def forward(self, logits, labels):
+                keep = labels != config.ignore_index
+                logits = torch.where(keep[..., None], logits, 0).double()
+                log_p = logits.log_softmax(-1).gather(-1, torch.where(keep, labels, 0)[..., None])[..., 0]
+                return torch.where(keep, -factor * log_p, 0.0).sum().float()
+
+        return Half()
+
+    return build
+
+
+@pytest.fixture
+def half(request):
+    register_loss("Half", HalfConfig, {"torch": build_half(getattr(request, "param", 0.5))}, definition=HALF)
+    yield HalfConfig
+    unregister_loss("Half")
+
+
+@by_loss
+def test_every_gradient_has_the_shape_of_its_argument_and_a_bound(name):
+    for case in named_cases(name):
+        expected = evaluate(case.config, case.arrays, case.upstream)
+        assert set(expected.grads) == set(case.grad_of)
+        bounds = allowances(case.config, case.arrays, expected, "float32", upstream=case.upstream)
+        for argument, grad in expected.grads.items():
+            assert grad.shape == np.shape(case.arrays[argument]), case.name
+            assert bounds[argument].shape == grad.shape
+        assert bounds["loss"].shape == expected.loss.shape
+
+
+@by_loss
+def test_arguments_have_the_shapes_that_their_dimensions_say(name):
+    definition = need_definition(name)
+    case = named_cases(name, only=("basic",))[0]
+    sizes = Sizes((4, 6), 507, 24)
+    for argument in definition.arguments:
+        if argument.name in case.arrays:
+            assert case.arrays[argument.name].shape == sizes.shape(argument.dims)
+
+
+def test_a_class_has_the_definition_of_what_it_derives_from():
+    @dataclass
+    class Own(KDLossConfig):
+        pass
+
+    assert definition_of(Own()) is definition_of(KDLossConfig) is definition_of("KDLoss")
+    assert definition_of(LossConfig()) is None
+    with pytest.raises(TypeError, match=r"no definition of LossConfig in float64.*definition=LossDef"):
+        evaluate(LossConfig(), {})
+
+
+def test_labels_of_distillation_only_say_what_is_ignored():
+    case = named_cases("KDLoss", only=("basic",))[0]
+    other = {**case.arrays, "labels": np.where(case.arrays["labels"] == -100, -100, 9_999)}
+    assert evaluate(case.config, other).loss == evaluate(case.config, case.arrays).loss
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "counted", "moved", "operations"),
+    [
+        (MaskedCrossEntropyConfig(), (8, 10), "1 read + 1 write of the logits", 6 * 10 + 8 * 10, 0),
+        (KDLossConfig(), (8, 10), "2 reads + 1 write of the logits", 2 * 6 * 10 + 8 * 10, 0),
+        (FusedLinearCEConfig(), (8, 10, 4), "3 matrix products", (6 + 10) * 4 + (8 + 10) * 4, 3 * 2 * 6 * 10 * 4),
+    ],
+    ids=["MaskedCrossEntropy", "KDLoss", "FusedLinearCrossEntropy"],
+)
+def test_the_least_work_of_a_call(config, shape, counted, moved, operations):
+    job = Job(config.to_dict(), shape, "float32", ignored=0.25)
+    assert words(job) == counted
+    assert (least_work(job).moved, least_work(job).operations) == (4 * moved, operations)
+
+
+def test_a_users_loss_is_checked(half):
+    assert definition_of("Half") is HALF
+    report = check(half(), ["torch"], dtypes=["float32"], num_random=2)
+    assert report.passed, str(report)
+    assert {"basic", "ragged", "strided"} <= {case.name for case in named_cases("Half")}
+    assert "mask" not in {case.name for case in named_cases("Half")}
+
+
+@pytest.mark.parametrize("half", [0.5001], indirect=True)
+def test_a_users_loss_that_is_wrong_fails(half):
+    report = check("Half", ["torch"], dtypes=["float32"], only=["basic"])
+    assert {finding.tensor for finding in report.failures} == {"loss", "logits"}
+
+
+def test_a_users_loss_has_inputs_and_a_roofline_for_bench(half):
+    job = Job(half().to_dict(), (8, 10), "float32")
+    tiles, labels = make_inputs(job)
+    assert job.float_shapes == {"logits": (8, 10)} == {name: tile.shape for name, tile in tiles.items()}
+    assert labels.shape == (8,)
+    assert words(job) == "1 read + 1 write of the logits"
+
+
+def test_unregistering_forgets_the_definition(half):
+    unregister_loss("Half")
+    assert definition_of(half) is None
+    register_loss("Half", half, {}, definition=HALF)
+
+
+def test_what_is_no_definition_is_refused():
+    with pytest.raises(TypeError, match="definition must be a"):
+        register_loss("Half", HalfConfig, {}, definition="half")  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""The oracle itself: hand-computed cases, central differences, high-precision arithmetic."""
+
+import mpmath
+import numpy as np
+import pytest
+
+from loss_core import (
+    FusedLinearCEConfig,
+    KDLossConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
+from loss_core.losses import named_cases, random_cases
+from loss_core.losses.oracle import evaluate
+from loss_core.registry import our_losses
+
+
+def test_hand_computed_cross_entropy():
+    # softmax([0, ln 3]) = [1/4, 3/4]
+    logits = np.array([[0.0, np.log(3.0)], [5.0, 5.0], [1.0, 2.0]])
+    labels = np.array([0, 1, -100])
+    result = evaluate(MaskedCrossEntropyConfig(), {"logits": logits, "labels": labels})
+    assert result.loss == pytest.approx(np.log(4) + np.log(2), rel=1e-15)
+    np.testing.assert_allclose(result.grads["logits"], [[-0.75, 0.75], [0.5, -0.5], [0, 0]], rtol=1e-15)
+    mean = evaluate(TEParallelCEConfig(reduction="mean"), {"logits": logits, "labels": labels})
+    assert mean.loss == pytest.approx((np.log(4) + np.log(2)) / 2)
+    none = evaluate(MaskedCrossEntropyConfig(reduction="none"), {"logits": logits, "labels": labels}, np.arange(3.0))
+    np.testing.assert_allclose(none.loss, [np.log(4), np.log(2), 0])
+    np.testing.assert_allclose(none.grads["logits"], [[0, 0], [0.5, -0.5], [0, 0]])
+
+
+def test_hand_computed_distillation():
+    # Teacher [1/2, 1/2] and student [1/4, 3/4] at T = 1: KL = ln 2 - (ln 3) / 2.
+    arrays = {
+        "student_logits": np.array([[0.0, np.log(3.0)]]),
+        "teacher_logits": np.zeros((1, 2)),
+        "labels": np.array([0]),
+    }
+    result = evaluate(KDLossConfig(), arrays)
+    assert result.loss == pytest.approx(np.log(2) - np.log(3) / 2)
+    np.testing.assert_allclose(result.grads["student_logits"], [[-0.25, 0.25]])
+    # The same distributions at T = 2 need logits twice as large, and the loss is T^2 = 4 times as large.
+    hot = {**arrays, "student_logits": 2 * arrays["student_logits"]}
+    assert evaluate(KDLossConfig(temperature=2.0), hot).loss == pytest.approx(4 * float(result.loss))
+
+
+def test_hand_computed_fused_linear():
+    hidden, weight = np.array([[2.0]]), np.array([[0.0], [np.log(3.0) / 2]])
+    result = evaluate(FusedLinearCEConfig(), {"hidden_states": hidden, "labels": np.array([1]), "lm_weight": weight})
+    assert result.loss == pytest.approx(np.log(4 / 3))
+    np.testing.assert_allclose(result.grads["lm_weight"], [[0.5], [-0.5]])
+    np.testing.assert_allclose(result.grads["hidden_states"], [[-0.25 * np.log(3) / 2]])
+
+
+def test_weights_counts_and_masks_by_hand():
+    logits, labels = np.zeros((2, 2)), np.array([0, 1])
+    arrays = {"logits": logits, "labels": labels, "loss_weights": np.array([1.0, 3.0]), "num_label_tokens": np.array(4)}
+    result = evaluate(MaskedCrossEntropyConfig(), arrays)
+    assert result.loss == pytest.approx(np.log(2))
+    np.testing.assert_allclose(result.grads["loss_weights"], [np.log(2) / 4] * 2)
+    masked = evaluate(MaskedCrossEntropyConfig(), {"logits": logits, "labels": labels, "mask": np.array([0, 1])})
+    assert masked.loss == pytest.approx(np.log(2))
+    zero = evaluate(MaskedCrossEntropyConfig(), {**arrays, "num_label_tokens": np.array(0)})
+    assert zero.loss == 0
+    assert not zero.grads["logits"].any()
+
+
+def _smooth(case):
+    return all(np.isfinite(value).all() for value in case.arrays.values()) and case.name not in (
+        "huge-logits",  # curvature beyond what a difference quotient resolves
+        "offset",
+    )
+
+
+@pytest.mark.parametrize("loss", our_losses())
+def test_gradients_against_central_differences(loss):
+    rng = np.random.default_rng(0)
+    cases = [case for case in [*named_cases(loss), *random_cases(loss, 20, seed=1)] if _smooth(case)]
+    assert len(cases) > 20
+    for case in cases:
+        result = evaluate(case.config, case.arrays, case.upstream)
+        assert set(case.grad_of) == set(result.grads), case.name
+        upstream = np.ones_like(result.loss) if case.upstream is None else case.upstream
+        for name in case.grad_of:
+            direction = rng.standard_normal(case.arrays[name].shape)
+            direction /= np.linalg.norm(direction)
+            step = 1e-5
+
+            def objective(shift, name=name, direction=direction, case=case, upstream=upstream):
+                moved = {**case.arrays, name: case.arrays[name] + shift * direction}
+                return float(np.sum(evaluate(case.config, moved).loss * upstream))
+
+            quotient = (objective(step) - objective(-step)) / (2 * step)
+            slope = float(np.sum(result.grads[name] * direction))
+            size = max(abs(slope), float(np.linalg.norm(result.grads[name])))
+            assert quotient == pytest.approx(slope, rel=1e-5, abs=1e-6 * size + 1e-7), (case.name, name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_against_high_precision(scale):
+    rng = np.random.default_rng(0)
+    student, teacher = rng.standard_normal((2, 40)) * scale
+    arrays = {"logits": student[None], "labels": np.array([7])}
+    with mpmath.workdps(60):
+        zs, zt = ([mpmath.mpf(float(x)) for x in z] for z in (student, teacher))
+        lse_s, lse_t = (mpmath.log(mpmath.fsum(mpmath.exp(z) for z in row)) for row in (zs, zt))
+        ce = lse_s - zs[7]
+        p_t = [mpmath.exp(z - lse_t) for z in zt]
+        kl = mpmath.fsum(p * ((t - lse_t) - (s - lse_s)) for p, t, s in zip(p_t, zt, zs, strict=True))
+        got_ce = float(evaluate(MaskedCrossEntropyConfig(), arrays).loss)
+        kd = {"student_logits": student[None], "teacher_logits": teacher[None], "labels": np.array([0])}
+        got_kl = float(evaluate(KDLossConfig(), kd).loss)
+        assert got_ce == pytest.approx(float(ce), rel=1e-14)
+        assert got_kl == pytest.approx(float(kl), rel=1e-13)
+
+
+def test_no_definition():
+    with pytest.raises(TypeError, match="no definition of LossConfig"):
+        evaluate(LossConfig(), {})

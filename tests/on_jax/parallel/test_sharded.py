@@ -1,0 +1,44 @@
+"""Losses whose vocabulary is sharded over JAX devices, against the oracle on the full problem; and what they move."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
+SCENARIOS = {
+    "sharded_worker.py": (
+        "oracle_float32",
+        "oracle_shards",
+        "oracle_dtypes",
+        "where_the_gradient_is_taken",
+        "sequence_parallel",
+        "hidden_states_that_vary",
+        "uneven",
+        "placed",
+        "rows_and_vocabulary_manual",
+        "bad_use",
+        "second_derivatives",
+    ),
+    "sharded_hlo_worker.py": ("inside_shard_map", "no_logits_move", "what_would_be_wrong_is_seen"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", SCENARIOS)
+def test_on_four_devices(worker: str) -> None:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HERE / worker), *SCENARIOS[worker]],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    held = [line.removeprefix("held: ") for line in done.stdout.splitlines()]
+    assert held == list(SCENARIOS[worker]), done.stderr[-4000:]

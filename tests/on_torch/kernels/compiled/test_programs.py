@@ -1,0 +1,190 @@
+"""`torch:compile`: compiled few times, in nobody's way, and usable where a compiler is."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from helpers.torch_calls import assert_same, run
+from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core.dispatch.flags import flag_status
+from loss_core_torch.kernels.compiled import programs
+
+FLAG = "torch:compile"
+ROOT = Path(__file__).parents[4]
+
+needs_compiler = pytest.mark.skipif(not programs.status().usable, reason=programs.status().reason)
+compiles = [needs_compiler, pytest.mark.slow]
+
+
+def compiled(function):
+    """Decorator of a test that compiles."""
+    for mark in compiles:
+        function = mark(function)
+    return function
+
+
+def _programs():
+    return counters["stats"]["unique_graphs"]
+
+
+def _results(loss, logits, labels, **more):
+    return run(loss, {"logits": logits.detach().clone().requires_grad_(), "labels": labels, **more}, 1.0)
+
+
+# --- programs
+
+
+@compiled
+def test_any_number_of_tokens_and_classes_is_served_by_two_programs():
+    loss, before = MaskedCrossEntropyConfig().build(backend=FLAG), _programs()
+    # Also T = V, after which they must not be taken for one size; and rows of more than 4096.
+    sizes = [(37, 37), (2, 2), (5, 4096), (3, 4097), (4097, 3), *((t, 11) for t in range(2, 40)), (7, 9000)]
+    # A single row or class, no row, scattered columns.
+    sizes += [(1, 9), (9, 1), (0, 5), (1, 1)]
+    with torch.no_grad():
+        for tokens, vocab in sizes:
+            logits = torch.randn(tokens, vocab)
+            labels = torch.arange(tokens) % vocab
+            expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
+            for layout in (logits, logits.t().contiguous().t(), logits.repeat(1, 2)[:, :vocab].contiguous()):
+                torch.testing.assert_close(loss(layout, labels).double(), expected, rtol=1e-6, atol=1e-6)
+    # Nor is whether a gradient will be asked for another kind.
+    MaskedCrossEntropyConfig(reduction="none").build(backend=FLAG)(logits.requires_grad_(), labels)
+    assert _programs() - before <= 2
+
+
+@compiled
+def test_a_temperature_costs_no_program_and_a_number_of_threads_one():
+    student, teacher, labels = torch.randn(4, 37), torch.randn(4, 37), torch.arange(4)
+    threads = torch.get_num_threads()
+
+    def call(temperature):
+        with torch.no_grad():
+            KDLossConfig(temperature=temperature).build(backend=FLAG)(student, teacher, labels)
+
+    call(1.0)
+    before = _programs()
+    for temperature in (0.5, 2.0, 3.0):
+        call(temperature)
+    assert _programs() == before
+    try:
+        torch.set_num_threads(threads + 1)
+        call(1.0)
+    finally:
+        torch.set_num_threads(threads)
+    call(1.0)
+    assert _programs() == before + 1
+
+
+def _plus_one(x):
+    return x + 1
+
+
+@compiled
+def test_where_torch_gives_up_compiling_it_is_an_error():
+    with torch._dynamo.config.patch(recompile_limit=1):
+        programs.run(_plus_one, torch.randn(3, 4))
+        # Another kind of input counts apart.
+        programs.run(_plus_one, torch.randn(3, 4, dtype=torch.float64))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            programs.run(_plus_one, torch.randn(1, 4))
+
+
+# --- beside what callers do
+
+
+@compiled
+def test_inside_the_callers_graph_it_is_an_operator():
+    logits, labels = torch.randn(2, 3, 37), torch.tensor([[1, -100, 3], [0, 36, 2]])
+    for reduction in ("mean", "none"):
+        loss = MaskedCrossEntropyConfig(reduction=reduction).build(backend=FLAG)
+        traced = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        assert_same(_results(traced, logits, labels), _results(loss, logits, labels), rtol=1e-6, atol=1e-7)
+    torch._dynamo.reset()
+
+
+@compiled
+def test_after_the_callers_reset_in_inference_mode_and_under_torch_func():
+    logits, labels = torch.randn(4, 37), torch.tensor([1, 2, -100, 3])
+    loss = MaskedCrossEntropyConfig().build(backend=FLAG)
+    found = _results(loss, logits, labels)
+    torch._dynamo.reset()
+    assert_same(_results(loss, logits, labels), found, rtol=0, atol=0)
+    with torch.inference_mode():
+        assert torch.equal(loss(logits, labels), found["loss"])
+        assert torch.equal(loss(logits.clone(), labels), found["loss"])
+    assert torch.equal(torch.func.grad(lambda z: loss(z, labels))(logits), found["logits"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(_results(loss, logits, labels), found, rtol=0, atol=0)
+
+
+@compiled
+def test_first_calls_in_several_threads():
+    # A dtype that no other test of this file has compiled for.
+    logits, labels = torch.randn(5, 37, dtype=torch.float16), torch.arange(5)
+    loss = MaskedCrossEntropyConfig().build(backend=FLAG)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(_results(loss, logits, labels))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for other in found[1:]:
+        assert_same(other, found[0], rtol=0, atol=0)
+
+
+# --- the flag
+
+
+@needs_compiler
+def test_the_fused_loss_says_who_serves_it():
+    with pytest.raises(BackendUnavailable, match=r"'torch:compile' has no kernel for FusedLinearCEConfig.*torch:eager"):
+        FusedLinearCEConfig().build(backend=FLAG)
+
+
+def _without(variables, code):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, **variables}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+SAYS = """
+import sys
+from loss_core import BackendUnavailable, MaskedCrossEntropyConfig
+from loss_core.dispatch.flags import flag_status
+status = flag_status("torch:compile")
+assert MaskedCrossEntropyConfig().build(backend="torch").kernel_choice.flag == "torch:eager"
+assert "torch._inductor.compile_fx" not in sys.modules, "the status compiled, or made ready to"
+try:
+    MaskedCrossEntropyConfig().build(backend="torch:compile")
+except BackendUnavailable as error:
+    assert str(error) == status.reason
+print(status.usable, status.reason)
+"""
+
+
+def test_without_a_compiler_the_flag_says_what_it_needs(monkeypatch):
+    said = _without({"CXX": "", "PATH": "/nowhere"}, SAYS)
+    assert re.match(r"False 'torch:compile' needs a C\+\+ compiler, and '.+' is not found: .* CXX", said)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "'no-such-compiler' is not found" in flag_status(FLAG).reason
+    monkeypatch.undo()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere")
+    assert "no Python.h in /nowhere" in flag_status(FLAG).reason
+
+
+@needs_compiler
+def test_with_a_compiler_it_is_usable_and_nothing_is_compiled_to_find_out():
+    assert _without({}, SAYS).startswith("True")
+    assert flag_status(FLAG).version.startswith("torch ")

@@ -1,0 +1,148 @@
+"""The fused loss in torch:eager: against float64 over several blocks and tiles, its memory, and what it leaves out."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.operations import Operations
+from helpers.torch_calls import assert_same, run
+from loss_core import FusedLinearCEConfig
+from loss_core.row_terms import Objective, RowTerms, combine
+from loss_core_torch.kernels import Linear
+from loss_core_torch.kernels.eager import KERNELS
+
+EAGER = "torch:eager"
+# Two blocks of at most 1,024 tokens, three tiles of at most 1,536 classes.
+T, V, H = 1030, 3100, 8
+
+
+def _arguments(tokens=T, vocab=V, dtype=torch.float32, ignored=3):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    if ignored:
+        labels[::ignored] = -100
+    draw = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((tokens, H), (vocab, H))]
+    return {"hidden_states": draw[0], "labels": labels, "lm_weight": draw[1]}
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_several_blocks_and_tiles_are_those_of_float64(dtype, reduction, softcap):
+    config = FusedLinearCEConfig(reduction=reduction, logit_softcapping=softcap)
+    arguments = _arguments(dtype=dtype, ignored=0 if reduction == "mean" else 50)
+    got = run(config.build(backend=EAGER), arguments)
+    wide = {k: x.detach().double().requires_grad_() if x.requires_grad else x for k, x in arguments.items()}
+    wanted = run(config.build(backend="torch:plain"), wide)
+    torch.testing.assert_close(got["loss"].double(), wanted["loss"], rtol=1e-5, atol=1e-5)
+    for name in ("hidden_states", "lm_weight"):
+        largest = wanted[name].abs().max().item()
+        rtol = torch.finfo(dtype).eps
+        torch.testing.assert_close(got[name].double(), wanted[name], rtol=rtol, atol=1e-5 * largest)
+    with torch.no_grad():
+        evaluated = config.build(backend=EAGER)(**arguments)
+    torch.testing.assert_close(evaluated.double(), wanted["loss"], rtol=1e-5, atol=1e-5)
+
+
+class WithZSum(Objective):
+    """A cross entropy that needs the sum of all logits."""
+
+    needs_z_sum = True
+
+
+@pytest.mark.parametrize("make", [Objective, WithZSum])
+@pytest.mark.parametrize("keep_logits", [True, False])
+def test_pieces_of_the_vocabulary_fold_to_the_whole(make, keep_logits):
+    torch.manual_seed(0)
+    h_TH, w_VH, objective = torch.randn(40, H), torch.randn(V, H), make(V)
+    labels_T, upstream_T = torch.randint(0, V, (40,)), torch.linspace(-1, 1, 40)
+    labels_T[:3] = torch.tensor([0, 13, V - 1])
+
+    def linear(start=0, stop=V):
+        return Linear(h_TH, w_VH[start:stop], labels_T, start, 4.0, torch.float32)
+
+    whole, grad_h, grad_w = KERNELS.linear_terms_and_grads(linear(), upstream_T, objective, (True, True))
+    folded, kept = None, []
+    pieces = ((0, 13), (13, 13), (13, 14), (14, V))
+    for piece in pieces:
+        part, logits = KERNELS.linear_terms(linear(*piece), objective, keep_logits)
+        kept.append(logits)
+        folded = part if folded is None else combine(torch, folded, part)
+    for got, wanted in zip(folded, whole, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
+    assert [x.numel() for x in kept] == [40 * (stop - start) * keep_logits for start, stop in pieces]
+    found = [
+        KERNELS.linear_grads(linear(*piece), whole, upstream_T, objective, (True, True), logits)
+        for piece, logits in zip(pieces, kept, strict=True)
+    ]
+    torch.testing.assert_close(sum(gh for gh, _ in found), grad_h, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([gw for _, gw in found]), grad_w, rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_and_no_class():
+    empty = KERNELS.linear_terms(Linear(torch.randn(2, H), torch.empty(0, H), torch.tensor([0, 1]), 5, 0.0,
+                                        torch.float32), Objective(7), True)[0]  # fmt: skip
+    assert RowTerms(*(None if x is None else x.tolist() for x in empty)) == ([-torch.inf] * 2, [0.0] * 2,
+                                                                             [-torch.inf] * 2, None)  # fmt: skip
+    linear = Linear(torch.empty(0, H), torch.randn(4, H), torch.empty(0, dtype=torch.int64), 0, 0.0, torch.float32)
+    terms, grad_h, grad_w = KERNELS.linear_terms_and_grads(linear, torch.empty(0), Objective(4), (True, True))
+    assert terms.m.shape == (0,)
+    assert grad_h.shape == (0, H)
+    assert torch.equal(grad_w, torch.zeros(4, H))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FusedLinearCEConfig(), FusedLinearCEConfig(logit_softcapping=5.0, reduction="none")],
+    ids=["sum", "softcap-none"],
+)
+def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary(config):
+    tokens, vocab = 300, 8000
+    arguments = _arguments(tokens, vocab)
+    with torch.no_grad(), Operations(arguments.values()) as seen:
+        config.build(backend=EAGER)(**arguments)
+    assert 0 < seen.largest <= tokens * 1536 * 4 < tokens * vocab * 4 / 2
+
+
+def test_training_holds_the_logits_of_one_block():
+    # 4,096 x 20,000 float32 logits are 328 MB; a block's budget is 48 MiB.
+    arguments = _arguments(4096, 20000, ignored=0)
+    with Operations(arguments.values()) as seen:
+        FusedLinearCEConfig().build(backend=EAGER)(**arguments)
+    assert 0 < seen.largest <= 48 << 20
+
+
+def _products(call):
+    """Products of all tokens with the whole weight that a call makes."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / (2 * 60 * V * H)
+
+
+def test_only_the_gradients_that_are_wanted_are_made():
+    arguments = _arguments(60, ignored=0)
+    loss = FusedLinearCEConfig().build(backend=EAGER)
+    assert _products(lambda: run(loss, arguments)) == 3
+    for name in ("hidden_states", "lm_weight"):
+        frozen = arguments | {name: arguments[name].detach()}
+        assert _products(lambda frozen=frozen: run(loss, frozen)) == 2
+    with torch.no_grad():
+        assert _products(lambda: loss(**arguments)) == 1
+
+
+def test_ignored_tokens_take_part_in_no_product():
+    arguments = _arguments(60, ignored=0)
+    arguments["labels"][torch.arange(60) % 3 != 0] = -100
+    with torch.no_grad():
+        arguments["hidden_states"][arguments["labels"] == -100] = torch.nan
+    loss = FusedLinearCEConfig(reduction="mean").build(backend=EAGER)
+    assert _products(lambda: run(loss, arguments)) == pytest.approx(1.0)
+    keep = arguments["labels"] != -100
+    kept = {
+        "hidden_states": arguments["hidden_states"].detach()[keep].requires_grad_(),
+        "labels": arguments["labels"][keep],
+        "lm_weight": arguments["lm_weight"],
+    }
+    got, wanted = run(loss, arguments), run(loss, kept)
+    assert not got["hidden_states"][~keep].any()
+    assert_same(got | {"hidden_states": got["hidden_states"][keep]}, wanted, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,89 @@
+"""Matrix products by either of the libraries that PyTorch carries."""
+
+import pytest
+import torch
+
+from helpers.operations import Operations
+from loss_core.losses.rounding import sum_growth
+from loss_core_torch import compat
+from loss_core_torch.kernels.eager.products import Products
+
+CPU = torch.device("cpu")
+LIBRARIES = [
+    pytest.param(False, id="mkl"),
+    pytest.param(
+        True,
+        id="onednn",
+        marks=pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN"),
+    ),
+]
+either = pytest.mark.parametrize("by_onednn", LIBRARIES)
+
+
+def _products(by_onednn, dtype=torch.float32):
+    products = Products(dtype, CPU, by_onednn)
+    assert products.by_onednn == (by_onednn and dtype == torch.float32)
+    return products
+
+
+def _bound(a, b):
+    """What the rounding of sums in float32 may come to."""
+    return sum_growth(a.shape[1]) * 2.0**-24 * (a.double().abs() @ b.double().abs())
+
+
+@either
+def test_a_product_is_within_its_bound_for_operands_in_any_order(by_onednn):
+    torch.manual_seed(0)
+    multiply = _products(by_onednn)
+    for rows, inner, columns in [(1, 1, 1), (7, 33, 41), (64, 130, 257)]:
+        a, b = torch.randn(rows, inner + 3), torch.randn(inner, columns)
+        for left in (a[:, :inner], a[:, :inner].t().contiguous().t(), a[:, 3:]):
+            for right in (b, b.t().contiguous().t()):
+                exact, bound = left.double() @ right.double(), _bound(left, right)
+                written, added = torch.full((rows, columns), torch.nan), torch.ones(rows, columns)
+                multiply.into(written, left, right)
+                multiply.add(added, left, right)
+                assert ((multiply.new(left, right) - exact).abs() <= bound).all()
+                assert ((written - exact).abs() <= bound).all()
+                # The sum with 1 is rounded as well.
+                assert ((added - 1 - exact).abs() <= bound + 2.0**-23 * (exact.abs() + 1)).all()
+
+
+@either
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_sum_of_products_is_right_after_the_last(by_onednn, number):
+    torch.manual_seed(1)
+    multiply, out = _products(by_onednn), torch.full((9, 6), torch.nan)
+    pairs = [(torch.randn(5, 9), torch.randn(5, 6)) for _ in range(number)]
+    for i, (a_KM, b_KN) in enumerate(pairs):
+        multiply.accumulate(out, a_KM, b_KN, b_KN.t().contiguous(), i == 0, i == number - 1)
+    exact = sum(a.double().t() @ b.double() for a, b in pairs)
+    bound = sum(_bound(a.t(), b) for a, b in pairs) + number * 2.0**-23 * exact.abs() + 1e-6
+    assert ((out - exact).abs() <= bound).all()
+
+
+@either
+def test_empty_operands(by_onednn):
+    multiply = _products(by_onednn)
+    assert multiply.new(torch.ones(3, 0), torch.ones(0, 4)).equal(torch.zeros(3, 4))
+    assert multiply.new(torch.ones(0, 2), torch.ones(2, 4)).shape == (0, 4)
+
+
+@either
+def test_the_library_that_is_asked_for_multiplies(by_onednn):
+    with Operations() as operations:
+        _products(by_onednn).new(torch.ones(2, 3), torch.ones(3, 4))
+    assert ("mkldnn::_linear_pointwise" in operations.names) == by_onednn
+
+
+def test_float64_and_a_switched_off_onednn_go_to_the_other_library():
+    assert not Products(torch.float64, CPU, by_onednn=True).by_onednn
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not Products(torch.float32, CPU).by_onednn
+
+
+@pytest.mark.parametrize("processor", ["vendor_id\t: GenuineIntel", "", "vendor_id\t: AuthenticAMD"])
+def test_only_processors_that_mkl_neglects_are_given_to_onednn(processor):
+    carried = torch.backends.mkl.is_available() and compat.onednn_operator() is not None
+    assert compat.onednn_is_faster(processor, "AVX512") == (carried and "AMD" in processor)
+    assert not compat.onednn_is_faster(processor, "AVX2")

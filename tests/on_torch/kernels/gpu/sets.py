@@ -1,0 +1,53 @@
+"""Sets of the Triton kernels as tests want them: with sizes of a GPU, with tiny ones, with launches counted."""
+
+import torch
+
+from loss_core.row_terms import Objective
+from loss_core_torch.kernels.gpu import GpuKernels, sizes
+from loss_core_torch.kernels.gpu.launch import Launcher, start
+
+V = 37
+
+# Blocks of 16 columns and two parts, so that small inputs go through every loop and every fold.
+TINY = sizes.LaunchParameters(block_v=16, unroll=2, num_warps=1, num_stages=1, split=2)
+
+SETS = {
+    "own-sizes": GpuKernels(),
+    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=lambda *_: 2)),
+    "whole-rows": GpuKernels(Launcher(parameters=lambda *_: sizes.LaunchParameters(16, 2, 1, 1, split=1))),
+}
+
+
+class WithZSum(Objective):
+    """A cross entropy that needs the sum of all logits."""
+
+    needs_z_sum = True
+
+
+def counted(**choices):
+    """A set of kernels, and the list of names of kernels to which each launch adds one."""
+    seen = []
+
+    def run(kernel, *args, **options):
+        seen.append(kernel.fn.__name__)
+        start(kernel, *args, **options)
+
+    return GpuKernels(Launcher(start=run, **choices)), seen
+
+
+def layouts(dtype=torch.float32):
+    """[..., V] tensors that no reshape can flatten, of one to six dimensions, by name."""
+    base = torch.randn(2, 3, 2, 3, 3, 9).to(dtype)
+    return {
+        "a row": base[0, 0, 0, 0, 0],
+        "a matrix": base[0, 0, 0, 0],
+        "a batched slice": base[0, 0, :, :-1, 0],
+        "two slices and every other column": base[:, 1:, 0, 1:, 0, ::2],
+        "five dimensions that do not merge": base[:, 1:, :, ::2, 1:],
+        "transposed": base.transpose(0, 3)[:2, 1:, :, ::2, 1:],
+        "the vocabulary outermost": base.permute(5, 3, 1, 0, 2, 4)[::4, :-1, 1:],
+        "expanded columns": base[0, 1:, ..., :1].expand(2, 2, 3, 3, 5),
+        "expanded rows": base[0, 0, 0, 0, :1].expand(5, 9),
+        "without rows": base[:, :0],
+        "a transposed matrix": base[0, 0, 0, 0].t(),
+    }

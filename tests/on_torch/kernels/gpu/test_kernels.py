@@ -1,0 +1,208 @@
+"""The pieces of the Triton kernels against the laws of `loss_core.row_terms`, in Triton's interpreter."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+if sys.platform != "linux":
+    pytest.skip("Triton has no wheels but for Linux", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from loss_core import row_terms
+from loss_core_torch.kernels.gpu import kernels
+from loss_core_torch.kernels.gpu.launch import Layout, layout
+from on_torch.kernels.gpu.sets import WithZSum, layouts
+
+pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
+
+
+@triton.jit
+def _states_kernel(z_ptr, m_ptr, s_ptr, K: tl.constexpr, L: tl.constexpr, PIECES: tl.constexpr):
+    """[PIECES, K, L] logits: extend over the pieces, fold over lanes; and the pieces one by one."""
+    offs = tl.arange(0, K * L)
+    m, s = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.float32)
+    whole_m, whole_s = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+    for piece in range(PIECES):
+        z_KL = tl.reshape(tl.load(z_ptr + piece * K * L + offs), [K, L])
+        m, s = kernels.extend(m, s, z_KL)
+        empty_m, empty_s = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.float32)
+        piece_m, piece_s = kernels.extend(empty_m, empty_s, z_KL)
+        piece_m, piece_s = kernels.fold(piece_m, piece_s)
+        tl.store(m_ptr + 2 + piece, piece_m)
+        tl.store(s_ptr + 2 + piece, piece_s)
+        whole_m, whole_s = kernels.combine(whole_m, whole_s, piece_m, piece_s)
+    row_m, row_s = kernels.fold(m, s)
+    tl.store(m_ptr, row_m)
+    tl.store(s_ptr, row_s)
+    tl.store(m_ptr + 1, whole_m)
+    tl.store(s_ptr + 1, whole_s)
+
+
+@triton.jit
+def _pair_states_kernel(t_ptr, s_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, PIECES: tl.constexpr):
+    offs = tl.arange(0, K * L)
+    low, none = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.float32)
+    m_t, s_t, a, m_s, s_s = low, none, none, low, none
+    low_1, none_1 = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+    w_m_t, w_s_t, w_a, w_m_s, w_s_s = low_1, none_1, none_1, low_1, none_1
+    for piece in range(PIECES):
+        zt = tl.reshape(tl.load(t_ptr + piece * K * L + offs), [K, L])
+        zs = tl.reshape(tl.load(s_ptr + piece * K * L + offs), [K, L])
+        m_t, s_t, a, m_s, s_s = kernels.extend_pairs(m_t, s_t, a, m_s, s_s, zt, zs)
+        p_m_t, p_s_t, p_a, p_m_s, p_s_s = kernels.extend_pairs(low, none, none, low, none, zt, zs)
+        p_m_t, p_s_t, p_a, p_m_s, p_s_s = kernels.fold_pairs(p_m_t, p_s_t, p_a, p_m_s, p_s_s)
+        w_m_t, w_s_t, w_a, w_m_s, w_s_s = kernels.combine_pairs(
+            w_m_t, w_s_t, w_a, w_m_s, w_s_s, p_m_t, p_s_t, p_a, p_m_s, p_s_s
+        )
+    m_t, s_t, a, m_s, s_s = kernels.fold_pairs(m_t, s_t, a, m_s, s_s)
+    tl.store(out_ptr + 0, m_t)
+    tl.store(out_ptr + 1, s_t)
+    tl.store(out_ptr + 2, a)
+    tl.store(out_ptr + 3, m_s)
+    tl.store(out_ptr + 4, s_s)
+    tl.store(out_ptr + 5, w_m_t)
+    tl.store(out_ptr + 6, w_s_t)
+    tl.store(out_ptr + 7, w_a)
+    tl.store(out_ptr + 8, w_m_s)
+    tl.store(out_ptr + 9, w_s_s)
+
+
+def _inputs(rng, kind, shape):
+    z = rng.standard_normal(shape).astype(np.float32) * 5
+    if kind == "some -inf":
+        z[rng.random(shape) < 0.5] = -np.inf
+    elif kind == "empty pieces":
+        z[rng.random(shape[0]) < 0.6] = -np.inf
+    elif kind == "all -inf":
+        z[:] = -np.inf
+    elif kind == "far apart":
+        z += np.array([0, 1e4, -1e4, 80, -80], np.float32)[: shape[0], None, None]
+    return z
+
+
+def test_laws_of_combine(flag):
+    """extend, fold and combine agree with row_terms for every kind of piece, in every order."""
+    rng = np.random.default_rng(0)
+    pieces, k, lanes = 5, 2, 4
+    for kind in ("plain", "some -inf", "empty pieces", "all -inf", "far apart"):
+        z = _inputs(rng, kind, (pieces, k, lanes))
+        for order in itertools.islice(itertools.permutations(range(pieces)), 0, 120, 17):
+            shuffled = torch.from_numpy(z[list(order)].copy())
+            m, s = torch.empty(2 + pieces), torch.empty(2 + pieces)
+            _states_kernel[(1,)](shuffled, m, s, K=k, L=lanes, PIECES=pieces)
+            wide = z[list(order)].astype(np.float64).reshape(pieces, -1)
+            ones = [_one(np, row) for row in wide]
+            expected = ones[0]
+            for one in ones[1:]:
+                expected = row_terms.combine(np, expected, one)
+            for i in (0, 1):
+                assert m[i] == expected.m, (kind, order)
+                np.testing.assert_allclose(s[i], expected.s, rtol=1e-6, err_msg=kind)
+            np.testing.assert_array_equal(m[2:], [one.m for one in ones])
+            np.testing.assert_allclose(s[2:], [one.s for one in ones], rtol=1e-6)
+
+
+def _one(xp, row):
+    top = np.max(row)
+    with np.errstate(invalid="ignore"):
+        return row_terms.RowTerms(top, np.sum(np.where(row == -np.inf, 0, np.exp(row - top))), np.asarray(-np.inf))
+
+
+def test_laws_of_combine_pairs(flag):
+    rng = np.random.default_rng(1)
+    pieces, k, lanes = 5, 2, 4
+    for kinds in itertools.product(("plain", "empty pieces", "far apart", "some -inf"), ("plain", "far apart")):
+        zt, zs = (_inputs(rng, kind, (pieces, k, lanes)) for kind in kinds)
+        zs = np.where(zt == -np.inf, -np.inf, zs).astype(np.float32)
+        out = torch.empty(10)
+        _pair_states_kernel[(1,)](torch.from_numpy(zt), torch.from_numpy(zs), out, K=k, L=lanes, PIECES=pieces)
+        with np.errstate(invalid="ignore"):
+            parts = [
+                _one_pair(t, s) for t, s in zip(*(z.astype(float).reshape(pieces, -1) for z in (zt, zs)), strict=True)
+            ]
+            expected = parts[0]
+            for part in parts[1:]:
+                expected = row_terms.combine_pairs(np, expected, part)
+        # `a` is stored in units of its own.
+        out[2::5] *= row_terms.GAP_UNIT
+        expected = expected._replace(a=expected.a * row_terms.GAP_UNIT)
+        for got in (out[:5], out[5:]):
+            np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-5, err_msg=str(kinds))
+
+
+def _one_pair(zt, zs):
+    m_t, m_s = np.max(zt), np.max(zs)
+    e = np.exp(zt - (0.0 if m_t == -np.inf else m_t))
+    gap = np.where(e == 0, 0.0, (zt - m_t) - (zs - m_s))
+    s_s = np.sum(np.exp(zs - (0.0 if m_s == -np.inf else m_s)))
+    return row_terms.PairTerms(*map(np.asarray, (m_t, np.sum(e), np.sum(e * gap) / row_terms.GAP_UNIT, m_s, s_s)))
+
+
+@triton.jit
+def _tanh_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(out_ptr + offs, kernels.tanh(tl.load(x_ptr + offs)))
+
+
+def test_tanh(flag):
+    """Within 4 ulp everywhere, in both dtypes, from the smallest numbers to infinity."""
+    for dtype in (torch.float32, torch.float64):
+        size = torch.logspace(-30, 3, 2047, dtype=torch.float64)
+        x = torch.cat([size, -size, torch.tensor([0.0, torch.inf], dtype=torch.float64)]).to(dtype)
+        out = torch.empty_like(x)
+        _tanh_kernel[(1,)](x, out, N=x.numel())
+        expected = np.tanh(x.numpy().astype(np.longdouble))
+        error = np.abs(out.numpy() - expected) / np.maximum(np.abs(expected), np.finfo(np.float32).tiny)
+        assert np.max(error) <= 4 * torch.finfo(dtype).eps, (dtype, np.max(error))
+
+
+@triton.jit
+def _coefficients_kernel(m_ptr, s_ptr, t_ptr, z_sum_ptr, upstream_ptr, out_ptr, T: tl.constexpr):
+    offs = tl.arange(0, T)
+    terms = tl.load(m_ptr + offs), tl.load(s_ptr + offs), tl.load(t_ptr + offs), tl.load(z_sum_ptr + offs)
+    scale, target, uniform = kernels.cross_entropy_coefficients(
+        terms[0], terms[1], terms[2], terms[3], tl.load(upstream_ptr + offs)
+    )
+    tl.store(out_ptr + offs, scale)
+    tl.store(out_ptr + T + offs, target)
+    tl.store(out_ptr + 2 * T + offs, tl.zeros([T], tl.float32) + uniform)
+
+
+def test_coefficients_are_those_of_row_terms(flag):
+    z_TV = torch.randn(8, 11) * 3
+    m_T = z_TV.amax(-1)
+    terms = row_terms.RowTerms(m_T, (z_TV - m_T[:, None]).exp().sum(-1), z_TV[:, 4], z_TV.sum(-1))
+    upstream_T, out = torch.randn(8), torch.empty(3, 8)
+    _coefficients_kernel[(1,)](*terms, upstream_T, out, T=8)
+    expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, WithZSum(11))
+    for got, want in zip(out, expected, strict=True):
+        torch.testing.assert_close(got, torch.zeros(8) if want is None else want)
+
+
+@triton.jit
+def _row_start_kernel(out_ptr, row, layout):
+    tl.store(out_ptr, kernels.row_start((tl.program_id(0) + row).to(tl.int64), layout))
+
+
+def test_where_a_row_starts(flag):
+    out = torch.empty(1, dtype=torch.int64)
+    _row_start_kernel[(1,)](out, 70_000, Layout((), (65_537,), 1))
+    assert out.item() == 70_000 * 65_537
+    _row_start_kernel[(1,)](out, 70_000, Layout((11, 7), (2**21, 2**22, 2**20), 1))
+    i_2, i_1, i_0 = 70_000 % 11, 70_000 // 11 % 7, 70_000 // 77
+    assert out.item() == i_0 * 2**20 + i_1 * 2**22 + i_2 * 2**21
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_every_row_of_a_layout(flag, name):
+    view = layouts()[name]
+    out = torch.empty(1, dtype=torch.int64)
+    starts = torch.arange(2 * 3 * 2 * 3 * 3 * 9).as_strided(view.shape, view.stride(), view.storage_offset())[..., 0]
+    for row in range(0, starts.numel(), 7):
+        _row_start_kernel[(1,)](out, row, layout(view))
+        assert out.item() + view.storage_offset() == starts.flatten()[row]

@@ -1,0 +1,146 @@
+"""Fused linear cross entropy of the Triton kernels against float64, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from loss_core.row_terms import Objective, cross_entropy
+from loss_core_torch.kernels import Linear
+from on_torch.kernels.gpu.sets import SETS, V, WithZSum, counted
+
+pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
+each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
+H = 8
+
+
+def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0):
+    h, w = (torch.randn(num_tokens, H) * scale).to(dtype), torch.randn(V, H).to(dtype)
+    return Linear(h, w, torch.randint(0, V, (num_tokens,)), 0, softcap, dtype)
+
+
+def _expected(linear, coef_T):
+    """Loss of each token, and the gradients of the sum of coef * loss, in float64."""
+    h, w = (x.detach().clone().double().requires_grad_() for x in (linear.h_TH, linear.w_VH))
+    z_TV = h @ w.T
+    if linear.softcap:
+        z_TV = linear.softcap * torch.tanh(z_TV / linear.softcap)
+    loss_T = torch.nn.functional.cross_entropy(z_TV, linear.labels_T, reduction="none")
+    return loss_T.detach(), *torch.autograd.grad(loss_T @ coef_T.double(), (h, w))
+
+
+def _both_ways(kernels, linear, coef_T, objective=None):
+    """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
+    objective = objective or Objective(V)
+    yield kernels.linear_terms_and_grads(linear, coef_T, objective, (True, True))
+    for keep_logits in (False, True):
+        terms, logits = kernels.linear_terms(linear, objective, keep_logits)
+        yield terms, *kernels.linear_grads(linear, terms, coef_T, objective, (True, True), logits)
+
+
+@each_set
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_loss_and_gradients(flag, name, softcap, dtype):
+    linear = _linear(dtype=dtype, softcap=softcap)
+    coef_T = torch.randn(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    loss_T, *grads = _expected(linear, coef_T)
+    for terms, *found in _both_ways(SETS[name], linear, coef_T):
+        tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(cross_entropy(torch, terms, Objective(V)).double(), loss_T, **tolerance)
+        for got, expected in zip(found, grads, strict=True):
+            # In the dtype of the arithmetic.
+            assert got.dtype == coef_T.dtype
+            torch.testing.assert_close(got.double(), expected, **tolerance)
+
+
+@each_set
+def test_the_sum_of_all_logits(flag, name):
+    linear = _linear(softcap=2.0)
+    expected = (2.0 * torch.tanh(linear.h_TH @ linear.w_VH.T / 2.0)).sum(-1)
+    for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5), WithZSum(V)):
+        torch.testing.assert_close(terms.z_sum, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_set
+def test_a_part_of_the_vocabulary(flag, name):
+    whole, coef_T = _linear(), torch.randn(5)
+    _, grad_h, grad_w = _expected(whole, coef_T)
+    terms, _ = SETS[name].linear_terms(whole, Objective(V), False)
+    part = whole._replace(w_VH=whole.w_VH[20:], vocab_start=20)
+    rest = whole._replace(w_VH=whole.w_VH[:20])
+    found = [
+        SETS[name].linear_grads(x, terms, coef_T, Objective(V), (True, True), torch.empty(0)) for x in (rest, part)
+    ]
+    torch.testing.assert_close((found[0][0] + found[1][0]).double(), grad_h, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]).double(), grad_w, rtol=1e-4, atol=1e-5)
+
+
+@each_set
+def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
+    """Ignored tokens are zero rows with coefficient 0; the weight may hold anything where no token counts."""
+    linear, coef_T = _linear(), torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0])
+    linear.h_TH[1] = 0.0
+    for _, grad_h, _ in _both_ways(SETS[name], linear, coef_T):
+        assert not grad_h[coef_T == 0].any()
+    linear.h_TH.zero_()
+    linear.w_VH[3] = torch.inf
+    for _, grad_h, grad_w in _both_ways(SETS[name], linear, torch.zeros(5)):
+        assert not grad_w.any()
+        assert grad_h.shape == linear.h_TH.shape
+
+
+@each_set
+@pytest.mark.parametrize("want", [(True, False), (False, True)], ids=["hidden", "weight"])
+def test_what_is_not_wanted_is_empty(flag, name, want):
+    linear, coef_T = _linear(), torch.randn(5)
+    expected = _expected(linear, coef_T)[1:]
+    terms, *found = SETS[name].linear_terms_and_grads(linear, coef_T, Objective(V), want)
+    again = SETS[name].linear_grads(linear, terms, coef_T, Objective(V), want, torch.empty(0))
+    for made in (found, again):
+        for got, right, wanted in zip(made, expected, want, strict=True):
+            if wanted:
+                torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-5)
+            else:
+                assert got.numel() == 0
+
+
+def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
+    for name, kept in (("own-sizes", True), ("tiny-blocks", False)):
+        _, logits = SETS[name].linear_terms(_linear(), Objective(V), True)
+        assert bool(logits.numel()) == kept
+        assert SETS[name].linear_terms(_linear(), Objective(V), False)[1].numel() == 0
+
+
+def test_operands_of_16_bits_and_small_coefficients(flag):
+    """As on a GPU. A large count divides what float16 has to hold; small probabilities must not be lost."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype, chunk_tokens=lambda *_: 2)
+        linear, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
+        _, *grads = _expected(linear, coef_T)
+        for _, *found in _both_ways(kernels, linear, coef_T):
+            for got, expected in zip(found, grads, strict=True):
+                step = torch.finfo(dtype).eps
+                torch.testing.assert_close(got.double(), expected, rtol=4 * step, atol=2 * step * 2.0**-20)
+
+
+def test_no_tokens_and_no_vocabulary(flag):
+    for linear in (_linear(0), _linear()._replace(w_VH=torch.empty(0, H))):
+        num_tokens = len(linear.h_TH)
+        for terms, grad_h, grad_w in _both_ways(SETS["own-sizes"], linear, torch.ones(num_tokens)):
+            assert terms.m.shape == (num_tokens,)
+            assert torch.equal(grad_h, torch.zeros(num_tokens, H))
+            assert torch.equal(grad_w, torch.zeros(linear.w_VH.shape))
+
+
+def test_products_are_full_float32_whatever_the_switches_say(flag):
+    linear, coef_T = _linear(), torch.randn(5)
+    expected = list(_both_ways(SETS["own-sizes"], linear, coef_T))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = list(_both_ways(SETS["own-sizes"], linear, coef_T))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for want, got in zip(expected, found, strict=True):
+        assert torch.equal(want[1], got[1])
+        assert torch.equal(want[2], got[2])

@@ -1,0 +1,117 @@
+"""Pairs of rows of the Triton kernels against float64, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from loss_core.row_terms import kl_divergence
+from loss_core_torch.kernels import Pairs
+from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
+
+pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
+each_set = pytest.mark.parametrize("name", SETS)
+
+
+def _expected(pairs, coef_T):
+    """KL, and the gradients of the sum of coef * KL by student and teacher times the temperature, in float64."""
+    rows = [x.reshape(-1, x.shape[-1]).double() * pairs.inverse_temperature for x in (pairs.student, pairs.teacher)]
+    keep_T = torch.ones(len(rows[0]), dtype=torch.bool) if pairs.keep_T is None else pairs.keep_T
+    z_s, z_t = (torch.where(keep_T[:, None], x, 0.0).requires_grad_() for x in rows)
+    log_t = z_t.log_softmax(-1)
+    kl_T = torch.where(keep_T, (log_t.exp() * (log_t - z_s.log_softmax(-1))).sum(-1), 0.0)
+    return kl_T.detach(), *(
+        x.view(pairs.student.shape) for x in torch.autograd.grad(kl_T @ coef_T.double(), (z_s, z_t))
+    )
+
+
+def _holds(kernels, pairs, rtol=1e-5):
+    coef_T = torch.randn(pairs.student.shape[:-1].numel(), dtype=torch.float32)
+    if pairs.student.dtype == torch.float64:
+        coef_T = coef_T.double()
+    kl_T, by_student, by_teacher = _expected(pairs, coef_T)
+    at_once, made = kernels.pair_terms_and_grad(pairs, coef_T)
+    terms = kernels.pair_terms(pairs)
+    keep_T = slice(None) if pairs.keep_T is None else pairs.keep_T
+    for found in (terms, at_once):
+        kl = kl_divergence(torch, found)
+        torch.testing.assert_close(kl[keep_T].double(), kl_T[keep_T], rtol=rtol, atol=1e-5)
+    gradients = [kernels.pair_grad(pairs, terms, kl, coef_T, of_teacher) for of_teacher in (False, True)]
+    for got, expected in zip((made, *gradients), (by_student, by_student, by_teacher), strict=True):
+        assert got.dtype == pairs.student.dtype
+        step = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got.double(), expected, rtol=max(step, 1e-4 if step > 1e-10 else 1e-10), atol=2e-6)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_terms_and_gradients(flag, name, dtype):
+    student, teacher = ((torch.randn(5, V) * 2).to(dtype) for _ in range(2))
+    for keep_T in (None, torch.arange(5) != 2):
+        _holds(SETS[name], Pairs(student, teacher, keep_T, 0.7))
+
+
+@pytest.mark.parametrize("layout", [name for name in layouts() if name != "without rows"])
+def test_any_layout_is_one_launch(flag, layout):
+    student = layouts()[layout]
+    teacher = torch.randn(student.shape)
+    keep_T = torch.arange(student.shape[:-1].numel()) % 3 != 1
+    _holds(SETS["tiny-blocks"], Pairs(student, teacher, keep_T, 0.5))
+    kernels, seen = counted()
+    kernels.pair_terms(Pairs(student, teacher, keep_T, 0.5))
+    assert seen == ["pair_terms_kernel"]
+
+
+@each_set
+def test_what_an_ignored_pair_holds_is_not_read(flag, name):
+    student, teacher = torch.randn(4, V), torch.randn(4, V)
+    student[1], teacher[2] = torch.nan, torch.inf
+    pairs = Pairs(student, teacher, torch.tensor([True, False, False, True]), 1.0)
+    coef_T = torch.tensor([1.0, torch.inf, torch.nan, 2.0])
+    terms, made = SETS[name].pair_terms_and_grad(pairs, coef_T)
+    kl_T = kl_divergence(torch, terms)
+    for grad in (made, *(SETS[name].pair_grad(pairs, terms, kl_T, coef_T, of_teacher) for of_teacher in (False, True))):
+        assert not grad[1:3].any()
+        assert grad.isfinite().all()
+
+
+def test_a_teacher_that_rules_classes_out(flag):
+    student, teacher = torch.randn(3, V), torch.randn(3, V)
+    teacher[:, ::2] = -torch.inf
+    student[:, ::2] = torch.tensor([torch.finfo(torch.float32).min, -torch.inf, 5.0])[:, None]
+    terms = SETS["tiny-blocks"].pair_terms(Pairs(student, teacher, None, 1.0))
+    kl_T = kl_divergence(torch, terms)
+    log_t, log_s = (x[:, 1::2].double().log_softmax(-1) for x in (teacher, student))
+    torch.testing.assert_close(kl_T[:2].double(), (log_t.exp() * (log_t - log_s)).sum(-1)[:2], rtol=1e-5, atol=1e-5)
+    assert kl_T.isfinite().all()
+
+
+def test_a_student_of_the_least_finite_number_gives_the_loss_of_plain_float32(flag):
+    student, teacher = torch.randn(2, V), torch.randn(2, V)
+    student[:, 3] = torch.finfo(torch.float32).min
+    pairs = Pairs(student, teacher, None, 1.0)
+    terms = SETS["own-sizes"].pair_terms(pairs)
+    kl_T = kl_divergence(torch, terms)
+    plain_T = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(kl_T, plain_T, rtol=1e-5, atol=0)
+    assert SETS["own-sizes"].pair_grad(pairs, terms, kl_T, torch.ones(2), True).isfinite().all()
+
+
+@each_set
+def test_nothing_is_done_where_the_upstream_is_one(flag, name):
+    pairs = Pairs(torch.randn(3, V), torch.randn(3, V), None, 1.0)
+    terms = SETS[name].pair_terms(pairs)
+    for upstream, written in ((1.0, False), (0.5, True)):
+        out = torch.full((3, V), 7.0)
+        got = SETS[name].pair_grad(
+            pairs, terms, kl_divergence(torch, terms), torch.full((3,), upstream), False, out, torch.tensor(upstream)
+        )
+        assert got is out
+        assert bool((out != 7.0).all()) == written
+
+
+def test_no_vocabulary_is_an_empty_piece(flag):
+    kernels, seen = counted()
+    pairs = Pairs(torch.randn(2, 3, 0), torch.randn(2, 3, 0), None, 1.0)
+    low_T, none_T = torch.full((6,), -torch.inf), torch.zeros(6)
+    torch.testing.assert_close(tuple(kernels.pair_terms(pairs)), (low_T, none_T, none_T, low_T, none_T))
+    assert kernels.pair_terms_and_grad(pairs, none_T)[1].shape == pairs.student.shape
+    assert not seen

@@ -1,0 +1,223 @@
+"""Rows of the Triton kernels against float64, in Triton's interpreter."""
+
+import pytest
+import torch
+
+from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core_torch.kernels import Rows
+from on_torch.kernels.gpu.sets import SETS, V, WithZSum, counted, layouts
+
+pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
+each_set = pytest.mark.parametrize("name", SETS)
+
+FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _rows(logits, vocab_start=0, ignored=True):
+    """Rows with a label of nobody, and some that are ignored."""
+    num_rows, vocab = logits.shape[:-1].numel(), logits.shape[-1]
+    labels_T = torch.randint(0, vocab, (num_rows,)) + vocab_start
+    labels_T[1::5] = vocab_start + vocab + 3
+    return Rows(logits, labels_T, torch.arange(num_rows) % 4 != 3 if ignored else None, vocab_start)
+
+
+def _expected(rows, coef_T, uniform_T=None):
+    """Terms and gradient in float64, by definition."""
+    z_TV = rows.logits.reshape(-1, rows.logits.shape[-1]).double()
+    hit_TV = rows.labels_T[:, None] - rows.vocab_start == torch.arange(z_TV.shape[1])
+    t_T = torch.where(hit_TV, z_TV, -torch.inf).amax(-1)
+    m_T = z_TV.amax(-1)
+    terms = RowTerms(m_T, (z_TV - m_T[:, None]).exp().sum(-1), t_T, z_TV.sum(-1))
+    grad_TV = coef_T.double()[:, None] * (z_TV.softmax(-1) - hit_TV.double())
+    if uniform_T is not None:
+        grad_TV -= uniform_T.double()[:, None]
+    if rows.keep_T is not None:
+        grad_TV = torch.where(rows.keep_T[:, None], grad_TV, 0.0)
+    return terms, grad_TV.view(rows.logits.shape)
+
+
+def _close(got, expected, dtype):
+    """Equal up to float32 inside and one rounding to the dtype."""
+    inner = 1e-12 if dtype == torch.float64 else 2e-6
+    rtol = max(torch.finfo(dtype).eps, 10 * inner)
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=max(inner, torch.finfo(dtype).tiny))
+
+
+def _same_terms(rows, got, expected):
+    keep_T = slice(None) if rows.keep_T is None else rows.keep_T
+    for name, term_T, want_T in zip(RowTerms._fields, got, expected, strict=True):
+        if term_T is not None:
+            dtype = term_T.dtype
+            torch.testing.assert_close(
+                term_T[keep_T].double(), want_T[keep_T], rtol=20 * torch.finfo(dtype).eps, atol=1e-4, msg=name
+            )
+
+
+@each_set
+@pytest.mark.parametrize("dtype", FORMATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("ignored", [True, False], ids=["some-ignored", "none-ignored"])
+def test_terms_and_gradient(flag, name, dtype, ignored):
+    kernels = SETS[name]
+    rows = _rows((torch.randn(7, V) * 3).to(dtype), vocab_start=5, ignored=ignored)
+    coef_T = torch.randn(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    terms, grad = _expected(rows, coef_T)
+    found = kernels.row_terms(rows, Objective(V))
+    assert found.z_sum is None
+    _same_terms(rows, found, terms)
+    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+    _close(kernels.row_grad(rows, found, coefficients), grad, dtype)
+    at_once, made = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+    _same_terms(rows, at_once, terms)
+    _close(made, grad, dtype)
+    assert made.dtype == dtype
+
+
+@each_set
+def test_the_sum_of_all_logits_and_the_uniform_part(flag, name):
+    kernels, rows, coef_T, uniform_T = SETS[name], _rows(torch.randn(7, V)), torch.randn(7), torch.randn(7)
+    terms, grad = _expected(rows, coef_T, uniform_T)
+    for found in (
+        kernels.row_terms(rows, WithZSum(V)),
+        kernels.row_terms_and_grad(rows, coef_T, WithZSum(V))[0],
+    ):
+        assert found.z_sum is not None
+        _same_terms(rows, found, terms)
+    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))._replace(uniform=uniform_T)
+    _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
+
+
+@each_set
+def test_the_column_of_the_label_is_rounded_once(flag, name):
+    """Where the label has nearly all of the probability, p in bfloat16 is 1, and p - 1 must not be 0."""
+    logits = torch.zeros(3, V, dtype=torch.bfloat16)
+    logits[:, 20] = 12.0
+    rows, coef_T = Rows(logits, torch.tensor([20, 20, 20]), None), torch.ones(3)
+    _, grad = _expected(rows, coef_T)
+    terms, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    for got in (made, SETS[name].row_grad(rows, terms, coefficients)):
+        torch.testing.assert_close(got[:, 20].double(), grad[:, 20], rtol=2**-8, atol=0)
+
+
+@each_set
+def test_what_an_ignored_row_holds_is_not_read(flag, name):
+    logits = torch.randn(6, V)
+    logits[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None]
+    rows = Rows(logits, torch.arange(6), torch.arange(6) % 2 == 0)
+    coef_T = torch.tensor([1.0, torch.nan, 2.0, torch.inf, 0.5, 1.0])
+    terms, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    for grad in (made, SETS[name].row_grad(rows, terms, coefficients)):
+        assert not grad[1::2].any()
+        assert grad[::2].isfinite().all()
+        assert grad[::2].any()
+
+
+@each_set
+def test_minus_infinity_and_huge_logits(flag, name):
+    logits = torch.randn(4, V) + torch.tensor([0.0, 1e4, -1e4, 0.0])[:, None]
+    logits[0, ::2], logits[3, 1:] = -torch.inf, -torch.inf
+    rows, coef_T = Rows(logits, torch.tensor([1, 2, 3, 0]), None), torch.ones(4)
+    terms, grad = _expected(rows, coef_T)
+    found, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    _close(made, grad, torch.float32)
+    expected = cross_entropy(torch, terms._replace(z_sum=None), Objective(V))
+    torch.testing.assert_close(cross_entropy(torch, found, Objective(V)).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_any_layout(flag, layout):
+    kernels, rows = SETS["tiny-blocks"], _rows(layouts()[layout])
+    coef_T = torch.randn(rows.labels_T.shape)
+    grad = _expected(rows, coef_T)[1] if rows.logits.numel() else rows.logits.double()
+    found, made = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+    for got in (made, kernels.row_grad(rows, found, coefficients)):
+        assert got.is_contiguous()
+        _close(got, grad, torch.float32)
+    # The gradient may lie as the logits do.
+    whole = torch.full((*rows.logits.shape[:-1], 2 * rows.logits.shape[-1]), 7.0)
+    out = whole.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
+    assert kernels.row_grad(rows, found, coefficients, out=out) is out
+    _close(out, grad, torch.float32)
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_any_layout_is_one_launch(flag, layout):
+    kernels, seen = counted()
+    rows = _rows(layouts()[layout])
+    if not rows.logits.numel():
+        return
+    terms = kernels.row_terms(rows, Objective(V))
+    kernels.row_grad(rows, terms, cross_entropy_coefficients(torch, terms, torch.ones(1), Objective(V)))
+    assert seen == ["row_terms_kernel", "row_grad_kernel"]
+
+
+@pytest.mark.parametrize("layout", [name for name in layouts() if "expanded" not in name])
+def test_over_the_logits_themselves(flag, layout):
+    kernels, logits = SETS["tiny-blocks"], layouts(torch.bfloat16)[layout]
+    rows = _rows(logits)
+    coef_T = torch.randn(rows.labels_T.shape)
+    terms = kernels.row_terms(rows, Objective(V))
+    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    expected = kernels.row_grad(rows, terms, coefficients)
+    assert kernels.row_grad(rows, terms, coefficients, out=logits) is logits
+    assert torch.equal(logits, expected)
+
+
+@each_set
+def test_nothing_is_done_where_the_upstream_is_one(flag, name):
+    kernels, rows = SETS[name], _rows(torch.randn(4, V))
+    terms = kernels.row_terms(rows, Objective(V))
+    for upstream, written in ((1.0, False), (1.0 + 2**-20, True), (torch.nan, True)):
+        coefficients = cross_entropy_coefficients(torch, terms, torch.full((4,), upstream), Objective(V))
+        out = torch.full((4, V), 7.0)
+        assert kernels.row_grad(rows, terms, coefficients, out, torch.tensor(upstream)) is out
+        assert bool((out != 7.0).all()) == written
+
+
+def test_labels_and_coefficients_of_any_stride(flag):
+    logits, labels_T = torch.randn(8, V), torch.arange(24).view(8, 3)[:, 1]
+    rows, coef_T = Rows(logits, labels_T, None), torch.tensor(0.5).expand(8)
+    _, grad = _expected(rows, coef_T)
+    terms, made = SETS["own-sizes"].row_terms_and_grad(rows, coef_T, Objective(V))
+    _close(made, grad, torch.float32)
+    coefficients = Coefficients(coef_T / terms.s, (-coef_T[:1]).expand(8))
+    _close(SETS["own-sizes"].row_grad(rows, terms, coefficients), grad, torch.float32)
+
+
+def test_more_columns_than_a_block_of_the_real_sizes(flag):
+    for vocab, kernels_run in (
+        (40001, ["row_terms_kernel", "row_fold_kernel", "row_grad_kernel"]),
+        (9001, ["row_kernel"]),
+    ):
+        kernels, seen = counted()
+        rows, coef_T = _rows(torch.randn(3, vocab).to(torch.bfloat16)), torch.ones(3)
+        terms, grad = _expected(rows, coef_T)
+        found, made = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+        _same_terms(rows, found, terms)
+        _close(made, grad, torch.bfloat16)
+        assert seen == kernels_run
+
+
+def test_offsets_beyond_32_bits(flag):
+    # 4.3 GB, of which the system provides only the pages that are written.
+    rows_apart = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 40), (2**31 + 16, 1))
+    columns_apart = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 40), (16, (2**31 + 16) // 39))
+    for far in (rows_apart, columns_apart):
+        far.copy_(torch.randn(2, 40))
+        rows, coef_T = Rows(far, torch.tensor([3, 39]), None), torch.ones(2)
+        terms, grad = _expected(rows, coef_T)
+        found = SETS["own-sizes"].row_terms(rows, Objective(V))
+        _same_terms(rows, found, terms)
+        coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+        _close(SETS["own-sizes"].row_grad(rows, found, coefficients, out=far), grad, torch.bfloat16)
+
+
+def test_no_vocabulary_is_an_empty_piece(flag):
+    kernels, seen = counted()
+    rows, low_T, none_T = Rows(torch.randn(2, 3, 0), torch.zeros(6).long(), None), torch.full((6,), -torch.inf), [0.0]
+    found = kernels.row_terms(rows, WithZSum(V))
+    torch.testing.assert_close(tuple(found), (low_T, torch.tensor(none_T * 6), low_T, torch.tensor(none_T * 6)))
+    assert kernels.row_terms_and_grad(rows, torch.ones(6), Objective(V))[1].shape == rows.logits.shape
+    assert not seen

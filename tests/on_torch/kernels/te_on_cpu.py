@@ -1,0 +1,84 @@
+"""Transformer Engine's own Python and Triton sources on a CPU, under Triton's interpreter.
+
+`import transformer_engine.pytorch` needs a compiled library and a GPU. Its cross entropy needs neither: it is three
+files of the pure-Python wheel. `load` enters the packages above them as bare modules and imports these files as
+they are. What is not TE's own: the bare packages, `transformer_engine.pytorch.jit` (of which `no_torch_dynamo` is
+used), and that a CPU tensor passes for a CUDA tensor in TE's validation. What is not Triton's own: a float32 stored as
+bfloat16 is rounded to the nearest, as on a GPU; the interpreter cuts it off.
+
+For processes of their own, started with TRITON_INTERPRET=1: the modules are not fit for anything else.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+# The folder of another version, unpacked, in place of the installed one: each holds the adapter to another kernel.
+SOURCES = "LOSS_CORE_TE_SOURCES"
+
+
+class _SaysCuda(torch.Tensor):
+    is_cuda = property(lambda self: True)
+
+
+def load():
+    """Make `torch:te` usable in this process; returns TE's module `transformer_engine.pytorch.cross_entropy`."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "start the process with TRITON_INTERPRET=1"
+    module = enter()
+    _lift_cuda_check(module)
+    _round_to_bfloat16()
+    return module
+
+
+def enter():
+    """Import TE's cross entropy as it is; enough where its kernels are only compiled."""
+    assert "transformer_engine" not in sys.modules
+    if SOURCES in os.environ:
+        sys.path.insert(0, os.environ[SOURCES])
+    wheel = importlib.metadata.distribution("transformer_engine")
+    folder = Path(str(wheel.locate_file("transformer_engine")))
+    packages = ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton")
+    for name in packages:
+        _enter(f"transformer_engine{name}").__path__ = [str(folder.joinpath(*name.split(".")))]
+    _enter("transformer_engine.pytorch.jit").no_torch_dynamo = lambda: lambda function: function
+    module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
+    assert Path(module.__file__).is_relative_to(folder)
+    return module
+
+
+def _enter(name):
+    module = sys.modules[name] = ModuleType(name)
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+    return module
+
+
+def _lift_cuda_check(module):
+    """Every other check of TE's stays. Versions before 2.19 have none."""
+    validate = getattr(module, "_validate_inputs", None)
+    if validate is not None:
+        module._validate_inputs = lambda inp, *rest: validate(inp.detach().as_subclass(_SaysCuda), *rest)
+
+
+def _round_to_bfloat16():
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return plain(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32).reshape(src.data.shape)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+        nearest = np.where(np.isnan(src.data), (bits >> 16) | 0x40, nearest)
+        return interpreter.TensorHandle(nearest.astype(np.uint16), dst_type.scalar)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl

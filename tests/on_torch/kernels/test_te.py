@@ -1,0 +1,196 @@
+"""`torch:te`: with TE's own sources on a CPU (te_worker.py, in processes of its own), and where TE can't be used."""
+
+import importlib.abc
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loss_core import (
+    BackendUnavailable,
+    FusedLinearCEConfig,
+    KDLossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
+from loss_core.cli import make_app
+from loss_core.dispatch.flags import flag_status
+from loss_core_torch.kernels import te
+from on_torch.kernels import te_worker
+
+TESTS = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("te_worker.py")
+TE_MODULE = "transformer_engine.pytorch.cross_entropy"
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels but for Linux")
+
+
+def _start(*arguments, interpret="1"):
+    folders = (TESTS.parent, TESTS.parent / "backends", TESTS)
+    paths = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": interpret}
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def _finish(workers):
+    try:
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-4000:]
+    return outputs
+
+
+def _held(output):
+    return [line.removeprefix("held: ") for line in output.splitlines() if line.startswith("held: ")]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return _finish([_start("one")])[0]
+
+
+@on_linux
+@pytest.mark.parametrize("scenario", te_worker.ONE, ids=lambda scenario: scenario.__name__)
+def test_with_the_sources_of_te(one_process, scenario):
+    assert scenario.__name__ in _held(one_process), one_process[-8000:]
+
+
+@pytest.fixture(scope="module")
+def one_process_with_an_old_te():
+    return _finish([_start("overwriting")])[0]
+
+
+@on_linux
+@pytest.mark.parametrize("scenario", te_worker.OVERWRITING, ids=lambda scenario: scenario.__name__)
+def test_with_a_te_that_overwrites_its_input(one_process_with_an_old_te, scenario):
+    assert scenario.__name__ in _held(one_process_with_an_old_te), one_process_with_an_old_te[-8000:]
+
+
+@on_linux
+def test_two_processes_with_the_sources_of_te(tmp_path):
+    for output in _finish([_start(rank, 2, tmp_path) for rank in range(2)]):
+        assert _held(output) == [scenario.__name__ for scenario in te_worker.RANKS], output[-8000:]
+
+
+@on_linux
+def test_the_interpreter_is_mended_to_what_a_gpu_does():
+    (output,) = _finish([_start("compiled", interpret="0")])
+    assert _held(output) == ["stores_round_to_nearest_on_a_gpu"], output[-4000:]
+
+
+# --- where TE can't run
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Makes every import of transformer_engine end with this error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "transformer_engine":
+            raise self.error
+        return None
+
+
+@pytest.fixture
+def te_import(monkeypatch):
+    """A function that makes importing TE fail with an error, or succeed with a module."""
+
+    def end_with(result):
+        if isinstance(result, Exception):
+            monkeypatch.setattr(sys, "meta_path", [_Finder(result), *sys.meta_path])
+        else:
+            for name in ("transformer_engine", "transformer_engine.pytorch", TE_MODULE):
+                monkeypatch.setitem(sys.modules, name, result)
+
+    return end_with
+
+
+NOT_THERE = ModuleNotFoundError("No module named 'transformer_engine'", name="transformer_engine")
+PARTIAL = [
+    ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript"),
+    OSError("libcudart.so.12: cannot open shared object file"),
+    FileNotFoundError("Could not find shared object file for Transformer Engine torch lib."),
+    AssertionError("TE's versions do not match"),
+]
+
+
+@pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(), TEParallelCEConfig()], ids=lambda c: type(c).__name__)
+def test_not_installed(te_import, config):
+    te_import(NOT_THERE)
+    with pytest.raises(BackendUnavailable) as caught:
+        config.build(backend="torch:te")
+    assert str(caught.value) == (
+        "'torch:te' needs transformer_engine (No module named 'transformer_engine'): pip install 'loss-core[te]'"
+    )
+    assert flag_status("torch:te").install == "pip install 'loss-core[te]'"
+
+
+@pytest.mark.parametrize("error", PARTIAL, ids=lambda error: type(error).__name__)
+def test_an_install_that_is_broken_gives_its_own_reason(te_import, error):
+    te_import(error)
+    with pytest.raises(BackendUnavailable) as caught:
+        MaskedCrossEntropyConfig().build(backend="torch:te")
+    assert f"can't be imported ({type(error).__name__}: {error}): pip install 'loss-core[te]'" in str(caught.value)
+    with pytest.raises(BackendUnavailable) as caught:
+        te.find_entry()
+    assert caught.value.__cause__ is error
+
+
+def test_the_command_line_lists_it(te_import):
+    te_import(NOT_THERE)
+    listed = CliRunner().invoke(make_app(), ["backends"], env={"COLUMNS": "400"})
+    assert listed.exit_code == 0
+    said = " ".join(listed.stdout.split())
+    assert (
+        "'torch:te' needs transformer_engine (No module named 'transformer_engine') pip install 'loss-core[te]'" in said
+    )
+
+
+def test_without_a_gpu(te_import, monkeypatch):
+    te_import(SimpleNamespace(parallel_cross_entropy=lambda inp, target, *, overwrite_input=False: inp))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status = flag_status("torch:te")
+    assert not status.usable
+    assert status.reason == "'torch:te' needs a CUDA device, and torch.cuda.is_available() is False here."
+    assert status.install == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert flag_status("torch:te").usable
+    loss = MaskedCrossEntropyConfig().build(backend="torch:te")
+    with pytest.raises(BackendUnavailable, match=r"takes logits on a CUDA device, got cpu: use 'torch:eager'"):
+        loss(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+@on_linux
+def test_the_version_that_is_installed_for_the_tests():
+    # Without its compiled part, which is the usual reason for a flag that can't be used: TE's own words are passed on.
+    assert int(importlib.metadata.version("transformer_engine").split(".")[0]) >= 2
+    status = flag_status("torch:te")
+    if not status.usable:
+        assert "RuntimeError: Found empty `transformer-engine` meta package installed" in status.reason
+
+
+@pytest.mark.parametrize("config", [FusedLinearCEConfig(), KDLossConfig()], ids=lambda c: type(c).__name__)
+def test_losses_that_te_does_not_have(config):
+    # Whether TE is installed or not: to install it would not help.
+    name = type(config).__name__
+    with pytest.raises(BackendUnavailable, match=f"'torch:te' has no kernel for {name}; it is served by .*torch:eager"):
+        config.build(backend="torch:te")
+
+
+def test_auto_never_imports_te(te_import):
+    te_import(AssertionError("auto asked for Transformer Engine"))
+    for flag in ("torch", "torch:auto"):
+        assert MaskedCrossEntropyConfig().build(backend=flag).kernel_choice.flag != "torch:te"

@@ -1,0 +1,32 @@
+"""The losses over a sharded vocabulary in small blocks, pieces of rows and tiles."""
+
+from helpers.process_group import over_processes
+from helpers.sharded_problem import LOSSES, Problem, cases, holds_sharded, splits
+from loss_core_torch.kernels.eager import EagerKernels
+from loss_core_torch.kernels.eager.sizes import Sizes
+
+# A budget that not all tokens fit: the fused loss goes over its blocks twice, in small pieces.
+SMALL = Sizes(elements_cpu=80, logits_bytes_cpu=0, min_tokens=5, max_tokens=5, tile_columns_cpu=7)
+
+
+@over_processes(2)
+def test_logits_computed_again(world):
+    for loss in LOSSES:
+        for case in cases(loss):
+            for sizes in splits(41, world.ranks)[1:3]:
+                holds_sharded(world, Problem(case), sizes, kernels=EagerKernels(SMALL))
+
+
+@over_processes(2, flag="torch:triton")
+def test_with_triton_in_pieces(world):
+    """The same in blocks of 16 columns, rows in parts, and chunks of two tokens whose logits do not wait."""
+    from loss_core_torch.kernels.gpu import GpuKernels
+    from loss_core_torch.kernels.gpu.launch import Launcher
+    from loss_core_torch.kernels.gpu.sizes import LaunchParameters
+
+    size = LaunchParameters(block_v=16, unroll=2, num_warps=1, num_stages=1, split=3)
+    kernels = GpuKernels(Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: 2))
+    for loss in LOSSES:
+        for case in cases(loss, shape=(5, 97), only=("basic", "softcap-none")):
+            fields = {"skip_ignored": False} if loss == "FusedLinearCrossEntropy" else {}
+            holds_sharded(world, Problem(case), splits(97, world.ranks)[1], kernels=kernels, **fields)

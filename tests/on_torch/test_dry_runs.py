@@ -1,0 +1,159 @@
+"""Shapes without values, traces and batches of calls: they work, or the error names torch:plain, which can do all.
+
+Memory estimates and launchers of large jobs run on fake tensors; exporters trace with make_fx; per-sample gradients and
+ensembles take vmap.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from helpers.torch_calls import DTYPES, cells, configs, inputs, leaves, right_or_names_plain, run
+
+
+def assert_like(got, expected):
+    """Shapes and dtypes; there are no values."""
+    found = {name: (tuple(x.shape), x.dtype) for name, x in got.items()}
+    assert found == {name: (tuple(x.shape), x.dtype) for name, x in expected.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@cells(configs())
+def test_fake_tensors(flag, config, dtype):
+    loss = config.build(backend=flag)
+    expected = run(loss, inputs(config, dtype=dtype))
+
+    def holds():
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(x) for name, x in inputs(config, dtype=dtype).items()}
+            got = run(loss, fakes)
+        assert_like(got, expected)
+
+    right_or_names_plain(flag, holds)
+
+
+@cells(configs(), interpreted=False)
+def test_fake_tensors_made_outside_of_their_mode(flag, config):
+    loss = config.build(backend=flag)
+    expected = run(loss, inputs(config))
+
+    def holds():
+        mode = FakeTensorMode()
+        assert_like(run(loss, {name: mode.from_tensor(x) for name, x in inputs(config).items()}), expected)
+
+    right_or_names_plain(flag, holds)
+
+
+@cells(configs(), interpreted=False)
+def test_meta_tensors(flag, config):
+    loss = config.build(backend=flag)
+    expected = run(loss, inputs(config))
+
+    def holds():
+        meta = {name: x.detach().to("meta").requires_grad_(x.requires_grad) for name, x in inputs(config).items()}
+        assert_like(run(loss, meta), expected)
+
+    right_or_names_plain(flag, holds)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@cells(configs(), interpreted=False)
+def test_make_fx(flag, config, mode):
+    loss = config.build(backend=flag)
+    arguments = inputs(config)
+    labels, floats = arguments["labels"], {name: x.detach() for name, x in leaves(arguments).items()}
+
+    def step(labels, *values):
+        made = {name: x.detach().requires_grad_() for name, x in zip(floats, values, strict=True)}
+        return tuple(run(loss, {**made, "labels": labels}, 1.0).values())
+
+    def holds():
+        traced = make_fx(step, tracing_mode=mode)(labels, *floats.values())
+        # Other values than those that were traced.
+        others = inputs(config, seed=1)
+        got = traced(others["labels"], *(others[name].detach() for name in floats))
+        torch.testing.assert_close(got, tuple(run(loss, others, 1.0).values()))
+
+    right_or_names_plain(flag, holds)
+
+
+def stacked(config, number=3):
+    """(arguments of several calls, the same stacked along a new first dimension)."""
+    ones = [inputs(config, seed=seed, requires_grad=False) for seed in range(number)]
+    return ones, {name: torch.stack([one[name] for one in ones]) for name in ones[0]}
+
+
+@cells(configs(), interpreted=False)
+def test_vmap(flag, config):
+    loss = config.build(backend=flag)
+    ones, many = stacked(config)
+    names = list(many)
+    expected = torch.stack([loss(**one) for one in ones])
+
+    def holds():
+        got = torch.func.vmap(lambda *xs: loss(**dict(zip(names, xs, strict=True))))(*many.values())
+        torch.testing.assert_close(got, expected)
+
+    right_or_names_plain(flag, holds)
+
+
+@cells(configs(), interpreted=False)
+def test_vmap_over_one_argument(flag, config):
+    # Such as logits of an ensemble beside one set of labels.
+    loss = config.build(backend=flag)
+    ones, many = stacked(config)
+    for name in leaves(inputs(config)):
+
+        def holds(name=name):
+            got = torch.func.vmap(lambda x: loss(**ones[0] | {name: x}))(many[name])
+            torch.testing.assert_close(got, torch.stack([loss(**ones[0] | {name: one[name]}) for one in ones]))
+
+        right_or_names_plain(flag, holds)
+
+
+@cells(configs(), interpreted=False)
+def test_vmap_of_grad(flag, config):
+    loss = config.build(backend=flag)
+    ones, many = stacked(config)
+    names = list(many)
+    for trained in leaves(inputs(config)):
+
+        def value(x, *others, trained=trained):
+            rest = dict(zip([name for name in names if name != trained], others, strict=True))
+            return loss(**rest, **{trained: x}).sum()
+
+        def ordered(arguments, trained=trained):
+            return [arguments[trained], *(x for name, x in arguments.items() if name != trained)]
+
+        def holds(value=value, ordered=ordered):
+            expected = torch.stack([torch.func.grad(value)(*ordered(one)) for one in ones])
+            torch.testing.assert_close(torch.func.vmap(torch.func.grad(value))(*ordered(many)), expected)
+
+        right_or_names_plain(flag, holds)
+
+
+@cells(configs())
+def test_batches_of_upstream_gradients(flag, config):
+    loss = config.build(backend=flag)
+
+    def holds():
+        arguments = inputs(config)
+        wanted = list(leaves(arguments).values())
+        value = loss(**arguments)
+        upstream = torch.linspace(-1.0, 2.0, 3 * value.numel()).view(3, *value.shape)
+        each = [torch.autograd.grad(value, wanted, u, retain_graph=True) for u in upstream]
+        got = torch.autograd.grad(value, wanted, upstream, is_grads_batched=True)
+        torch.testing.assert_close(list(got), [torch.stack(parts) for parts in zip(*each, strict=True)])
+
+    right_or_names_plain(flag, holds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@cells(configs(), flags=["torch:plain"])
+def test_plain_runs_dry_in_every_dtype(flag, config, dtype):
+    loss = config.build(backend=flag)
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(x) for name, x in inputs(config, dtype=dtype).items()}
+        got = run(loss, fakes)
+    assert_like(got, run(loss, inputs(config, dtype=dtype)))

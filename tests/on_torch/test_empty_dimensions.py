@@ -1,0 +1,58 @@
+"""No vocabulary (V = 0) or no hidden dimension (H = 0): one error that says so, whatever the call is for."""
+
+import re
+
+import pytest
+import torch
+
+from helpers.torch_calls import cells, configs, inputs, takes
+
+FUSED = [config for config in configs() if takes(config, "lm_weight")]
+OVER_LOGITS = [config for config in configs() if not takes(config, "lm_weight")]
+every_use = pytest.mark.parametrize("requires_grad", [True, False], ids=["training", "evaluation"])
+every_share = pytest.mark.parametrize("ignored", [0, 2, 1], ids=["none-ignored", "some-ignored", "all-ignored"])
+
+
+def message(name, what):
+    return "^" + re.escape(f"{name} has shape (4, 0): the {what} must not be empty.")
+
+
+@every_use
+@every_share
+@cells(OVER_LOGITS, interpreted=False)
+def test_no_vocabulary(flag, config, ignored, requires_grad):
+    arguments = inputs(config, (4,), vocab=0, ignored=ignored, requires_grad=requires_grad)
+    name = next(name for name in arguments if name in ("logits", "student_logits"))
+    with pytest.raises(ValueError, match=message(name, "vocabulary (last dimension)")):
+        config.build(backend=flag)(**arguments)
+
+
+@every_use
+@every_share
+@cells(FUSED, interpreted=False)
+def test_no_hidden_dimension(flag, config, ignored, requires_grad):
+    arguments = inputs(config, (4,), hidden=0, ignored=ignored, requires_grad=requires_grad)
+    with pytest.raises(ValueError, match=message("hidden_states", "hidden dimension")):
+        config.build(backend=flag)(**arguments)
+
+
+@every_use
+@every_share
+@cells(FUSED, interpreted=False)
+def test_a_head_without_vocabulary(flag, config, ignored, requires_grad):
+    arguments = inputs(config, (4,), vocab=0, ignored=ignored, requires_grad=requires_grad)
+    with pytest.raises(ValueError, match=r"lm_weight has shape \(0, 5\).* must not be empty"):
+        config.build(backend=flag)(**arguments)
+
+
+@cells(configs(), interpreted=False)
+def test_no_tokens_are_no_error(flag, config):
+    arguments = inputs(config, (0,))
+    loss = config.build(backend=flag)(**arguments)
+    loss.sum().backward()
+    assert not loss.any()
+    for x in arguments.values():
+        if x.requires_grad:
+            assert x.grad is not None
+            assert not x.grad.any()
+    torch.testing.assert_close(loss, torch.zeros_like(loss))

@@ -1,0 +1,124 @@
+"""Any layout of the inputs gives what contiguous ones give, for about as many steps in Python.
+
+Steps are counted, not timed: every call of a Python function and of an operation. A loop over leading indices, or over
+rows one by one, shows as thousands of them.
+"""
+
+import sys
+
+import pytest
+import torch
+
+from helpers.torch_calls import assert_same, cells, configs, every_dtype, inputs, leaves, run
+
+# Each layout: what memory is drawn, and how a view of it is taken, with labels of shape [..., last].
+LAYOUTS = {
+    "many-short-sequences": ((300, 3), lambda x: x[:, :-1]),
+    "shifted-sequences": ((300, 3), lambda x: x[:, 1:]),
+    "transposed": ((2, 300), lambda x: x.transpose(0, 1)),
+    "sliced-4d": ((4, 60, 3), lambda x: x[1:, :, :-1]),
+    "twice-sliced-4d": ((5, 60, 4), lambda x: x[::2, 1:-1, ::2]),
+    "permuted-4d": ((3, 50, 4), lambda x: x.permute(2, 0, 1, *range(3, x.dim()))),
+    "every-other": ((600,), lambda x: x[::2]),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+def of_tokens(arguments):
+    return [name for name in arguments if name != "lm_weight"]
+
+
+def laid_out(config, layout, **options):
+    """(arguments as views in a layout, the same as contiguous tensors)."""
+    lead, view = layout
+    whole = inputs(config, lead, requires_grad=False, **options)
+    views = {name: view(x) if name in of_tokens(whole) else x for name, x in whole.items()}
+    return prepared(views), prepared({name: x.contiguous() for name, x in views.items()})
+
+
+def prepared(arguments):
+    return {name: x.requires_grad_() if x.is_floating_point() else x for name, x in arguments.items()}
+
+
+def steps(call):
+    """How many calls of functions and operations Python makes for a call."""
+    call()
+    number = 0
+
+    def count(_frame, event, _argument):
+        nonlocal number
+        number += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return number
+
+
+def few_steps(view, contiguous):
+    assert view <= 3 * contiguous + 200, f"{view} steps, {contiguous} for contiguous inputs"
+
+
+@every_layout
+@cells(configs(), interpreted=False)
+def test_a_view_costs_what_contiguous_inputs_cost(flag, config, layout):
+    loss = config.build(backend=flag)
+    views, contiguous = laid_out(config, layout)
+    assert_same(run(loss, views), run(loss, contiguous))
+    few_steps(*(steps(lambda arguments=arguments: run(loss, arguments)) for arguments in (views, contiguous)))
+
+
+@every_layout
+@cells(configs(["mean", "none"]), interpreted=False)
+def test_an_evaluation_of_a_view(flag, config, layout):
+    loss = config.build(backend=flag)
+    with torch.no_grad():
+        views, contiguous = laid_out(config, layout)
+        torch.testing.assert_close(loss(**views), loss(**contiguous))
+        few_steps(*(steps(lambda arguments=arguments: loss(**arguments)) for arguments in (views, contiguous)))
+
+
+@cells(configs(["mean"]))
+def test_expanded_inputs(flag, config):
+    # One row of memory for all tokens, and one token's logits for a whole batch.
+    loss = config.build(backend=flag)
+    one = inputs(config, (1, 1), requires_grad=False)
+    lead = (7, 5)
+    views = {name: x if name == "lm_weight" else x.expand(*lead, *x.shape[2:]) for name, x in one.items()}
+    views["labels"] = torch.arange(35).view(7, 5) % 11
+    results = []
+    for arguments in (views, {name: x.contiguous() for name, x in views.items()}):
+        # The gradient of an expanded leaf would have one row; that of what stands for its rows is wanted.
+        results.append(run(loss, prepared({name: x.detach() for name, x in arguments.items()})))
+    assert_same(*results)
+
+
+@every_dtype
+@cells(configs(["sum"]))
+def test_classes_that_do_not_lie_side_by_side(flag, config, dtype):
+    loss = config.build(backend=flag)
+    dense = inputs(config, dtype=dtype, requires_grad=False)
+
+    def apart(x):
+        spread = torch.empty(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        spread[..., ::2] = x
+        return spread[..., ::2]
+
+    views = {name: apart(x) if x.is_floating_point() else x for name, x in dense.items()}
+    assert_same(run(loss, prepared(views)), run(loss, prepared(dense)))
+
+
+@cells(configs())
+def test_the_gradient_of_what_was_sliced(flag, config):
+    # Autograd hands the loss a view of a leaf: the leaf's other elements get exactly 0.
+    loss = config.build(backend=flag)
+    whole = inputs(config, (4, 5), ignored=0)
+    views = {name: x if name == "lm_weight" else x[:, :-1] for name, x in whole.items()}
+    loss(**views).sum().backward()
+    for name, x in leaves(whole).items():
+        if name != "lm_weight":
+            assert not x.grad[:, -1].any()
+            assert x.grad[:, :-1].any()

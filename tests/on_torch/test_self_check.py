@@ -1,0 +1,170 @@
+"""Whether kernels agree with others on a few rows, and what auto does where they do not."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from helpers.torch_calls import every_dtype
+from loss_core import KernelChoice
+from loss_core_torch import auto, kernels
+from loss_core_torch.kernels.eager import EagerKernels
+from loss_core_torch.self_check import disagreement
+
+CPU = torch.device("cpu")
+EAGER = kernels.find("eager")
+
+
+class _Wrong(EagerKernels):
+    """Kernels one of whose results comes out wrong."""
+
+    flag = "torch:wrong"
+
+    def __init__(self, method, spoil, at=None):
+        super().__init__()
+        real = getattr(EAGER, method)
+
+        def spoilt(*args, **kwargs):
+            made = real(*args, **kwargs)
+            return spoil(made) if at is None else type_of(made)(spoil(x) if i == at else x for i, x in enumerate(made))
+
+        setattr(self, method, spoilt)
+
+
+def type_of(made):
+    """What makes a tuple like this one."""
+    return type(made)._make if hasattr(made, "_make") else tuple
+
+
+def _of_terms(name, spoil):
+    return lambda made: (made[0]._replace(**{name: spoil(getattr(made[0], name))}), *made[1:])
+
+
+def _scaled(x):
+    return x * 1.01
+
+
+def _with_a_nan(x):
+    x = x.clone()
+    x.view(-1)[5] = torch.nan
+    return x
+
+
+def _raises(x):
+    raise RuntimeError("no kernel image is available")
+
+
+# What is spoilt -> (method, index of the result or None for all of it, what the message names).
+RESULTS = {
+    "row gradient": ("row_terms_and_grad", 1, "the gradient of the logits"),
+    "student's gradient": ("pair_grad", None, "the student's gradient"),
+    "hidden states' gradient": ("linear_terms_and_grads", 1, "the gradient of the hidden states"),
+    "weight's gradient": ("linear_terms_and_grads", 2, "the gradient of the weight"),
+}
+
+
+@every_dtype
+def test_kernels_agree_with_themselves(dtype):
+    assert disagreement(EAGER, EAGER, CPU, dtype) is None
+
+
+@every_dtype
+@pytest.mark.parametrize("spoil", [lambda x: x * 1.25, _with_a_nan], ids=["scaled", "nan"])
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_wrong_gradient_is_named_with_its_numbers(result, spoil, dtype):
+    method, at, name = RESULTS[result]
+    found = disagreement(_Wrong(method, spoil, at), EAGER, CPU, dtype)
+    pattern = rf"{name} of torch:wrong and torch:eager in {dtype} is (\S+) and (\S+) at element (\d+)"
+    got, wanted, at_element = re.fullmatch(pattern, found).groups()
+    if got == "nan":
+        assert at_element == "5"
+    else:
+        assert float(got) == pytest.approx(1.25 * float(wanted), rel=1e-2)
+        assert float(wanted) != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("result", RESULTS)
+def test_a_hundredth_is_enough(result, dtype):
+    method, at, name = RESULTS[result]
+    assert name in disagreement(_Wrong(method, _scaled, at), EAGER, CPU, dtype)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("row_terms_and_grad", "the sum of a row"), ("linear_terms_and_grads", "the sum of a fused row")],
+)
+def test_a_wrong_sum_is_named(method, name):
+    found = disagreement(_Wrong(method, _of_terms("s", _scaled)), EAGER, CPU, torch.float32)
+    assert found.startswith(f"{name} of torch:wrong")
+
+
+def test_a_wrong_divergence_is_named():
+    found = disagreement(
+        _Wrong("pair_terms", lambda terms: terms._replace(a=terms.a * 1.01)), EAGER, CPU, torch.float32
+    )
+    assert found.startswith("the divergence of a row of torch:wrong")
+
+
+def test_what_ignored_rows_hold_is_compared():
+    # Row 3 is ignored: its gradient must be exactly 0.
+    def spoil(grad_TV):
+        return grad_TV.index_fill(0, torch.tensor([3]), 0.5)
+
+    found = disagreement(_Wrong("row_terms_and_grad", spoil, 1), EAGER, CPU, torch.float32)
+    assert re.match(
+        r"the gradient of the logits of torch:wrong and torch:eager in torch.float32 is 0.5 and 0 at", found
+    )
+
+
+def test_kernels_that_raise_disagree():
+    found = disagreement(_Wrong("row_terms_and_grad", _raises, 1), EAGER, CPU, torch.float32)
+    assert found == "torch:wrong raised RuntimeError: no kernel image is available"
+
+
+@pytest.mark.parametrize("flag", ["torch:triton"])
+@every_dtype
+def test_triton_agrees(flag, dtype):
+    assert disagreement(kernels.find("triton"), EAGER, CPU, dtype) is None
+
+
+@pytest.mark.parametrize("flag", ["torch:triton"])
+def test_triton_made_wrong_does_not(flag):
+    class Wrong(type(kernels.find("triton"))):
+        def row_terms_and_grad(self, *args):
+            terms, grad = super().row_terms_and_grad(*args)
+            return terms, grad * 1.01
+
+    found = disagreement(Wrong(), EAGER, CPU, torch.float32)
+    assert found.startswith("the gradient of the logits of torch:triton and torch:eager in torch.float32 is")
+
+
+# --- what auto does
+
+
+TRITON = KernelChoice("torch:triton", "by the table", ("eager", "triton"))
+
+
+def test_auto_takes_what_agrees():
+    assert auto.where_it_agrees(TRITON, EAGER, CPU, torch.float32) is TRITON
+
+
+def test_auto_takes_eager_instead_and_warns_once():
+    wrong = _Wrong("row_terms_and_grad", _scaled, 1)
+    with pytest.warns(
+        UserWarning, match=r"torch:auto takes torch:eager instead of torch:wrong on cpu: the gradient of"
+    ):
+        choice = auto.where_it_agrees(TRITON, wrong, CPU, torch.float32)
+    assert choice.flag == "torch:eager"
+    assert choice.reason.startswith("torch:wrong was found wrong on this device: the gradient of the logits of")
+    assert choice.candidates == TRITON.candidates
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert auto.where_it_agrees(TRITON, wrong, CPU, torch.float32) == choice
+
+
+def test_auto_takes_eager_instead_of_kernels_that_raise():
+    with pytest.warns(UserWarning, match="raised RuntimeError: no kernel image"):
+        choice = auto.where_it_agrees(TRITON, _Wrong("pair_grad", _raises), CPU, torch.float32)
+    assert choice.flag == "torch:eager"
