@@ -40,6 +40,7 @@ from loss_core.dispatch.flags import install_line
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable, FlagStatus
 from loss_core.row_terms import Objective
+from loss_core_torch import compat
 from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.second_derivative import once_differentiable
 
@@ -85,7 +86,7 @@ class TELosses(WholeLosses):
         return FlagStatus(self.flag, True, "", version, "")
 
     # Not traced: TE's graph inside of ours is none that the compiler can follow.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @compat.outside_of_graphs
     def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
         """See `WholeLosses.cross_entropy`. A second backward runs TE's forward again, its collective included.
 

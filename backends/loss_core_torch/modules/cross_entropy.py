@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loss_core import BackendUnavailable, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.row_terms import Objective
-from loss_core_torch import inplace, inputs
+from loss_core_torch import compat, inplace, inputs
 from loss_core_torch.autograd.cross_entropy import Call, CrossEntropy
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Rows, WholeLosses
@@ -84,12 +84,12 @@ class _LogitsCrossEntropy(LossModule):
 
     # Where `inplace.check` has broken a graph, torch.compile goes on behind it: what a graph computes is in new memory,
     # and the logits would be handed on for their gradient.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @compat.outside_of_graphs
     def _loss_outside_of_graphs(self, kernels: Kernels, logits: Tensor, tokens: Tokens) -> Tensor:
         return self._loss(kernels, logits, tokens)
 
     # Hosts exchange messages there, which no graph can hold.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @compat.outside_of_graphs
     def _sharded(self, kernels: Kernels, given: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
         from loss_core_torch.parallel import placement
 

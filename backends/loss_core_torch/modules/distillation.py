@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loss_core import BackendUnavailable, KDLossConfig
-from loss_core_torch import inputs
+from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.distillation import Call, Distillation
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Pairs, WholeLosses
@@ -71,7 +71,7 @@ class KDLoss(LossModule):
         return self._loss(kernels, student_logits, teacher_logits, inputs.settled(tokens))
 
     # Hosts exchange messages there, which no graph can hold.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @compat.outside_of_graphs
     def _sharded(self, kernels: Kernels, student: Any, teacher: Any, labels: Any, count: Any) -> Tensor:
         from loss_core_torch.parallel import placement
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loss_core import BackendUnavailable, FusedLinearCEConfig
 from loss_core.row_terms import Objective
-from loss_core_torch import inputs
+from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_cross_entropy import Call, LinearCrossEntropy
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import IGNORED, Linear, WholeLosses
@@ -127,7 +127,7 @@ class FusedLinearCrossEntropy(LossModule):
         return self._loss(kernels, hidden, weight, tokens, num_valid_tokens)
 
     # Hosts exchange messages there, which no graph can hold.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @compat.outside_of_graphs
     def _sharded(
         self,
         kernels: Kernels,
