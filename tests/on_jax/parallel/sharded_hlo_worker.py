@@ -1,4 +1,4 @@
-"""What XLA moves between devices in a sharded loss, read from the compiled program; see test_jax_sharded.py.
+"""What XLA moves between devices in a sharded loss, read from the compiled program; see test_sharded.py.
 
 T = 64, V = 480 and H = 24 have no divisor by 1, 2 or 4 in common, so that a shape tells what an array is.
 """

@@ -1,4 +1,4 @@
-"""Scenarios of test_jax_sharded.py, on four CPU devices that exist in a process of their own only.
+"""Scenarios of test_sharded.py, on four CPU devices that exist in a process of their own only.
 
 Usage: sharded_worker.py SCENARIO...    prints "held: SCENARIO" for each
 """
