@@ -57,6 +57,17 @@ class Objective(NamedTuple):
 
     num_classes: int
 
+    @classmethod
+    def of(cls, loss: Any, num_classes: int) -> Objective:
+        """That of a loss whose fields are named as the options."""
+        options: tuple[str, ...] = cls._fields[1:]
+        return cls(num_classes, *(getattr(loss, name) for name in options))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the number of classes, by name."""
+        return dict(zip(self._fields[1:], self[1:], strict=True))
+
     @property
     def needs_z_sum(self) -> bool:
         """Whether `RowTerms.z_sum` is needed."""

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from loss_core.bench.baselines import BASELINES
 from loss_core.bench.job import Job
 from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import BackendUnavailable
@@ -24,6 +25,7 @@ def baseline_loss(name: str, config: LossConfig, job: Job) -> Loss:
     Raises:
         BackendUnavailable: not for this config.
     """
+    BASELINES[name].check(config)
     return _ADAPTERS[name](config, job)
 
 
@@ -88,7 +90,7 @@ def _optax(config: Any, job: Job) -> Loss:
 
 
 def _jax_cce(config: Any, job: Job) -> Loss:
-    _refuse(config, job, "jax-cce")
+    _refuse_ignored(job, "jax-cce")
     if config.reduction != "mean":
         raise BackendUnavailable("jax-cce has reduction mean only.")
     function = importlib.import_module("jax_cce").linear_cross_entropy
@@ -96,7 +98,7 @@ def _jax_cce(config: Any, job: Job) -> Loss:
 
 
 def _tokamax(config: Any, job: Job) -> Loss:
-    _refuse(config, job, "tokamax")
+    _refuse_ignored(job, "tokamax")
     if config.reduction == "none":
         raise BackendUnavailable("tokamax has no reduction none.")
     function = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
@@ -105,11 +107,9 @@ def _tokamax(config: Any, job: Job) -> Loss:
     )
 
 
-def _refuse(config: Any, job: Job, who: str) -> None:
+def _refuse_ignored(job: Job, who: str) -> None:
     if job.num_kept < job.shape[0]:
         raise BackendUnavailable(f"{who} has no ignore_index: use --ignored 0.")
-    if config.logit_softcapping:
-        raise BackendUnavailable(f"{who} has no softcap.")
 
 
 _ADAPTERS: dict[str, Callable[[Any, Job], Loss]] = {

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from loss_core.bench.baselines import BASELINES
 from loss_core.bench.job import Job
 from loss_core.build import build_loss_module
 from loss_core.config import LossConfig, MaskedCrossEntropyConfig
@@ -32,6 +33,7 @@ def candidates(name: str, config: LossConfig, job: Job) -> Candidates:
     Raises:
         BackendUnavailable: not for this config, device or version.
     """
+    BASELINES[name].check(config)
     return _ADAPTERS[name](config, job)
 
 
@@ -62,7 +64,6 @@ def _compiled(config: Any, job: Job) -> Candidates:
 def _linear_ce(config: Any, job: Job) -> Candidates:
     if not hasattr(F, "linear_cross_entropy"):
         raise BackendUnavailable(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it.")
-    _refuse_softcap(config, "F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions
 
     def with_options(chosen: Any) -> Loss:
@@ -149,11 +150,6 @@ def _nemo(config: Any, job: Job) -> Candidates:
     module = importlib.import_module("nemo_automodel.components.loss.linear_ce")
     fused = module.FusedLinearCrossEntropy(config.ignore_index, config.logit_softcapping, config.reduction)
     return [("", fused)]
-
-
-def _refuse_softcap(config: Any, who: str) -> None:
-    if config.logit_softcapping:
-        raise BackendUnavailable(f"{who} has no softcap.")
 
 
 _ADAPTERS: dict[str, Callable[[Any, Job], Candidates]] = {

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.dtypes import compute_format, float_format
+from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Arrays, Floats, LossDef
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 from loss_core.losses.rounding import (
+    COEF_ROUNDINGS,
+    SoftmaxErrors,
     finite,
     log_softmax,
-    onehot_errors,
     result_errors,
     softmax_errors,
     stored,
-    token_errors,
     zero_where_ignored,
 )
 
@@ -82,16 +82,58 @@ def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
 ) -> dict[str, Floats]:
     """Rounding of the softmax, of each token's loss, of the sum, and of the stored results."""
-    inner = compute_format(dtype)
-    labels_T = np.asarray(arrays["labels"]).reshape(-1)
-    zero_T = np.zeros(labels_T.size)
-    sm = softmax_errors(kept_rows(arrays["logits"], expected.reduction.keep_T), zero_T, inner)
-    result = result_errors(config, expected, token_errors(sm, labels_T, expected, zero_T, inner.u), dtype, upstream)
-    _, error_TV = onehot_errors(sm, labels_T, expected.coef_T, inner)
+    z_TV = kept_rows(arrays["logits"], expected.reduction.keep_T)
+    result, _, error_TV = logits_errors(config, z_TV, np.zeros(len(z_TV)), arrays, expected, dtype, upstream)
     grad = expected.grads["logits"]
     allowed = stored(finite(grad), error_TV.reshape(grad.shape), float_format(dtype))
     result["logits"] = zero_where_ignored(allowed, expected.reduction.keep_T)
     return result
+
+
+def logits_errors(
+    config: Any,
+    z_TV: Floats,
+    err_z_T: Floats,
+    arrays: Arrays,
+    expected: TokenResult,
+    dtype: str,
+    upstream: NDArray[Any] | None,
+) -> tuple[dict[str, Floats], Floats, Floats]:
+    """What holds for any cross entropy of logits z, which are off by err_z.
+
+    Returns:
+        Errors of the loss and of the gradient of loss_weights; the gradient by z [T, V]; its error.
+    """
+    inner = compute_format(dtype)
+    labels_T = np.asarray(arrays["labels"]).reshape(-1)
+    sm = softmax_errors(z_TV, err_z_T, inner)
+    err_T = np.where(expected.reduction.keep_T, _token_errors(sm, labels_T, expected, err_z_T, inner.u), 0.0)
+    dz_TV, err_dz_TV = _gradient_errors(sm, labels_T, expected.coef_T, inner)
+    return result_errors(config, expected, err_T, dtype, upstream), dz_TV, err_dz_TV
+
+
+def _token_errors(
+    sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float
+) -> Floats:
+    """Error of each token's loss: of lse, of the target's logit, of their difference."""
+    rows = np.arange(labels_T.size)
+    target_T = finite(sm.z_TV[rows, np.clip(labels_T.astype(np.int64), 0, sm.z_TV.shape[-1] - 1)])
+    loss_T = np.abs(finite(expected.token_loss_T))
+    return np.asarray(sm.err_lse_T + err_z_T + u * (np.abs(target_T) + 2 * loss_T))
+
+
+def _gradient_errors(
+    sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat
+) -> tuple[Floats, Floats]:
+    """coef (p - onehot), and its error."""
+    dz_TV = sm.p_TV.copy()
+    rows = np.flatnonzero(coef_T != 0)
+    inside = (labels_T[rows] >= 0) & (labels_T[rows] < dz_TV.shape[-1])
+    dz_TV[rows[inside], labels_T[rows[inside]].astype(np.int64)] -= 1
+    error_TV = sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    coef_T1 = np.abs(coef_T)[:, None]
+    error_TV = np.where(coef_T1 == 0, 0.0, coef_T1 * error_TV + inner.near_zero)
+    return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), finite(error_TV)
 
 
 COUNT = Argument("num_label_tokens", (), "count", differentiated=False, optional=True, sum_only=True)

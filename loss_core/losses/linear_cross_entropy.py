@@ -14,18 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
-from loss_core.losses.cross_entropy import COUNT, RANDOM_FIELDS, reduction_of, token_cross_entropy
+from loss_core.losses.cross_entropy import COUNT, RANDOM_FIELDS, logits_errors, reduction_of, token_cross_entropy
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Recipe
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import (
     TANH_ULPS,
     finite,
-    onehot_errors,
-    result_errors,
-    softmax_errors,
     stored,
     sum_growth,
-    token_errors,
     zero_where_ignored,
 )
 
@@ -93,15 +89,12 @@ def error_bound(
     u = inner.u
     h_TH = kept_rows(arrays["hidden_states"], expected.reduction.keep_T)
     w_VH = np.asarray(arrays["lm_weight"], np.float64)
-    labels_T = np.asarray(arrays["labels"]).reshape(-1)
     err_raw_T = np.max(sum_growth(h_TH.shape[1]) * u * (np.abs(h_TH) @ np.abs(w_VH).T), axis=-1)
     raw_TV = h_TH @ w_VH.T
     cap = float(config.logit_softcapping)
     z_TV, slope_TV = softcap(raw_TV, cap)
     err_z_T = err_raw_T + (TANH_ULPS * u * np.max(np.abs(raw_TV), axis=-1) if cap else 0.0)
-    sm = softmax_errors(z_TV, err_z_T, inner)
-    result = result_errors(config, expected, token_errors(sm, labels_T, expected, err_z_T, u), dtype, upstream)
-    dz_TV, err_dz_TV = onehot_errors(sm, labels_T, expected.coef_T, inner)
+    result, dz_TV, err_dz_TV = logits_errors(config, z_TV, err_z_T, arrays, expected, dtype, upstream)
     if cap:
         err_slope_TV = 2 * err_raw_T[:, None] / cap + 2 * TANH_ULPS * u
         err_dz_TV = err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV

@@ -107,16 +107,6 @@ def stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
     return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.near_zero)
 
 
-def token_errors(sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float) -> Floats:
-    """Error of each token's cross entropy: of lse, of the target's logit, of their difference."""
-    vocab = sm.z_TV.shape[-1]
-    rows = np.arange(labels_T.size)
-    target_T = finite(sm.z_TV[rows, np.clip(labels_T.astype(np.int64), 0, vocab - 1)])
-    loss_T = np.abs(finite(expected.token_loss_T))
-    err_T = sm.err_lse_T + err_z_T + u * (np.abs(target_T) + 2 * loss_T)
-    return np.where(expected.reduction.keep_T, err_T, 0.0)
-
-
 def result_errors(
     config: Any, expected: TokenResult, err_T: Floats, dtype: str, upstream: NDArray[Any] | None
 ) -> dict[str, Floats]:
@@ -136,20 +126,6 @@ def result_errors(
         error = (np.abs(unit_T) * err_T).reshape(grad.shape) + COEF_ROUNDINGS * u * np.abs(finite(grad))
         result["loss_weights"] = stored(finite(grad), error, fmt)
     return result
-
-
-def onehot_errors(
-    sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat
-) -> tuple[Floats, Floats]:
-    """coef (p - onehot), and its error."""
-    dz_TV = sm.p_TV.copy()
-    rows = np.flatnonzero(coef_T != 0)
-    inside = (labels_T[rows] >= 0) & (labels_T[rows] < dz_TV.shape[-1])
-    dz_TV[rows[inside], labels_T[rows[inside]].astype(np.int64)] -= 1
-    error_TV = sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
-    coef_T1 = np.abs(coef_T)[:, None]
-    error_TV = np.where(coef_T1 == 0, 0.0, coef_T1 * error_TV + inner.near_zero)
-    return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), finite(error_TV)
 
 
 def zero_where_ignored(error: Floats, keep_T: NDArray[np.bool_]) -> Floats:

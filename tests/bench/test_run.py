@@ -170,7 +170,7 @@ def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monk
     assert ours.error_ratio <= 1
     assert report.missing == [
         Missing("absent", "needs no_such_package", "pip install no-such-package"),
-        Missing("torch-linear-ce", "FusedLinearCrossEntropy, tiny: F.linear_cross_entropy has no softcap."),
+        Missing("torch-linear-ce", "FusedLinearCrossEntropy, tiny: torch-linear-ce has no logit_softcapping."),
     ]
     assert "absent: needs no_such_package: pip install no-such-package" in bench_text(report)
 

@@ -107,7 +107,7 @@ def _reduced(
     layout: Layout,
 ) -> jax.Array:
     """The loss of arguments that have been checked."""
-    objective = Objective(layout.vocab(logits.shape[-1]))
+    objective = Objective.of(loss_fn, layout.vocab(logits.shape[-1]))
     loss = loss_rows(loss_fn.kernels, logits, target, objective, layout)
     if loss_fn.reduction != "none":
         scale = row_scale(target, loss.dtype, mean=loss_fn.reduction == "mean", count=count, loss_weights=loss_weights)

@@ -126,7 +126,7 @@ class FusedLinearCrossEntropy(Loss):
         hidden, weight_VH, target = map(inputs.as_jax, (hidden_states, lm_weight, target))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
-        linear = Linear(Objective(vocab), float(self.logit_softcapping), layout.shard)
+        linear = Linear(Objective.of(self, vocab), float(self.logit_softcapping), layout.shard)
         problem = _Problem(self.kernels, linear, is_sequence and bool(layout.axes))
         if not target.size:
             # JAX forgets what empty arrays vary over.

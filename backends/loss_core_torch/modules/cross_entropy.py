@@ -135,7 +135,7 @@ class _LogitsCrossEntropy(LossModule):
         self, kernels: Kernels, logits: Tensor, tokens: Tokens, shards: Any = None, token_groups: tuple[Any, ...] = ()
     ) -> Tensor:
         start, group = (0, None) if shards is None else (shards.start, shards.group)
-        objective = Objective(logits.shape[-1] if shards is None else shards.total)
+        objective = Objective.of(self, logits.shape[-1] if shards is None else shards.total)
         if isinstance(kernels, WholeLosses):
             if shards is not None and not shards.even:
                 raise ValueError(

@@ -189,7 +189,7 @@ class FusedLinearCrossEntropy(LossModule):
         start, total, group = (0, weight.shape[0], None) if shards is None else (
             shards.start, shards.total, shards.group,
         )  # fmt: skip
-        objective, softcap = Objective(total), float(self.logit_softcapping)
+        objective, softcap = Objective.of(self, total), float(self.logit_softcapping)
         product_dtype = _product_dtype(hidden, weight)
         if isinstance(kernels, WholeLosses):
             if shards is not None:

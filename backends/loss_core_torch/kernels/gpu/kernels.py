@@ -350,6 +350,7 @@ def row_kernel(
     coef_ptr,  # [T] factor of each row's loss
     m_ptr, s_ptr, t_ptr,  # [T]
     z_sum_ptr,  # [T], or None
+    num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -86,8 +88,8 @@ def terms_and_grad(
     size = launcher.parameters(num_rows, vocab, logits.dtype, "capped_row" if softcap else "row")
     launcher.start(
         kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(coef_T), *found,
-        vocab_start, vocab, layout(out), layout(logits), size=size, SOFTCAP=softcap, BLOCK_V=size.block_v,
-        UNROLL=size.unroll,
+        objective.num_classes, vocab_start, vocab, layout(out), layout(logits), size=size, SOFTCAP=softcap,
+        BLOCK_V=size.block_v, UNROLL=size.unroll, **_constants(objective),
     )  # fmt: skip
     return found, out
 
@@ -95,6 +97,11 @@ def terms_and_grad(
 def with_effect(keep_T: Tensor | None, coef_T: Tensor) -> Tensor:
     """keep_T without the rows whose coefficient is 0."""
     return coef_T != 0 if keep_T is None else keep_T & (coef_T != 0)
+
+
+def _constants(objective: Objective) -> dict[str, Any]:
+    """Each option as a constant of the kernel, in capitals; a float argument would arrive in float32."""
+    return {name.upper(): value for name, value in objective.options.items()}
 
 
 def _new_terms(rows: Rows, objective: Objective) -> RowTerms:
