@@ -128,6 +128,8 @@ class MaskedCrossEntropyConfig(LossConfig):
         reduction: "sum", "mean" (over positions that count) or "none".
         tp_group: as in TEParallelCEConfig.
         inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
+        label_smoothing: e in [0, 1): (1 - e) * cross entropy, plus e times its mean over all V classes taken as the
+            label, as F.cross_entropy has it.
     """
 
     fp32_upcast: bool = True
@@ -135,11 +137,13 @@ class MaskedCrossEntropyConfig(LossConfig):
     reduction: str = "sum"
     tp_group: Any = field(default=None, repr=False, compare=False)
     inplace_grad: bool = False
+    label_smoothing: float = 0.0
 
     def validate(self) -> None:
         check_bool("fp32_upcast", self.fp32_upcast)
         check_integer("ignore_index", self.ignore_index)
         check_reduction(self.reduction)
+        check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
         check_bool("inplace_grad", self.inplace_grad)
 
 
@@ -158,6 +162,7 @@ class FusedLinearCEConfig(LossConfig):
         skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (on a
             CPU; in JAX by chunks of 512 tokens); True: everywhere, for one host sync per call on an accelerator;
             False: never.
+        label_smoothing: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
@@ -166,11 +171,13 @@ class FusedLinearCEConfig(LossConfig):
     tp_group: Any = field(default=None, repr=False, compare=False)
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
+    label_smoothing: float = 0.0
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
         check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_reduction(self.reduction)
+        check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
         check_bool("sequence_parallel", self.sequence_parallel)
         if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
             raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
@@ -187,16 +194,19 @@ class TEParallelCEConfig(LossConfig):
         tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax: the
             name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
         inplace_grad: as in MaskedCrossEntropyConfig.
+        label_smoothing: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
     reduction: str = "sum"
     tp_group: Any = field(default=None, repr=False, compare=False)
     inplace_grad: bool = False
+    label_smoothing: float = 0.0
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
         check_reduction(self.reduction)
+        check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
         check_bool("inplace_grad", self.inplace_grad)
 
 

@@ -30,11 +30,11 @@ def check_integer(name: str, value: object, low: int = -_INT64) -> None:
 
 
 def check_number(name: str, value: object, accepted: str, *, zero: bool = False, below: float = math.inf) -> None:
-    """Refuse what is no finite number > 0 (or 0, where that is accepted), not below a limit, or does not fit float32."""
+    """Refuse what is no finite number > 0 (or 0, if accepted) and below a limit, or does not fit float32."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         hint = " (a string: YAML reads 1e-3 as text, write 1.0e-3)" if isinstance(value, str) else ""
         raise ValueError(f"{name} must be {accepted}, got {value!r}{hint}.")
-    if value < 0 or (value == 0 and not zero) or value >= below:
+    if value < 0 or (value == 0 and not zero) or float(value) >= below:
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
     # Kernels use its square and its reciprocal in float32, which holds 2**-126 to 2**127.
     if value != 0 and not 2.0**-63 <= float(value) <= 2.0**63:

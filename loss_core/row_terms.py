@@ -31,7 +31,7 @@ class RowTerms(NamedTuple):
     m: Array
     s: Array
     t: Array
-    z_sum: Array | None = None
+    z_sum: Array = None
 
 
 class Coefficients(NamedTuple):
@@ -53,9 +53,11 @@ class Objective(NamedTuple):
 
     Attributes:
         num_classes: V over all pieces.
+        label_smoothing: share of the target's probability that is spread over all classes.
     """
 
     num_classes: int
+    label_smoothing: float = 0.0
 
     @classmethod
     def of(cls, loss: Any, num_classes: int) -> Objective:
@@ -71,7 +73,7 @@ class Objective(NamedTuple):
     @property
     def needs_z_sum(self) -> bool:
         """Whether `RowTerms.z_sum` is needed."""
-        return False
+        return self.label_smoothing != 0
 
 
 # Unit of `PairTerms.a`: a power of two, so that it costs no digits. Where a student is masked by the lowest finite
@@ -111,14 +113,24 @@ def combine(xp: Namespace, a: RowTerms, b: RowTerms) -> RowTerms:
 def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array:
     """Cross entropy per row: log-sum-exp minus the target's logit; +inf where no piece owns the target.
 
-    Written relative to the maximum, so that a large common offset of the logits costs no digits.
+    With smoothing e: (1 - e) of it, and e times log-sum-exp minus the mean of all logits. Written relative to the
+    maximum, so that a large common offset of the logits costs no digits of the first.
     """
-    return xp.log(terms.s) + (terms.m - terms.t)
+    loss = xp.log(terms.s) + (terms.m - terms.t)
+    if not objective.needs_z_sum:
+        return loss
+    to_all = xp.log(terms.s) + (terms.m - terms.z_sum / objective.num_classes)
+    return (1.0 - objective.label_smoothing) * loss + objective.label_smoothing * to_all
 
 
 def cross_entropy_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, objective: Objective) -> Coefficients:
     """Coefficients of the gradient of upstream * `cross_entropy`."""
-    return Coefficients(upstream / terms.s, -upstream)
+    if not objective.needs_z_sum:
+        return Coefficients(upstream / terms.s, -upstream)
+    smoothing = objective.label_smoothing
+    return Coefficients(
+        upstream / terms.s, upstream * (smoothing - 1.0), upstream * (smoothing / objective.num_classes)
+    )
 
 
 def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:

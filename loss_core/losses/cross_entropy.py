@@ -1,4 +1,8 @@
-"""Cross entropy over logits: -log softmax(z)[y] per token, d/dz = softmax(z) - onehot(y)."""
+"""Cross entropy over logits: -sum_v q_v log softmax(z)_v per token, d/dz = softmax(z) - q.
+
+q is 1 at the label; with smoothing e it is 1 - e + e/V there and e/V elsewhere (Szegedy et al. 2016, arXiv:1512.00567,
+section 7).
+"""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
 
@@ -21,6 +25,7 @@ from loss_core.losses.rounding import (
     result_errors,
     softmax_errors,
     stored,
+    sum_growth,
     zero_where_ignored,
 )
 
@@ -34,6 +39,7 @@ def token_cross_entropy(
 ) -> tuple[Floats, Floats]:
     """Loss per token, and its derivative by the logits; 0 where ignored, NaN for a label outside [0, V)."""
     num_tokens, vocab = z_TV.shape
+    smoothing = _smoothing(config)
     loss_T = np.zeros(num_tokens)
     grad_TV = np.zeros((num_tokens, vocab))
     for i in np.flatnonzero(keep_T):
@@ -44,8 +50,16 @@ def token_cross_entropy(
         log_p_V = log_softmax(z_TV[i])
         loss_T[i] = -log_p_V[label]
         grad_TV[i] = np.exp(log_p_V)
-        grad_TV[i, label] -= 1
+        grad_TV[i, label] -= 1 - smoothing
+        if smoothing:
+            loss_T[i] = (1 - smoothing) * loss_T[i] - smoothing * np.mean(log_p_V)
+            grad_TV[i] -= smoothing / vocab
     return loss_T, grad_TV
+
+
+def _smoothing(config: Any) -> float:
+    """Also of a config that has no such field."""
+    return float(getattr(config, "label_smoothing", 0.0))
 
 
 def reduction_of(config: Any, arrays: Arrays) -> Reduction:
@@ -107,30 +121,48 @@ def logits_errors(
     inner = compute_format(dtype)
     labels_T = np.asarray(arrays["labels"]).reshape(-1)
     sm = softmax_errors(z_TV, err_z_T, inner)
-    err_T = np.where(expected.reduction.keep_T, _token_errors(sm, labels_T, expected, err_z_T, inner.u), 0.0)
-    dz_TV, err_dz_TV = _gradient_errors(sm, labels_T, expected.coef_T, inner)
+    err_T = _token_errors(sm, labels_T, expected, err_z_T, inner.u, _smoothing(config))
+    err_T = np.where(expected.reduction.keep_T, err_T, 0.0)
+    dz_TV, err_dz_TV = _gradient_errors(sm, labels_T, expected.coef_T, inner, _smoothing(config))
     return result_errors(config, expected, err_T, dtype, upstream), dz_TV, err_dz_TV
 
 
 def _token_errors(
-    sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float
+    sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float, smoothing: float
 ) -> Floats:
-    """Error of each token's loss: of lse, of the target's logit, of their difference."""
+    """Error of each token's loss: of lse, of the target's logit, of their difference.
+
+    Smoothed: also of the mean of all logits, which is a sum and a division, of its difference to lse (both parts of
+    the loss are >= 0), and of two products with factors that are rounded themselves, and their sum.
+    """
     rows = np.arange(labels_T.size)
     target_T = finite(sm.z_TV[rows, np.clip(labels_T.astype(np.int64), 0, sm.z_TV.shape[-1] - 1)])
     loss_T = np.abs(finite(expected.token_loss_T))
-    return np.asarray(sm.err_lse_T + err_z_T + u * (np.abs(target_T) + 2 * loss_T))
+    err_T = sm.err_lse_T + err_z_T + u * (np.abs(target_T) + 2 * loss_T)
+    if smoothing:
+        vocab = sm.z_TV.shape[-1]
+        mean_T = np.mean(np.abs(finite(sm.z_TV)), axis=-1)
+        err_T = err_T + u * (smoothing * (sum_growth(vocab) + 2) * mean_T + 5 * loss_T)
+    return np.asarray(err_T)
 
 
 def _gradient_errors(
-    sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat
+    sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat, smoothing: float
 ) -> tuple[Floats, Floats]:
-    """coef (p - onehot), and its error."""
-    dz_TV = sm.p_TV.copy()
+    """coef (p - q), and its error.
+
+    Smoothed: e/V and 1 - e are rounded as they are made, multiplied and added (4 each); and who multiplies p with the
+    sum of q in place of 1 has the error of a sum of V terms e/V in it.
+    """
+    dz_TV, vocab = sm.p_TV - smoothing / sm.z_TV.shape[-1], sm.z_TV.shape[-1]
     rows = np.flatnonzero(coef_T != 0)
-    inside = (labels_T[rows] >= 0) & (labels_T[rows] < dz_TV.shape[-1])
-    dz_TV[rows[inside], labels_T[rows[inside]].astype(np.int64)] -= 1
+    inside = (labels_T[rows] >= 0) & (labels_T[rows] < vocab)
+    targets = rows[inside], labels_T[rows[inside]].astype(np.int64)
+    dz_TV[targets] -= 1 - smoothing
     error_TV = sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    if smoothing:
+        error_TV += inner.u * smoothing * (4 / vocab + sum_growth(vocab) * sm.p_TV)
+        error_TV[targets] += inner.u * 4 * (1 - smoothing)
     coef_T1 = np.abs(coef_T)[:, None]
     error_TV = np.where(coef_T1 == 0, 0.0, coef_T1 * error_TV + inner.near_zero)
     return np.where(coef_T1 == 0, 0.0, coef_T[:, None] * dz_TV), finite(error_TV)
@@ -142,6 +174,7 @@ RANDOM_FIELDS = {
     "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
     "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
     "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
+    "label_smoothing": lambda rng: float(rng.choice([0.0, 0.0, 0.1, 0.9])),
 }
 
 DEFINITION = LossDef(

@@ -128,6 +128,20 @@ RECIPES = (
         {"fp32_upcast": False},
         ("fp32_upcast",),
     ),
+    Recipe(
+        "smoothing",
+        "mass taken off the label but not spread, or spread over one shard's classes",
+        {"label_smoothing": 0.1, "reduction": "none"},
+        ("label_smoothing",),
+        extras=("upstream",),
+    ),
+    Recipe(
+        "smoothing-weights",
+        "smoothing that leaves out weights and count",
+        {"label_smoothing": 0.3},
+        ("label_smoothing",),
+        extras=("loss_weights", "count"),
+    ),
     Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
 )
 

@@ -77,6 +77,7 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
     reduction: str = "sum"
     tp_group: TPGroup = None
     inplace_grad: bool = False
+    label_smoothing: float = 0.0
     config_class = MaskedCrossEntropyConfig
 
 
@@ -93,6 +94,7 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
     reduction: str = "sum"
     tp_group: TPGroup = None
     inplace_grad: bool = False
+    label_smoothing: float = 0.0
     config_class = TEParallelCEConfig
 
 

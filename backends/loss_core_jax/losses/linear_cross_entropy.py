@@ -61,6 +61,7 @@ class FusedLinearCrossEntropy(Loss):
     tp_group: TPGroup = None
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
+    label_smoothing: float = 0.0
     config_class = FusedLinearCEConfig
     # Numbers that give arrays their shape: no arrays themselves, for the bridge.
     static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)

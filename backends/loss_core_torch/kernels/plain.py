@@ -68,15 +68,15 @@ def _cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, keep_T: Tensor | None, objective: Objective, reduction: str = "none"
 ) -> Tensor:
     """Loss of each token, 0 where ignored; or their sum or mean, where none is."""
+    vocab, smoothing = logits_TV.shape[1], objective.label_smoothing
     if keep_T is None and may_read(labels_T):
         # Each was seen to be a class; F.cross_entropy ignores none.
-        return F.cross_entropy(logits_TV, labels_T, reduction=reduction, ignore_index=-1)
-    vocab = logits_TV.shape[1]
+        return F.cross_entropy(logits_TV, labels_T, ignore_index=-1, reduction=reduction, label_smoothing=smoothing)
     # A label that is no class was seen too late for an error: its loss will be multiplied by NaN, and its gradient must
     # not be that of an ignored row.
     targets_T = labels_T.clamp(0, vocab - 1)
     targets_T = targets_T if keep_T is None else targets_T.masked_fill(~keep_T, vocab)
-    return F.cross_entropy(logits_TV, targets_T, reduction=reduction, ignore_index=vocab)
+    return F.cross_entropy(logits_TV, targets_T, ignore_index=vocab, reduction=reduction, label_smoothing=smoothing)
 
 
 def _matrix(logits: Tensor, keep_T: Tensor | None) -> Tensor:

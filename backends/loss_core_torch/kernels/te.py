@@ -93,9 +93,15 @@ class TELosses(WholeLosses):
         Args:
             rows: logits in float32 or bfloat16, not changed.
         Raises:
-            BackendUnavailable: no usable TE, or logits of a device or dtype that it does not take.
+            BackendUnavailable: no usable TE, logits of a device or dtype that it does not take, or label smoothing over
+                a group, which TE spreads over this rank's classes alone.
         """
         record(self.flag)
+        if objective.label_smoothing and group is not None:
+            raise BackendUnavailable(
+                f"'{self.flag}' is wrong with label_smoothing over a group, got {objective.label_smoothing}: use "
+                "'torch:eager' or 'torch:triton'."
+            )
         logits, keep_T = rows.logits, rows.keep_T
         self._check(logits)
         if logits.numel() == 0:
@@ -105,7 +111,7 @@ class TELosses(WholeLosses):
         labels_T = torch.where((rows.labels_T >= 0) & (rows.labels_T < objective.num_classes), rows.labels_T, 0)
         if keep_T is not None:
             labels_T = torch.where(keep_T, labels_T, _IGNORED)
-        loss_T: Tensor = _CrossEntropy.apply(logits, labels_T, keep_T, group, self._entry)
+        loss_T: Tensor = _CrossEntropy.apply(logits, labels_T, keep_T, objective.label_smoothing, group, self._entry)
         return _reduced(loss_T, reduction)
 
     @cached_property
@@ -126,15 +132,18 @@ class TELosses(WholeLosses):
 class _CrossEntropy(Function):
     """TE's own graph in a function of ours: what TE does not promise is added on both of its sides.
 
-    Inputs: logits [..., V]; labels_T [T] int64, -100 for ignored tokens; keep_T [T] bool or None; the group; the entry.
+    Inputs: logits [..., V]; labels_T [T] int64, -100 for ignored tokens; keep_T [T] bool or None; label smoothing; the
+    group; the entry.
     Output: loss_T, [T] float32.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels_T: Tensor, keep_T: Tensor | None, group: Any, entry: Entry) -> Tensor:
-        ctx.group, ctx.entry = group, entry
+    def forward(
+        ctx: Any, logits: Tensor, labels_T: Tensor, keep_T: Tensor | None, smoothing: float, group: Any, entry: Entry
+    ) -> Tensor:
+        ctx.smoothing, ctx.group, ctx.entry = smoothing, group, entry
         ctx.save_for_backward(logits, labels_T, keep_T)
-        ctx.run = _run(entry, logits, labels_T, group, ctx.needs_input_grad[0])
+        ctx.run = _run(entry, logits, labels_T, smoothing, group, ctx.needs_input_grad[0])
         # A tensor of our own: not a view into TE's graph. TE has 0 for ignored tokens, too.
         return ctx.run[0].detach().reshape(-1).clone()
 
@@ -145,13 +154,15 @@ class _CrossEntropy(Function):
         if keep_T is not None:
             coef_T = coef_T.masked_fill(~keep_T, 0.0)
         # TE's backward writes into its buffers, so they serve once; a second backward makes new ones.
-        run, ctx.run = ctx.run or _run(ctx.entry, logits, labels_T, ctx.group, True), None
+        run, ctx.run = ctx.run or _run(ctx.entry, logits, labels_T, ctx.smoothing, ctx.group, True), None
         with torch.no_grad():
             grad = _gradient(ctx.entry, run[0], run[1], coef_T).to(logits.dtype).reshape(logits.shape)
-        return once_differentiable(grad, logits, grads[0]), None, None, None, None
+        return once_differentiable(grad, logits, grads[0]), None, None, None, None, None
 
 
-def _run(entry: Entry, logits: Tensor, labels_T: Tensor, group: Any, want_grad: bool) -> tuple[Tensor, Tensor]:
+def _run(
+    entry: Entry, logits: Tensor, labels_T: Tensor, smoothing: float, group: Any, want_grad: bool
+) -> tuple[Tensor, Tensor]:
     """TE's loss [B, S], with its graph behind it, and the tensor [B, S, V] that this graph starts from."""
     start_BSV = _as_rows(logits.detach())
     if not entry.preserves:
@@ -163,7 +174,7 @@ def _run(entry: Entry, logits: Tensor, labels_T: Tensor, group: Any, want_grad: 
     # Triton launches on the current device, whichever device the tensors are on.
     with torch.set_grad_enabled(want_grad), torch.cuda.device_of(start_BSV):
         # By position: the first argument's name differs, the order does not.
-        loss_BS = entry.parallel_cross_entropy(start_BSV, labels_T.view(start_BSV.shape[:2]), 0.0, False, group)
+        loss_BS = entry.parallel_cross_entropy(start_BSV, labels_T.view(start_BSV.shape[:2]), smoothing, False, group)
     return loss_BS, start_BSV
 
 

@@ -28,6 +28,7 @@ class _LogitsCrossEntropy(LossModule):
     reduction: str
     fp32_upcast: bool = True
     inplace_grad: bool = False
+    label_smoothing: float = 0.0
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
         if self.inplace_grad:
@@ -178,7 +179,7 @@ class _LogitsCrossEntropy(LossModule):
 class MaskedCrossEntropy(_LogitsCrossEntropy):
     """Cross entropy over logits, with a mask. Config: `loss_core.MaskedCrossEntropyConfig`."""
 
-    _fields = ("fp32_upcast", "ignore_index", "reduction", "inplace_grad")
+    _fields = ("fp32_upcast", "ignore_index", "reduction", "inplace_grad", "label_smoothing")
 
     def __init__(
         self,
@@ -187,12 +188,13 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
         reduction: str = "sum",
         tp_group: Any = None,
         inplace_grad: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
         """Fields as in MaskedCrossEntropyConfig, which validates them."""
         super().__init__()
-        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad)
+        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad, label_smoothing)
         self.fp32_upcast, self.ignore_index, self.reduction = config.fp32_upcast, config.ignore_index, config.reduction
-        self.tp_group, self.inplace_grad = tp_group, config.inplace_grad
+        self.tp_group, self.inplace_grad, self.label_smoothing = tp_group, config.inplace_grad, config.label_smoothing
 
 
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
@@ -201,13 +203,18 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
     Config: `loss_core.TEParallelCEConfig`. The name is NeMo AutoModel's; any kernel can run it.
     """
 
-    _fields = ("ignore_index", "reduction", "inplace_grad")
+    _fields = ("ignore_index", "reduction", "inplace_grad", "label_smoothing")
 
     def __init__(
-        self, ignore_index: int = -100, reduction: str = "sum", tp_group: Any = None, inplace_grad: bool = False
+        self,
+        ignore_index: int = -100,
+        reduction: str = "sum",
+        tp_group: Any = None,
+        inplace_grad: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
         """Fields as in TEParallelCEConfig, which validates them."""
         super().__init__()
-        config = TEParallelCEConfig(ignore_index, reduction, None, inplace_grad)
+        config = TEParallelCEConfig(ignore_index, reduction, None, inplace_grad, label_smoothing)
         self.ignore_index, self.reduction, self.tp_group = config.ignore_index, config.reduction, tp_group
-        self.inplace_grad = config.inplace_grad
+        self.inplace_grad, self.label_smoothing = config.inplace_grad, config.label_smoothing

@@ -56,12 +56,12 @@ def fold(m_L, s_L):
 
 
 @triton.jit
-def cross_entropy_coefficients(m, s, t, z_sum, upstream):
+def cross_entropy_coefficients(s, upstream, num_classes, LABEL_SMOOTHING: tl.constexpr):
     """(scale, target, uniform) of a row's gradient; mirrors `row_terms.cross_entropy_coefficients`.
 
-    `uniform` is used only where the loss needs z_sum; without, z_sum is None.
+    `uniform` is used only where the loss needs z_sum.
     """
-    return upstream / s, -upstream, 0.0
+    return upstream / s, upstream * (LABEL_SMOOTHING - 1.0), upstream * LABEL_SMOOTHING / num_classes
 
 
 # --- terms of pairs of rows
@@ -352,7 +352,7 @@ def row_kernel(
     z_sum_ptr,  # [T], or None
     num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
-    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Terms and gradient of one row: program (row). A coefficient of 0 gives a gradient of 0, whatever the row holds.
 
@@ -377,7 +377,7 @@ def row_kernel(
     if ignored | (coef == 0):
         store_zeros(grad_ptr, 0, vocab, grad_layout, BLOCK_V)
         return
-    scale, target, uniform = cross_entropy_coefficients(m, s, t, z_sum, coef)
+    scale, target, uniform = cross_entropy_coefficients(s, coef, num_classes, LABEL_SMOOTHING)
     # The sum of all logits has the same gradient for each: a loss with z_sum has a uniform part.
     write_row_grad(
         grad_ptr, row_ptr, 0, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype, SOFTCAP,

@@ -16,7 +16,7 @@ import triton.language as tl
 from loss_core import row_terms
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Layout, layout
-from on_torch.kernels.gpu.sets import WithZSum, layouts
+from on_torch.kernels.gpu.sets import layouts
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 
@@ -162,26 +162,27 @@ def test_tanh(flag):
 
 
 @triton.jit
-def _coefficients_kernel(m_ptr, s_ptr, t_ptr, z_sum_ptr, upstream_ptr, out_ptr, T: tl.constexpr):
+def _coefficients_kernel(s_ptr, upstream_ptr, out_ptr, num_classes, LABEL_SMOOTHING: tl.constexpr, T: tl.constexpr):
     offs = tl.arange(0, T)
-    terms = tl.load(m_ptr + offs), tl.load(s_ptr + offs), tl.load(t_ptr + offs), tl.load(z_sum_ptr + offs)
     scale, target, uniform = kernels.cross_entropy_coefficients(
-        terms[0], terms[1], terms[2], terms[3], tl.load(upstream_ptr + offs)
+        tl.load(s_ptr + offs), tl.load(upstream_ptr + offs), num_classes, LABEL_SMOOTHING
     )
     tl.store(out_ptr + offs, scale)
     tl.store(out_ptr + T + offs, target)
-    tl.store(out_ptr + 2 * T + offs, tl.zeros([T], tl.float32) + uniform)
+    tl.store(out_ptr + 2 * T + offs, uniform)
 
 
-def test_coefficients_are_those_of_row_terms(flag):
-    z_TV = torch.randn(8, 11) * 3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_coefficients_are_those_of_row_terms(flag, smoothing, dtype):
+    z_TV = torch.randn(8, 11, dtype=dtype) * 3
     m_T = z_TV.amax(-1)
     terms = row_terms.RowTerms(m_T, (z_TV - m_T[:, None]).exp().sum(-1), z_TV[:, 4], z_TV.sum(-1))
-    upstream_T, out = torch.randn(8), torch.empty(3, 8)
-    _coefficients_kernel[(1,)](*terms, upstream_T, out, T=8)
-    expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, WithZSum(11))
+    upstream_T, out = torch.randn(8, dtype=dtype), torch.empty(3, 8, dtype=dtype)
+    _coefficients_kernel[(1,)](terms.s, upstream_T, out, 11, LABEL_SMOOTHING=smoothing, T=8)
+    expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, row_terms.Objective(11, smoothing))
     for got, want in zip(out, expected, strict=True):
-        torch.testing.assert_close(got, torch.zeros(8) if want is None else want)
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
 
 
 @triton.jit
