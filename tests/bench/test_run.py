@@ -26,10 +26,21 @@ from loss_core.dispatch.protocol import BackendUnavailable
 SMALL = {"threads": 1, "rounds": 4}
 
 
+# One process of pytest-xdist runs them, so that they share the report.
+pytestmark = pytest.mark.xdist_group("bench")
+
+
 @pytest.fixture(scope="module")
 def report():
     """One run on both frameworks, which several tests look at."""
-    return bench("KDLoss", shapes=[(64, 1000)], peers=["plain-jax"], ignored=0.25, **SMALL)
+    return bench(
+        "KDLoss",
+        ["torch:plain", "torch:eager", "jax:xla"],
+        shapes=[(64, 1000)],
+        peers=["plain-jax"],
+        ignored=0.25,
+        **SMALL,
+    )
 
 
 def test_every_implementation_has_time_memory_and_error(report):

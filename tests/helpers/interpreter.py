@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 FLAG = "torch:triton"
+# One process of pytest-xdist takes all cells, so that no other waits for their results.
+GROUP = "interpreted"
 ON = os.environ.get("TRITON_INTERPRET") == "1"
 
 _WANTED = "LOSS_CORE_TESTS_INTERPRETED"
@@ -39,16 +41,21 @@ def results(session: pytest.Session, folder: Path) -> dict[str, str]:
     """What became of each of the session's cells: "" where it passed, else the report of the failure.
 
     Args:
-        folder: that the processes of pytest-xdist share; the first to come runs the cells, the others wait.
+        folder: that the processes of pytest-xdist share; the first to come runs the cells, any other waits.
     """
     from filelock import FileLock
 
     stored = folder / "interpreted.json"
     with FileLock(folder / "interpreted.lock"):
         if not stored.exists():
-            stored.write_text(json.dumps(_run([item.nodeid for item in session.items if is_interpreted(item)], folder)))
+            stored.write_text(json.dumps(_run([cell(item) for item in session.items if is_interpreted(item)], folder)))
     found: dict[str, str] = json.loads(stored.read_text())
     return found
+
+
+def cell(item: pytest.Item) -> str:
+    """The id of a test, without the group that pytest-xdist adds."""
+    return item.nodeid.removesuffix(f"@{GROUP}")
 
 
 def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
@@ -57,8 +64,8 @@ def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
     files = sorted({nodeid.partition("::")[0] for nodeid in nodeids})
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", _WANTED: str(wanted), _RESULTS: str(stored)}
-    # Without the addopts of the session: neither its processes nor its reports are meant here.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    # Neither the processes nor the reports of the session are meant here.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
     if not stored.exists():
         return dict.fromkeys(nodeids, f"the interpreter's process failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -16,11 +16,15 @@ def _folder_of_all_processes(request, tmp_path_factory):
     request.config.stash[_FOLDER] = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
+# Before pytest-xdist's own, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     left = interpreter.left_out(items)
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
+    for item in filter(interpreter.is_interpreted, items):
+        item.add_marker(pytest.mark.xdist_group(interpreter.GROUP))
 
 
 def pytest_runtest_logreport(report):
@@ -32,7 +36,7 @@ def pytest_pyfunc_call(pyfuncitem):
     if interpreter.ON or not interpreter.is_interpreted(pyfuncitem):
         return None
     results = interpreter.results(pyfuncitem.session, pyfuncitem.config.stash[_FOLDER])
-    text = results[pyfuncitem.nodeid]
+    text = results[interpreter.cell(pyfuncitem)]
     if text.startswith("skipped: "):
         pytest.skip(text)
     if text:

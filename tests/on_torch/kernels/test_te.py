@@ -27,6 +27,8 @@ from on_torch.kernels import te_worker
 TESTS = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("te_worker.py")
 TE_MODULE = "transformer_engine.pytorch.cross_entropy"
+# One process of pytest-xdist runs them, so that they share the outcomes of each worker.
+pytestmark = pytest.mark.xdist_group("te")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels but for Linux")
 
 
