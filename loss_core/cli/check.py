@@ -190,7 +190,7 @@ def _captured(path: Path | None, losses: Sequence[str | LossConfig]) -> Captured
 def _check_ran(report: Report, device: str | None) -> None:
     """Tell a wrong request from a wrong kernel."""
     if not report.rows:
-        raise UsageProblem("Nothing could be run: " + "; ".join(report.skipped) + ".")
+        raise UsageProblem("Nothing could be run: " + "; ".join(report.skipped).rstrip(".") + ".")
     problems = {finding.problem for finding in report.failures}
     runs = sum(row.cases for row in report.rows)
     if device and len(problems) == 1 and "" not in problems and len(report.failures) == runs:

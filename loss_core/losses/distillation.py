@@ -107,10 +107,19 @@ def _same_logits(drawn: Any) -> None:
     drawn.arrays["teacher_logits"] = drawn.arrays["student_logits"].copy()
 
 
+def _no_classes(drawn: Any) -> None:
+    labels = drawn.arrays["labels"]
+    others = drawn.rng.choice([-1, drawn.recipe.vocab, 2**31 - 1, -(2**31)], labels.shape)
+    drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, others)
+
+
 RECIPES = (
     Recipe("many-tokens-kd", "errors between row blocks", {"chunk_size": 5}),
     Recipe("temperature", "a missing T^2, or a T in the wrong place", {"temperature": 2.5}),
     Recipe("cold", "a temperature below 1", {"temperature": 0.5}, extras=("count",)),
+    Recipe(
+        "no-classes", "a label compared with the classes, which only says whether its token counts", change=_no_classes
+    ),
     Recipe("same-logits", "a divergence of equal distributions that is not 0", change=_same_logits),
 )
 
