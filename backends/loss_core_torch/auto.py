@@ -68,8 +68,6 @@ RULES = (
 )
 
 
-# Bounded, and read once for each kind of call: what `--tune` writes counts from the next process on.
-@lru_cache(maxsize=1024)
 def choose(
     loss: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], candidates: tuple[str, ...]
 ) -> KernelChoice:
@@ -80,15 +78,32 @@ def choose(
         shape: (T, V), or (T, V, H) for the fused loss.
         candidates: kernels that have this loss and can be used.
     """
+    # A choice that is made while a CUDA graph is captured can't be checked, and holds for that graph alone.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return chosen(loss, device, dtype, shape, candidates, torch.get_num_threads(), capturing)
+
+
+# Bounded, and read once for each kind of call: what `--tune` writes counts from the next process on.
+@lru_cache(maxsize=1024)
+def chosen(
+    loss: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    candidates: tuple[str, ...],
+    threads: int,
+    capturing: bool,
+) -> KernelChoice:
+    """As `choose`, once for each kind of call."""
     flag = tuned_choice(
         loss, _device_name(device), str(dtype).removeprefix("torch."), shape, version=str(torch.__version__),
-        threads=torch.get_num_threads(),
+        threads=threads,
     )  # fmt: skip
     if flag is not None and parse_flag(flag).kernel in candidates:
         why = "the fastest on this machine for such a call, by `loss-core bench --tune`"
         return KernelChoice(flag, why, candidates)
     choice = by_rule(device.type, candidates, shape[0] * shape[1])
-    if choice.flag == "torch:triton" and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if choice.flag == "torch:triton" and device.type == "cuda" and not capturing:
         return where_it_agrees(choice, cast(KernelSet, kernels.find("triton")), device, dtype)
     return choice
 

@@ -123,6 +123,23 @@ def outside_of_functorch() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def outside_of_fx() -> Iterator[None]:
+    """What runs in here may call what torch.compile has made, although a graph is being traced by torch.fx around it.
+
+    For the body of an operator, which the trace does not look into. Seen in torch 2.10, 2.13.
+    """
+    tracer: Any = torch.fx._symbolic_trace
+    if not tracer._is_fx_tracing_flag:
+        yield
+        return
+    tracer._is_fx_tracing_flag = False
+    try:
+        yield
+    finally:
+        tracer._is_fx_tracing_flag = True
+
+
 def without_wrappers(value: Any) -> Any:
     """The tensor in memory behind what a torch.func gradient has wrapped; any other value as it is.
 

@@ -22,10 +22,10 @@ COMPILE = flag_status("torch:compile")
 def tuned(tmp_path, monkeypatch):
     """A cache of choices of its own; returns a function that adds one."""
     monkeypatch.setenv("LOSS_CORE_CACHE", str(tmp_path))
-    auto.choose.cache_clear()
+    auto.chosen.cache_clear()
     here = {"backend": "torch", "device": "cpu", "version": str(torch.__version__), "threads": torch.get_num_threads()}
     yield lambda **entry: store_choices([{**here, "dtype": "float32", **entry}])
-    auto.choose.cache_clear()
+    auto.chosen.cache_clear()
 
 
 def _ran(loss, config, **sizes):
@@ -124,6 +124,17 @@ def test_each_call_has_its_own_choice(tuned):
     choice = loss.kernel_for(CPU, torch.float32, (5, 9))
     assert choice.flag == "torch:eager"
     assert "--tune" in choice.reason
+
+
+def test_what_was_measured_with_other_threads_is_not_taken(tuned):
+    tuned(loss="MaskedCrossEntropy", shape=(4, 8), flag="torch:eager")
+    loss, threads = MaskedCrossEntropyConfig().build(backend="torch"), torch.get_num_threads()
+    assert loss.kernel_for(CPU, torch.float32, (4, 8)).flag == "torch:eager"
+    torch.set_num_threads(threads + 1)
+    try:
+        assert loss.kernel_for(CPU, torch.float32, (4, 8)).flag == "torch:plain"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not COMPILE.usable, reason=COMPILE.reason)

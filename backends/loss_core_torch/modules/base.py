@@ -51,6 +51,13 @@ class LossModule(nn.Module):
         self._kernels = kernels
         return self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What torch.compile can't put into a graph of its caller's (see `_refuse_transforms`) it runs frame by frame,
+        # and makes wrong graphs of the frames below this one, since it does not know of the transform around them.
+        if compat.in_functorch_transform() and not torch.compiler.is_compiling():
+            return _outside_of_graphs(super().__call__, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def kernel_for(
         self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], whole: bool | None = None
     ) -> KernelChoice:
@@ -115,6 +122,11 @@ class LossModule(nn.Module):
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in self._fields]
         return ", ".join([*values, f"kernel={self.kernel_choice.flag!r}"])
+
+
+@compat.outside_of_graphs
+def _outside_of_graphs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
 
 
 def is_whole(tp_group: Any, *tensors: Any) -> bool:

@@ -28,7 +28,6 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("worker", SCENARIOS)
 def test_on_four_devices(worker: str) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])

@@ -65,7 +65,7 @@ def run(function: Callable[..., Any], *tensors: Tensor, static: tuple[Any, ...] 
     """
     kinds = tuple(_Kind(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference()) for x in tensors)
     long = tensors[0].shape[1] > LONG_ROW
-    with torch.no_grad(), compat.outside_of_functorch():
+    with torch.no_grad(), compat.outside_of_functorch(), compat.outside_of_fx():
         program = _program(function, kinds, _SAMPLE[1 + long], static[1:], torch.get_num_threads(), bool(static))
         return program(*(x.detach() for x in tensors), *static)
 
