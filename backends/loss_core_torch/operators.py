@@ -1,16 +1,16 @@
 """The methods of a `KernelSet`, called as they are, or as custom operators where a call is traced.
 
 torch.compile, make_fx and fake tensors then see one operator in place of loops over blocks, whose number may depend on
-the data. Tuples are flattened here and nowhere else. Each call records which kernels ran.
+the data. NamedTuples are flattened here and nowhere else. Each call records which kernels ran.
 """
 
 # T = tokens (rows), V = vocabulary (of this rank), H = hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,146 +19,80 @@ from torch.utils.flop_counter import register_flop_formula
 from loss_core.dispatch.observed import record
 from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
 from loss_core_torch import compat
-from loss_core_torch.kernels import KernelSet, Linear, Pairs, Rows, find
+from loss_core_torch.kernels import Into, KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted, find
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
 from loss_core_torch.tracing import compute_dtype, is_traced, no_autocast
 
-_OPS: Any = torch.ops.loss_core
+# How an operator's schema has a type; terms and coefficients are arrays of any library, some of them left out.
+_SCHEMA = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", Any: "Tensor?", Any | None: "Tensor?", int: "SymInt", float: "float",
+    bool: "bool", torch.dtype: "ScalarType",
+}  # fmt: skip
 
 
-def row_terms(kernels: KernelSet, rows: Rows, objective: Objective) -> RowTerms:
-    """See `KernelSet.row_terms`."""
-    if is_traced(rows.logits, rows.labels_T):
-        return RowTerms(*_OPS.row_terms(_name(kernels), *rows, *_flat(objective)))
-    return _run(kernels, "row_terms", rows.logits, rows, objective)
+class _Method:
+    """A method of kernel sets. Called with a set and the method's arguments, of which `into` is for calls as it is.
 
+    Args:
+        name: of the method and of the operator.
+        fake: the results of the operator, without values, from the method's arguments.
+        result: what the method returns, from a list of the operator's results.
+        arguments: types of the method's arguments, by name.
+    """
 
-def row_grad(
-    kernels: KernelSet,
-    rows: Rows,
-    terms: RowTerms,
-    coefficients: Coefficients,
-    out: Tensor | None = None,
-    unless_one: Tensor | None = None,
-) -> Tensor:
-    """See `KernelSet.row_grad`."""
-    if is_traced(rows.logits, rows.labels_T):
-        found: Tensor = _OPS.row_grad(_name(kernels), *rows, *terms[:3], *coefficients)
-        return found
-    return _run(kernels, "row_grad", rows.logits, rows, terms, coefficients, out, unless_one)
-
-
-def row_terms_and_grad(kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
-    """See `KernelSet.row_terms_and_grad`; not for traced calls, which can't hand a gradient on."""
-    return _run(kernels, "row_terms_and_grad", rows.logits, rows, coef_T, objective)
-
-
-def pair_terms(kernels: KernelSet, pairs: Pairs) -> PairTerms:
-    """See `KernelSet.pair_terms`."""
-    if is_traced(pairs.student, pairs.teacher):
-        return PairTerms(*_OPS.pair_terms(_name(kernels), *pairs))
-    return _run(kernels, "pair_terms", pairs.student, pairs)
-
-
-def pair_grad(
-    kernels: KernelSet,
-    pairs: Pairs,
-    terms: PairTerms,
-    kl_T: Tensor,
-    coef_T: Tensor,
-    of_teacher: bool,
-    out: Tensor | None = None,
-    unless_one: Tensor | None = None,
-) -> Tensor:
-    """See `KernelSet.pair_grad`."""
-    if is_traced(pairs.student, pairs.teacher):
-        found: Tensor = _OPS.pair_grad(_name(kernels), *pairs, *terms, kl_T, coef_T, of_teacher)
-        return found
-    return _run(kernels, "pair_grad", pairs.student, pairs, terms, kl_T, coef_T, of_teacher, out, unless_one)
-
-
-def pair_terms_and_grad(kernels: KernelSet, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
-    """See `KernelSet.pair_terms_and_grad`; not for traced calls."""
-    return _run(kernels, "pair_terms_and_grad", pairs.student, pairs, coef_T)
-
-
-def linear_terms(
-    kernels: KernelSet, linear: Linear, objective: Objective, keep_logits: bool
-) -> tuple[RowTerms, Tensor]:
-    """See `KernelSet.linear_terms`. Where a call is traced, no logits are kept."""
-    if is_traced(linear.h_TH, linear.w_VH):
-        terms = RowTerms(*_OPS.linear_terms(_name(kernels), *linear, *_flat(objective)))
-        return terms, terms.m.new_empty(0)
-    return _run(kernels, "linear_terms", linear.h_TH, linear, objective, keep_logits)
-
-
-def linear_grads(
-    kernels: KernelSet,
-    linear: Linear,
-    terms: RowTerms,
-    upstream_T: Tensor,
-    objective: Objective,
-    want: tuple[bool, bool],
-    logits: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """See `KernelSet.linear_grads`."""
-    if is_traced(linear.h_TH, linear.w_VH):
-        found = _OPS.linear_grads(_name(kernels), *linear, list(_present(terms)), upstream_T, *_flat(objective), *want)
-        return found[0], found[1]
-    return _run(kernels, "linear_grads", linear.h_TH, linear, terms, upstream_T, objective, want, logits)
-
-
-def linear_terms_and_grads(
-    kernels: KernelSet, linear: Linear, coef_T: Tensor, objective: Objective, want: tuple[bool, bool]
-) -> tuple[RowTerms, Tensor, Tensor]:
-    """See `KernelSet.linear_terms_and_grads`."""
-    if is_traced(linear.h_TH, linear.w_VH):
-        *terms, grad_h, grad_w = _OPS.linear_terms_and_grads(_name(kernels), *linear, coef_T, *_flat(objective), *want)
-        return RowTerms(*terms), grad_h, grad_w
-    return _run(kernels, "linear_terms_and_grads", linear.h_TH, linear, coef_T, objective, want)
-
-
-def _run(kernels: KernelSet, method: str, like: Tensor, *args: Any) -> Any:
-    """A method of the set, which is recorded as the one that ran, whatever autocast and precision switches say."""
-    record(kernels.flag)
-    function = getattr(kernels, method)
-    exact = compat.full_float32_products() if method.startswith("linear") else nullcontext()
-    with exact, no_autocast(like):
-        return compat.on_each_rank(function, *args)
-
-
-def _name(kernels: KernelSet) -> str:
-    return kernels.flag.partition(":")[2]
-
-
-def _named(kernel: str) -> KernelSet:
-    return cast(KernelSet, find(kernel))
-
-
-def _flat(objective: Objective) -> tuple[int, list[float]]:
-    return objective.num_classes, [float(option) for option in tuple(objective)[1:]]
-
-
-def _objective(num_classes: int, options: Sequence[float]) -> Objective:
-    return Objective(num_classes, *options)
-
-
-def _present(terms: RowTerms) -> tuple[Tensor, ...]:
-    """The terms that were made."""
-    return tuple(term for term in terms if term is not None)
-
-
-def _operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function as an operator of its name, whose results have the shapes that `fake` gives."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__name__.removeprefix("_run_")
-        operator: Any = torch.library.custom_op(f"loss_core::{name}", function, mutates_args=())
-        operator.register_fake(fake)
+    def __init__(
+        self, name: str, fake: Callable[..., list[Tensor]], result: Callable[[list[Tensor]], Any], **arguments: Any
+    ) -> None:
+        self._name, self._fake, self._result, self._types = name, fake, result, tuple(arguments.values())
+        schema = ", ".join(f"{kind} {argument}" for argument, kind in _schema(arguments))
+        operator: Any = torch.library.custom_op(
+            f"loss_core::{name}", self._operate, mutates_args=(), schema=f"(str kernel, {schema}) -> Tensor[]"
+        )
+        operator.register_fake(lambda kernel, *flat: self._fake(*_nested(self._types, iter(flat))))
         operator.register_autograd(_refuse)
-        return function
+        self._operator = operator
 
-    return register
+    def __call__(self, kernels: KernelSet, *args: Any, into: Into | None = None) -> Any:
+        if is_traced(*args[0][:2]):
+            return self._result(self._operator(kernels.flag.partition(":")[2], *_flat(args)))
+        return self._run(kernels, *args, *([] if into is None else [into]))
+
+    def _run(self, kernels: KernelSet, *args: Any) -> Any:
+        """The set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
+        record(kernels.flag)
+        function = getattr(kernels, self._name)
+        exact = compat.full_float32_products() if isinstance(args[0], Linear) else nullcontext()
+        with exact, no_autocast(args[0][0]):
+            return compat.on_each_rank(function, *args)
+
+    def _operate(self, kernel: str, *flat: Any) -> list[Tensor]:
+        found = self._run(find(kernel), *_nested(self._types, iter(flat)))  # type: ignore[arg-type]
+        return [x for x in _flat([found]) if x is not None]
+
+
+def _schema(arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and type of each flattened argument."""
+    for name, kind in arguments.items():
+        if hasattr(kind, "_fields"):
+            yield from _schema({f"{name}_{field}": hint for field, hint in get_type_hints(kind).items()})
+        else:
+            yield name, _SCHEMA[kind]
+
+
+def _flat(args: Sequence[Any]) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _flat(arg)
+        else:
+            yield arg
+
+
+def _nested(types: Sequence[Any], flat: Iterator[Any]) -> list[Any]:
+    """Values of these types from their flattened parts."""
+    return [
+        kind(*_nested(tuple(get_type_hints(kind).values()), flat)) if hasattr(kind, "_fields") else next(flat)
+        for kind in types
+    ]
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
@@ -167,243 +101,98 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 
 def _new_terms(like: Tensor, number: Tensor, count: int) -> list[Tensor]:
     """`count` terms, one for each element of `number`."""
-    dtype = compute_dtype(like.dtype)
-    return [torch.empty_like(number, dtype=dtype) for _ in range(count)]
+    return [torch.empty_like(number, dtype=compute_dtype(like.dtype)) for _ in range(count)]
 
 
-def _num_terms(num_classes: int, options: Sequence[float]) -> int:
-    return 3 + _objective(num_classes, options).needs_z_sum
+def _new_row_terms(rows: Rows | Linear, objective: Objective) -> list[Tensor]:
+    return _new_terms(rows[0], rows.labels_T, 3 + objective.needs_z_sum)
 
 
-def _fake_row_terms(
-    kernel: str,
-    logits: Tensor,
-    labels_T: Tensor,
-    keep_T: Tensor | None,
-    vocab_start: int,
-    num_classes: int,
-    options: Sequence[float],
-) -> list[Tensor]:
-    return _new_terms(logits, labels_T, _num_terms(num_classes, options))
+def _new_pair_terms(pairs: Pairs) -> list[Tensor]:
+    student = pairs.student
+    return _new_terms(student, (student[..., 0] if student.shape[-1] else student.sum(-1)).reshape(-1), 5)
 
 
-@_operator(_fake_row_terms)
-def _run_row_terms(
-    kernel: str,
-    logits: Tensor,
-    labels_T: Tensor,
-    keep_T: Tensor | None,
-    vocab_start: int,
-    num_classes: int,
-    options: Sequence[float],
-) -> list[Tensor]:
-    rows = Rows(logits, labels_T, keep_T, vocab_start)
-    return list(_present(_run(_named(kernel), "row_terms", logits, rows, _objective(num_classes, options))))
+def _new_grads(linear: Linear, want: Wanted) -> list[Tensor]:
+    dtype = compute_dtype(linear.h_TH.dtype)
+    wanted = zip((linear.h_TH, linear.w_VH), want, strict=True)
+    return [x.new_empty(x.shape if is_wanted else (0,), dtype=dtype) for x, is_wanted in wanted]
 
 
-def _fake_row_grad(kernel: str, logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+row_terms = _Method("row_terms", _new_row_terms, lambda found: RowTerms(*found), rows=Rows, objective=Objective)
+row_grad = _Method(
+    "row_grad",
+    lambda rows, terms, coefficients: [rows.logits.new_empty(rows.logits.shape)],
+    lambda found: found[0],
+    rows=Rows,
+    terms=RowTerms,
+    coefficients=Coefficients,
+)
+pair_terms = _Method("pair_terms", _new_pair_terms, lambda found: PairTerms(*found), pairs=Pairs)
+pair_grad = _Method(
+    "pair_grad",
+    lambda pairs, terms, wanted: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],
+    lambda found: found[0],
+    pairs=Pairs,
+    terms=PairTerms,
+    coefficients=PairCoefficients,
+)
+linear_terms = _Method(
+    "linear_terms",
+    lambda linear, keep_logits: [
+        *_new_row_terms(linear, linear.objective),
+        *_new_grads(linear, Wanted(False, False))[:1],
+    ],
+    lambda found: (RowTerms(*found[:-1]), found[-1]),
+    linear=Linear,
+    keep_logits=bool,
+)
+linear_grads = _Method(
+    "linear_grads",
+    lambda linear, terms, upstream_T, want, logits: _new_grads(linear, want),
+    tuple,
+    linear=Linear,
+    terms=RowTerms,
+    upstream_T=Tensor,
+    want=Wanted,
+    logits=Tensor,
+)
+linear_terms_and_grads = _Method(
+    "linear_terms_and_grads",
+    lambda linear, coef_T, want: [*_new_row_terms(linear, linear.objective), *_new_grads(linear, want)],
+    lambda found: (RowTerms(*found[:-2]), *found[-2:]),
+    linear=Linear,
+    coef_T=Tensor,
+    want=Wanted,
+)
+# For calls that are not traced alone: a graph can't hand a gradient on.
+row_terms_and_grad = _Method(
+    "row_terms_and_grad",
+    lambda rows, coef_T, objective: [*_new_row_terms(rows, objective), rows.logits.new_empty(rows.logits.shape)],
+    lambda found: (RowTerms(*found[:-1]), found[-1]),
+    rows=Rows,
+    coef_T=Tensor,
+    objective=Objective,
+)
+pair_terms_and_grad = _Method(
+    "pair_terms_and_grad",
+    lambda pairs, coef_T: [*_new_pair_terms(pairs), pairs.student.new_empty(pairs.student.shape)],
+    lambda found: (PairTerms(*found[:-1]), found[-1]),
+    pairs=Pairs,
+    coef_T=Tensor,
+)
 
 
-@_operator(_fake_row_grad)
-def _run_row_grad(
-    kernel: str,
-    logits: Tensor,
-    labels_T: Tensor,
-    keep_T: Tensor | None,
-    vocab_start: int,
-    m_T: Tensor,
-    s_T: Tensor,
-    t_T: Tensor,
-    scale_T: Tensor,
-    target_T: Tensor,
-    uniform_T: Tensor | None,
-) -> Tensor:
-    rows = Rows(logits, labels_T, keep_T, vocab_start)
-    return _run(
-        _named(kernel), "row_grad", logits, rows, RowTerms(m_T, s_T, t_T), Coefficients(scale_T, target_T, uniform_T)
-    )
+def _count_products(operator: Any, products: Callable[[tuple[Any, ...]], int]) -> None:
+    """Tell PyTorch's FLOP counter how many products [T, H] x [H, V] an operator makes."""
+
+    def flops(kernel: str, h_shape: Any, w_shape: Any, *rest: Any, **kwargs: Any) -> int:
+        return 2 * int(h_shape[0] * h_shape[1] * w_shape[0]) * products(rest)
+
+    register_flop_formula(operator)(flops)
 
 
-def _fake_pair_terms(kernel: str, student: Tensor, *rest: Any) -> list[Tensor]:
-    return _new_terms(student, student[..., 0].reshape(-1) if student.shape[-1] else student.sum(-1).reshape(-1), 5)
-
-
-@_operator(_fake_pair_terms)
-def _run_pair_terms(
-    kernel: str,
-    student: Tensor,
-    teacher: Tensor,
-    keep_T: Tensor | None,
-    inverse_temperature: float,
-    chunk_size: int,
-) -> list[Tensor]:
-    return list(
-        _run(_named(kernel), "pair_terms", student, Pairs(student, teacher, keep_T, inverse_temperature, chunk_size))
-    )
-
-
-def _fake_pair_grad(kernel: str, student: Tensor, teacher: Tensor, *rest: Any) -> Tensor:
-    like = teacher if rest[-1] else student
-    return like.new_empty(like.shape)
-
-
-@_operator(_fake_pair_grad)
-def _run_pair_grad(
-    kernel: str,
-    student: Tensor,
-    teacher: Tensor,
-    keep_T: Tensor | None,
-    inverse_temperature: float,
-    chunk_size: int,
-    m_t_T: Tensor,
-    s_t_T: Tensor,
-    a_T: Tensor,
-    m_s_T: Tensor,
-    s_s_T: Tensor,
-    kl_T: Tensor,
-    coef_T: Tensor,
-    of_teacher: bool,
-) -> Tensor:
-    pairs = Pairs(student, teacher, keep_T, inverse_temperature, chunk_size)
-    return _run(
-        _named(kernel),
-        "pair_grad",
-        student,
-        pairs,
-        PairTerms(m_t_T, s_t_T, a_T, m_s_T, s_s_T),
-        kl_T,
-        coef_T,
-        of_teacher,
-    )
-
-
-def _fake_linear_terms(
-    kernel: str,
-    h_TH: Tensor,
-    w_VH: Tensor,
-    labels_T: Tensor,
-    vocab_start: int,
-    softcap: float,
-    product_dtype: torch.dtype,
-    num_classes: int,
-    options: Sequence[float],
-) -> list[Tensor]:
-    return _new_terms(h_TH, labels_T, _num_terms(num_classes, options))
-
-
-@_operator(_fake_linear_terms)
-def _run_linear_terms(
-    kernel: str,
-    h_TH: Tensor,
-    w_VH: Tensor,
-    labels_T: Tensor,
-    vocab_start: int,
-    softcap: float,
-    product_dtype: torch.dtype,
-    num_classes: int,
-    options: Sequence[float],
-) -> list[Tensor]:
-    linear = Linear(h_TH, w_VH, labels_T, vocab_start, softcap, product_dtype)
-    return list(
-        _present(_run(_named(kernel), "linear_terms", h_TH, linear, _objective(num_classes, options), False)[0])
-    )
-
-
-def _new_grads(h_TH: Tensor, w_VH: Tensor, want_h: bool, want_w: bool) -> list[Tensor]:
-    dtype = compute_dtype(h_TH.dtype)
-    wanted = ((h_TH, want_h), (w_VH, want_w))
-    return [x.new_empty(x.shape if want else (0,), dtype=dtype) for x, want in wanted]
-
-
-def _fake_linear_grads(kernel: str, h_TH: Tensor, w_VH: Tensor, *rest: Any) -> list[Tensor]:
-    return _new_grads(h_TH, w_VH, *rest[-2:])
-
-
-@_operator(_fake_linear_grads)
-def _run_linear_grads(
-    kernel: str,
-    h_TH: Tensor,
-    w_VH: Tensor,
-    labels_T: Tensor,
-    vocab_start: int,
-    softcap: float,
-    product_dtype: torch.dtype,
-    terms: list[Tensor],
-    upstream_T: Tensor,
-    num_classes: int,
-    options: Sequence[float],
-    want_h: bool,
-    want_w: bool,
-) -> list[Tensor]:
-    linear = Linear(h_TH, w_VH, labels_T, vocab_start, softcap, product_dtype)
-    objective, logits = _objective(num_classes, options), terms[0].new_empty(0)
-    found = _run(
-        _named(kernel), "linear_grads", h_TH, linear, RowTerms(*terms), upstream_T, objective, (want_h, want_w), logits
-    )
-    return list(found)
-
-
-def _fake_linear_terms_and_grads(
-    kernel: str,
-    h_TH: Tensor,
-    w_VH: Tensor,
-    labels_T: Tensor,
-    vocab_start: int,
-    softcap: float,
-    product_dtype: torch.dtype,
-    coef_T: Tensor,
-    num_classes: int,
-    options: Sequence[float],
-    want_h: bool,
-    want_w: bool,
-) -> list[Tensor]:
-    terms = _new_terms(h_TH, labels_T, _num_terms(num_classes, options))
-    return [*terms, *_new_grads(h_TH, w_VH, want_h, want_w)]
-
-
-@_operator(_fake_linear_terms_and_grads)
-def _run_linear_terms_and_grads(
-    kernel: str,
-    h_TH: Tensor,
-    w_VH: Tensor,
-    labels_T: Tensor,
-    vocab_start: int,
-    softcap: float,
-    product_dtype: torch.dtype,
-    coef_T: Tensor,
-    num_classes: int,
-    options: Sequence[float],
-    want_h: bool,
-    want_w: bool,
-) -> list[Tensor]:
-    linear = Linear(h_TH, w_VH, labels_T, vocab_start, softcap, product_dtype)
-    terms, *grads = _run(
-        _named(kernel),
-        "linear_terms_and_grads",
-        h_TH,
-        linear,
-        coef_T,
-        _objective(num_classes, options),
-        (want_h, want_w),
-    )
-    return [*_present(terms), *grads]
-
-
-def _product_flops(h_shape: Sequence[int], w_shape: Sequence[int], products: int) -> int:
-    return 2 * h_shape[0] * h_shape[1] * w_shape[0] * products
-
-
-@register_flop_formula(_OPS.linear_terms)
-def _linear_terms_flops(kernel: str, h_shape: Any, w_shape: Any, *rest: Any, **kwargs: Any) -> int:
-    return _product_flops(h_shape, w_shape, 1)
-
-
-@register_flop_formula(_OPS.linear_grads)
-def _linear_grads_flops(kernel: str, h_shape: Any, w_shape: Any, *rest: Any, **kwargs: Any) -> int:
-    return _product_flops(h_shape, w_shape, 1 + sum(rest[-2:]))
-
-
-@register_flop_formula(_OPS.linear_terms_and_grads)
-def _linear_terms_and_grads_flops(kernel: str, h_shape: Any, w_shape: Any, *rest: Any, **kwargs: Any) -> int:
-    return _product_flops(h_shape, w_shape, 1 + sum(rest[-2:]))
+_count_products(torch.ops.loss_core.linear_terms, lambda rest: 1)
+# One for the logits, and one for each gradient that is wanted: the flags before the last argument, or the last ones.
+_count_products(torch.ops.loss_core.linear_grads, lambda rest: 1 + sum(rest[-3:-1]))
+_count_products(torch.ops.loss_core.linear_terms_and_grads, lambda rest: 1 + sum(rest[-2:]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Objective, kl_divergence
-from loss_core_torch.kernels import KernelSet, Linear, Pairs, Rows
+from loss_core_torch.kernels import KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.tracing import compute_dtype
 
 # V = 515: no multiple of any block, and one block more than a power of 2.
@@ -61,14 +61,14 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)
-    linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype)
-    linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, objective, (True, True))
+    linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype, objective)
+    linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, Wanted(True, True))
     return {
         "the sum of a row": row_terms.s[keep_T],
         "the gradient of the logits": row_grad,
         "the divergence of a row": kl_T[keep_T],
-        "the student's gradient": kernels.pair_grad(pairs, pair_terms, kl_T, coef_T, False),
-        "the teacher's gradient": kernels.pair_grad(pairs, pair_terms, kl_T, coef_T, True),
+        "the student's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, False)),
+        "the teacher's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, True)),
         "the sum of a fused row": linear_terms.s,
         "the gradient of the hidden states": grad_h.to(dtype),
         "the gradient of the weight": grad_w.to(dtype),

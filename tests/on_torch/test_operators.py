@@ -11,7 +11,7 @@ from helpers.torch_calls import usable_flags
 from loss_core.dispatch.observed import names, observing
 from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
 from loss_core_torch import kernels, operators
-from loss_core_torch.kernels import Linear, Pairs, Rows
+from loss_core_torch.kernels import Linear, PairCoefficients, Pairs, Rows, Wanted
 
 # T = tokens, V = vocabulary, H = hidden
 T, V, H = 6, 37, 5
@@ -47,7 +47,7 @@ def _pair_terms_of(student, teacher):
 
 
 def _linear(h_TH, w_VH, softcap=0.0):
-    return Linear(h_TH, w_VH, _labels(), 0, softcap, torch.bfloat16 if h_TH.dtype == torch.bfloat16 else h_TH.dtype)
+    return Linear(h_TH, w_VH, _labels(), 0, softcap, h_TH.dtype, OBJECTIVE)
 
 
 def _row_grad(kernel_set, logits, upstream_T):
@@ -59,7 +59,7 @@ def _row_grad(kernel_set, logits, upstream_T):
 def _pair_grad(of_teacher):
     def call(kernel_set, student, teacher, upstream_T):
         pairs, terms = Pairs(student, teacher, _keep(), 0.5, 4), _pair_terms_of(student, teacher)
-        return operators.pair_grad(kernel_set, pairs, terms, upstream_T.abs(), upstream_T, of_teacher)
+        return operators.pair_grad(kernel_set, pairs, terms, PairCoefficients(upstream_T.abs(), upstream_T, of_teacher))
 
     return call
 
@@ -68,14 +68,14 @@ def _linear_grads(want):
     def call(kernel_set, h_TH, w_VH, upstream_T):
         linear, terms = _linear(h_TH, w_VH, 3.0), _row_terms_of(h_TH.float() @ w_VH.float().t())
         kept = h_TH.new_empty(0, dtype=torch.float32)
-        return operators.linear_grads(kernel_set, linear, terms, upstream_T, OBJECTIVE, want, kept)
+        return operators.linear_grads(kernel_set, linear, terms, upstream_T, want, kept)
 
     return call
 
 
 def _at_once(want):
     def call(kernel_set, h_TH, w_VH, upstream_T):
-        return operators.linear_terms_and_grads(kernel_set, _linear(h_TH, w_VH), upstream_T, OBJECTIVE, want)
+        return operators.linear_terms_and_grads(kernel_set, _linear(h_TH, w_VH), upstream_T, want)
 
     return call
 
@@ -90,12 +90,12 @@ CALLS = {
     "pair_grad of the teacher": ((*LOGITS * 2, (T,)), _pair_grad(True)),
     "linear_terms": (
         OPERANDS,
-        lambda kernel_set, h, w: operators.linear_terms(kernel_set, _linear(h, w, 3.0), OBJECTIVE, False),
+        lambda kernel_set, h, w: operators.linear_terms(kernel_set, _linear(h, w, 3.0), False),
     ),
-    "linear_grads": ((*OPERANDS, (T,)), _linear_grads((True, True))),
-    "linear_grads of the weight alone": ((*OPERANDS, (T,)), _linear_grads((False, True))),
-    "linear_terms_and_grads": ((*OPERANDS, (T,)), _at_once((True, True))),
-    "linear_terms_and_grads of the hidden states alone": ((*OPERANDS, (T,)), _at_once((True, False))),
+    "linear_grads": ((*OPERANDS, (T,)), _linear_grads(Wanted(True, True))),
+    "linear_grads of the weight alone": ((*OPERANDS, (T,)), _linear_grads(Wanted(False, True))),
+    "linear_terms_and_grads": ((*OPERANDS, (T,)), _at_once(Wanted(True, True))),
+    "linear_terms_and_grads of the hidden states alone": ((*OPERANDS, (T,)), _at_once(Wanted(True, False))),
 }
 SETS = [flag for flag in usable_flags() if flag in ("torch:eager", "torch:compile", "torch:triton")]
 cells = pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_torch import inplace, operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.kernels import KernelSet, Rows
+from loss_core_torch.kernels import Into, KernelSet, Rows
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -89,12 +89,12 @@ class CrossEntropy(Function):
             rows = Rows(logits, labels_T, keep_T, call.vocab_start)
             args = (call.kernels, rows, terms, coefficients)
             if call.overwrite:
-                operators.row_grad(*args, out=logits.detach())
+                operators.row_grad(*args, into=Into(logits.detach()))
                 grad = inplace.overwritten(ctx, logits)
             elif made and not ctx.spent:
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 ctx.spent = True
-                grad = operators.row_grad(*args, out=made[0].data, unless_one=upstream)
+                grad = operators.row_grad(*args, into=Into(made[0].data, upstream))
             else:
                 grad = operators.row_grad(*args)
         return once_differentiable(grad, logits, upstream), None, None, None, None

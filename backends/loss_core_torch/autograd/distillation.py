@@ -13,7 +13,7 @@ from torch.autograd import Function
 from loss_core.row_terms import PairTerms, kl_divergence
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.kernels import KernelSet, Pairs
+from loss_core_torch.kernels import Into, KernelSet, PairCoefficients, Pairs
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -83,13 +83,14 @@ class Distillation(Function):
         with torch.no_grad():
             upstream_T = upstream.to(kl_T.dtype) if coef_T is None else coef_T * upstream.to(kl_T.dtype)
             pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
-            args = (call.kernels, pairs, terms, kl_T, upstream_T / call.temperature)
+            args = (call.kernels, pairs, terms)
+            of_student = PairCoefficients(kl_T, upstream_T / call.temperature, of_teacher=False)
             if made and not ctx.spent:
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 ctx.spent = True
-                found[0] = operators.pair_grad(*args, False, out=made[0].data, unless_one=upstream)
+                found[0] = operators.pair_grad(*args, of_student, into=Into(made[0].data, upstream))
             elif want_student:
-                found[0] = operators.pair_grad(*args, False)
+                found[0] = operators.pair_grad(*args, of_student)
             if want_teacher:
-                found[1] = operators.pair_grad(*args, True)
+                found[1] = operators.pair_grad(*args, of_student._replace(of_teacher=True))
         return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)

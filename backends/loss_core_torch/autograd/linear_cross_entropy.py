@@ -20,7 +20,7 @@ from torch.autograd import Function
 from loss_core.row_terms import Objective, RowTerms, cross_entropy
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.kernels import KernelSet, Linear
+from loss_core_torch.kernels import KernelSet, Linear, Wanted
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     objective: Objective
     softcap: float
     product_dtype: torch.dtype
-    want: tuple[bool, bool]
+    want: Wanted
     vocab_start: int = 0
     group: Any = None
     sequence_dim: int | None = None
@@ -79,10 +79,10 @@ class LinearCrossEntropy(Function):
         made: list[Tensor] = []
         if coef_T is not None and call.group is None and any(call.want):
             coef_N = coef_T if places_N is None else coef_T[places_N]
-            terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
+            terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.want)
         else:
             keep_logits = call.group is not None and any(call.want)
-            terms, logits = operators.linear_terms(call.kernels, linear, call.objective, keep_logits)
+            terms, logits = operators.linear_terms(call.kernels, linear, keep_logits)
             made = [logits] if logits.numel() else []
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
@@ -122,7 +122,7 @@ class LinearCrossEntropy(Function):
                 logits = made[0].data if fresh else m_T.new_empty(0)
                 linear = _operands(whole, w_VH, labels_T, keep_T, places_N, call)
                 grad_h, grad_w = operators.linear_grads(
-                    call.kernels, linear, RowTerms(m_T, s_T, t_T), upstream_N, call.objective, (want_h, want_w), logits
+                    call.kernels, linear, RowTerms(m_T, s_T, t_T), upstream_N, Wanted(want_h, want_w), logits
                 )
             grad_hidden = _hidden_grad(grad_h, keep_T, places_N, ctx.shape, call).to(ctx.dtype) if want_h else None
             grad_weight = grad_w.to(w_VH.dtype) if want_w else None
@@ -141,7 +141,7 @@ def _operands(
     elif keep_T is not None:
         # What an ignored token holds must not reach a product, not even times 0.
         h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
-    return Linear(h_TH, w_VH, labels_T, call.vocab_start, call.softcap, call.product_dtype)
+    return Linear(h_TH, w_VH, labels_T, call.vocab_start, call.softcap, call.product_dtype, call.objective)
 
 
 def _put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:

@@ -59,6 +59,7 @@ class Linear(NamedTuple):
         labels_T, vocab_start: as in `Rows`.
         softcap: c of c * tanh(logits / c); 0 is off.
         product_dtype: dtype to which the operands are rounded.
+        objective: which cross entropy.
     """
 
     h_TH: Tensor
@@ -67,6 +68,43 @@ class Linear(NamedTuple):
     vocab_start: int
     softcap: float
     product_dtype: torch.dtype
+    objective: Objective
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a fused loss are made."""
+
+    hidden: bool
+    weight: bool
+
+
+class PairCoefficients(NamedTuple):
+    """Which gradient of pairs is meant.
+
+    Attributes:
+        kl_T: [T] divergences.
+        coef_T: [T] factor of each, every factor of the temperature included.
+        of_teacher: by the teacher's logits, or by the student's.
+    """
+
+    kl_T: Tensor
+    coef_T: Tensor
+    of_teacher: bool
+
+
+class Into(NamedTuple):
+    """Where a gradient goes.
+
+    Attributes:
+        out: [..., V]; may be the logits themselves. None: a new contiguous tensor.
+        unless_one: scalar; where it is exactly 1, `out` holds the result already and nothing is done.
+    """
+
+    out: Tensor | None = None
+    unless_one: Tensor | None = None
+
+
+NEW = Into()
 
 
 class KernelSet(Protocol):
@@ -85,20 +123,8 @@ class KernelSet(Protocol):
         """Terms of each row over these columns."""
         ...
 
-    def row_grad(
-        self,
-        rows: Rows,
-        terms: RowTerms,
-        coefficients: Coefficients,
-        out: Tensor | None = None,
-        unless_one: Tensor | None = None,
-    ) -> Tensor:
-        """Gradient by the logits, from terms and coefficients over the whole vocabulary.
-
-        Args:
-            out: [..., V], where it goes; may be the logits themselves. None: a new contiguous tensor.
-            unless_one: scalar; where it is exactly 1, `out` holds the result already and nothing is done.
-        """
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
+        """Gradient by the logits, from terms and coefficients over the whole vocabulary."""
         ...
 
     def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
@@ -109,22 +135,8 @@ class KernelSet(Protocol):
         """Terms of each pair of rows over these columns."""
         ...
 
-    def pair_grad(
-        self,
-        pairs: Pairs,
-        terms: PairTerms,
-        kl_T: Tensor,
-        coef_T: Tensor,
-        of_teacher: bool,
-        out: Tensor | None = None,
-        unless_one: Tensor | None = None,
-    ) -> Tensor:
-        """Gradient of the sum of coef * KL by the student's logits, or by the teacher's.
-
-        Args:
-            coef_T: [T], every factor of the temperature included.
-            out, unless_one: as in `row_grad`.
-        """
+    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
+        """Gradient of the sum of coef * KL by the student's logits, or by the teacher's."""
         ...
 
     def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
@@ -135,7 +147,7 @@ class KernelSet(Protocol):
         """Dtype in which the logits' gradient enters its two matrix products."""
         ...
 
-    def linear_terms(self, linear: Linear, objective: Objective, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+    def linear_terms(self, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms over these rows of the weight; and what `linear_grads` takes as `logits`.
 
         Args:
@@ -145,21 +157,18 @@ class KernelSet(Protocol):
         ...
 
     def linear_grads(
-        self, linear: Linear, terms: RowTerms, upstream_T: Tensor, objective: Objective, want: tuple[bool, bool],
-        logits: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, linear: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Gradients by h [T, H] and W [V, H] for the upstream gradient of each row's loss.
 
         Args:
             terms: over the whole vocabulary.
-            want: which of the two; the other is empty.
+            want: which of the two are made; another is empty.
             logits: of `linear_terms`, overwritten; empty: they are computed again.
         """
         ...
 
-    def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: Objective, want: tuple[bool, bool]
-    ) -> tuple[RowTerms, Tensor, Tensor]:
+    def linear_terms_and_grads(self, linear: Linear, coef_T: Tensor, want: Wanted) -> tuple[RowTerms, Tensor, Tensor]:
         """Terms, and the gradients of the sum of coef * loss, with three matrix products."""
         ...
 
@@ -189,7 +198,7 @@ class WholeLosses:
         """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`."""
         raise NotImplementedError
 
-    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
+    def linear_cross_entropy(self, linear: Linear) -> Tensor:
         """Cross entropy of the logits of each token; else as `cross_entropy`."""
         raise NotImplementedError
 

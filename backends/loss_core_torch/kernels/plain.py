@@ -45,7 +45,7 @@ class PlainLosses(WholeLosses):
         gap_TV = (log_t_TV - log_s_TV).masked_fill(probabilities_TV == 0, 0.0)
         return (probabilities_TV * gap_TV).sum(-1)
 
-    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
+    def linear_cross_entropy(self, linear: Linear) -> Tensor:
         _observe()
         dtype = compute_dtype(linear.h_TH.dtype)
         # Autocast has said what the operands are rounded to; the logits it would round as well.
@@ -55,7 +55,7 @@ class PlainLosses(WholeLosses):
             logits_TV = linear.softcap * torch.tanh(logits_TV / linear.softcap)
         keep_T = linear.labels_T != IGNORED
         # A weight that holds NaN must not get it back from a token that is ignored.
-        return _cross_entropy(logits_TV.masked_fill(~keep_T[:, None], 0.0), linear.labels_T, keep_T, objective)
+        return _cross_entropy(logits_TV.masked_fill(~keep_T[:, None], 0.0), linear.labels_T, keep_T, linear.objective)
 
 
 def _observe() -> None:

@@ -15,7 +15,7 @@ from loss_core.row_terms import Objective
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_cross_entropy import Call, LinearCrossEntropy
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import IGNORED, Linear, WholeLosses
+from loss_core_torch.kernels import IGNORED, Linear, Wanted, WholeLosses
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
 from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
 from loss_core_torch.tracing import compute_dtype, is_differentiated, may_read
@@ -207,10 +207,10 @@ class FusedLinearCrossEntropy(LossModule):
                 # What an ignored token holds must not reach a product, not even times 0; its label is nobody's.
                 h_TH = h_TH.masked_fill(~tokens.keep_T[:, None], 0.0)
                 labels_T = labels_T.masked_fill(~tokens.keep_T, IGNORED)
-            linear = Linear(h_TH, weight, labels_T, 0, softcap, product_dtype)
-            loss_T = zero_where_ignored(kernels.linear_cross_entropy(linear, objective), tokens.keep_T)
+            linear = Linear(h_TH, weight, labels_T, 0, softcap, product_dtype, objective)
+            loss_T = zero_where_ignored(kernels.linear_cross_entropy(linear), tokens.keep_T)
             return reduce_tokens(loss_T, tokens, self.reduction, token_groups)
-        want = (is_differentiated(hidden), is_differentiated(weight))
+        want = Wanted(is_differentiated(hidden), is_differentiated(weight))
         call = Call(kernels, objective, softcap, product_dtype, want, start, group, sequence_dim)
         args = (hidden, weight, tokens.labels_T, tokens.keep_T, self._places(tokens, num_valid))
         if shards is None and self.reduction != "none" and not token_groups:

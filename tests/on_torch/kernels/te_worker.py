@@ -222,8 +222,13 @@ class _StandIn(torch.autograd.Function):
         keep = (target != ignore_idx).view(-1, 1)
         labels = torch.where(keep, target.view(-1, 1), 0)
         lse = rows.float().logsumexp(-1, keepdim=True)
-        loss = torch.where(keep, lse - rows.float().gather(1, labels), 0.0)
-        grad = (rows.float() - lse).exp().scatter_add(1, labels, torch.full_like(loss, -1.0))
+        target_logit, rest = rows.float().gather(1, labels), 1 - label_smoothing
+        smoothed = rest * target_logit + (
+            label_smoothing * rows.float().mean(1, keepdim=True) if label_smoothing else 0
+        )
+        loss = torch.where(keep, lse - smoothed, 0.0)
+        grad = (rows.float() - lse).exp() - label_smoothing / vocab
+        grad = grad.scatter_add(1, labels, torch.full_like(loss, -rest))
         rows.copy_(torch.where(keep, grad, 0.0))
         ctx.save_for_backward(_input.detach())
         return loss.view(sequences, tokens)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_PAIR, PairTerms
-from loss_core_torch.kernels import Pairs
+from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
@@ -31,25 +31,17 @@ class PairKernels:
             found.append(tuple(x_B[: block.length()] for x_B in run(formulas.pair_terms, *both, factor)))
         return _together(found, pairs)
 
-    def pair_grad(
-        self,
-        pairs: Pairs,
-        terms: PairTerms,
-        kl_T: Tensor,
-        coef_T: Tensor,
-        of_teacher: bool,
-        out: Tensor | None = None,
-        unless_one: Tensor | None = None,
-    ) -> Tensor:
+    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
         """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL)."""
-        if out is not None and is_one(unless_one):
+        out, of_teacher = into.out, wanted.of_teacher
+        if out is not None and is_one(into.unless_one):
             return out
         like = pairs.teacher if of_teacher else pairs.student
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
         program = formulas.pair_teacher_grad if of_teacher else formulas.pair_student_grad
         factor, keep_T = _factor(pairs), _keep(pairs)
         for block, both in matrices(pairs.student, pairs.teacher):
-            rows = (keep_T, *terms, kl_T, coef_T)
+            rows = (keep_T, *terms, wanted.kl_T, wanted.coef_T)
             args = [*both, factor, *(padded_rows(x_T[block.at].contiguous()) for x_T in rows)]
             write(out, block, False, partial(run, program, *args))
         return out

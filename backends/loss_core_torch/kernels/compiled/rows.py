@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy_coefficients
-from loss_core_torch.kernels import Rows
+from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.approximate_maximum import applies, approximate_maximum, is_accurate
 from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
@@ -34,16 +34,10 @@ class RowKernels:
             found.append((m_B, s_B, t_B, *([z_sum_B] if objective.needs_z_sum else [])))
         return _together(found, rows, objective)
 
-    def row_grad(
-        self,
-        rows: Rows,
-        terms: RowTerms,
-        coefficients: Coefficients,
-        out: Tensor | None = None,
-        unless_one: Tensor | None = None,
-    ) -> Tensor:
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
         """Gradient by the logits."""
-        if out is not None and is_one(unless_one):
+        out = into.out
+        if out is not None and is_one(into.unless_one):
             return out
         aliased = out is not None and out.data_ptr() == rows.logits.data_ptr()
         out = _result(rows) if out is None else out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Objective, RowTerms, combine
-from loss_core_torch.kernels import Linear
+from loss_core_torch.kernels import Linear, Wanted
 from loss_core_torch.kernels.eager.block_logits import BlockLogits, Tiles
 from loss_core_torch.kernels.eager.row_blocks import log2_exp, without
 from loss_core_torch.kernels.eager.sizes import Sizes
@@ -34,9 +34,9 @@ class LinearKernels:
         """That of the arithmetic, on every device."""
         return compute_dtype(product_dtype)
 
-    def linear_terms(self, linear: Linear, objective: Objective, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+    def linear_terms(self, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms of each token; and its logits, where they are to be kept and fit the memory of one block."""
-        call = _Call(linear, self.sizes)
+        call, objective = _Call(linear, self.sizes), linear.objective
         fits = linear.h_TH.shape[0] * call.vocab * call.dtype.itemsize <= call.bytes
         if not (keep_logits and fits and call.vocab):
             parts = [_terms_by_tile(call, at, objective) for at in call.blocks(call.block)]
@@ -49,37 +49,25 @@ class LinearKernels:
         return call.together(found, objective), buffer
 
     def linear_grads(
-        self,
-        linear: Linear,
-        terms: RowTerms,
-        upstream_T: Tensor,
-        objective: Objective,
-        want: tuple[bool, bool],
-        kept: Tensor,
+        self, linear: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients for the upstream gradient of each token's loss.
-
-        Args:
-            kept: logits of `terms`, overwritten; empty: they are computed again.
-        """
-        call = _Call(linear, self.sizes)
-        block = max(linear.h_TH.shape[0], 1) if kept.numel() else call.block
-        buffer = kept if kept.numel() else call.buffer(block)
+        """Gradients for the upstream gradient of each token's loss."""
+        call, objective, kept = _Call(linear, self.sizes), linear.objective, logits.numel() > 0
+        block = max(linear.h_TH.shape[0], 1) if kept else call.block
+        buffer = logits if kept else call.buffer(block)
         sums = _Sums(linear, call, want)
         for at in call.blocks(block):
-            logits, h_BH = call.logits(buffer, at), call.hidden(at)
-            if not kept.numel():
-                logits.fill(h_BH, objective)
+            block_logits, h_BH = call.logits(buffer, at), call.hidden(at)
+            if not kept:
+                block_logits.fill(h_BH, objective)
             part = RowTerms(*(None if x_T is None else x_T[at] for x_T in terms))
-            _, divisor_B = logits.to_gradient(part, objective, with_sum=False)
-            sums.add(at, logits, h_BH, upstream_T[at] / divisor_B)
+            _, divisor_B = block_logits.to_gradient(part, objective, with_sum=False)
+            sums.add(at, block_logits, h_BH, upstream_T[at] / divisor_B)
         return sums.grad_h, sums.grad_w
 
-    def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: Objective, want: tuple[bool, bool]
-    ) -> tuple[RowTerms, Tensor, Tensor]:
+    def linear_terms_and_grads(self, linear: Linear, coef_T: Tensor, want: Wanted) -> tuple[RowTerms, Tensor, Tensor]:
         """Terms, and the gradients of the sum of coef * loss."""
-        call = _Call(linear, self.sizes)
+        call, objective = _Call(linear, self.sizes), linear.objective
         buffer, sums, found = call.buffer(call.block), _Sums(linear, call, want), []
         for at in call.blocks(call.block):
             logits, h_BH = call.logits(buffer, at), call.hidden(at)
@@ -142,7 +130,7 @@ class _Call:
 class _Sums:
     """The two gradients, to which each block adds."""
 
-    def __init__(self, linear: Linear, call: _Call, want: tuple[bool, bool]) -> None:
+    def __init__(self, linear: Linear, call: _Call, want: Wanted) -> None:
         self._want, self._num_tokens = want, linear.h_TH.shape[0]
         h_TH, w_VH = linear.h_TH, linear.w_VH
         self.grad_h = torch.zeros(h_TH.shape if want[0] else (0,), dtype=call.dtype, device=h_TH.device)

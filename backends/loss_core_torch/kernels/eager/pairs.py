@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_PAIR, GAP_UNIT, PairTerms, kl_centre
-from loss_core_torch.kernels import Pairs
+from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.eager.row_blocks import (
     Block,
     Buffer,
@@ -61,24 +61,16 @@ class PairKernels:
             walk.store_difference(block, out, e_s_BV, coef_B / sum_s_B, e_t_BV, coef_B / sum_t_B)
         return found, out
 
-    def pair_grad(
-        self,
-        pairs: Pairs,
-        terms: PairTerms,
-        kl_T: Tensor,
-        coef_T: Tensor,
-        of_teacher: bool,
-        out: Tensor | None = None,
-        unless_one: Tensor | None = None,
-    ) -> Tensor:
+    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
         """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL)."""
-        if out is not None and is_one(unless_one):
+        out, of_teacher = into.out, wanted.of_teacher
+        if out is not None and is_one(into.unless_one):
             return out
         like = pairs.teacher if of_teacher else pairs.student
         out, walk = _result(like, pairs, out), _Walk(pairs, self.sizes)
-        centre_T = kl_centre(torch, terms, kl_T)
+        centre_T = kl_centre(torch, terms, wanted.kl_T)
         for block in walk:
-            part, coef_B = PairTerms(*(term[block.at] for term in terms)), coef_T[block.at]
+            part, coef_B = PairTerms(*(term[block.at] for term in terms)), wanted.coef_T[block.at]
             s, t = walk.base_2(*walk.logits(block), part.m_s, part.m_t)
             e_s_BV, e_t_BV = walk.powers(s, t)
             scale_t_B = without(t.number_B, coef_B / part.s_t)

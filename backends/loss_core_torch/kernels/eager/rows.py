@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy_coefficients
-from loss_core_torch.kernels import Rows
+from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.eager.row_blocks import (
     Block,
     Buffer,
@@ -42,16 +42,10 @@ class RowKernels:
             _put_terms(found, block, part)
         return found
 
-    def row_grad(
-        self,
-        rows: Rows,
-        terms: RowTerms,
-        coefficients: Coefficients,
-        out: Tensor | None = None,
-        unless_one: Tensor | None = None,
-    ) -> Tensor:
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
         """Gradient by the logits."""
-        if out is not None and is_one(unless_one):
+        out = into.out
+        if out is not None and is_one(into.unless_one):
             return out
         out, walk = _result(rows, out), _Walk(rows, self.sizes)
         for block in walk:

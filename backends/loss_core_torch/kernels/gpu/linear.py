@@ -15,16 +15,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy_coefficients
+from loss_core.row_terms import Coefficients, RowTerms, cross_entropy_coefficients
 from loss_core_torch import compat
-from loss_core_torch.kernels import Linear, Rows
+from loss_core_torch.kernels import Into, Linear, Rows, Wanted
 from loss_core_torch.kernels.gpu import rows
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.products import multiply
 from loss_core_torch.tracing import compute_dtype
 
 
-def terms(launcher: Launcher, linear: Linear, objective: Objective, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+def terms(launcher: Launcher, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
     """See `KernelSet.linear_terms`."""
     chunks = _Chunks(launcher, linear, with_grad=keep_logits)
     logits = chunks.new_logits()
@@ -33,25 +33,19 @@ def terms(launcher: Launcher, linear: Linear, objective: Objective, keep_logits:
         for at in chunks:
             z_BV = logits[: at.stop - at.start]
             multiply(chunks.hidden(at), chunks.w_VH.t(), z_BV)
-            found.append(rows.terms(launcher, chunks.rows(z_BV, at), objective, linear.softcap))
+            found.append(rows.terms(launcher, chunks.rows(z_BV, at), linear.objective, linear.softcap))
     fits = keep_logits and len(logits) == len(linear.h_TH)
     return _joined(found), logits if fits else logits.new_empty(0)
 
 
 def grads(
-    launcher: Launcher,
-    linear: Linear,
-    terms: RowTerms,
-    upstream_T: Tensor,
-    objective: Objective,
-    want: tuple[bool, bool],
-    logits: Tensor,
+    launcher: Launcher, linear: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `KernelSet.linear_grads`. An upstream gradient of 0 gives a gradient of 0, whatever the row holds."""
     chunks = _Chunks(launcher, linear, with_grad=True)
     upstream_T, unscale = chunks.representable(upstream_T)
     keep_T = rows.with_effect(None, upstream_T)
-    coefficients = cross_entropy_coefficients(torch, terms, upstream_T, objective)
+    coefficients = cross_entropy_coefficients(torch, terms, upstream_T, linear.objective)
     found = _Grads(chunks, want)
     kept = logits.numel() > 0
     logits = logits if kept else chunks.new_logits()
@@ -64,13 +58,13 @@ def grads(
             block = chunks.rows(z_BV, at)._replace(keep_T=keep_T[at])
             terms_B = RowTerms(terms.m[at], terms.s[at], terms.t[at])
             coefficients_B = Coefficients(*(None if x_T is None else x_T[at] for x_T in coefficients))
-            rows.grad(launcher, block, terms_B, coefficients_B, e_BV, softcap=linear.softcap)
+            rows.grad(launcher, block, terms_B, coefficients_B, Into(e_BV), linear.softcap)
             found.add(at, e_BV, h_BH)
     return found.times(unscale)
 
 
 def terms_and_grads(
-    launcher: Launcher, linear: Linear, coef_T: Tensor, objective: Objective, want: tuple[bool, bool]
+    launcher: Launcher, linear: Linear, coef_T: Tensor, want: Wanted
 ) -> tuple[RowTerms, Tensor, Tensor]:
     """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
     chunks = _Chunks(launcher, linear, with_grad=True)
@@ -83,7 +77,7 @@ def terms_and_grads(
             h_BH, z_BV, e_BV = chunks.hidden(at), logits[: at.stop - at.start], e[: at.stop - at.start]
             multiply(h_BH, chunks.w_VH.t(), z_BV)
             terms_B, _ = rows.terms_and_grad(
-                launcher, chunks.rows(z_BV, at), coef_T[at], objective, e_BV, linear.softcap
+                launcher, chunks.rows(z_BV, at), coef_T[at], linear.objective, e_BV, linear.softcap
             )
             found_terms.append(terms_B)
             found.add(at, e_BV, h_BH)
@@ -145,7 +139,7 @@ class _Chunks:
 class _Grads:
     """The gradients by hidden states and weight, as sums over chunks; empty where they are not wanted."""
 
-    def __init__(self, chunks: _Chunks, want: tuple[bool, bool]) -> None:
+    def __init__(self, chunks: _Chunks, want: Wanted) -> None:
         self._chunks, self._want = chunks, want
         shapes = (chunks.linear.h_TH.shape, chunks.linear.w_VH.shape)
         # Every row and every entry is written below, unless there are none to multiply.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_PAIR, PairTerms
-from loss_core_torch.kernels import Pairs
+from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, dense, layout, per_part
 from loss_core_torch.kernels.gpu.rows import with_effect
@@ -40,28 +40,19 @@ def terms(launcher: Launcher, pairs: Pairs) -> PairTerms:
     return found
 
 
-def grad(
-    launcher: Launcher,
-    pairs: Pairs,
-    terms: PairTerms,
-    kl_T: Tensor,
-    coef_T: Tensor,
-    of_teacher: bool,
-    out: Tensor | None = None,
-    unless_one: Tensor | None = None,
-) -> Tensor:
+def grad(launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
     """The gradient by the student's logits, or by the teacher's; see `KernelSet.pair_grad`."""
     student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
     num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
-    out = _new_grad(teacher if of_teacher else student) if out is None else out
+    out = _new_grad(teacher if wanted.of_teacher else student) if into.out is None else into.out
     if student.numel() == 0:
         return out
     size, part, parts = launcher.parts(num_rows, vocab, student.dtype, "pair_grad")
-    vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, kl_T, coef_T))
+    vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, wanted.kl_T, wanted.coef_T))
     launcher.start(
-        kernels.pair_grad_kernel, (num_rows, parts), out, student, teacher, dense(keep_T), *vectors, unless_one,
+        kernels.pair_grad_kernel, (num_rows, parts), out, student, teacher, dense(keep_T), *vectors, into.unless_one,
         pairs.inverse_temperature, vocab, part, layout(out), layout(student), layout(teacher),
-        size=size, OF_TEACHER=of_teacher, BLOCK_V=size.block_v,
+        size=size, OF_TEACHER=wanted.of_teacher, BLOCK_V=size.block_v,
     )  # fmt: skip
     return out
 
@@ -74,7 +65,7 @@ def terms_and_grad(launcher: Launcher, pairs: Pairs, coef_T: Tensor) -> tuple[Pa
         found = terms(launcher, pairs)
         counted = pairs._replace(keep_T=with_effect(keep_T, coef_T))
         # The student's gradient does not depend on the divergence.
-        return found, grad(launcher, counted, found, found.a, coef_T, False)
+        return found, grad(launcher, counted, found, PairCoefficients(found.a, coef_T, False))
     found, out = _new_terms(pairs), _new_grad(student)
     size = launcher.parameters(num_rows, vocab, student.dtype, "pair_row")
     launcher.start(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, cross_entropy_coefficients
-from loss_core_torch.kernels import Rows
+from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, dense, layout, per_part
 from loss_core_torch.tracing import compute_dtype
@@ -40,24 +40,23 @@ def grad(
     rows: Rows,
     terms: RowTerms,
     coefficients: Coefficients,
-    out: Tensor | None = None,
-    unless_one: Tensor | None = None,
+    into: Into = NEW,
     softcap: float = 0.0,
 ) -> Tensor:
     """The gradient by the logits, softcap's slope included; see `KernelSet.row_grad`.
 
-    A kernel looks at `unless_one`, so that the host need not wait for it.
+    A kernel looks at `into.unless_one`, so that the host need not wait for it.
     """
     logits, labels_T, keep_T, vocab_start = rows
     num_rows, vocab = labels_T.numel(), logits.shape[-1]
-    out = _new_grad(logits) if out is None else out
+    out = _new_grad(logits) if into.out is None else into.out
     if logits.numel() == 0:
         return out
     size, part, parts = launcher.parts(num_rows, vocab, logits.dtype, "grad")
     launcher.start(
         kernels.row_grad_kernel, (num_rows, parts), out, logits, dense(labels_T), dense(keep_T), dense(terms.m),
-        dense(terms.t), *map(dense, coefficients), unless_one, vocab_start, vocab, part, layout(out), layout(logits),
-        size=size, SOFTCAP=softcap, BLOCK_V=size.block_v,
+        dense(terms.t), *map(dense, coefficients), into.unless_one, vocab_start, vocab, part, layout(out),
+        layout(logits), size=size, SOFTCAP=softcap, BLOCK_V=size.block_v,
     )  # fmt: skip
     return out
 
@@ -83,7 +82,7 @@ def terms_and_grad(
         found = terms(launcher, rows, objective, softcap)
         counted = rows._replace(keep_T=with_effect(keep_T, coef_T))
         coefficients = cross_entropy_coefficients(torch, found, coef_T, objective)
-        return found, grad(launcher, counted, found, coefficients, out, softcap=softcap)
+        return found, grad(launcher, counted, found, coefficients, Into(out), softcap)
     found = _new_terms(rows, objective)
     size = launcher.parameters(num_rows, vocab, logits.dtype, "capped_row" if softcap else "row")
     launcher.start(

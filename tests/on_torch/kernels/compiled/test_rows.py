@@ -7,7 +7,7 @@ from helpers.torch_calls import assert_same, run
 from loss_core import KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.check import check
 from loss_core.row_terms import Coefficients, Objective, combine, combine_pairs, kl_divergence
-from loss_core_torch.kernels import Pairs, Rows, find
+from loss_core_torch.kernels import PairCoefficients, Pairs, Rows, find
 from loss_core_torch.kernels.compiled import programs
 
 FLAG = "torch:compile"
@@ -55,11 +55,13 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole():
         made = kernels.pair_terms(Pairs(part, of_teacher, None, 0.5))
         pair_terms = made if pair_terms is None else combine_pairs(torch, pair_terms, made)
         for by_teacher, found in pair_grads.items():
-            found.append(kernels.pair_grad(Pairs(part, of_teacher, keep, 0.5), pairs, kl, coef, by_teacher))
+            found.append(
+                kernels.pair_grad(Pairs(part, of_teacher, keep, 0.5), pairs, PairCoefficients(kl, coef, by_teacher))
+            )
     expected = [
         eager.row_grad(Rows(student, labels, keep), whole, coefficients),
         *(
-            eager.pair_grad(Pairs(student, teacher, keep, 0.5), pairs, kl, coef, by_teacher)
+            eager.pair_grad(Pairs(student, teacher, keep, 0.5), pairs, PairCoefficients(kl, coef, by_teacher))
             for by_teacher in pair_grads
         ),
     ]

@@ -24,18 +24,12 @@ LIBRARIES = [
 ]
 
 
-class WithZSum(Objective):
-    """A cross entropy that needs the sum of all logits."""
-
-    needs_z_sum = True
-
-
 def _block(by_onednn, softcap, dtype=torch.float32):
     torch.manual_seed(0)
     h_BH, w_VH = torch.randn(B, H, dtype=dtype), torch.randn(V, H, dtype=dtype)
     # The last belongs to another rank.
     labels_B = torch.tensor([0, 16, 15, V - 1, V + 3])
-    tiles = Tiles(Linear(h_BH, w_VH, labels_B, 0, softcap, dtype), dtype, SIZES)
+    tiles = Tiles(Linear(h_BH, w_VH, labels_B, 0, softcap, dtype, Objective(V)), dtype, SIZES)
     tiles.products = Products(dtype, h_BH.device, by_onednn)
     logits = BlockLogits(torch.full((B * V,), torch.nan, dtype=dtype), labels_B, tiles, softcap)
     return logits, h_BH, w_VH, labels_B
@@ -78,7 +72,7 @@ def test_terms_and_gradients_are_those_of_float64(by_onednn, softcap, with_sum):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_the_sum_of_all_logits(softcap):
     logits, h_BH, w_VH, labels_B = _block(False, softcap)
-    found = logits.fill(h_BH, WithZSum(V)).z_sum
+    found = logits.fill(h_BH, Objective(V, 0.1)).z_sum
     torch.testing.assert_close(found.double(), _exact(h_BH, w_VH, labels_B, softcap)[0].sum(-1), rtol=1e-4, atol=1e-3)
 
 
@@ -94,6 +88,10 @@ def test_two_blocks_add_up():
 
 def test_a_tile_is_rounded_to_the_dtype_of_the_products():
     w_VH = torch.randn(V, H)
-    tiles = Tiles(Linear(torch.randn(B, H), w_VH, torch.zeros(B).long(), 0, 0.0, torch.bfloat16), torch.float32, SIZES)
+    tiles = Tiles(
+        Linear(torch.randn(B, H), w_VH, torch.zeros(B).long(), 0, 0.0, torch.bfloat16, Objective(V)),
+        torch.float32,
+        SIZES,
+    )
     assert torch.equal(torch.cat([w_CH for _, w_CH in tiles]), w_VH.bfloat16().float())
     assert [tile.stop - tile.start for tile in tiles.slices()] == [16, 16, 5]

@@ -8,7 +8,7 @@ from helpers.operations import Operations
 from helpers.torch_calls import DTYPES, assert_same, run
 from loss_core import KDLossConfig
 from loss_core.row_terms import PairTerms, combine_pairs, kl_divergence
-from loss_core_torch.kernels import Pairs
+from loss_core_torch.kernels import PairCoefficients, Pairs
 from loss_core_torch.kernels.eager import KERNELS
 from loss_core_torch.kernels.eager.sizes import SIZES
 
@@ -68,7 +68,7 @@ def test_a_pair_does_not_depend_on_the_block_it_is_in(vocab):
         pairs = Pairs(student[at], teacher[at], None, 0.5)
         terms, grad = KERNELS.pair_terms_and_grad(pairs, coef_T[at])
         kl_T = kl_divergence(torch, terms)
-        of_teacher = KERNELS.pair_grad(pairs, terms, kl_T, coef_T[at], True)
+        of_teacher = KERNELS.pair_grad(pairs, terms, PairCoefficients(kl_T, coef_T[at], True))
         return {"kl": kl_T, "student": grad, "teacher": of_teacher}
 
     whole = results(slice(None))
@@ -123,11 +123,13 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(temperature):
         part = KERNELS.pair_terms(pairs)
         folded = part if folded is None else combine_pairs(torch, folded, part)
         for of_teacher, found in grads.items():
-            found.append(KERNELS.pair_grad(pairs, whole, kl_T, coef_T, of_teacher))
+            found.append(KERNELS.pair_grad(pairs, whole, PairCoefficients(kl_T, coef_T, of_teacher)))
     for got, wanted in zip(folded, whole, strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-6)
     for of_teacher, found in grads.items():
-        expected = KERNELS.pair_grad(Pairs(student, teacher, None, inverse), whole, kl_T, coef_T, of_teacher)
+        expected = KERNELS.pair_grad(
+            Pairs(student, teacher, None, inverse), whole, PairCoefficients(kl_T, coef_T, of_teacher)
+        )
         torch.testing.assert_close(torch.cat(found, 1), expected, rtol=2e-6, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ from helpers.operations import Operations
 from helpers.torch_calls import DTYPES, assert_same, configs, inputs, name_of, run
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.row_terms import Coefficients, Objective, RowTerms, combine
-from loss_core_torch.kernels import Rows
+from loss_core_torch.kernels import Into, Rows
 from loss_core_torch.kernels.eager import KERNELS
 from loss_core_torch.kernels.eager.sizes import SIZES
 
@@ -119,21 +119,19 @@ def test_ignored_rows_of_a_slice_may_hold_nan(reduction):
     assert not logits.grad[:, 1].any()
 
 
-class WithZSum(Objective):
-    """A cross entropy that needs the sum of all logits."""
-
-    needs_z_sum = True
-
-
-@pytest.mark.parametrize("make", [Objective, WithZSum])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_pieces_of_the_vocabulary_fold_to_the_whole(make, dtype):
+def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, dtype):
     torch.manual_seed(0)
-    z_TV, labels_T, objective = torch.randn(5, 40, dtype=dtype), torch.tensor([0, 12, 13, 39, 7]), make(40)
+    z_TV, labels_T, objective = (
+        torch.randn(5, 40, dtype=dtype),
+        torch.tensor([0, 12, 13, 39, 7]),
+        Objective(40, smoothing),
+    )
     z_TV[0, 14:] = -torch.inf
     coef_T, uniform_T = torch.linspace(-1, 1, 5, dtype=dtype), torch.linspace(0, 1, 5, dtype=dtype)
     whole = KERNELS.row_terms(Rows(z_TV, labels_T, None), objective)
-    assert (whole.z_sum is None) == (make is Objective)
+    assert (whole.z_sum is None) == (smoothing == 0)
     coefficients = Coefficients(coef_T / whole.s, -coef_T, uniform_T)
     folded, grads = None, []
     # A rank may own nothing, or one class.
@@ -152,9 +150,9 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(make, dtype):
 
 
 def test_an_empty_piece_of_the_vocabulary_is_the_identity():
-    for make in (Objective, WithZSum):
-        terms = KERNELS.row_terms(Rows(torch.empty(2, 0), torch.tensor([0, 1]), None, 5), make(7))
-        expected = RowTerms([-torch.inf] * 2, [0.0] * 2, [-torch.inf] * 2, None if make is Objective else [0.0] * 2)
+    for smoothing in (0.0, 0.1):
+        terms = KERNELS.row_terms(Rows(torch.empty(2, 0), torch.tensor([0, 1]), None, 5), Objective(7, smoothing))
+        expected = RowTerms([-torch.inf] * 2, [0.0] * 2, [-torch.inf] * 2, None if smoothing == 0 else [0.0] * 2)
         assert RowTerms(*(None if x is None else x.tolist() for x in terms)) == expected
 
 
@@ -165,5 +163,5 @@ def test_a_gradient_that_exists_is_left_alone_where_the_upstream_is_one():
     wanted = KERNELS.row_grad(rows, terms, coefficients)
     for one, expected in ((torch.tensor(1.0), torch.full((3, 5), 7.0)), (torch.tensor(2.0), wanted), (None, wanted)):
         out = torch.full((3, 5), 7.0)
-        assert KERNELS.row_grad(rows, terms, coefficients, out, one) is out
+        assert KERNELS.row_grad(rows, terms, coefficients, Into(out, one)) is out
         assert torch.equal(out, expected)

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loss_core.row_terms import Coefficients, Objective
-from loss_core_torch.kernels import Linear, Pairs, Rows
+from loss_core_torch.kernels import Into, Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.sizes import LaunchParameters
@@ -103,12 +103,6 @@ class Compiled:
     problem: str
 
 
-class WithZSum(Objective):
-    """A cross entropy that needs the sum of all logits."""
-
-    needs_z_sum = True
-
-
 class _Specialisation:
     """As Triton's launcher specialises: 1 and None become constants, multiples of 16 are known as such."""
 
@@ -178,30 +172,34 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
     labels_T = torch.empty(num_tokens, dtype=torch.int64, device="meta")
     coef_T = torch.empty(num_tokens, dtype=compute_dtype(logits.dtype), device="meta")
     # Every option once with and once without.
-    for keep_T, objective in ((None, Objective(vocab)), (labels_T != 0, WithZSum(vocab))):
+    for keep_T, objective in ((None, Objective(vocab)), (labels_T != 0, Objective(vocab, 0.1))):
         rows, pairs = Rows(logits, labels_T, keep_T), Pairs(logits, logits, keep_T, 0.5)
         coefficients = Coefficients(coef_T, coef_T, coef_T if objective.needs_z_sum else None)
         terms = kernels.row_terms(rows, objective)
         kernels.row_grad(rows, terms, coefficients)
-        kernels.row_grad(rows, terms, coefficients, out=logits)
+        kernels.row_grad(rows, terms, coefficients, Into(logits))
         _, grad = kernels.row_terms_and_grad(rows, coef_T, objective)
-        kernels.row_grad(rows, terms, coefficients, grad, unless_one=coef_T.sum())
+        kernels.row_grad(rows, terms, coefficients, Into(grad, coef_T.sum()))
         terms_of_pairs = kernels.pair_terms(pairs)
         for of_teacher in (False, True):
-            kernels.pair_grad(pairs, terms_of_pairs, coef_T, coef_T, of_teacher)
+            kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, of_teacher))
         _, grad = kernels.pair_terms_and_grad(pairs, coef_T)
-        kernels.pair_grad(pairs, terms_of_pairs, coef_T, coef_T, False, grad, unless_one=coef_T.sum())
+        kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, False), Into(grad, coef_T.sum()))
 
 
 def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """In one visit and in two, with a softcap and without."""
     labels_T = torch.empty(len(hidden), dtype=torch.int64, device="meta")
     coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
-    for softcap, objective in ((0.0, Objective(len(weight))), (30.0, Objective(len(weight))), (30.0, WithZSum(0))):
-        linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype)
-        kernels.linear_terms_and_grads(linear, coef_T, objective, (True, True))
-        terms, logits = kernels.linear_terms(linear, objective, True)
-        kernels.linear_grads(linear, terms, coef_T, objective, (True, True), logits)
+    for softcap, objective in (
+        (0.0, Objective(len(weight))),
+        (30.0, Objective(len(weight))),
+        (30.0, Objective(len(weight), 0.1)),
+    ):
+        linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype, objective)
+        kernels.linear_terms_and_grads(linear, coef_T, Wanted(True, True))
+        terms, logits = kernels.linear_terms(linear, True)
+        kernels.linear_grads(linear, terms, coef_T, Wanted(True, True), logits)
 
 
 def compile_one(what: Recorded, target: str) -> Compiled:

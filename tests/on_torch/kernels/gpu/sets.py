@@ -2,7 +2,6 @@
 
 import torch
 
-from loss_core.row_terms import Objective
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher, start
 
@@ -16,12 +15,6 @@ SETS = {
     "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=lambda *_: 2)),
     "whole-rows": GpuKernels(Launcher(parameters=lambda *_: sizes.LaunchParameters(16, 2, 1, 1, split=1))),
 }
-
-
-class WithZSum(Objective):
-    """A cross entropy that needs the sum of all logits."""
-
-    needs_z_sum = True
 
 
 def counted(**choices):

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from loss_core.row_terms import Objective, cross_entropy
-from loss_core_torch.kernels import Linear
-from on_torch.kernels.gpu.sets import SETS, V, WithZSum, counted
+from loss_core_torch.kernels import Linear, Wanted
+from on_torch.kernels.gpu.sets import SETS, V, counted
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
 H = 8
+BOTH = Wanted(True, True)
 
 
-def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0):
+def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0, smoothing=0.0):
     h, w = (torch.randn(num_tokens, H) * scale).to(dtype), torch.randn(V, H).to(dtype)
-    return Linear(h, w, torch.randint(0, V, (num_tokens,)), 0, softcap, dtype)
+    return Linear(h, w, torch.randint(0, V, (num_tokens,)), 0, softcap, dtype, Objective(V, smoothing))
 
 
 def _expected(linear, coef_T):
@@ -27,13 +28,12 @@ def _expected(linear, coef_T):
     return loss_T.detach(), *torch.autograd.grad(loss_T @ coef_T.double(), (h, w))
 
 
-def _both_ways(kernels, linear, coef_T, objective=None):
+def _both_ways(kernels, linear, coef_T):
     """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
-    objective = objective or Objective(V)
-    yield kernels.linear_terms_and_grads(linear, coef_T, objective, (True, True))
+    yield kernels.linear_terms_and_grads(linear, coef_T, BOTH)
     for keep_logits in (False, True):
-        terms, logits = kernels.linear_terms(linear, objective, keep_logits)
-        yield terms, *kernels.linear_grads(linear, terms, coef_T, objective, (True, True), logits)
+        terms, logits = kernels.linear_terms(linear, keep_logits)
+        yield terms, *kernels.linear_grads(linear, terms, coef_T, BOTH, logits)
 
 
 @each_set
@@ -54,9 +54,9 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
 
 @each_set
 def test_the_sum_of_all_logits(flag, name):
-    linear = _linear(softcap=2.0)
+    linear = _linear(softcap=2.0, smoothing=0.1)
     expected = (2.0 * torch.tanh(linear.h_TH @ linear.w_VH.T / 2.0)).sum(-1)
-    for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5), WithZSum(V)):
+    for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5)):
         torch.testing.assert_close(terms.z_sum, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -64,12 +64,10 @@ def test_the_sum_of_all_logits(flag, name):
 def test_a_part_of_the_vocabulary(flag, name):
     whole, coef_T = _linear(), torch.randn(5)
     _, grad_h, grad_w = _expected(whole, coef_T)
-    terms, _ = SETS[name].linear_terms(whole, Objective(V), False)
+    terms, _ = SETS[name].linear_terms(whole, False)
     part = whole._replace(w_VH=whole.w_VH[20:], vocab_start=20)
     rest = whole._replace(w_VH=whole.w_VH[:20])
-    found = [
-        SETS[name].linear_grads(x, terms, coef_T, Objective(V), (True, True), torch.empty(0)) for x in (rest, part)
-    ]
+    found = [SETS[name].linear_grads(x, terms, coef_T, BOTH, torch.empty(0)) for x in (rest, part)]
     torch.testing.assert_close((found[0][0] + found[1][0]).double(), grad_h, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]).double(), grad_w, rtol=1e-4, atol=1e-5)
 
@@ -89,12 +87,12 @@ def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
 
 
 @each_set
-@pytest.mark.parametrize("want", [(True, False), (False, True)], ids=["hidden", "weight"])
+@pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True)], ids=["hidden", "weight"])
 def test_what_is_not_wanted_is_empty(flag, name, want):
     linear, coef_T = _linear(), torch.randn(5)
     expected = _expected(linear, coef_T)[1:]
-    terms, *found = SETS[name].linear_terms_and_grads(linear, coef_T, Objective(V), want)
-    again = SETS[name].linear_grads(linear, terms, coef_T, Objective(V), want, torch.empty(0))
+    terms, *found = SETS[name].linear_terms_and_grads(linear, coef_T, want)
+    again = SETS[name].linear_grads(linear, terms, coef_T, want, torch.empty(0))
     for made in (found, again):
         for got, right, wanted in zip(made, expected, want, strict=True):
             if wanted:
@@ -105,9 +103,9 @@ def test_what_is_not_wanted_is_empty(flag, name, want):
 
 def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
     for name, kept in (("own-sizes", True), ("tiny-blocks", False)):
-        _, logits = SETS[name].linear_terms(_linear(), Objective(V), True)
+        _, logits = SETS[name].linear_terms(_linear(), True)
         assert bool(logits.numel()) == kept
-        assert SETS[name].linear_terms(_linear(), Objective(V), False)[1].numel() == 0
+        assert SETS[name].linear_terms(_linear(), False)[1].numel() == 0
 
 
 def test_operands_of_16_bits_and_small_coefficients(flag):

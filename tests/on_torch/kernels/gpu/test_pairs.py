@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loss_core.row_terms import kl_divergence
-from loss_core_torch.kernels import Pairs
+from loss_core_torch.kernels import Into, PairCoefficients, Pairs
 from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
@@ -34,7 +34,9 @@ def _holds(kernels, pairs, rtol=1e-5):
     for found in (terms, at_once):
         kl = kl_divergence(torch, found)
         torch.testing.assert_close(kl[keep_T].double(), kl_T[keep_T], rtol=rtol, atol=1e-5)
-    gradients = [kernels.pair_grad(pairs, terms, kl, coef_T, of_teacher) for of_teacher in (False, True)]
+    gradients = [
+        kernels.pair_grad(pairs, terms, PairCoefficients(kl, coef_T, of_teacher)) for of_teacher in (False, True)
+    ]
     for got, expected in zip((made, *gradients), (by_student, by_student, by_teacher), strict=True):
         assert got.dtype == pairs.student.dtype
         step = torch.finfo(got.dtype).eps
@@ -68,7 +70,13 @@ def test_what_an_ignored_pair_holds_is_not_read(flag, name):
     coef_T = torch.tensor([1.0, torch.inf, torch.nan, 2.0])
     terms, made = SETS[name].pair_terms_and_grad(pairs, coef_T)
     kl_T = kl_divergence(torch, terms)
-    for grad in (made, *(SETS[name].pair_grad(pairs, terms, kl_T, coef_T, of_teacher) for of_teacher in (False, True))):
+    for grad in (
+        made,
+        *(
+            SETS[name].pair_grad(pairs, terms, PairCoefficients(kl_T, coef_T, of_teacher))
+            for of_teacher in (False, True)
+        ),
+    ):
         assert not grad[1:3].any()
         assert grad.isfinite().all()
 
@@ -92,7 +100,7 @@ def test_a_student_of_the_least_finite_number_gives_the_loss_of_plain_float32(fl
     kl_T = kl_divergence(torch, terms)
     plain_T = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1)
     torch.testing.assert_close(kl_T, plain_T, rtol=1e-5, atol=0)
-    assert SETS["own-sizes"].pair_grad(pairs, terms, kl_T, torch.ones(2), True).isfinite().all()
+    assert SETS["own-sizes"].pair_grad(pairs, terms, PairCoefficients(kl_T, torch.ones(2), True)).isfinite().all()
 
 
 @each_set
@@ -101,9 +109,8 @@ def test_nothing_is_done_where_the_upstream_is_one(flag, name):
     terms = SETS[name].pair_terms(pairs)
     for upstream, written in ((1.0, False), (0.5, True)):
         out = torch.full((3, V), 7.0)
-        got = SETS[name].pair_grad(
-            pairs, terms, kl_divergence(torch, terms), torch.full((3,), upstream), False, out, torch.tensor(upstream)
-        )
+        wanted = PairCoefficients(kl_divergence(torch, terms), torch.full((3,), upstream), False)
+        got = SETS[name].pair_grad(pairs, terms, wanted, Into(out, torch.tensor(upstream)))
         assert got is out
         assert bool((out != 7.0).all()) == written
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy, cross_entropy_coefficients
-from loss_core_torch.kernels import Rows
-from on_torch.kernels.gpu.sets import SETS, V, WithZSum, counted, layouts
+from loss_core_torch.kernels import Into, Rows
+from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 each_set = pytest.mark.parametrize("name", SETS)
@@ -77,8 +77,8 @@ def test_the_sum_of_all_logits_and_the_uniform_part(flag, name):
     kernels, rows, coef_T, uniform_T = SETS[name], _rows(torch.randn(7, V)), torch.randn(7), torch.randn(7)
     terms, grad = _expected(rows, coef_T, uniform_T)
     for found in (
-        kernels.row_terms(rows, WithZSum(V)),
-        kernels.row_terms_and_grad(rows, coef_T, WithZSum(V))[0],
+        kernels.row_terms(rows, Objective(V, 0.1)),
+        kernels.row_terms_and_grad(rows, coef_T, Objective(V, 0.1))[0],
     ):
         assert found.z_sum is not None
         _same_terms(rows, found, terms)
@@ -138,7 +138,7 @@ def test_any_layout(flag, layout):
     # The gradient may lie as the logits do.
     whole = torch.full((*rows.logits.shape[:-1], 2 * rows.logits.shape[-1]), 7.0)
     out = whole.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
-    assert kernels.row_grad(rows, found, coefficients, out=out) is out
+    assert kernels.row_grad(rows, found, coefficients, Into(out)) is out
     _close(out, grad, torch.float32)
 
 
@@ -161,7 +161,7 @@ def test_over_the_logits_themselves(flag, layout):
     terms = kernels.row_terms(rows, Objective(V))
     coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
     expected = kernels.row_grad(rows, terms, coefficients)
-    assert kernels.row_grad(rows, terms, coefficients, out=logits) is logits
+    assert kernels.row_grad(rows, terms, coefficients, Into(logits)) is logits
     assert torch.equal(logits, expected)
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_done_where_the_upstream_is_one(flag, name):
     for upstream, written in ((1.0, False), (1.0 + 2**-20, True), (torch.nan, True)):
         coefficients = cross_entropy_coefficients(torch, terms, torch.full((4,), upstream), Objective(V))
         out = torch.full((4, V), 7.0)
-        assert kernels.row_grad(rows, terms, coefficients, out, torch.tensor(upstream)) is out
+        assert kernels.row_grad(rows, terms, coefficients, Into(out, torch.tensor(upstream))) is out
         assert bool((out != 7.0).all()) == written
 
 
@@ -211,13 +211,13 @@ def test_offsets_beyond_32_bits(flag):
         found = SETS["own-sizes"].row_terms(rows, Objective(V))
         _same_terms(rows, found, terms)
         coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
-        _close(SETS["own-sizes"].row_grad(rows, found, coefficients, out=far), grad, torch.bfloat16)
+        _close(SETS["own-sizes"].row_grad(rows, found, coefficients, Into(far)), grad, torch.bfloat16)
 
 
 def test_no_vocabulary_is_an_empty_piece(flag):
     kernels, seen = counted()
     rows, low_T, none_T = Rows(torch.randn(2, 3, 0), torch.zeros(6).long(), None), torch.full((6,), -torch.inf), [0.0]
-    found = kernels.row_terms(rows, WithZSum(V))
+    found = kernels.row_terms(rows, Objective(V, 0.1))
     torch.testing.assert_close(tuple(found), (low_T, torch.tensor(none_T * 6), low_T, torch.tensor(none_T * 6)))
     assert kernels.row_terms_and_grad(rows, torch.ones(6), Objective(V))[1].shape == rows.logits.shape
     assert not seen
