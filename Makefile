@@ -3,10 +3,13 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# What an environment has; the targets below that have one of their own say something else.
+INSTALL ?= --editable '.[dev]' --constraint constraints.txt
+TOOLS := pytest pytest-xdist hypothesis mpmath
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check lint format types kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow test-oldest-jax matrix check lint format types kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +27,17 @@ test: setup ## run all tests
 
 test-slow: setup ## run the tests that wait for torch.compile: a quarter of an hour more
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
+
+test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
+	$(MAKE) setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] jax==0.8.0 jaxlib==0.8.0 $(TOOLS)"
+	.venv-oldest-jax/bin/python -m pytest $(PYTEST_ARGS) tests/on_jax
+
+# Both ends of every range in pyproject.toml. On Linux an old torch, and the newest, are CUDA builds of some GB.
+matrix: test-oldest-jax ## the tests with the oldest and the newest versions of what the library needs; more than an hour
+	$(MAKE) setup VENV=.venv-oldest-torch INSTALL="--editable .[torch,cli] torch==2.10.* numpy==1.26.* $(TOOLS)"
+	.venv-oldest-torch/bin/python -m pytest $(PYTEST_ARGS) tests/core tests/losses tests/check tests/on_torch
+	$(MAKE) setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
+	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
 check: setup ## every loss on both backends and on torch:compile against float64
 	$(VENV)/bin/loss-core check --backend torch:plain --backend torch:eager --backend torch:compile --backend jax:xla
@@ -72,7 +86,7 @@ check-wheel: setup ## build the wheel and try it without torch and jax, with one
 	$(PY) tests/wheel_check.py
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
 	rm -f demo.html demo.png report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -95,5 +109,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  fi || exit 1; \
 	fi
 	@echo "Installing loss-core and its development tools into $(VENV); the first time takes some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(INSTALL)
 	@touch $(STAMP)

@@ -8,13 +8,21 @@ Field names, order and defaults of the five configs are those of
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from loss_core.dispatch.builders import build
-from loss_core.field_checks import check_bool, check_integer, check_number, check_reduction
+from loss_core.field_checks import (
+    check_bool,
+    check_integer,
+    check_known,
+    check_number,
+    check_reduction,
+    fields_of,
+    is_runtime_field,
+    plain_value,
+)
 from loss_core.registry import config_class_for, registered_name, typed_loss
 
 
@@ -57,7 +65,9 @@ class LossConfig:
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values, with the registry name under "name". Runtime handles are left out."""
         name = registered_name(type(self))
-        values = {f.name: _plain(copy.deepcopy(getattr(self, f.name))) for f in fields(self) if not is_runtime_field(f)}
+        values = {
+            f.name: plain_value(copy.deepcopy(getattr(self, f.name))) for f in fields(self) if not is_runtime_field(f)
+        }
         return {"name": name, **values}
 
     @classmethod
@@ -86,7 +96,7 @@ class LossConfig:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A process group can't be copied; copies of a config share it.
         twin = copy.copy(self)
-        for f in _fields(type(self)):
+        for f in fields_of(type(self)):
             if not is_runtime_field(f):
                 setattr(twin, f.name, copy.deepcopy(getattr(self, f.name), memo))
         return twin
@@ -273,33 +283,12 @@ class LossFromFactoryConfig(LossConfig):
         return self.factory(**self.kwargs)
 
 
-def _plain(value: Any) -> Any:
-    """A NumPy scalar as the Python number it holds, so that YAML and JSON can store it."""
-    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
-
-
 def factory_name(factory: Any) -> str:
     """A readable name of a callable, for messages."""
     return getattr(factory, "__qualname__", None) or repr(factory)
 
 
-def is_runtime_field(f: Any) -> bool:
-    """Whether a dataclass field holds a live handle rather than a value."""
-    return not f.repr and not f.compare
-
-
-def _fields(config_cls: type[Any]) -> tuple[Any, ...]:
-    return fields(config_cls) if is_dataclass(config_cls) else ()
-
-
 def make_config(config_cls: type[LossConfig], values: Mapping[str, Any]) -> LossConfig:
     """Call the config class; an unknown field is a TypeError that names the closest one."""
-    known = [f.name for f in _fields(config_cls) if f.init]
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(
-                f"{config_cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(known) or 'none'}."
-            )
+    check_known(config_cls, values)
     return config_cls(**values)

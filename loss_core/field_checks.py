@@ -1,9 +1,16 @@
-"""What the fields of configs accept: each function raises a ValueError that names field, value and what is accepted."""
+"""Fields of configs: which there are, and what they accept.
+
+A check raises a ValueError that names field, value and what is accepted.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -39,3 +46,34 @@ def check_number(name: str, value: object, accepted: str, *, zero: bool = False,
     # Kernels use its square and its reciprocal in float32, which holds 2**-126 to 2**127.
     if value != 0 and not 2.0**-63 <= float(value) <= 2.0**63:
         raise ValueError(f"{name} must be {accepted}, in 2**-63 to 2**63 (1.1e-19 to 9.2e18), got {value!r}.")
+
+
+def plain_value(value: Any) -> Any:
+    """A NumPy scalar as the Python number it holds, so that YAML and JSON can store it."""
+    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
+
+
+def is_runtime_field(f: Any) -> bool:
+    """Whether a dataclass field holds a live handle rather than a value."""
+    return not f.repr and not f.compare
+
+
+def fields_of(config_cls: type[Any]) -> tuple[Any, ...]:
+    """The fields of a class; none of one that is no dataclass."""
+    return fields(config_cls) if is_dataclass(config_cls) else ()
+
+
+def check_known(config_cls: type[Any], values: Mapping[str, Any]) -> None:
+    """Refuse names that are no fields.
+
+    Raises:
+        TypeError: names the closest field.
+    """
+    known = [f.name for f in fields_of(config_cls) if f.init]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(
+                f"{config_cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(known) or 'none'}."
+            )

@@ -24,7 +24,7 @@ from loss_core.bench.shards import Arrays
 from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import jax_baselines
-from loss_core_bench.runner import Runner, host_peak, timed, timed_calls
+from loss_core_bench.runner import MeasuresRates, Runner, host_peak, timed_calls
 
 # The axis of the mesh over which the vocabulary is sharded.
 _AXIS = "tp"
@@ -232,7 +232,7 @@ class LossRunner:
         return int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
 
 
-class RooflineRunner:
+class RooflineRunner(MeasuresRates):
     """How fast this machine copies and multiplies, on arrays of the size of the job's."""
 
     _MOST_BYTES, _MOST_TOKENS, _MOST_VOCAB = 2**28, 1024, 8192
@@ -271,15 +271,6 @@ class RooflineRunner:
     def unload(self) -> None:
         self.products, self.loaded = [], False
         self.source = jnp.zeros(0)
-
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
-        return {}
-
-    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
-        return Prepared(timed(self.warm_up), 0, "", {})
-
-    def warm_up(self) -> None:
-        self.round(0.0, 1)
 
     def round(self, budget: float, most: int) -> Rates:
         """The copy rate in bytes read and written per second, the product rate in operations per second."""

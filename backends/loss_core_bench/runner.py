@@ -53,6 +53,22 @@ class Runner(Protocol):
         ...
 
 
+class MeasuresRates:
+    """What is no loss: a `Runner` but for `load`, `unload` and `round`."""
+
+    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
+        return {}
+
+    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
+        return Prepared(timed(self.warm_up), 0, "", {})
+
+    def warm_up(self) -> None:
+        self.round(0.0, 1)
+
+    def round(self, budget: float, most: int) -> Rates:
+        raise NotImplementedError
+
+
 def timed(call: Callable[[], Any]) -> float:
     """Seconds of one call; what it returns is freed outside of the time."""
     start = time.perf_counter()

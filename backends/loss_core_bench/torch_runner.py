@@ -25,7 +25,7 @@ from loss_core.bench.shards import Arrays
 from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import torch_baselines
-from loss_core_bench.runner import Runner, host_peak, timed, timed_calls
+from loss_core_bench.runner import MeasuresRates, Runner, host_peak, timed, timed_calls
 from loss_core_bench.torch_inputs import DTYPES, place, place_columns
 from loss_core_bench.torch_ranks import Ranks, join
 from loss_core_torch.kernels.eager.products import Products
@@ -228,7 +228,7 @@ def cuda_times(step: Callable[[], Any], budget: float, most: int, ranks: Ranks, 
 _ENOUGH = {"cpu": (2**28, 1024, 8192), "cuda": (2**30, 8192, 32768)}
 
 
-class RooflineRunner:
+class RooflineRunner(MeasuresRates):
     """How fast this machine copies and multiplies, on arrays of the size of the job's."""
 
     def __init__(self, job: Job, ranks: Ranks) -> None:
@@ -266,15 +266,6 @@ class RooflineRunner:
         self.source = self.target = torch.empty(0)
         if self.where == "cuda":
             torch.cuda.empty_cache()
-
-    def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
-        return {}
-
-    def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
-        return Prepared(timed(self.warm_up), 0, "", {})
-
-    def warm_up(self) -> None:
-        self.round(0.0, 1)
 
     def round(self, budget: float, most: int) -> Rates:
         """The copy rate in bytes read and written per second, the product rate in operations per second."""

@@ -312,11 +312,11 @@ def test_table_class_with_a_registered_name_is_upgraded(name):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_table_class_with_a_registered_name_but_other_kwargs(name):
     cls = of_another_library(name)
-    config = build_loss_config(cls, ignore_index=0, label_smoothing=0.1)
-    assert config == LossFromFactoryConfig(cls, {"ignore_index": 0, "label_smoothing": 0.1})
+    config = build_loss_config(cls, ignore_index=0, focal_gamma=0.1)
+    assert config == LossFromFactoryConfig(cls, {"ignore_index": 0, "focal_gamma": 0.1})
     built = config.build()
     assert type(built) is cls
-    assert vars(built) == {"ignore_index": 0, "label_smoothing": 0.1}
+    assert vars(built) == {"ignore_index": 0, "focal_gamma": 0.1}
 
 
 @pytest.mark.parametrize(

@@ -33,14 +33,16 @@ def frozen(arguments, names):
     return {name: x.detach() if name in names else x for name, x in arguments.items()}
 
 
-@cells(configs())
-def test_all_but_one_argument(flag, config):
-    arguments = all_arguments(config)
-    loss = config.build(backend=flag)
+def assert_one_can_be_trained(loss, arguments):
     for trained in leaves(arguments):
         others = [name for name in arguments if name != trained]
         got = run(loss, as_inference_tensors(arguments, others))
         assert_same(got, run(loss, frozen(arguments, others)), rtol=0, atol=0)
+
+
+@cells(configs())
+def test_all_but_one_argument(flag, config):
+    assert_one_can_be_trained(config.build(backend=flag), all_arguments(config))
 
 
 @cells(configs(), interpreted=False)
@@ -57,12 +59,7 @@ def test_each_argument_alone(flag, config):
 @cells(configs(), interpreted=False)
 def test_ordinary_calls(flag, config):
     # No optional argument and nothing ignored: fast paths are taken then.
-    arguments = inputs(config, ignored=0)
-    loss = config.build(backend=flag)
-    for trained in leaves(arguments):
-        others = [name for name in arguments if name != trained]
-        got = run(loss, as_inference_tensors(arguments, others))
-        assert_same(got, run(loss, frozen(arguments, others)), rtol=0, atol=0)
+    assert_one_can_be_trained(config.build(backend=flag), inputs(config, ignored=0))
 
 
 @cells(configs(), interpreted=False)

@@ -27,15 +27,7 @@ from loss_core_jax.inputs import IGNORED, ArrayLike
 from loss_core_jax.kernels import KernelSet, Linear, LinearRows, Wanted
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, TPGroup
-from loss_core_jax.parallel.collectives import (
-    fold_rows,
-    local_target,
-    num_local_classes,
-    summed_over_copies,
-    summed_over_shards,
-    types_tell,
-    whole_cotangent,
-)
+from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, Layout, Operand, layout_for, over
 from loss_core_jax.reduction import finish_count, row_scale, total, valid_losses, valid_upstream
 
@@ -251,7 +243,7 @@ def _loss_rows(
 
     def inside(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array) -> jax.Array:
         axes = frozenset(layout.axes)
-        if types_tell(layout.axes):
+        if collectives.types_tell(layout.axes):
             weight_VH = compat.vary(weight_VH, axes)
             hidden = compat.vary(hidden, axes) if problem.gathers else hidden
         return _rows(hidden, weight_VH, target, problem)
@@ -273,22 +265,22 @@ def _rows_forward(
     if problem.gathers:
         hidden = lax.all_gather(hidden, shard.axes, axis=0, tiled=True)
     terms = problem.kernels.linear_terms(_local(hidden, weight_VH, target, problem), problem.linear)
-    terms = fold_rows(terms, shard)
+    terms = collectives.fold_rows(terms, shard)
     return _losses(terms, target, problem.linear.objective), (hidden, weight_VH, target, terms)
 
 
 def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     hidden, weight_VH, target, terms = residuals
     shard = problem.linear.shard
-    upstream = valid_upstream(whole_cotangent(cotangent, shard), target)
+    upstream = valid_upstream(collectives.whole_cotangent(cotangent, shard), target)
     rows = _local(hidden, weight_VH, target, problem)
     gradients = problem.kernels.linear_gradients(rows, terms, upstream, problem.linear)
     assert gradients.hidden is not None, "both are wanted"
     if problem.gathers:
         by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
     else:
-        by_hidden = summed_over_shards(gradients.hidden, hidden, shard)
-    by_weight = summed_over_copies(gradients.weight_VH, weight_VH)
+        by_hidden = collectives.summed_over_shards(gradients.hidden, hidden, shard)
+    by_weight = collectives.summed_over_copies(gradients.weight_VH, weight_VH)
     return by_hidden.astype(hidden.dtype), by_weight.astype(weight_VH.dtype), None
 
 
@@ -298,5 +290,5 @@ _rows.defvjp(_rows_forward, _rows_backward)
 def _local(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem) -> LinearRows:
     """The rows over this device's share of the vocabulary."""
     shard, num_local = problem.linear.shard, weight_VH.shape[0]
-    num_classes = num_local_classes(num_local, problem.linear.objective.num_classes, shard)
-    return LinearRows(hidden, weight_VH, local_target(target, num_local, shard), num_classes)
+    num_classes = collectives.num_local_classes(num_local, problem.linear.objective.num_classes, shard)
+    return LinearRows(hidden, weight_VH, collectives.local_target(target, num_local, shard), num_classes)

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from loss_core_torch import compat
+
+
+class LossFunction(Function):
+    """A loss whose last input is the call, and whose outputs after the first are what waits for the backward."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        # Else autograd makes zeros of their size for the outputs that have no gradient.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.spent = False
 
 
 def check_upstream(upstream: Tensor) -> None:

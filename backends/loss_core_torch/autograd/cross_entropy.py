@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_torch import inplace, operators
-from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.autograd.base import LossFunction, check_upstream
 from loss_core_torch.kernels import Into, KernelSet, Rows
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
@@ -39,7 +38,7 @@ class Call(NamedTuple):
     grad_in_forward: bool = False
 
 
-class CrossEntropy(Function):
+class CrossEntropy(LossFunction):
     """Cross entropy of each token, or their sum with given coefficients.
 
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None; coef_T [T] in
@@ -67,14 +66,6 @@ class CrossEntropy(Function):
         loss_T = zero_where_ignored(cross_entropy(torch, terms, call.objective), keep_T)
         result = loss_T if coef_T is None else weighted_sum(coef_T, loss_T)
         return result, *terms[:3], *made
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.call = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.spent = False
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

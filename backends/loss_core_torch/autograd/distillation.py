@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from loss_core.row_terms import PairTerms, kl_divergence
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.autograd.base import LossFunction, check_upstream
 from loss_core_torch.kernels import Into, KernelSet, PairCoefficients, Pairs
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
@@ -37,7 +36,7 @@ class Call(NamedTuple):
     grad_in_forward: bool = False
 
 
-class Distillation(Function):
+class Distillation(LossFunction):
     """KL(teacher || student) of each token at a temperature, or their sum with given coefficients; not times T^2.
 
     Inputs: student, teacher [..., V] float; keep_T [T] bool or None; coef_T [T] in the dtype of the arithmetic, not
@@ -63,14 +62,6 @@ class Distillation(Function):
         kl_T = zero_where_ignored(kl_divergence(torch, terms), keep_T)
         result = kl_T.clone() if coef_T is None else weighted_sum(coef_T, kl_T)
         return result, kl_T, *terms, *made
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.call = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.spent = False
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -35,8 +35,12 @@ class LossModule(nn.Module):
     _labels_are_classes = True
     tp_group: Any = None
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any, tp_group: Any) -> None:
+        """The fields of a config, which has validated them."""
         super().__init__()
+        for name in self._fields:
+            setattr(self, name, getattr(config, name))
+        self.tp_group = tp_group
         self.with_kernel_choice(KernelChoice("torch:eager", "made directly"))
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:

@@ -191,10 +191,8 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
         label_smoothing: float = 0.0,
     ) -> None:
         """Fields as in MaskedCrossEntropyConfig, which validates them."""
-        super().__init__()
         config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad, label_smoothing)
-        self.fp32_upcast, self.ignore_index, self.reduction = config.fp32_upcast, config.ignore_index, config.reduction
-        self.tp_group, self.inplace_grad, self.label_smoothing = tp_group, config.inplace_grad, config.label_smoothing
+        super().__init__(config, tp_group)
 
 
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
@@ -214,7 +212,4 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
         label_smoothing: float = 0.0,
     ) -> None:
         """Fields as in TEParallelCEConfig, which validates them."""
-        super().__init__()
-        config = TEParallelCEConfig(ignore_index, reduction, None, inplace_grad, label_smoothing)
-        self.ignore_index, self.reduction, self.tp_group = config.ignore_index, config.reduction, tp_group
-        self.inplace_grad, self.label_smoothing = config.inplace_grad, config.label_smoothing
+        super().__init__(TEParallelCEConfig(ignore_index, reduction, None, inplace_grad, label_smoothing), tp_group)

@@ -24,6 +24,10 @@ class KDLoss(LossModule):
 
     _fields = ("ignore_index", "temperature", "fp32_upcast", "chunk_size")
     _labels_are_classes = False
+    ignore_index: int
+    temperature: float
+    fp32_upcast: bool
+    chunk_size: int
 
     def __init__(
         self,
@@ -34,10 +38,7 @@ class KDLoss(LossModule):
         chunk_size: int = 0,
     ) -> None:
         """Fields as in KDLossConfig, which validates them."""
-        super().__init__()
-        config = KDLossConfig(ignore_index, temperature, fp32_upcast, None, chunk_size)
-        self.ignore_index, self.temperature, self.fp32_upcast = config.ignore_index, config.temperature, fp32_upcast
-        self.tp_group, self.chunk_size = tp_group, config.chunk_size
+        super().__init__(KDLossConfig(ignore_index, temperature, fp32_upcast, None, chunk_size), tp_group)
 
     def forward(
         self,

@@ -31,6 +31,11 @@ class FusedLinearCrossEntropy(LossModule):
     _fields = (
         "ignore_index", "logit_softcapping", "reduction", "sequence_parallel", "skip_ignored", "label_smoothing",
     )  # fmt: skip
+    ignore_index: int
+    logit_softcapping: float
+    reduction: str
+    sequence_parallel: bool
+    skip_ignored: bool | None
     # Numbers that give tensors their shape: no tensors themselves, for the bridge.
     static_arguments = ("num_valid_tokens",)
     # lm_weight [V, H].
@@ -47,14 +52,10 @@ class FusedLinearCrossEntropy(LossModule):
         label_smoothing: float = 0.0,
     ) -> None:
         """Fields as in FusedLinearCEConfig, which validates them."""
-        super().__init__()
         config = FusedLinearCEConfig(
             ignore_index, logit_softcapping, reduction, None, sequence_parallel, skip_ignored, label_smoothing
         )
-        self.ignore_index, self.reduction = config.ignore_index, config.reduction
-        self.logit_softcapping, self.skip_ignored = config.logit_softcapping, config.skip_ignored
-        self.tp_group, self.sequence_parallel = tp_group, config.sequence_parallel
-        self.label_smoothing = config.label_smoothing
+        super().__init__(config, tp_group)
 
     def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Dtype in which the logits' gradient enters its two matrix products, for hidden states of a dtype."""

@@ -148,45 +148,25 @@ def pair_terms(student_TV: Tensor, teacher_TV: Tensor, factor: Tensor) -> tuple[
     return _pair_terms(_wide(student_TV) * factor, _wide(teacher_TV) * factor)
 
 
-def pair_student_grad(
-    student_TV: Tensor,
-    teacher_TV: Tensor,
-    factor: Tensor,
-    keep_T: Tensor,
-    m_t_T: Tensor,
-    s_t_T: Tensor,
-    a_T: Tensor,
-    m_s_T: Tensor,
-    s_s_T: Tensor,
-    kl_T: Tensor,
-    coef_T: Tensor,
-    out_TV: Tensor,
-) -> None:
-    """coef (p_s - p_t) into out, 0 where keep is False."""
-    terms = PairTerms(m_t_T, s_t_T, a_T, m_s_T, s_s_T)
-    out_TV.copy_(_student_grad(_wide(student_TV) * factor, _wide(teacher_TV) * factor, keep_T, terms, coef_T))
+def pair_student_grad(student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, keep_T: Tensor, *rest: Tensor) -> None:
+    """coef (p_s - p_t) into out, 0 where keep is False.
+
+    Args:
+        rest: PairTerms, KL, coef [T], and out.
+    """
+    *found, _, coef_T, out_TV = rest
+    zs_TV, zt_TV = _wide(student_TV) * factor, _wide(teacher_TV) * factor
+    out_TV.copy_(_student_grad(zs_TV, zt_TV, keep_T, PairTerms(*found), coef_T))
 
 
-def pair_teacher_grad(
-    student_TV: Tensor,
-    teacher_TV: Tensor,
-    factor: Tensor,
-    keep_T: Tensor,
-    m_t_T: Tensor,
-    s_t_T: Tensor,
-    a_T: Tensor,
-    m_s_T: Tensor,
-    s_s_T: Tensor,
-    kl_T: Tensor,
-    coef_T: Tensor,
-    out_TV: Tensor,
-) -> None:
-    """coef p_t (log p_t - log p_s - KL) into out, 0 where keep is False."""
-    terms = PairTerms(m_t_T, s_t_T, a_T, m_s_T, s_s_T)
-    exponent_TV = _shifted(_wide(teacher_TV) * factor, m_t_T)
+def pair_teacher_grad(student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, keep_T: Tensor, *rest: Tensor) -> None:
+    """coef p_t (log p_t - log p_s - KL) into out, 0 where keep is False; arguments as `pair_student_grad`."""
+    *found, kl_T, coef_T, out_TV = rest
+    terms = PairTerms(*found)
+    exponent_TV = _shifted(_wide(teacher_TV) * factor, terms.m_t)
     powers_TV = _exp2(exponent_TV)
-    gap_TV = exponent_TV - _shifted(_wide(student_TV) * factor, m_s_T) - kl_centre(torch, terms, kl_T)[:, None]
-    grad_TV = torch.where(powers_TV == 0, 0.0, powers_TV * gap_TV) * (coef_T / s_t_T)[:, None]
+    gap_TV = exponent_TV - _shifted(_wide(student_TV) * factor, terms.m_s) - kl_centre(torch, terms, kl_T)[:, None]
+    grad_TV = torch.where(powers_TV == 0, 0.0, powers_TV * gap_TV) * (coef_T / terms.s_t)[:, None]
     out_TV.copy_(_kept(grad_TV, keep_T))
 
 
