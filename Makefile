@@ -9,7 +9,7 @@ TOOLS := pytest pytest-xdist hypothesis mpmath
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest-jax matrix check lint format types kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow test-oldest-jax matrix check lint format types docs kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ format: setup ## let ruff mend what it can
 types: setup ## mypy, strict
 	$(PY) -m mypy
 
+docs: setup ## build the pages of docs/ into site/; a warning, such as a broken link, is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
 	$(PY) tests/on_torch/kernels/gpu/kernel_table.py
 
@@ -86,7 +89,7 @@ check-wheel: setup ## build the wheel and try it without torch and jax, with one
 	$(PY) tests/wheel_check.py
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs site
 	rm -f demo.html demo.png report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -2,7 +2,7 @@
 
 >>> from loss_core import MaskedCrossEntropyConfig
 >>> MaskedCrossEntropyConfig(reduction="mean")
-MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean', inplace_grad=False)
+MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean', inplace_grad=False, label_smoothing=0.0)
 
 Importing this package loads neither torch nor jax; `config.build(backend=...)` does.
 """

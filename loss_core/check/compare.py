@@ -38,8 +38,9 @@ def compare(
     """Compare value and gradients of two callables on the same inputs.
 
     Args:
-        fn_torch, fn_jax: take the inputs as keyword arguments (torch tensors, JAX arrays) and return
-            one tensor or array. Both must also run in float64.
+        fn_torch: takes the inputs as keyword arguments, as torch tensors, and returns one tensor. It must also run
+            in float64.
+        fn_jax: the same with JAX arrays.
         inputs: NumPy arrays by argument name; floating ones are rounded to dtype first.
         dtype: of the floating inputs: "float32", "bfloat16", "float16" or "float64".
         arithmetic: dtype in which the callables compute inside; None: float32 (float64 for float64).

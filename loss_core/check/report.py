@@ -55,7 +55,7 @@ class Finding:
 
     @property
     def where(self) -> str:
-        """The tensor and the position in it, such as "logits[0][3]"."""
+        """The tensor and the position in it, such as `logits[0][3]`."""
         return self.tensor + "".join(f"[{i}]" for i in self.position)
 
     @property

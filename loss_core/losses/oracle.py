@@ -44,7 +44,9 @@ def allowances(
     """Largest error that rounding explains, elementwise, for "loss" and each gradient.
 
     Args:
-        config, arrays, upstream: as they were given to the oracle.
+        config: as it was given to the oracle.
+        arrays: as they were given to the oracle.
+        upstream: as it was given to the oracle.
         expected: the oracle's result.
         dtype: dtype of the floating inputs, and so of the gradients.
         product_dtype: dtype in which the fused loss hands the logits' gradient to its matrix products

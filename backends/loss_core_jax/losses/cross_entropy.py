@@ -68,8 +68,8 @@ class _LogitsCrossEntropy(Loss):
 class MaskedCrossEntropy(_LogitsCrossEntropy):
     """Cross entropy over logits, with a mask.
 
-    Attributes: as in `loss_core.MaskedCrossEntropyConfig`; tp_group is the name of a mesh axis, or a tuple of names;
-        inplace_grad must be False.
+    Fields are those of `loss_core.MaskedCrossEntropyConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+    inplace_grad must be False.
     """
 
     fp32_upcast: bool = True
@@ -86,8 +86,8 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
     """As `MaskedCrossEntropy`, always in float32 (float64 for float64 logits).
 
-    Attributes: as in `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
-        inplace_grad must be False.
+    Fields are those of `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
+    inplace_grad must be False.
     """
 
     ignore_index: int = -100

@@ -27,7 +27,7 @@ from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstre
 class KDLoss(Loss):
     """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
 
-    Attributes: as in `loss_core.KDLossConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    Fields are those of `loss_core.KDLossConfig`; tp_group is the name of a mesh axis, or a tuple of names.
     """
 
     ignore_index: int = -100

@@ -41,10 +41,10 @@ class FusedLinearCrossEntropy(Loss):
     that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
     A second derivative is right, but keeps the logits of every chunk.
 
-    Attributes: as in `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names. Ignored
-        tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None on a
-        CPU, also under jit, up to a chunk of 512 tokens, if a reduced loss is differentiated and no vocabulary is
-        sharded.
+    Fields are those of `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    Ignored tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None
+    on a CPU, also under jit, up to a chunk of 512 tokens, if a reduced loss is differentiated and no vocabulary is
+    sharded.
     """
 
     ignore_index: int = -100

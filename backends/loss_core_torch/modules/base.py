@@ -68,7 +68,8 @@ class LossModule(nn.Module):
         """Which kernels would run for a call, and why.
 
         Args:
-            device, dtype: of the logits or hidden states.
+            device: of the logits or hidden states.
+            dtype: of the logits or hidden states.
             shape: (T, V), or (T, V, H) for the fused loss.
             whole: whether the call concerns this process alone; None: where there is no tp_group.
         """
