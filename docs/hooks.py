@@ -1,7 +1,7 @@
 """What MkDocs does not do by itself: formulas without scripts, and links to files of the repository outside of docs/.
 
 Formulas become MathML, which browsers draw themselves, so that a page loads nothing from elsewhere. Links such as
-`../BENCHMARKS.md` work where the repository is browsed; in the site they lead to a copy of the file under `repository/`.
+`../BENCHMARKS.md` work where the repository is browsed; in the site they lead to a copy of the file in `repository/`.
 """
 
 from __future__ import annotations

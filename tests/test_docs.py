@@ -29,7 +29,7 @@ from loss_core import LOSS_CONFIG_REGISTRY, unregister_loss
 from loss_core.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"(?:^<!-- (\S+) -->\n)?^```(\S*)[ ]*([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TITLE = re.compile(r'title="([^"]+)"')
 SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -53,8 +53,8 @@ def blocks(path):
         yield Block(match[1], match[2], match[3], match[4], line, after[4] if below else None)
 
 
-def pages_with(*languages):
-    found = [path for path in PAGES if any(block.language in languages for block in blocks(path))]
+def pages_with(language):
+    found = [path for path in PAGES if any(block.language == language for block in blocks(path))]
     return pytest.mark.parametrize("path", found, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
@@ -74,12 +74,7 @@ def page(tmp_path, monkeypatch):
         unregister_loss(name)
 
 
-# README's few lines have no tensors; its own test is that of examples.
-@pytest.mark.parametrize(
-    "path",
-    [p for p in PAGES if p.name != "README.md" and any(b.language == "python" for b in blocks(p))],
-    ids=lambda path: path.relative_to(ROOT).as_posix(),
-)
+@pages_with("python")
 def test_python_blocks_run(path, page, tmp_path):
     for block in blocks(path):
         if (title := TITLE.search(block.options)) is not None:
