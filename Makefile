@@ -55,7 +55,7 @@ types: setup ## mypy, strict
 	$(PY) -m mypy
 
 docs: setup ## build the pages of docs/ into site/; a warning, such as a broken link, is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
 	$(PY) tests/on_torch/kernels/gpu/kernel_table.py

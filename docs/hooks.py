@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 # Pages, pictures and sources that pages link to; each lies under this folder as it lies in the repository.
@@ -52,12 +53,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(lead, markdown)
 
 
-def on_page_content(page_html: str, **_: Any) -> str:
+def on_page_content(page_html: str, page: Any, **_: Any) -> str:
     """Formulas as MathML; one that can't be read is an error."""
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        formula: str = convert(html.unescape(match[2]), display=display)
+        text = html.unescape(match[2])
+        formula: str = convert(text, display=display)
+        # A command that it does not know is copied; a brace that is not closed is closed by itself.
+        if "\\" in formula or text.count("{") != text.count("}"):
+            raise PluginError(f"{page.file.src_uri}: can't read the formula {text}")
         return f'<div class="formula">{formula}</div>' if display == "block" else formula
 
     return FORMULA.sub(mathml, page_html)
