@@ -29,6 +29,9 @@ from loss_core import LOSS_CONFIG_REGISTRY, unregister_loss
 from loss_core.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
+# One process imports both frameworks for all pages.
+pytestmark = pytest.mark.xdist_group("docs")
+
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"(?:^<!-- (\S+) -->\n)?^```(\S*)[ ]*([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TITLE = re.compile(r'title="([^"]+)"')
