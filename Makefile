@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 # What an environment has; the targets below that have one of their own say something else.
 INSTALL ?= --editable '.[dev]' --constraint constraints.txt
 TOOLS := pytest pytest-xdist hypothesis mpmath
+oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | head -n 1).*
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
@@ -29,12 +30,12 @@ test-slow: setup ## run the tests that wait for torch.compile: a quarter of an h
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
-	$(MAKE) setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] jax==0.8.0 jaxlib==0.8.0 $(TOOLS)"
+	$(MAKE) setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] $(call oldest,jax) $(TOOLS)"
 	.venv-oldest-jax/bin/python -m pytest $(PYTEST_ARGS) tests/on_jax
 
 # Both ends of every range in pyproject.toml. On Linux an old torch, and the newest, are CUDA builds of some GB.
 matrix: test-oldest-jax ## the tests with the oldest and the newest versions of what the library needs; more than an hour
-	$(MAKE) setup VENV=.venv-oldest-torch INSTALL="--editable .[torch,cli] torch==2.10.* numpy==1.26.* $(TOOLS)"
+	$(MAKE) setup VENV=.venv-oldest-torch INSTALL="--editable .[torch,cli] $(call oldest,torch) $(call oldest,numpy) $(TOOLS)"
 	.venv-oldest-torch/bin/python -m pytest $(PYTEST_ARGS) tests/core tests/losses tests/check tests/on_torch
 	$(MAKE) setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)

@@ -8,10 +8,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.torch_calls import usable_flags
+from loss_core import MaskedCrossEntropyConfig
 from loss_core.dispatch.observed import names, observing
 from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
 from loss_core_torch import kernels, operators
 from loss_core_torch.kernels import Linear, PairCoefficients, Pairs, Rows, Wanted
+from loss_core_torch.kernels.eager import EagerKernels
 
 # T = tokens, V = vocabulary, H = hidden
 T, V, H = 6, 37, 5
@@ -223,3 +225,15 @@ def test_flops_of_the_operators_are_those_of_the_products_that_they_make(name):
     # The test makes the terms that the gradients are made of by itself, with one more product.
     own = name.startswith("linear_grads")
     assert counted.get_total_flops() == (PRODUCTS[name] + own) * 2 * T * H * V
+
+
+def test_kernels_that_were_given_to_a_module_are_no_others_in_a_graph():
+    # A graph knows kernels by their flag: it would run the library's own of that name.
+    loss = MaskedCrossEntropyConfig().build(backend="torch:eager").with_kernels(EagerKernels())
+    logits, labels = _numbers(T, V), _labels()
+    expected = loss(logits, labels)
+    with pytest.raises(Exception, match=r"'torch:eager' were given to the module by with_kernels"):
+        torch.compile(loss, fullgraph=True, backend="eager")(logits, labels)
+    with pytest.raises(RuntimeError, match=r"'torch:eager' were given to the module by with_kernels"):
+        make_fx(loss)(logits, labels)
+    assert torch.equal(loss(logits, labels), expected)

@@ -121,7 +121,8 @@ def layout_for(tp_group: Any, rows: Any, vocab_array: Any, vocab_dim: int) -> La
     found = [_readable(rows), _readable(vocab_array)]
     mesh = next((m for m in (context, *(s.mesh for s in found if s)) if m is not None and not m.empty), None)
     _check_axes(tp_group, axes, mesh, traced=None in found)
-    if mesh is None or mesh.size == 1 or not _is_sharded(mesh, frozenset(context.manual_axes)):
+    # Explicit axes belong to the types of arrays even where they have one device.
+    if mesh is None or not (context.explicit_axes or _is_sharded(mesh, frozenset(context.manual_axes))):
         return NOWHERE
     if context.manual_axes and not context.explicit_axes:
         return Layout(whole=True, hint=axes)

@@ -47,12 +47,13 @@ class LossModule(nn.Module):
         """Run the kernels that the choice names; returns the module."""
         self.kernel_choice = choice
         self._kernels: Kernels = kernel_sets.find(parse_flag(choice.flag).kernel)
+        self._given = False
         return self
 
     def with_kernels(self, kernels: Kernels) -> LossModule:
-        """Run kernels of one's own, or ours with other sizes; returns the module."""
+        """Run kernels of one's own, or ours with other sizes; returns the module. Not for traced calls."""
         self.kernel_choice = KernelChoice(kernels.flag, "given to the module")
-        self._kernels = kernels
+        self._kernels, self._given = kernels, True
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +90,7 @@ class LossModule(nn.Module):
         Args:
             like: logits, beside a teacher's or not, or hidden states beside the weight [V, H]; not checked yet.
         Raises:
-            RuntimeError: a torch.func transform that they have no rule for.
+            RuntimeError: a torch.func transform that they have no rule for, or a traced call that can't name them.
         """
         found = self._kernels
         tensors = isinstance(like, Tensor) and like.dim() and (weight is None or isinstance(weight, Tensor))
@@ -102,6 +103,12 @@ class LossModule(nn.Module):
             found = kernel_sets.find(choice.flag.partition(":")[2])
         if not isinstance(found, WholeLosses):
             _refuse_transforms(found.flag, like, weight, teacher)
+            if self._given and isinstance(like, Tensor) and is_traced(like):
+                raise RuntimeError(
+                    f"The kernels {found.flag!r} were given to the module by with_kernels, and a traced call "
+                    "(torch.compile with fullgraph=True, make_fx, fake tensors) knows kernels by their flag alone. "
+                    "Build the loss with a flag there."
+                )
         return found
 
     def _agree(
