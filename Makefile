@@ -3,13 +3,14 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+EXTRA := dev
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check lint format types kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow test-integrations check lint format types kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=/path/to/python chooses the interpreter of $(VENV); PYTEST_ARGS='-k name' replaces '$(PYTEST_ARGS)'."
 
@@ -24,6 +25,11 @@ test: setup ## run all tests
 
 test-slow: setup ## run the tests that wait for torch.compile: a quarter of an hour more
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
+
+# In an environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
+test-integrations: ## the adapters beside their libraries, in .venv-integrations
+	@$(MAKE) --no-print-directory VENV=.venv-integrations EXTRA=integrations setup
+	.venv-integrations/bin/python -m pytest tests/on_torch/integrations tests/on_jax/integrations
 
 check: setup ## every loss on both backends and on torch:compile against float64
 	$(VENV)/bin/loss-core check --backend torch:plain --backend torch:eager --backend torch:compile --backend jax:xla
@@ -72,7 +78,7 @@ check-wheel: setup ## build the wheel and try it without torch and jax, with one
 	$(PY) tests/wheel_check.py
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) .venv-integrations build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
 	rm -f demo.html demo.png report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -94,6 +100,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$$found" -m pip --python $(PY) install --quiet --disable-pip-version-check pip; \
 	  fi || exit 1; \
 	fi
-	@echo "Installing loss-core and its development tools into $(VENV); the first time takes some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@echo "Installing loss-core and its extra $(EXTRA) into $(VENV); the first time takes some minutes"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]' --constraint constraints.txt
 	@touch $(STAMP)
