@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.largest_tensor import LargestTensor
+from helpers.process_group import over_processes
 from helpers.tiny_models import MINICPM3, H, V, batch, made
 from loss_core import FusedLinearCEConfig, KDLossConfig
 from loss_core_torch.integrations.hf import use_fused_loss
@@ -237,3 +238,34 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused():
     model.config.logits_scaling = 8.0
     with pytest.raises(RuntimeError, match=r"GraniteForCausalLM.forward turns the logits \[1.0, 100.0\] into"):
         model(**batch())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@over_processes(2)
+def test_fsdp2(world, tied):
+    from torch.distributed.fsdp import fully_shard
+
+    ours, own = made(tie_word_embeddings=tied), made(tie_word_embeddings=tied)
+    use_fused_loss(ours)
+    for layer in ours.model.layers:
+        fully_shard(layer)
+    if not tied:
+        fully_shard(ours.lm_head)
+    fully_shard(ours)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (ours, own)]
+    for step in range(3):
+        batches = [batch(seed=world.ranks * step + rank, ignored=3 + rank) for rank in range(world.ranks)]
+        count = sum((x["labels"][:, 1:] != -100).sum() for x in batches)
+        # FSDP takes the mean over the ranks.
+        loss = ours(**batches[world.rank], num_items_in_batch=count).loss * world.ranks
+        loss.backward()
+        large = {name: torch.cat([x[name] for x in batches]) for name in batches[0]}
+        expected = own(**large, num_items_in_batch=count).loss
+        expected.backward()
+        torch.distributed.all_reduce(loss := loss.detach())
+        torch.testing.assert_close(loss / world.ranks, expected.detach(), rtol=1e-5, atol=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for parameter, other in zip(ours.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(parameter.full_tensor(), other, rtol=1e-5, atol=1e-5)
