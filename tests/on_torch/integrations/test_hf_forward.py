@@ -206,7 +206,7 @@ def replaced(head):
     [
         (lambda: made("Phi"), ValueError, r"PhiForCausalLM.lm_head has a bias of shape \(97,\)"),
         (lambda: replaced(Quantised(H, V, bias=False)), TypeError, "Quantised, whose forward is not .*quantised"),
-        (lambda: made().model, TypeError, "LlamaModel has no head|whose loss is not"),
+        (lambda: made().model, TypeError, "LlamaModel has no head"),
         (lambda: torch.nn.Linear(H, V), TypeError, "pass a transformers model"),
         (lambda: torch.nn.DataParallel(made()), TypeError, "wrapped by torch.nn.*DataParallel; pass .* model.module"),
         (lambda: torch.compile(made()), TypeError, "wrapped by .*OptimizedModule; pass .* model._orig_mod"),
@@ -237,6 +237,56 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused():
     use_fused_loss(model)
     model.config.logits_scaling = 8.0
     with pytest.raises(RuntimeError, match=r"GraniteForCausalLM.forward turns the logits \[1.0, 100.0\] into"):
+        model(**batch())
+
+
+def with_forward(function):
+    """A model with a forward of its own, from hidden states to a loss."""
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Own(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, return_dict=None):
+            loss, logits = function(self, self.model(input_ids).last_hidden_state, labels)
+            return CausalLMOutput(loss=loss, logits=logits)
+
+    torch.manual_seed(0)
+    return Own(made().config).train()
+
+
+def loss_without_loss_function(model, hidden, labels):
+    logits = model.lm_head(hidden)
+    return logits.sum(), logits
+
+
+def logits_without_head(model, hidden, labels):
+    logits = hidden @ model.lm_head.weight.T
+    return model.loss_function(logits=logits, labels=labels, vocab_size=V), logits
+
+
+def head_called_twice(model, hidden, labels):
+    logits = model.lm_head(hidden) + model.lm_head(hidden)
+    return model.loss_function(logits=logits, labels=labels, vocab_size=V), logits
+
+
+def fewer_classes(model, hidden, labels):
+    logits = model.lm_head(hidden)
+    return model.loss_function(logits=logits, labels=labels, vocab_size=V - 1), logits
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "says"),
+    [
+        (loss_without_loss_function, RuntimeError, "called self.loss_function 0 times.*causal_lm_loss"),
+        (logits_without_head, RuntimeError, "makes its logits without calling its head"),
+        (head_called_twice, RuntimeError, "calls its head more than once"),
+        (fewer_classes, ValueError, "head of Own has 97 rows for vocab_size=96"),
+    ],
+)
+def test_forwards_that_are_refused(function, error, says):
+    model = with_forward(function)
+    use_fused_loss(model)
+    with pytest.raises(error, match=says):
         model(**batch())
 
 
