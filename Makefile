@@ -10,10 +10,10 @@ oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | h
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-oldest-jax matrix check lint format types docs kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow test-integrations test-oldest-jax matrix check lint format types docs kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=/path/to/python chooses the interpreter of $(VENV); PYTEST_ARGS='-k name' replaces '$(PYTEST_ARGS)'."
 
@@ -29,15 +29,21 @@ test: setup ## run all tests
 test-slow: setup ## run the tests that wait for torch.compile: a quarter of an hour more
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
+# In an environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
+test-integrations: ## the adapters beside their libraries, in .venv-integrations
+	@$(MAKE) --no-print-directory setup VENV=.venv-integrations INSTALL="--editable .[integrations] --constraint constraints.txt"
+	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations
+
 test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
-	$(MAKE) setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] $(call oldest,jax) $(TOOLS)"
+	@$(MAKE) --no-print-directory setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] $(call oldest,jax) $(TOOLS)"
 	.venv-oldest-jax/bin/python -m pytest $(PYTEST_ARGS) tests/on_jax
 
 # Both ends of every range in pyproject.toml. On Linux an old torch, and the newest, are CUDA builds of some GB.
 matrix: test-oldest-jax ## the tests with the oldest and the newest versions of what the library needs; more than an hour
-	$(MAKE) setup VENV=.venv-oldest-torch INSTALL="--editable .[torch,cli] $(call oldest,torch) $(call oldest,numpy) $(TOOLS)"
+	@$(MAKE) --no-print-directory setup VENV=.venv-oldest-torch \
+	  INSTALL="--editable .[torch,cli] $(call oldest,torch) $(call oldest,numpy) $(TOOLS)"
 	.venv-oldest-torch/bin/python -m pytest $(PYTEST_ARGS) tests/core tests/losses tests/check tests/on_torch
-	$(MAKE) setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
+	@$(MAKE) --no-print-directory setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
 check: setup ## every loss on both backends and on torch:compile against float64
@@ -112,6 +118,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$$found" -m pip --python $(PY) install --quiet --disable-pip-version-check pip; \
 	  fi || exit 1; \
 	fi
-	@echo "Installing loss-core and its development tools into $(VENV); the first time takes some minutes"
+	@echo "Installing loss-core and what else belongs into $(VENV); the first time takes some minutes"
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(INSTALL)
 	@touch $(STAMP)

@@ -25,7 +25,7 @@ PINS = {
 }
 # Its version follows from torch's own.
 NOT_PINNED = {"triton"}
-LINUX_ONLY = {"triton", "transformer-engine"}
+LINUX_ONLY = {"triton", "transformer-engine", "megatron-core"}
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)

@@ -398,6 +398,7 @@ def test_memory_of_the_fused_loss(reduction: str, dtype: str) -> None:
     assert used[1] < 100 << 20 < 16384 * vocab * 4  # one chunk of logits, and the weight's gradient in float32
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="XLA of JAX 0.8 writes the exponentials of all logits out")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["masked", "kd"])
 def test_memory_of_the_losses_over_logits(kind: str, dtype: str) -> None:

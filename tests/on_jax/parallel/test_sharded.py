@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
@@ -30,6 +31,8 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("worker", SCENARIOS)
 def test_on_four_devices(worker: str) -> None:
+    if worker == "sharded_hlo_worker.py" and jax.__version_info__ < (0, 9):
+        pytest.skip("what XLA of JAX 0.8 moves is another thing")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(HERE / worker), *SCENARIOS[worker]],

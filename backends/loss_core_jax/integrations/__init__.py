@@ -1,0 +1,1 @@
+"""Adapters to the conventions of other libraries, one file each. No mathematics here."""

@@ -1,0 +1,138 @@
+"""The fused loss in TRL's SFTTrainer, with the trainer's metrics kept.
+
+Tried with trl 1.16 and transformers 5.24. TRL gives every model a head of its own (`add_fused_lm_head`), which makes
+per-token log-probabilities and passes the model's forward by, so `hf.use_fused_loss` has no effect there. For a loss
+over the logits: `SFTTrainer(compute_loss_func=hf.causal_lm_loss(config))`.
+"""
+
+# B = batch, S = sequence, H = hidden
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loss_core import FusedLinearCEConfig
+from loss_core_torch.integrations import hf_models
+from loss_core_torch.integrations.heads import call_in_head
+
+_IGNORED = -100
+# Largest difference from TRL's log-probabilities, which are of bfloat16 products where ours are.
+_TOLERANCE = 0.1
+
+
+def use_fused_loss(
+    trainer: Any, config: FusedLinearCEConfig | None = None, *, backend: str = "torch"
+) -> Callable[[], None]:
+    """Let an SFTTrainer take its training loss from a fused loss; its other metrics stay TRL's.
+
+    In training, `log_probs` of the model's outputs are the negative loss of each token, from which the trainer makes
+    its loss by itself (`loss_type` "nll" or "dft"). TRL still computes its metrics, for one product with the head more.
+    At the first call both log-probabilities are compared. Evaluation stays TRL's.
+
+    Args:
+        trainer: an SFTTrainer, made already, of a model as `hf.use_fused_loss` takes.
+        config: its reduction may be "sum" or "mean", and plays no part. logit_softcapping: 0 takes the model's.
+        backend: flag of the loss, such as "torch:triton".
+    Returns:
+        A function that undoes this.
+    Raises:
+        TypeError, ValueError: as `hf.use_fused_loss`; or the trainer is no SFTTrainer of a known version, or has a
+            compute_loss_func or label smoothing of its own, which would leave this one unused.
+        RuntimeError: at the first call, if TRL's log-probabilities are others.
+    """
+    config = FusedLinearCEConfig() if config is None else config
+    if not isinstance(config, FusedLinearCEConfig):
+        raise TypeError(f"use_fused_loss takes a FusedLinearCEConfig, got a {type(config).__name__}.")
+    if config.ignore_index != _IGNORED or config.reduction == "none" or config.tp_group is not None:
+        raise ValueError(f"config must have ignore_index=-100, a reduction and no tp_group for TRL, got {config}.")
+    _check_trainer(trainer, config)
+    model = hf_models.base_model(trainer.model)
+    hf_models.head_of(model)
+    logits = hf_models.read_logits(model.config.get_text_config(), from_head=False)
+    if config.logit_softcapping not in (0.0, logits.softcap):
+        raise ValueError(
+            f"logit_softcapping is {config.logit_softcapping} in config, but {logits.softcap} in the model."
+        )
+    loss = replace(config, reduction="none", logit_softcapping=logits.softcap).build(backend=backend)
+    return _patch(model, loss, logits.scale, compared=config.label_smoothing == 0.0)
+
+
+def _patch(model: Any, loss: Any, scale: float, compared: bool) -> Callable[[], None]:
+    before, to_compare = model.forward, [compared]
+
+    @functools.wraps(type(model).forward)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if not (kwargs.get("fused_lm_head") and self.training and torch.is_grad_enabled() and labels is not None):
+            return before(*args, **kwargs)
+        hidden_states: list[Tensor] = []
+
+        def take(module: Any, args: Any, outputs: Any) -> Any:
+            hidden_states.append(outputs.last_hidden_state)
+            # TRL's metrics need no gradient.
+            outputs.last_hidden_state = outputs.last_hidden_state.detach()
+            return outputs
+
+        handle = self.base_model.register_forward_hook(take)
+        try:
+            outputs = before(*args, **kwargs)
+        finally:
+            handle.remove()
+        log_probs = _log_probs(self, hidden_states[0], labels, kwargs.get("shift_labels"), loss, scale)
+        if to_compare[0]:
+            _compare(model, log_probs, outputs.log_probs)
+            to_compare[0] = False
+        return type(outputs)(**{**outputs, "loss": None, "log_probs": log_probs})
+
+    patched_forward = types.MethodType(patched, model)
+
+    def undo() -> None:
+        if vars(model).get("forward") is not patched_forward:
+            raise RuntimeError(f"{type(model).__name__}.forward is not this one any more; undo what replaced it first.")
+        model.forward = before
+
+    model.forward = patched_forward
+    return undo
+
+
+def _log_probs(
+    model: Any, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, loss: Any, scale: float
+) -> Tensor:
+    targets = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:] if shift_labels is None else shift_labels
+    loss_BS = call_in_head(hf_models.head_of(model), hidden if scale == 1.0 else hidden * scale, targets, loss)
+    # TRL leaves the last position out, unless labels are shifted already.
+    return -(loss_BS[:, :-1] if shift_labels is None else loss_BS)
+
+
+def _compare(model: Any, ours: Tensor, trls: Tensor) -> None:
+    difference = float((ours.detach().float() - trls.detach().float()).abs().max()) if ours.numel() else 0.0
+    if not difference <= _TOLERANCE:
+        raise RuntimeError(
+            f"The log-probabilities of {type(model).__name__} differ from TRL's by up to {difference:.3g}: its logits "
+            "are made in a way that is not known here. Leave the loss to TRL, or use hf.causal_lm_loss."
+        )
+
+
+def _check_trainer(trainer: Any, config: FusedLinearCEConfig) -> None:
+    kind = type(trainer).__name__
+    try:
+        from trl import SFTTrainer
+    except ImportError as error:
+        raise ImportError("loss_core_torch.integrations.trl needs trl: pip install 'trl>=1.16'") from error
+    if not isinstance(trainer, SFTTrainer):
+        raise TypeError(f"trainer is a {kind}; pass a trl.SFTTrainer, made already.")
+    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        raise ValueError(
+            f"{kind} has a compute_loss_func or a label_smoothing_factor, so it would not use this loss. Leave them "
+            "out; label_smoothing is a field of FusedLinearCEConfig."
+        )
+    if trainer.args.loss_type != "nll" and config.label_smoothing:
+        raise ValueError(f"label_smoothing={config.label_smoothing} has no meaning for {trainer.args.loss_type=}.")

@@ -1,0 +1,38 @@
+"""Models small enough for a test, and batches for them."""
+
+import torch
+
+V, H, S = 97, 32, 12
+SIZES = {
+    "vocab_size": V, "hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+
+# Its hidden states are divided by 4 before the head.
+MINICPM3 = {
+    "dim_model_base": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
+
+
+def made(name="Llama", **settings):
+    """A model of the class {name}ForCausalLM, the same at every call."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | settings)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    # Larger than at the start of a training, so that a scale or softcap that is left out shows.
+    for parameter in model.parameters():
+        parameter.data.mul_(3.0)
+    return model.train()
+
+
+def batch(seed=0, size=4, ignored=3):
+    """input_ids and labels [B, S]; the first labels of each row are ignored, more of them in later rows."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, V, (size, S), generator=generator)
+    labels = tokens.clone()
+    for row in range(size):
+        labels[row, : ignored + row % 4] = -100
+    return {"input_ids": tokens, "labels": labels}
