@@ -59,8 +59,9 @@ class PlainLosses(WholeLosses):
 
 
 def _observe() -> None:
-    # In a traced call it is the graph that runs, which Dynamo lets no context variable into.
-    if not torch.compiler.is_compiling():
+    # In a traced call it is the graph that runs, which Dynamo lets no context variable into. Not is_compiling(), which
+    # is true while any thread compiles.
+    if not torch.compiler.is_dynamo_compiling():
         record(PlainLosses.flag)
 
 
