@@ -25,7 +25,7 @@ def check(logits: Tensor) -> None:
         RuntimeError: a leaf that requires a gradient, or a view of one (its values are the caller's to keep); memory
             in which two elements may share a place; a call that is traced.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(logits):
+    if torch.compiler.is_dynamo_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(logits):
         raise RuntimeError(
             "inplace_grad=True does not work inside a traced call (torch.compile with fullgraph=True, torch.func): "
             "what is traced has no memory to write over. Build the loss with inplace_grad=False there; the compiler "

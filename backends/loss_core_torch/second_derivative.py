@@ -37,6 +37,6 @@ def once_differentiable(grad: Tensor | None, *sources: Tensor | None) -> Tensor 
         sources: tensors of which the gradient is a function.
     """
     # In a traced backward the operators themselves refuse.
-    if grad is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if grad is None or torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
         return grad
     return _RefuseSecondDerivative.apply(grad, *sources)

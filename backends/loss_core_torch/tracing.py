@@ -1,4 +1,8 @@
-"""What may be asked of a tensor: its values, or only its shape; and the dtype of the arithmetic for it."""
+"""What may be asked of a tensor: its values, or only its shape; and the dtype of the arithmetic for it.
+
+That a call is being compiled is asked of `torch.compiler.is_dynamo_compiling`, here and everywhere: `is_compiling` is
+true in every thread while one compiles.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_traced(*tensors: Tensor) -> bool:
     """Whether a call records rather than computes: torch.compile, make_fx, fake or meta tensors."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     for mode in compat.MODES:
         if compat.dispatch_mode(mode) is not None:
@@ -50,7 +54,7 @@ def is_differentiated(x: Tensor) -> bool:
 
 def ordinary(x: Tensor) -> Tensor:
     """x, or where x was made under torch.inference_mode a tensor on the same memory that autograd can save."""
-    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_dynamo_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
         return x
     alias = torch.empty(0, dtype=x.dtype, device=x.device)
     return alias.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())

@@ -30,7 +30,7 @@ def check_upstream(upstream: Tensor) -> None:
     Raises:
         RuntimeError: the backward runs under torch.func.vmap (is_grads_batched, jacrev).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return
     if compat.is_batched(upstream) or "Vmap" in compat.functorch_transforms():
         raise RuntimeError(

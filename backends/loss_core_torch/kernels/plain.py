@@ -59,8 +59,7 @@ class PlainLosses(WholeLosses):
 
 
 def _observe() -> None:
-    # In a traced call it is the graph that runs, which Dynamo lets no context variable into. Not is_compiling(), which
-    # is true while any thread compiles.
+    # In a traced call it is the graph that runs, which Dynamo lets no context variable into.
     if not torch.compiler.is_dynamo_compiling():
         record(PlainLosses.flag)
 
@@ -99,7 +98,7 @@ def _rounded(x: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Tenso
 def _product(h_TH: Tensor, w_VH: Tensor) -> Tensor:
     """h @ W.T in full precision, forward and backward."""
     # In a graph of torch.compile the product is the compiler's, and so is its precision.
-    if torch.compiler.is_compiling() or compat.float32_products_are_full() or h_TH.dtype != torch.float32:
+    if torch.compiler.is_dynamo_compiling() or compat.float32_products_are_full() or h_TH.dtype != torch.float32:
         return F.linear(h_TH, w_VH)
     product: Tensor = _FullProduct.apply(h_TH, w_VH.t())
     return product

@@ -59,7 +59,7 @@ class LossModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What torch.compile can't put into a graph of its caller's (see `_refuse_transforms`) it runs frame by frame,
         # and makes wrong graphs of the frames below this one, since it does not know of the transform around them.
-        if compat.in_functorch_transform() and not torch.compiler.is_compiling():
+        if compat.in_functorch_transform() and not torch.compiler.is_dynamo_compiling():
             return _outside_of_graphs(super().__call__, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
@@ -157,7 +157,7 @@ def _refuse_transforms(flag: str, *inputs: Any) -> None:
     Raises:
         RuntimeError: names the flag that has.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         # Dynamo traces into the autograd functions there and would lose gradients. Without fullgraph it goes on in
         # eager mode, where they are right.
         if compat.in_functorch_transform():
