@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.dispatch.flags import load_backend
@@ -284,21 +281,3 @@ def test_under_jit_the_advice_is_what_has_not_been_done() -> None:
     with pytest.raises(ValueError, match=r"a traced argument .* does not tell .*`with jax\.set_mesh\(mesh\)`") as error:
         jax.jit(loss)(LOGITS, LABELS)
     assert "NamedSharding" not in str(error.value)
-
-
-# --- a mesh of one device, whose axes belong to the types of arrays all the same
-
-
-@pytest.mark.parametrize("config", CONFIGS[::4], ids=lambda config: type(config).__name__)
-def test_an_explicit_axis_of_one_device(config: Any) -> None:
-    mesh = jax.make_mesh((1,), ("tp",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
-    fn, floats = of_floats(config.build(backend="jax"))
-    expected = jax.vjp(fn, *floats)
-    # The vocabulary of logits, or of the weight; hidden states have none.
-    axes = [P(), P("tp")] if isinstance(config, FusedLinearCEConfig) else [P(None, "tp")] * len(floats)
-    with jax.set_mesh(mesh):
-        fn, _ = of_floats(replace(config, tp_group="tp").build(backend="jax"))
-        got = jax.vjp(fn, *(jax.device_put(x, NamedSharding(mesh, axis)) for x, axis in zip(floats, axes, strict=True)))
-        np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
-        for grad, wanted in zip(got[1](got[0]), expected[1](expected[0]), strict=True):
-            np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-6)
