@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # What an environment has; the targets below that have one of their own say something else.
 INSTALL ?= --editable '.[dev]' --constraint constraints.txt
+# What it has besides, without what that demands.
+ALONE ?=
 TOOLS := pytest pytest-xdist hypothesis mpmath
 oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | head -n 1).*
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
@@ -30,8 +32,10 @@ test-slow: setup ## run the tests that wait for torch.compile: a quarter of an h
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 # In an environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
+# What stands under ALONE demands older libraries than the others do, and runs with these; pyproject.toml says which.
 test-integrations: ## the adapters beside their libraries, in .venv-integrations
-	@$(MAKE) --no-print-directory setup VENV=.venv-integrations INSTALL="--editable .[integrations] --constraint constraints.txt"
+	@$(MAKE) --no-print-directory setup VENV=.venv-integrations ALONE="torchtitan" \
+	  INSTALL="--editable .[integrations] --constraint constraints.txt"
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations
 
 test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
@@ -120,4 +124,5 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "Installing loss-core and what else belongs into $(VENV); the first time takes some minutes"
 	@$(PY) -m pip install --quiet --disable-pip-version-check $(INSTALL)
+	@[ -z "$(ALONE)" ] || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt $(ALONE)
 	@touch $(STAMP)
