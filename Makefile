@@ -32,9 +32,9 @@ test-slow: setup ## run the tests that wait for torch.compile: a quarter of an h
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 # In an environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
-# What stands under ALONE demands older libraries than the others do, and runs with these; pyproject.toml says which.
+# What stands under ALONE demands other libraries than these, and runs with these; pyproject.toml says which.
 test-integrations: ## the adapters beside their libraries, in .venv-integrations
-	@$(MAKE) --no-print-directory setup VENV=.venv-integrations ALONE="torchtitan" \
+	@$(MAKE) --no-print-directory setup VENV=.venv-integrations ALONE="nemo-automodel torchtitan" \
 	  INSTALL="--editable .[integrations] --constraint constraints.txt"
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations
 
