@@ -36,7 +36,8 @@ test-slow: setup ## run the tests that wait for torch.compile: a quarter of an h
 test-integrations: ## the adapters beside their libraries, in .venv-integrations
 	@$(MAKE) --no-print-directory setup VENV=.venv-integrations ALONE="nemo-automodel torchtitan" \
 	  INSTALL="--editable .[integrations] --constraint constraints.txt"
-	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations
+	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations \
+	  tests/test_docs.py -k 'integrations or recipes'
 
 test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
 	@$(MAKE) --no-print-directory setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] $(call oldest,jax) $(TOOLS)"

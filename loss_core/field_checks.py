@@ -1,6 +1,7 @@
 """Fields of configs: which there are, and what they accept.
 
-A check raises a ValueError that names field, value and what is accepted.
+A check raises a ValueError that names field, value and what is accepted. Within `accepted_values` it also notes, in the
+words of JSON Schema, what it would accept.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -16,21 +19,44 @@ REDUCTIONS = ("sum", "mean", "none")
 
 _INT64 = 2**63
 
+# Field -> what its check accepts, while someone asks.
+_NOTED: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("_NOTED", default=None)
+
+
+@contextmanager
+def accepted_values() -> Iterator[dict[str, dict[str, Any]]]:
+    """Within it, checks note what each field accepts: by field, keywords of JSON Schema such as "enum", "minimum"."""
+    noted: dict[str, dict[str, Any]] = {}
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
+
+
+def _note(name: str, **keywords: Any) -> None:
+    noted = _NOTED.get()
+    if noted is not None:
+        noted[name] = keywords
+
 
 def check_reduction(value: object) -> None:
     """Refuse what is no reduction."""
+    _note("reduction", enum=list(REDUCTIONS))
     if not isinstance(value, str) or value not in REDUCTIONS:
         raise ValueError(f"Invalid reduction: {value!r}. reduction must be one of {', '.join(map(repr, REDUCTIONS))}.")
 
 
 def check_bool(name: str, value: object) -> None:
     """Refuse what is no bool; a NumPy one neither."""
+    _note(name, type="boolean")
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_integer(name: str, value: object, low: int = -_INT64) -> None:
     """Refuse what is no integer, is below `low`, or does not fit 64 bits."""
+    _note(name, type="integer", **({"minimum": low} if low > -_INT64 else {}))
     accepted = "an integer of 64 bits" if low == -_INT64 else f"an integer >= {low}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) < _INT64:
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
@@ -38,6 +64,12 @@ def check_integer(name: str, value: object, low: int = -_INT64) -> None:
 
 def check_number(name: str, value: object, accepted: str, *, zero: bool = False, below: float = math.inf) -> None:
     """Refuse what is no finite number > 0 (or 0, if accepted) and below a limit, or does not fit float32."""
+    _note(
+        name,
+        type="number",
+        **({"minimum": 0} if zero else {"exclusiveMinimum": 0}),
+        **({"exclusiveMaximum": below} if below < math.inf else {}),
+    )
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         hint = " (a string: YAML reads 1e-3 as text, write 1.0e-3)" if isinstance(value, str) else ""
         raise ValueError(f"{name} must be {accepted}, got {value!r}{hint}.")

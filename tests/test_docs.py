@@ -5,13 +5,15 @@
     ```yaml title="x"   a file x in the folder in which the page runs
 
 A comment in the line above a block says more: `<!-- no-run -->` that a Python block is only compiled, since it needs
-several processes or another library; `<!-- run -->` that the commands are run, too, and must succeed.
+several processes or another library; `<!-- needs:x -->` the same where x is not installed; `<!-- run -->` that the
+commands are run, too, and must succeed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib.util
 import io
 import itertools
 import re
@@ -61,6 +63,10 @@ def pages_with(language):
     return pytest.mark.parametrize("path", found, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
+def installed(library):
+    return importlib.util.find_spec(library) is not None
+
+
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """A module to run a page in, in a folder of its own; losses that it registers go with it."""
@@ -86,7 +92,7 @@ def test_python_blocks_run(path, page, tmp_path):
             continue
         # Blank lines in front, so that an error names the line of the page.
         code = compile("\n" * (block.line - 1) + block.text, str(path), "exec")
-        if block.mark == "no-run":
+        if block.mark == "no-run" or ((block.mark or "").startswith("needs:") and not installed(block.mark[6:])):
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -106,7 +112,9 @@ def test_commands_exist(path, page, tmp_path):
             continue
         lines = block.text.replace("\\\n", " ").splitlines()
         commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("loss-core ")]
-        for name, *arguments in commands:
+        for name, *words in commands:
+            # Without what a shell does with the output.
+            arguments = words[: words.index(">")] if ">" in words else words
             with group.commands[name].make_context(name, list(arguments)):
                 pass
             if block.mark == "run":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from loss_core.check.text import print_backends, print_losses
 from loss_core.cli.bench import bench_command
 from loss_core.cli.check import check_command
 from loss_core.cli.common import Modules, command, import_modules
+from loss_core.cli.schema import recipe_schema
 from loss_core.dispatch.flags import all_flags, flag_status
 
 app = typer.Typer(
@@ -49,8 +51,16 @@ def backends_command() -> int:
 
 @app.command("losses")
 @command
-def losses_command(modules: Modules = None) -> int:
+def losses_command(
+    modules: Modules = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON Schema of recipes instead, for editors and validators.")
+    ] = False,
+) -> int:
     """List every loss config: fields, types, defaults and meaning."""
     import_modules(modules or ())
-    print_losses(Console())
+    if schema:
+        print(json.dumps(recipe_schema(), indent=2))
+    else:
+        print_losses(Console())
     return 0

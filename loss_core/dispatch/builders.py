@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loss_core.dispatch.flags import AUTO, load_backend, parse_flag
+from loss_core.dispatch.flags import AUTO, all_flags, load_backend, parse_flag
 from loss_core.dispatch.protocol import Backend, BackendFlag, BackendUnavailable, KernelChoice
 from loss_core.registry import is_ours
 
@@ -57,6 +57,14 @@ def _user_table(config_cls: type[Any]) -> dict[str, Callable[[Any], Any]] | None
 def is_registered(config: LossConfig) -> bool:
     """Whether a user's builders make this config."""
     return _user_table(type(config)) is not None
+
+
+def flags_for(config_cls: type[LossConfig]) -> tuple[str, ...]:
+    """Every flag that a recipe of this class may name, usable here or not; for a user's class, those with builders."""
+    table = _user_table(config_cls)
+    named = all_flags() if table is None else tuple(table)
+    autos = dict.fromkeys(parse_flag(flag).backend for flag in named)
+    return (*(choice for name in autos for choice in (name, f"{name}:{AUTO}")), *named)
 
 
 def takes_backend(config: LossConfig) -> bool:
