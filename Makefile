@@ -21,7 +21,11 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv and install the library for development
 
-demo: setup ## check the losses on this machine, then train a small model on torch and on jax (writes demo.html)
+# What it needs and no development tools, unless .venv has these already. `make setup` after it adds them.
+demo: ## check the losses on this machine, then train a small model on torch and on jax (writes demo.html)
+	@[ -e $(STAMP) ] || $(MAKE) --no-print-directory setup STAMP=$(VENV)/.installed-demo \
+	  INSTALL="--editable .[all] --constraint constraints.txt"
+	@[ ! -e $(STAMP) ] || $(MAKE) --no-print-directory setup
 	$(VENV)/bin/loss-core check
 	$(PY) examples/demo.py
 
