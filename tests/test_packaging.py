@@ -53,10 +53,29 @@ def test_pre_commit_runs_the_installed_tools():
 
 
 @pytest.mark.parametrize(
-    "name", ["pyproject.toml", "Makefile", ".ci/run", ".github/workflows/ci.yml", "CONTRIBUTING.md"]
+    "name",
+    [
+        "pyproject.toml",
+        "Makefile",
+        ".ci/run",
+        ".github/workflows/ci.yml",
+        ".github/workflows/release.yml",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_no_second_list_of_versions(name):
     assert re.findall(r"\w==\s*\d\S*", (ROOT / name).read_text()) == []
+
+
+def test_the_release_publishes_what_the_checks_have_passed():
+    # "on" is a boolean in YAML 1.1.
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    assert workflow[True] == {"push": {"tags": ["v*"]}}
+    jobs = workflow["jobs"]
+    assert (jobs["publish"]["needs"], jobs["build"]["needs"]) == ("build", "check")
+    assert [name for name, job in jobs.items() if "permissions" in job] == ["publish"]
+    # The version is read as the workflow reads it.
+    assert re.findall(r'^__version__ = "(.*)"$', (ROOT / "loss_core/__init__.py").read_text(), re.MULTILINE)
 
 
 def test_extras_for_linux_carry_their_marker():
