@@ -12,7 +12,7 @@ oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | h
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-integrations test-oldest-jax matrix check lint format types docs kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow test-integrations test-oldest-jax matrix check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,13 @@ format: setup ## let ruff mend what it can
 
 types: setup ## mypy, strict
 	$(PY) -m mypy
+
+# From the wheel, and from a folder that is not the checkout: what a user's editor finds. What is unknown in NumPy's own
+# types, and in those of other libraries, does not count.
+public-types: ## pyright --verifytypes: whether every public name of loss_core has its type; in .venv-public-types
+	@$(MAKE) --no-print-directory setup VENV=.venv-public-types INSTALL=".[cli] pyright[nodejs] --constraint constraints.txt"
+	.venv-public-types/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	cd "$$(mktemp -d)" && PATH="$(CURDIR)/.venv-public-types/bin:$$PATH" pyright --ignoreexternal --verifytypes loss_core
 
 docs: setup ## build the pages of docs/ into site/; a warning, such as a broken link, is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

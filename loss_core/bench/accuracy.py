@@ -26,6 +26,7 @@ from loss_core.bench.report import WRONG, BenchRow
 from loss_core.bench.shards import Arrays, views
 from loss_core.dtypes import round_to
 from loss_core.losses import allowances, evaluate, share_of_allowance
+from loss_core.losses.definition import Floats
 
 # Rows of a weight at a time.
 _BLOCK_V = 8192
@@ -41,7 +42,7 @@ class Judge:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job = job.reduced()
+        self.job: Job = job.reduced()
         definition, config = job.definition, self.job.loss_config()
         tiles, labels = make_inputs(self.job)
         arrays: dict[str, Any] = {name: round_to(tile.full(), job.dtype) for name, tile in tiles.items()}
@@ -51,8 +52,8 @@ class Judge:
         narrow = job.dtype if definition.products and job.dtype in ("bfloat16", "float16") else None
         self._allowed = allowances(config, arrays, found, job.dtype, product_dtype=narrow)
         self._names = () if job.forward_only else job.trained
-        self.expected = {"loss": found.loss, **{name: found.grads[name] for name in self._names}}
-        self.expected_rows = None if job.forward_only else expected_rows(job)
+        self.expected: dict[str, Floats] = {"loss": found.loss, **{name: found.grads[name] for name in self._names}}
+        self.expected_rows: Floats | None = None if job.forward_only else expected_rows(job)
         self._losses: dict[int, list[float]] = {}
 
     def judge(self, row: BenchRow, got: Sequence[Arrays], sample: Sequence[Arrays]) -> None:

@@ -71,7 +71,7 @@ class Processes:
             # The ranks meet over it; a folder, because its name must be new.
             "meet": tempfile.mkdtemp(dir=folder),
         }  # fmt: skip
-        self.pool = Pool(
+        self.pool: Pool = Pool(
             [
                 Start(
                     f"rank {rank} of {ranks}" if count > 1 else "",

@@ -55,11 +55,14 @@ class Run:
         self.imports = imports
         self.timeout = timeout
         self.deadline = deadline
-        self.random = random.Random(seed)
+        self.random: random.Random = random.Random(seed)
         self.progress = progress
-        self.total = self.done = 0
+        self.total: int = 0
+        self.done: int = 0
         self.running: dict[str, Processes] = {}
-        self.folder = tempfile.TemporaryDirectory(prefix="loss-core-bench-", ignore_cleanup_errors=True)
+        self.folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(
+            prefix="loss-core-bench-", ignore_cleanup_errors=True
+        )
 
     def __enter__(self) -> Run:
         return self

@@ -16,7 +16,7 @@ from loss_core.cli.common import Modules, command, import_modules
 from loss_core.cli.schema import recipe_schema
 from loss_core.dispatch.flags import all_flags, flag_status
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

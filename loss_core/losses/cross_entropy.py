@@ -170,7 +170,7 @@ def _gradient_errors(
 
 COUNT = Argument("num_label_tokens", (), "count", differentiated=False, optional=True, sum_only=True)
 
-RANDOM_FIELDS = {
+RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
     "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
     "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
     "fp32_upcast": lambda rng: bool(rng.random() < 0.7),

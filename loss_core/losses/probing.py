@@ -42,7 +42,7 @@ class Sensitivity:
         u: float,
         seed: int = 0,
     ) -> None:
-        self.reference = run(arrays)
+        self.reference: Mapping[str, Floats] = run(arrays)
         self._u = u
         self._growth = sum_growth(max((n for value in arrays.values() for n in value.shape), default=1))
         self._moved = {name: np.zeros_like(value) for name, value in self.reference.items()}

@@ -72,7 +72,8 @@ class Worker:
     """The caller's side of one process."""
 
     def __init__(self, start: Start) -> None:
-        self.name = start.name
+        self.name: str = start.name
+        self.pipe: Connection[Any, Any]
         self.pipe, theirs = Pipe()
         # A file, not a pipe: a library that prints much must not block, and its last words explain a death.
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115  (closed in stop)

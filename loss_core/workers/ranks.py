@@ -61,10 +61,11 @@ class Ranks:
         self, backend: str, ranks: int, *, modules: Sequence[str] = (), call_limit: float = CALL_LIMIT
     ) -> None:
         setup = load_backend(backend).rank_setup(ranks)
-        self.splits, self.call_limit = setup.splits, call_limit
+        self.splits: tuple[str, ...] = setup.splits
+        self.call_limit: float = call_limit
         self._folder = tempfile.TemporaryDirectory(prefix="loss-core-ranks-")
         alone = f"the {backend} process of {ranks} ranks"
-        self.pool = Pool(
+        self.pool: Pool = Pool(
             [
                 Start(
                     f"rank {rank} of {ranks} on {backend}" if setup.processes > 1 else alone,
