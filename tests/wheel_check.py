@@ -76,6 +76,32 @@ assert math.isclose(value, 2 * math.log(4), rel_tol=1e-6), value
 assert KDLossConfig().build(backend="jax")(jnp.zeros((2, 4)), jnp.zeros((2, 4)), labels) == 0
 assert "torch" not in sys.modules
 """
+# Each adapter imports its library when it is used, and says what to install. torchtitan imports its own by itself.
+INTEGRATIONS = """
+import importlib, sys
+for name in ("heads", "hf", "megatron", "nemo", "trl"):
+    importlib.import_module(f"loss_core_torch.integrations.{name}")
+loaded = {"megatron", "nemo_automodel", "transformers", "trl"} & set(sys.modules)
+assert not loaded, f"importing the adapters loaded {loaded}"
+from loss_core_torch.integrations import nemo
+for line, use in (
+    ("pip install 'nemo-automodel>=0.7'", nemo.masked_ce),
+    ("pip install 'torchtitan>=0.3'", lambda: importlib.import_module("loss_core_torch.integrations.titan")),
+):
+    try:
+        use()
+    except ImportError as error:
+        assert line in str(error), error
+    else:
+        raise AssertionError(f"nothing told to {line}")
+"""
+SCHEMA = """
+import json, subprocess, sys
+from pathlib import Path
+command = [Path(sys.executable).parent / "loss-core", "losses", "--schema"]
+schema = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+assert {"KDLoss", "MaskedCrossEntropy"} < set(schema["$defs"]), sorted(schema["$defs"])
+"""
 TORCH_FLAGS = "[None, 'torch', 'torch:eager']"
 JAX_FLAGS = "['jax', 'jax:xla']"
 
@@ -106,11 +132,15 @@ def main() -> None:
         holds(with_torch, "torch only: every config builds on torch", TORCH_BUILDS)
         holds(with_torch, "torch only: jax flags are refused", refuses("jax", JAX_FLAGS))
 
+        holds(with_torch, "torch only: the adapters import, and say what to install", INTEGRATIONS)
+
         with_jax = environment(there / "jax", f"{wheel}[jax,cli]")
         lacks(with_jax, "torch")
         holds(with_jax, "jax only: every config builds on jax", JAX_BUILDS)
         holds(with_jax, "jax only: torch flags are refused", refuses("torch", TORCH_FLAGS))
-        for arguments in (["--help"], ["losses"], ["backends"]):
+        holds(with_jax, "jax only, cli: loss-core losses --schema is a schema", SCHEMA)
+        check = ["check", "--backend", "jax:xla", "--config", "KDLoss", "--dtype", "float32"]
+        for arguments in (["--help"], ["losses"], ["backends"], check):
             run([with_jax.parent / "loss-core", *arguments], cwd=there)
             say(f"jax only, cli: loss-core {' '.join(arguments)}")
     say("all held")
