@@ -92,9 +92,15 @@ def _config_from(data: Mapping[Any, Any], place: str) -> LossConfig:
             f"{place}: unknown loss name {name!r}{closest(name, LOSS_CONFIG_REGISTRY)} "
             f"Known: {', '.join(LOSS_CONFIG_REGISTRY)}."
         )
-    for f in fields(config_class_for(name)):
+    known = fields(config_class_for(name))
+    for f in known:
         if is_runtime_field(f) and data.get(f.name) is not None:
             raise UsageProblem(f"{place}: {f.name} is a live handle of a process; it can't come from text.")
+    if "backend" in data and all(f.name != "backend" for f in known):
+        # A recipe's flag says what a training builds; a command is told which it is about.
+        raise UsageProblem(
+            f"{place}: the key 'backend' is no field of a loss; leave it out, and give --backend {data['backend']}."
+        )
     try:
         return LossConfig.from_dict(data)
     except (TypeError, ValueError) as error:

@@ -40,6 +40,7 @@ def test_yaml_files(text, expected, tmp_path):
         ("name: KDLoss\nx: [1,\n", "line 3, column 1: not valid YAML"),
         ("name: MaskedCrossEntropy\nreduction: average", "reduction must be one of 'sum', 'mean', 'none'"),
         ("name: KDLoss\ntp_group: world", "tp_group is a live handle"),
+        ("name: KDLoss\nbackend: torch:eager", "leave it out, and give --backend torch:eager"),
         ("temperature: 2.0", "the key 'name' is missing"),
         ("", "got nothing"),
         ("[]", "got an empty list"),
