@@ -1,4 +1,7 @@
-"""Recipes of NeMo AutoModel on a CPU: its own setup, data, steps and losses, on a tiny model of transformers."""
+"""Recipes of NeMo AutoModel on a CPU: its own setup, data, steps and losses, on a tiny model of transformers.
+
+For a process of its own: what a GPU would be asked is answered there for all.
+"""
 
 import os
 
@@ -6,12 +9,6 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from helpers.tiny_models import V, made
-
-# The recipes of nemo-automodel 0.7 ask for a GPU's memory, and move the models that they build to a GPU.
-torch.cuda.reset_peak_memory_stats = torch.cuda.empty_cache = lambda *_: None
-torch.cuda.max_memory_allocated = lambda *_: 0
-# A target that is none of its own has to be allowed.
-os.environ["NEMO_ENABLE_USER_MODULES"] = "1"
 
 RECIPE = {
     "dist_env": {"backend": "gloo"},
@@ -37,9 +34,14 @@ RECIPE = {
 
 def trained(world, folder, loss_fn, *, without_logits_to_keep=False, sharded=False, **sections):
     """Losses of five steps, the recipe after them; loss_fn is the section of that name."""
+    # A target that is none of its own has to be allowed, before it is imported.
+    os.environ["NEMO_ENABLE_USER_MODULES"] = "1"
     from nemo_automodel.components.config.loader import ConfigNode
     from nemo_automodel.recipes.llm import kd, train_ft
 
+    # The recipes of nemo-automodel 0.7 ask for a GPU's memory, and move the models that they build to a GPU.
+    torch.cuda.reset_peak_memory_stats = torch.cuda.empty_cache = lambda *_: None
+    torch.cuda.max_memory_allocated = lambda *_: 0
     os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": str(world.ranks)}
 
     def model(*_, **__):

@@ -2,12 +2,17 @@
 
 # B = batch, S = sequence
 
+import importlib.util
 import os
 import types
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
+
+if importlib.util.find_spec("torchtitan") is None:
+    pytest.skip("torchtitan is not installed", allow_module_level=True)
 
 # torchtitan 0.3 takes the kind of the accelerator while it is imported, "cuda" where there is none, and asks its module
 # for what torch.cpu does not have.
