@@ -113,7 +113,7 @@ class LinearCrossEntropy(Function):
         with torch.no_grad():
             if fresh and call.group is None:
                 coef_N = coef_T if places_N is None else coef_T[places_N]
-                grad_h, grad_w = _scaled(made, upstream, coef_N)
+                grad_h, grad_w = _scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
                 upstream_T = upstream_T if keep_T is None else upstream_T.masked_fill(~keep_T, 0.0)
@@ -151,7 +151,9 @@ def _put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:
     return x_N.new_zeros((num_tokens, *x_N.shape[1:])).index_copy(0, places_N, x_N)
 
 
-def _scaled(made: list[Tensor], upstream: Tensor, coef_N: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(
+    kernels: KernelSet, made: list[Tensor], upstream: Tensor, coef_N: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """The gradients that were made in the forward, times the upstream gradient."""
     if may_read(upstream) and float(upstream) == 1.0:
         return made[0].data, made[1].data
@@ -159,7 +161,8 @@ def _scaled(made: list[Tensor], upstream: Tensor, coef_N: Tensor) -> tuple[Tenso
     factor = upstream.masked_fill((coef_N == 0).all(), 0.0)
     if is_traced(upstream):
         return made[0] * factor, made[1] * factor
-    return made[0].data.mul_(factor), made[1].data.mul_(factor)
+    grad_h, grad_w = made[0].data, made[1].data
+    return kernels.scaled(grad_h, factor, grad_h.dtype), kernels.scaled(grad_w, factor, weight_dtype)
 
 
 def _hidden_grad(

@@ -172,6 +172,10 @@ class KernelSet(Protocol):
         """Terms, and the gradients of the sum of coef * loss, with three matrix products."""
         ...
 
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A gradient times a scalar, rounded once; it may be overwritten."""
+        ...
+
 
 # The label of an ignored token in what `WholeLosses.linear_cross_entropy` gets: no number that a caller would give.
 IGNORED = -(1 << 63)

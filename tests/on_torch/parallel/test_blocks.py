@@ -19,13 +19,13 @@ def test_logits_computed_again(world):
 
 @over_processes(2, flag="torch:triton")
 def test_with_triton_in_pieces(world):
-    """The same in blocks of 16 columns, rows in parts, and chunks of two tokens whose logits do not wait."""
+    """The same in blocks of 16 columns, and chunks of two tokens whose logits do not wait."""
     from loss_core_torch.kernels.gpu import GpuKernels
     from loss_core_torch.kernels.gpu.launch import Launcher
     from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 
-    size = LaunchParameters(block_v=16, unroll=2, num_warps=1, num_stages=1, split=3)
-    kernels = GpuKernels(Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: 2))
+    size = LaunchParameters(block_v=16, vector=4, num_warps=1)
+    kernels = GpuKernels(Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: (2, 1)))
     for loss in LOSSES:
         for case in cases(loss, shape=(5, 97), only=("basic", "softcap-none")):
             fields = {"skip_ignored": False} if loss == "FusedLinearCrossEntropy" else {}

@@ -80,6 +80,10 @@ class LinearKernels:
             sums.add(at, logits, h_BH, coef_T[at] / divisor_B)
         return call.together(found, objective), sums.grad_h, sums.grad_w
 
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A gradient times a scalar, in its memory if the dtype is the same."""
+        return grad.mul_(factor).to(dtype)
+
 
 class _Call:
     """Sizes and operands of a call."""

@@ -58,5 +58,8 @@ class GpuKernels:
     def linear_terms_and_grads(self, linear_: Linear, coef_T: Tensor, want: Wanted) -> tuple[RowTerms, Tensor, Tensor]:
         return linear.terms_and_grads(self._launcher, linear_, coef_T, want)
 
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return linear.scaled(self._launcher, grad, factor, dtype)
+
 
 KERNELS = GpuKernels()

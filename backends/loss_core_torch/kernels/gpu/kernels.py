@@ -1,24 +1,36 @@
 """The kernels of `torch:triton`. Launches are in `launch`, sizes in `sizes`.
 
-Terms of a row live in LANES independent lanes until the end of the row, so that the loop over the vocabulary holds no
-barrier and one rescaling serves UNROLL logits. The formulas are those of `loss_core.row_terms`; every difference is
-taken from the maximum, and a probability is exp(z - m) * (1 / s), never exp(z - lse).
+A program has a row of its own, whatever the other rows of the call are. Each thread keeps terms of its own until the
+end of the row: the loops over the vocabulary hold no barrier, no shuffle and no shared memory (`make kernels` counts).
+The formulas are those of `loss_core.row_terms`; every difference is taken from the maximum, and a probability is
+exp(z - m) * (1 / s), never exp(z - lse).
+
+Where a gradient follows, the row is read twice, the second time from its end to its begin: what was read last is the
+likeliest to be still in the L2 cache, and on average half of a row has to be. Stores leave the cache first.
 
 Offsets are 64-bit throughout: a row begins where T * V may be beyond 2^31, and so may a strided column be.
 """
 
-# T = tokens, V = vocabulary (of this rank), K = UNROLL, L = LANES; BLOCK_V = K * L columns
+# T = tokens, V = vocabulary (of this rank); a block is [K, L, W]: K vectors of W columns for each of L lanes (threads)
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # 1 / GAP_UNIT of `row_terms`.
 GAP_FACTOR = tl.constexpr(2.0**-20)
 
 
 # --- terms of rows
+
+
+@triton.jit
+def exp(x):
+    """e^x by the chip's own power of two; below the normal range 0, for which tl.exp would pay three instructions."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -29,30 +41,59 @@ def finite(m):
 
 
 @triton.jit
+def lowest(LANES: tl.constexpr, dtype: tl.constexpr):
+    """Maxima of no logits yet: the least finite number, from which -inf can be subtracted in the loops."""
+    return tl.full([LANES], -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38, dtype)
+
+
+@triton.jit
+def seen(m, s):
+    """The maximum, -inf where there was no logit above -inf: what there was counts 1 in s."""
+    return tl.where(s == 0, float("-inf"), m)
+
+
+@triton.jit
 def moved(m, s, new_m):
     """Sum s of exp(z - m), relative to another maximum."""
-    return s * tl.exp(m - finite(new_m))
+    return s * exp(m - new_m)
 
 
 @triton.jit
-def combine(m_a, s_a, m_b, s_b):
-    """(m, s) of two pieces as one; see `row_terms.combine`."""
-    m = tl.maximum(m_a, m_b)
-    return m, moved(m_a, s_a, m) + moved(m_b, s_b, m)
+def largest(z_KLW):
+    """Of each lane."""
+    return tl.max(tl.max(z_KLW, 2), 0)
 
 
 @triton.jit
-def extend(m, s, z_KL):
-    """`combine` of each lane's terms with the K logits that come to it."""
-    new_m = tl.maximum(m, tl.max(z_KL, 0))
-    return new_m, moved(m, s, new_m) + tl.sum(tl.exp(z_KL - finite(new_m)[None, :]), 0)
+def total(x_KLW):
+    """Of each lane."""
+    return tl.sum(tl.sum(x_KLW, 2), 0)
+
+
+@triton.jit
+def each_lane(x_L):
+    """To be subtracted from a block."""
+    return x_L[None, :, None]
+
+
+@triton.jit
+def only(x_1):
+    """Of the one lane that there is."""
+    return tl.sum(x_1, 0)
+
+
+@triton.jit
+def extend(m, s, z_KLW):
+    """Terms of each lane with a block that comes to it; `row_terms.combine`."""
+    new_m = tl.maximum(m, largest(z_KLW))
+    return new_m, moved(m, s, new_m) + total(exp(z_KLW - each_lane(new_m)))
 
 
 @triton.jit
 def fold(m_L, s_L):
-    """`combine` over all lanes."""
-    m = tl.max(m_L, 0)
-    return m, tl.sum(moved(m_L, s_L, m), 0)
+    """Terms of all lanes as those of one lane; `row_terms.combine`."""
+    m = tl.max(m_L, 0, keep_dims=True)
+    return m, tl.sum(moved(m_L, s_L, m), 0, keep_dims=True)
 
 
 @triton.jit
@@ -64,48 +105,42 @@ def cross_entropy_coefficients(s, upstream, num_classes, LABEL_SMOOTHING: tl.con
     return upstream / s, upstream * (LABEL_SMOOTHING - 1.0), upstream * LABEL_SMOOTHING / num_classes
 
 
-# --- terms of pairs of rows
+# --- terms of pairs of rows. Maxima and gaps are those of the logits as they lie; `rate` is log2 e / temperature, so
+# that 2^((z - m) rate) costs what exp(z - m) does.
 
 
 @triton.jit
-def pair_moved(m_t, s_t, a, m_s, s_s, new_m_t, new_m_s):
+def pair_moved(m_t, s_t, a, m_s, s_s, new_m_t, new_m_s, rate):
     """(s_t, a, s_s) relative to other maxima; see `row_terms._moved`."""
-    shift_t, shift_s = m_t - finite(new_m_t), m_s - finite(new_m_s)
-    scale_t = tl.exp(shift_t)
+    shift_t, shift_s = m_t - new_m_t, m_s - new_m_s
+    scale_t = tl.exp2(shift_t * rate)
     s_t = s_t * scale_t
     # Weight 0 times an infinite shift must be 0: such a piece holds no teacher probability.
     shifted = tl.where(s_t == 0, 0.0, s_t * GAP_FACTOR * (shift_t - shift_s))
-    return s_t, tl.where(scale_t == 0, 0.0, a * scale_t) + shifted, s_s * tl.exp(shift_s)
+    return s_t, tl.where(scale_t == 0, 0.0, a * scale_t) + shifted, s_s * tl.exp2(shift_s * rate)
 
 
 @triton.jit
-def combine_pairs(m_t_a, s_t_a, a_a, m_s_a, s_s_a, m_t_b, s_t_b, a_b, m_s_b, s_s_b):
-    """As `combine`, for pairs; see `row_terms.combine_pairs`."""
-    m_t, m_s = tl.maximum(m_t_a, m_t_b), tl.maximum(m_s_a, m_s_b)
-    s_t_a, a_a, s_s_a = pair_moved(m_t_a, s_t_a, a_a, m_s_a, s_s_a, m_t, m_s)
-    s_t_b, a_b, s_s_b = pair_moved(m_t_b, s_t_b, a_b, m_s_b, s_s_b, m_t, m_s)
-    return m_t, s_t_a + s_t_b, a_a + a_b, m_s, s_s_a + s_s_b
-
-
-@triton.jit
-def extend_pairs(m_t, s_t, a, m_s, s_s, zt_KL, zs_KL):
-    """`combine_pairs` of each lane's terms with the K pairs of logits that come to it."""
-    new_m_t, new_m_s = tl.maximum(m_t, tl.max(zt_KL, 0)), tl.maximum(m_s, tl.max(zs_KL, 0))
-    s_t, a, s_s = pair_moved(m_t, s_t, a, m_s, s_s, new_m_t, new_m_s)
-    zt_KL = zt_KL - finite(new_m_t)[None, :]
-    zs_KL = zs_KL - finite(new_m_s)[None, :]
-    e_KL = tl.exp(zt_KL)
+def extend_pairs(m_t, s_t, a, m_s, s_s, zt_KLW, zs_KLW, rate):
+    """Terms of each lane with a pair of blocks that comes to it; `row_terms.combine_pairs`."""
+    new_m_t, new_m_s = tl.maximum(m_t, largest(zt_KLW)), tl.maximum(m_s, largest(zs_KLW))
+    s_t, a, s_s = pair_moved(m_t, s_t, a, m_s, s_s, new_m_t, new_m_s, rate)
+    zt_KLW = zt_KLW - each_lane(new_m_t)
+    zs_KLW = zs_KLW - each_lane(new_m_s)
+    e_KLW = tl.exp2(zt_KLW * rate)
     # A class that the teacher rules out weighs nothing, even where its gap is inf or NaN.
-    gap_KL = tl.where(e_KL == 0, 0.0, (zt_KL - zs_KL) * GAP_FACTOR)
-    return new_m_t, s_t + tl.sum(e_KL, 0), a + tl.sum(e_KL * gap_KL, 0), new_m_s, s_s + tl.sum(tl.exp(zs_KL), 0)
+    gap_KLW = tl.where(e_KLW == 0, 0.0, (zt_KLW - zs_KLW) * GAP_FACTOR)
+    s_s += total(tl.exp2(zs_KLW * rate))
+    return new_m_t, s_t + total(e_KLW), a + total(e_KLW * gap_KLW), new_m_s, s_s
 
 
 @triton.jit
-def fold_pairs(m_t_L, s_t_L, a_L, m_s_L, s_s_L):
-    """`combine_pairs` over all lanes."""
-    m_t, m_s = tl.max(m_t_L, 0), tl.max(m_s_L, 0)
-    s_t_L, a_L, s_s_L = pair_moved(m_t_L, s_t_L, a_L, m_s_L, s_s_L, m_t, m_s)
-    return m_t, tl.sum(s_t_L, 0), tl.sum(a_L, 0), m_s, tl.sum(s_s_L, 0)
+def fold_pairs(m_t_L, s_t_L, a_L, m_s_L, s_s_L, rate):
+    """Terms of all lanes as those of one lane; `row_terms.combine_pairs`."""
+    m_t, m_s = tl.max(m_t_L, 0, keep_dims=True), tl.max(m_s_L, 0, keep_dims=True)
+    s_t_L, a_L, s_s_L = pair_moved(m_t_L, s_t_L, a_L, m_s_L, s_s_L, m_t, m_s, rate)
+    s_t, s_s = tl.sum(s_t_L, 0, keep_dims=True), tl.sum(s_s_L, 0, keep_dims=True)
+    return m_t, s_t, tl.sum(a_L, 0, keep_dims=True), m_s, s_s
 
 
 # --- memory
@@ -122,29 +157,67 @@ def row_start(row, layout):
 
 
 @triton.jit
-def load_logits(row_ptr, offs_v, mask_v, layout, dtype: tl.constexpr, EVICT: tl.constexpr):
-    """A block of a row, -inf outside of it.
+def whole_vectors(row_ptr, vocab, W: tl.constexpr, ALIKE: tl.constexpr):
+    """(head, body): columns before the first vector that is aligned, and columns of whole vectors from there on.
 
-    EVICT says what the L2 cache does with it: "evict_last" where the row will be read once more at once,
-    "evict_first" where it was read for the last time, "" where neither is known.
+    A row of 50,257 begins anywhere: without this its loads would be of one column each. Where the tensors of a call do
+    not begin their rows ALIKE, what is aligned in one is not in another: then all columns are the body.
     """
-    ptrs = row_ptr + offs_v.to(tl.int64) * layout.stride_v
+    if ALIKE:
+        item_bytes: tl.constexpr = row_ptr.dtype.element_ty.primitive_bitwidth // 8
+        place = row_ptr.to(tl.int64) // item_bytes
+        head = tl.minimum(((-place) & (W - 1)).to(tl.int32), vocab)
+        body = tl.multiple_of((vocab - head) // W * W, W)
+    else:
+        head = 0
+        body = vocab
+    return head, body
+
+
+@triton.jit
+def edge_columns(head, body, W: tl.constexpr):
+    """Columns before and behind the body, and more: those below `vocab` are real."""
+    offs = tl.arange(0, 2 * W)
+    return tl.where(offs < head, offs, offs + body)
+
+
+@triton.jit
+def body_start(row_ptr, head, layout, ALIKE: tl.constexpr):
+    """Where the body of a row begins."""
+    ptr = row_ptr + head.to(tl.int64) * layout.stride_v
+    if ALIKE:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
+def load_logits(ptr, offs_v, mask_v, layout, dtype: tl.constexpr, EVICT: tl.constexpr):
+    """Columns of a row, -inf outside of it.
+
+    EVICT says what the L2 cache does with them: "evict_last" where they will be read once more at once,
+    "evict_first" where they were read for the last time, "" where neither is known.
+    """
+    ptrs = ptr + offs_v.to(tl.int64) * layout.stride_v
     return tl.load(ptrs, mask=mask_v, other=float("-inf"), eviction_policy=EVICT).to(dtype)
 
 
 @triton.jit
-def store_grad_block(row_ptr, offs_v, mask_v, layout, grad):
-    """A block of a row of a gradient, in the dtype that is stored there."""
-    ptrs = row_ptr + offs_v.to(tl.int64) * layout.stride_v
-    tl.store(ptrs, rounded(grad, row_ptr.dtype.element_ty), mask=mask_v)
+def store_grad(ptr, offs_v, mask_v, layout, grad):
+    """Columns of a row of a gradient, in the dtype that is stored there."""
+    ptrs = ptr + offs_v.to(tl.int64) * layout.stride_v
+    tl.store(ptrs, rounded(grad, ptr.dtype.element_ty), mask=mask_v, eviction_policy="evict_first")
 
 
 @triton.jit
-def store_zeros(row_ptr, begin, end, layout, BLOCK_V: tl.constexpr):
+def store_zeros(row_ptr, vocab, layout, BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr):
     """Gradient of an ignored row: not a product with 0, its logits may be inf or NaN and are not even read."""
-    for start in range(begin, end, BLOCK_V):
+    head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
+    body_ptr = body_start(row_ptr, head, layout, ALIKE)
+    for start in range(0, body, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        store_grad_block(row_ptr, offs_v, offs_v < end, layout, tl.zeros([BLOCK_V], tl.float32))
+        store_grad(body_ptr, offs_v, offs_v < body, layout, tl.zeros([BLOCK_V], tl.float32))
+    edge = edge_columns(head, body, W)
+    store_grad(row_ptr, edge, edge < vocab, layout, tl.zeros([2 * W], tl.float32))
 
 
 @triton.jit
@@ -195,58 +268,77 @@ def tanh(x):
 
 
 @triton.jit
-def row_terms(
-    row_ptr, begin, end, label, layout, dtype: tl.constexpr, SOFTCAP: tl.constexpr, Z_SUM: tl.constexpr,
-    EVICT: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """(m, s, t, z_sum) of the columns [begin, end) of a row; z_sum is 0 without Z_SUM."""
-    LANES: tl.constexpr = BLOCK_V // UNROLL
-    owned = (label >= begin) & (label < end)
-    # Before the loop: where a gradient follows, it may be written into the same memory.
-    t = tl.load(row_ptr + label * layout.stride_v, mask=owned, other=float("-inf")).to(dtype)
+def capped(z, mask, SOFTCAP: tl.constexpr):
+    """softcap(z), -inf outside of the mask."""
     if SOFTCAP != 0:
-        t = tl.where(owned, SOFTCAP * tanh(t / SOFTCAP), float("-inf"))
-    m = tl.full([LANES], float("-inf"), dtype)
-    s = tl.zeros([LANES], dtype)
-    z_sum = tl.zeros([LANES], dtype)
-    for start in range(begin, end, BLOCK_V):
+        z = tl.where(mask, SOFTCAP * tanh(z / SOFTCAP), float("-inf"))
+    return z
+
+
+@triton.jit
+def row_terms(
+    row_ptr, vocab, label, layout, dtype: tl.constexpr, SOFTCAP: tl.constexpr, Z_SUM: tl.constexpr,
+    EVICT: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """(m, s, t, z_sum) of a row; z_sum is 0 without Z_SUM."""
+    owned = (label >= 0) & (label < vocab)
+    # Before the loop: where a gradient follows, it may be written into the same memory.
+    t = capped(tl.load(row_ptr + label * layout.stride_v, mask=owned, other=float("-inf")).to(dtype), owned, SOFTCAP)
+    head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
+    edge = edge_columns(head, body, W)
+    z_E = capped(load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT), edge < vocab, SOFTCAP)
+    body_ptr = body_start(row_ptr, head, layout, ALIKE)
+    m = lowest(L, dtype)
+    s = tl.zeros([L], dtype)
+    z_sum = tl.zeros([L], dtype)
+    for start in range(0, body, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < end
-        z = load_logits(row_ptr, offs_v, mask_v, layout, dtype, EVICT)
-        if SOFTCAP != 0:
-            z = tl.where(mask_v, SOFTCAP * tanh(z / SOFTCAP), float("-inf"))
+        mask_v = offs_v < body
+        z = capped(load_logits(body_ptr, offs_v, mask_v, layout, dtype, EVICT), mask_v, SOFTCAP)
         if Z_SUM:
-            z_sum += tl.sum(tl.reshape(tl.where(mask_v, z, 0.0), [UNROLL, LANES]), 0)
-        m, s = extend(m, s, tl.reshape(z, [UNROLL, LANES]))
-    row_m, row_s = fold(m, s)
-    return row_m, row_s, t, tl.sum(z_sum, 0)
+            z_sum += total(tl.reshape(tl.where(mask_v, z, 0.0), [BLOCK_V // (L * W), L, W]))
+        m, s = extend(m, s, tl.reshape(z, [BLOCK_V // (L * W), L, W]))
+    m, s = fold(m, s)
+    m, s = extend(m, s, tl.reshape(z_E, [1, 1, 2 * W]))
+    return only(seen(m, s)), only(s), t, tl.sum(z_sum, 0) + tl.sum(tl.where(edge < vocab, z_E, 0.0), 0)
+
+
+@triton.jit
+def logits_grad(z, m, scale, uniform, SOFTCAP: tl.constexpr, UNIFORM: tl.constexpr):
+    """(exp(softcap(z) - m) * scale - uniform) times the softcap's slope."""
+    if SOFTCAP != 0:
+        bent = tanh(z / SOFTCAP)
+        z = SOFTCAP * bent
+    grad = exp(z - finite(m)) * scale
+    if UNIFORM:
+        grad = grad - uniform
+    if SOFTCAP != 0:
+        grad = grad * (1.0 - bent * bent)
+    return grad
 
 
 @triton.jit
 def write_row_grad(
-    grad_ptr, row_ptr, begin, end, label, grad_layout, layout, m, t, scale, target, uniform, dtype: tl.constexpr,
-    SOFTCAP: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_V: tl.constexpr,
+    grad_ptr, row_ptr, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype: tl.constexpr,
+    SOFTCAP: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the columns [begin, end) of a row: exp(z - m) * scale - uniform, plus target at the label's.
+    """Gradient of a row: exp(z - m) * scale - uniform, plus target at the label's column.
 
     All of it times the softcap's slope. Each logit is read before its gradient is written, which may be over it.
     """
-    base = finite(m)
-    for start in range(begin, end, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < end
-        z = load_logits(row_ptr, offs_v, mask_v, layout, dtype, "evict_first")
-        if SOFTCAP != 0:
-            bent = tanh(z / SOFTCAP)
-            z = SOFTCAP * bent
-        grad = tl.exp(z - base) * scale
-        if UNIFORM:
-            grad = grad - uniform
-        if SOFTCAP != 0:
-            grad = grad * (1.0 - bent * bent)
-        store_grad_block(grad_ptr, offs_v, mask_v, grad_layout, grad)
+    head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
+    edge = edge_columns(head, body, W)
+    z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, "evict_first")
+    from_ptr, to_ptr = body_start(row_ptr, head, layout, ALIKE), body_start(grad_ptr, head, grad_layout, ALIKE)
+    blocks = tl.cdiv(body, BLOCK_V)
+    for block in range(blocks):
+        offs_v = (blocks - 1 - block) * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < body
+        z = load_logits(from_ptr, offs_v, mask_v, layout, dtype, "evict_first")
+        store_grad(to_ptr, offs_v, mask_v, grad_layout, logits_grad(z, m, scale, uniform, SOFTCAP, UNIFORM))
+    store_grad(grad_ptr, edge, edge < vocab, grad_layout, logits_grad(z_E, m, scale, uniform, SOFTCAP, UNIFORM))
     # From t itself, so that the element is rounded once and the loop compares no indices.
-    grad = tl.exp(t - base) * scale + target
+    grad = exp(t - finite(m)) * scale + target
     if UNIFORM:
         grad = grad - uniform
     if SOFTCAP != 0:
@@ -254,8 +346,7 @@ def write_row_grad(
         grad = grad * (1.0 - bent * bent)
     # Another thread of this program has stored the loop's value there, which must not come after this one.
     tl.debug_barrier()
-    owned = (label >= begin) & (label < end)
-    store_grad_block(grad_ptr, label, owned, grad_layout, grad)
+    store_grad(grad_ptr, label, (label >= 0) & (label < vocab), grad_layout, grad)
 
 
 @triton.jit
@@ -263,48 +354,25 @@ def row_terms_kernel(
     logits_ptr,  # [T, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool, or None
-    m_ptr, s_ptr, t_ptr,  # [T, parts]
-    z_sum_ptr,  # [T, parts], or None
-    vocab_start, vocab, part, layout,
-    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    m_ptr, s_ptr, t_ptr,  # [T]
+    z_sum_ptr,  # [T], or None
+    vocab_start, vocab, layout,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Terms of one part of one row: program (row, part). Those of an empty piece for an ignored row."""
+    """Terms of one row: program (row). Those of an empty piece for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, vocab)
-    end = tl.where(is_ignored(keep_ptr, row), begin, end)
+    end = tl.where(is_ignored(keep_ptr, row), 0, vocab)
     row_ptr = logits_ptr + row_start(row, layout)
     label = tl.load(labels_ptr + row) - vocab_start
     m, s, t, z_sum = row_terms(
-        row_ptr, begin, end, label, layout, m_ptr.dtype.element_ty, SOFTCAP, z_sum_ptr is not None, "", BLOCK_V, UNROLL
-    )
-    at = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(m_ptr + at, m)
-    tl.store(s_ptr + at, s)
-    tl.store(t_ptr + at, t)
-    if z_sum_ptr is not None:
-        tl.store(z_sum_ptr + at, z_sum)
-
-
-@triton.jit
-def row_fold_kernel(
-    m_parts_ptr, s_parts_ptr, t_parts_ptr, z_sum_parts_ptr,  # [T, parts]; the last may be None
-    m_ptr, s_ptr, t_ptr, z_sum_ptr,  # [T]
-    parts, BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Terms of a row from those of its parts: program (row)."""
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK_PARTS)
-    mask = offs < parts
-    at = row * parts + offs
-    m, s = fold(
-        tl.load(m_parts_ptr + at, mask=mask, other=float("-inf")), tl.load(s_parts_ptr + at, mask=mask, other=0.0)
-    )
+        row_ptr, end, label, layout, m_ptr.dtype.element_ty, SOFTCAP, z_sum_ptr is not None, "evict_first", BLOCK_V, L,
+        W, ALIKE,
+    )  # fmt: skip
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, s)
-    tl.store(t_ptr + row, tl.max(tl.load(t_parts_ptr + at, mask=mask, other=float("-inf")), 0))
+    tl.store(t_ptr + row, t)
     if z_sum_ptr is not None:
-        tl.store(z_sum_ptr + row, tl.sum(tl.load(z_sum_parts_ptr + at, mask=mask, other=0.0), 0))
+        tl.store(z_sum_ptr + row, z_sum)
 
 
 @triton.jit
@@ -313,31 +381,29 @@ def row_grad_kernel(
     logits_ptr,  # [T, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool, or None
-    m_ptr, t_ptr, scale_ptr, target_ptr,  # [T]
-    uniform_ptr,  # [T], or None
+    m_ptr, t_ptr,  # [T]
+    scale_ptr, target_ptr, uniform_ptr,  # [T]; the last may be None
     unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
-    vocab_start, vocab, part, grad_layout, layout,
-    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    vocab_start, vocab, grad_layout, layout,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one part of one row: program (row, part)."""
+    """Gradient of one row: program (row)."""
     if is_one(unless_one_ptr):
         return
     row = tl.program_id(0).to(tl.int64)
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, vocab)
     row_ptr = logits_ptr + row_start(row, layout)
     grad_ptr += row_start(row, grad_layout)
     if is_ignored(keep_ptr, row):
-        store_zeros(grad_ptr, begin, end, grad_layout, BLOCK_V)
+        store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     label = tl.load(labels_ptr + row) - vocab_start
     uniform = 0.0
     if uniform_ptr is not None:
         uniform = tl.load(uniform_ptr + row)
     write_row_grad(
-        grad_ptr, row_ptr, begin, end, label, grad_layout, layout, tl.load(m_ptr + row), tl.load(t_ptr + row),
+        grad_ptr, row_ptr, vocab, label, grad_layout, layout, tl.load(m_ptr + row), tl.load(t_ptr + row),
         tl.load(scale_ptr + row), tl.load(target_ptr + row), uniform, m_ptr.dtype.element_ty, SOFTCAP,
-        uniform_ptr is not None, BLOCK_V,
+        uniform_ptr is not None, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -352,12 +418,10 @@ def row_kernel(
     z_sum_ptr,  # [T], or None
     num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
-    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Terms and gradient of one row: program (row). A coefficient of 0 gives a gradient of 0, whatever the row holds.
-
-    The second read of the row follows at once on the first and finds it in the L2 cache.
-    """
+    """Terms and gradient of one row: program (row). A coefficient of 0 gives a gradient of 0, whatever it holds."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
     ignored = is_ignored(keep_ptr, row)
@@ -365,23 +429,23 @@ def row_kernel(
     row_ptr = logits_ptr + row_start(row, layout)
     grad_ptr += row_start(row, grad_layout)
     label = tl.load(labels_ptr + row) - vocab_start
+    coef = tl.load(coef_ptr + row)
     m, s, t, z_sum = row_terms(
-        row_ptr, 0, end, label, layout, dtype, SOFTCAP, z_sum_ptr is not None, "evict_last", BLOCK_V, UNROLL
+        row_ptr, end, label, layout, dtype, SOFTCAP, z_sum_ptr is not None, "evict_last", BLOCK_V, L, W, ALIKE
     )
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, s)
     tl.store(t_ptr + row, t)
     if z_sum_ptr is not None:
         tl.store(z_sum_ptr + row, z_sum)
-    coef = tl.load(coef_ptr + row)
     if ignored | (coef == 0):
-        store_zeros(grad_ptr, 0, vocab, grad_layout, BLOCK_V)
+        store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     scale, target, uniform = cross_entropy_coefficients(s, coef, num_classes, LABEL_SMOOTHING)
     # The sum of all logits has the same gradient for each: a loss with z_sum has a uniform part.
     write_row_grad(
-        grad_ptr, row_ptr, 0, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype, SOFTCAP,
-        z_sum_ptr is not None, BLOCK_V,
+        grad_ptr, row_ptr, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype, SOFTCAP,
+        z_sum_ptr is not None, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -390,100 +454,94 @@ def row_kernel(
 
 @triton.jit
 def pair_terms(
-    student_ptr, teacher_ptr, begin, end, factor, s_layout, t_layout, dtype: tl.constexpr, EVICT: tl.constexpr,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    student_ptr, teacher_ptr, vocab, rate, s_layout, t_layout, dtype: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """(m_t, s_t, a, m_s, s_s) of the columns [begin, end) of a pair of rows."""
-    LANES: tl.constexpr = BLOCK_V // UNROLL
-    m_t = tl.full([LANES], float("-inf"), dtype)
-    s_t = tl.zeros([LANES], dtype)
-    a = tl.zeros([LANES], dtype)
-    m_s = tl.full([LANES], float("-inf"), dtype)
-    s_s = tl.zeros([LANES], dtype)
-    for start in range(begin, end, BLOCK_V):
+    """(m_t, s_t, a, m_s, s_s) of a pair of rows, of the logits as they lie."""
+    K: tl.constexpr = BLOCK_V // (L * W)
+    head, body = whole_vectors(student_ptr, vocab, W, ALIKE)
+    body_t, body_s = body_start(teacher_ptr, head, t_layout, ALIKE), body_start(student_ptr, head, s_layout, ALIKE)
+    m_t = lowest(L, dtype)
+    s_t = tl.zeros([L], dtype)
+    a = tl.zeros([L], dtype)
+    m_s = lowest(L, dtype)
+    s_s = tl.zeros([L], dtype)
+    for start in range(0, body, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < end
-        zt = load_logits(teacher_ptr, offs_v, mask_v, t_layout, dtype, EVICT) * factor
-        zs = load_logits(student_ptr, offs_v, mask_v, s_layout, dtype, EVICT) * factor
-        zt_KL = tl.reshape(zt, [UNROLL, LANES])
-        m_t, s_t, a, m_s, s_s = extend_pairs(m_t, s_t, a, m_s, s_s, zt_KL, tl.reshape(zs, [UNROLL, LANES]))
-    return fold_pairs(m_t, s_t, a, m_s, s_s)
+        mask_v = offs_v < body
+        zt_KLW = tl.reshape(load_logits(body_t, offs_v, mask_v, t_layout, dtype, EVICT), [K, L, W])
+        zs_KLW = tl.reshape(load_logits(body_s, offs_v, mask_v, s_layout, dtype, EVICT), [K, L, W])
+        m_t, s_t, a, m_s, s_s = extend_pairs(m_t, s_t, a, m_s, s_s, zt_KLW, zs_KLW, rate)
+    edge = edge_columns(head, body, W)
+    zt_11E = tl.reshape(load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, EVICT), [1, 1, 2 * W])
+    zs_11E = tl.reshape(load_logits(student_ptr, edge, edge < vocab, s_layout, dtype, EVICT), [1, 1, 2 * W])
+    m_t, s_t, a, m_s, s_s = fold_pairs(m_t, s_t, a, m_s, s_s, rate)
+    m_t, s_t, a, m_s, s_s = extend_pairs(m_t, s_t, a, m_s, s_s, zt_11E, zs_11E, rate)
+    return only(seen(m_t, s_t)), only(s_t), only(a), only(seen(m_s, s_s)), only(s_s)
+
+
+@triton.jit
+def pair_grad(zt, zs, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER: tl.constexpr):
+    """Gradient of coef * KL by the student's logits, or by the teacher's."""
+    zt, zs = zt - base_t, zs - base_s
+    e_t = tl.exp2(zt * rate)
+    if OF_TEACHER:
+        grad = tl.where(e_t == 0, 0.0, (zt - zs) * (rate / LOG2_E) - centre) * e_t * scale_t
+    else:
+        grad = tl.exp2(zs * rate) * scale_s - e_t * scale_t
+    return grad
 
 
 @triton.jit
 def write_pair_grad(
-    grad_ptr, student_ptr, teacher_ptr, begin, end, factor, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s, kl,
-    coef, dtype: tl.constexpr, OF_TEACHER: tl.constexpr, BLOCK_V: tl.constexpr,
+    grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s, kl, coef,
+    dtype: tl.constexpr, OF_TEACHER: tl.constexpr, BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of coef * KL by the student's logits, or by the teacher's, of the columns [begin, end)."""
-    base_t, base_s = finite(m_t), finite(m_s)
-    scale_t, scale_s = coef / s_t, coef / s_s
-    if OF_TEACHER:
-        centre = tl.log(s_t) - tl.log(s_s) + kl  # `row_terms.kl_centre`
-    for start in range(begin, end, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < end
-        zt = load_logits(teacher_ptr, offs_v, mask_v, t_layout, dtype, "evict_first") * factor - base_t
-        zs = load_logits(student_ptr, offs_v, mask_v, s_layout, dtype, "evict_first") * factor - base_s
-        e_t = tl.exp(zt)
-        if OF_TEACHER:
-            grad = tl.where(e_t == 0, 0.0, (zt - zs) - centre) * e_t * scale_t
-        else:
-            grad = tl.exp(zs) * scale_s - e_t * scale_t
-        store_grad_block(grad_ptr, offs_v, mask_v, grad_layout, grad)
+    """Gradient of coef * KL by the student's logits, or by the teacher's, of a pair of rows; m as in `pair_terms`."""
+    base_t, base_s, scale_t, scale_s = finite(m_t), finite(m_s), coef / s_t, coef / s_s
+    centre = tl.log(s_t) - tl.log(s_s) + kl  # `row_terms.kl_centre`
+    head, body = whole_vectors(student_ptr, vocab, W, ALIKE)
+    edge = edge_columns(head, body, W)
+    zt_E = load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, "evict_first")
+    zs_E = load_logits(student_ptr, edge, edge < vocab, s_layout, dtype, "evict_first")
+    body_t, body_s = body_start(teacher_ptr, head, t_layout, ALIKE), body_start(student_ptr, head, s_layout, ALIKE)
+    to_ptr = body_start(grad_ptr, head, grad_layout, ALIKE)
+    blocks = tl.cdiv(body, BLOCK_V)
+    for block in range(blocks):
+        offs_v = (blocks - 1 - block) * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < body
+        zt = load_logits(body_t, offs_v, mask_v, t_layout, dtype, "evict_first")
+        zs = load_logits(body_s, offs_v, mask_v, s_layout, dtype, "evict_first")
+        grad = pair_grad(zt, zs, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER)
+        store_grad(to_ptr, offs_v, mask_v, grad_layout, grad)
+    grad_E = pair_grad(zt_E, zs_E, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER)
+    store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad_E)
 
 
 @triton.jit
 def pair_terms_kernel(
     student_ptr, teacher_ptr,  # [T, V]
     keep_ptr,  # [T] bool, or None
-    m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr,  # [T, parts]
+    m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr,  # [T]
     inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
-    vocab, part, s_layout, t_layout,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    vocab, s_layout, t_layout,
+    BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Terms of one part of one pair of rows: program (row, part). Those of an empty piece for an ignored row."""
+    """Terms of one pair of rows: program (row). Those of an empty piece for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = m_t_ptr.dtype.element_ty
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, vocab)
-    end = tl.where(is_ignored(keep_ptr, row), begin, end)
+    end = tl.where(is_ignored(keep_ptr, row), 0, vocab)
     student_ptr += row_start(row, s_layout)
     teacher_ptr += row_start(row, t_layout)
     factor = tl.full([], inverse_temperature, dtype)
+    rate = tl.full([], inverse_temperature * LOG2_E, dtype)
     m_t, s_t, a, m_s, s_s = pair_terms(
-        student_ptr, teacher_ptr, begin, end, factor, s_layout, t_layout, dtype, "", BLOCK_V, UNROLL
+        student_ptr, teacher_ptr, end, rate, s_layout, t_layout, dtype, "evict_first", BLOCK_V, L, W, ALIKE
     )
-    at = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(m_t_ptr + at, m_t)
-    tl.store(s_t_ptr + at, s_t)
-    tl.store(a_ptr + at, a)
-    tl.store(m_s_ptr + at, m_s)
-    tl.store(s_s_ptr + at, s_s)
-
-
-@triton.jit
-def pair_fold_kernel(
-    m_t_parts_ptr, s_t_parts_ptr, a_parts_ptr, m_s_parts_ptr, s_s_parts_ptr,  # [T, parts]
-    m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr,  # [T]
-    parts, BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Terms of a pair of rows from those of its parts: program (row)."""
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK_PARTS)
-    mask = offs < parts
-    at = row * parts + offs
-    m_t, s_t, a, m_s, s_s = fold_pairs(
-        tl.load(m_t_parts_ptr + at, mask=mask, other=float("-inf")),
-        tl.load(s_t_parts_ptr + at, mask=mask, other=0.0),
-        tl.load(a_parts_ptr + at, mask=mask, other=0.0),
-        tl.load(m_s_parts_ptr + at, mask=mask, other=float("-inf")),
-        tl.load(s_s_parts_ptr + at, mask=mask, other=0.0),
-    )
-    tl.store(m_t_ptr + row, m_t)
+    tl.store(m_t_ptr + row, m_t * factor)
     tl.store(s_t_ptr + row, s_t)
-    tl.store(a_ptr + row, a)
-    tl.store(m_s_ptr + row, m_s)
+    tl.store(a_ptr + row, a * factor)
+    tl.store(m_s_ptr + row, m_s * factor)
     tl.store(s_s_ptr + row, s_s)
 
 
@@ -495,27 +553,26 @@ def pair_grad_kernel(
     m_t_ptr, s_t_ptr, m_s_ptr, s_s_ptr, kl_ptr, coef_ptr,  # [T]
     unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
     inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
-    vocab, part, grad_layout, s_layout, t_layout,
-    OF_TEACHER: tl.constexpr, BLOCK_V: tl.constexpr,
+    vocab, grad_layout, s_layout, t_layout,
+    OF_TEACHER: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of coef * KL by the student's logits, or by the teacher's, for one part of one pair of rows."""
+    """Gradient of coef * KL by the student's logits, or by the teacher's, for one pair of rows: program (row)."""
     if is_one(unless_one_ptr):
         return
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = m_t_ptr.dtype.element_ty
-    begin = tl.program_id(1) * part
-    end = tl.minimum(begin + part, vocab)
     grad_ptr += row_start(row, grad_layout)
     if is_ignored(keep_ptr, row):
-        store_zeros(grad_ptr, begin, end, grad_layout, BLOCK_V)
+        store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     student_ptr += row_start(row, s_layout)
     teacher_ptr += row_start(row, t_layout)
     factor = tl.full([], inverse_temperature, dtype)
+    rate = tl.full([], inverse_temperature * LOG2_E, dtype)
     write_pair_grad(
-        grad_ptr, student_ptr, teacher_ptr, begin, end, factor, grad_layout, s_layout, t_layout,
-        tl.load(m_t_ptr + row), tl.load(s_t_ptr + row), tl.load(m_s_ptr + row), tl.load(s_s_ptr + row),
-        tl.load(kl_ptr + row), tl.load(coef_ptr + row), dtype, OF_TEACHER, BLOCK_V,
+        grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout,
+        tl.load(m_t_ptr + row) / factor, tl.load(s_t_ptr + row), tl.load(m_s_ptr + row) / factor,
+        tl.load(s_s_ptr + row), tl.load(kl_ptr + row), tl.load(coef_ptr + row), dtype, OF_TEACHER, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -528,7 +585,7 @@ def pair_kernel(
     m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr,  # [T]
     inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
     vocab, grad_layout, s_layout, t_layout,
-    BLOCK_V: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Terms and the student's gradient of one pair of rows: program (row). See `row_kernel`."""
     row = tl.program_id(0).to(tl.int64)
@@ -538,20 +595,38 @@ def pair_kernel(
     grad_ptr += row_start(row, grad_layout)
     student_ptr += row_start(row, s_layout)
     teacher_ptr += row_start(row, t_layout)
-    factor = tl.full([], inverse_temperature, dtype)
-    m_t, s_t, a, m_s, s_s = pair_terms(
-        student_ptr, teacher_ptr, 0, end, factor, s_layout, t_layout, dtype, "evict_last", BLOCK_V, UNROLL
-    )
-    tl.store(m_t_ptr + row, m_t)
-    tl.store(s_t_ptr + row, s_t)
-    tl.store(a_ptr + row, a)
-    tl.store(m_s_ptr + row, m_s)
-    tl.store(s_s_ptr + row, s_s)
     coef = tl.load(coef_ptr + row)
+    factor = tl.full([], inverse_temperature, dtype)
+    rate = tl.full([], inverse_temperature * LOG2_E, dtype)
+    m_t, s_t, a, m_s, s_s = pair_terms(
+        student_ptr, teacher_ptr, end, rate, s_layout, t_layout, dtype, "evict_last", BLOCK_V, L, W, ALIKE
+    )
+    tl.store(m_t_ptr + row, m_t * factor)
+    tl.store(s_t_ptr + row, s_t)
+    tl.store(a_ptr + row, a * factor)
+    tl.store(m_s_ptr + row, m_s * factor)
+    tl.store(s_s_ptr + row, s_s)
     if ignored | (coef == 0):
-        store_zeros(grad_ptr, 0, vocab, grad_layout, BLOCK_V)
+        store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     write_pair_grad(
-        grad_ptr, student_ptr, teacher_ptr, 0, vocab, factor, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s,
-        0.0, coef, dtype, False, BLOCK_V,
+        grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s, 0.0, coef,
+        dtype, False, BLOCK_V, W, ALIKE,
     )  # fmt: skip
+
+
+# --- gradients of products
+
+
+@triton.jit
+def scaled_kernel(
+    out_ptr, x_ptr,  # [N]
+    factor_ptr,  # scalar
+    count,  # N
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = x * factor, rounded to out's dtype: program (block)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < count, eviction_policy="evict_first")
+    grad = x * tl.load(factor_ptr).to(x.dtype)
+    tl.store(out_ptr + offs, rounded(grad, out_ptr.dtype.element_ty), mask=offs < count)

@@ -50,6 +50,31 @@ def layout(x: Tensor) -> Layout:
     return Layout(sizes_[:-1], strides, x.stride(-1))
 
 
+def alike(vector: int, *tensors: Tensor) -> bool:
+    """Whether rows of these tensors [..., V] begin at the same place between two multiples of `vector` columns."""
+    places = {_place(vector, x) for x in _with_memory(tensors)}
+    return len(places) == 1 and None not in places
+
+
+def _place(vector: int, x: Tensor) -> tuple[int, ...] | None:
+    """Of each row, as far as the layout tells; None where columns do not lie side by side."""
+    where = layout(x)
+    if where.stride_v != 1 or x.data_ptr() % x.itemsize:
+        return None
+    steps = tuple(stride % vector for stride in where.strides)
+    return (x.data_ptr() // x.itemsize % vector, *((*where.sizes, *steps) if any(steps) else ()))
+
+
+def columns(size: LaunchParameters, *tensors: Tensor) -> dict[str, Any]:
+    """Constants of how a kernel walks through the columns of these tensors [..., V]."""
+    if alike(size.vector, *tensors):
+        block_v, width, vectors = size.block_v, size.vector, True
+    else:
+        # Each column then has a pointer of its own: half of them, else registers spill.
+        block_v, width, vectors = max(size.block_v // 2, 1), 1, False
+    return {"BLOCK_V": block_v, "L": min(32 * size.num_warps, block_v // width), "W": width, "ALIKE": vectors}
+
+
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters, **constants: Any) -> None:
     """Start one kernel on the device of its first tensor.
 
@@ -61,11 +86,15 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters
     # Triton launches on the current device, which need not be the tensors'.
     here: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     warps = sizes.warps_on(size, amd=torch.version.hip is not None)
-    if compat.in_functorch_transform():
-        # A kernel takes memory, and a wrapped tensor has none of its own.
-        args = tuple(map(compat.without_wrappers, args))
+    args = _with_memory(args)
     with here, compat.outside_of_functorch():
-        kernel[grid](*args, **constants, num_warps=warps, num_stages=size.num_stages)
+        # Spelled out: Triton's default for products that are added to changes in 3.10.
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=size.num_stages, enable_fp_fusion=True)
+
+
+def _with_memory(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A kernel takes memory, and a tensor that functorch has wrapped has none of its own."""
+    return tuple(map(compat.without_wrappers, values)) if compat.in_functorch_transform() else values
 
 
 def check_device(device: torch.device, interpreted: bool) -> None:
@@ -91,29 +120,9 @@ class Launcher(NamedTuple):
     """
 
     start: Callable[..., None] = start
-    parameters: Callable[[int, int, torch.dtype, str], LaunchParameters] = sizes.launch_parameters
-    chunk_tokens: Callable[[int, int, int], int] = sizes.chunk_tokens
+    parameters: Callable[..., LaunchParameters] = sizes.launch_parameters
+    chunk_tokens: Callable[[int, int, int, int, int, bool], tuple[int, int]] = sizes.chunk_tokens
     operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = products.operand_dtype
-
-    def parts(self, num_rows: int, vocab: int, dtype: torch.dtype, kind: str) -> tuple[LaunchParameters, int, int]:
-        """Sizes of a launch, the columns of a part of a row, and the number of parts."""
-        size = self.parameters(num_rows, vocab, dtype, kind)
-        blocks = triton.cdiv(vocab, size.block_v)
-        part = triton.cdiv(blocks, size.split) * size.block_v
-        return size, part, triton.cdiv(vocab, part)
-
-    def fold(self, kernel: Any, pieces: tuple[Tensor | None, ...], out: tuple[Tensor | None, ...], parts: int) -> None:
-        """Terms of rows into `out` [T], from those of their parts in `pieces` [T, parts]."""
-        assert out[0] is not None
-        size = sizes.fold_parameters(parts)
-        self.start(kernel, (out[0].numel(),), *pieces, *out, parts, size=size, BLOCK_PARTS=size.block_v)
-
-
-def per_part(terms: tuple[Tensor | None, ...], parts: int) -> tuple[Tensor | None, ...]:
-    """Where the terms of each part of a row go: where the row's do, if there is one part."""
-    if parts == 1:
-        return terms
-    return tuple(None if x is None else x.new_empty((x.numel(), parts)) for x in terms)
 
 
 def dense(x_T: Tensor | None) -> Tensor | None:

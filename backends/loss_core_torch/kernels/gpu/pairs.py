@@ -13,8 +13,7 @@ from torch import Tensor
 from loss_core.row_terms import EMPTY_PAIR, PairTerms
 from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.gpu import kernels
-from loss_core_torch.kernels.gpu.launch import Launcher, dense, layout, per_part
-from loss_core_torch.kernels.gpu.rows import with_effect
+from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -28,15 +27,11 @@ def terms(launcher: Launcher, pairs: Pairs) -> PairTerms:
         for term_T, value in zip(found, EMPTY_PAIR, strict=True):
             term_T.fill_(value)
         return found
-    size, part, parts = launcher.parts(num_rows, vocab, student.dtype, "pair_terms")
-    pieces = per_part(found, parts)
+    size = launcher.parameters(vocab, student.dtype, "pair_terms")
     launcher.start(
-        kernels.pair_terms_kernel, (num_rows, parts), student, teacher, dense(keep_T), *pieces,
-        pairs.inverse_temperature, vocab, part, layout(student), layout(teacher),
-        size=size, BLOCK_V=size.block_v, UNROLL=size.unroll,
+        kernels.pair_terms_kernel, (num_rows,), student, teacher, dense(keep_T), *found, pairs.inverse_temperature,
+        vocab, layout(student), layout(teacher), size=size, **columns(size, student, teacher),
     )  # fmt: skip
-    if parts > 1:
-        launcher.fold(kernels.pair_fold_kernel, pieces, found, parts)
     return found
 
 
@@ -47,12 +42,12 @@ def grad(launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoeffic
     out = _new_grad(teacher if wanted.of_teacher else student) if into.out is None else into.out
     if student.numel() == 0:
         return out
-    size, part, parts = launcher.parts(num_rows, vocab, student.dtype, "pair_grad")
+    size = launcher.parameters(vocab, student.dtype, "pair_grad", out.dtype)
     vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, wanted.kl_T, wanted.coef_T))
     launcher.start(
-        kernels.pair_grad_kernel, (num_rows, parts), out, student, teacher, dense(keep_T), *vectors, into.unless_one,
-        pairs.inverse_temperature, vocab, part, layout(out), layout(student), layout(teacher),
-        size=size, OF_TEACHER=wanted.of_teacher, BLOCK_V=size.block_v,
+        kernels.pair_grad_kernel, (num_rows,), out, student, teacher, dense(keep_T), *vectors, into.unless_one,
+        pairs.inverse_temperature, vocab, layout(out), layout(student), layout(teacher),
+        size=size, OF_TEACHER=wanted.of_teacher, **columns(size, out, student, teacher),
     )  # fmt: skip
     return out
 
@@ -61,17 +56,14 @@ def terms_and_grad(launcher: Launcher, pairs: Pairs, coef_T: Tensor) -> tuple[Pa
     """Terms and the student's gradient, as `rows.terms_and_grad`; see `KernelSet.pair_terms_and_grad`."""
     student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
     num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
-    if student.numel() == 0 or launcher.parts(num_rows, vocab, student.dtype, "pair_terms")[2] > 1:
-        found = terms(launcher, pairs)
-        counted = pairs._replace(keep_T=with_effect(keep_T, coef_T))
-        # The student's gradient does not depend on the divergence.
-        return found, grad(launcher, counted, found, PairCoefficients(found.a, coef_T, False))
+    if student.numel() == 0:
+        return terms(launcher, pairs), _new_grad(student)
     found, out = _new_terms(pairs), _new_grad(student)
-    size = launcher.parameters(num_rows, vocab, student.dtype, "pair_row")
+    size = launcher.parameters(vocab, student.dtype, "pair_row")
     launcher.start(
         kernels.pair_kernel, (num_rows,), out, student, teacher, dense(keep_T), dense(coef_T), *found,
         pairs.inverse_temperature, vocab, layout(out), layout(student), layout(teacher),
-        size=size, BLOCK_V=size.block_v, UNROLL=size.unroll,
+        size=size, **columns(size, out, student, teacher),
     )  # fmt: skip
     return found, out
 

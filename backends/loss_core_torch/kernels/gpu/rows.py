@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, cross_entropy_coefficients
+from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms
 from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.gpu import kernels
-from loss_core_torch.kernels.gpu.launch import Launcher, dense, layout, per_part
+from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -24,14 +24,11 @@ def terms(launcher: Launcher, rows: Rows, objective: Objective, softcap: float =
     if logits.numel() == 0:
         return _fill_empty(found)
     kind = "capped_terms" if softcap else "terms"
-    size, part, parts = launcher.parts(num_rows, vocab, logits.dtype, kind)
-    pieces = per_part(found, parts)
+    size = launcher.parameters(vocab, logits.dtype, kind)
     launcher.start(
-        kernels.row_terms_kernel, (num_rows, parts), logits, dense(labels_T), dense(keep_T), *pieces, vocab_start,
-        vocab, part, layout(logits), size=size, SOFTCAP=softcap, BLOCK_V=size.block_v, UNROLL=size.unroll,
+        kernels.row_terms_kernel, (num_rows,), logits, dense(labels_T), dense(keep_T), *found, vocab_start, vocab,
+        layout(logits), size=size, SOFTCAP=softcap, **columns(size, logits),
     )  # fmt: skip
-    if parts > 1:
-        launcher.fold(kernels.row_fold_kernel, pieces, found, parts)
     return found
 
 
@@ -52,11 +49,11 @@ def grad(
     out = _new_grad(logits) if into.out is None else into.out
     if logits.numel() == 0:
         return out
-    size, part, parts = launcher.parts(num_rows, vocab, logits.dtype, "grad")
+    size = launcher.parameters(vocab, logits.dtype, "grad", out.dtype)
     launcher.start(
-        kernels.row_grad_kernel, (num_rows, parts), out, logits, dense(labels_T), dense(keep_T), dense(terms.m),
-        dense(terms.t), *map(dense, coefficients), into.unless_one, vocab_start, vocab, part, layout(out),
-        layout(logits), size=size, SOFTCAP=softcap, BLOCK_V=size.block_v,
+        kernels.row_grad_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(terms.m),
+        dense(terms.t), *map(dense, coefficients), into.unless_one, vocab_start, vocab, layout(out), layout(logits),
+        size=size, SOFTCAP=softcap, **columns(size, out, logits),
     )  # fmt: skip
     return out
 
@@ -71,24 +68,21 @@ def terms_and_grad(
 ) -> tuple[RowTerms, Tensor]:
     """Terms and gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
 
-    A row is read a second time at once after the first, from the cache, so that memory sees one read and one write.
-    Few rows would leave most of the chip idle: their terms and gradients take two kernels. A coefficient of 0 gives a
-    gradient of 0, whatever the row holds.
+    A row is read a second time at once after the first, from the cache as far as it holds it. A coefficient of 0 gives
+    a gradient of 0, whatever the row holds.
     """
     logits, labels_T, keep_T, vocab_start = rows
     num_rows, vocab = labels_T.numel(), logits.shape[-1]
     out = _new_grad(logits) if out is None else out
-    if logits.numel() == 0 or launcher.parts(num_rows, vocab, logits.dtype, "terms")[2] > 1:
-        found = terms(launcher, rows, objective, softcap)
-        counted = rows._replace(keep_T=with_effect(keep_T, coef_T))
-        coefficients = cross_entropy_coefficients(torch, found, coef_T, objective)
-        return found, grad(launcher, counted, found, coefficients, Into(out), softcap)
     found = _new_terms(rows, objective)
-    size = launcher.parameters(num_rows, vocab, logits.dtype, "capped_row" if softcap else "row")
+    if logits.numel() == 0:
+        return _fill_empty(found), out
+    kind = "full_row" if softcap or objective.needs_z_sum else "row"
+    size = launcher.parameters(vocab, logits.dtype, kind, out.dtype)
     launcher.start(
         kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(coef_T), *found,
         objective.num_classes, vocab_start, vocab, layout(out), layout(logits), size=size, SOFTCAP=softcap,
-        BLOCK_V=size.block_v, UNROLL=size.unroll, **_constants(objective),
+        **columns(size, out, logits), **_constants(objective),
     )  # fmt: skip
     return found, out
 

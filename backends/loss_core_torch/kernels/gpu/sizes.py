@@ -1,16 +1,15 @@
 """Sizes of each Triton launch, chosen by shape and dtype alone; the offline compilation asks here as well."""
 
+# T = tokens, V = vocabulary, H = hidden
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
-# Programs that fill a chip: two for each of the 132 multiprocessors of an H100 (148 on B200, 304 units on MI300X).
-_FILL_PROGRAMS = 264
-
-# A row is cut into parts of at least this many blocks, else the parts cost more than they bring.
-_MIN_BLOCKS = 2
+# A load or store of one thread.
+_VECTOR_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -18,53 +17,77 @@ class LaunchParameters:
     """How one kernel is launched.
 
     Attributes:
-        block_v: columns that a program takes at a time, a power of 2.
-        unroll: logits of a lane's share of a block, a power of 2 below block_v.
-        num_warps, num_stages: of Triton's compiler.
-        split: parts into which a row is cut at most; each is a program of its own.
+        block_v: columns that a program takes at a time, a power of 2 and a multiple of vector.
+        vector: columns side by side that a thread takes, a power of 2.
+        num_warps: of 32 threads.
+        num_stages: of Triton's compiler.
     """
 
     block_v: int
-    unroll: int
+    vector: int
     num_warps: int
-    num_stages: int
-    split: int
+    num_stages: int = 1
 
 
-# (block_v, unroll) of a kind of kernel, by bytes of a logit. 32 lanes x 8 warps x 16 bytes are one load of each
-# thread; UNROLL such loads are under way at once, and LANES = block_v / unroll is no less than one of them, else the
-# lanes of the terms would lie in several warps and the loop would need barriers. Kernels with two inputs, or with a
-# softcap, take less: registers must not spill (`make kernels`).
-_NUM_WARPS = 8
-
-# The second read of a row finds it in the L2 cache only if the rows in flight fit there: 50 MB on an H100. Programs of
-# 8 warps stand four to a multiprocessor, 528 in all: rows of 64 KB fit. Longer ones are given 32 warps, of which one
-# or two programs fit: 132 rows of 256 KB (128k columns in 16 bits) are 34 MB.
-_LONG_ROW_BYTES = 64 << 10
-_LONG_ROW_WARPS = 32
-# With a softcap ptxas spills 8 bytes in programs of so many warps, so that they stay at 8.
-_LONG_ROW = {"row": {2: (16384, 2), 4: (8192, 2)}}
-
-# A program has at most 1024 threads, and a warp of AMD's chips has 64.
-_MAX_WARPS_AMD = 16
-
+# (block_v, num_warps) of a kind of kernel, by bytes of a logit. What decides is how many loads are under way (vectors
+# of a thread, times threads that fit) against how many rows are: the second read of a row finds it in the L2 cache only
+# if the rows in flight fit there. On an H200 (BENCHMARKS.md) 16 warps were better than 8, and 32 with one row a
+# multiprocessor worse. Registers must not spill (`make kernels`).
 _KINDS = {
-    "terms": {2: (8192, 4), 4: (4096, 4), 8: (2048, 4)},
-    "capped_terms": {2: (8192, 4), 4: (4096, 4), 8: (1024, 4)},
-    "grad": {2: (4096, 1), 4: (2048, 1), 8: (512, 1)},
-    "row": {2: (8192, 4), 4: (4096, 4), 8: (256, 1)},
-    "capped_row": {2: (8192, 4), 4: (4096, 2), 8: (256, 1)},
-    "pair_terms": {2: (4096, 2), 4: (4096, 4), 8: (1024, 2)},
-    "pair_grad": {2: (2048, 1), 4: (1024, 1), 8: (512, 1)},
-    "pair_row": {2: (4096, 2), 4: (2048, 2), 8: (256, 1)},
+    "terms": {2: (8192, 8), 4: (4096, 8), 8: (2048, 8)},
+    "capped_terms": {2: (8192, 8), 4: (4096, 8), 8: (1024, 8)},
+    "grad": {2: (4096, 8), 4: (2048, 8), 8: (512, 8)},
+    "row": {2: (8192, 16), 4: (8192, 16), 8: (512, 8)},
+    "full_row": {2: (8192, 16), 4: (4096, 16), 8: (512, 8)},
+    "pair_terms": {2: (4096, 8), 4: (4096, 8), 8: (1024, 8)},
+    "pair_grad": {2: (4096, 8), 4: (2048, 8), 8: (512, 8)},
+    "pair_row": {2: (8192, 16), 4: (4096, 16), 8: (512, 8)},
 }
 
-# One visit of a row: it is not cut into parts.
-_WHOLE_ROWS = ("row", "capped_row", "pair_row")
+# Rows from here on are taken in blocks of twice the size: more loads under way for the same number of rows.
+_LONG_ROW_BYTES = 128 << 10
+_LONG_ROW = {("row", 2): (16384, 16)}
 
-# Bytes of the logits of a chunk of the fused loss, and of their gradient. Each chunk reads and writes the whole float32
-# gradient of the weight once (5 GB for 152k x 4096: 1.5 ms of an H100, where the products of 1024 tokens take 5), so a
-# chunk wants to be large.
+
+# Of a kernel over elements that are not rows.
+ELEMENTWISE = LaunchParameters(4096, 8, 8)
+
+
+def launch_parameters(vocab: int, dtype: torch.dtype, kind: str, stored: torch.dtype | None = None) -> LaunchParameters:
+    """Sizes of a launch over rows of logits. The number of rows plays no role, so that no result depends on it.
+
+    Args:
+        vocab: columns of the logits.
+        dtype: of the logits that are read.
+        kind: what the kernel makes: "terms", "grad", "row" (both); with a softcap "capped_terms", with a softcap or
+            the sum of all logits "full_row"; "pair_terms", "pair_grad" or "pair_row".
+        stored: dtype of the gradient, if another.
+    """
+    block_v, num_warps = _KINDS[kind][dtype.itemsize]
+    if vocab * dtype.itemsize > _LONG_ROW_BYTES:
+        block_v, num_warps = _LONG_ROW.get((kind, dtype.itemsize), (block_v, num_warps))
+    # The narrower of the two dtypes has whole vectors, else values would go from thread to thread.
+    vector = _VECTOR_BYTES // min(dtype.itemsize, (stored or dtype).itemsize)
+    # A small vocabulary is one block, of no more warps than have something to do.
+    block_v = min(block_v, max(_power_of_2_from(vocab), vector))
+    while num_warps > 1 and block_v < num_warps * 32 * vector:
+        num_warps //= 2
+    return LaunchParameters(block_v, vector, num_warps)
+
+
+def warps_on(size: LaunchParameters, amd: bool) -> int:
+    """Warps of a launch: those of AMD's chips have 64 threads."""
+    return max(size.num_warps // 2, 1) if amd else size.num_warps
+
+
+# Logits of the fused loss exist for so many tokens at a time, in the dtype of the arithmetic: enough to fill the tiles
+# of a matrix product.
+_LOGITS_TOKENS = 512
+
+# Bytes of logits and of their gradient, at least. Each chunk reads and writes the whole float32 gradient of the weight
+# once: for 152k x 4096 that is 5 GB, which an H200 moves in 1.2 ms, while the product of 1024 tokens takes 1.9 ms. So a
+# chunk wants to be large. Time of all products and kernels for 8192 tokens there, by tokens of a chunk, with logits of
+# 512 of them: 1536 52.2 ms, 2048 51.2, 3072 50.5, 4096 48.7, 8192 47.9; logits of 256 tokens cost 1.7 ms more.
 _CHUNK_BYTES = 1 << 30
 
 # Rows of a chunk come in multiples of the tiles of matrix products.
@@ -72,48 +95,44 @@ _CHUNK_MULTIPLE = 128
 
 
 def chunk_tokens(
-    num_tokens: int, vocab: int, bytes_per_logit: int, budget: int = _CHUNK_BYTES, multiple: int = _CHUNK_MULTIPLE
-) -> int:
-    """Tokens of a chunk: what the budget in bytes holds, in as few chunks as possible of about equal size."""
-    fitting = max(budget // max(vocab * bytes_per_logit, 1) // multiple * multiple, multiple)
-    chunks = -(-num_tokens // fitting)
-    even = -(-num_tokens // max(chunks, 1))
-    return min(fitting, -(-even // multiple) * multiple)
-
-
-def launch_parameters(num_rows: int, vocab: int, dtype: torch.dtype, kind: str) -> LaunchParameters:
-    """Sizes of a launch over rows of logits.
+    num_tokens: int, vocab: int, hidden: int, logit_bytes: int, grad_bytes: int, together: bool = False
+) -> tuple[int, int]:
+    """(tokens of a chunk, those of them whose logits exist at a time).
 
     Args:
-        num_rows, vocab: shape of the logits.
-        dtype: of the logits that are read.
-        kind: what the kernel makes: "terms", "grad", "row" (both), with a softcap "capped_terms" and "capped_row";
-            "pair_terms", "pair_grad" or "pair_row".
+        num_tokens, vocab, hidden: sizes of the loss.
+        logit_bytes: of a logit.
+        grad_bytes: of an entry of the logits' gradient: that of a logit where it is written over the logits, 0 where
+            there is none.
+        together: the logits of a whole chunk are to exist at a time.
     """
-    (block_v, unroll), num_warps = _KINDS[kind][dtype.itemsize], _NUM_WARPS
-    long_row = _LONG_ROW.get(kind, {})
-    if vocab * dtype.itemsize > _LONG_ROW_BYTES and dtype.itemsize in long_row:
-        (block_v, unroll), num_warps = long_row[dtype.itemsize], _LONG_ROW_WARPS
-    # A small vocabulary is one block, of no more warps than have something to do.
-    block_v = min(block_v, max(_power_of_2_from(vocab), unroll))
-    while num_warps > 1 and block_v < num_warps * 32 * unroll:
-        num_warps //= 2
-    split = 1
-    if kind not in _WHOLE_ROWS:
-        blocks = -(-vocab // block_v)
-        while num_rows * split < _FILL_PROGRAMS and blocks >= 2 * split * _MIN_BLOCKS:
-            split *= 2
-    return LaunchParameters(block_v, unroll, num_warps, 1, split)
+    if not grad_bytes:
+        tokens = _logits_tokens(num_tokens, vocab, logit_bytes, _CHUNK_BYTES)
+        return tokens, tokens
+    # In the end the gradient of the weight is rounded into a second tensor, when these buffers are gone: as much
+    # memory as that takes costs nothing.
+    budget = max(_CHUNK_BYTES, vocab * hidden * grad_bytes)
+    beside = grad_bytes if grad_bytes != logit_bytes else 0
+    if together or not beside:
+        tokens = _even(num_tokens, budget // max(vocab * (logit_bytes + beside), 1))
+        return tokens, tokens
+    logits_tokens = _logits_tokens(num_tokens, vocab, logit_bytes, budget // 2)
+    rest = budget - logits_tokens * vocab * logit_bytes
+    tokens = _even(num_tokens, rest // max(vocab * grad_bytes, 1))
+    return tokens, min(logits_tokens, tokens)
 
 
-def warps_on(size: LaunchParameters, amd: bool) -> int:
-    """Warps of a launch, as many as the chip allows."""
-    return min(size.num_warps, _MAX_WARPS_AMD) if amd else size.num_warps
+def _logits_tokens(num_tokens: int, vocab: int, logit_bytes: int, budget: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return min(_LOGITS_TOKENS, _even(num_tokens, budget // max(vocab * logit_bytes, 1)))
 
 
-def fold_parameters(parts: int) -> LaunchParameters:
-    """Sizes of the launch that folds the terms of a row's parts; block_v is the number of parts, rounded up."""
-    return LaunchParameters(_power_of_2_from(parts), 1, 1, 1, 1)
+def _even(num_tokens: int, most: int) -> int:
+    """Tokens of a chunk: at most so many, in as few chunks as possible of about equal size."""
+    most = max(most // _CHUNK_MULTIPLE * _CHUNK_MULTIPLE, _CHUNK_MULTIPLE)
+    chunks = max(-(-num_tokens // most), 1)
+    even = -(-num_tokens // chunks)
+    return min(most, -(-even // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE, num_tokens)
 
 
 def _power_of_2_from(n: int) -> int:

@@ -4,8 +4,11 @@
 
 The real launch functions run on tensors without memory (device "meta"), and what they would launch is
 recorded: sizes, constants and the specialisation that Triton's launcher makes of each argument. Each
-distinct one is compiled with an explicit target. Exits with 1 on an error, on a register spill on an NVIDIA
-target, or when the shared memory is more than the chip has.
+distinct one is compiled with an explicit target. For NVIDIA's chips the loops are read in the machine code:
+instructions and those of the special function unit per logit, exchanges between threads, width of accesses; and for
+sm_90 the time that follows from it, as a share of a copy's (`predicted`). --json FILE keeps the table.
+
+Exits with 1 on an error, on a register spill on an NVIDIA target, or when the shared memory is more than the chip has.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -13,12 +16,10 @@ target, or when the shared memory is more than the chip has.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 from loss_core_torch.tracing import compute_dtype
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+from on_torch.kernels.gpu import machine_code
+from on_torch.kernels.gpu.machine_code import Loop
+from on_torch.kernels.gpu.predicted import CHIPS, Plan, share_of_copy
 
 # Target, and the shared memory that one program may have, in bytes.
 TARGETS = {
@@ -58,6 +64,9 @@ _POINTERS = {
 }
 
 
+_ITEM_BYTES = {pointer: dtype.itemsize for dtype, pointer in _POINTERS.items()}
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One specialisation of one kernel.
@@ -67,8 +76,9 @@ class Recorded:
         types: Triton's type of each argument, nested where the argument is; "constexpr" for constants.
         constants: value by path of the argument: its place, and where it is nested the places within.
         divisible: paths of the arguments that are known to be multiples of 16.
-        size: how it is compiled; in how many parts a row is cut plays no role there.
+        size: how it is compiled.
         dtype: of the logits, for the table.
+        vocab: columns.
     """
 
     kernel: Any
@@ -77,6 +87,28 @@ class Recorded:
     divisible: tuple[tuple[int, ...], ...]
     size: LaunchParameters
     dtype: str
+    vocab: int
+
+    @property
+    def plan(self) -> Plan | None:
+        """Bytes that the kernel moves per logit; None for a kernel that is not over rows."""
+        read = [x for name, x in self.pointers.items() if name in ("logits_ptr", "student_ptr", "teacher_ptr")]
+        if not read:
+            return None
+        stored = self.pointers.get("grad_ptr", 0)
+        return Plan(sum(read) + stored, sum(read) if self.name in ("row_kernel", "pair_kernel") else 0)
+
+    @property
+    def block(self) -> int:
+        """Columns at a time."""
+        return int(self.value("BLOCK_V" if "BLOCK_V" in [x.name for x in self.kernel.params] else "BLOCK"))
+
+    @property
+    def pointers(self) -> dict[str, int]:
+        """Bytes of an item behind each pointer."""
+        names = [parameter.name for parameter in self.kernel.params]
+        pairs = zip(names, self.types, strict=True)
+        return {name: _ITEM_BYTES[kind] for name, kind in pairs if kind in _ITEM_BYTES}
 
     def value(self, name: str, otherwise: Any = None) -> Any:
         """The constant that an argument is."""
@@ -101,6 +133,29 @@ class Compiled:
     shared: int
     ttir: str
     problem: str
+    loops: tuple[Loop, ...] = ()
+
+    @property
+    def logits_of_a_round(self) -> int:
+        """That a thread takes in one round of a loop."""
+        return max(self.what.block // (32 * self.what.size.num_warps), 1)
+
+    @property
+    def main_loops(self) -> list[Loop]:
+        """Those that read; zeros of ignored rows are written by others."""
+        return [loop for loop in self.loops if loop.load_bits]
+
+    @property
+    def per_logit(self) -> list[float]:
+        """Instructions of each loop that reads."""
+        return [loop.count / self.logits_of_a_round for loop in self.main_loops]
+
+    def predicted(self, chip: str, vocab: int) -> float:
+        """Share of a copy's rate; 0 where the loops are not known."""
+        if not self.per_logit or self.what.plan is None:
+            return 0.0
+        threads = 32 * self.what.size.num_warps
+        return share_of_copy(CHIPS[chip], self.what.plan, vocab, self.registers, threads, sum(self.per_logit))
 
 
 class _Specialisation:
@@ -129,7 +184,9 @@ class _Specialisation:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def specialise(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], size: Any, dtype: str) -> Recorded:
+def specialise(
+    kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], size: Any, dtype: str, vocab: int
+) -> Recorded:
     """One launch as Triton would compile it."""
     found, types = _Specialisation(), []
     values = [*args, *(None for _ in constants)]
@@ -139,8 +196,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], si
             found.constants.append(((place,), constants[parameter.name]))
         else:
             types.append(found.type_of((place,), value, parameter.annotation_type))
-    size = dataclasses.replace(size, split=1)
-    return Recorded(kernel, tuple(types), tuple(found.constants), tuple(found.divisible), size, dtype)
+    return Recorded(kernel, tuple(types), tuple(found.constants), tuple(found.divisible), size, dtype, vocab)
 
 
 def launches(vocab: int, dtype: str) -> list[Recorded]:
@@ -149,7 +205,7 @@ def launches(vocab: int, dtype: str) -> list[Recorded]:
     found: list[Recorded] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, size: Any, **constants: Any) -> None:
-        found.append(specialise(kernel, args, constants, size, dtype))
+        found.append(specialise(kernel, args, constants, size, dtype, vocab))
 
     # Operands as on a GPU, which the device here is not.
     kernels = GpuKernels(Launcher(start=record, operand_dtype=lambda dtype, _: dtype))
@@ -200,6 +256,7 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
         kernels.linear_terms_and_grads(linear, coef_T, Wanted(True, True))
         terms, logits = kernels.linear_terms(linear, True)
         kernels.linear_grads(linear, terms, coef_T, Wanted(True, True), logits)
+    kernels.scaled(torch.empty(weight.shape, dtype=coef_T.dtype, device="meta"), coef_T.sum(), weight.dtype)
 
 
 def compile_one(what: Recorded, target: str) -> Compiled:
@@ -214,8 +271,15 @@ def compile_one(what: Recorded, target: str) -> Compiled:
     )
     warps = sizes.warps_on(what.size, amd=gpu.backend == "hip")
     try:
-        made = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": what.size.num_stages})
-        registers, spilled = _resources(made.asm, gpu)
+        options = {"num_warps": warps, "num_stages": what.size.num_stages, "enable_fp_fusion": True}
+        made = triton.compile(source, target=gpu, options=options)
+        if gpu.backend == "cuda":
+            registers, spilled = machine_code.resources(made.asm["cubin"])
+            loops = tuple(machine_code.loops(made.asm["cubin"]))
+        else:
+            text = made.asm["amdgcn"]
+            registers, loops = _number(r"\.vgpr_count:\s*(\d+)", text), ()
+            spilled = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
     except Exception as error:  # a kernel that does not compile is a row of the table
         return Compiled(what, target, warps, 0, 0, 0, "", f"{type(error).__name__}: {str(error)[-500:]}")
     shared = made.metadata.shared
@@ -224,21 +288,7 @@ def compile_one(what: Recorded, target: str) -> Compiled:
         problems.append(f"spills {spilled} bytes")
     if shared > room:
         problems.append(f"shared memory {shared} > {room}")
-    return Compiled(what, target, warps, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems))
-
-
-def _resources(asm: Any, gpu: GPUTarget) -> tuple[int, int]:
-    """Registers, and bytes of local memory, of a thread."""
-    if gpu.backend == "hip":
-        text = asm["amdgcn"]
-        return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(asm["cubin"])
-        report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    # STACK as well: what ptxas spills lies on the stack of the thread.
-    return _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report) + _number(r"LOCAL:(\d+)", report)
+    return Compiled(what, target, warps, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems), loops)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -259,22 +309,80 @@ def compile_all(what: Iterable[Recorded], targets: Iterable[str]) -> Iterator[Co
 def line(row: Compiled) -> str:
     """One line of the table."""
     what = row.what
+    loops = row.main_loops
+    counts = "+".join(f"{count:.1f}" for count in row.per_logit)
+    special = sum(loop.special for loop in loops) / row.logits_of_a_round
+    bits = "/".join(str(min(widths)) for widths in zip_widths(loops))
+    plan = f"{what.plan.once}+{what.plan.again}" if what.plan else ""
+    predicted = " ".join(f"{row.predicted(chip, what.vocab):4.0%}" for chip in CHIPS) if row.target == "sm_90" else ""
+    return (
+        f"{what.name.removesuffix('_kernel'):10} {row.target:7} {what.dtype:9} {what.vocab:6} {what.block:6} "
+        f"{row.warps:5} {row.registers:9} {row.spilled:7} {row.shared:6} {counts:>11} {special:7.1f} "
+        f"{sum(loop.exchanges for loop in loops):9} {bits:>7} {plan:>5} {predicted:>9}  {' '.join(flags_of(what))} "
+        f"{row.problem}"
+    ).rstrip()
+
+
+def zip_widths(loops: list[Loop]) -> list[tuple[int, ...]]:
+    """Widths of all loads, and of all stores if there are any."""
+    loads = tuple(bits for loop in loops for bits in loop.load_bits)
+    stores = tuple(bits for loop in loops for bits in loop.store_bits)
+    return [widths for widths in (loads, stores) if widths]
+
+
+def flags_of(what: Recorded) -> list[str]:
+    """What sets this specialisation apart."""
     names = [parameter.name for parameter in what.kernel.params]
-    block = next(what.value(name) for name in ("BLOCK_V", "BLOCK_PARTS") if name in names)
     flags = [name.lower() for name in ("OF_TEACHER", "SOFTCAP") if name in names and what.value(name)]
     # Arguments that may be None, where they are not.
     optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "unless_one_ptr": "unless_one"}
     flags += [flag for name, flag in optional.items() if name in names and what.value(name, 0) is not None]
+    if "ALIKE" in names and not what.value("ALIKE"):
+        flags.append("unlike")
     for place, kind in enumerate(what.types):
         if names[place].endswith("layout") and (kind.sizes or kind.stride_v != "constexpr"):
             flags.append(f"{names[place]}:{len(kind.strides)}{'' if kind.stride_v == 'constexpr' else '+strided'}")
-    return (
-        f"{what.name.removesuffix('_kernel'):10} {row.target:7} {what.dtype:9} {block:6} {row.warps:5} "
-        f"{what.size.num_stages:6} {row.registers:9} {row.spilled:7} {row.shared:7}  {' '.join(flags)} {row.problem}"
-    ).rstrip()
+    if "grad_ptr" in what.pointers and "logits_ptr" in what.pointers:
+        read, stored = what.pointers["logits_ptr"], what.pointers["grad_ptr"]
+        flags += [f"to {8 * stored} bits"] if read != stored else []
+    return flags
 
 
-HEADER = "kernel     target  dtype      BLOCK warps stages registers spilled  shared"
+def record(row: Compiled) -> dict[str, Any]:
+    """One row of the JSON."""
+    return {
+        "kernel": row.what.name,
+        "target": row.target,
+        "dtype": row.what.dtype,
+        "vocab": row.what.vocab,
+        "flags": flags_of(row.what),
+        "block": row.what.block,
+        "warps": row.warps,
+        "registers": row.registers,
+        "spilled": row.spilled,
+        "shared": row.shared,
+        "loops": [
+            {
+                "instructions_per_logit": loop.count / row.logits_of_a_round,
+                "special_per_logit": loop.special / row.logits_of_a_round,
+                "exchanges": loop.exchanges,
+                "load_bits": sorted(set(loop.load_bits)),
+                "store_bits": sorted(set(loop.store_bits)),
+            }
+            for loop in row.main_loops
+        ],
+        "bytes_per_logit": [row.what.plan.once, row.what.plan.again] if row.what.plan else None,
+        "predicted_share_of_copy": {chip: round(row.predicted(chip, row.what.vocab), 3) for chip in CHIPS}
+        if row.target == "sm_90"
+        else None,
+        "problem": row.problem,
+    }
+
+
+HEADER = (
+    "kernel     target  dtype      vocab  BLOCK warps registers spilled shared per logit   special exchanges    bits "
+    f"bytes {' '.join(CHIPS)}"
+)
 
 
 def main() -> int:
@@ -283,6 +391,7 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--vocab", action="append", type=int)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing is compiled then.")
@@ -294,12 +403,16 @@ def main() -> int:
         for one in launches(vocab, dtype)
     ]
     print(HEADER)
-    rows, bad = 0, 0
+    rows = []
     for row in compile_all(what, options.target or TARGETS):
         print(line(row), flush=True)
-        rows, bad = rows + 1, bad + bool(row.problem)
+        rows.append(row)
+    bad = sum(bool(row.problem) for row in rows)
+    if options.json:
+        table = {"triton": triton.__version__, "rows": [record(row) for row in rows]}
+        options.json.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     seconds = time.perf_counter() - start
-    print(f"{rows} kernels compiled, {bad} with a problem, {seconds:.0f} s, triton {triton.__version__}")
+    print(f"{len(rows)} kernels compiled, {bad} with a problem, {seconds:.0f} s, triton {triton.__version__}")
     return 1 if bad or not rows else 0
 
 

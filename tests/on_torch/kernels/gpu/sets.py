@@ -7,13 +7,14 @@ from loss_core_torch.kernels.gpu.launch import Launcher, start
 
 V = 37
 
-# Blocks of 16 columns and two parts, so that small inputs go through every loop and every fold.
-TINY = sizes.LaunchParameters(block_v=16, unroll=2, num_warps=1, num_stages=1, split=2)
+# Blocks of 16 columns (two lanes, two vectors of 4 each) and chunks of four tokens, logits of two of them at a time, so
+# that small inputs go through every loop.
+TINY = sizes.LaunchParameters(block_v=16, vector=4, num_warps=1)
+TINY_CHUNKS = (4, 2)
 
 SETS = {
     "own-sizes": GpuKernels(),
-    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=lambda *_: 2)),
-    "whole-rows": GpuKernels(Launcher(parameters=lambda *_: sizes.LaunchParameters(16, 2, 1, 1, split=1))),
+    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=lambda *_: TINY_CHUNKS)),
 }
 
 

@@ -1,5 +1,6 @@
 """The pieces of the Triton kernels against the laws of `loss_core.row_terms`, in Triton's interpreter."""
 
+import functools
 import itertools
 import sys
 
@@ -22,54 +23,38 @@ pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 
 
 @triton.jit
-def _states_kernel(z_ptr, m_ptr, s_ptr, K: tl.constexpr, L: tl.constexpr, PIECES: tl.constexpr):
-    """[PIECES, K, L] logits: extend over the pieces, fold over lanes; and the pieces one by one."""
-    offs = tl.arange(0, K * L)
-    m, s = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.float32)
-    whole_m, whole_s = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
+def _states_kernel(z_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr):
+    """[PIECES, K, L, W] logits: extend over the pieces, fold over lanes, and the last piece once more."""
+    offs = tl.arange(0, K * L * W)
+    m, s = kernels.lowest(L, tl.float32), tl.zeros([L], tl.float32)
     for piece in range(PIECES):
-        z_KL = tl.reshape(tl.load(z_ptr + piece * K * L + offs), [K, L])
-        m, s = kernels.extend(m, s, z_KL)
-        empty_m, empty_s = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.float32)
-        piece_m, piece_s = kernels.extend(empty_m, empty_s, z_KL)
-        piece_m, piece_s = kernels.fold(piece_m, piece_s)
-        tl.store(m_ptr + 2 + piece, piece_m)
-        tl.store(s_ptr + 2 + piece, piece_s)
-        whole_m, whole_s = kernels.combine(whole_m, whole_s, piece_m, piece_s)
-    row_m, row_s = kernels.fold(m, s)
-    tl.store(m_ptr, row_m)
-    tl.store(s_ptr, row_s)
-    tl.store(m_ptr + 1, whole_m)
-    tl.store(s_ptr + 1, whole_s)
+        m, s = kernels.extend(m, s, tl.reshape(tl.load(z_ptr + piece * K * L * W + offs), [K, L, W]))
+    m, s = kernels.fold(m, s)
+    tl.store(out_ptr, kernels.only(kernels.seen(m, s)))
+    tl.store(out_ptr + 1, kernels.only(s))
+    last = tl.load(z_ptr + (PIECES - 1) * K * L * W + offs)
+    m, s = kernels.extend(m, s, tl.reshape(last, [1, 1, K * L * W]))
+    tl.store(out_ptr + 2, kernels.only(kernels.seen(m, s)))
+    tl.store(out_ptr + 3, kernels.only(s))
 
 
 @triton.jit
-def _pair_states_kernel(t_ptr, s_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, PIECES: tl.constexpr):
-    offs = tl.arange(0, K * L)
-    low, none = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.float32)
+def _pair_states_kernel(
+    t_ptr, s_ptr, out_ptr, rate, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr
+):
+    offs = tl.arange(0, K * L * W)
+    low, none = kernels.lowest(L, tl.float32), tl.zeros([L], tl.float32)
     m_t, s_t, a, m_s, s_s = low, none, none, low, none
-    low_1, none_1 = tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32)
-    w_m_t, w_s_t, w_a, w_m_s, w_s_s = low_1, none_1, none_1, low_1, none_1
     for piece in range(PIECES):
-        zt = tl.reshape(tl.load(t_ptr + piece * K * L + offs), [K, L])
-        zs = tl.reshape(tl.load(s_ptr + piece * K * L + offs), [K, L])
-        m_t, s_t, a, m_s, s_s = kernels.extend_pairs(m_t, s_t, a, m_s, s_s, zt, zs)
-        p_m_t, p_s_t, p_a, p_m_s, p_s_s = kernels.extend_pairs(low, none, none, low, none, zt, zs)
-        p_m_t, p_s_t, p_a, p_m_s, p_s_s = kernels.fold_pairs(p_m_t, p_s_t, p_a, p_m_s, p_s_s)
-        w_m_t, w_s_t, w_a, w_m_s, w_s_s = kernels.combine_pairs(
-            w_m_t, w_s_t, w_a, w_m_s, w_s_s, p_m_t, p_s_t, p_a, p_m_s, p_s_s
-        )
-    m_t, s_t, a, m_s, s_s = kernels.fold_pairs(m_t, s_t, a, m_s, s_s)
-    tl.store(out_ptr + 0, m_t)
-    tl.store(out_ptr + 1, s_t)
-    tl.store(out_ptr + 2, a)
-    tl.store(out_ptr + 3, m_s)
-    tl.store(out_ptr + 4, s_s)
-    tl.store(out_ptr + 5, w_m_t)
-    tl.store(out_ptr + 6, w_s_t)
-    tl.store(out_ptr + 7, w_a)
-    tl.store(out_ptr + 8, w_m_s)
-    tl.store(out_ptr + 9, w_s_s)
+        zt = tl.reshape(tl.load(t_ptr + piece * K * L * W + offs), [K, L, W])
+        zs = tl.reshape(tl.load(s_ptr + piece * K * L * W + offs), [K, L, W])
+        m_t, s_t, a, m_s, s_s = kernels.extend_pairs(m_t, s_t, a, m_s, s_s, zt, zs, rate)
+    m_t, s_t, a, m_s, s_s = kernels.fold_pairs(m_t, s_t, a, m_s, s_s, rate)
+    tl.store(out_ptr + 0, kernels.only(kernels.seen(m_t, s_t)))
+    tl.store(out_ptr + 1, kernels.only(s_t))
+    tl.store(out_ptr + 2, kernels.only(a))
+    tl.store(out_ptr + 3, kernels.only(kernels.seen(m_s, s_s)))
+    tl.store(out_ptr + 4, kernels.only(s_s))
 
 
 def _inputs(rng, kind, shape):
@@ -86,25 +71,20 @@ def _inputs(rng, kind, shape):
 
 
 def test_laws_of_combine(flag):
-    """extend, fold and combine agree with row_terms for every kind of piece, in every order."""
+    """extend and fold agree with row_terms for every kind of piece, in every order."""
     rng = np.random.default_rng(0)
-    pieces, k, lanes = 5, 2, 4
+    pieces, k, lanes, width = 5, 2, 4, 2
     for kind in ("plain", "some -inf", "empty pieces", "all -inf", "far apart"):
-        z = _inputs(rng, kind, (pieces, k, lanes))
+        z = _inputs(rng, kind, (pieces, k * lanes, width))
         for order in itertools.islice(itertools.permutations(range(pieces)), 0, 120, 17):
-            shuffled = torch.from_numpy(z[list(order)].copy())
-            m, s = torch.empty(2 + pieces), torch.empty(2 + pieces)
-            _states_kernel[(1,)](shuffled, m, s, K=k, L=lanes, PIECES=pieces)
+            out = torch.empty(4)
+            _states_kernel[(1,)](torch.from_numpy(z[list(order)].copy()), out, K=k, L=lanes, W=width, PIECES=pieces)
             wide = z[list(order)].astype(np.float64).reshape(pieces, -1)
             ones = [_one(np, row) for row in wide]
-            expected = ones[0]
-            for one in ones[1:]:
-                expected = row_terms.combine(np, expected, one)
-            for i in (0, 1):
-                assert m[i] == expected.m, (kind, order)
-                np.testing.assert_allclose(s[i], expected.s, rtol=1e-6, err_msg=kind)
-            np.testing.assert_array_equal(m[2:], [one.m for one in ones])
-            np.testing.assert_allclose(s[2:], [one.s for one in ones], rtol=1e-6)
+            expected = functools.reduce(lambda a, b: row_terms.combine(np, a, b), ones)
+            twice = row_terms.combine(np, expected, ones[-1])
+            assert (out[0], out[2]) == (expected.m, twice.m), (kind, order)
+            np.testing.assert_allclose(out[1::2], [expected.s, twice.s], rtol=1e-6, err_msg=kind)
 
 
 def _one(xp, row):
@@ -113,26 +93,30 @@ def _one(xp, row):
         return row_terms.RowTerms(top, np.sum(np.where(row == -np.inf, 0, np.exp(row - top))), np.asarray(-np.inf))
 
 
-def test_laws_of_combine_pairs(flag):
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_laws_of_combine_pairs(flag, temperature):
     rng = np.random.default_rng(1)
-    pieces, k, lanes = 5, 2, 4
+    pieces, k, lanes, width = 5, 2, 4, 2
     for kinds in itertools.product(("plain", "empty pieces", "far apart", "some -inf"), ("plain", "far apart")):
-        zt, zs = (_inputs(rng, kind, (pieces, k, lanes)) for kind in kinds)
+        zt, zs = (_inputs(rng, kind, (pieces, k * lanes, width)) for kind in kinds)
         zs = np.where(zt == -np.inf, -np.inf, zs).astype(np.float32)
-        out = torch.empty(10)
-        _pair_states_kernel[(1,)](torch.from_numpy(zt), torch.from_numpy(zs), out, K=k, L=lanes, PIECES=pieces)
+        out = torch.empty(5)
+        rate = float(np.log2(np.e) / temperature)
+        _pair_states_kernel[(1,)](
+            torch.from_numpy(zt), torch.from_numpy(zs), out, rate, K=k, L=lanes, W=width, PIECES=pieces
+        )
+        # Maxima and gaps are those of the logits as they lie.
+        out[[0, 2, 3]] /= temperature
         with np.errstate(invalid="ignore"):
             parts = [
-                _one_pair(t, s) for t, s in zip(*(z.astype(float).reshape(pieces, -1) for z in (zt, zs)), strict=True)
+                _one_pair(t, s)
+                for t, s in zip(*(z.astype(float).reshape(pieces, -1) / temperature for z in (zt, zs)), strict=True)
             ]
-            expected = parts[0]
-            for part in parts[1:]:
-                expected = row_terms.combine_pairs(np, expected, part)
+            expected = functools.reduce(lambda a, b: row_terms.combine_pairs(np, a, b), parts)
         # `a` is stored in units of its own.
-        out[2::5] *= row_terms.GAP_UNIT
+        out[2] *= row_terms.GAP_UNIT
         expected = expected._replace(a=expected.a * row_terms.GAP_UNIT)
-        for got in (out[:5], out[5:]):
-            np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-5, err_msg=str(kinds))
+        np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-5, err_msg=str(kinds))
 
 
 def _one_pair(zt, zs):

@@ -11,8 +11,9 @@ if sys.platform != "linux":
 
 from loss_core import BackendUnavailable, MaskedCrossEntropyConfig
 from loss_core.dispatch.flags import flag_status
-from loss_core_torch.kernels.gpu import sizes
-from loss_core_torch.kernels.gpu.launch import Layout, check_device, layout
+from loss_core_torch.kernels.gpu import products, sizes
+from loss_core_torch.kernels.gpu.launch import Layout, alike, check_device, columns, layout
+from on_torch.kernels.gpu.sets import TINY
 
 
 def test_layouts_have_as_few_dimensions_as_walk_through_the_rows():
@@ -33,21 +34,72 @@ def test_a_launch_on_a_cpu_says_what_to_use():
 
 
 def test_chunks_are_few_equal_and_within_the_budget():
-    assert sizes.chunk_tokens(8192, 128256, 6) == 1366 // 128 * 128
-    assert sizes.chunk_tokens(1000, 100, 4) == 1024
-    assert sizes.chunk_tokens(10, 67, 4, budget=0, multiple=2) == 2
-    assert sizes.chunk_tokens(2000, 10**9, 4) == 128
+    # Logits in float32 beside their gradient in bfloat16: 4096 x 152k x 2 bytes for both.
+    chunk, logits = sizes.chunk_tokens(8192, 151936, 4096, 4, 2)
+    assert (chunk, logits) == (2816, 512)
+    assert (chunk * 2 + logits * 4) <= 4096 * 2
+    # Over the logits: 1 GiB.
+    assert sizes.chunk_tokens(8192, 128256, 512, 4, 4) == (2048, 2048)
+    assert sizes.chunk_tokens(8192, 128256, 512, 4, 0) == (512, 512)
+    assert sizes.chunk_tokens(1000, 100, 8, 4, 4) == (1000, 1000)
+    assert sizes.chunk_tokens(2000, 10**9, 8, 4, 4) == (128, 128)
+    assert sizes.chunk_tokens(2000, 10**9, 8, 4, 2) == (128, 128)
+    assert sizes.chunk_tokens(0, 100, 8, 4, 2) == (0, 0)
+    # Kept for a second visit, they exist together with their gradient.
+    assert sizes.chunk_tokens(8192, 16032, 4096, 4, 2, True) == (8192, 8192)
     for tokens in (1500, 3000, 10000):
-        chunk = sizes.chunk_tokens(tokens, 128256, 4)
-        assert chunk * 128256 * 4 <= 1 << 30
-        assert chunk % 128 == 0
+        chunk, logits = sizes.chunk_tokens(tokens, 128256, 512, 4, 2)
+        assert 128256 * (chunk * 2 + logits * 4) <= 1 << 30
+        assert chunk % 128 == 0 or chunk == tokens
 
 
-def test_few_rows_are_cut_into_parts_and_many_are_not():
-    assert sizes.launch_parameters(8192, 128256, torch.bfloat16, "terms").split == 1
-    assert sizes.launch_parameters(4, 128256, torch.bfloat16, "terms").split > 1
-    assert sizes.launch_parameters(4, 128256, torch.bfloat16, "row").split == 1
-    assert sizes.launch_parameters(4, 100, torch.bfloat16, "terms").block_v == 128
+def test_a_torch_that_adds_nothing_to_float32_multiplies_in_float32(monkeypatch):
+    """It would raise in the second chunk only: tried once per device, before the first."""
+
+    def refuses(*args, **options):
+        if "out_dtype" in options:
+            raise RuntimeError("self and mat1 must have the same dtype")
+        return torch.empty(0)
+
+    tried = torch.device("meta")
+    for addmm, expected in ((refuses, False), (lambda *args, **options: None, True)):
+        products.adds_to_float32.cache_clear()
+        monkeypatch.setattr(torch, "addmm", addmm)
+        assert products.adds_to_float32(tried) == expected
+        gpu = torch.device("cuda")
+        monkeypatch.setattr(products, "adds_to_float32", lambda _, found=expected: found)
+        monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: False)
+        found = products.operand_dtype(torch.bfloat16, gpu)
+        assert found == (torch.bfloat16 if expected else torch.float32)
+        monkeypatch.undo()
+    products.adds_to_float32.cache_clear()
+
+
+def test_sizes_of_launches():
+    long, short = (sizes.launch_parameters(vocab, torch.bfloat16, "row") for vocab in (128256, 100))
+    assert (long.block_v, long.vector, long.num_warps) == (16384, 8, 16)
+    assert (short.block_v, short.num_warps) == (128, 1)
+    # float32 logits of a bfloat16 gradient: the narrower has whole vectors.
+    assert sizes.launch_parameters(128256, torch.float32, "row", torch.bfloat16).vector == 8
+    assert sizes.launch_parameters(128256, torch.float32, "row").vector == 4
+    assert sizes.warps_on(long, amd=True) * 64 == sizes.warps_on(long, amd=False) * 32
+
+
+def test_rows_that_begin_alike():
+    x = torch.empty(6, 50257, dtype=torch.bfloat16)
+    assert alike(8, x, torch.empty_like(x), torch.empty_like(x, dtype=torch.float32))
+    # Rows of a batched slice begin where those of a new tensor do not.
+    batch = torch.empty(2, 4, 50257)
+    assert not alike(4, batch[:, :-1], torch.empty(2, 3, 50257))
+    assert alike(4, batch[:, :-1], torch.empty_like(batch)[:, :-1])
+    assert not alike(8, x[:, 1:], x[:, :-1])
+    assert not alike(8, x[:, ::2])
+    assert alike(8, x[:, 8:], x[:, :-8])
+    # Every row begins with a vector, whatever the layout.
+    batch = torch.empty(2, 4, 50264)
+    assert alike(4, batch[:, :-1], torch.empty(2, 3, 50264))
+    assert columns(TINY, batch[:, :-1], batch[:, 1:]) == {"BLOCK_V": 16, "L": 4, "W": 4, "ALIKE": True}
+    assert columns(TINY, batch[:, :-1, 1:], batch[:, 1:, :-1]) == {"BLOCK_V": 8, "L": 8, "W": 1, "ALIKE": False}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")

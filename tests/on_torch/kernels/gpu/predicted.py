@@ -1,0 +1,77 @@
+"""What a kernel's time should be, from its machine code and the bytes it moves: as a share of what a copy would take.
+
+    memory = (bytes read and written once + those read twice that the L2 cache has lost) / (MEMORY x copy rate)
+    issue = instructions / (ISSUE x multiprocessors x 128 x clock)
+
+and the longer of the two counts. A program is done with the second read of a column when it was read last in the first,
+so on average half of each row in flight waits in the cache.
+
+The three factors were fitted to one run on an H200 (BENCHMARKS.md) and are within 12 points of all its rows. Of a copy,
+0.95 is what a single visit of a row reaches. Lines are lost as if 0.3 of the 60 MiB of L2 were there (each of its two
+halves holds what its multiprocessors read: DRAM counters show 5 %, 47 % and 69 % of a row read again at 17, 34 and
+68 MB). And 0.67 of the issue slots are used where memory does not limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEMORY, CACHE, ISSUE = 0.95, 0.3, 0.67
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU.
+
+    Attributes:
+        multiprocessors, clock: number, and Hz under load.
+        l2_bytes: size of the L2 cache.
+        copy: bytes read and written per second by a copy of 2 GiB.
+        source: of these numbers.
+    """
+
+    multiprocessors: int
+    clock: float
+    l2_bytes: int
+    copy: float
+    source: str
+
+
+CHIPS = {
+    "H200": Chip(132, 1.755e9, 60 << 20, 4.27e12, "device properties; copy measured 2026-11-26"),
+    "H100": Chip(132, 1.755e9, 50 << 20, 3.0e12, "NVIDIA H100 data sheet; copy as published by quack, not measured"),
+}
+
+# Registers and threads of a multiprocessor.
+_REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel moves.
+
+    Attributes:
+        once: bytes per logit that are read for the first time, or written.
+        again: bytes per logit that are read a second time.
+    """
+
+    once: int
+    again: int = 0
+
+
+def programs_of_a_multiprocessor(registers: int, threads: int) -> int:
+    """That fit beside each other."""
+    per_program = -(-registers // 8) * 8 * threads
+    return max(min(_REGISTERS // per_program, _THREADS // threads, _PROGRAMS), 1)
+
+
+def share_of_copy(
+    chip: Chip, plan: Plan, vocab: int, registers: int, threads: int, instructions_per_logit: float
+) -> float:
+    """Time of a copy of the bytes that must be moved, over the predicted time."""
+    in_flight = chip.multiprocessors * programs_of_a_multiprocessor(registers, threads)
+    waiting = in_flight * vocab * plan.again / 2
+    lost = max(0.0, 1 - CACHE * chip.l2_bytes / waiting) if waiting else 0.0
+    memory = (plan.once + lost * plan.again) / (MEMORY * chip.copy)
+    issue = instructions_per_logit / (ISSUE * chip.multiprocessors * 128 * chip.clock)
+    return plan.once / chip.copy / max(memory, issue)
