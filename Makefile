@@ -84,7 +84,7 @@ kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx94
 	$(PY) tests/on_torch/kernels/gpu/kernel_table.py
 
 gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
-	$(PY) examples/gpu_session.py
+	$(PY) examples/gpu_report.py
 
 # Each size over a factor of 16, the others fixed: small enough for two cores, and with the fewest tokens torch's block of
 # 48 MiB of logits is full, so that its memory has nothing left to grow by. Logits are larger than the caches from the

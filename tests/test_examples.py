@@ -180,23 +180,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_the_gpu_session_runs_on_a_cpu_without_the_extras_of_the_command_line(tmp_path):
+def test_the_gpu_report_runs_on_a_cpu_without_the_extras_of_the_command_line(tmp_path):
     done = run(
-        tmp_path, "-c", WITHOUT_CLI, str(EXAMPLES / "gpu_session.py"), "--device", "cpu", "--small", "--rounds", "1",
+        tmp_path, "-c", WITHOUT_CLI, str(EXAMPLES / "gpu_report.py"), "--device", "cpu", "--small", "--rounds", "1",
         "--only", "sanitizer", "jax-kd", "--out", "results",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "sanitizer: not run: no GPU" in done.stdout
     found = json.loads((tmp_path / "results" / "bench-jax-kd.json").read_text())
     assert {row["implementation"] for row in found["rows"]} >= {"roofline", "jax:xla", "plain-jax"}
-    assert "jax:xla" in (tmp_path / "results" / "summary.txt").read_text()
+    assert "jax:xla" in (tmp_path / "results" / "report.md").read_text()
 
 
-def test_the_gpu_session_shows_its_steps_and_refuses_others(tmp_path):
-    done = example(tmp_path, "gpu_session.py", "--dry-run")
+def test_the_gpu_report_shows_its_steps_and_refuses_others(tmp_path):
+    done = example(tmp_path, "gpu_report.py", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "KDLossConfig 4096x128256" in done.stdout
-    assert example(tmp_path, "gpu_session.py", "--only", "lunch").returncode == 2
+    assert example(tmp_path, "gpu_report.py", "--only", "lunch").returncode == 2
 
 
 def test_the_benchmark_page_is_what_its_results_say(tmp_path):

@@ -1,0 +1,344 @@
+"""Everything that a GPU is needed for, in one command: check, compute-sanitizer, kernels, benchmarks, and the goals.
+
+    python examples/gpu_report.py                               # under 8 minutes on an H100
+    python examples/gpu_report.py --device cpu --small          # the same steps on a CPU, at small sizes
+    python examples/gpu_report.py --dry-run                     # what would be done
+
+Runs from a checkout without an install: `PYTHONPATH=.:backends`. Needs torch and Triton; the baselines that are
+importable are measured beside, and those whose wheels lie in --wheels. Every step has a time limit and writes its
+results into --out when it ends, so that a session that is cut off leaves what was done by then: JSON, and report.md.
+Exit code: 0; 1 when a check failed or a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loss_core import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
+from loss_core.bench import bench
+from loss_core.bench.report import BenchReport, BenchRow, best_baseline_of, best_flag_of, roofline_of
+from loss_core.bench.tables import memory_text, time_text
+from loss_core.bench.text import bench_text, markdown
+from loss_core.check import check
+from loss_core.check.report import Report
+from loss_core.dispatch.flags import flag_status
+
+GIB = 2**30
+
+_LOGITS, _FUSED, _KD = MaskedCrossEntropyConfig(reduction="mean"), FusedLinearCEConfig(reduction="mean"), KDLossConfig()
+_TORCH_BASELINES = ("compiled-torch", "torch-linear-ce", "cce", "liger", "te", "nemo")
+_JAX_BASELINES = ("plain-jax", "optax", "jax-cce", "tokamax")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One benchmark of the session.
+
+    Attributes:
+        name: of the file with its results.
+        config: the loss.
+        shapes: each (T, V) or (T, V, H).
+        seconds: time limit.
+        flags: that run.
+        framework: whose baselines run beside.
+        ignored: share of labels that are ignored.
+        of_roofline: goal, as roofline / time; 0 where there is none.
+        most_bytes: goal for the memory above the inputs, at the first shape; 0 where there is none.
+    """
+
+    name: str
+    config: LossConfig
+    shapes: tuple[tuple[int, ...], ...]
+    seconds: float
+    flags: tuple[str, ...] = ("torch:triton",)
+    framework: str = "torch"
+    ignored: float = 0.0
+    of_roofline: float = 0.0
+    most_bytes: int = 0
+
+
+_LLAMA, _QWEN = (8192, 128_256, 4096), (8192, 151_936, 4096)
+
+_JAX = {"framework": "jax", "flags": ("jax:xla",)}
+# The most important first: what is cut off is at the end. torch:eager and torch:compile take four to twenty times as
+# long (8192x128256, cross entropy, on an H200).
+STEPS = (
+    Step("fused", _FUSED, (_QWEN, _LLAMA), 110, of_roofline=1 / 1.15, most_bytes=3 * GIB),
+    Step("ce", _LOGITS, ((8192, 128_256), (8192, 32_000)), 60, of_roofline=0.85),
+    Step("kd", _KD, ((4096, 128_256), (8192, 32_000)), 45, of_roofline=0.80),
+    Step("fused-half-ignored", _FUSED, (_LLAMA,), 40, ignored=0.5),
+    Step("fused-gemma", _FUSED, ((16_384, 248_320, 2048),), 60),
+    Step("jax-ce", _LOGITS, ((8192, 128_256),), 25, **_JAX),
+    Step("jax-kd", _KD, ((4096, 128_256),), 25, **_JAX),
+)
+_CHECK_SECONDS, _SANITIZER_SECONDS, _KERNELS_SECONDS = 90.0, 45.0, 30.0
+# Those that take the longest to compile last.
+_CHECKED = ("torch:triton", "torch:plain", "torch:eager", "torch:compile")
+
+
+def small(step: Step) -> Step:
+    """The step at sizes for a CPU, where no goal applies."""
+    shapes = tuple((t // 128, v // 64 + 1, *(h // 64 for h in rest)) for t, v, *rest in step.shapes)
+    return replace(step, shapes=shapes, of_roofline=0.0, most_bytes=0)
+
+
+class _TimeIsUpError(Exception):
+    """Raised between two cases of a check."""
+
+
+def run_checks(device: str, deadline: float, quick: bool) -> Iterator[Report]:
+    """Every flag, dtype and loss, one report after the other, until the time is used up."""
+    only = ["basic", "strided", "mean"] if quick else None
+
+    def look_at_the_clock(*_: object) -> None:
+        if time.perf_counter() > deadline:
+            raise _TimeIsUpError
+
+    for flag in _CHECKED:
+        if not flag_status(flag).usable:
+            continue
+        for dtype in ("bfloat16", "float32", "float16", "float64"):
+            for loss in ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "TEParallelCrossEntropy"):
+                try:
+                    report = check(loss, [flag], dtypes=[dtype], only=only, device=device, progress=look_at_the_clock)
+                except _TimeIsUpError:
+                    print(f"check: the time is used up at {flag} {dtype} {loss}")
+                    return
+                if report.rows:  # else the flag does not have this loss
+                    print(report, flush=True)
+                    yield report
+
+
+# One pass over every kernel: small, for each memory access is looked at.
+_SANITIZED = """
+import sys
+from loss_core.check import check
+for loss in ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "TEParallelCrossEntropy"):
+    report = check(loss, ["torch:triton"], dtypes=["bfloat16"], only=["basic", "strided", "ragged"], device="cuda")
+    print(report)
+    if not report.passed:
+        sys.exit(1)
+"""
+
+
+def run_sanitizer(device: str, out: Path) -> str:
+    """compute-sanitizer over one pass of the Triton kernels; the outcome in words."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if device == "cpu" or tool is None:
+        return "not run: " + ("no GPU" if device == "cpu" else "compute-sanitizer is not on PATH")
+    # torch's caching allocator would hide an access beyond the end of a tensor.
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "99",
+               sys.executable, "-c", _SANITIZED]  # fmt: skip
+    # A group of its own, to end it whole: the tool is a process that starts the program.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            text, _ = process.communicate(timeout=_SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"not finished within {_SANITIZER_SECONDS:.0f} s"
+    (out / "sanitizer.txt").write_text(text, "utf-8")
+    if process.returncode == 0:
+        return "no error found"
+    return f"FAILED with exit code {process.returncode}: see {out / 'sanitizer.txt'}"
+
+
+# (kernel, T, V, dtype) that are timed alone.
+_ALONE = (
+    ("row", 8192, 32_000, "bfloat16"), ("row", 8192, 50_257, "bfloat16"), ("row", 8192, 128_256, "bfloat16"),
+    ("row", 4096, 262_144, "bfloat16"), ("row", 4096, 128_256, "float32"), ("row_terms", 8192, 128_256, "bfloat16"),
+    ("pair", 8192, 32_000, "bfloat16"), ("pair", 4096, 128_256, "bfloat16"),
+)  # fmt: skip
+
+
+def run_kernels(out: Path) -> list[str]:
+    """Time of the Triton kernels alone, as a share of a copy's that moves the bytes that must be moved."""
+    import torch
+    from triton.testing import do_bench
+
+    from loss_core.row_terms import Objective
+    from loss_core_torch.kernels import Pairs, Rows
+    from loss_core_torch.kernels.gpu import KERNELS
+
+    whole = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
+    rate = 2 * whole.numel() / do_bench(whole.clone, return_mode="median") * 1e3
+    del whole
+    found, lines = [], [f"copy {rate / 1e12:.2f} TB/s"]
+    for kernel, tokens, vocab, dtype in _ALONE:
+        kind: torch.dtype = getattr(torch, dtype)
+        logits, other = (torch.randn(tokens, vocab, device="cuda", dtype=kind) for _ in range(2))
+        coef_T = torch.full((tokens,), 1 / tokens, device="cuda")
+        rows, pairs = Rows(logits, torch.arange(tokens, device="cuda") % vocab, None), Pairs(logits, other, None, 0.5)
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            "row": (lambda: KERNELS.row_terms_and_grad(rows, coef_T, Objective(vocab)), 2),  # noqa: B023
+            "row_terms": (lambda: KERNELS.row_terms(rows, Objective(vocab)), 1),  # noqa: B023
+            "pair": (lambda: KERNELS.pair_terms_and_grad(pairs, coef_T), 3),  # noqa: B023
+        }
+        call, tensors = calls[kernel]
+        seconds = do_bench(call, warmup=15, rep=60, return_mode="median") / 1e3
+        share = tensors * logits.numel() * kind.itemsize / rate / seconds
+        found.append({"kernel": kernel, "shape": [tokens, vocab], "dtype": dtype, "seconds": seconds, "of_copy": share})
+        lines.append(f"{kernel:10} {tokens}x{vocab} {dtype:9} {seconds * 1e3:7.3f} ms  {share:4.0%} of a copy")
+    table = {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "rows": found}
+    (out / "kernels.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    return lines
+
+
+def add_wheels(folder: Path, out: Path) -> None:
+    """Make the packages of pure Python wheels importable, here and in the processes of the benchmark."""
+    for wheel in sorted(folder.glob("*-none-any.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(out / "site")
+    if (out / "site").is_dir():
+        sys.path.append(str(out / "site"))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(out / "site"))))
+
+
+def run_step(
+    step: Step, device: str, rounds: int, seconds: float, save: Callable[[str, BenchReport], None]
+) -> BenchReport:
+    """One benchmark; its report is saved as it grows."""
+    report = bench(
+        step.config,
+        [flag for flag in step.flags if flag_status(flag).usable],
+        shapes=step.shapes,
+        dtypes=["bfloat16"],
+        device=device,
+        ignored=step.ignored,
+        peers=_TORCH_BASELINES if step.framework == "torch" else _JAX_BASELINES,
+        rounds=rounds,
+        timeout=seconds,
+        time_limit=seconds,
+        save=lambda report: save(step.name, report),
+    )
+    print(bench_text(report), flush=True)
+    return report
+
+
+def against_goal(step: Step, group: Sequence[BenchRow]) -> str:
+    """One line of the summary."""
+    head = f"{step.name:19}{'x'.join(map(str, group[0].shape)):19}"
+    ours, baseline, roofline = (
+        best_flag_of(group, step.framework),
+        best_baseline_of(group, step.framework),
+        roofline_of(group),
+    )
+    if ours is None or not ours.seconds or not roofline:
+        return f"{head}no result"
+    share = roofline / ours.seconds
+    parts = [f"{head}{ours.implementation:13} {time_text(ours.seconds):>8}", f"{share:4.0%} of the roofline"]
+    if step.of_roofline:
+        parts.append(f"(goal {step.of_roofline:.0%}: {'met' if share >= step.of_roofline else 'NOT met'})")
+    if ours.peak is not None:
+        parts.append(memory_text(ours.peak))
+    if step.most_bytes and ours.peak is not None and group[0].shape == step.shapes[0]:
+        goal = memory_text(step.most_bytes)
+        parts.append(f"(goal {goal}: {'met' if ours.peak <= step.most_bytes else 'NOT met'})")
+    if baseline is not None and baseline.seconds:
+        parts.append(
+            f"{ours.seconds / baseline.seconds:.2f} of {baseline.implementation}'s {time_text(baseline.seconds)}"
+        )
+    return "  ".join(parts)
+
+
+def plan(steps: Sequence[Step]) -> str:
+    """The steps and their time limits."""
+    lines = [f"{'check':19}{_CHECK_SECONDS:4.0f} s", f"{'kernels':19}{_KERNELS_SECONDS:4.0f} s"]
+    for step in steps:
+        sizes = ", ".join("x".join(map(str, shape)) for shape in step.shapes)
+        lines.append(f"{step.name:19}{step.seconds:4.0f} s  {type(step.config).__name__} {sizes}")
+    lines.append(f"{'sanitizer':19}{_SANITIZER_SECONDS:4.0f} s")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="such as cuda (default) or cpu")
+    parser.add_argument("--small", action="store_true", help="small sizes and a short check, to try the script")
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and leave")
+    parser.add_argument("--wheels", type=Path, default=Path("wheels"), help="folder with wheels of baselines")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="check, kernels, sanitizer, or names of benchmarks")
+    parser.add_argument("--rounds", type=int, default=7, help="of each benchmark (default 7)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="after which no step is begun (default 7.5)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/gpu"), help="folder for the results")
+    options = parser.parse_args(argv)
+    steps = [small(step) if options.small else step for step in STEPS]
+    names = ["check", "kernels", *(step.name for step in steps), "sanitizer"]
+    wanted = options.only or names
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"--only {unknown[0]}: choose among {', '.join(names)}")
+    if options.dry_run:
+        print(plan(steps))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    add_wheels(options.wheels, options.out)
+    start = time.perf_counter()
+    failed = False
+    summary: list[str] = []
+    pages: list[str] = []
+
+    if "check" in wanted:
+        reports = []
+        for report in run_checks(options.device, start + _CHECK_SECONDS, options.small):
+            reports.append(report.to_dict())
+            (options.out / "check.json").write_text(json.dumps(reports, indent=1) + "\n", "utf-8")
+        passed = sum(report["passed"] for report in reports)
+        failed |= passed < len(reports)
+        summary.append(f"check: {passed} of {len(reports)} passed")
+    if "kernels" in wanted and options.device != "cpu":
+        summary += run_kernels(options.out)
+        print("\n".join(summary), flush=True)
+
+    def save(name: str, report: BenchReport) -> None:
+        (options.out / f"bench-{name}.json").write_text(report.to_json() + "\n", "utf-8")
+
+    for step in steps:
+        if step.name not in wanted:
+            continue
+        seconds = min(step.seconds, start + 60 * options.minutes - time.perf_counter())
+        if seconds < 10:
+            summary.append(f"{step.name:19}left out: the time is used up")
+            continue
+        try:
+            report = run_step(step, options.device, options.rounds, seconds, save)
+        except ImportError as error:  # a framework that is not here: the other steps go on
+            summary.append(f"{step.name:19}not run: {error}")
+            continue
+        summary += [against_goal(step, group) for group in report.groups()]
+        pages += [f"## {step.name}", "", markdown(report)]
+        failed |= any(row.wrong or row.error for row in report.rows if row.kind == "flag")
+        write_page(options.out, summary, pages)
+    if "sanitizer" in wanted:
+        outcome = run_sanitizer(options.device, options.out)
+        failed |= "FAILED" in outcome
+        summary.append(f"sanitizer: {outcome}")
+    summary.insert(0, f"after {time.perf_counter() - start:.0f} s")
+    write_page(options.out, summary, pages)
+    print("", *summary, sep="\n")
+    return 1 if failed else 0
+
+
+def write_page(out: Path, summary: Sequence[str], pages: Sequence[str]) -> None:
+    """What is known by now."""
+    text = "\n".join(["# GPU report", "", "```text", *summary, "```", "", *pages])
+    (out / "report.md").write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        sys.exit(130)
