@@ -63,7 +63,13 @@ RULES = (
         "the fastest that does not compile at its first call; torch:compile may pay: `loss-core bench --tune`",
         ("cpu-torch-fused", "cpu-torch-fused-128k", "cpu-torch-logits", "cpu-torch-logits-bf16", "cpu-torch-kd"),
     ),
-    Rule("cuda", 0, "triton", "the fewest passes over memory; agreed with torch:eager on a few rows on this device"),
+    Rule(
+        "cuda",
+        0,
+        "triton",
+        "the fewest passes over memory; agreed with torch:eager on a few rows on this device",
+        ("gpu-h200-flags", "gpu-h200-fused", "gpu-h200-kd"),
+    ),
     Rule("", 0, "eager", "runs on every device; not measured on this one: `loss-core bench --tune` does it"),
 )
 
