@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,14 @@ class Layout(NamedTuple):
 
 def layout(x: Tensor) -> Layout:
     """The layout of [..., V]. A plain matrix has no sizes: its rows need no division."""
+    return _layout(tuple(x.shape), x.stride())
+
+
+# Asked several times in each call, for the same few layouts.
+@lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
     merged: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if size == 1:
             continue
         if merged and merged[-1][1] == stride * size:
@@ -46,8 +53,8 @@ def layout(x: Tensor) -> Layout:
         else:
             merged.append((size, stride))
     inner_first = merged[::-1] or [(1, 0)]
-    sizes_, strides = (tuple(column) for column in zip(*inner_first, strict=True))
-    return Layout(sizes_[:-1], strides, x.stride(-1))
+    sizes_, steps = (tuple(column) for column in zip(*inner_first, strict=True))
+    return Layout(sizes_[:-1], steps, strides[-1])
 
 
 def alike(vector: int, *tensors: Tensor) -> bool:
