@@ -64,7 +64,7 @@ def weighted_sum(coef_T: Tensor, loss_T: Tensor) -> Tensor:
 
 def zero_where_ignored(x_T: Tensor, keep_T: Tensor | None) -> Tensor:
     """A value of each token, 0 for ignored ones."""
-    # One launch; masked_fill, with its copy and the mask turned round, would be three.
+    # masked_fill would turn the mask round first.
     return x_T if keep_T is None else torch.where(keep_T, x_T, 0.0)
 
 
