@@ -80,8 +80,9 @@ public-types: ## pyright --verifytypes: whether every public name of loss_core h
 docs: setup ## build the pages of docs/ into site/; a warning, such as a broken link, is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-kernels: setup ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory
-	$(PY) tests/on_torch/kernels/gpu/kernel_table.py
+kernels: setup ## compile every Triton kernel for real GPUs without one: registers, instructions per logit, predicted time (writes outputs/kernels.json)
+	mkdir -p outputs
+	$(PY) tests/on_torch/kernels/gpu/kernel_table.py --json outputs/kernels.json
 
 gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
 	$(PY) examples/gpu_report.py
