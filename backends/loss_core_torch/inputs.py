@@ -176,7 +176,8 @@ def _all_classes(labels_T: Tensor, vocab: int) -> bool:
 
 def nan_where(bad: Tensor, factor_T: Tensor | None) -> Tensor:
     """The factor of each token, or 1, but NaN where `bad` (a bool tensor [T] or []) is True."""
-    return torch.where(bad, torch.nan, 1.0 if factor_T is None else factor_T)
+    ones = torch.ones_like(bad, dtype=torch.float32) if factor_T is None else factor_T
+    return ones.masked_fill(bad, torch.nan)
 
 
 def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:

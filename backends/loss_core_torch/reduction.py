@@ -42,13 +42,12 @@ def coefficients(tokens: Tokens, reduction: str, dtype: torch.dtype) -> Tensor:
 
     The counterpart of `reduce_tokens` for losses that make their sum, and its gradient, themselves.
     """
-    compute, coef_T = compute_dtype(dtype), None
+    labels_T, keep_T = tokens.labels_T, tokens.keep_T
+    coef_T = torch.ones_like(labels_T, dtype=compute_dtype(dtype))
     for factor_T in (tokens.weights_T, tokens.nan_T):
-        if factor_T is not None:
-            coef_T = factor_T.to(compute) if coef_T is None else coef_T * factor_T.to(compute)
-    if coef_T is None:
-        coef_T = torch.ones_like(tokens.labels_T, dtype=compute)
-    coef_T = zero_where_ignored(coef_T, tokens.keep_T)
+        coef_T = coef_T if factor_T is None else coef_T * factor_T.to(coef_T.dtype)
+    if keep_T is not None:
+        coef_T = coef_T.masked_fill(~keep_T, 0.0)
     if reduction == "mean":
         number = _number(tokens)
         return coef_T / (number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1))
@@ -59,13 +58,12 @@ def weighted_sum(coef_T: Tensor, loss_T: Tensor) -> Tensor:
     """Sum of coef * loss; a coefficient of 0 takes a token out, even one whose loss is infinite."""
     if may_read(loss_T) and math.isfinite(total := (coef_T * loss_T).sum()):
         return total
-    return torch.where(coef_T == 0, 0.0, coef_T * loss_T).sum()
+    return (coef_T * loss_T).masked_fill(coef_T == 0, 0.0).sum()
 
 
-def zero_where_ignored(x_T: Tensor, keep_T: Tensor | None) -> Tensor:
-    """A value of each token, 0 for ignored ones."""
-    # masked_fill would turn the mask round first.
-    return x_T if keep_T is None else torch.where(keep_T, x_T, 0.0)
+def zero_where_ignored(loss_T: Tensor, keep_T: Tensor | None) -> Tensor:
+    """The loss of each token, 0 for ignored ones."""
+    return loss_T if keep_T is None else loss_T.masked_fill(~keep_T, 0.0)
 
 
 def _number(tokens: Tokens) -> Tensor | int:
