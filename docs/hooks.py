@@ -20,7 +20,8 @@ from mkdocs.structure.files import File
 FOLDER = "repository"
 COPIED = ("BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/benchmarks/*.md", "examples/benchmarks/*.svg",
           "examples/*.py", "examples/*.yaml", "loss_core/row_terms.py", "loss_core/losses/*.py",
-          "backends/loss_core_torch/auto.py", "backends/loss_core_torch/kernels/__init__.py")  # fmt: skip
+          "backends/loss_core_torch/auto.py", "backends/loss_core_torch/kernels/__init__.py",
+          "tests/on_torch/kernels/gpu/predicted.py")  # fmt: skip
 
 # A link to this folder, which has no page.
 FOLDER_LINK = re.compile(r"\[([^\]]+)\]\(examples/benchmarks\)")
