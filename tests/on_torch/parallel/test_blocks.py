@@ -25,7 +25,7 @@ def test_with_triton_in_pieces(world):
     from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 
     size = LaunchParameters(block_v=16, vector=4, num_warps=1)
-    kernels = GpuKernels(Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: (2, 1)))
+    kernels = GpuKernels(Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: (2, 2)))
     for loss in LOSSES:
         for case in cases(loss, shape=(5, 97), only=("basic", "softcap-none")):
             fields = {"skip_ignored": False} if loss == "FusedLinearCrossEntropy" else {}

@@ -195,7 +195,7 @@ def load_logits(ptr, offs_v, mask_v, layout, dtype: tl.constexpr, EVICT: tl.cons
     """Columns of a row, -inf outside of it.
 
     EVICT says what the L2 cache does with them: "evict_last" where they will be read once more at once,
-    "evict_first" where they were read for the last time, "" where neither is known.
+    "evict_first" where they were read for the last time.
     """
     ptrs = ptr + offs_v.to(tl.int64) * layout.stride_v
     return tl.load(ptrs, mask=mask_v, other=float("-inf"), eviction_policy=EVICT).to(dtype)

@@ -30,7 +30,7 @@ _FLOAT16_EXPONENT = 15
 
 def terms(launcher: Launcher, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
     """See `KernelSet.linear_terms`."""
-    chunks = _Chunks(launcher, linear, with_grad=keep_logits, together=keep_logits)
+    chunks = _Chunks(launcher, linear, Wanted(keep_logits, keep_logits), together=keep_logits)
     logits = chunks.new_logits()
     found = []
     with compat.full_float32_products():
@@ -47,7 +47,7 @@ def grads(
 ) -> tuple[Tensor, Tensor]:
     """See `KernelSet.linear_grads`. An upstream gradient of 0 gives a gradient of 0, whatever the row holds."""
     kept = logits.numel() > 0
-    chunks = _Chunks(launcher, linear, with_grad=True, together=kept)
+    chunks = _Chunks(launcher, linear, want, together=kept)
     upstream_T, unscale = chunks.representable(upstream_T)
     keep_T = rows.with_effect(None, upstream_T)
     coefficients = cross_entropy_coefficients(torch, terms, upstream_T, linear.objective)
@@ -73,7 +73,7 @@ def terms_and_grads(
     launcher: Launcher, linear: Linear, coef_T: Tensor, want: Wanted
 ) -> tuple[RowTerms, Tensor, Tensor]:
     """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
-    chunks = _Chunks(launcher, linear, with_grad=True)
+    chunks = _Chunks(launcher, linear, want)
     coef_T, unscale = chunks.representable(coef_T)
     found, found_terms = _Grads(chunks, want), []
     logits = chunks.new_logits()
@@ -94,8 +94,8 @@ def terms_and_grads(
 
 def scaled(launcher: Launcher, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """See `KernelSet.scaled`. In one visit of memory: mul_ and a cast take two and a half."""
-    if dtype == grad.dtype:
-        return grad.mul_(factor)
+    if dtype == grad.dtype or not grad.numel():
+        return grad.mul_(factor).to(dtype)
     out = torch.empty_like(grad, dtype=dtype)
     size = sizes.ELEMENTWISE
     launcher.start(
@@ -109,22 +109,22 @@ class _Chunks:
     """The tokens chunk by chunk, and operands as the products take them.
 
     Args:
-        with_grad: a gradient by the logits will be held.
+        want: which gradients will be made.
         together: the logits of a whole chunk will be held.
     """
 
-    def __init__(self, launcher: Launcher, linear: Linear, with_grad: bool, together: bool = False) -> None:
+    def __init__(self, launcher: Launcher, linear: Linear, want: Wanted, together: bool = False) -> None:
         self.linear = linear
         self.dtype = compute_dtype(linear.h_TH.dtype)
         self.operand = launcher.operand_dtype(linear.product_dtype, linear.h_TH.device)
         self.w_VH = linear.w_VH.to(linear.product_dtype).to(self.operand)
         self.num_tokens, self.vocab = len(linear.h_TH), len(self.w_VH)
-        grad_bytes = self.operand.itemsize if with_grad else 0
+        grad_bytes = self.operand.itemsize if any(want) else 0
+        rounded = want.weight and linear.w_VH.dtype != self.dtype
+        rounded_bytes = linear.w_VH.numel() * linear.w_VH.itemsize if rounded else 0
         self.tokens, self.logits_tokens = launcher.chunk_tokens(
-            self.num_tokens, self.vocab, linear.h_TH.shape[-1], self.dtype.itemsize, grad_bytes, together
+            self.num_tokens, self.vocab, self.dtype.itemsize, grad_bytes, rounded_bytes, together
         )
-        if together or not with_grad or self.operand == self.dtype:
-            self.logits_tokens = self.tokens
 
     def __iter__(self) -> Iterator[slice]:
         """Tokens of each chunk; a single empty one if there are none."""

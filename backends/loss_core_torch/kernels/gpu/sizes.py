@@ -95,27 +95,27 @@ _CHUNK_MULTIPLE = 128
 
 
 def chunk_tokens(
-    num_tokens: int, vocab: int, hidden: int, logit_bytes: int, grad_bytes: int, together: bool = False
+    num_tokens: int, vocab: int, logit_bytes: int, grad_bytes: int, rounded_bytes: int = 0, together: bool = False
 ) -> tuple[int, int]:
     """(tokens of a chunk, those of them whose logits exist at a time).
 
     Args:
-        num_tokens, vocab, hidden: sizes of the loss.
+        num_tokens, vocab: sizes of the loss.
         logit_bytes: of a logit.
         grad_bytes: of an entry of the logits' gradient: that of a logit where it is written over the logits, 0 where
             there is none.
+        rounded_bytes: of the tensor to which the gradient of the weight is rounded in the end, when these buffers are
+            gone; so much memory costs nothing. 0 where it is not rounded.
         together: the logits of a whole chunk are to exist at a time.
     """
     if not grad_bytes:
         tokens = _logits_tokens(num_tokens, vocab, logit_bytes, _CHUNK_BYTES)
         return tokens, tokens
-    # In the end the gradient of the weight is rounded into a second tensor, when these buffers are gone: as much
-    # memory as that takes costs nothing.
-    budget = max(_CHUNK_BYTES, vocab * hidden * grad_bytes)
     beside = grad_bytes if grad_bytes != logit_bytes else 0
     if together or not beside:
-        tokens = _even(num_tokens, budget // max(vocab * (logit_bytes + beside), 1))
+        tokens = _even(num_tokens, _CHUNK_BYTES // max(vocab * (logit_bytes + beside), 1))
         return tokens, tokens
+    budget = max(_CHUNK_BYTES, rounded_bytes)
     logits_tokens = _logits_tokens(num_tokens, vocab, logit_bytes, budget // 2)
     rest = budget - logits_tokens * vocab * logit_bytes
     tokens = _even(num_tokens, rest // max(vocab * grad_bytes, 1))

@@ -34,21 +34,24 @@ def test_a_launch_on_a_cpu_says_what_to_use():
 
 
 def test_chunks_are_few_equal_and_within_the_budget():
-    # Logits in float32 beside their gradient in bfloat16: 4096 x 152k x 2 bytes for both.
-    chunk, logits = sizes.chunk_tokens(8192, 151936, 4096, 4, 2)
+    # Logits in float32 beside their gradient in bfloat16: in what a weight of 4096 x 152k x 2 bytes takes for both.
+    chunk, logits = sizes.chunk_tokens(8192, 151936, 4, 2, 4096 * 151936 * 2)
     assert (chunk, logits) == (2816, 512)
     assert (chunk * 2 + logits * 4) <= 4096 * 2
+    # A float32 weight, or none that wants a gradient, frees no memory: 1 GiB.
+    chunk, logits = sizes.chunk_tokens(8192, 151936, 4, 2)
+    assert 151936 * (chunk * 2 + logits * 4) <= 1 << 30
     # Over the logits: 1 GiB.
-    assert sizes.chunk_tokens(8192, 128256, 512, 4, 4) == (2048, 2048)
-    assert sizes.chunk_tokens(8192, 128256, 512, 4, 0) == (512, 512)
-    assert sizes.chunk_tokens(1000, 100, 8, 4, 4) == (1000, 1000)
-    assert sizes.chunk_tokens(2000, 10**9, 8, 4, 4) == (128, 128)
-    assert sizes.chunk_tokens(2000, 10**9, 8, 4, 2) == (128, 128)
-    assert sizes.chunk_tokens(0, 100, 8, 4, 2) == (0, 0)
+    assert sizes.chunk_tokens(8192, 128256, 4, 4, 1 << 34) == (2048, 2048)
+    assert sizes.chunk_tokens(8192, 128256, 4, 0) == (512, 512)
+    assert sizes.chunk_tokens(1000, 100, 4, 4) == (1000, 1000)
+    assert sizes.chunk_tokens(2000, 10**9, 4, 4) == (128, 128)
+    assert sizes.chunk_tokens(2000, 10**9, 4, 2) == (128, 128)
+    assert sizes.chunk_tokens(0, 100, 4, 2) == (0, 0)
     # Kept for a second visit, they exist together with their gradient.
-    assert sizes.chunk_tokens(8192, 16032, 4096, 4, 2, True) == (8192, 8192)
+    assert sizes.chunk_tokens(8192, 16032, 4, 2, 0, True) == (8192, 8192)
     for tokens in (1500, 3000, 10000):
-        chunk, logits = sizes.chunk_tokens(tokens, 128256, 512, 4, 2)
+        chunk, logits = sizes.chunk_tokens(tokens, 128256, 4, 2)
         assert 128256 * (chunk * 2 + logits * 4) <= 1 << 30
         assert chunk % 128 == 0 or chunk == tokens
 

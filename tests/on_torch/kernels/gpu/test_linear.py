@@ -5,7 +5,7 @@ import torch
 
 from loss_core.row_terms import Objective, cross_entropy
 from loss_core_torch.kernels import Linear, Wanted
-from on_torch.kernels.gpu.sets import SETS, TINY_CHUNKS, V, counted
+from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
@@ -111,7 +111,7 @@ def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
 def test_operands_of_16_bits_and_small_coefficients(flag):
     """As on a GPU. A large count divides what float16 has to hold; small probabilities must not be lost."""
     for dtype in (torch.bfloat16, torch.float16):
-        kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype, chunk_tokens=lambda *_: TINY_CHUNKS)
+        kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype, chunk_tokens=tiny_chunks)
         linear, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
         _, *grads = _expected(linear, coef_T)
         for _, *found in _both_ways(kernels, linear, coef_T):
@@ -139,6 +139,24 @@ def test_scaled_is_rounded_once(flag):
     for kernels in SETS.values():
         for dtype in (torch.bfloat16, torch.float32):
             assert torch.equal(kernels.scaled(grad.clone(), factor, dtype), (grad * factor).to(dtype))
+            # A gradient that nobody wants.
+            assert kernels.scaled(grad.new_empty(0), factor, dtype).shape == (0,)
+
+
+def test_memory_that_rounding_needs_later_is_used_before(flag):
+    """Only where the gradient of the weight is wanted, and rounded."""
+    asked = []
+
+    def chunk_tokens(*args):
+        asked.append(args[4])
+        return tiny_chunks(*args)
+
+    kernels, _ = counted(chunk_tokens=chunk_tokens)
+    narrow = _linear(dtype=torch.bfloat16)
+    wide = narrow._replace(w_VH=narrow.w_VH.float())
+    for linear, want in ((narrow, BOTH), (narrow, Wanted(True, False)), (wide, BOTH)):
+        kernels.linear_terms_and_grads(linear, torch.ones(5), want)
+    assert asked == [V * H * 2, 0, 0]
 
 
 def test_no_tokens_and_no_vocabulary(flag):
