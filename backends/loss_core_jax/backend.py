@@ -7,15 +7,10 @@ from typing import Any
 
 import jax
 
-from loss_core.config import (
-    FusedLinearCEConfig,
-    KDLossConfig,
-    LossConfig,
-    MaskedCrossEntropyConfig,
-    TEParallelCEConfig,
-)
+from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core_jax.evaluate import evaluate
+from loss_core_jax.losses.base import Loss
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
@@ -31,12 +26,9 @@ __all__ = [
     "rank_setup",
 ]
 
-_BUILDERS: dict[tuple[type[LossConfig], str], Callable[[Any], Any]] = {
-    (MaskedCrossEntropyConfig, "xla"): MaskedCrossEntropy.from_config,
-    (FusedLinearCEConfig, "xla"): FusedLinearCrossEntropy.from_config,
-    (TEParallelCEConfig, "xla"): TEParallelCrossEntropy.from_config,
-    (KDLossConfig, "xla"): KDLoss.from_config,
-}
+_LOSSES: tuple[type[Loss], ...] = (MaskedCrossEntropy, FusedLinearCrossEntropy, TEParallelCrossEntropy, KDLoss)
+
+_BUILDERS = {(loss.config_class, "xla"): loss.from_config for loss in _LOSSES}
 
 
 def kernel_status(kernel: str) -> FlagStatus:

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
 
-from loss_core.config import (
-    FusedLinearCEConfig,
-    KDLossConfig,
-    LossConfig,
-    MaskedCrossEntropyConfig,
-    TEParallelCEConfig,
-)
+from loss_core.config import LossConfig
 from loss_core.dispatch.flags import install_line
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core_torch import auto
@@ -39,27 +31,15 @@ __all__ = [
 ]
 
 
-# Config -> its module, and the kernels that have the loss, in the order in which tables list them.
-_LOSSES: dict[type[LossConfig], tuple[type[LossModule], tuple[str, ...]]] = {
-    MaskedCrossEntropyConfig: (MaskedCrossEntropy, ("plain", "eager", "compile", "triton", "te")),
-    FusedLinearCEConfig: (FusedLinearCrossEntropy, ("plain", "eager", "triton")),
-    TEParallelCEConfig: (TEParallelCrossEntropy, ("plain", "eager", "compile", "triton", "te")),
-    KDLossConfig: (KDLoss, ("plain", "eager", "compile", "triton")),
+# The losses, and the kernels that each has, in the order in which tables list them.
+_KERNELS: dict[type[LossModule], tuple[str, ...]] = {
+    MaskedCrossEntropy: ("plain", "eager", "compile", "triton", "te"),
+    FusedLinearCrossEntropy: ("plain", "eager", "triton"),
+    TEParallelCrossEntropy: ("plain", "eager", "compile", "triton", "te"),
+    KDLoss: ("plain", "eager", "compile", "triton"),
 }
 
-
-def _builder(module: type[LossModule]) -> Callable[[Any], LossModule]:
-    """A module's arguments are the fields of its config."""
-    names = inspect.signature(module).parameters
-
-    def build(config: Any) -> LossModule:
-        # A user's config may derive from ours and have more fields.
-        return module(**{f.name: getattr(config, f.name) for f in fields(config) if f.name in names})
-
-    return build
-
-
-_BUILDERS = {(config, kernel): _builder(module) for config, (module, kernels) in _LOSSES.items() for kernel in kernels}
+_BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}
 
 
 def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:

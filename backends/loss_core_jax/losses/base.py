@@ -10,8 +10,11 @@ second order are computed in reverse mode (`jax.grad` of `jax.grad`), or forward
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+import jax
 
 from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import BackendUnavailable, KernelChoice
@@ -31,12 +34,17 @@ class _Fields:
     ignore_index: int
     tp_group: TPGroup
 
+    if TYPE_CHECKING:
+        # The fields of the config, which `has_fields_of` adds.
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss(_Fields):
     """Base of the losses; each has the fields of its config. Losses that compute the same are equal.
 
     Attributes:
+        config_class: says which fields these are, and what they mean.
         kernels: what runs.
         kernel_choice: the flag that names it, and why it was chosen.
     """
@@ -53,7 +61,7 @@ class Loss(_Fields):
             names = axis_names(self.tp_group)
             # "tp" and ("tp",) compute the same.
             object.__setattr__(self, "tp_group", names[0] if len(names) == 1 else names)
-        self.config_class(**{name: getattr(self, name) for name in self._config_fields() if name != "tp_group"})
+        self.config_class(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self.config_class)})
         if getattr(self, "inplace_grad", False):
             raise BackendUnavailable(
                 f"{type(self).__name__} on jax got inplace_grad=True: a jax.Array can't be written to. Use "
@@ -62,13 +70,9 @@ class Loss(_Fields):
             )
 
     @classmethod
-    def _config_fields(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in dataclasses.fields(cls.config_class))
-
-    @classmethod
     def from_config(cls, config: LossConfig) -> Self:
-        """The loss that a config means."""
-        return cls(**{name: getattr(config, name) for name in cls._config_fields()})
+        """The loss that a config means, which may derive from the config class and have more fields."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls.config_class)})
 
     def with_kernel_choice(self, choice: KernelChoice) -> Self:
         """A copy that tells which kernel runs and why."""
@@ -88,3 +92,22 @@ class Loss(_Fields):
             return  # the call itself will name the missing argument
         inputs.check_mask(labels, mask)
         inputs.read_labels(labels, mask, self.ignore_index, scores.shape[axis])
+
+
+L = TypeVar("L", bound=Loss)
+
+
+def has_fields_of(config_class: type[LossConfig]) -> Callable[[type[L]], type[L]]:
+    """Decorator of a loss: a frozen dataclass with the fields of a config, and a pytree without leaves."""
+
+    def wrap(cls: type[L]) -> type[L]:
+        cls.config_class = config_class
+        fields = dataclasses.fields(config_class)
+        # In the order of the config, which is that of arguments.
+        cls.__annotations__ = {f.name: f.type for f in fields} | inspect.get_annotations(cls)
+        for f in fields:
+            setattr(cls, f.name, f.default)
+        frozen: type[L] = dataclasses.dataclass(frozen=True)(cls)
+        return jax.tree_util.register_static(frozen)
+
+    return wrap

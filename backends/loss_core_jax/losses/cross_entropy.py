@@ -7,7 +7,6 @@ The derivative is a custom one: it keeps the logits as they came and the terms o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,7 +17,7 @@ from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entrop
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import KernelSet, Rows, Shard
-from loss_core_jax.losses.base import Count, Loss, TPGroup
+from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel.collectives import align, fold_rows, local_target, num_local_classes, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
 from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
@@ -28,6 +27,7 @@ Residuals = tuple[jax.Array, jax.Array, RowTerms]
 
 class _LogitsCrossEntropy(Loss):
     reduction: str
+    # Of the class that has no such field.
     fp32_upcast = True
 
     def __call__(
@@ -63,8 +63,7 @@ class _LogitsCrossEntropy(Loss):
         return _reduced(self, logits, target, count, loss_weights, layout=layout)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@has_fields_of(MaskedCrossEntropyConfig)
 class MaskedCrossEntropy(_LogitsCrossEntropy):
     """Cross entropy over logits, with a mask.
 
@@ -72,30 +71,14 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
     inplace_grad must be False.
     """
 
-    fp32_upcast: bool = True
-    ignore_index: int = -100
-    reduction: str = "sum"
-    tp_group: TPGroup = None
-    inplace_grad: bool = False
-    label_smoothing: float = 0.0
-    config_class = MaskedCrossEntropyConfig
 
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@has_fields_of(TEParallelCEConfig)
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
     """As `MaskedCrossEntropy`, always in float32 (float64 for float64 logits).
 
     Fields are those of `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
     inplace_grad must be False.
     """
-
-    ignore_index: int = -100
-    reduction: str = "sum"
-    tp_group: TPGroup = None
-    inplace_grad: bool = False
-    label_smoothing: float = 0.0
-    config_class = TEParallelCEConfig
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,26 +15,22 @@ from loss_core.row_terms import PairTerms, kl_divergence
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import KernelSet, Pairs, Shard
-from loss_core_jax.losses.base import Count, Loss, TPGroup
+from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel.collectives import align, fold_pairs, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
 from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@has_fields_of(KDLossConfig)
 class KDLoss(Loss):
     """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
 
     Fields are those of `loss_core.KDLossConfig`; tp_group is the name of a mesh axis, or a tuple of names.
     """
 
-    ignore_index: int = -100
-    temperature: float = 1.0
-    fp32_upcast: bool = True
-    tp_group: TPGroup = None
-    chunk_size: int = 0
-    config_class = KDLossConfig
+    temperature: float
+    fp32_upcast: bool
+    chunk_size: int
     _vocab_axis = None
 
     def __call__(

@@ -12,7 +12,6 @@ Two derivatives, because what is known in the forward differs:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,14 +25,13 @@ from loss_core_jax import compat, inputs
 from loss_core_jax.inputs import IGNORED, ArrayLike
 from loss_core_jax.kernels import KernelSet, Linear, LinearRows, Wanted
 from loss_core_jax.losses import valid_tokens
-from loss_core_jax.losses.base import Count, Loss, TPGroup
+from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, Layout, Operand, layout_for, over
 from loss_core_jax.reduction import finish_count, row_scale, total, valid_losses, valid_upstream
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@has_fields_of(FusedLinearCEConfig)
 class FusedLinearCrossEntropy(Loss):
     """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
 
@@ -47,14 +45,10 @@ class FusedLinearCrossEntropy(Loss):
     sharded.
     """
 
-    ignore_index: int = -100
-    logit_softcapping: float = 0.0
-    reduction: str = "sum"
-    tp_group: TPGroup = None
-    sequence_parallel: bool = False
-    skip_ignored: bool | None = None
-    label_smoothing: float = 0.0
-    config_class = FusedLinearCEConfig
+    logit_softcapping: float
+    reduction: str
+    sequence_parallel: bool
+    skip_ignored: bool | None
     # Numbers that give arrays their shape: no arrays themselves, for the bridge.
     static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis = ("lm_weight", 0)

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from loss_core import KernelChoice, parse_flag
+from loss_core import KernelChoice, LossConfig, parse_flag
 from loss_core_torch import compat
 from loss_core_torch import kernels as kernel_sets
 from loss_core_torch.inputs import Tokens
@@ -22,26 +24,39 @@ Kernels = KernelSet | WholeLosses
 
 
 class LossModule(nn.Module):
-    """What the four modules share. Calling a module does not change it.
+    """What the modules share. Calling a module does not change it.
+
+    A module takes the fields of its config, by position or by name, and has an attribute for each.
 
     Attributes:
+        config_class: says which fields these are, and what they mean.
         kernel_choice: which kernels run, and why; with `auto`, what is taken where nothing is known of the call yet.
     """
 
-    _fields: tuple[str, ...] = ()
+    config_class: ClassVar[type[LossConfig]]
     # The dimension of the tensor that is sharded: logits [..., V].
     _vocab_dim = -1
     # Else they only say which tokens are ignored.
     _labels_are_classes = True
     tp_group: Any = None
 
-    def __init__(self, config: Any, tp_group: Any) -> None:
-        """The fields of a config, which has validated them."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "config_class"):
+            cls.__signature__ = inspect.signature(cls.config_class)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Fields of the config class, which validates them."""
         super().__init__()
-        for name in self._fields:
-            setattr(self, name, getattr(config, name))
-        self.tp_group = tp_group
+        config = self.config_class(*args, **kwargs)
+        for f in fields(config):
+            setattr(self, f.name, getattr(config, f.name))
         self.with_kernel_choice(KernelChoice("torch:eager", "made directly"))
+
+    @classmethod
+    def from_config(cls, config: LossConfig) -> Self:
+        """The loss that a config means, which may derive from the config class and have more fields."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls.config_class)})
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
         """Run the kernels that the choice names; returns the module."""
@@ -126,14 +141,18 @@ class LossModule(nn.Module):
         """
         from loss_core_torch.parallel import agreement
 
-        settings = {name: getattr(self, name) for name in self._fields} | settings
+        settings = self._settings() | settings
         what = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
         ignore_index = settings["ignore_index"] if self._labels_are_classes else None
         return agreement.agree(ranks, what, like, self._vocab_dim, ignore_index, check, alike)
 
     def extra_repr(self) -> str:
-        values = [f"{name}={getattr(self, name)!r}" for name in self._fields]
+        values = [f"{name}={value!r}" for name, value in self._settings().items()]
         return ", ".join([*values, f"kernel={self.kernel_choice.flag!r}"])
+
+    def _settings(self) -> dict[str, Any]:
+        """The fields by name, without the handle that belongs to one process."""
+        return {f.name: getattr(self, f.name) for f in fields(self.config_class) if f.name != "tp_group"}
 
 
 @compat.outside_of_graphs

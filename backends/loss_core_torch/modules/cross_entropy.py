@@ -179,20 +179,7 @@ class _LogitsCrossEntropy(LossModule):
 class MaskedCrossEntropy(_LogitsCrossEntropy):
     """Cross entropy over logits, with a mask. Config: `loss_core.MaskedCrossEntropyConfig`."""
 
-    _fields = ("fp32_upcast", "ignore_index", "reduction", "inplace_grad", "label_smoothing")
-
-    def __init__(
-        self,
-        fp32_upcast: bool = True,
-        ignore_index: int = -100,
-        reduction: str = "sum",
-        tp_group: Any = None,
-        inplace_grad: bool = False,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        """Fields as in MaskedCrossEntropyConfig, which validates them."""
-        config = MaskedCrossEntropyConfig(fp32_upcast, ignore_index, reduction, None, inplace_grad, label_smoothing)
-        super().__init__(config, tp_group)
+    config_class = MaskedCrossEntropyConfig
 
 
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
@@ -201,15 +188,4 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
     Config: `loss_core.TEParallelCEConfig`. The name is NeMo AutoModel's; any kernel can run it.
     """
 
-    _fields = ("ignore_index", "reduction", "inplace_grad", "label_smoothing")
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        reduction: str = "sum",
-        tp_group: Any = None,
-        inplace_grad: bool = False,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        """Fields as in TEParallelCEConfig, which validates them."""
-        super().__init__(TEParallelCEConfig(ignore_index, reduction, None, inplace_grad, label_smoothing), tp_group)
+    config_class = TEParallelCEConfig

@@ -22,23 +22,12 @@ from loss_core_torch.tracing import compute_dtype, is_transformed
 class KDLoss(LossModule):
     """Forward KL(teacher || student) at temperature T, times T^2. Config: `loss_core.KDLossConfig`."""
 
-    _fields = ("ignore_index", "temperature", "fp32_upcast", "chunk_size")
+    config_class = KDLossConfig
     _labels_are_classes = False
     ignore_index: int
     temperature: float
     fp32_upcast: bool
     chunk_size: int
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        temperature: float = 1.0,
-        fp32_upcast: bool = True,
-        tp_group: Any = None,
-        chunk_size: int = 0,
-    ) -> None:
-        """Fields as in KDLossConfig, which validates them."""
-        super().__init__(KDLossConfig(ignore_index, temperature, fp32_upcast, None, chunk_size), tp_group)
 
     def forward(
         self,

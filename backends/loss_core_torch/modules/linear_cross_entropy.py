@@ -28,9 +28,7 @@ class FusedLinearCrossEntropy(LossModule):
     elsewhere so with skip_ignored=True, or where forward is given num_valid_tokens (whole vocabularies).
     """
 
-    _fields = (
-        "ignore_index", "logit_softcapping", "reduction", "sequence_parallel", "skip_ignored", "label_smoothing",
-    )  # fmt: skip
+    config_class = FusedLinearCEConfig
     ignore_index: int
     logit_softcapping: float
     reduction: str
@@ -40,22 +38,6 @@ class FusedLinearCrossEntropy(LossModule):
     static_arguments = ("num_valid_tokens",)
     # lm_weight [V, H].
     _vocab_dim = 0
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        logit_softcapping: float = 0.0,
-        reduction: str = "sum",
-        tp_group: Any = None,
-        sequence_parallel: bool = False,
-        skip_ignored: bool | None = None,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        """Fields as in FusedLinearCEConfig, which validates them."""
-        config = FusedLinearCEConfig(
-            ignore_index, logit_softcapping, reduction, None, sequence_parallel, skip_ignored, label_smoothing
-        )
-        super().__init__(config, tp_group)
 
     def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Dtype in which the logits' gradient enters its two matrix products, for hidden states of a dtype."""
