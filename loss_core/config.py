@@ -140,6 +140,7 @@ class MaskedCrossEntropyConfig(LossConfig):
         inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
         label_smoothing: e in [0, 1): (1 - e) * cross entropy, plus e times its mean over all V classes taken as the
             label, as F.cross_entropy has it.
+        z_loss: l in l * (log-sum-exp of the logits)^2, which each token's loss has besides; 0 is off.
     """
 
     fp32_upcast: bool = True
@@ -148,12 +149,14 @@ class MaskedCrossEntropyConfig(LossConfig):
     tp_group: Any = field(default=None, repr=False, compare=False)
     inplace_grad: bool = False
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def validate(self) -> None:
         check_bool("fp32_upcast", self.fp32_upcast)
         check_integer("ignore_index", self.ignore_index)
         check_reduction(self.reduction)
         check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
+        check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("inplace_grad", self.inplace_grad)
 
 
@@ -173,6 +176,7 @@ class FusedLinearCEConfig(LossConfig):
             CPU; in JAX by chunks of 512 tokens); True: everywhere, for one host sync per call on an accelerator;
             False: never.
         label_smoothing: as in MaskedCrossEntropyConfig.
+        z_loss: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
@@ -182,12 +186,14 @@ class FusedLinearCEConfig(LossConfig):
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
         check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_reduction(self.reduction)
         check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
+        check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("sequence_parallel", self.sequence_parallel)
         if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
             raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
@@ -205,6 +211,7 @@ class TEParallelCEConfig(LossConfig):
             name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
         inplace_grad: as in MaskedCrossEntropyConfig.
         label_smoothing: as in MaskedCrossEntropyConfig.
+        z_loss: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
@@ -212,11 +219,13 @@ class TEParallelCEConfig(LossConfig):
     tp_group: Any = field(default=None, repr=False, compare=False)
     inplace_grad: bool = False
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
         check_reduction(self.reduction)
         check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
+        check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("inplace_grad", self.inplace_grad)
 
 

@@ -54,10 +54,12 @@ class Objective(NamedTuple):
     Attributes:
         num_classes: V over all pieces.
         label_smoothing: share of the target's probability that is spread over all classes.
+        z_loss: factor of log-sum-exp squared, which is added to the loss.
     """
 
     num_classes: int
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     @classmethod
     def of(cls, loss: Any, num_classes: int) -> Objective:
@@ -114,23 +116,32 @@ def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array
     """Cross entropy per row: log-sum-exp minus the target's logit; +inf where no piece owns the target.
 
     With smoothing e: (1 - e) of it, and e times log-sum-exp minus the mean of all logits. Written relative to the
-    maximum, so that a large common offset of the logits costs no digits of the first.
+    maximum, so that a large common offset of the logits costs no digits of the first. With a z-loss l: l times
+    log-sum-exp squared more.
     """
     loss = xp.log(terms.s) + (terms.m - terms.t)
-    if not objective.needs_z_sum:
-        return loss
-    to_all = xp.log(terms.s) + (terms.m - terms.z_sum / objective.num_classes)
-    return (1.0 - objective.label_smoothing) * loss + objective.label_smoothing * to_all
+    if objective.needs_z_sum:
+        to_all = xp.log(terms.s) + (terms.m - terms.z_sum / objective.num_classes)
+        loss = (1.0 - objective.label_smoothing) * loss + objective.label_smoothing * to_all
+    if objective.z_loss:
+        loss = loss + objective.z_loss * log_sum_exp(xp, terms) ** 2
+    return loss
+
+
+def log_sum_exp(xp: Namespace, terms: RowTerms) -> Array:
+    """Log-sum-exp of the logits of each row."""
+    return terms.m + xp.log(terms.s)
 
 
 def cross_entropy_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, objective: Objective) -> Coefficients:
     """Coefficients of the gradient of upstream * `cross_entropy`."""
+    scale = upstream / terms.s
+    if objective.z_loss:
+        scale = scale * (1.0 + 2.0 * objective.z_loss * log_sum_exp(xp, terms))
     if not objective.needs_z_sum:
-        return Coefficients(upstream / terms.s, -upstream)
+        return Coefficients(scale, -upstream)
     smoothing = objective.label_smoothing
-    return Coefficients(
-        upstream / terms.s, upstream * (smoothing - 1.0), upstream * (smoothing / objective.num_classes)
-    )
+    return Coefficients(scale, upstream * (smoothing - 1.0), upstream * (smoothing / objective.num_classes))
 
 
 def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:

@@ -1,7 +1,8 @@
 """Cross entropy over logits: -sum_v q_v log softmax(z)_v per token, d/dz = softmax(z) - q.
 
 q is 1 at the label; with smoothing e it is 1 - e + e/V there and e/V elsewhere (Szegedy et al. 2016, arXiv:1512.00567,
-section 7).
+section 7). A z-loss adds l lse^2, d/dz = 2 l lse softmax(z), with lse the log-sum-exp of z (Chowdhery et al. 2022,
+arXiv:2204.02311, section 5).
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
@@ -39,7 +40,7 @@ def token_cross_entropy(
 ) -> tuple[Floats, Floats]:
     """Loss per token, and its derivative by the logits; 0 where ignored, NaN for a label outside [0, V)."""
     num_tokens, vocab = z_TV.shape
-    smoothing = _smoothing(config)
+    smoothing, z_loss = _option(config, "label_smoothing"), _option(config, "z_loss")
     loss_T = np.zeros(num_tokens)
     grad_TV = np.zeros((num_tokens, vocab))
     for i in np.flatnonzero(keep_T):
@@ -54,12 +55,17 @@ def token_cross_entropy(
         if smoothing:
             loss_T[i] = (1 - smoothing) * loss_T[i] - smoothing * np.mean(log_p_V)
             grad_TV[i] -= smoothing / vocab
+        if z_loss:
+            top = int(np.argmax(z_TV[i]))
+            lse = z_TV[i, top] - log_p_V[top]
+            loss_T[i] += z_loss * lse**2
+            grad_TV[i] += 2 * z_loss * lse * np.exp(log_p_V)
     return loss_T, grad_TV
 
 
-def _smoothing(config: Any) -> float:
-    """Also of a config that has no such field."""
-    return float(getattr(config, "label_smoothing", 0.0))
+def _option(config: Any, name: str) -> float:
+    """A field that is off at 0; also of a config that has no such field."""
+    return float(getattr(config, name, 0.0))
 
 
 def reduction_of(config: Any, arrays: Arrays) -> Reduction:
@@ -121,20 +127,22 @@ def logits_errors(
     inner = compute_format(dtype)
     labels_T = np.asarray(arrays["labels"]).reshape(-1)
     sm = softmax_errors(z_TV, err_z_T, inner)
-    err_T = _token_errors(sm, labels_T, expected, err_z_T, inner.u, _smoothing(config))
+    err_T = _token_errors(config, sm, labels_T, expected, err_z_T, inner.u)
     err_T = np.where(expected.reduction.keep_T, err_T, 0.0)
-    dz_TV, err_dz_TV = _gradient_errors(sm, labels_T, expected.coef_T, inner, _smoothing(config))
+    dz_TV, err_dz_TV = _gradient_errors(config, sm, labels_T, expected.coef_T, inner)
     return result_errors(config, expected, err_T, dtype, upstream), dz_TV, err_dz_TV
 
 
 def _token_errors(
-    sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float, smoothing: float
+    config: Any, sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float
 ) -> Floats:
     """Error of each token's loss: of lse, of the target's logit, of their difference.
 
-    Smoothed: also of the mean of all logits, which is a sum and a division, of its difference to lse (both parts of
-    the loss are >= 0), and of two products with factors that are rounded themselves, and their sum.
+    Smoothed: also of the mean of all logits, which is a sum and a division, of its difference to lse (all parts of
+    the loss are >= 0), and of two products with factors that are rounded themselves, and their sum. A z-loss l lse^2 is
+    off by 2 l lse times the error of lse, by the roundings of l, of the square and of the product, and is added.
     """
+    smoothing, z_loss = _option(config, "label_smoothing"), _option(config, "z_loss")
     rows = np.arange(labels_T.size)
     target_T = finite(sm.z_TV[rows, np.clip(labels_T.astype(np.int64), 0, sm.z_TV.shape[-1] - 1)])
     loss_T = np.abs(finite(expected.token_loss_T))
@@ -143,23 +151,31 @@ def _token_errors(
         vocab = sm.z_TV.shape[-1]
         mean_T = np.mean(np.abs(finite(sm.z_TV)), axis=-1)
         err_T = err_T + u * (smoothing * (sum_growth(vocab) + 2) * mean_T + 5 * loss_T)
+    if z_loss:
+        err_T = err_T + z_loss * np.abs(sm.lse_T) * (2 * sm.err_lse_T + 4 * u * np.abs(sm.lse_T))
     return np.asarray(err_T)
 
 
 def _gradient_errors(
-    sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat, smoothing: float
+    config: Any, sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat
 ) -> tuple[Floats, Floats]:
-    """coef (p - q), and its error.
+    """coef (f p - q) with f = 1 + 2 l lse for a z-loss l, else 1; and its error.
 
     Smoothed: e/V and 1 - e are rounded as they are made, multiplied and added (4 each); and who multiplies p with the
-    sum of q in place of 1 has the error of a sum of V terms e/V in it.
+    sum of q in place of 1 has the error of a sum of V terms e/V in it. f is off by 2 l times the error of lse; its two
+    parts are rounded (l, the product) and added, and so is its product with p.
     """
-    dz_TV, vocab = sm.p_TV - smoothing / sm.z_TV.shape[-1], sm.z_TV.shape[-1]
+    smoothing, z_loss = _option(config, "label_smoothing"), _option(config, "z_loss")
+    factor_T1, vocab = 1 + 2 * z_loss * sm.lse_T[:, None], sm.z_TV.shape[-1]
+    dz_TV = factor_T1 * sm.p_TV - smoothing / vocab
     rows = np.flatnonzero(coef_T != 0)
     inside = (labels_T[rows] >= 0) & (labels_T[rows] < vocab)
     targets = rows[inside], labels_T[rows[inside]].astype(np.int64)
     dz_TV[targets] -= 1 - smoothing
-    error_TV = sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    error_TV = np.abs(factor_T1) * sm.err_p_TV + inner.u * (1 + COEF_ROUNDINGS) * np.abs(dz_TV)
+    if z_loss:
+        sizes_T1 = 1 + 2 * z_loss * np.abs(sm.lse_T[:, None])
+        error_TV += sm.p_TV * (2 * z_loss * sm.err_lse_T[:, None] + 4 * inner.u * sizes_T1)
     if smoothing:
         error_TV += inner.u * smoothing * (4 / vocab + sum_growth(vocab) * sm.p_TV)
         error_TV[targets] += inner.u * 4 * (1 - smoothing)
@@ -175,6 +191,7 @@ RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
     "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
     "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
     "label_smoothing": lambda rng: float(rng.choice([0.0, 0.0, 0.1, 0.9])),
+    "z_loss": lambda rng: float(rng.choice([0.0, 0.0, 1e-3, 0.5])),
 }
 
 DEFINITION = LossDef(

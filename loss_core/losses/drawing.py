@@ -142,6 +142,20 @@ RECIPES = (
         ("label_smoothing",),
         extras=("loss_weights", "count"),
     ),
+    Recipe(
+        "z-loss",
+        "a z-loss left out of the gradient, or without weights and count",
+        {"z_loss": 0.1},
+        ("z_loss",),
+        extras=("loss_weights", "count", "upstream"),
+    ),
+    Recipe(
+        "z-loss-smoothing",
+        "one of two options lost beside the other",
+        {"z_loss": 1e-3, "label_smoothing": 0.1, "reduction": "none"},
+        ("z_loss",),
+        extras=("upstream",),
+    ),
     Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
 )
 

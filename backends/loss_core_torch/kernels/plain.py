@@ -69,6 +69,9 @@ def _cross_entropy(
 ) -> Tensor:
     """Loss of each token, 0 where ignored; or their sum or mean, where none is."""
     vocab, smoothing = logits_TV.shape[1], objective.label_smoothing
+    if objective.z_loss:
+        without = _cross_entropy(logits_TV, labels_T, keep_T, objective._replace(z_loss=0.0), reduction)
+        return without + _z_loss(logits_TV, keep_T, objective.z_loss, reduction)
     if keep_T is None and may_read(labels_T):
         # Each was seen to be a class; F.cross_entropy ignores none.
         return F.cross_entropy(logits_TV, labels_T, ignore_index=-1, reduction=reduction, label_smoothing=smoothing)
@@ -77,6 +80,13 @@ def _cross_entropy(
     targets_T = labels_T.clamp(0, vocab - 1)
     targets_T = targets_T if keep_T is None else targets_T.masked_fill(~keep_T, vocab)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=vocab, reduction=reduction, label_smoothing=smoothing)
+
+
+def _z_loss(logits_TV: Tensor, keep_T: Tensor | None, factor: float, reduction: str) -> Tensor:
+    z_loss_T = factor * logits_TV.logsumexp(-1).square()
+    if keep_T is not None:
+        z_loss_T = z_loss_T.masked_fill(~keep_T, 0.0)
+    return z_loss_T if reduction == "none" else getattr(z_loss_T, reduction)()
 
 
 def _matrix(logits: Tensor, keep_T: Tensor | None) -> Tensor:

@@ -121,13 +121,13 @@ class BlockLogits:
             if unit is None:
                 power_b += z_bC.sum(-1)
             elif unit.uniform is not None:
-                z_bC.sub_(_times_power(unit.uniform / unit.scale, number_b)[:, None])
+                z_bC.sub_(_times_power(unit.uniform * _reciprocal(unit.scale), number_b)[:, None])
             if slope_bC is not None:
                 z_bC.mul_(slope_bC)
         if unit is None:
             part = part._replace(s=without(number_b, power_b))
             unit = cross_entropy_coefficients(torch, part, ones_b, objective)
-        divisor_b = _times_power(1.0 / unit.scale, number_b)
+        divisor_b = _times_power(_reciprocal(unit.scale), number_b)
         hit_b = unit.target * divisor_b
         if self._softcap:
             hit_b = _slope(kept_b, torch.empty_like(kept_b)).mul_(hit_b)
@@ -175,6 +175,11 @@ class BlockLogits:
 def _slope(tanh: Tensor, out: Tensor) -> Tensor:
     """1 - tanh^2, the slope of the softcap."""
     return torch.mul(tanh, tanh, out=out).neg_().add_(1.0)
+
+
+def _reciprocal(scale_b: Tensor) -> Tensor:
+    """1 / scale; so large a number where a z-loss has made it 0 that the exponentials are nothing beside the target."""
+    return torch.where(scale_b == 0, 2.0**64, 1.0 / scale_b)
 
 
 def _times_power(x_b: Tensor, number_b: Tensor | None) -> Tensor:

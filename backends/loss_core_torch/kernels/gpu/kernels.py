@@ -97,12 +97,17 @@ def fold(m_L, s_L):
 
 
 @triton.jit
-def cross_entropy_coefficients(s, upstream, num_classes, LABEL_SMOOTHING: tl.constexpr):
+def cross_entropy_coefficients(
+    m, s, upstream, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
+):  # fmt: skip
     """(scale, target, uniform) of a row's gradient; mirrors `row_terms.cross_entropy_coefficients`.
 
     `uniform` is used only where the loss needs z_sum.
     """
-    return upstream / s, upstream * (LABEL_SMOOTHING - 1.0), upstream * LABEL_SMOOTHING / num_classes
+    scale = upstream / s
+    if Z_LOSS != 0:
+        scale = scale * (1.0 + 2.0 * Z_LOSS * (m + tl.log(s)))
+    return scale, upstream * (LABEL_SMOOTHING - 1.0), upstream * LABEL_SMOOTHING / num_classes
 
 
 # --- terms of pairs of rows. Maxima and gaps are those of the logits as they lie; `rate` is log2 e / temperature, so
@@ -418,8 +423,8 @@ def row_kernel(
     z_sum_ptr,  # [T], or None
     num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
-    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    ALIKE: tl.constexpr,
+    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_V: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Terms and gradient of one row: program (row). A coefficient of 0 gives a gradient of 0, whatever it holds."""
     row = tl.program_id(0).to(tl.int64)
@@ -441,7 +446,7 @@ def row_kernel(
     if ignored | (coef == 0):
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
-    scale, target, uniform = cross_entropy_coefficients(s, coef, num_classes, LABEL_SMOOTHING)
+    scale, target, uniform = cross_entropy_coefficients(m, s, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
     # The sum of all logits has the same gradient for each: a loss with z_sum has a uniform part.
     write_row_grad(
         grad_ptr, row_ptr, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype, SOFTCAP,

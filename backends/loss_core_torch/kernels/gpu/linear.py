@@ -11,6 +11,7 @@ at a time: product 3 wants many tokens, logits are twice as large. Else E is wri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -158,12 +159,14 @@ class _Chunks:
 
         A mean over 8192 tokens would put every probability below 2e-4 beneath what float16 can hold. The largest
         coefficient becomes at least 2^14 (float16 ends at 2^16): then a probability of 2^-28 is still a normal number.
+        With a z-loss l by 1 + 2 l 2^14 less, so that a log-sum-exp of 2^14 does not reach beyond the end either.
         """
         if self.operand != torch.float16 or coef_T.numel() == 0:
             return coef_T, None
         # A NaN is the mark of one token; it must not reach the others.
         _, exponent = torch.frexp(coef_T.nan_to_num(nan=0.0).abs().amax())
-        exponent = exponent.clamp(-100, 100) - _FLOAT16_EXPONENT
+        room = math.ceil(math.log2(1.0 + 2.0**15 * self.linear.objective.z_loss))
+        exponent = exponent.clamp(-100, 100) - _FLOAT16_EXPONENT + room
         one = torch.ones_like(exponent, dtype=coef_T.dtype)
         return torch.ldexp(coef_T, -exponent), torch.ldexp(one, exponent)
 
