@@ -183,7 +183,7 @@ def run_kernels(out: Path) -> list[str]:
         rows, pairs = Rows(logits, torch.arange(tokens, device="cuda") % vocab, None), Pairs(logits, other, None, 0.5)
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "row": (lambda: KERNELS.row_terms_and_grad(rows, coef_T, Objective(vocab)), 2),  # noqa: B023
-            "row_terms": (lambda: KERNELS.row_terms(rows, Objective(vocab)), 1),  # noqa: B023
+            "row_terms": (lambda: KERNELS.row_terms(rows, Objective(vocab).sums), 1),  # noqa: B023
             "pair": (lambda: KERNELS.pair_terms_and_grad(pairs, coef_T), 3),  # noqa: B023
         }
         call, tensors = calls[kernel]

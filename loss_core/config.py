@@ -141,6 +141,7 @@ class MaskedCrossEntropyConfig(LossConfig):
         label_smoothing: e in [0, 1): (1 - e) * cross entropy, plus e times its mean over all V classes taken as the
             label, as F.cross_entropy has it.
         z_loss: l in l * (log-sum-exp of the logits)^2, which each token's loss has besides; 0 is off.
+        logit_softcapping: c in `c * tanh(logits / c)`, in logit units; 0 is off, else 2**-63 to 2**63.
     """
 
     fp32_upcast: bool = True
@@ -150,6 +151,7 @@ class MaskedCrossEntropyConfig(LossConfig):
     inplace_grad: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    logit_softcapping: float = 0.0
 
     def validate(self) -> None:
         check_bool("fp32_upcast", self.fp32_upcast)
@@ -157,6 +159,7 @@ class MaskedCrossEntropyConfig(LossConfig):
         check_reduction(self.reduction)
         check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
         check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("inplace_grad", self.inplace_grad)
 
 
@@ -212,6 +215,7 @@ class TEParallelCEConfig(LossConfig):
         inplace_grad: as in MaskedCrossEntropyConfig.
         label_smoothing: as in MaskedCrossEntropyConfig.
         z_loss: as in MaskedCrossEntropyConfig.
+        logit_softcapping: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
@@ -220,12 +224,14 @@ class TEParallelCEConfig(LossConfig):
     inplace_grad: bool = False
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    logit_softcapping: float = 0.0
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
         check_reduction(self.reduction)
         check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
         check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("inplace_grad", self.inplace_grad)
 
 

@@ -25,27 +25,38 @@ class RowTerms(NamedTuple):
         m: max of z, -inf for an empty piece.
         s: sum of exp(z - m).
         t: z of the target, -inf where another piece owns it.
-        z_sum: sum of z; None where the loss does not need it (`Objective.needs_z_sum`).
+        z_sum: sum of z; None where it is not needed.
+        e: sum of exp(z - m) * (z - m); None where it is not needed.
     """
 
     m: Array
     s: Array
     t: Array
     z_sum: Array = None
+    e: Array = None
+
+
+class Sums(NamedTuple):
+    """Which terms are needed beside m, s and t."""
+
+    z_sum: bool = False
+    e: bool = False
 
 
 class Coefficients(NamedTuple):
-    """Gradient of a row by its logits: exp(z - m) * scale - uniform, plus `target` at the target's column.
+    """Gradient of a row by z: exp(z - m) * (scale + slope * (z - m)) - uniform, plus `target` at the target's column.
 
     Attributes:
         scale: factor of exp(z - m).
         target: added at the target's column.
         uniform: taken off every column; None for 0.
+        slope: factor of exp(z - m) * (z - m), which is 0 where exp(z - m) is; None for 0.
     """
 
     scale: Array
     target: Array
     uniform: Array | None = None
+    slope: Array | None = None
 
 
 class Objective(NamedTuple):
@@ -73,9 +84,9 @@ class Objective(NamedTuple):
         return dict(zip(self._fields[1:], self[1:], strict=True))
 
     @property
-    def needs_z_sum(self) -> bool:
-        """Whether `RowTerms.z_sum` is needed."""
-        return self.label_smoothing != 0
+    def sums(self) -> Sums:
+        """What its value and coefficients are made of."""
+        return Sums(z_sum=self.label_smoothing != 0)
 
 
 # Unit of `PairTerms.a`: a power of two, so that it costs no digits. Where a student is masked by the lowest finite
@@ -99,8 +110,11 @@ class PairTerms(NamedTuple):
     s_s: Array
 
 
+# In place of those of an ignored row: finite, so that its NaN reaches nothing behind them.
+IGNORED_ROW = RowTerms(m=0.0, s=1.0, t=0.0, z_sum=0.0, e=0.0)
+
 # Terms of a piece without classes: the identities of `combine` and `combine_pairs`.
-EMPTY_ROW = RowTerms(m=-float("inf"), s=0.0, t=-float("inf"), z_sum=0.0)
+EMPTY_ROW = RowTerms(m=-float("inf"), s=0.0, t=-float("inf"), z_sum=0.0, e=0.0)
 EMPTY_PAIR = PairTerms(m_t=-float("inf"), s_t=0.0, a=0.0, m_s=-float("inf"), s_s=0.0)
 
 
@@ -109,7 +123,8 @@ def combine(xp: Namespace, a: RowTerms, b: RowTerms) -> RowTerms:
     m = xp.maximum(a.m, b.m)
     s = a.s * xp.exp(_shift(xp, a.m, m)) + b.s * xp.exp(_shift(xp, b.m, m))
     z_sum = None if a.z_sum is None else a.z_sum + b.z_sum
-    return RowTerms(m, s, xp.maximum(a.t, b.t), z_sum)
+    e = None if a.e is None else _moved_e(xp, a, m) + _moved_e(xp, b, m)
+    return RowTerms(m, s, xp.maximum(a.t, b.t), z_sum, e)
 
 
 def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array:
@@ -120,7 +135,7 @@ def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array
     log-sum-exp squared more.
     """
     loss = xp.log(terms.s) + (terms.m - terms.t)
-    if objective.needs_z_sum:
+    if objective.label_smoothing:
         to_all = xp.log(terms.s) + (terms.m - terms.z_sum / objective.num_classes)
         loss = (1.0 - objective.label_smoothing) * loss + objective.label_smoothing * to_all
     if objective.z_loss:
@@ -138,10 +153,34 @@ def cross_entropy_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, 
     scale = upstream / terms.s
     if objective.z_loss:
         scale = scale * (1.0 + 2.0 * objective.z_loss * log_sum_exp(xp, terms))
-    if not objective.needs_z_sum:
+    if not objective.label_smoothing:
         return Coefficients(scale, -upstream)
     smoothing = objective.label_smoothing
     return Coefficients(scale, upstream * (smoothing - 1.0), upstream * (smoothing / objective.num_classes))
+
+
+def log_probability(xp: Namespace, terms: RowTerms) -> Array:
+    """Log-probability of the target; -inf where no piece owns it."""
+    return (terms.t - terms.m) - xp.log(terms.s)
+
+
+def entropy(xp: Namespace, terms: RowTerms) -> Array:
+    """Entropy of the distribution, from terms with e."""
+    return xp.log(terms.s) - terms.e / terms.s
+
+
+def log_probability_coefficients(
+    xp: Namespace, terms: RowTerms, upstream: Array, upstream_entropy: Array | None
+) -> Coefficients:
+    """Coefficients of the gradient of upstream * `log_probability` + upstream_entropy * `entropy`.
+
+    That of the entropy is -p (log p + entropy), and log p + entropy is (z - m) - e / s.
+    """
+    scale = -upstream / terms.s
+    if upstream_entropy is None:
+        return Coefficients(scale, upstream)
+    share = upstream_entropy / terms.s
+    return Coefficients(scale + share * (terms.e / terms.s), upstream, slope=-share)
 
 
 def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:
@@ -166,6 +205,14 @@ def kl_centre(xp: Namespace, terms: PairTerms, kl: Array) -> Array:
     With it, log p_t - log p_s - KL is ((z_t - m_t) - (z_s - m_s)) - centre.
     """
     return xp.log(terms.s_t) - xp.log(terms.s_s) + kl
+
+
+def _moved_e(xp: Namespace, piece: RowTerms, m: Array) -> Array:
+    """e of a piece, relative to another maximum."""
+    shift = _shift(xp, piece.m, m)
+    scale = xp.exp(shift)
+    # Weight 0 times an infinite shift must be 0: such a piece holds no probability.
+    return scale * (piece.e + piece.s * xp.where(scale == 0, xp.zeros_like(scale), shift))
 
 
 def _shift(xp: Namespace, m: Array, new_m: Array) -> Array:

@@ -44,15 +44,14 @@ def _over_logits(config: Any, job: Job, per_token: Callable[[jax.Array, jax.Arra
 
     def logits_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         wide_TV = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if cap := config.logit_softcapping:
+            wide_TV = cap * jnp.tanh(wide_TV / cap)
         known_T = jnp.where(labels == config.ignore_index, 0, labels)
         return _reduced(config, per_token(wide_TV, known_T), labels)
 
     def fused_loss(hidden_states: jax.Array, lm_weight: jax.Array, labels: jax.Array) -> jax.Array:
         wide = jnp.promote_types(hidden_states.dtype, jnp.float32)
-        logits_TV = jnp.matmul(hidden_states, lm_weight.T, preferred_element_type=wide)
-        if cap := config.logit_softcapping:
-            logits_TV = cap * jnp.tanh(logits_TV / cap)
-        return logits_loss(logits_TV, labels)
+        return logits_loss(jnp.matmul(hidden_states, lm_weight.T, preferred_element_type=wide), labels)
 
     return fused_loss if job.definition.products else logits_loss
 

@@ -41,9 +41,11 @@ def _gathered(config: Any, job: Job) -> Candidates:
     """What everybody writes, on logits that every rank has whole."""
     over_logits = config
     if job.definition.products:
-        over_logits = MaskedCrossEntropyConfig(ignore_index=config.ignore_index, reduction=config.reduction)
+        over_logits = MaskedCrossEntropyConfig(
+            ignore_index=config.ignore_index, reduction=config.reduction, logit_softcapping=config.logit_softcapping
+        )
     whole = build_loss_module(over_logits, backend="torch:plain")
-    return [("gathers the logits first", _over_ranks().over_gathered(config, job, whole))]
+    return [("gathers the logits first", _over_ranks().over_gathered(job, whole))]
 
 
 def _loss_parallel(config: Any, job: Job) -> Candidates:
@@ -99,13 +101,14 @@ def _liger(config: Any, job: Job) -> Candidates:
     if job.device == "cpu":
         raise BackendUnavailable("Liger's Triton kernels need a GPU.")
     module = importlib.import_module("liger_kernel.transformers")
-    options = {"ignore_index": config.ignore_index, "reduction": config.reduction}
+    softcap = config.logit_softcapping or None
+    options = {"ignore_index": config.ignore_index, "reduction": config.reduction, "softcap": softcap}
     if not job.definition.products:
         loss = module.LigerCrossEntropyLoss(**options)
         # Later calls of a benchmark see what it wrote; its time does not depend on the values. The comparison with
         # float64 runs on inputs of its own.
         return [("writes the gradient over the logits", lambda logits, labels: loss(logits, labels))]
-    fused = module.LigerFusedLinearCrossEntropyLoss(softcap=config.logit_softcapping or None, **options)
+    fused = module.LigerFusedLinearCrossEntropyLoss(**options)
     return [("", lambda hidden_states, lm_weight, labels: fused(lm_weight, hidden_states, labels))]
 
 
@@ -138,6 +141,8 @@ def _nemo(config: Any, job: Job) -> Candidates:
         loss = module.KDLoss(config.ignore_index, config.temperature, config.fp32_upcast)
         return [("", loss)]
     if not job.definition.products:
+        if config.logit_softcapping:
+            raise BackendUnavailable("NeMo's MaskedCrossEntropy has no logit_softcapping.")
         module = importlib.import_module("nemo_automodel.components.loss.masked_ce")
         masked = module.MaskedCrossEntropy(True, config.ignore_index, config.reduction)
         return [("", masked)]

@@ -20,7 +20,7 @@ from loss_core.bench.job import Job
 Loss = Callable[..., Tensor]
 
 
-def over_gathered(config: Any, job: Job, whole: Loss) -> Loss:
+def over_gathered(job: Job, whole: Loss) -> Loss:
     """A loss over all logits, as a loss over this rank's: they are gathered first.
 
     Args:
@@ -33,11 +33,9 @@ def over_gathered(config: Any, job: Job, whole: Loss) -> Loss:
         return lambda student_logits, teacher_logits, labels: whole(
             gathered(student_logits, sizes), gathered(teacher_logits, sizes), labels
         )
-    cap = config.logit_softcapping
 
     def fused(hidden_states: Tensor, lm_weight: Tensor, labels: Tensor) -> Tensor:
-        logits = gathered(F.linear(shared(hidden_states), lm_weight), sizes)
-        return whole(cap * torch.tanh(logits / cap) if cap else logits, labels)
+        return whole(gathered(F.linear(shared(hidden_states), lm_weight), sizes), labels)
 
     return fused
 
@@ -91,6 +89,8 @@ def over_dtensors(config: Any, job: Job) -> Loss:
     vocab = job.shape[1]
 
     def logits_loss(logits: DTensor, labels: Tensor) -> Tensor:
+        if cap := config.logit_softcapping:
+            logits = cap * torch.tanh(logits / cap)
         loss = F.cross_entropy(logits, labels, ignore_index=config.ignore_index, reduction=config.reduction)
         return loss.to_local() if isinstance(loss, DTensor) else loss
 
@@ -99,10 +99,7 @@ def over_dtensors(config: Any, job: Job) -> Loss:
 
     def fused(hidden_states: Tensor, lm_weight: Tensor, labels: Tensor) -> Tensor:
         hidden = DTensor.from_local(hidden_states, mesh, [Replicate()], run_check=False)
-        logits = F.linear(hidden, _sharded(lm_weight, mesh, 0, vocab))
-        if cap := config.logit_softcapping:
-            logits = cap * torch.tanh(logits / cap)
-        return logits_loss(logits, labels)  # type: ignore[arg-type]
+        return logits_loss(F.linear(hidden, _sharded(lm_weight, mesh, 0, vocab)), labels)  # type: ignore[arg-type]
 
     return fused if job.definition.products else over_logits
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import compat
 from loss_core_torch.kernels import Into, KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted, find
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
@@ -36,12 +36,12 @@ class _Method:
     Args:
         name: of the method and of the operator.
         fake: the results of the operator, without values, from the method's arguments.
-        result: what the method returns, from a list of the operator's results.
+        result: what the method returns, from a list of the operator's results and the method's arguments.
         arguments: types of the method's arguments, by name.
     """
 
     def __init__(
-        self, name: str, fake: Callable[..., list[Tensor]], result: Callable[[list[Tensor]], Any], **arguments: Any
+        self, name: str, fake: Callable[..., list[Tensor]], result: Callable[..., Any], **arguments: Any
     ) -> None:
         self._name, self._fake, self._result, self._types = name, fake, result, tuple(arguments.values())
         schema = ", ".join(f"{kind} {argument}" for argument, kind in _schema(arguments))
@@ -54,7 +54,7 @@ class _Method:
 
     def __call__(self, kernels: KernelSet, *args: Any, into: Into | None = None) -> Any:
         if is_traced(*args[0][:2]):
-            return self._result(self._operator(kernels.flag.partition(":")[2], *_flat(args)))
+            return self._result(self._operator(kernels.flag.partition(":")[2], *_flat(args)), *args)
         return self._run(kernels, *args, *([] if into is None else [into]))
 
     def _run(self, kernels: KernelSet, *args: Any) -> Any:
@@ -104,8 +104,14 @@ def _new_terms(like: Tensor, number: Tensor, count: int) -> list[Tensor]:
     return [torch.empty_like(number, dtype=compute_dtype(like.dtype)) for _ in range(count)]
 
 
-def _new_row_terms(rows: Rows | Linear, objective: Objective) -> list[Tensor]:
-    return _new_terms(rows[0], rows.labels_T, 3 + objective.needs_z_sum)
+def _new_row_terms(rows: Rows | Linear, sums: Sums) -> list[Tensor]:
+    return _new_terms(rows[0], rows.labels_T, 3 + sum(sums))
+
+
+def _row_terms(found: Sequence[Tensor], sums: Sums) -> RowTerms:
+    """Terms of the results of an operator, which has left out those that are not needed."""
+    rest = iter(found[3:])
+    return RowTerms(*found[:3], *(next(rest) if is_wanted else None for is_wanted in sums))
 
 
 def _new_pair_terms(pairs: Pairs) -> list[Tensor]:
@@ -119,57 +125,58 @@ def _new_grads(linear: Linear, want: Wanted) -> list[Tensor]:
     return [x.new_empty(x.shape if is_wanted else (0,), dtype=dtype) for x, is_wanted in wanted]
 
 
-row_terms = _Method("row_terms", _new_row_terms, lambda found: RowTerms(*found), rows=Rows, objective=Objective)
+row_terms = _Method(
+    "row_terms", _new_row_terms, lambda found, rows, sums: _row_terms(found, sums), rows=Rows, sums=Sums
+)
 row_grad = _Method(
     "row_grad",
     lambda rows, terms, coefficients: [rows.logits.new_empty(rows.logits.shape)],
-    lambda found: found[0],
+    lambda found, *args: found[0],
     rows=Rows,
     terms=RowTerms,
     coefficients=Coefficients,
 )
-pair_terms = _Method("pair_terms", _new_pair_terms, lambda found: PairTerms(*found), pairs=Pairs)
+pair_terms = _Method("pair_terms", _new_pair_terms, lambda found, *args: PairTerms(*found), pairs=Pairs)
 pair_grad = _Method(
     "pair_grad",
     lambda pairs, terms, wanted: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],
-    lambda found: found[0],
+    lambda found, *args: found[0],
     pairs=Pairs,
     terms=PairTerms,
     coefficients=PairCoefficients,
 )
 linear_terms = _Method(
     "linear_terms",
-    lambda linear, keep_logits: [
-        *_new_row_terms(linear, linear.objective),
-        *_new_grads(linear, Wanted(False, False))[:1],
-    ],
-    lambda found: (RowTerms(*found[:-1]), found[-1]),
+    lambda linear, sums, keep_logits: [*_new_row_terms(linear, sums), *_new_grads(linear, Wanted(False, False))[:1]],
+    lambda found, linear, sums, keep_logits: (_row_terms(found[:-1], sums), found[-1]),
     linear=Linear,
+    sums=Sums,
     keep_logits=bool,
 )
 linear_grads = _Method(
     "linear_grads",
-    lambda linear, terms, upstream_T, want, logits: _new_grads(linear, want),
-    tuple,
+    lambda linear, terms, coefficients, want, logits: _new_grads(linear, want),
+    lambda found, *args: tuple(found),
     linear=Linear,
     terms=RowTerms,
-    upstream_T=Tensor,
+    coefficients=Coefficients,
     want=Wanted,
     logits=Tensor,
 )
 linear_terms_and_grads = _Method(
     "linear_terms_and_grads",
-    lambda linear, coef_T, want: [*_new_row_terms(linear, linear.objective), *_new_grads(linear, want)],
-    lambda found: (RowTerms(*found[:-2]), *found[-2:]),
+    lambda linear, coef_T, objective, want: [*_new_row_terms(linear, objective.sums), *_new_grads(linear, want)],
+    lambda found, linear, coef_T, objective, want: (_row_terms(found[:-2], objective.sums), *found[-2:]),
     linear=Linear,
     coef_T=Tensor,
+    objective=Objective,
     want=Wanted,
 )
 # For calls that are not traced alone: a graph can't hand a gradient on.
 row_terms_and_grad = _Method(
     "row_terms_and_grad",
-    lambda rows, coef_T, objective: [*_new_row_terms(rows, objective), rows.logits.new_empty(rows.logits.shape)],
-    lambda found: (RowTerms(*found[:-1]), found[-1]),
+    lambda rows, coef_T, objective: [*_new_row_terms(rows, objective.sums), rows.logits.new_empty(rows.logits.shape)],
+    lambda found, rows, coef_T, objective: (_row_terms(found[:-1], objective.sums), found[-1]),
     rows=Rows,
     coef_T=Tensor,
     objective=Objective,
@@ -177,7 +184,7 @@ row_terms_and_grad = _Method(
 pair_terms_and_grad = _Method(
     "pair_terms_and_grad",
     lambda pairs, coef_T: [*_new_pair_terms(pairs), pairs.student.new_empty(pairs.student.shape)],
-    lambda found: (PairTerms(*found[:-1]), found[-1]),
+    lambda found, *args: (PairTerms(*found[:-1]), found[-1]),
     pairs=Pairs,
     coef_T=Tensor,
 )

@@ -61,8 +61,8 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)
-    linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype, objective)
-    linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, Wanted(True, True))
+    linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype)
+    linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))
     return {
         "the sum of a row": row_terms.s[keep_T],
         "the gradient of the logits": row_grad,

@@ -20,6 +20,7 @@ from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Ar
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 from loss_core.losses.rounding import (
     COEF_ROUNDINGS,
+    TANH_ULPS,
     SoftmaxErrors,
     finite,
     log_softmax,
@@ -63,6 +64,27 @@ def token_cross_entropy(
     return loss_T, grad_TV
 
 
+def softcap(z_TV: Floats, cap: float) -> tuple[Floats, Floats]:
+    """c tanh(z / c) and its derivative; cap = 0 changes nothing. Source: Gemma 2 (arXiv:2408.00118), section 2."""
+    if cap == 0:
+        return z_TV, np.ones_like(z_TV)
+    tanh = np.tanh(z_TV / cap)
+    return cap * tanh, 1 - tanh**2
+
+
+def through_softcap(
+    dz_TV: Floats, err_dz_TV: Floats, slope_TV: Floats, cap: float, err_raw_T: Floats | float, u: float
+) -> tuple[Floats, Floats]:
+    """Gradient by the raw logits from that by z = softcap(raw), and its error.
+
+    The slope 1 - tanh^2 is off by twice the error of the tanh, and by 2 err / c for raw logits that are off by err.
+    """
+    if cap == 0:
+        return dz_TV, err_dz_TV
+    err_slope_TV = 2 * np.reshape(err_raw_T, (-1, 1)) / cap + 2 * TANH_ULPS * u
+    return dz_TV * slope_TV, err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV
+
+
 def _option(config: Any, name: str) -> float:
     """A field that is off at 0; also of a config that has no such field."""
     return float(getattr(config, name, 0.0))
@@ -82,17 +104,19 @@ def reduction_of(config: Any, arrays: Arrays) -> Reduction:
 def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | None], TokenResult]:
     """The oracle of a loss over `logits` and `labels` from its loss per token.
 
-    Labels, mask, loss_weights, num_label_tokens, ignore_index and reduction mean what they mean for cross entropy.
+    Labels, mask, loss_weights, num_label_tokens, ignore_index, reduction and logit_softcapping mean what they mean for
+    cross entropy.
     """
 
     def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
         reduction = reduction_of(config, arrays)
         keep_T, logits = reduction.keep_T, arrays["logits"]
-        loss_T, dz_TV = token_loss(config, kept_rows(logits, keep_T), np.asarray(arrays["labels"]).reshape(-1), keep_T)
+        z_TV, slope_TV = softcap(kept_rows(logits, keep_T), _option(config, "logit_softcapping"))
+        loss_T, dz_TV = token_loss(config, z_TV, np.asarray(arrays["labels"]).reshape(-1), keep_T)
         loss_T = np.where(keep_T, loss_T, 0.0)
         coef_T = reduction.coefficients(upstream)
         grads = reduction.weights_grad(loss_T, upstream)
-        grads["logits"] = times_rows(coef_T, dz_TV).reshape(np.shape(logits))
+        grads["logits"] = times_rows(coef_T, dz_TV * slope_TV).reshape(np.shape(logits))
         return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
 
     return oracle
@@ -101,9 +125,12 @@ def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | 
 def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
 ) -> dict[str, Floats]:
-    """Rounding of the softmax, of each token's loss, of the sum, and of the stored results."""
-    z_TV = kept_rows(arrays["logits"], expected.reduction.keep_T)
-    result, _, error_TV = logits_errors(config, z_TV, np.zeros(len(z_TV)), arrays, expected, dtype, upstream)
+    """Rounding of the softcap, the softmax, of each token's loss, of the sum, and of the stored results."""
+    raw_TV, cap = kept_rows(arrays["logits"], expected.reduction.keep_T), _option(config, "logit_softcapping")
+    (z_TV, slope_TV), u = softcap(raw_TV, cap), compute_format(dtype).u
+    err_z_T = (TANH_ULPS * u if cap else 0.0) * np.max(np.abs(finite(raw_TV)), axis=-1)
+    result, dz_TV, error_TV = logits_errors(config, z_TV, err_z_T, arrays, expected, dtype, upstream)
+    _, error_TV = through_softcap(dz_TV, error_TV, slope_TV, cap, 0.0, u)
     grad = expected.grads["logits"]
     allowed = stored(finite(grad), error_TV.reshape(grad.shape), float_format(dtype))
     result["logits"] = zero_where_ignored(allowed, expected.reduction.keep_T)
@@ -191,6 +218,7 @@ RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
     "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
     "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
     "label_smoothing": lambda rng: float(rng.choice([0.0, 0.0, 0.1, 0.9])),
+    "logit_softcapping": lambda rng: float(rng.choice([0.0, 0.0, 3.0, 30.0])),
     "z_loss": lambda rng: float(rng.choice([0.0, 0.0, 1e-3, 0.5])),
 }
 

@@ -143,6 +143,20 @@ RECIPES = (
         extras=("loss_weights", "count"),
     ),
     Recipe(
+        "softcap",
+        "a softcap that is left out of the gradient",
+        {"logit_softcapping": 5.0},
+        ("logit_softcapping",),
+        ignored=0.2,
+    ),
+    Recipe(
+        "softcap-none",
+        "a softcap lost when logits are computed again",
+        {"logit_softcapping": 2.0, "reduction": "none"},
+        ("logit_softcapping",),
+        extras=("upstream",),
+    ),
+    Recipe(
         "z-loss",
         "a z-loss left out of the gradient, or without weights and count",
         {"z_loss": 0.1},

@@ -1,7 +1,4 @@
-"""Cross entropy of softcap(h @ W.T), softcap(z) = c tanh(z / c).
-
-Source of the softcap: Gemma 2 (arXiv:2408.00118), section 2.
-"""
+"""Cross entropy of softcap(h @ W.T)."""
 
 # T = tokens (all leading dimensions of labels, flattened), n = some of them, V = vocabulary, H = hidden
 
@@ -14,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
-from loss_core.losses.cross_entropy import COUNT, RANDOM_FIELDS, logits_errors, reduction_of, token_cross_entropy
+from loss_core.losses.cross_entropy import (
+    COUNT,
+    RANDOM_FIELDS,
+    logits_errors,
+    reduction_of,
+    softcap,
+    through_softcap,
+    token_cross_entropy,
+)
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Recipe
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import (
@@ -24,14 +29,6 @@ from loss_core.losses.rounding import (
     sum_growth,
     zero_where_ignored,
 )
-
-
-def softcap(z_TV: Floats, cap: float) -> tuple[Floats, Floats]:
-    """c tanh(z / c) and its derivative; cap = 0 changes nothing."""
-    if cap == 0:
-        return z_TV, np.ones_like(z_TV)
-    tanh = np.tanh(z_TV / cap)
-    return cap * tanh, 1 - tanh**2
 
 
 def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
@@ -95,10 +92,7 @@ def error_bound(
     z_TV, slope_TV = softcap(raw_TV, cap)
     err_z_T = err_raw_T + (TANH_ULPS * u * np.max(np.abs(raw_TV), axis=-1) if cap else 0.0)
     result, dz_TV, err_dz_TV = logits_errors(config, z_TV, err_z_T, arrays, expected, dtype, upstream)
-    if cap:
-        err_slope_TV = 2 * err_raw_T[:, None] / cap + 2 * TANH_ULPS * u
-        err_dz_TV = err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV
-        dz_TV = dz_TV * slope_TV
+    dz_TV, err_dz_TV = through_softcap(dz_TV, err_dz_TV, slope_TV, cap, err_raw_T, u)
     if product_dtype is not None:
         operand = float_format(product_dtype)
         # Rounding of the operand, and what is lost near 0.
@@ -115,16 +109,7 @@ def error_bound(
     return result
 
 
-RECIPES = (
-    Recipe("softcap", "a softcap that is left out of the gradient", {"logit_softcapping": 5.0}, ignored=0.2),
-    Recipe(
-        "softcap-none",
-        "a softcap lost when logits are computed again",
-        {"logit_softcapping": 2.0, "reduction": "none"},
-        extras=("upstream",),
-    ),
-    Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
-)
+RECIPES = (Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),)
 
 DEFINITION = LossDef(
     "linear_cross_entropy",
@@ -139,7 +124,7 @@ DEFINITION = LossDef(
     oracle,
     error_bound,
     RECIPES,
-    random_fields=RANDOM_FIELDS | {"logit_softcapping": lambda rng: float(rng.choice([0.0, 3.0, 30.0]))},
+    random_fields=RANDOM_FIELDS,
     products=1,
     sampled_rows=sampled_rows,
 )

@@ -30,10 +30,12 @@ def _row_terms(z_TV, column_T, start=0, stop=None):
     stop = z_TV.shape[1] if stop is None else stop
     piece = z_TV[:, start:stop]
     m = piece.max(-1, initial=-np.inf)
-    s = np.where(np.isneginf(m), 0.0, np.exp(piece - np.where(np.isneginf(m), 0, m)[:, None]).sum(-1))
+    x = piece - np.where(np.isneginf(m), 0, m)[:, None]
+    s = np.where(np.isneginf(m), 0.0, np.exp(x).sum(-1))
+    e = (np.exp(x) * np.where(np.isneginf(x), 0.0, x)).sum(-1)
     inside = (column_T >= start) & (column_T < stop)
     t = np.where(inside, z_TV[np.arange(len(z_TV)), np.where(inside, column_T, 0)], -np.inf)
-    return RowTerms(m, s, t, piece.sum(-1))
+    return RowTerms(m, s, t, piece.sum(-1), e)
 
 
 def _pair_terms(zs_TV, zt_TV, start=0, stop=None):
@@ -100,7 +102,7 @@ def test_any_split_gives_the_whole(name, cuts):
     for order in (pieces, pieces[::-1]):
         folded = _fold(xp, asarray, row_terms.combine, order)
         for got, expected in zip(folded, whole, strict=True):
-            np.testing.assert_allclose(got, expected, rtol=rtol)
+            np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol)
 
 
 def test_associative():
@@ -109,7 +111,7 @@ def test_associative():
     left = row_terms.combine(np, row_terms.combine(np, a, b), c)
     right = row_terms.combine(np, a, row_terms.combine(np, b, c))
     for got, expected in zip(left, right, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-14)
+        np.testing.assert_allclose(got, expected, rtol=1e-14, atol=1e-14)
 
 
 def test_identity_is_exact_and_two_empty_pieces_stay_empty():
@@ -124,9 +126,9 @@ def test_identity_is_exact_and_two_empty_pieces_stay_empty():
 
 def test_a_sum_that_nobody_needs_stays_none():
     z_TV, column_T = _logits()
-    a, b = (piece._replace(z_sum=None) for piece in _pieces(_row_terms, (4, 13), z_TV, column_T))
-    assert row_terms.combine(np, a, b).z_sum is None
-    assert not OBJECTIVE.needs_z_sum
+    a, b = (piece._replace(z_sum=None, e=None) for piece in _pieces(_row_terms, (4, 13), z_TV, column_T))
+    assert row_terms.combine(np, a, b)[3:] == (None, None)
+    assert not any(OBJECTIVE.sums)
 
 
 @namespaces
@@ -147,9 +149,34 @@ def test_value_and_gradient_are_those_of_the_definition(name):
     np.testing.assert_allclose(grad_TV, upstream_T[:, None] * (np.exp(log_p) - one_hot), rtol=rtol, atol=atol)
 
 
+@namespaces
+def test_log_probability_and_entropy_are_those_of_the_definition(name):
+    xp, asarray = _namespace(name)
+    z_TV, column_T = _logits()
+    upstream_T, of_entropy_T = np.linspace(0.5, 2.0, 6), np.linspace(1.0, -1.0, 6)
+    terms = RowTerms(*map(asarray, _row_terms(z_TV, column_T)))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "jax" else {"rtol": 1e-13, "atol": 1e-13}
+    log_p = _log_softmax(z_TV)
+    weighted = np.exp(log_p) * np.where(np.isneginf(log_p), 0.0, log_p)
+    entropy_T = -weighted.sum(-1)
+    np.testing.assert_allclose(
+        np.asarray(row_terms.log_probability(xp, terms)), log_p[np.arange(6), column_T], **tolerance
+    )
+    np.testing.assert_allclose(np.asarray(row_terms.entropy(xp, terms)), entropy_T, **tolerance)
+    found = row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), asarray(of_entropy_T))
+    scale_T1, target_T1, _, slope_T1 = (None if x is None else np.asarray(x)[:, None] for x in found)
+    x_TV, one_hot = z_TV - z_TV.max(-1, keepdims=True), column_T[:, None] == np.arange(13)
+    grad_TV = np.exp(x_TV) * (scale_T1 + slope_T1 * np.where(np.isneginf(x_TV), 0.0, x_TV)) + one_hot * target_T1
+    expected_TV = upstream_T[:, None] * (one_hot - np.exp(log_p))
+    expected_TV -= of_entropy_T[:, None] * (weighted + np.exp(log_p) * entropy_T[:, None])
+    np.testing.assert_allclose(grad_TV, expected_TV, **tolerance)
+    assert row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), None).slope is None
+
+
 def test_target_that_nobody_owns_is_loud():
     terms = _row_terms(_logits()[0], np.full(6, 99))
     assert np.all(np.isposinf(row_terms.cross_entropy(np, terms, OBJECTIVE)))
+    assert np.all(np.isneginf(row_terms.log_probability(np, terms)))
 
 
 def test_a_large_common_offset_costs_no_digits():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.torch_calls import usable_flags
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.dispatch.observed import names, observing
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import kernels, operators
 from loss_core_torch.kernels import Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
@@ -49,7 +49,7 @@ def _pair_terms_of(student, teacher):
 
 
 def _linear(h_TH, w_VH, softcap=0.0):
-    return Linear(h_TH, w_VH, _labels(), 0, softcap, h_TH.dtype, OBJECTIVE)
+    return Linear(h_TH, w_VH, _labels(), 0, softcap, h_TH.dtype)
 
 
 def _row_grad(kernel_set, logits, upstream_T):
@@ -70,14 +70,15 @@ def _linear_grads(want):
     def call(kernel_set, h_TH, w_VH, upstream_T):
         linear, terms = _linear(h_TH, w_VH, 3.0), _row_terms_of(h_TH.float() @ w_VH.float().t())
         kept = h_TH.new_empty(0, dtype=torch.float32)
-        return operators.linear_grads(kernel_set, linear, terms, upstream_T, want, kept)
+        coefficients = Coefficients(upstream_T / terms.s, -upstream_T, upstream_T / V)
+        return operators.linear_grads(kernel_set, linear, terms, coefficients, want, kept)
 
     return call
 
 
 def _at_once(want):
     def call(kernel_set, h_TH, w_VH, upstream_T):
-        return operators.linear_terms_and_grads(kernel_set, _linear(h_TH, w_VH), upstream_T, want)
+        return operators.linear_terms_and_grads(kernel_set, _linear(h_TH, w_VH), upstream_T, OBJECTIVE, want)
 
     return call
 
@@ -85,14 +86,14 @@ def _at_once(want):
 LOGITS, OPERANDS = ((T, V),), ((T, H), (V, H))
 # Name -> (shapes of the tensors that are drawn, the call).
 CALLS = {
-    "row_terms": (LOGITS, lambda kernel_set, z: operators.row_terms(kernel_set, _rows(z), OBJECTIVE)),
+    "row_terms": (LOGITS, lambda kernel_set, z: operators.row_terms(kernel_set, _rows(z), Sums(z_sum=True, e=True))),
     "row_grad": ((*LOGITS, (T,)), _row_grad),
     "pair_terms": (LOGITS * 2, lambda kernel_set, s, t: operators.pair_terms(kernel_set, Pairs(s, t, _keep(), 0.5))),
     "pair_grad of the student": ((*LOGITS * 2, (T,)), _pair_grad(False)),
     "pair_grad of the teacher": ((*LOGITS * 2, (T,)), _pair_grad(True)),
     "linear_terms": (
         OPERANDS,
-        lambda kernel_set, h, w: operators.linear_terms(kernel_set, _linear(h, w, 3.0), False),
+        lambda kernel_set, h, w: operators.linear_terms(kernel_set, _linear(h, w, 3.0), Sums(e=True), False),
     ),
     "linear_grads": ((*OPERANDS, (T,)), _linear_grads(Wanted(True, True))),
     "linear_grads of the weight alone": ((*OPERANDS, (T,)), _linear_grads(Wanted(False, True))),
@@ -194,7 +195,7 @@ def test_a_call_without_a_trace_is_no_operator_and_is_recorded():
 
 def test_a_second_derivative_names_the_flag_that_has_it():
     def call(z):
-        return operators.row_terms(kernels.find("eager"), Rows(z, _labels(), None), OBJECTIVE).s
+        return operators.row_terms(kernels.find("eager"), Rows(z, _labels(), None), Sums()).s
 
     graph = make_fx(call)(_numbers(T, V))
     z = _numbers(T, V).requires_grad_()

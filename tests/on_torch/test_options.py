@@ -17,6 +17,8 @@ def by_torch(config, arguments):
     logits = arguments.get("logits")
     if logits is None:
         logits = F.linear(arguments["hidden_states"], arguments["lm_weight"])
+    if cap := config.logit_softcapping:
+        logits = cap * torch.tanh(logits / cap)
     labels_T = arguments["labels"].flatten()
     loss_T = F.cross_entropy(
         logits.flatten(0, -2), labels_T, ignore_index=config.ignore_index, reduction="none",
@@ -36,11 +38,13 @@ def by_torch(config, arguments):
         *configs(label_smoothing=0.1),
         *configs(("mean",), label_smoothing=0.9),
         *configs(z_loss=0.2),
-        *configs(("none",), z_loss=1e-3, label_smoothing=0.1),
+        *configs(("none",), z_loss=1e-3, label_smoothing=0.1, logit_softcapping=2.0),
     ]
 )
 def test_as_in_torch(flag, config, minus_inf):
     ours, theirs = inputs(config, dtype=torch.float64), inputs(config, dtype=torch.float64)
+    if config.logit_softcapping and minus_inf:
+        pytest.skip("a softcap makes -inf a finite number")
     if minus_inf and "logits" in ours:
         # A class that is masked is as unlikely as can be: the loss is infinite, and the gradient is not.
         for arguments in (ours, theirs):
@@ -58,7 +62,7 @@ def test_as_in_torch(flag, config, minus_inf):
 
 @pytest.mark.parametrize("flag", ["torch:eager", "jax:xla"])
 def test_over_ranks(flag):
-    options = {"label_smoothing": 0.2, "z_loss": 0.1}
+    options = {"label_smoothing": 0.2, "z_loss": 0.1, "logit_softcapping": 3.0}
     for config in (MaskedCrossEntropyConfig(**options), FusedLinearCEConfig(**options)):
         report = check(config, [flag], dtypes=["float32"], only=["basic", "edge-labels", "loss-weights"], tp=[2])
         assert report.passed, "\n".join(map(str, report.failures))
@@ -71,10 +75,12 @@ def test_te_refuses_it_over_a_group():
         te.KERNELS.cross_entropy(rows, Objective(8, 0.1), object())
 
 
-def test_te_has_no_z_loss():
+def test_te_has_neither_z_loss_nor_softcap():
     rows = Rows(torch.randn(2, 4), torch.tensor([1, 2]), None)
     with pytest.raises(BackendUnavailable, match=r"has no z_loss, got 0\.1: use 'torch:eager'"):
         te.KERNELS.cross_entropy(rows, Objective(4, z_loss=0.1), None)
+    with pytest.raises(BackendUnavailable, match=r"has no logit_softcapping, got 5\.0: use 'torch:eager'"):
+        te.KERNELS.cross_entropy(rows._replace(softcap=5.0), Objective(4), None)
 
 
 @cells([FusedLinearCEConfig(z_loss=0.5, label_smoothing=smoothing) for smoothing in (0.0, 0.25)])

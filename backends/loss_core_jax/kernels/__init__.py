@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,27 +41,31 @@ class Rows(NamedTuple):
         logits: [..., V] floating; computed in float32 (float64 for float64).
         target: [...] int32: a column, IGNORED, INVALID or ELSEWHERE.
         num_classes: columns from this one on are padding of -inf; None where there is none.
+        inverse_temperature: [...] factor of the logits, after the softcap, or None.
     """
 
     logits: jax.Array
     target: jax.Array
     num_classes: jax.Array | None = None
+    inverse_temperature: jax.Array | None = None
 
 
 class LinearRows(NamedTuple):
-    """Rows whose logits are `softcap(hidden @ weight_VH.T)`.
+    """Rows whose logits are `hidden @ weight_VH.T`.
 
     Attributes:
         hidden: [..., H] floating.
         weight_VH: dtype of hidden, or float32.
         target: as in `Rows`.
         num_classes: rows of the weight from this one on are padding; None where there is none.
+        inverse_temperature: as in `Rows`.
     """
 
     hidden: jax.Array
     weight_VH: jax.Array
     target: jax.Array
     num_classes: jax.Array | None = None
+    inverse_temperature: jax.Array | None = None
 
 
 class Pairs(NamedTuple):
@@ -77,16 +81,16 @@ class Pairs(NamedTuple):
     target: jax.Array
 
 
-class Linear(NamedTuple):
-    """What is static about linear rows. Hashable.
+class How(NamedTuple):
+    """What is static about rows and linear rows. Hashable.
 
     Attributes:
-        objective: which cross entropy.
+        sums: which terms are needed.
         softcap: c in c * tanh(logits / c), 0 is off.
         shard: as in `Shard`.
     """
 
-    objective: Objective
+    sums: Sums = Sums()
     softcap: float = 0.0
     shard: Shard = Shard()
 
@@ -113,11 +117,11 @@ class KernelSet(Protocol):
     are exactly 0 in ignored rows, whatever these hold.
     """
 
-    def row_terms(self, rows: Rows, objective: Objective, shard: Shard) -> RowTerms:
+    def row_terms(self, rows: Rows, how: How) -> RowTerms:
         """Terms of each row."""
         ...
 
-    def row_gradient(self, rows: Rows, terms: RowTerms, coefficients: Coefficients) -> jax.Array:
+    def row_gradient(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, how: How) -> jax.Array:
         """Gradient of the logits from the terms and the coefficients of each row."""
         ...
 
@@ -135,18 +139,18 @@ class KernelSet(Protocol):
         """Gradients of upstream * kl by student and teacher, given terms as `pair_terms` gives them, and the kl."""
         ...
 
-    def linear_terms(self, rows: LinearRows, linear: Linear) -> RowTerms:
+    def linear_terms(self, rows: LinearRows, how: How) -> RowTerms:
         """Terms of each row; one product, no logits of all rows."""
         ...
 
     def linear_gradients(
-        self, rows: LinearRows, terms: RowTerms, upstream: jax.Array, linear: Linear
+        self, rows: LinearRows, terms: RowTerms, coefficients: Coefficients, how: How
     ) -> LinearGradients:
-        """Gradients of upstream * cross entropy from terms; makes the logits again: three products."""
+        """Gradients from the terms and the coefficients of each row; makes the logits again: three products."""
         ...
 
     def linear_terms_and_gradients(
-        self, rows: LinearRows, upstream: jax.Array, linear: Linear, wanted: Wanted
+        self, rows: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
         """Terms and gradients of upstream * cross entropy while a chunk's logits are at hand: three products in all."""
         ...

@@ -8,6 +8,7 @@ The derivative is a custom one: it keeps the logits as they came and the terms o
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from loss_core.config import MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
-from loss_core_jax.kernels import KernelSet, Rows, Shard
+from loss_core_jax.kernels import How, KernelSet, Rows
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel.collectives import align, fold_rows, local_target, num_local_classes, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
@@ -27,6 +28,7 @@ Residuals = tuple[jax.Array, jax.Array, RowTerms]
 
 class _LogitsCrossEntropy(Loss):
     reduction: str
+    logit_softcapping: float
     # Of the class that has no such field.
     fp32_upcast = True
 
@@ -93,16 +95,23 @@ def _reduced(
 ) -> jax.Array:
     """The loss of arguments that have been checked."""
     objective = Objective.of(loss_fn, layout.vocab(logits.shape[-1]))
-    loss = loss_rows(loss_fn.kernels, logits, target, objective, layout)
+    problem = Problem(loss_fn.kernels, objective, How(objective.sums, float(loss_fn.logit_softcapping), layout.shard))
+    loss = loss_rows(problem, logits, target, layout)
     if loss_fn.reduction != "none":
         scale = row_scale(target, loss.dtype, mean=loss_fn.reduction == "mean", count=count, loss_weights=loss_weights)
         loss = total(loss, scale, count)
     return loss if loss_fn.fp32_upcast else loss.astype(logits.dtype)
 
 
-def loss_rows(
-    kernels: KernelSet, logits: jax.Array, target: jax.Array, objective: Objective, layout: Layout
-) -> jax.Array:
+class Problem(NamedTuple):
+    """What is static in a call; hashable."""
+
+    kernels: KernelSet
+    objective: Objective
+    how: How
+
+
+def loss_rows(problem: Problem, logits: jax.Array, target: jax.Array, layout: Layout) -> jax.Array:
     """Cross entropy per row, for any layout; 0 where the target is IGNORED, NaN where it is INVALID.
 
     Args:
@@ -115,37 +124,35 @@ def loss_rows(
 
     def inside(logits: jax.Array, target: jax.Array) -> jax.Array:
         logits, target = align(layout.axes, (logits,), (target,))
-        return _rows(logits, target, kernels, objective, layout.shard)
+        return _rows(logits, target, problem)
 
     return over(layout, inside, Operand(logits, -1, padding=-jnp.inf), Operand(target))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _rows(logits: jax.Array, target: jax.Array, kernels: KernelSet, objective: Objective, shard: Shard) -> jax.Array:
-    return _forward(logits, target, kernels, objective, shard)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows(logits: jax.Array, target: jax.Array, problem: Problem) -> jax.Array:
+    return _forward(logits, target, problem)[0]
 
 
-def _forward(
-    logits: jax.Array, target: jax.Array, kernels: KernelSet, objective: Objective, shard: Shard
-) -> tuple[jax.Array, Residuals]:
-    terms = fold_rows(kernels.row_terms(_local(logits, target, objective, shard), objective, shard), shard)
+def _forward(logits: jax.Array, target: jax.Array, problem: Problem) -> tuple[jax.Array, Residuals]:
+    kernels, objective, how = problem
+    terms = fold_rows(kernels.row_terms(_local(logits, target, problem), how), how.shard)
     # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
     return valid_losses(cross_entropy(jnp, terms, objective), target), (logits, target, terms)
 
 
-def _backward(
-    kernels: KernelSet, objective: Objective, shard: Shard, residuals: Residuals, cotangent: jax.Array
-) -> tuple[jax.Array, None]:
+def _backward(problem: Problem, residuals: Residuals, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    kernels, objective, how = problem
     logits, target, terms = residuals
-    upstream = valid_upstream(whole_cotangent(cotangent, shard), target)
+    upstream = valid_upstream(whole_cotangent(cotangent, how.shard), target)
     coefficients = cross_entropy_coefficients(jnp, terms, upstream, objective)
-    return kernels.row_gradient(_local(logits, target, objective, shard), terms, coefficients), None
+    return kernels.row_gradient(_local(logits, target, problem), terms, coefficients, how), None
 
 
 _rows.defvjp(_forward, _backward)
 
 
-def _local(logits: jax.Array, target: jax.Array, objective: Objective, shard: Shard) -> Rows:
-    num_local = logits.shape[-1]
-    num_classes = num_local_classes(num_local, objective.num_classes, shard)
+def _local(logits: jax.Array, target: jax.Array, problem: Problem) -> Rows:
+    num_local, shard = logits.shape[-1], problem.how.shard
+    num_classes = num_local_classes(num_local, problem.objective.num_classes, shard)
     return Rows(logits, local_target(target, num_local, shard), num_classes)

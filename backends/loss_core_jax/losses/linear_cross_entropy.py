@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from loss_core.config import FusedLinearCEConfig
-from loss_core.row_terms import Objective, RowTerms, cross_entropy
+from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_jax import compat, inputs
 from loss_core_jax.inputs import IGNORED, ArrayLike
-from loss_core_jax.kernels import KernelSet, Linear, LinearRows, Wanted
+from loss_core_jax.kernels import How, KernelSet, LinearRows, Wanted
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel import collectives
@@ -113,8 +113,9 @@ class FusedLinearCrossEntropy(Loss):
         hidden, weight_VH, target = map(inputs.as_jax, (hidden_states, lm_weight, target))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
-        linear = Linear(Objective.of(self, vocab), float(self.logit_softcapping), layout.shard)
-        problem = _Problem(self.kernels, linear, is_sequence and bool(layout.axes))
+        objective = Objective.of(self, vocab)
+        how = How(objective.sums, float(self.logit_softcapping), layout.shard)
+        problem = _Problem(self.kernels, objective, how, is_sequence and bool(layout.axes))
         if not target.size:
             # JAX forgets what empty arrays vary over.
             return jnp.zeros(target.shape if self.reduction == "none" else (), dtype)
@@ -148,7 +149,8 @@ class _Problem(NamedTuple):
     """
 
     kernels: KernelSet
-    linear: Linear
+    objective: Objective
+    how: How
     gathers: bool
 
 
@@ -178,8 +180,8 @@ def _summed(
         skip: leave chunks of ignored rows out where that needs no sync, and gradients are wanted: XLA compiles a
             forward with the sort and the branch for more than half as long again.
     """
-    terms = problem.kernels.linear_terms(LinearRows(hidden, weight_VH, target), problem.linear)
-    return jnp.sum(_losses(terms, target, problem.linear.objective) * scale)
+    terms = problem.kernels.linear_terms(LinearRows(hidden, weight_VH, target), problem.how)
+    return jnp.sum(_losses(terms, target, problem.objective) * scale)
 
 
 def _summed_forward(
@@ -188,8 +190,10 @@ def _summed_forward(
     # With symbolic zeros each argument says whether it is differentiated: a frozen weight costs no product.
     rows, wanted = LinearRows(hidden.value, weight_VH.value, target.value), (hidden.perturbed, weight_VH.perturbed)
     upstream = valid_upstream(scale.value, rows.target)
-    terms, gradients = problem.kernels.linear_terms_and_gradients(rows, upstream, problem.linear, Wanted(*wanted, skip))
-    loss = _losses(terms, rows.target, problem.linear.objective)
+    terms, gradients = problem.kernels.linear_terms_and_gradients(
+        rows, upstream, problem.objective, problem.how, Wanted(*wanted, skip)
+    )
+    loss = _losses(terms, rows.target, problem.objective)
     # Empty arrays carry the dtypes to the backward.
     dtypes = (jnp.zeros(0, hidden.value.dtype), jnp.zeros(0, weight_VH.value.dtype))
     return jnp.sum(loss * scale.value), (gradients, loss, rows.target, dtypes)
@@ -255,20 +259,21 @@ def _rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _
 def _rows_forward(
     hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem
 ) -> tuple[jax.Array, Any]:
-    shard = problem.linear.shard
+    shard = problem.how.shard
     if problem.gathers:
         hidden = lax.all_gather(hidden, shard.axes, axis=0, tiled=True)
-    terms = problem.kernels.linear_terms(_local(hidden, weight_VH, target, problem), problem.linear)
+    terms = problem.kernels.linear_terms(_local(hidden, weight_VH, target, problem), problem.how)
     terms = collectives.fold_rows(terms, shard)
-    return _losses(terms, target, problem.linear.objective), (hidden, weight_VH, target, terms)
+    return _losses(terms, target, problem.objective), (hidden, weight_VH, target, terms)
 
 
 def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     hidden, weight_VH, target, terms = residuals
-    shard = problem.linear.shard
+    shard = problem.how.shard
     upstream = valid_upstream(collectives.whole_cotangent(cotangent, shard), target)
     rows = _local(hidden, weight_VH, target, problem)
-    gradients = problem.kernels.linear_gradients(rows, terms, upstream, problem.linear)
+    coefficients = cross_entropy_coefficients(jnp, terms, upstream, problem.objective)
+    gradients = problem.kernels.linear_gradients(rows, terms, coefficients, problem.how)
     assert gradients.hidden is not None, "both are wanted"
     if problem.gathers:
         by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
@@ -283,6 +288,6 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 def _local(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem) -> LinearRows:
     """The rows over this device's share of the vocabulary."""
-    shard, num_local = problem.linear.shard, weight_VH.shape[0]
-    num_classes = collectives.num_local_classes(num_local, problem.linear.objective.num_classes, shard)
+    shard, num_local = problem.how.shard, weight_VH.shape[0]
+    num_classes = collectives.num_local_classes(num_local, problem.objective.num_classes, shard)
     return LinearRows(hidden, weight_VH, collectives.local_target(target, num_local, shard), num_classes)

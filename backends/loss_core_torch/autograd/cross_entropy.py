@@ -24,6 +24,7 @@ class Call(NamedTuple):
     Attributes:
         kernels: the set of kernels.
         objective: which cross entropy.
+        softcap: of the logits; 0 is off.
         vocab_start: first class of these logits.
         group: over which the vocabulary is sharded, or None.
         overwrite: the backward writes over the logits.
@@ -32,6 +33,7 @@ class Call(NamedTuple):
 
     kernels: KernelSet
     objective: Objective
+    softcap: float = 0.0
     vocab_start: int = 0
     group: Any = None
     overwrite: bool = False
@@ -54,13 +56,13 @@ class CrossEntropy(LossFunction):
     def forward(
         logits: Tensor, labels_T: Tensor, keep_T: Tensor | None, coef_T: Tensor | None, call: Call
     ) -> tuple[Tensor, ...]:
-        rows = Rows(logits, labels_T, keep_T, call.vocab_start)
+        rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap)
         made: list[Tensor] = []
         if call.grad_in_forward:
             assert coef_T is not None
             terms, *made = operators.row_terms_and_grad(call.kernels, rows, coef_T, call.objective)
         else:
-            terms = operators.row_terms(call.kernels, rows, call.objective)
+            terms = operators.row_terms(call.kernels, rows, call.objective.sums)
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
         loss_T = zero_where_ignored(cross_entropy(torch, terms, call.objective), keep_T)
@@ -77,7 +79,7 @@ class CrossEntropy(LossFunction):
         with torch.no_grad():
             upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
             coefficients = cross_entropy_coefficients(torch, terms, upstream_T, call.objective)
-            rows = Rows(logits, labels_T, keep_T, call.vocab_start)
+            rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap)
             args = (call.kernels, rows, terms, coefficients)
             if call.overwrite:
                 operators.row_grad(*args, into=Into(logits.detach()))

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import Objective, RowTerms, cross_entropy
+from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.kernels import KernelSet, Linear, Wanted
+from loss_core_torch.kernels import KernelSet, Linear, Wanted, kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -79,10 +79,10 @@ class LinearCrossEntropy(Function):
         made: list[Tensor] = []
         if coef_T is not None and call.group is None and any(call.want):
             coef_N = coef_T if places_N is None else coef_T[places_N]
-            terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.want)
+            terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
         else:
             keep_logits = call.group is not None and any(call.want)
-            terms, logits = operators.linear_terms(call.kernels, linear, keep_logits)
+            terms, logits = operators.linear_terms(call.kernels, linear, call.objective.sums, keep_logits)
             made = [logits] if logits.numel() else []
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
@@ -116,13 +116,16 @@ class LinearCrossEntropy(Function):
                 grad_h, grad_w = _scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
-                upstream_T = upstream_T if keep_T is None else upstream_T.masked_fill(~keep_T, 0.0)
                 upstream_N = upstream_T if places_N is None else upstream_T[places_N]
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 logits = made[0].data if fresh else m_T.new_empty(0)
-                linear = _operands(whole, w_VH, labels_T, keep_T, places_N, call)
+                linear, terms = _operands(whole, w_VH, labels_T, keep_T, places_N, call), RowTerms(m_T, s_T, t_T)
+                coefficients = cross_entropy_coefficients(torch, terms, upstream_N, call.objective)
+                if keep_T is not None and places_N is None:
+                    # Nothing of an ignored token, even where the weight has made its logits NaN.
+                    coefficients = kept_coefficients(coefficients, keep_T)
                 grad_h, grad_w = operators.linear_grads(
-                    call.kernels, linear, RowTerms(m_T, s_T, t_T), upstream_N, Wanted(want_h, want_w), logits
+                    call.kernels, linear, terms, coefficients, Wanted(want_h, want_w), logits
                 )
             grad_hidden = _hidden_grad(grad_h, keep_T, places_N, ctx.shape, call).to(ctx.dtype) if want_h else None
             grad_weight = grad_w.to(w_VH.dtype) if want_w else None
@@ -141,7 +144,7 @@ def _operands(
     elif keep_T is not None:
         # What an ignored token holds must not reach a product, not even times 0.
         h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
-    return Linear(h_TH, w_VH, labels_T, call.vocab_start, call.softcap, call.product_dtype, call.objective)
+    return Linear(h_TH, w_VH, labels_T, call.vocab_start, call.softcap, call.product_dtype)
 
 
 def _put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:

@@ -8,6 +8,7 @@ custom operator where a call is traced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
 
 
 class Rows(NamedTuple):
@@ -26,12 +27,30 @@ class Rows(NamedTuple):
         labels_T: [T] int64, counted over the whole vocabulary; no class of it for a target that nobody owns.
         keep_T: [T] bool, False for rows to ignore; None: no row is ignored.
         vocab_start: first class of these columns.
+        softcap: c of z = c * tanh(logits / c), of which the terms are; 0 is off.
+        inverse_temperature_T: [T] factor of z, after the softcap, or None.
     """
 
     logits: Tensor
     labels_T: Tensor
     keep_T: Tensor | None
     vocab_start: int = 0
+    softcap: float = 0.0
+    inverse_temperature_T: Tensor | None = None
+
+
+def whole_rows(rows: Rows) -> tuple[Tensor, Tensor]:
+    """z [T, V] of all rows in the dtype of the arithmetic, and its slope by the logits: for kernels without blocks."""
+    logits_TV = rows.logits.reshape(-1, rows.logits.shape[-1])
+    z_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    slope_TV = torch.ones_like(z_TV)
+    if rows.softcap:
+        tanh_TV = torch.tanh(z_TV / rows.softcap)
+        z_TV, slope_TV = rows.softcap * tanh_TV, 1.0 - tanh_TV.square()
+    if rows.inverse_temperature_T is not None:
+        inverse_T1 = rows.inverse_temperature_T[:, None]
+        z_TV, slope_TV = z_TV * inverse_T1, slope_TV * inverse_T1
+    return z_TV, slope_TV
 
 
 class Pairs(NamedTuple):
@@ -57,9 +76,8 @@ class Linear(NamedTuple):
     Attributes:
         h_TH: [T, H] float; w_VH: [V, H] float.
         labels_T, vocab_start: as in `Rows`.
-        softcap: c of c * tanh(logits / c); 0 is off.
+        softcap, inverse_temperature_T: as in `Rows`.
         product_dtype: dtype to which the operands are rounded.
-        objective: which cross entropy.
     """
 
     h_TH: Tensor
@@ -68,7 +86,7 @@ class Linear(NamedTuple):
     vocab_start: int
     softcap: float
     product_dtype: torch.dtype
-    objective: Objective
+    inverse_temperature_T: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -76,6 +94,31 @@ class Wanted(NamedTuple):
 
     hidden: bool
     weight: bool
+
+
+def times(coefficients: Coefficients, factor_T: Tensor) -> Coefficients:
+    """Coefficients of a gradient that is larger by a factor [T]."""
+    return Coefficients(*(None if c_T is None else c_T * factor_T for c_T in coefficients))
+
+
+def kept_coefficients(coefficients: Coefficients, keep_T: Tensor) -> Coefficients:
+    """The coefficients, 0 where keep is False."""
+    return Coefficients(*(None if c_T is None else c_T.masked_fill(~keep_T, 0.0) for c_T in coefficients))
+
+
+def filled_terms(values: RowTerms, sums: Sums, like_T: Tensor) -> RowTerms:
+    """Terms of the same value for every row, those that are needed; of shape, dtype and device of `like_T`."""
+    wanted = RowTerms(True, True, True, *sums)
+    return RowTerms(
+        *(torch.full_like(like_T, x) if is_wanted else None for x, is_wanted in zip(values, wanted, strict=True))
+    )
+
+
+def joined_terms(parts: Sequence[RowTerms]) -> RowTerms:
+    """Terms of all rows from those of blocks of them, of which there is one at least."""
+    if len(parts) == 1:
+        return parts[0]
+    return RowTerms(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))
 
 
 class PairCoefficients(NamedTuple):
@@ -119,7 +162,7 @@ class KernelSet(Protocol):
         """Whether terms and gradient of a row are better made together than in two visits."""
         ...
 
-    def row_terms(self, rows: Rows, objective: Objective) -> RowTerms:
+    def row_terms(self, rows: Rows, sums: Sums) -> RowTerms:
         """Terms of each row over these columns."""
         ...
 
@@ -147,7 +190,7 @@ class KernelSet(Protocol):
         """Dtype in which the logits' gradient enters its two matrix products."""
         ...
 
-    def linear_terms(self, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+    def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms over these rows of the weight; and what `linear_grads` takes as `logits`.
 
         Args:
@@ -157,18 +200,20 @@ class KernelSet(Protocol):
         ...
 
     def linear_grads(
-        self, linear: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
+        self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients by h [T, H] and W [V, H] for the upstream gradient of each row's loss.
+        """Gradients by h [T, H] and W [V, H].
 
         Args:
-            terms: over the whole vocabulary.
+            terms, coefficients: over the whole vocabulary.
             want: which of the two are made; another is empty.
             logits: of `linear_terms`, overwritten; empty: they are computed again.
         """
         ...
 
-    def linear_terms_and_grads(self, linear: Linear, coef_T: Tensor, want: Wanted) -> tuple[RowTerms, Tensor, Tensor]:
+    def linear_terms_and_grads(
+        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
+    ) -> tuple[RowTerms, Tensor, Tensor]:
         """Terms, and the gradients of the sum of coef * loss, with three matrix products."""
         ...
 
@@ -202,7 +247,7 @@ class WholeLosses:
         """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`."""
         raise NotImplementedError
 
-    def linear_cross_entropy(self, linear: Linear) -> Tensor:
+    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         """Cross entropy of the logits of each token; else as `cross_entropy`."""
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ class PlainLosses(WholeLosses):
         _observe()
         if group is not None:
             raise BackendUnavailable("'torch:plain' needs the whole vocabulary: use 'torch:eager' with a tp_group.")
-        logits_TV = _matrix(rows.logits, rows.keep_T)
+        logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
         return _cross_entropy(logits_TV, rows.labels_T, rows.keep_T, objective, reduction)
 
     def distillation(self, pairs: Pairs) -> Tensor:
@@ -45,17 +45,15 @@ class PlainLosses(WholeLosses):
         gap_TV = (log_t_TV - log_s_TV).masked_fill(probabilities_TV == 0, 0.0)
         return (probabilities_TV * gap_TV).sum(-1)
 
-    def linear_cross_entropy(self, linear: Linear) -> Tensor:
+    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         _observe()
         dtype = compute_dtype(linear.h_TH.dtype)
         # Autocast has said what the operands are rounded to; the logits it would round as well.
         with no_autocast(linear.h_TH):
             logits_TV = _product(*(_rounded(x, linear.product_dtype, dtype) for x in (linear.h_TH, linear.w_VH)))
-        if linear.softcap:
-            logits_TV = linear.softcap * torch.tanh(logits_TV / linear.softcap)
-        keep_T = linear.labels_T != IGNORED
+        logits_TV, keep_T = _capped(logits_TV, linear.softcap), linear.labels_T != IGNORED
         # A weight that holds NaN must not get it back from a token that is ignored.
-        return _cross_entropy(logits_TV.masked_fill(~keep_T[:, None], 0.0), linear.labels_T, keep_T, linear.objective)
+        return _cross_entropy(logits_TV.masked_fill(~keep_T[:, None], 0.0), linear.labels_T, keep_T, objective)
 
 
 def _observe() -> None:
@@ -87,6 +85,10 @@ def _z_loss(logits_TV: Tensor, keep_T: Tensor | None, factor: float, reduction: 
     if keep_T is not None:
         z_loss_T = z_loss_T.masked_fill(~keep_T, 0.0)
     return z_loss_T if reduction == "none" else getattr(z_loss_T, reduction)()
+
+
+def _capped(logits_TV: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits_TV / softcap) if softcap else logits_TV
 
 
 def _matrix(logits: Tensor, keep_T: Tensor | None) -> Tensor:

@@ -93,14 +93,15 @@ class TELosses(WholeLosses):
         Args:
             rows: logits in float32 or bfloat16, not changed.
         Raises:
-            BackendUnavailable: no usable TE, logits of a device or dtype that it does not take, a z-loss, or label
-                smoothing over a group, which TE spreads over this rank's classes alone.
+            BackendUnavailable: no usable TE, logits of a device or dtype that it does not take, an option that it has
+                not, or label smoothing over a group, which TE spreads over this rank's classes alone.
         """
         record(self.flag)
-        if objective.z_loss:
-            raise BackendUnavailable(
-                f"'{self.flag}' has no z_loss, got {objective.z_loss}: use 'torch:eager' or 'torch:triton'."
-            )
+        for name, value in (("z_loss", objective.z_loss), ("logit_softcapping", rows.softcap)):
+            if value:
+                raise BackendUnavailable(
+                    f"'{self.flag}' has no {name}, got {value}: use 'torch:eager' or 'torch:triton'."
+                )
         if objective.label_smoothing and group is not None:
             raise BackendUnavailable(
                 f"'{self.flag}' is wrong with label_smoothing over a group, got {objective.label_smoothing}: use "

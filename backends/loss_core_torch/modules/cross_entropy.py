@@ -28,7 +28,7 @@ class _LogitsCrossEntropy(LossModule):
     reduction: str
     fp32_upcast: bool = True
     inplace_grad: bool = False
-    label_smoothing: float = 0.0
+    logit_softcapping: float
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
         if self.inplace_grad:
@@ -137,19 +137,20 @@ class _LogitsCrossEntropy(LossModule):
     ) -> Tensor:
         start, group = (0, None) if shards is None else (shards.start, shards.group)
         objective = Objective.of(self, logits.shape[-1] if shards is None else shards.total)
+        softcap = float(self.logit_softcapping)
         if isinstance(kernels, WholeLosses):
             if shards is not None and not shards.even:
                 raise ValueError(
                     f"{kernels.flag!r} needs the vocabulary in equal shards, ordered by the group's ranks: use "
                     "'torch:eager' or 'torch:triton', or pad the head to a multiple of the group's size."
                 )
-            rows = Rows(logits, tokens.labels_T, tokens.keep_T, start)
+            rows = Rows(logits, tokens.labels_T, tokens.keep_T, start, softcap)
             if self.reduction != "none" and not token_groups and inputs.all_alike(tokens):
                 return cast(kernels.cross_entropy(rows, objective, group, self.reduction), self.fp32_upcast, logits)
             loss_T = kernels.cross_entropy(rows, objective, group)
             return cast(reduce_tokens(loss_T, tokens, self.reduction, token_groups), self.fp32_upcast, logits)
         overwrite = self.inplace_grad and inplace.applies(logits)
-        call = Call(kernels, objective, start, group, overwrite)
+        call = Call(kernels, objective, softcap, start, group, overwrite)
         if self._sums_itself(logits, tokens, shards, token_groups):
             at_once = not overwrite and kernels.grad_in_forward(logits.device)
             coef_T = coefficients(tokens, self.reduction, logits.dtype)

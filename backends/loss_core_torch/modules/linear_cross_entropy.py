@@ -190,8 +190,8 @@ class FusedLinearCrossEntropy(LossModule):
                 # What an ignored token holds must not reach a product, not even times 0; its label is nobody's.
                 h_TH = h_TH.masked_fill(~tokens.keep_T[:, None], 0.0)
                 labels_T = labels_T.masked_fill(~tokens.keep_T, IGNORED)
-            linear = Linear(h_TH, weight, labels_T, 0, softcap, product_dtype, objective)
-            loss_T = zero_where_ignored(kernels.linear_cross_entropy(linear), tokens.keep_T)
+            linear = Linear(h_TH, weight, labels_T, 0, softcap, product_dtype)
+            loss_T = zero_where_ignored(kernels.linear_cross_entropy(linear, objective), tokens.keep_T)
             return reduce_tokens(loss_T, tokens, self.reduction, token_groups)
         want = Wanted(is_differentiated(hidden), is_differentiated(weight))
         call = Call(kernels, objective, softcap, product_dtype, want, start, group, sequence_dim)

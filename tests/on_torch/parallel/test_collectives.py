@@ -12,7 +12,7 @@ from helpers.process_group import over_processes
 from helpers.sharded_problem import LOSSES, Problem, cases, holds_sharded, part_of, same_on_all_ranks, splits
 from loss_core import TEParallelCEConfig
 from loss_core.losses import named_cases
-from loss_core.row_terms import PairTerms, RowTerms, combine_pairs
+from loss_core.row_terms import PairTerms, RowTerms, combine_pairs, entropy
 from loss_core_torch.parallel import collectives
 
 
@@ -157,9 +157,9 @@ def test_number_and_size_of_collectives(world, vocab):
     assert (forward, backward) == ([(gather, whole // 2), (gather, 3 * kept)], [(scatter, whole)])
 
 
-@pytest.mark.parametrize("with_z_sum", [False, True])
+@pytest.mark.parametrize("with_others", [False, True])
 @over_processes(2, 3)
-def test_fold_row_terms(world, with_z_sum):
+def test_fold_row_terms(world, with_others):
     """Terms of the whole row, in which one rank has no class; a token that one rank calls bad is NaN on all of them."""
     torch.manual_seed(0)
     sizes = [4] * (world.ranks - 1) + [0]
@@ -170,17 +170,22 @@ def test_fold_row_terms(world, with_z_sum):
         m = z.amax(-1)
     if world.rank == 0:
         t = z.gather(-1, labels_T[:, None])[:, 0]
-    terms = RowTerms(m, (z - m[:, None]).exp().sum(-1), t, z.sum(-1) if with_z_sum else None)
+    x = z - m[:, None]
+    others = (z.sum(-1), (x.exp() * x).sum(-1)) if with_others else (None, None)
+    terms = RowTerms(m, x.exp().sum(-1), t, *others)
     bad_T = torch.arange(5) == (4 if world.rank == world.ranks - 1 else 5)
     found = collectives.fold(terms, world.group, bad_T)
-    assert [x[4].isnan().item() for x in found if x is not None] == [True] * (3 + with_z_sum)
+    assert [x[4].isnan().item() for x in found if x is not None] == [True] * (5 if with_others else 3)
     lse_T = found.m + found.s.log()
     torch.testing.assert_close(lse_T[:4], z_TV.logsumexp(-1)[:4])
     assert torch.equal(found.t[:4], z_TV.gather(-1, labels_T[:, None])[:4, 0])
-    if with_z_sum:
+    if with_others:
         torch.testing.assert_close(found.z_sum[:4], z_TV.sum(-1)[:4])
+        log_p_TV = z_TV.log_softmax(-1)
+        torch.testing.assert_close(entropy(torch, found)[:4], -(log_p_TV.exp() * log_p_TV).sum(-1)[:4])
     else:
         assert found.z_sum is None
+        assert found.e is None
     for term in found:
         if term is not None:
             same_on_all_ranks(term)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
-from loss_core_jax.kernels import Linear, LinearGradients, LinearRows, Pairs, Rows, Shard, Wanted, recorded
+from loss_core_jax.kernels import How, LinearGradients, LinearRows, Pairs, Rows, Shard, Wanted, recorded
 from loss_core_jax.kernels.xla import linear, pairs, rows
 from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, LinearSizes, by_platform
 
@@ -30,12 +30,12 @@ class XlaKernels:
     accelerator: LinearSizes = ACCELERATOR
 
     @recorded(FLAG)
-    def row_terms(self, these: Rows, objective: Objective, shard: Shard) -> RowTerms:
-        return rows.terms(these, objective, shard, self.row_bytes)
+    def row_terms(self, these: Rows, how: How) -> RowTerms:
+        return rows.terms(these, how, self.row_bytes)
 
     @recorded(FLAG)
-    def row_gradient(self, these: Rows, terms: RowTerms, coefficients: Coefficients) -> jax.Array:
-        return rows.gradient(these, terms, coefficients)
+    def row_gradient(self, these: Rows, terms: RowTerms, coefficients: Coefficients, how: How) -> jax.Array:
+        return rows.gradient(these, terms, coefficients, how)
 
     @recorded(FLAG)
     def pair_terms(self, these: Pairs, temperature: float, chunk_size: int, shard: Shard) -> PairTerms:
@@ -48,22 +48,24 @@ class XlaKernels:
         return pairs.gradients(these, terms, kl, upstream, temperature)
 
     @recorded(FLAG)
-    def linear_terms(self, these: LinearRows, how: Linear) -> RowTerms:
+    def linear_terms(self, these: LinearRows, how: How) -> RowTerms:
         found: RowTerms = by_platform(linear.terms, (how,), self.cpu, self.accelerator, these)
         return found
 
     @recorded(FLAG)
-    def linear_gradients(self, these: LinearRows, terms: RowTerms, upstream: jax.Array, how: Linear) -> LinearGradients:
-        _, found = by_platform(linear.sweep, (how, Wanted()), self.cpu, self.accelerator, these, upstream, terms)
-        gradients: LinearGradients = found
-        return gradients
+    def linear_gradients(
+        self, these: LinearRows, terms: RowTerms, coefficients: Coefficients, how: How
+    ) -> LinearGradients:
+        given = (these, terms, coefficients)
+        found: LinearGradients = by_platform(linear.gradients, (how,), self.cpu, self.accelerator, *given)
+        return found
 
     @recorded(FLAG)
     def linear_terms_and_gradients(
-        self, these: LinearRows, upstream: jax.Array, how: Linear, wanted: Wanted
+        self, these: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
         found: tuple[RowTerms, LinearGradients] = by_platform(
-            linear.sweep, (how, wanted), self.cpu, self.accelerator, these, upstream, None
+            linear.terms_and_gradients, (how, objective, wanted), self.cpu, self.accelerator, these, upstream
         )
         return found
 

@@ -5,21 +5,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from loss_core.row_terms import RowTerms
+from loss_core.row_terms import IGNORED_ROW, RowTerms
 from loss_core_jax import compat
 from loss_core_jax.inputs import IGNORED
 
 Arrays = tuple[jax.Array, ...]
-
-# Terms in place of those of an ignored row: finite, so that its NaN reaches nothing behind them.
-IGNORED_ROW = RowTerms(m=0.0, s=1.0, t=0.0, z_sum=0.0)
+Tree = TypeVar("Tree")
 
 
 def rows_within(budget_bytes: int, bytes_per_row: int, *, at_least: int) -> int:
@@ -28,8 +26,8 @@ def rows_within(budget_bytes: int, bytes_per_row: int, *, at_least: int) -> int:
     return max(1 << (rows.bit_length() - 1), at_least)
 
 
-def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int) -> Arrays:
-    """`fn(*inputs)` by chunks of the first axis; fn maps `[C, ...]` arrays to a tuple of `[C, ...]` arrays.
+def map_chunks(fn: Callable[..., Tree], inputs: Arrays, chunk: int) -> Tree:
+    """`fn(*inputs)` by chunks of the first axis; fn maps `[C, ...]` arrays to a tree of `[C, ...]` arrays.
 
     The last chunk is moved back so that it ends with the rows. Overlapping beats padding: no copy of the inputs is
     made, and rows met twice give the same values twice.
@@ -38,12 +36,12 @@ def map_chunks(fn: Callable[..., Arrays], inputs: Arrays, chunk: int) -> Arrays:
     if chunk >= num_rows:
         return fn(*inputs)
 
-    def body(outputs: Arrays, start: jax.Array) -> tuple[Arrays, None]:
+    def body(outputs: Tree, start: jax.Array) -> tuple[Tree, None]:
         pieces = fn(*(take_rows(x, start, chunk) for x in inputs))
-        return tuple(put_rows(out, piece, start) for out, piece in zip(outputs, pieces, strict=True)), None
+        return jax.tree.map(lambda out, piece: put_rows(out, piece, start), outputs, pieces), None
 
     shapes = jax.eval_shape(lambda *xs: fn(*(x[:chunk] for x in xs)), *inputs)
-    zeros = tuple(zeros_for_loop((num_rows, *s.shape[1:]), s.dtype, *inputs) for s in shapes)
+    zeros = jax.tree.map(lambda s: zeros_for_loop((num_rows, *s.shape[1:]), s.dtype, *inputs), shapes)
     starts = np.minimum(np.arange(0, num_rows, chunk), num_rows - chunk).astype(np.int32)
     outputs, _ = lax.scan(body, zeros, jnp.asarray(starts))
     return outputs

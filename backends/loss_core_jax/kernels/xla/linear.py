@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,52 +13,80 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from loss_core.row_terms import RowTerms
+from loss_core.row_terms import IGNORED_ROW, Coefficients, Objective, RowTerms, cross_entropy_coefficients
 from loss_core_jax.inputs import IGNORED, arithmetic_dtype
-from loss_core_jax.kernels import Linear, LinearGradients, LinearRows, Wanted
-from loss_core_jax.kernels.xla.chunks import IGNORED_ROW, behind_barrier, joined, split, zero_if_ignored, zeros_for_loop
+from loss_core_jax.kernels import How, LinearGradients, LinearRows, Wanted
+from loss_core_jax.kernels.xla.chunks import behind_barrier, joined, split, zero_if_ignored, zeros_for_loop
 from loss_core_jax.kernels.xla.sizes import LinearSizes, Plan, plan_for
 from loss_core_jax.kernels.xla.tiles import Chunk, chunk_gradients, chunk_terms
 
 
-def terms(linear: Linear, sizes: LinearSizes, rows: LinearRows) -> RowTerms:
+def terms(how: How, sizes: LinearSizes, rows: LinearRows) -> RowTerms:
     """Terms of each row, shape of target."""
-    plan, rows = _planned(rows, linear, sizes)
+    plan, rows = _planned(rows, how, sizes)
 
     def body(_: None, piece: Any) -> tuple[None, RowTerms]:
-        return None, chunk_terms(_chunk(rows, *piece), linear, plan, keep=False)[0]
+        return None, chunk_terms(_chunk(rows, *piece), how, plan, keep=False)[0]
 
-    _, found = lax.scan(body, None, _pieces(rows, linear, plan))
-    return _of_rows(found, rows.target, linear)
+    _, found = lax.scan(body, None, _pieces(rows, how, plan))
+    return _of_rows(found, rows.target, how)
 
 
-def sweep(
-    linear: Linear, wanted: Wanted, sizes: LinearSizes, rows: LinearRows, upstream: jax.Array, terms: RowTerms | None
+def gradients(
+    how: How, sizes: LinearSizes, rows: LinearRows, terms: RowTerms, coefficients: Coefficients
+) -> LinearGradients:
+    """Gradients of all rows, given their terms and coefficients."""
+
+    def of_chunk(chunk: Chunk, plan: Plan, given: Any) -> tuple[RowTerms, Coefficients, None]:
+        return *given, None
+
+    return _sweep(how, Wanted(), sizes, rows, (terms, coefficients), of_chunk)[1]
+
+
+def terms_and_gradients(
+    how: How, objective: Objective, wanted: Wanted, sizes: LinearSizes, rows: LinearRows, upstream: jax.Array
 ) -> tuple[RowTerms, LinearGradients]:
-    """Terms and gradients of all rows in one visit of each chunk; terms that are given are not made again."""
-    plan, rows = _planned(rows, linear, sizes)
+    """Terms, and gradients of upstream * cross entropy, of all rows."""
+
+    def of_chunk(chunk: Chunk, plan: Plan, upstream_C: Any) -> tuple[RowTerms, Coefficients, jax.Array | None]:
+        terms_C, tiles_NCB = chunk_terms(chunk, how, plan, keep=True)
+        return terms_C, cross_entropy_coefficients(jnp, terms_C, upstream_C, objective), tiles_NCB
+
+    return _sweep(how, wanted, sizes, rows, upstream, of_chunk)
+
+
+def _sweep(
+    how: How, wanted: Wanted, sizes: LinearSizes, rows: LinearRows, given: Any, of_chunk: Callable[..., Any]
+) -> tuple[RowTerms, LinearGradients]:
+    """Terms and gradients of all rows in one visit of each chunk.
+
+    Args:
+        given: tree of arrays over the rows.
+        of_chunk: (chunk, plan, its part of `given`) -> terms and coefficients of its rows, and its logits or None.
+    """
+    plan, rows = _planned(rows, how, sizes)
     order_T = _valid_first(rows.target) if wanted.skip_ignored and sizes.is_cpu and plan.num_chunks > 1 else None
 
     def visit(dweight_VH: Any, piece: Any) -> tuple[Any, tuple[RowTerms, jax.Array | None]]:
-        hidden_CH, target_C, upstream_C, terms_C = piece
-        chunk, tiles_NCB = _chunk(rows, hidden_CH, target_C), None
-        if terms_C is None:
-            terms_C, tiles_NCB = chunk_terms(chunk, linear, plan, keep=True)
-        found = chunk_gradients(chunk, terms_C, upstream_C, tiles_NCB, dweight_VH, linear, plan, wanted)
-        return _unsharded_last(found.weight_VH, linear), (terms_C, found.hidden)
+        *of_rows, given_C = piece
+        chunk = _chunk(rows, *of_rows)
+        terms_C, coefficients_C, tiles_NCB = of_chunk(chunk, plan, given_C)
+        found = chunk_gradients(chunk, terms_C, coefficients_C, tiles_NCB, dweight_VH, how, plan, wanted)
+        return _unsharded_last(found.weight_VH, how), (terms_C, found.hidden)
 
     def body(dweight_VH: Any, piece: Any) -> Any:
         if order_T is None:
             return visit(dweight_VH, piece)
         return lax.cond(jnp.any(piece[1] != IGNORED), visit, _skip(visit), dweight_VH, piece)
 
-    dweight_VH = zeros_for_loop(rows.weight_VH.shape, plan.dtype, *_arrays(rows), upstream) if wanted.weight else None
+    sources = (*_arrays(rows), *jax.tree.leaves(given))
+    dweight_VH = zeros_for_loop(rows.weight_VH.shape, plan.dtype, *sources) if wanted.weight else None
     # Rows that are added are ignored: what they have must only be finite.
-    pieces = (*_pieces(rows, linear, plan, order_T), *_split((upstream, terms), linear, plan, order_T, fill=1))
+    pieces = (*_pieces(rows, how, plan, order_T), _split(given, how, plan, order_T, fill=1))
     dweight_VH, (found, dhidden) = lax.scan(body, dweight_VH, pieces)
     if dhidden is not None:
-        dhidden = _joined(dhidden, rows.target, linear, order_T).reshape(rows.hidden.shape)
-    return _of_rows(found, rows.target, linear, order_T), LinearGradients(dhidden, dweight_VH)
+        dhidden = _joined(dhidden, rows.target, how, order_T).reshape(rows.hidden.shape)
+    return _of_rows(found, rows.target, how, order_T), LinearGradients(dhidden, dweight_VH)
 
 
 def _skip(visit: Any) -> Any:
@@ -75,11 +104,11 @@ def _skip(visit: Any) -> Any:
     return skip
 
 
-def _planned(rows: LinearRows, linear: Linear, sizes: LinearSizes) -> tuple[Plan, LinearRows]:
+def _planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, LinearRows]:
     dtype = arithmetic_dtype(rows.hidden, rows.weight_VH)
-    partitioned = linear.shard.partitioned
+    partitioned = how.shard.partitioned
     plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned)
-    whole = functools.partial(_unsharded_last, linear=linear)
+    whole = functools.partial(_unsharded_last, how=how)
     return plan, rows._replace(hidden=whole(rows.hidden), weight_VH=whole(rows.weight_VH))
 
 
@@ -87,44 +116,40 @@ def _arrays(rows: LinearRows) -> tuple[jax.Array, ...]:
     return rows.hidden, rows.weight_VH, rows.target
 
 
-def _chunk(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array) -> Chunk:
+def _chunk(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array, inverse_C: jax.Array | None) -> Chunk:
     # Behind a barrier, as in `take_rows`.
     (hidden_CH,) = behind_barrier(hidden_CH)
-    return Chunk(zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes)
+    return Chunk(zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes, inverse_C)
 
 
-def _pieces(
-    rows: LinearRows, linear: Linear, plan: Plan, order_T: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [N, C, H] and targets [N, C]; rows that are added are ignored."""
+def _pieces(rows: LinearRows, how: How, plan: Plan, order_T: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """Hidden states [N, C, H], targets and inverse temperatures [N, C]; rows that are added are ignored."""
     hidden_TH = rows.hidden.reshape(-1, rows.hidden.shape[-1])
-    (hidden_NCH,) = _split((hidden_TH,), linear, plan, order_T, flat=False)
-    (target_NC,) = _split((rows.target,), linear, plan, order_T, fill=IGNORED)
-    return hidden_NCH, target_NC
+    (hidden_NCH,) = _split((hidden_TH,), how, plan, order_T, flat=False)
+    (target_NC,) = _split((rows.target,), how, plan, order_T, fill=IGNORED)
+    return hidden_NCH, target_NC, _split(rows.inverse_temperature, how, plan, order_T, fill=1)
 
 
-def _split(
-    arrays: Any, linear: Linear, plan: Plan, order_T: jax.Array | None, *, fill: float = 0, flat: bool = True
-) -> Any:
+def _split(arrays: Any, how: How, plan: Plan, order_T: jax.Array | None, *, fill: float = 0, flat: bool = True) -> Any:
     """Arrays over the rows in chunks, in this order of rows."""
 
     def one(x: jax.Array) -> jax.Array:
         x = x.reshape(-1) if flat else x
         x = x if order_T is None else x.at[order_T].get(mode="promise_in_bounds", unique_indices=True)
-        return split(x, plan.num_chunks, fill, interleaved=linear.shard.partitioned)
+        return split(x, plan.num_chunks, fill, interleaved=how.shard.partitioned)
 
     return jax.tree.map(one, arrays)
 
 
-def _joined(chunks: jax.Array, target: jax.Array, linear: Linear, order_T: jax.Array | None) -> jax.Array:
+def _joined(chunks: jax.Array, target: jax.Array, how: How, order_T: jax.Array | None) -> jax.Array:
     """[N, C, ...] as [T, ...] in the order of the rows."""
-    found = joined(chunks, target.size, interleaved=linear.shard.partitioned)
+    found = joined(chunks, target.size, interleaved=how.shard.partitioned)
     return found if order_T is None else jnp.zeros_like(found).at[order_T].set(found, unique_indices=True)
 
 
-def _of_rows(terms: RowTerms, target: jax.Array, linear: Linear, order_T: jax.Array | None = None) -> RowTerms:
+def _of_rows(terms: RowTerms, target: jax.Array, how: How, order_T: jax.Array | None = None) -> RowTerms:
     """Terms of chunks in the shape of target."""
-    found: RowTerms = jax.tree.map(lambda x: _joined(x, target, linear, order_T).reshape(target.shape), terms)
+    found: RowTerms = jax.tree.map(lambda x: _joined(x, target, how, order_T).reshape(target.shape), terms)
     return found
 
 
@@ -133,8 +158,8 @@ def _valid_first(target: jax.Array) -> jax.Array:
     return jnp.argsort(target.reshape(-1) == IGNORED, stable=True)
 
 
-def _unsharded_last(array: Any, linear: Linear) -> Any:
+def _unsharded_last(array: Any, how: How) -> Any:
     """The array with its last dimension on every device: XLA gathers an FSDP weight, and not its products."""
-    if array is None or not linear.shard.partitioned:
+    if array is None or not how.shard.partitioned:
         return array
     return lax.with_sharding_constraint(array, P(*[P.UNCONSTRAINED] * (array.ndim - 1), None))

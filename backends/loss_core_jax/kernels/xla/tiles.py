@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from loss_core.row_terms import EMPTY_ROW, RowTerms, combine, cross_entropy_coefficients
-from loss_core_jax.kernels import Linear, LinearGradients, Wanted
+from loss_core.row_terms import EMPTY_ROW, Coefficients, RowTerms, combine
+from loss_core_jax.kernels import How, LinearGradients, Wanted
 from loss_core_jax.kernels.xla.chunks import (
     behind_barrier,
     finite,
@@ -25,6 +25,7 @@ from loss_core_jax.kernels.xla.chunks import (
     zero_if_ignored,
     zeros_for_loop,
 )
+from loss_core_jax.kernels.xla.rows import exp_gradient, weighted_exp
 from loss_core_jax.kernels.xla.sizes import Plan
 
 
@@ -35,13 +36,14 @@ class Chunk(NamedTuple):
         hidden_CH: zeros in ignored rows.
         weight_VH: the whole weight.
         target_C: as in `LinearRows`.
-        num_classes: as in `LinearRows`.
+        num_classes, inverse_C: as in `LinearRows`.
     """
 
     hidden_CH: jax.Array
     weight_VH: jax.Array
     target_C: jax.Array
     num_classes: jax.Array | None
+    inverse_C: jax.Array | None
 
 
 class _Tile(NamedTuple):
@@ -70,11 +72,13 @@ def _tile_indices(chunk: Chunk, plan: Plan) -> jax.Array:
     return jnp.arange(-(-chunk.weight_VH.shape[0] // plan.tile), dtype=np.int32)
 
 
-def _tile_logits(chunk: Chunk, tile: _Tile, linear: Linear, plan: Plan) -> jax.Array:
-    """[C, B] logits after the softcap, -inf in repeated columns and in padding."""
+def _tile_logits(chunk: Chunk, tile: _Tile, how: How, plan: Plan) -> jax.Array:
+    """[C, B] logits after softcap and temperature, -inf in repeated columns and in padding."""
     z_CB = _product(chunk.hidden_CH, tile.weight_BH, 1, 1, plan)
-    if linear.softcap:
-        z_CB = linear.softcap * jnp.tanh(z_CB / linear.softcap)
+    if how.softcap:
+        z_CB = how.softcap * jnp.tanh(z_CB / how.softcap)
+    if chunk.inverse_C is not None:
+        z_CB = z_CB * chunk.inverse_C[:, None]
     return jnp.where(tile.class_1B < 0, -jnp.inf, z_CB)
 
 
@@ -98,24 +102,24 @@ def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, plan: Plan) -
     )
 
 
-def chunk_terms(chunk: Chunk, linear: Linear, plan: Plan, *, keep: bool) -> tuple[RowTerms, jax.Array | None]:
+def chunk_terms(chunk: Chunk, how: How, plan: Plan, *, keep: bool) -> tuple[RowTerms, jax.Array | None]:
     """Terms of each row, and the logits [N, C, B] where they are to be kept."""
-    objective = linear.objective
 
     def body(terms: RowTerms, index: jax.Array) -> tuple[RowTerms, jax.Array | None]:
         tile = _tile(chunk, index, plan)
-        z_CB = _tile_logits(chunk, tile, linear, plan)
+        z_CB = _tile_logits(chunk, tile, how, plan)
         # As for rows: nothing depends on the maximum, so it is held constant.
         m_C = lax.stop_gradient(jnp.max(z_CB, axis=1))
-        s_C = jnp.sum(jnp.exp(z_CB - finite(m_C)[:, None]), axis=1)
-        t_C = _target_logits(z_CB, tile, chunk.target_C, gather=not linear.shard.partitioned)
-        z_sum_C = jnp.sum(jnp.where(tile.class_1B < 0, 0, z_CB), axis=1) if objective.needs_z_sum else None
-        return combine(jnp, terms, RowTerms(m_C, s_C, t_C, z_sum_C)), z_CB if keep else None
+        x_CB = z_CB - finite(m_C)[:, None]
+        s_C = jnp.sum(jnp.exp(x_CB), axis=1)
+        t_C = _target_logits(z_CB, tile, chunk.target_C, gather=not how.shard.partitioned)
+        z_sum_C = jnp.sum(jnp.where(tile.class_1B < 0, 0, z_CB), axis=1) if how.sums.z_sum else None
+        e_C = jnp.sum(weighted_exp(x_CB), axis=1) if how.sums.e else None
+        return combine(jnp, terms, RowTerms(m_C, s_C, t_C, z_sum_C, e_C)), z_CB if keep else None
 
     zero_C = zeros_for_loop(chunk.target_C.shape, plan.dtype, chunk.hidden_CH, chunk.weight_VH, chunk.target_C)
-    empty = RowTerms(
-        zero_C + EMPTY_ROW.m, zero_C, zero_C + EMPTY_ROW.t, z_sum=zero_C if objective.needs_z_sum else None
-    )
+    wanted = (True, True, True, *how.sums)
+    empty = RowTerms(*(zero_C + x if is_wanted else None for x, is_wanted in zip(EMPTY_ROW, wanted, strict=True)))
     terms, tiles_NCB = lax.scan(body, empty, _tile_indices(chunk, plan))
     return without_ignored(terms, chunk.target_C), tiles_NCB
 
@@ -123,10 +127,10 @@ def chunk_terms(chunk: Chunk, linear: Linear, plan: Plan, *, keep: bool) -> tupl
 def chunk_gradients(
     chunk: Chunk,
     terms: RowTerms,
-    upstream_C: jax.Array,
+    coefficients: Coefficients,
     tiles_NCB: jax.Array | None,
     dweight_VH: jax.Array | None,
-    linear: Linear,
+    how: How,
     plan: Plan,
     wanted: Wanted,
 ) -> LinearGradients:
@@ -136,30 +140,30 @@ def chunk_gradients(
         tiles_NCB: the logits, where `chunk_terms` has kept them.
         dweight_VH: the running sum; None where it is not wanted.
     """
-    coefficients = cross_entropy_coefficients(jnp, terms, upstream_C, linear.objective)
-    scale_C1, target_C1 = coefficients.scale[:, None], coefficients.target[:, None]
+    target_C1 = coefficients.target[:, None]
 
     def body(sums: LinearGradients, index_and_tile: Any) -> tuple[LinearGradients, None]:
         index, z_CB = index_and_tile
         tile = _tile(chunk, index, plan)
-        z_CB = _tile_logits(chunk, tile, linear, plan) if z_CB is None else z_CB
-        dlogits_CB = jnp.exp(z_CB - terms.m[:, None]) * scale_C1
-        if coefficients.uniform is not None:
-            dlogits_CB = dlogits_CB - coefficients.uniform[:, None]
+        z_CB = _tile_logits(chunk, tile, how, plan) if z_CB is None else z_CB
+        dlogits_CB = exp_gradient(z_CB - terms.m[:, None], coefficients)
         dlogits_CB = dlogits_CB + jnp.where(tile.class_1B == chunk.target_C[:, None], target_C1, 0)
-        if linear.softcap:
-            capped = jnp.where(tile.class_1B < 0, 0, z_CB / linear.softcap)
+        if chunk.inverse_C is not None:
+            dlogits_CB = dlogits_CB * chunk.inverse_C[:, None]
+            z_CB = z_CB / chunk.inverse_C[:, None]
+        if how.softcap:
+            capped = jnp.where(tile.class_1B < 0, 0, z_CB / how.softcap)
             dlogits_CB = dlogits_CB * (1 - capped * capped)
         dlogits_CB = zero_if_ignored(jnp.where(tile.class_1B < 0, 0, dlogits_CB), chunk.target_C)
         dhidden_CH, dweight_VH = sums
         if dhidden_CH is not None:
             dhidden_CH = dhidden_CH + _product(dlogits_CB, tile.weight_BH, 1, 0, plan)
         if dweight_VH is not None:
-            part_BH = _product(_transposed(dlogits_CB, linear, plan), chunk.hidden_CH, 1, 0, plan)
+            part_BH = _product(_transposed(dlogits_CB, how, plan), chunk.hidden_CH, 1, 0, plan)
             dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, tile.start, plan.tile) + part_BH, tile.start)
         return LinearGradients(dhidden_CH, dweight_VH), None
 
-    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, upstream_C)
+    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, *jax.tree.leaves(coefficients))
     zeros_CH = zeros_for_loop(chunk.hidden_CH.shape, plan.dtype, *sources) if wanted.hidden else None
     sums, _ = lax.scan(body, LinearGradients(zeros_CH, dweight_VH), (_tile_indices(chunk, plan), tiles_NCB))
     # An inf in the weight times a gradient of 0 is NaN; an ignored row gets 0 all the same.
@@ -167,6 +171,6 @@ def chunk_gradients(
     return LinearGradients(dhidden_CH, sums.weight_VH)
 
 
-def _transposed(array: jax.Array, linear: Linear, plan: Plan) -> jax.Array:
-    written = plan.sizes.is_cpu and not linear.shard.partitioned
+def _transposed(array: jax.Array, how: How, plan: Plan) -> jax.Array:
+    written = plan.sizes.is_cpu and not how.shard.partitioned
     return behind_barrier(array.T)[0] if written else array.T

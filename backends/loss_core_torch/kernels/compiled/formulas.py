@@ -13,10 +13,21 @@ comparison.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import GAP_UNIT, Objective, PairTerms, RowTerms, cross_entropy_coefficients, kl_centre
+from loss_core.row_terms import (
+    GAP_UNIT,
+    Coefficients,
+    Objective,
+    PairTerms,
+    RowTerms,
+    cross_entropy_coefficients,
+    kl_centre,
+)
+from loss_core_torch.kernels import times
 from loss_core_torch.tracing import compute_dtype
 
 _UNIT = 1.0 / GAP_UNIT
@@ -42,11 +53,46 @@ def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
     return torch.where(keep_T[:, None], out_TV, 0.0)
 
 
-def row_terms(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """m and s."""
-    x_TV = _wide(logits_TV)
+def _read(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """z of the logits, and the slope of their softcap where there is one."""
+    x_TV, slope_TV = _wide(logits_TV), None
+    if softcap:
+        tanh_TV = (x_TV / softcap).tanh()
+        x_TV, slope_TV = softcap * tanh_TV, 1.0 - tanh_TV * tanh_TV
+    return x_TV if inverse_T is None else x_TV * inverse_T[:, None], slope_TV
+
+
+def _weighted(powers_TV: Tensor, shifted_TV: Tensor) -> Tensor:
+    """exp(x) x; a probability of 0 counts for nothing, though its x be infinite."""
+    return torch.where(powers_TV == 0, 0.0, powers_TV * shifted_TV)
+
+
+def _gradient(powers_TV: Tensor, shifted_TV: Tensor, slope_TV: Tensor | None, coefficients: Coefficients) -> Tensor:
+    """Gradient of rows by the logits but for the target's column; see `row_terms.Coefficients`.
+
+    Args:
+        slope_TV: of the softcap; coefficients: times the inverse temperature.
+    """
+    grad_TV = powers_TV * coefficients.scale[:, None]
+    if coefficients.slope is not None:
+        grad_TV = grad_TV + _weighted(powers_TV, shifted_TV) * coefficients.slope[:, None]
+    if coefficients.uniform is not None:
+        grad_TV = grad_TV - coefficients.uniform[:, None]
+    return grad_TV if slope_TV is None else grad_TV * slope_TV
+
+
+def row_terms(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float, z_sum: bool, e: bool) -> tuple[Tensor, ...]:
+    """m, s, then those of z_sum and e that are wanted."""
+    x_TV, _ = _read(logits_TV, inverse_T, softcap)
     m_T = x_TV.amax(-1)
-    return m_T, _shifted(x_TV, m_T).exp().sum(-1)
+    shifted_TV = _shifted(x_TV, m_T)
+    powers_TV = shifted_TV.exp()
+    found = [m_T, powers_TV.sum(-1)]
+    if z_sum:
+        found.append(x_TV.sum(-1))
+    if e:
+        found.append(_weighted(powers_TV, shifted_TV).sum(-1))
+    return tuple(found)
 
 
 def row_sum_around(logits_TV: Tensor, m_T: Tensor) -> Tensor:
@@ -54,74 +100,58 @@ def row_sum_around(logits_TV: Tensor, m_T: Tensor) -> Tensor:
     return (_wide(logits_TV) - m_T[:, None]).exp().sum(-1)
 
 
-def row_terms_and_sum(logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """m, s and z_sum."""
-    return *row_terms(logits_TV), _wide(logits_TV).sum(-1)
-
-
-def row_grad(logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, scale_T: Tensor, out_TV: Tensor) -> None:
-    """scale exp(z - m) into out, 0 where keep is False."""
-    out_TV.copy_(_kept(_shifted(_wide(logits_TV), m_T).exp() * scale_T[:, None], keep_T))
-
-
-def row_grad_uniform(
-    logits_TV: Tensor, keep_T: Tensor, m_T: Tensor, scale_T: Tensor, uniform_T: Tensor, out_TV: Tensor
+def row_grad(
+    logits_TV: Tensor,
+    inverse_T: Tensor | None,
+    keep_T: Tensor,
+    m_T: Tensor,
+    scale_T: Tensor,
+    uniform_T: Tensor | None,
+    slope_T: Tensor | None,
+    out_TV: Tensor,
+    softcap: float,
 ) -> None:
-    """scale exp(z - m) - uniform into out, 0 where keep is False."""
-    powers_TV = _shifted(_wide(logits_TV), m_T).exp()
-    out_TV.copy_(_kept(powers_TV * scale_T[:, None] - uniform_T[:, None], keep_T))
+    """The gradient but for the target's column into out, 0 where keep is False."""
+    x_TV, slope_TV = _read(logits_TV, inverse_T, softcap)
+    shifted_TV = _shifted(x_TV, m_T)
+    coefficients = Coefficients(scale_T, scale_T, uniform_T, slope_T)
+    out_TV.copy_(_kept(_gradient(shifted_TV.exp(), shifted_TV, slope_TV, coefficients), keep_T))
 
 
 def row_terms_and_grad(
-    logits_TV: Tensor, keep_T: Tensor, t_T: Tensor, coef_T: Tensor, out_TV: Tensor, num_classes: int, *options: float
-) -> tuple[Tensor, ...]:
-    """m, s, z_sum (0 where it is not needed), and the gradient but for the target's column into out.
-
-    Args:
-        num_classes, options: of the `Objective`.
-    """
-    x_TV = _wide(logits_TV)
-    m_T = x_TV.amax(-1)
-    shifted_TV = _shifted(x_TV, m_T)
-    return _terms_and_grad(x_TV, shifted_TV, m_T, keep_T, t_T, coef_T, out_TV, Objective(num_classes, *options))
-
-
-def row_terms_and_grad_around(
     logits_TV: Tensor,
+    inverse_T: Tensor | None,
     keep_T: Tensor,
     t_T: Tensor,
     coef_T: Tensor,
-    m_T: Tensor,
+    m_T: Tensor | None,
     out_TV: Tensor,
     num_classes: int,
-    *options: float,
+    softcap: float,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    """As `row_terms_and_grad`, for a given m, which is finite."""
-    # m is given: were it made in here, TorchInductor would keep the exponentials of all rows.
-    x_TV = _wide(logits_TV)
-    shifted_TV = x_TV - m_T[:, None]
-    return _terms_and_grad(x_TV, shifted_TV, m_T, keep_T, t_T, coef_T, out_TV, Objective(num_classes, *options))
+    """m, s, then those of z_sum and e that are wanted; and the gradient but for the target's column into out.
 
-
-def _terms_and_grad(
-    x_TV: Tensor,
-    shifted_TV: Tensor,
-    m_T: Tensor,
-    keep_T: Tensor,
-    t_T: Tensor,
-    coef_T: Tensor,
-    out_TV: Tensor,
-    objective: Objective,
-) -> tuple[Tensor, ...]:
+    Args:
+        m_T: finite; None: the maximum. Were it made in here, TorchInductor would keep the exponentials of all rows.
+        num_classes, options: of the `Objective`.
+    """
+    x_TV, slope_TV = _read(logits_TV, inverse_T, softcap)
+    objective = Objective(num_classes, *options)
+    if m_T is None:
+        m_T = x_TV.amax(-1)
+        shifted_TV = _shifted(x_TV, m_T)
+    else:
+        shifted_TV = x_TV - m_T[:, None]
     powers_TV = shifted_TV.exp()
     s_T = powers_TV.sum(-1)
-    z_sum_T = x_TV.sum(-1) if objective.needs_z_sum else torch.zeros_like(s_T)
-    found = cross_entropy_coefficients(torch, RowTerms(m_T, s_T, t_T, z_sum_T), coef_T, objective)
-    grad_TV = powers_TV * found.scale[:, None]
-    if found.uniform is not None:
-        grad_TV = grad_TV - found.uniform[:, None]
-    out_TV.copy_(_kept(grad_TV, keep_T))
-    return m_T, s_T, z_sum_T
+    z_sum_T = x_TV.sum(-1) if objective.sums.z_sum else None
+    e_T = _weighted(powers_TV, shifted_TV).sum(-1) if objective.sums.e else None
+    coefficients = cross_entropy_coefficients(torch, RowTerms(m_T, s_T, t_T, z_sum_T, e_T), coef_T, objective)
+    if inverse_T is not None:
+        coefficients = times(coefficients, inverse_T)
+    out_TV.copy_(_kept(_gradient(powers_TV, shifted_TV, slope_TV, coefficients), keep_T))
+    return tuple(x_T for x_T in (m_T, s_T, z_sum_T, e_T) if x_T is not None)
 
 
 def _pair_terms(student_TV: Tensor, teacher_TV: Tensor) -> PairTerms:

@@ -55,24 +55,38 @@ class _Kind(NamedTuple):
             return x if self.contiguous else x[:, :-1]
 
 
-def run(function: Callable[..., Any], *tensors: Tensor, static: tuple[Any, ...] = ()) -> Any:
-    """function(*tensors, *static), compiled: once for these dtypes and layouts, for all sizes above 1.
+def run(
+    function: Callable[..., Any], x_TV: Tensor, *tensors: Tensor | None, vocab: int | None = None, static: Any = ()
+) -> Any:
+    """function(x, *tensors, vocab, *static), compiled: once for these dtypes and layouts, for all sizes above 1.
 
     Args:
         function: without keywords or closures; may write to its arguments.
-        tensors: the first a matrix [T, V]; these contiguous, or with rows that are.
-        static: V, then numbers that each need a program of their own; or nothing.
+        x_TV, tensors: contiguous, or matrices with rows that are.
+        vocab: any number of classes; left out where it is None.
+        static: numbers that each need a program of their own.
     """
-    kinds = tuple(_Kind(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference()) for x in tensors)
-    long = tensors[0].shape[1] > LONG_ROW
+    given = (x_TV, *tensors)
+    kinds = tuple(None if x is None else _kind(x) for x in given)
+    long = x_TV.shape[1] > LONG_ROW
     with torch.no_grad(), compat.outside_of_functorch(), compat.outside_of_fx():
-        program = _program(function, kinds, _SAMPLE[1 + long], static[1:], torch.get_num_threads(), bool(static))
-        return program(*(x.detach() for x in tensors), *static)
+        program = _program(function, kinds, _SAMPLE[1 + long], static, torch.get_num_threads(), vocab is not None)
+        sizes = () if vocab is None else (vocab,)
+        return program(*(None if x is None else x.detach() for x in given), *sizes, *static)
+
+
+def _kind(x: Tensor) -> _Kind:
+    return _Kind(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference())
 
 
 @cache
 def _program(
-    function: FunctionType, kinds: tuple[_Kind, ...], vocab: int, options: tuple[Any, ...], threads: int, sized: bool
+    function: FunctionType,
+    kinds: tuple[_Kind | None, ...],
+    vocab: int,
+    static: tuple[Any, ...],
+    threads: int,
+    sized: bool,
 ) -> Callable[..., Any]:
     """What torch.compile makes of a function for inputs of these kinds, with `threads` of PyTorch's.
 
@@ -83,7 +97,8 @@ def _program(
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     # fullgraph: an error rather than uncompiled operations, which need memory for [T, V] temporaries.
     program: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
-    program(*(kind.sample(vocab) for kind in kinds), *((vocab, *options) if sized else ()))
+    sizes = (vocab,) if sized else ()
+    program(*(None if kind is None else kind.sample(vocab) for kind in kinds), *sizes, *static)
     return program
 
 

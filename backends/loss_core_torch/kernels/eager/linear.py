@@ -1,11 +1,10 @@
 """Logits softcap(h @ W.T) that are never held whole, in PyTorch operations; see `KernelSet`.
 
-Three matrix products per block of tokens: with the gradient E' of a block's logits, but for a factor of each row,
+Three matrix products per block of tokens: its logits, and with their gradient E
 
-    grad_h = factor * (E' @ W)          grad_W += E'.T @ (factor * h)
+    grad_h = E @ W          grad_W += E.T @ h
 
-so the division by s and every factor of the loss fall on [B, H] operands, never on [B, V]. Memory: the two gradients,
-and the logits of a block.
+Memory: the two gradients, and the logits of a block, in whose place comes E.
 """
 
 # T = tokens, B = tokens of a block, H = hidden, V = vocabulary (of this rank), C = columns of a tile
@@ -17,10 +16,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Objective, RowTerms, combine
-from loss_core_torch.kernels import Linear, Wanted
-from loss_core_torch.kernels.eager.block_logits import BlockLogits, Tiles
-from loss_core_torch.kernels.eager.row_blocks import log2_exp, without
+from loss_core.row_terms import (
+    EMPTY_ROW,
+    Coefficients,
+    Objective,
+    RowTerms,
+    Sums,
+    combine,
+    cross_entropy_coefficients,
+)
+from loss_core_torch.kernels import Linear, Wanted, filled_terms, joined_terms
+from loss_core_torch.kernels.eager.block_logits import BlockLogits, BlockRows, Tiles
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.tracing import compute_dtype
 
@@ -34,51 +40,48 @@ class LinearKernels:
         """That of the arithmetic, on every device."""
         return compute_dtype(product_dtype)
 
-    def linear_terms(self, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+    def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms of each token; and its logits, where they are to be kept and fit the memory of one block."""
-        call, objective = _Call(linear, self.sizes), linear.objective
+        call = _Call(linear, self.sizes)
         fits = linear.h_TH.shape[0] * call.vocab * call.dtype.itemsize <= call.bytes
         if not (keep_logits and fits and call.vocab):
-            parts = [_terms_by_tile(call, at, objective) for at in call.blocks(call.block)]
-            return call.together(parts, objective), call.new(0)
+            parts = [_terms_by_tile(call, at, sums) for at in call.blocks(call.block)]
+            return call.together(parts, sums), call.new(0)
         buffer, found = call.new(linear.h_TH.shape[0] * call.vocab), []
         for at in call.blocks(max(linear.h_TH.shape[0], 1)):
-            logits = call.logits(buffer, at)
-            part = logits.fill(call.hidden(at), objective)
-            found.append(part._replace(s=logits.sums(part.m)))
-        return call.together(found, objective), buffer
+            found.append(call.logits(buffer, at).fill(call.hidden(at), sums))
+        return call.together(found, sums), buffer
 
     def linear_grads(
-        self, linear: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
+        self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients for the upstream gradient of each token's loss."""
-        call, objective, kept = _Call(linear, self.sizes), linear.objective, logits.numel() > 0
+        """Gradients from terms and coefficients of each token."""
+        call, kept = _Call(linear, self.sizes), logits.numel() > 0
         block = max(linear.h_TH.shape[0], 1) if kept else call.block
         buffer = logits if kept else call.buffer(block)
-        sums = _Sums(linear, call, want)
+        found = _Sums(linear, call, want)
         for at in call.blocks(block):
             block_logits, h_BH = call.logits(buffer, at), call.hidden(at)
             if not kept:
-                block_logits.fill(h_BH, objective)
+                block_logits.fill(h_BH, Sums())
             part = RowTerms(*(None if x_T is None else x_T[at] for x_T in terms))
-            _, divisor_B = block_logits.to_gradient(part, objective, with_sum=False)
-            sums.add(at, block_logits, h_BH, upstream_T[at] / divisor_B)
-        return sums.grad_h, sums.grad_w
+            block_logits.to_gradient(part, Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients)))
+            found.add(at, block_logits, h_BH)
+        return found.grad_h, found.grad_w
 
-    def linear_terms_and_grads(self, linear: Linear, coef_T: Tensor, want: Wanted) -> tuple[RowTerms, Tensor, Tensor]:
+    def linear_terms_and_grads(
+        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
+    ) -> tuple[RowTerms, Tensor, Tensor]:
         """Terms, and the gradients of the sum of coef * loss."""
-        call, objective = _Call(linear, self.sizes), linear.objective
+        call = _Call(linear, self.sizes)
         buffer, sums, found = call.buffer(call.block), _Sums(linear, call, want), []
         for at in call.blocks(call.block):
             logits, h_BH = call.logits(buffer, at), call.hidden(at)
-            part = logits.fill(h_BH, objective)
-            if objective.needs_z_sum:
-                # The uniform coefficient that goes with it needs s before the gradient.
-                part = part._replace(s=logits.sums(part.m))
-            s_B, divisor_B = logits.to_gradient(part, objective, with_sum=not objective.needs_z_sum)
-            found.append(part._replace(s=s_B))
-            sums.add(at, logits, h_BH, coef_T[at] / divisor_B)
-        return call.together(found, objective), sums.grad_h, sums.grad_w
+            part = logits.fill(h_BH, objective.sums)
+            logits.to_gradient(part, cross_entropy_coefficients(torch, part, coef_T[at], objective))
+            found.append(part)
+            sums.add(at, logits, h_BH)
+        return call.together(found, objective.sums), sums.grad_h, sums.grad_w
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient times a scalar, in its memory if the dtype is the same."""
@@ -95,8 +98,8 @@ class _Call:
         device = linear.h_TH.device
         self.bytes = sizes.linear_bytes(hidden, device)
         self.block = sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize)
-        self.tiles = Tiles(linear, self.dtype, sizes)
-        self.local_T = linear.labels_T - linear.vocab_start
+        self.tiles = Tiles(linear.w_VH, linear.product_dtype, sizes)
+        self._column_T = linear.labels_T - linear.vocab_start
 
     def blocks(self, block: int) -> Iterator[slice]:
         """Blocks of tokens; none where there is no class."""
@@ -118,17 +121,18 @@ class _Call:
 
     def logits(self, buffer: Tensor, at: slice) -> BlockLogits:
         """The logits of a block, not made yet."""
-        return BlockLogits(buffer, self.local_T[at], self.tiles, self._linear.softcap)
+        return BlockLogits(buffer, self.rows(at), self.tiles, self._linear.softcap)
 
-    def together(self, parts: list[RowTerms], objective: Objective) -> RowTerms:
+    def rows(self, at: slice, start: int = 0) -> BlockRows:
+        """What is known of the rows of a block, with columns counted from `start`."""
+        inverse_T = self._linear.inverse_temperature_T
+        return BlockRows(self._column_T[at] - start, None if inverse_T is None else inverse_T[at])
+
+    def together(self, parts: list[RowTerms], sums: Sums) -> RowTerms:
         """Terms of all tokens from those of the blocks; of no class where there is no block."""
         if not parts:
-            empty_T = torch.full_like(self.local_T, -torch.inf, dtype=self.dtype)
-            z_sum_T = torch.zeros_like(empty_T) if objective.needs_z_sum else None
-            return RowTerms(empty_T, torch.zeros_like(empty_T), empty_T.clone(), z_sum_T)
-        if len(parts) == 1:
-            return parts[0]
-        return RowTerms(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))
+            return filled_terms(EMPTY_ROW, sums, self.new(self._column_T.numel()))
+        return joined_terms(parts)
 
 
 class _Sums:
@@ -143,34 +147,20 @@ class _Sums:
         if not h_TH.shape[0]:
             self.grad_w.zero_()
 
-    def add(self, at: slice, logits: BlockLogits, h_BH: Tensor, factor_B: Tensor) -> None:
-        """What a block adds, whose logits are a gradient but for the factor of each token."""
+    def add(self, at: slice, logits: BlockLogits, h_BH: Tensor) -> None:
+        """What a block adds, whose logits are their gradient."""
         want_h, want_w = self._want
-        gh_BH = self.grad_h[at] if want_h else None
         first, last = at.start == 0, at.stop == self._num_tokens
-        scaled_BH = h_BH * factor_B[:, None]
-        logits.add_gradients(gh_BH, self.grad_w if want_w else None, scaled_BH, first=first, last=last)
-        if gh_BH is not None:
-            gh_BH.mul_(factor_B[:, None])
+        grad_h, grad_w = self.grad_h[at] if want_h else None, self.grad_w if want_w else None
+        logits.add_gradients(grad_h, grad_w, h_BH, first=first, last=last)
 
 
-def _terms_by_tile(call: _Call, at: slice, objective: Objective) -> RowTerms:
+def _terms_by_tile(call: _Call, at: slice, sums: Sums) -> RowTerms:
     """Terms of a block of which no more than the logits of one vocabulary tile exist at a time."""
-    h_BH, local_B, factor = call.hidden(at), call.local_T[at], call.softcap or 1.0
-    buffer, found = call.new(h_BH.shape[0] * call.tiles.columns), None
-    for tile, w_CH in call.tiles:
-        z_BC = buffer[: h_BH.shape[0] * w_CH.shape[0]].view(-1, w_CH.shape[0])
-        call.tiles.products.into(z_BC, h_BH, w_CH.t())
-        if call.softcap:
-            z_BC.div_(call.softcap).tanh_()
-        column_B = local_B - tile.start
-        owned_B = (column_B >= 0) & (column_B < w_CH.shape[0])
-        target_B = z_BC.gather(1, torch.where(owned_B, column_B, 0)[:, None])[:, 0] * factor
-        z_sum_B = z_BC.sum(-1) * factor if objective.needs_z_sum else None
-        m_B = z_BC.amax(-1) * factor
-        number_B = log2_exp(z_BC, factor, m_B, z_BC)
-        s_B = without(number_B, z_BC.exp2_().sum(-1))
-        part = RowTerms(m_B, s_B, torch.where(owned_B, target_B, -torch.inf), z_sum_B)
+    h_BH, found = call.hidden(at), None
+    buffer = call.new(h_BH.shape[0] * call.tiles.columns)
+    for tile in call.tiles.slices():
+        part = BlockLogits(buffer, call.rows(at, tile.start), call.tiles.only(tile), call.softcap).fill(h_BH, sums)
         found = part if found is None else combine(torch, found, part)
     assert found is not None
     return found

@@ -18,18 +18,8 @@ from torch import Tensor
 
 from loss_core.row_terms import EMPTY_PAIR, GAP_UNIT, PairTerms, kl_centre
 from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
-from loss_core_torch.kernels.eager.row_blocks import (
-    Block,
-    Buffer,
-    blocks,
-    clear_ignored,
-    is_one,
-    log2_exp,
-    row_dots,
-    row_sums,
-    shifted,
-    without,
-)
+from loss_core_torch.kernels.eager.exponentials import log2_exp, row_dots, row_sums, shifted, without
+from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.tracing import compute_dtype, may_read
 

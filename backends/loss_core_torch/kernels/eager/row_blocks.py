@@ -1,4 +1,4 @@
-"""Cutting [..., V] tensors into blocks of rows, and exponentials of a block.
+"""Cutting [..., V] tensors into blocks of rows.
 
 A block is small enough to stay in cache (on a CPU), so that no [T, V] temporary exists, in any dtype.
 """
@@ -8,7 +8,6 @@ A block is small enough to stay in cache (on a CPU), so that no [T, V] temporary
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,13 +16,8 @@ from torch import Tensor
 
 from loss_core_torch.tracing import may_read
 
-_LOG2_E = math.log2(math.e)
-
 # A whole number of vectors, for any machine and a few threads.
 _ALIGNMENT = 256
-
-# Up to this size of a row's maximum, its product with log2(e) is rounded by less than 1/8.
-_MODERATE = 2.0**20
 
 
 class Block(NamedTuple):
@@ -126,55 +120,6 @@ class Buffer:
         # behind the block: a row's result must not depend on the block that it is in.
         self._flat[: -(-y_BV.numel() // _ALIGNMENT) * _ALIGNMENT].exp2_()
         return y_BV
-
-
-def log2_exp(z_BV: Tensor, factor: float, m_B: Tensor, out_BV: Tensor) -> Tensor | None:
-    """Binary logarithms y of exp(factor z - m), each row up to a number of its own.
-
-    In base 2 because exp2 runs at the speed of memory in PyTorch's CPU kernels, exp at a third of it.
-
-    Args:
-        z_BV: in the dtype of the arithmetic; may be out_BV.
-        m_B: largest value of factor z in each row.
-        out_BV: receives y.
-    Returns:
-        The row's number n, with exp(factor z - m) = 2^(y - n); None where it is 0.
-    """
-    # NaN and infinities fail the comparison.
-    if may_read(m_B) and float(torch.linalg.vector_norm(m_B, torch.inf)) < _MODERATE:
-        # One fused multiply-add, rounded once. What rounding moves `shift` by is the same for the whole row: it
-        # is the number that is returned.
-        shift_B = m_B * -_LOG2_E
-        torch.add(shift_B[:, None], z_BV, alpha=factor * _LOG2_E, out=out_BV)
-        return torch.add(shift_B, m_B, alpha=_LOG2_E)
-    shifted(z_BV, factor, m_B, out_BV).mul_(_LOG2_E)
-    return None
-
-
-def shifted(z_BV: Tensor, factor: float, m_B: Tensor, out_BV: Tensor) -> Tensor:
-    """factor z - m, into `out`, which may be z."""
-    if factor != 1.0:
-        z_BV = torch.mul(z_BV, factor, out=out_BV)
-    # -inf minus -inf is NaN: a row without any finite logit must give 0.
-    return torch.sub(z_BV, torch.where(m_B == -torch.inf, 0.0, m_B)[:, None], out=out_BV)
-
-
-def without(number_B: Tensor | None, powers_B: Tensor) -> Tensor:
-    """powers / 2^n, for the number n of `log2_exp`."""
-    return powers_B if number_B is None else powers_B / number_B.exp2()
-
-
-def row_sums(x_BV: Tensor) -> Tensor:
-    """Sum of each row; its rounding does not depend on how many rows there are."""
-    # PyTorch cuts one long row alone into a piece for each thread. Beside a second row it does not.
-    return x_BV.sum(-1) if x_BV.shape[0] != 1 else x_BV.expand(2, -1).sum(-1)[:1]
-
-
-def row_dots(x_BV: Tensor, y_BV: Tensor) -> Tensor:
-    """Sum of x * y of each row; otherwise as `row_sums`."""
-    if x_BV.shape[0] != 1:
-        return torch.linalg.vecdot(x_BV, y_BV)
-    return torch.linalg.vecdot(x_BV.expand(2, -1), y_BV.expand(2, -1))[:1]
 
 
 def clear_ignored(out: Tensor, keep_T: Tensor | None) -> None:

@@ -8,23 +8,32 @@ The laws stand in `loss_core.row_terms`, the blocks in `row_blocks`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy_coefficients
-from loss_core_torch.kernels import NEW, Into, Rows
-from loss_core_torch.kernels.eager.row_blocks import (
-    Block,
-    Buffer,
-    blocks,
-    clear_ignored,
-    is_one,
+from loss_core.row_terms import (
+    EMPTY_ROW,
+    IGNORED_ROW,
+    Coefficients,
+    Objective,
+    RowTerms,
+    Sums,
+    cross_entropy_coefficients,
+)
+from loss_core_torch.kernels import NEW, Into, Rows, filled_terms, times
+from loss_core_torch.kernels.eager.exponentials import (
+    exponents,
     log2_exp,
+    row_dots,
     row_sums,
+    softcap_slope,
+    to_gradient,
     without,
 )
+from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.tracing import compute_dtype
 
@@ -34,12 +43,11 @@ class RowKernels:
 
     sizes: Sizes
 
-    def row_terms(self, rows: Rows, objective: Objective) -> RowTerms:
+    def row_terms(self, rows: Rows, sums: Sums) -> RowTerms:
         """Terms of each row."""
-        found, walk = _empty_terms(rows, objective), _Walk(rows, self.sizes)
+        found, walk = _empty_terms(rows, sums), _Walk(rows, self.sizes)
         for block in walk:
-            part, _ = walk.block_terms(block, objective)
-            _put_terms(found, block, part)
+            _put_terms(found, block, walk.terms(block, sums)[0])
         return found
 
     def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
@@ -49,22 +57,29 @@ class RowKernels:
             return out
         out, walk = _result(rows, out), _Walk(rows, self.sizes)
         for block in walk:
-            z_BV = block.take(rows.logits)
-            y_BV = walk.buffer.take(z_BV)
-            number_B = log2_exp(walk.buffer.widened(z_BV), 1.0, terms.m[block.at], y_BV)
+            kept_BV, slope_BV = walk.read(block, for_gradient=True)
+            powers = walk.powers(block, kept_BV, terms.m[block.at], with_x=coefficients.slope is not None)
             part = Coefficients(*(None if c_T is None else c_T[block.at] for c_T in coefficients))
-            walk.store(block, out, walk.buffer.exp2(y_BV), number_B, part)
+            walk.store(block, out, powers, slope_BV, part)
         return out
 
     def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
         """Terms, and the gradient of the sum of coef * loss."""
-        found, out, walk = _empty_terms(rows, objective), _result(rows, None), _Walk(rows, self.sizes)
+        found, out, walk = _empty_terms(rows, objective.sums), _result(rows, None), _Walk(rows, self.sizes)
         for block in walk:
-            part, (powers_BV, number_B) = walk.block_terms(block, objective)
+            part, powers, slope_BV = walk.terms(block, objective.sums, for_gradient=True)
             _put_terms(found, block, part)
             coefficients = cross_entropy_coefficients(torch, part, coef_T[block.at], objective)
-            walk.store(block, out, powers_BV, number_B, coefficients)
+            walk.store(block, out, powers, slope_BV, coefficients)
         return found, out
+
+
+class _Powers(NamedTuple):
+    """exp(z - m) of a block as powers / 2^number, in the buffer; and z - m where it was asked for."""
+
+    powers_BV: Tensor
+    number_B: Tensor | None
+    x_BV: Tensor | None
 
 
 class _Walk:
@@ -73,7 +88,9 @@ class _Walk:
     def __init__(self, rows: Rows, sizes: Sizes) -> None:
         vocab, self._rows = rows.logits.shape[-1], rows
         self._block_rows = min(sizes.block_rows(vocab, rows.logits.device), max(rows.labels_T.numel(), 1))
-        self.buffer = Buffer(self._block_rows, rows.logits, compute_dtype(rows.logits.dtype))
+        self._buffer = self._new_buffer()
+        # A logit is what `read` gives times this.
+        self._factor = rows.softcap or 1.0
         local_T = rows.labels_T - rows.vocab_start
         self._owned_T = (local_T >= 0) & (local_T < vocab)
         self._column_T = torch.where(self._owned_T, local_T, 0)
@@ -81,29 +98,61 @@ class _Walk:
     def __iter__(self) -> Iterator[Block]:
         return blocks(self._block_rows, self._rows.keep_T, self._rows.logits)
 
-    def block_terms(self, block: Block, objective: Objective) -> tuple[RowTerms, tuple[Tensor, Tensor | None]]:
-        """Terms of a block; and 2^y with the row's number, as `log2_exp` has them, in the buffer."""
-        z_BV = block.take(self._rows.logits)
-        y_BV = self.buffer.take(z_BV)
-        z_BV = self.buffer.widened(z_BV)
-        m_B = z_BV.amax(-1)
-        t_B = z_BV.gather(1, self._column_T[block.at, None])[:, 0].masked_fill_(~self._owned_T[block.at], -torch.inf)
-        z_sum_B = row_sums(z_BV) if objective.needs_z_sum else None
-        number_B = log2_exp(z_BV, 1.0, m_B, y_BV)
-        powers_BV = self.buffer.exp2(y_BV)
-        return RowTerms(m_B, without(number_B, row_sums(powers_BV)), t_B, z_sum_B), (powers_BV, number_B)
+    @cached_property
+    def _slopes(self) -> Buffer:
+        return self._new_buffer()
+
+    @cached_property
+    def _exponents(self) -> Buffer:
+        return self._new_buffer()
+
+    def _new_buffer(self) -> Buffer:
+        return Buffer(self._block_rows, self._rows.logits, compute_dtype(self._rows.logits.dtype))
+
+    def read(self, block: Block, for_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Logits z of a block but for a factor, and the slope of the softcap where there is one, for a gradient."""
+        raw_BV, slope_BV, rows = block.take(self._rows.logits), None, self._rows
+        z_BV = self._buffer.widened(raw_BV)
+        if rows.softcap:
+            z_BV = torch.div(z_BV, rows.softcap, out=self._buffer.take(raw_BV)).tanh_()
+            slope_BV = softcap_slope(z_BV, self._slopes.take(z_BV)) if for_gradient else None
+        if rows.inverse_temperature_T is not None:
+            z_BV = torch.mul(z_BV, rows.inverse_temperature_T[block.at, None], out=self._buffer.take(raw_BV))
+        return z_BV, slope_BV
+
+    def powers(self, block: Block, z_BV: Tensor, m_B: Tensor, with_x: bool) -> _Powers:
+        """Exponentials of a block, in the place of what `read` has given."""
+        y_BV = self._buffer.take(z_BV)
+        number_B = log2_exp(z_BV, self._factor, m_B, y_BV)
+        x_BV = exponents(y_BV, number_B, self._exponents.take(y_BV)) if with_x else None
+        return _Powers(self._buffer.exp2(y_BV), number_B, x_BV)
+
+    def terms(self, block: Block, sums: Sums, for_gradient: bool = False) -> tuple[RowTerms, _Powers, Tensor | None]:
+        """Terms of a block, and what its gradient is made of."""
+        z_BV, slope_BV = self.read(block, for_gradient)
+        m_B = z_BV.amax(-1) * self._factor
+        t_B = z_BV.gather(1, self._column_T[block.at, None])[:, 0] * self._factor
+        t_B = t_B.masked_fill_(~self._owned_T[block.at], -torch.inf)
+        z_sum_B = row_sums(z_BV) * self._factor if sums.z_sum else None
+        powers = self.powers(block, z_BV, m_B, with_x=sums.e)
+        s_B = without(powers.number_B, row_sums(powers.powers_BV))
+        e_B = None if powers.x_BV is None else without(powers.number_B, row_dots(powers.powers_BV, powers.x_BV))
+        return RowTerms(m_B, s_B, t_B, z_sum_B, e_B), powers, slope_BV
 
     def store(
-        self, block: Block, out: Tensor, powers_BV: Tensor, number_B: Tensor | None, coefficients: Coefficients
+        self, block: Block, out: Tensor, powers: _Powers, slope_BV: Tensor | None, coefficients: Coefficients
     ) -> None:
-        """scale * powers - uniform, plus `target` at the target's column; 0 in ignored rows; rounded once."""
+        """The gradient of a block; 0 in ignored rows; rounded once."""
+        inverse_T = self._rows.inverse_temperature_T
+        if inverse_T is not None:
+            coefficients = times(coefficients, inverse_T[block.at])
+        powers_BV, number_B, x_BV = powers
         view_BV = block.view(out)
         into_BV = view_BV if view_BV is not None and view_BV.dtype == powers_BV.dtype else powers_BV
-        torch.mul(powers_BV, without(number_B, coefficients.scale)[:, None], out=into_BV)
-        if coefficients.uniform is not None:
-            into_BV -= coefficients.uniform[:, None]
-        target_B = torch.where(self._owned_T[block.at], coefficients.target, 0.0)
-        into_BV.scatter_add_(1, self._column_T[block.at, None], target_B[:, None])
+        to_gradient(powers_BV, number_B, coefficients, x_BV, slope_BV, into_BV)
+        column_B1 = self._column_T[block.at, None]
+        target_B1 = torch.where(self._owned_T[block.at], coefficients.target, 0.0)[:, None]
+        into_BV.scatter_add_(1, column_B1, target_B1 if slope_BV is None else target_B1 * slope_BV.gather(1, column_B1))
         keep_T = self._rows.keep_T
         if keep_T is not None and isinstance(block.at, slice):
             # Not a product with 0: an ignored row may hold inf or NaN.
@@ -112,15 +161,11 @@ class _Walk:
             block.put(out, into_BV)
 
 
-def _empty_terms(rows: Rows, objective: Objective) -> RowTerms:
+def _empty_terms(rows: Rows, sums: Sums) -> RowTerms:
     """Terms to be filled in; of no class where there is none, finite numbers for rows that no block holds."""
-    like: dict[str, Any] = {"dtype": compute_dtype(rows.logits.dtype), "device": rows.logits.device}
-    shape = rows.labels_T.shape
-    z_sum_T = torch.zeros(shape, **like) if objective.needs_z_sum else None
-    if rows.logits.shape[-1] == 0:
-        empty_T = torch.full(shape, -torch.inf, **like)
-        return RowTerms(empty_T, torch.zeros(shape, **like), empty_T.clone(), z_sum_T)
-    return RowTerms(torch.zeros(shape, **like), torch.ones(shape, **like), torch.zeros(shape, **like), z_sum_T)
+    dtype = compute_dtype(rows.logits.dtype)
+    values = IGNORED_ROW if rows.logits.shape[-1] else EMPTY_ROW
+    return filled_terms(values, sums, torch.empty(rows.labels_T.shape, dtype=dtype, device=rows.logits.device))
 
 
 def _put_terms(found: RowTerms, block: Block, part: RowTerms) -> None:

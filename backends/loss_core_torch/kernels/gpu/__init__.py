@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch.kernels import NEW, Into, Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.gpu import linear, pairs, rows
 from loss_core_torch.kernels.gpu.launch import Launcher
@@ -26,8 +26,8 @@ class GpuKernels:
         """The second read of a row finds it in the L2 cache."""
         return True
 
-    def row_terms(self, rows_: Rows, objective: Objective) -> RowTerms:
-        return rows.terms(self._launcher, rows_, objective)
+    def row_terms(self, rows_: Rows, sums: Sums) -> RowTerms:
+        return rows.terms(self._launcher, rows_, sums)
 
     def row_grad(self, rows_: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
         return rows.grad(self._launcher, rows_, terms, coefficients, into)
@@ -47,16 +47,18 @@ class GpuKernels:
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return self._launcher.operand_dtype(product_dtype, device)
 
-    def linear_terms(self, linear_: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
-        return linear.terms(self._launcher, linear_, keep_logits)
+    def linear_terms(self, linear_: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+        return linear.terms(self._launcher, linear_, sums, keep_logits)
 
     def linear_grads(
-        self, linear_: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
+        self, linear_: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return linear.grads(self._launcher, linear_, terms, upstream_T, want, logits)
+        return linear.grads(self._launcher, linear_, terms, coefficients, want, logits)
 
-    def linear_terms_and_grads(self, linear_: Linear, coef_T: Tensor, want: Wanted) -> tuple[RowTerms, Tensor, Tensor]:
-        return linear.terms_and_grads(self._launcher, linear_, coef_T, want)
+    def linear_terms_and_grads(
+        self, linear_: Linear, coef_T: Tensor, objective: Objective, want: Wanted
+    ) -> tuple[RowTerms, Tensor, Tensor]:
+        return linear.terms_and_grads(self._launcher, linear_, coef_T, objective, want)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return linear.scaled(self._launcher, grad, factor, dtype)

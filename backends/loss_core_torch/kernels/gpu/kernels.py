@@ -83,17 +83,36 @@ def only(x_1):
 
 
 @triton.jit
-def extend(m, s, z_KLW):
-    """Terms of each lane with a block that comes to it; `row_terms.combine`."""
-    new_m = tl.maximum(m, largest(z_KLW))
-    return new_m, moved(m, s, new_m) + total(exp(z_KLW - each_lane(new_m)))
+def moved_e(m, s, e, new_m):
+    """Sum e of exp(z - m) * (z - m), relative to another maximum; mirrors `row_terms._moved_e`."""
+    scale = exp(m - new_m)
+    return scale * (e + s * tl.where(scale == 0, 0.0, m - new_m))
 
 
 @triton.jit
-def fold(m_L, s_L):
+def times_exponent(e_KLW, x_KLW):
+    """exp(x) * x, 0 where exp(x) is."""
+    return e_KLW * tl.where(e_KLW == 0, 0.0, x_KLW)
+
+
+@triton.jit
+def extend(m, s, e, z_KLW, E: tl.constexpr):
+    """Terms of each lane with a block that comes to it; `row_terms.combine`. Without E, e stays as it is."""
+    new_m = tl.maximum(m, largest(z_KLW))
+    x_KLW = z_KLW - each_lane(new_m)
+    exp_KLW = exp(x_KLW)
+    if E:
+        e = moved_e(m, s, e, new_m) + total(times_exponent(exp_KLW, x_KLW))
+    return new_m, moved(m, s, new_m) + total(exp_KLW), e
+
+
+@triton.jit
+def fold(m_L, s_L, e_L, E: tl.constexpr):
     """Terms of all lanes as those of one lane; `row_terms.combine`."""
     m = tl.max(m_L, 0, keep_dims=True)
-    return m, tl.sum(moved(m_L, s_L, m), 0, keep_dims=True)
+    if E:
+        e_L = moved_e(m_L, s_L, e_L, m)
+    return m, tl.sum(moved(m_L, s_L, m), 0, keep_dims=True), tl.sum(e_L, 0, keep_dims=True)
 
 
 @triton.jit
@@ -273,50 +292,87 @@ def tanh(x):
 
 
 @triton.jit
-def capped(z, mask, SOFTCAP: tl.constexpr):
-    """softcap(z), -inf outside of the mask."""
+def shaped(z, mask, inverse, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr):
+    """softcap(z) times the inverse temperature, -inf outside of the mask."""
     if SOFTCAP != 0:
         z = tl.where(mask, SOFTCAP * tanh(z / SOFTCAP), float("-inf"))
+    if TEMPERED:
+        z = z * inverse
     return z
 
 
 @triton.jit
 def row_terms(
-    row_ptr, vocab, label, layout, dtype: tl.constexpr, SOFTCAP: tl.constexpr, Z_SUM: tl.constexpr,
-    EVICT: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    row_ptr, vocab, label, layout, inverse, dtype: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr,
+    Z_SUM: tl.constexpr, E: tl.constexpr, EVICT: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, t, z_sum) of a row; z_sum is 0 without Z_SUM."""
+    """(m, s, t, z_sum, e) of a row; z_sum is 0 without Z_SUM, e without E."""
     owned = (label >= 0) & (label < vocab)
     # Before the loop: where a gradient follows, it may be written into the same memory.
-    t = capped(tl.load(row_ptr + label * layout.stride_v, mask=owned, other=float("-inf")).to(dtype), owned, SOFTCAP)
+    t = tl.load(row_ptr + label * layout.stride_v, mask=owned, other=float("-inf")).to(dtype)
+    t = shaped(t, owned, inverse, SOFTCAP, TEMPERED)
     head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
     edge = edge_columns(head, body, W)
-    z_E = capped(load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT), edge < vocab, SOFTCAP)
+    z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT)
+    z_E = shaped(z_E, edge < vocab, inverse, SOFTCAP, TEMPERED)
     body_ptr = body_start(row_ptr, head, layout, ALIKE)
     m = lowest(L, dtype)
     s = tl.zeros([L], dtype)
     z_sum = tl.zeros([L], dtype)
+    e = tl.zeros([L], dtype)
     for start in range(0, body, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         mask_v = offs_v < body
-        z = capped(load_logits(body_ptr, offs_v, mask_v, layout, dtype, EVICT), mask_v, SOFTCAP)
+        z = load_logits(body_ptr, offs_v, mask_v, layout, dtype, EVICT)
+        z = shaped(z, mask_v, inverse, SOFTCAP, TEMPERED)
         if Z_SUM:
             z_sum += total(tl.reshape(tl.where(mask_v, z, 0.0), [BLOCK_V // (L * W), L, W]))
-        m, s = extend(m, s, tl.reshape(z, [BLOCK_V // (L * W), L, W]))
-    m, s = fold(m, s)
-    m, s = extend(m, s, tl.reshape(z_E, [1, 1, 2 * W]))
-    return only(seen(m, s)), only(s), t, tl.sum(z_sum, 0) + tl.sum(tl.where(edge < vocab, z_E, 0.0), 0)
+        m, s, e = extend(m, s, e, tl.reshape(z, [BLOCK_V // (L * W), L, W]), E)
+    m, s, e = fold(m, s, e, E)
+    m, s, e = extend(m, s, e, tl.reshape(z_E, [1, 1, 2 * W]), E)
+    z_sum = tl.sum(z_sum, 0) + tl.sum(tl.where(edge < vocab, z_E, 0.0), 0)
+    return only(seen(m, s)), only(s), t, z_sum, only(e)
 
 
 @triton.jit
-def logits_grad(z, m, scale, uniform, SOFTCAP: tl.constexpr, UNIFORM: tl.constexpr):
-    """(exp(softcap(z) - m) * scale - uniform) times the softcap's slope."""
+def store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr):
+    """Terms of a row; the pointers of those that are not needed are None."""
+    tl.store(m_ptr + row, m)
+    tl.store(s_ptr + row, s)
+    tl.store(t_ptr + row, t)
+    if z_sum_ptr is not None:
+        tl.store(z_sum_ptr + row, z_sum)
+    if e_ptr is not None:
+        tl.store(e_ptr + row, e)
+
+
+@triton.jit
+def gradient(x, scale, uniform, slope, UNIFORM: tl.constexpr, SLOPE: tl.constexpr):
+    """exp(x) * (scale + slope * x) - uniform; see `row_terms.Coefficients`."""
+    grad = exp(x)
+    if SLOPE:
+        grad = grad * scale + times_exponent(grad, x) * slope
+    else:
+        grad = grad * scale
+    if UNIFORM:
+        grad = grad - uniform
+    return grad
+
+
+@triton.jit
+def logits_grad(
+    z, m, inverse, scale, uniform, slope, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, UNIFORM: tl.constexpr,
+    SLOPE: tl.constexpr,
+):  # fmt: skip
+    """`gradient` of logits as they lie, times the softcap's slope."""
+    bent = z
     if SOFTCAP != 0:
         bent = tanh(z / SOFTCAP)
         z = SOFTCAP * bent
-    grad = exp(z - finite(m)) * scale
-    if UNIFORM:
-        grad = grad - uniform
+    if TEMPERED:
+        z = z * inverse
+    grad = gradient(z - finite(m), scale, uniform, slope, UNIFORM, SLOPE)
     if SOFTCAP != 0:
         grad = grad * (1.0 - bent * bent)
     return grad
@@ -324,13 +380,16 @@ def logits_grad(z, m, scale, uniform, SOFTCAP: tl.constexpr, UNIFORM: tl.constex
 
 @triton.jit
 def write_row_grad(
-    grad_ptr, row_ptr, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype: tl.constexpr,
-    SOFTCAP: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, m, t, scale, target, uniform, slope,
+    dtype: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, UNIFORM: tl.constexpr, SLOPE: tl.constexpr,
+    BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a row: exp(z - m) * scale - uniform, plus target at the label's column.
+    """Gradient of a row by its logits: `gradient`, target included, times the slope of softcap and temperature.
 
-    All of it times the softcap's slope. Each logit is read before its gradient is written, which may be over it.
+    Each logit is read before its gradient is written, which may be over it.
     """
+    if TEMPERED:
+        scale, target, uniform, slope = scale * inverse, target * inverse, uniform * inverse, slope * inverse
     head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
     edge = edge_columns(head, body, W)
     z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, "evict_first")
@@ -340,14 +399,16 @@ def write_row_grad(
         offs_v = (blocks - 1 - block) * BLOCK_V + tl.arange(0, BLOCK_V)
         mask_v = offs_v < body
         z = load_logits(from_ptr, offs_v, mask_v, layout, dtype, "evict_first")
-        store_grad(to_ptr, offs_v, mask_v, grad_layout, logits_grad(z, m, scale, uniform, SOFTCAP, UNIFORM))
-    store_grad(grad_ptr, edge, edge < vocab, grad_layout, logits_grad(z_E, m, scale, uniform, SOFTCAP, UNIFORM))
+        grad = logits_grad(z, m, inverse, scale, uniform, slope, SOFTCAP, TEMPERED, UNIFORM, SLOPE)
+        store_grad(to_ptr, offs_v, mask_v, grad_layout, grad)
+    grad = logits_grad(z_E, m, inverse, scale, uniform, slope, SOFTCAP, TEMPERED, UNIFORM, SLOPE)
+    store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad)
     # From t itself, so that the element is rounded once and the loop compares no indices.
-    grad = exp(t - finite(m)) * scale + target
-    if UNIFORM:
-        grad = grad - uniform
+    grad = gradient(t - finite(m), scale, uniform, slope, UNIFORM, SLOPE) + target
     if SOFTCAP != 0:
         bent = t / SOFTCAP
+        if TEMPERED:
+            bent = bent / inverse
         grad = grad * (1.0 - bent * bent)
     # Another thread of this program has stored the loop's value there, which must not come after this one.
     tl.debug_barrier()
@@ -359,8 +420,9 @@ def row_terms_kernel(
     logits_ptr,  # [T, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool, or None
+    inverse_ptr,  # [T] inverse temperatures, or None
     m_ptr, s_ptr, t_ptr,  # [T]
-    z_sum_ptr,  # [T], or None
+    z_sum_ptr, e_ptr,  # [T], or None
     vocab_start, vocab, layout,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
@@ -369,15 +431,14 @@ def row_terms_kernel(
     end = tl.where(is_ignored(keep_ptr, row), 0, vocab)
     row_ptr = logits_ptr + row_start(row, layout)
     label = tl.load(labels_ptr + row) - vocab_start
-    m, s, t, z_sum = row_terms(
-        row_ptr, end, label, layout, m_ptr.dtype.element_ty, SOFTCAP, z_sum_ptr is not None, "evict_first", BLOCK_V, L,
-        W, ALIKE,
+    inverse = 1.0
+    if inverse_ptr is not None:
+        inverse = tl.load(inverse_ptr + row)
+    m, s, t, z_sum, e = row_terms(
+        row_ptr, end, label, layout, inverse, m_ptr.dtype.element_ty, SOFTCAP, inverse_ptr is not None,
+        z_sum_ptr is not None, e_ptr is not None, "evict_first", BLOCK_V, L, W, ALIKE,
     )  # fmt: skip
-    tl.store(m_ptr + row, m)
-    tl.store(s_ptr + row, s)
-    tl.store(t_ptr + row, t)
-    if z_sum_ptr is not None:
-        tl.store(z_sum_ptr + row, z_sum)
+    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr)
 
 
 @triton.jit
@@ -386,8 +447,9 @@ def row_grad_kernel(
     logits_ptr,  # [T, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool, or None
+    inverse_ptr,  # [T] inverse temperatures, or None
     m_ptr, t_ptr,  # [T]
-    scale_ptr, target_ptr, uniform_ptr,  # [T]; the last may be None
+    scale_ptr, target_ptr, uniform_ptr, slope_ptr,  # [T]; the last two may be None
     unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
     vocab_start, vocab, grad_layout, layout,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
@@ -402,13 +464,19 @@ def row_grad_kernel(
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     label = tl.load(labels_ptr + row) - vocab_start
+    inverse = 1.0
+    if inverse_ptr is not None:
+        inverse = tl.load(inverse_ptr + row)
     uniform = 0.0
     if uniform_ptr is not None:
         uniform = tl.load(uniform_ptr + row)
+    slope = 0.0
+    if slope_ptr is not None:
+        slope = tl.load(slope_ptr + row)
     write_row_grad(
-        grad_ptr, row_ptr, vocab, label, grad_layout, layout, tl.load(m_ptr + row), tl.load(t_ptr + row),
-        tl.load(scale_ptr + row), tl.load(target_ptr + row), uniform, m_ptr.dtype.element_ty, SOFTCAP,
-        uniform_ptr is not None, BLOCK_V, W, ALIKE,
+        grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, tl.load(m_ptr + row), tl.load(t_ptr + row),
+        tl.load(scale_ptr + row), tl.load(target_ptr + row), uniform, slope, m_ptr.dtype.element_ty, SOFTCAP,
+        inverse_ptr is not None, uniform_ptr is not None, slope_ptr is not None, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -418,9 +486,10 @@ def row_kernel(
     logits_ptr,  # [T, V]
     labels_ptr,  # [T] int64, over the whole vocabulary
     keep_ptr,  # [T] bool, or None
+    inverse_ptr,  # [T] inverse temperatures, or None
     coef_ptr,  # [T] factor of each row's loss
     m_ptr, s_ptr, t_ptr,  # [T]
-    z_sum_ptr,  # [T], or None
+    z_sum_ptr, e_ptr,  # [T], or None
     num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
     SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -435,22 +504,21 @@ def row_kernel(
     grad_ptr += row_start(row, grad_layout)
     label = tl.load(labels_ptr + row) - vocab_start
     coef = tl.load(coef_ptr + row)
-    m, s, t, z_sum = row_terms(
-        row_ptr, end, label, layout, dtype, SOFTCAP, z_sum_ptr is not None, "evict_last", BLOCK_V, L, W, ALIKE
-    )
-    tl.store(m_ptr + row, m)
-    tl.store(s_ptr + row, s)
-    tl.store(t_ptr + row, t)
-    if z_sum_ptr is not None:
-        tl.store(z_sum_ptr + row, z_sum)
+    inverse = 1.0
+    if inverse_ptr is not None:
+        inverse = tl.load(inverse_ptr + row)
+    m, s, t, z_sum, e = row_terms(
+        row_ptr, end, label, layout, inverse, dtype, SOFTCAP, inverse_ptr is not None, z_sum_ptr is not None,
+        e_ptr is not None, "evict_last", BLOCK_V, L, W, ALIKE,
+    )  # fmt: skip
+    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr)
     if ignored | (coef == 0):
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     scale, target, uniform = cross_entropy_coefficients(m, s, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
-    # The sum of all logits has the same gradient for each: a loss with z_sum has a uniform part.
     write_row_grad(
-        grad_ptr, row_ptr, vocab, label, grad_layout, layout, m, t, scale, target, uniform, dtype, SOFTCAP,
-        z_sum_ptr is not None, BLOCK_V, W, ALIKE,
+        grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, m, t, scale, target, uniform, 0.0, dtype,
+        SOFTCAP, inverse_ptr is not None, LABEL_SMOOTHING != 0, False, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 

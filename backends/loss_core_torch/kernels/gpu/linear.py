@@ -12,24 +12,24 @@ at a time: product 3 wants many tokens, logits are twice as large. Else E is wri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, RowTerms, cross_entropy_coefficients
+from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums
 from loss_core_torch import compat
-from loss_core_torch.kernels import Into, Linear, Rows, Wanted
+from loss_core_torch.kernels import Into, Linear, Rows, Wanted, joined_terms
 from loss_core_torch.kernels.gpu import kernels, rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.products import multiply
 from loss_core_torch.tracing import compute_dtype
 
-# The largest coefficient has this exponent, or one more; see `_Chunks.representable`.
+# The largest coefficient has this exponent, or one more; see `_Chunks.exponent`.
 _FLOAT16_EXPONENT = 15
 
 
-def terms(launcher: Launcher, linear: Linear, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+def terms(launcher: Launcher, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
     """See `KernelSet.linear_terms`."""
     chunks = _Chunks(launcher, linear, Wanted(keep_logits, keep_logits), together=keep_logits)
     logits = chunks.new_logits()
@@ -38,20 +38,20 @@ def terms(launcher: Launcher, linear: Linear, keep_logits: bool) -> tuple[RowTer
         for at in chunks:
             z_BV = logits[: at.stop - at.start]
             multiply(chunks.hidden(at), chunks.w_VH.t(), z_BV)
-            found.append(rows.terms(launcher, chunks.rows(z_BV, at), linear.objective, linear.softcap))
+            found.append(rows.terms(launcher, chunks.rows(z_BV, at), sums))
     fits = keep_logits and len(logits) == len(linear.h_TH)
-    return _joined(found), logits if fits else logits.new_empty(0)
+    return joined_terms(found), logits if fits else logits.new_empty(0)
 
 
 def grads(
-    launcher: Launcher, linear: Linear, terms: RowTerms, upstream_T: Tensor, want: Wanted, logits: Tensor
+    launcher: Launcher, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `KernelSet.linear_grads`. An upstream gradient of 0 gives a gradient of 0, whatever the row holds."""
+    """See `KernelSet.linear_grads`. Coefficients of 0 give a gradient of 0, whatever the row holds."""
     kept = logits.numel() > 0
     chunks = _Chunks(launcher, linear, want, together=kept)
-    upstream_T, unscale = chunks.representable(upstream_T)
-    keep_T = rows.with_effect(None, upstream_T)
-    coefficients = cross_entropy_coefficients(torch, terms, upstream_T, linear.objective)
+    exponent = chunks.exponent(*coefficients)
+    coefficients = Coefficients(*(_times_power(c_T, exponent) for c_T in coefficients))
+    keep_T = rows.with_effect(coefficients)
     found = _Grads(chunks, want)
     logits = logits if kept else chunks.new_logits()
     e = chunks.new_grad(logits)
@@ -65,17 +65,18 @@ def grads(
                 block = chunks.rows(z_BV, at)._replace(keep_T=keep_T[at])
                 terms_B = RowTerms(terms.m[at], terms.s[at], terms.t[at])
                 coefficients_B = Coefficients(*(None if x_T is None else x_T[at] for x_T in coefficients))
-                rows.grad(launcher, block, terms_B, coefficients_B, Into(e_BV), linear.softcap)
+                rows.grad(launcher, block, terms_B, coefficients_B, Into(e_BV))
             found.add(chunk, e_CV)
-    return found.times(unscale)
+    return found.without(exponent)
 
 
 def terms_and_grads(
-    launcher: Launcher, linear: Linear, coef_T: Tensor, want: Wanted
+    launcher: Launcher, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
 ) -> tuple[RowTerms, Tensor, Tensor]:
     """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
     chunks = _Chunks(launcher, linear, want)
-    coef_T, unscale = chunks.representable(coef_T)
+    exponent = chunks.exponent(coef_T, room=math.ceil(math.log2(1.0 + 2.0**15 * objective.z_loss)))
+    coef_T = coef_T if exponent is None else torch.ldexp(coef_T, exponent)
     found, found_terms = _Grads(chunks, want), []
     logits = chunks.new_logits()
     e = chunks.new_grad(logits)
@@ -85,12 +86,10 @@ def terms_and_grads(
             for at, e_BV in chunks.parts(chunk, e_CV):
                 z_BV = logits[: len(e_BV)]
                 multiply(chunks.hidden(at), chunks.w_VH.t(), z_BV)
-                terms_B, _ = rows.terms_and_grad(
-                    launcher, chunks.rows(z_BV, at), coef_T[at], linear.objective, e_BV, linear.softcap
-                )
+                terms_B, _ = rows.terms_and_grad(launcher, chunks.rows(z_BV, at), coef_T[at], objective, e_BV)
                 found_terms.append(terms_B)
             found.add(chunk, e_CV)
-    return _joined(found_terms), *found.times(unscale)
+    return joined_terms(found_terms), *found.without(exponent)
 
 
 def scaled(launcher: Launcher, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +141,9 @@ class _Chunks:
 
     def rows(self, z_BV: Tensor, at: slice) -> Rows:
         """Logits of a chunk, and what is known of them."""
-        return Rows(z_BV, self.linear.labels_T[at], None, self.linear.vocab_start)
+        labels_T, inverse_T = self.linear.labels_T, self.linear.inverse_temperature_T
+        inverse_B = None if inverse_T is None else inverse_T[at]
+        return Rows(z_BV, labels_T[at], None, self.linear.vocab_start, self.linear.softcap, inverse_B)
 
     def new_logits(self) -> Tensor:
         """Memory for logits."""
@@ -154,21 +155,23 @@ class _Chunks:
             return logits
         return logits.new_empty((self.tokens, self.vocab), dtype=self.operand)
 
-    def representable(self, coef_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Coefficients whose gradient the operands can hold, and the power of two by which to multiply what follows.
+    def exponent(self, *factors: Tensor | None, room: int = 0) -> Tensor | None:
+        """n of the power 2^n by which to multiply coefficients so that the operands can hold the gradient.
 
         A mean over 8192 tokens would put every probability below 2e-4 beneath what float16 can hold. The largest
-        coefficient becomes at least 2^14 (float16 ends at 2^16): then a probability of 2^-28 is still a normal number.
-        With a z-loss l by 1 + 2 l 2^14 less, so that a log-sum-exp of 2^14 does not reach beyond the end either.
+        factor becomes at least 2^14 (float16 ends at 2^16): then a probability of 2^-28 is still a normal number.
+
+        Args:
+            factors: [T] each; of the exponentials, of a row's loss.
+            room: binary digits by which the gradient may be larger than they are: with a z-loss l those of
+                1 + 2 l 2^14, so that a log-sum-exp of 2^14 does not reach beyond the end either.
         """
-        if self.operand != torch.float16 or coef_T.numel() == 0:
-            return coef_T, None
+        if self.operand != torch.float16 or self.num_tokens == 0:
+            return None
         # A NaN is the mark of one token; it must not reach the others.
-        _, exponent = torch.frexp(coef_T.nan_to_num(nan=0.0).abs().amax())
-        room = math.ceil(math.log2(1.0 + 2.0**15 * self.linear.objective.z_loss))
-        exponent = exponent.clamp(-100, 100) - _FLOAT16_EXPONENT + room
-        one = torch.ones_like(exponent, dtype=coef_T.dtype)
-        return torch.ldexp(coef_T, -exponent), torch.ldexp(one, exponent)
+        largest = [factor_T.nan_to_num(nan=0.0).abs().amax() for factor_T in factors if factor_T is not None]
+        _, exponent = torch.frexp(torch.stack(largest).amax())
+        return _FLOAT16_EXPONENT - room - exponent.clamp(-100, 100)
 
 
 class _Grads:
@@ -193,19 +196,19 @@ class _Grads:
         if self._want[1]:
             multiply(e_CV.t(), self._chunks.hidden(chunk), self._w, add=chunk.start > 0)
 
-    def times(self, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sums, multiplied in place."""
-        return (self._h, self._w) if factor is None else (self._h.mul_(factor), self._w.mul_(factor))
+    def without(self, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sums, without the power of two of the coefficients; in place."""
+        if exponent is None:
+            return self._h, self._w
+        factor = torch.ldexp(torch.ones_like(exponent, dtype=self._chunks.dtype), -exponent)
+        return self._h.mul_(factor), self._w.mul_(factor)
+
+
+def _times_power(x_T: Tensor | None, exponent: Tensor | None) -> Tensor | None:
+    return x_T if x_T is None or exponent is None else torch.ldexp(x_T, exponent)
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """Of at most `step`; a single empty one if there is nothing."""
     for at in range(start, max(stop, start + 1), max(step, 1)):
         yield slice(at, min(at + step, stop))
-
-
-def _joined(chunks: Sequence[RowTerms]) -> RowTerms:
-    """Terms of all tokens."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return RowTerms(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))

@@ -43,13 +43,13 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole():
     keep, coef = torch.tensor([True, True, False, True, True]), torch.linspace(-1, 1, 5)
     student[0, 14:] = teacher[0, 14:] = -torch.inf
     objective, rows = Objective(40), Rows(student, labels, None)
-    whole, pairs = eager.row_terms(rows, objective), eager.pair_terms(Pairs(student, teacher, None, 0.5))
+    whole, pairs = eager.row_terms(rows, objective.sums), eager.pair_terms(Pairs(student, teacher, None, 0.5))
     coefficients, kl = Coefficients(coef / whole.s, -coef), kl_divergence(torch, pairs)
     terms, grads, pair_terms, pair_grads = None, [], None, {False: [], True: []}
     # A rank may own nothing, or one class.
     for start, stop in ((0, 13), (13, 13), (13, 14), (14, 40)):
         part, of_teacher = student[:, start:stop], teacher[:, start:stop]
-        made = kernels.row_terms(Rows(part, labels, None, start), objective)
+        made = kernels.row_terms(Rows(part, labels, None, start), objective.sums)
         terms = made if terms is None else combine(torch, terms, made)
         grads.append(kernels.row_grad(Rows(part, labels, keep, start), whole, coefficients))
         made = kernels.pair_terms(Pairs(part, of_teacher, None, 0.5))

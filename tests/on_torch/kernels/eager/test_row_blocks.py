@@ -1,19 +1,9 @@
 """Blocks of rows: whatever the strides, each row once, and none that is ignored where it can be left out."""
 
-import math
-
 import pytest
 import torch
 
-from loss_core_torch.kernels.eager.row_blocks import (
-    Buffer,
-    blocks,
-    log2_exp,
-    matrix,
-    row_dots,
-    row_sums,
-    without,
-)
+from loss_core_torch.kernels.eager.row_blocks import Buffer, blocks, matrix
 
 LAYOUTS = {
     "a row": lambda x: x[0, 0, 0],
@@ -92,29 +82,3 @@ def test_a_power_does_not_depend_on_where_in_the_block_it_lies(rows, columns):
     for first in range(0, 37 - rows + 1, rows):
         part_BV = y_BV[first : first + rows]
         assert torch.equal(alone.exp2(alone.take(part_BV).copy_(part_BV)), all_BV[first : first + rows])
-
-
-@pytest.mark.parametrize("columns", [33, 40_000, 300_000])
-def test_a_sum_does_not_depend_on_how_many_rows_there_are(columns):
-    # PyTorch sums a row of more than 32,768 in two pieces where it is alone, and there are two threads.
-    torch.manual_seed(0)
-    x_BV, y_BV = torch.rand(5, columns), torch.rand(5, columns)
-    for rows in (slice(0, 1), slice(4, 5), slice(1, 3)):
-        assert torch.equal(row_sums(x_BV[rows]), row_sums(x_BV)[rows])
-        assert torch.equal(row_dots(x_BV[rows], y_BV[rows]), row_dots(x_BV, y_BV)[rows])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("largest", [0.0, 64.0, -8192.0, 2.0**17, 2.0**24, 1e30, math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("factor", [1.0, 0.25])
-def test_the_powers_of_two_are_the_exponentials(dtype, largest, factor):
-    # Multiples of 1/8, and powers of two: factor z is exact, and so is factor z - m.
-    torch.manual_seed(0)
-    z_BV = (torch.randn(3, 50, dtype=dtype) * 8).round() / 8
-    z_BV[1] += largest  # of the second row alone: what it holds must not touch the others
-    m_B = z_BV.amax(-1) * factor
-    number_B = log2_exp(z_BV, factor, m_B, y_BV := torch.empty_like(z_BV))
-    got_B = without(number_B, y_BV.exp2().sum(-1))
-    shift_B = torch.where(m_B == -math.inf, 0.0, m_B.double())
-    want_B = (z_BV.double() * factor - shift_B[:, None]).exp().sum(-1)
-    torch.testing.assert_close(got_B.double(), want_B, rtol=32 * torch.finfo(dtype).eps, atol=0, equal_nan=True)

@@ -230,8 +230,8 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
     # Every option once with and once without.
     for keep_T, objective in ((None, Objective(vocab)), (labels_T != 0, Objective(vocab, 0.1))):
         rows, pairs = Rows(logits, labels_T, keep_T), Pairs(logits, logits, keep_T, 0.5)
-        coefficients = Coefficients(coef_T, coef_T, coef_T if objective.needs_z_sum else None)
-        terms = kernels.row_terms(rows, objective)
+        coefficients = Coefficients(coef_T, coef_T, coef_T if objective.sums.z_sum else None)
+        terms = kernels.row_terms(rows, objective.sums)
         kernels.row_grad(rows, terms, coefficients)
         kernels.row_grad(rows, terms, coefficients, Into(logits))
         _, grad = kernels.row_terms_and_grad(rows, coef_T, objective)
@@ -252,10 +252,11 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
         (30.0, Objective(len(weight))),
         (30.0, Objective(len(weight), 0.1)),
     ):
-        linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype, objective)
-        kernels.linear_terms_and_grads(linear, coef_T, Wanted(True, True))
-        terms, logits = kernels.linear_terms(linear, True)
-        kernels.linear_grads(linear, terms, coef_T, Wanted(True, True), logits)
+        linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype)
+        kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))
+        terms, logits = kernels.linear_terms(linear, objective.sums, True)
+        coefficients = Coefficients(coef_T, coef_T, coef_T if objective.sums.z_sum else None)
+        kernels.linear_grads(linear, terms, coefficients, Wanted(True, True), logits)
     kernels.scaled(torch.empty(weight.shape, dtype=coef_T.dtype, device="meta"), coef_T.sum(), weight.dtype)
 
 

@@ -26,16 +26,19 @@ pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 def _states_kernel(z_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr):
     """[PIECES, K, L, W] logits: extend over the pieces, fold over lanes, and the last piece once more."""
     offs = tl.arange(0, K * L * W)
-    m, s = kernels.lowest(L, tl.float32), tl.zeros([L], tl.float32)
+    m, s, e = kernels.lowest(L, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
     for piece in range(PIECES):
-        m, s = kernels.extend(m, s, tl.reshape(tl.load(z_ptr + piece * K * L * W + offs), [K, L, W]))
-    m, s = kernels.fold(m, s)
+        z = tl.reshape(tl.load(z_ptr + piece * K * L * W + offs), [K, L, W])
+        m, s, e = kernels.extend(m, s, e, z, True)
+    m, s, e = kernels.fold(m, s, e, True)
     tl.store(out_ptr, kernels.only(kernels.seen(m, s)))
     tl.store(out_ptr + 1, kernels.only(s))
+    tl.store(out_ptr + 2, kernels.only(e))
     last = tl.load(z_ptr + (PIECES - 1) * K * L * W + offs)
-    m, s = kernels.extend(m, s, tl.reshape(last, [1, 1, K * L * W]))
-    tl.store(out_ptr + 2, kernels.only(kernels.seen(m, s)))
-    tl.store(out_ptr + 3, kernels.only(s))
+    m, s, e = kernels.extend(m, s, e, tl.reshape(last, [1, 1, K * L * W]), True)
+    tl.store(out_ptr + 3, kernels.only(kernels.seen(m, s)))
+    tl.store(out_ptr + 4, kernels.only(s))
+    tl.store(out_ptr + 5, kernels.only(e))
 
 
 @triton.jit
@@ -77,20 +80,22 @@ def test_laws_of_combine(flag):
     for kind in ("plain", "some -inf", "empty pieces", "all -inf", "far apart"):
         z = _inputs(rng, kind, (pieces, k * lanes, width))
         for order in itertools.islice(itertools.permutations(range(pieces)), 0, 120, 17):
-            out = torch.empty(4)
+            out = torch.empty(6)
             _states_kernel[(1,)](torch.from_numpy(z[list(order)].copy()), out, K=k, L=lanes, W=width, PIECES=pieces)
             wide = z[list(order)].astype(np.float64).reshape(pieces, -1)
             ones = [_one(np, row) for row in wide]
             expected = functools.reduce(lambda a, b: row_terms.combine(np, a, b), ones)
             twice = row_terms.combine(np, expected, ones[-1])
-            assert (out[0], out[2]) == (expected.m, twice.m), (kind, order)
-            np.testing.assert_allclose(out[1::2], [expected.s, twice.s], rtol=1e-6, err_msg=kind)
+            assert (out[0], out[3]) == (expected.m, twice.m), (kind, order)
+            np.testing.assert_allclose(out[[1, 4]], [expected.s, twice.s], rtol=1e-6, err_msg=kind)
+            np.testing.assert_allclose(out[[2, 5]], [expected.e, twice.e], rtol=1e-5, atol=1e-6, err_msg=kind)
 
 
 def _one(xp, row):
     top = np.max(row)
-    with np.errstate(invalid="ignore"):
-        return row_terms.RowTerms(top, np.sum(np.where(row == -np.inf, 0, np.exp(row - top))), np.asarray(-np.inf))
+    x = np.where(row == -np.inf, -np.inf, row - (0.0 if top == -np.inf else top))
+    e = np.sum(np.where(row == -np.inf, 0, np.exp(x) * np.where(row == -np.inf, 0, x)))
+    return row_terms.RowTerms(top, np.sum(np.exp(x)), np.asarray(-np.inf), e=e)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -146,10 +151,13 @@ def test_tanh(flag):
 
 
 @triton.jit
-def _coefficients_kernel(s_ptr, upstream_ptr, out_ptr, num_classes, LABEL_SMOOTHING: tl.constexpr, T: tl.constexpr):
+def _coefficients_kernel(
+    m_ptr, s_ptr, upstream_ptr, out_ptr, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
     offs = tl.arange(0, T)
     scale, target, uniform = kernels.cross_entropy_coefficients(
-        tl.load(s_ptr + offs), tl.load(upstream_ptr + offs), num_classes, LABEL_SMOOTHING
+        tl.load(m_ptr + offs), tl.load(s_ptr + offs), tl.load(upstream_ptr + offs), num_classes, LABEL_SMOOTHING, Z_LOSS
     )
     tl.store(out_ptr + offs, scale)
     tl.store(out_ptr + T + offs, target)
@@ -157,15 +165,17 @@ def _coefficients_kernel(s_ptr, upstream_ptr, out_ptr, num_classes, LABEL_SMOOTH
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_coefficients_are_those_of_row_terms(flag, smoothing, dtype):
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.5)])
+def test_coefficients_are_those_of_row_terms(flag, smoothing, z_loss, dtype):
     z_TV = torch.randn(8, 11, dtype=dtype) * 3
     m_T = z_TV.amax(-1)
     terms = row_terms.RowTerms(m_T, (z_TV - m_T[:, None]).exp().sum(-1), z_TV[:, 4], z_TV.sum(-1))
     upstream_T, out = torch.randn(8, dtype=dtype), torch.empty(3, 8, dtype=dtype)
-    _coefficients_kernel[(1,)](terms.s, upstream_T, out, 11, LABEL_SMOOTHING=smoothing, T=8)
-    expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, row_terms.Objective(11, smoothing))
-    for got, want in zip(out, expected, strict=True):
+    options = {"LABEL_SMOOTHING": smoothing, "Z_LOSS": z_loss}
+    _coefficients_kernel[(1,)](terms.m, terms.s, upstream_T, out, 11, **options, T=8)
+    objective = row_terms.Objective(11, smoothing, z_loss)
+    expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, objective)
+    for got, want in zip(out, expected[:3], strict=True):
         torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
 
 

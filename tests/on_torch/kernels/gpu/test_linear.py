@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from loss_core.row_terms import Objective, cross_entropy
-from loss_core_torch.kernels import Linear, Wanted
+from loss_core.row_terms import Objective, Sums, cross_entropy, cross_entropy_coefficients
+from loss_core_torch.kernels import Linear, Wanted, kept_coefficients
 from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
 H = 8
-BOTH = Wanted(True, True)
+BOTH, OBJECTIVE = Wanted(True, True), Objective(V)
 
 
-def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0, smoothing=0.0):
+def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0):
     h, w = (torch.randn(num_tokens, H) * scale).to(dtype), torch.randn(V, H).to(dtype)
-    return Linear(h, w, torch.randint(0, V, (num_tokens,)), 0, softcap, dtype, Objective(V, smoothing))
+    return Linear(h, w, torch.randint(0, V, (num_tokens,)), 0, softcap, dtype)
 
 
 def _expected(linear, coef_T):
@@ -28,12 +28,19 @@ def _expected(linear, coef_T):
     return loss_T.detach(), *torch.autograd.grad(loss_T @ coef_T.double(), (h, w))
 
 
-def _both_ways(kernels, linear, coef_T):
+def _both_ways(kernels, linear, coef_T, smoothing=0.0):
     """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
-    yield kernels.linear_terms_and_grads(linear, coef_T, BOTH)
+    objective = Objective(V, smoothing)
+    yield kernels.linear_terms_and_grads(linear, coef_T, objective, BOTH)
     for keep_logits in (False, True):
-        terms, logits = kernels.linear_terms(linear, keep_logits)
-        yield terms, *kernels.linear_grads(linear, terms, coef_T, BOTH, logits)
+        terms, logits = kernels.linear_terms(linear, objective.sums, keep_logits)
+        coefficients = _coefficients(terms, coef_T, objective)
+        yield terms, *kernels.linear_grads(linear, terms, coefficients, BOTH, logits)
+
+
+def _coefficients(terms, coef_T, objective=OBJECTIVE):
+    # As the autograd function has them: nothing of a token that is ignored.
+    return kept_coefficients(cross_entropy_coefficients(torch, terms, coef_T, objective), coef_T != 0)
 
 
 @each_set
@@ -54,9 +61,9 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
 
 @each_set
 def test_the_sum_of_all_logits(flag, name):
-    linear = _linear(softcap=2.0, smoothing=0.1)
+    linear = _linear(softcap=2.0)
     expected = (2.0 * torch.tanh(linear.h_TH @ linear.w_VH.T / 2.0)).sum(-1)
-    for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5)):
+    for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5), smoothing=0.1):
         torch.testing.assert_close(terms.z_sum, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -64,10 +71,12 @@ def test_the_sum_of_all_logits(flag, name):
 def test_a_part_of_the_vocabulary(flag, name):
     whole, coef_T = _linear(), torch.randn(5)
     _, grad_h, grad_w = _expected(whole, coef_T)
-    terms, _ = SETS[name].linear_terms(whole, False)
+    terms, _ = SETS[name].linear_terms(whole, Sums(), False)
     part = whole._replace(w_VH=whole.w_VH[20:], vocab_start=20)
     rest = whole._replace(w_VH=whole.w_VH[:20])
-    found = [SETS[name].linear_grads(x, terms, coef_T, BOTH, torch.empty(0)) for x in (rest, part)]
+    found = [
+        SETS[name].linear_grads(x, terms, _coefficients(terms, coef_T), BOTH, torch.empty(0)) for x in (rest, part)
+    ]
     torch.testing.assert_close((found[0][0] + found[1][0]).double(), grad_h, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]).double(), grad_w, rtol=1e-4, atol=1e-5)
 
@@ -91,8 +100,8 @@ def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
 def test_what_is_not_wanted_is_empty(flag, name, want):
     linear, coef_T = _linear(), torch.randn(5)
     expected = _expected(linear, coef_T)[1:]
-    terms, *found = SETS[name].linear_terms_and_grads(linear, coef_T, want)
-    again = SETS[name].linear_grads(linear, terms, coef_T, want, torch.empty(0))
+    terms, *found = SETS[name].linear_terms_and_grads(linear, coef_T, OBJECTIVE, want)
+    again = SETS[name].linear_grads(linear, terms, _coefficients(terms, coef_T), want, torch.empty(0))
     for made in (found, again):
         for got, right, wanted in zip(made, expected, want, strict=True):
             if wanted:
@@ -103,9 +112,9 @@ def test_what_is_not_wanted_is_empty(flag, name, want):
 
 def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
     for name, kept in (("own-sizes", True), ("tiny-blocks", False)):
-        _, logits = SETS[name].linear_terms(_linear(), True)
+        _, logits = SETS[name].linear_terms(_linear(), Sums(), True)
         assert bool(logits.numel()) == kept
-        assert SETS[name].linear_terms(_linear(), False)[1].numel() == 0
+        assert SETS[name].linear_terms(_linear(), Sums(), False)[1].numel() == 0
 
 
 def test_operands_of_16_bits_and_small_coefficients(flag):
@@ -155,7 +164,7 @@ def test_memory_that_rounding_needs_later_is_used_before(flag):
     narrow = _linear(dtype=torch.bfloat16)
     wide = narrow._replace(w_VH=narrow.w_VH.float())
     for linear, want in ((narrow, BOTH), (narrow, Wanted(True, False)), (wide, BOTH)):
-        kernels.linear_terms_and_grads(linear, torch.ones(5), want)
+        kernels.linear_terms_and_grads(linear, torch.ones(5), OBJECTIVE, want)
     assert asked == [V * H * 2, 0, 0]
 
 

@@ -5,8 +5,16 @@ import itertools
 import pytest
 import torch
 
-from loss_core.row_terms import Coefficients, Objective, RowTerms, cross_entropy, cross_entropy_coefficients
-from loss_core_torch.kernels import Into, Rows
+from loss_core.row_terms import (
+    Coefficients,
+    Objective,
+    RowTerms,
+    Sums,
+    cross_entropy,
+    cross_entropy_coefficients,
+    log_probability_coefficients,
+)
+from loss_core_torch.kernels import Into, Rows, whole_rows
 from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
@@ -23,16 +31,21 @@ def _rows(logits, vocab_start=0, ignored=True):
     return Rows(logits, labels_T, torch.arange(num_rows) % 4 != 3 if ignored else None, vocab_start)
 
 
-def _expected(rows, coef_T, uniform_T=None):
-    """Terms and gradient in float64, by definition."""
-    z_TV = rows.logits.reshape(-1, rows.logits.shape[-1]).double()
+def _expected(rows, coef_T, uniform_T=None, of_entropy_T=None):
+    """Terms and gradient in float64, by definition: of coef * cross entropy, and of_entropy * entropy."""
+    z_TV, slope_TV = whole_rows(rows._replace(logits=rows.logits.double()))
     hit_TV = rows.labels_T[:, None] - rows.vocab_start == torch.arange(z_TV.shape[1])
     t_T = torch.where(hit_TV, z_TV, -torch.inf).amax(-1)
     m_T = z_TV.amax(-1)
-    terms = RowTerms(m_T, (z_TV - m_T[:, None]).exp().sum(-1), t_T, z_TV.sum(-1))
+    x_TV, log_p_TV = z_TV - m_T[:, None], z_TV.log_softmax(-1)
+    terms = RowTerms(m_T, x_TV.exp().sum(-1), t_T, z_TV.sum(-1), (x_TV.exp() * x_TV).sum(-1))
     grad_TV = coef_T.double()[:, None] * (z_TV.softmax(-1) - hit_TV.double())
     if uniform_T is not None:
         grad_TV -= uniform_T.double()[:, None]
+    if of_entropy_T is not None:
+        entropy_T1 = -(log_p_TV.exp() * log_p_TV).sum(-1, keepdim=True)
+        grad_TV -= of_entropy_T.double()[:, None] * log_p_TV.exp() * (log_p_TV + entropy_T1)
+    grad_TV *= slope_TV
     if rows.keep_T is not None:
         grad_TV = torch.where(rows.keep_T[:, None], grad_TV, 0.0)
     return terms, grad_TV.view(rows.logits.shape)
@@ -63,7 +76,7 @@ def test_terms_and_gradient(flag, name, dtype, ignored):
     rows = _rows((torch.randn(7, V) * 3).to(dtype), vocab_start=5, ignored=ignored)
     coef_T = torch.randn(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     terms, grad = _expected(rows, coef_T)
-    found = kernels.row_terms(rows, Objective(V))
+    found = kernels.row_terms(rows, Sums())
     assert found.z_sum is None
     _same_terms(rows, found, terms)
     coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
@@ -79,13 +92,30 @@ def test_the_sum_of_all_logits_and_the_uniform_part(flag, name):
     kernels, rows, coef_T, uniform_T = SETS[name], _rows(torch.randn(7, V)), torch.randn(7), torch.randn(7)
     terms, grad = _expected(rows, coef_T, uniform_T)
     for found in (
-        kernels.row_terms(rows, Objective(V, 0.1)),
+        kernels.row_terms(rows, Sums(z_sum=True)),
         kernels.row_terms_and_grad(rows, coef_T, Objective(V, 0.1))[0],
     ):
         assert found.z_sum is not None
         _same_terms(rows, found, terms)
     coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))._replace(uniform=uniform_T)
     _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
+
+
+@each_set
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("temperature", [None, 1.5])
+def test_entropy_softcap_and_temperature(flag, name, softcap, temperature):
+    kernels, rows, upstream_T, of_entropy_T = SETS[name], _rows(torch.randn(7, V)), torch.randn(7), torch.randn(7)
+    inverse_T = None if temperature is None else 1.0 / torch.linspace(0.5, temperature, 7)
+    rows = rows._replace(softcap=softcap, inverse_temperature_T=inverse_T)
+    terms, grad = _expected(rows, -upstream_T, of_entropy_T=of_entropy_T)
+    found = kernels.row_terms(rows, Sums(e=True))
+    _same_terms(rows, found, terms)
+    coefficients = log_probability_coefficients(torch, found, upstream_T, of_entropy_T)
+    _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
+    found, made = kernels.row_terms_and_grad(rows, upstream_T, Objective(V))
+    _same_terms(rows, found, terms)
+    _close(made, _expected(rows, upstream_T)[1], torch.float32)
 
 
 @each_set
@@ -150,7 +180,7 @@ def test_any_layout_is_one_launch(flag, layout):
     rows = _rows(layouts()[layout])
     if not rows.logits.numel():
         return
-    terms = kernels.row_terms(rows, Objective(V))
+    terms = kernels.row_terms(rows, Sums())
     kernels.row_grad(rows, terms, cross_entropy_coefficients(torch, terms, torch.ones(1), Objective(V)))
     assert seen == ["row_terms_kernel", "row_grad_kernel"]
 
@@ -160,7 +190,7 @@ def test_over_the_logits_themselves(flag, layout):
     kernels, logits = SETS["tiny-blocks"], layouts(torch.bfloat16)[layout]
     rows = _rows(logits)
     coef_T = torch.randn(rows.labels_T.shape)
-    terms = kernels.row_terms(rows, Objective(V))
+    terms = kernels.row_terms(rows, Sums())
     coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
     expected = kernels.row_grad(rows, terms, coefficients)
     assert kernels.row_grad(rows, terms, coefficients, Into(logits)) is logits
@@ -170,7 +200,7 @@ def test_over_the_logits_themselves(flag, layout):
 @each_set
 def test_nothing_is_done_where_the_upstream_is_one(flag, name):
     kernels, rows = SETS[name], _rows(torch.randn(4, V))
-    terms = kernels.row_terms(rows, Objective(V))
+    terms = kernels.row_terms(rows, Sums())
     for upstream, written in ((1.0, False), (1.0 + 2**-20, True), (torch.nan, True)):
         coefficients = cross_entropy_coefficients(torch, terms, torch.full((4,), upstream), Objective(V))
         out = torch.full((4, V), 7.0)
@@ -235,7 +265,7 @@ def test_offsets_beyond_32_bits(flag):
         far.copy_(torch.randn(2, 40))
         rows, coef_T = Rows(far, torch.tensor([3, 39]), None), torch.ones(2)
         terms, grad = _expected(rows, coef_T)
-        found = SETS["own-sizes"].row_terms(rows, Objective(V))
+        found = SETS["own-sizes"].row_terms(rows, Sums())
         _same_terms(rows, found, terms)
         coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
         _close(SETS["own-sizes"].row_grad(rows, found, coefficients, Into(far)), grad, torch.bfloat16)
@@ -244,7 +274,8 @@ def test_offsets_beyond_32_bits(flag):
 def test_no_vocabulary_is_an_empty_piece(flag):
     kernels, seen = counted()
     rows, low_T, none_T = Rows(torch.randn(2, 3, 0), torch.zeros(6).long(), None), torch.full((6,), -torch.inf), [0.0]
-    found = kernels.row_terms(rows, Objective(V, 0.1))
-    torch.testing.assert_close(tuple(found), (low_T, torch.tensor(none_T * 6), low_T, torch.tensor(none_T * 6)))
+    found = kernels.row_terms(rows, Sums(z_sum=True, e=True))
+    none_T = torch.tensor(none_T * 6)
+    torch.testing.assert_close(tuple(found), (low_T, none_T, low_T, none_T, none_T))
     assert kernels.row_terms_and_grad(rows, torch.ones(6), Objective(V))[1].shape == rows.logits.shape
     assert not seen
