@@ -1,8 +1,9 @@
 """Typed configs for LLM training losses, built on PyTorch or JAX by a flag, and proved to agree.
 
 >>> from loss_core import MaskedCrossEntropyConfig
->>> MaskedCrossEntropyConfig(reduction="mean")
-MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean', inplace_grad=False, label_smoothing=0.0)
+>>> MaskedCrossEntropyConfig(reduction="mean")  # doctest: +NORMALIZE_WHITESPACE
+MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean', inplace_grad=False, label_smoothing=0.0,
+    z_loss=0.0, logit_softcapping=0.0)
 
 Importing this package loads neither torch nor jax; `config.build(backend=...)` does.
 """
@@ -15,7 +16,9 @@ from loss_core.build import (
 )
 from loss_core.config import (
     FusedLinearCEConfig,
+    FusedLinearLogProbsConfig,
     KDLossConfig,
+    LogProbsConfig,
     LossConfig,
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
@@ -24,6 +27,7 @@ from loss_core.config import (
 from loss_core.dispatch.flags import parse_flag
 from loss_core.dispatch.protocol import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice
 from loss_core.registry import LOSS_CONFIG_REGISTRY
+from loss_core.results import TokenLogProbs
 
 __version__ = "0.1.0"
 
@@ -34,12 +38,15 @@ __all__ = [
     "Evaluation",
     "FlagStatus",
     "FusedLinearCEConfig",
+    "FusedLinearLogProbsConfig",
     "KDLossConfig",
     "KernelChoice",
+    "LogProbsConfig",
     "LossConfig",
     "LossFromFactoryConfig",
     "MaskedCrossEntropyConfig",
     "TEParallelCEConfig",
+    "TokenLogProbs",
     "build_loss_config",
     "build_loss_module",
     "parse_flag",

@@ -25,6 +25,7 @@ from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import jax_baselines
 from loss_core_bench.runner import MeasuresRates, Runner, host_peak, timed_calls
+from loss_core_jax.evaluate import as_one
 
 # The axis of the mesh over which the vocabulary is sharded.
 _AXIS = "tp"
@@ -151,8 +152,8 @@ class LossRunner:
         def step(floats: dict[str, jax.Array], others: dict[str, jax.Array], fixed: tuple[tuple[str, int], ...]) -> Any:
             given = {**others, **dict(fixed)}
             if job.forward_only:
-                return loss(**floats, **given)
-            value, pull_back = jax.vjp(lambda varied: loss(**varied, **given), floats)
+                return as_one(loss(**floats, **given))
+            value, pull_back = jax.vjp(lambda varied: as_one(loss(**varied, **given)), floats)
             return value, pull_back(jnp.ones_like(value))[0]
 
         # A new function, so that every runner compiles its own: first calls are comparable.

@@ -28,6 +28,7 @@ from loss_core_bench import torch_baselines
 from loss_core_bench.runner import MeasuresRates, Runner, host_peak, timed, timed_calls
 from loss_core_bench.torch_inputs import DTYPES, place, place_columns
 from loss_core_bench.torch_ranks import Ranks, join
+from loss_core_torch.evaluate import as_one
 from loss_core_torch.kernels.eager.products import Products
 
 __all__ = ["device_name", "join", "make_runner", "versions"]
@@ -110,7 +111,7 @@ class LossRunner:
         inputs = self._inputs(tiles, labels)
         if self.job.forward_only:
             with torch.no_grad():
-                return {"loss": _to_numpy(self.loss(**inputs))}
+                return {"loss": _to_numpy(as_one(self.loss(**inputs)))}
         value, grads = self._with_grads(inputs)
         return {"loss": _to_numpy(value), **{name: _to_numpy(g) for name, g in zip(self.grad_of, grads, strict=True)}}
 
@@ -191,7 +192,7 @@ class LossRunner:
         return result
 
     def _with_grads(self, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        value = self.loss(**inputs)
+        value = as_one(self.loss(**inputs))
         upstream = None if value.dim() == 0 else torch.ones_like(value)
         return value, torch.autograd.grad(value, [inputs[name] for name in self.grad_of], upstream)
 

@@ -34,7 +34,7 @@ def evaluate(
         before = {name: _bits(x) for name, x in inputs.items()}
         varied, fixed = {name: inputs[name] for name in grad_of}, {k: x for k, x in inputs.items() if k not in grad_of}
         # Under jit labels have no value to check; an abstract call with the real ones refuses what an eager call would.
-        result = jax.eval_shape(lambda floats: loss(**floats, **fixed), varied)
+        result = jax.eval_shape(lambda floats: as_one(loss(**floats, **fixed)), varied)
         ones = np.ones(result.shape) if upstream is None else np.asarray(upstream)
         arguments = (varied, fixed, jnp.asarray(ones, result.dtype))
         program = _value_and_grads.lower(loss, *arguments).compile()
@@ -52,8 +52,16 @@ def evaluate(
 def _value_and_grads(
     loss: Any, varied: dict[str, jax.Array], fixed: dict[str, jax.Array], upstream: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    value, pull_back = jax.vjp(lambda floats: loss(**floats, **fixed), varied)
+    value, pull_back = jax.vjp(lambda floats: as_one(loss(**floats, **fixed)), varied)
     return value, pull_back(upstream)[0]
+
+
+def as_one(result: Any) -> jax.Array:
+    """A result as one array: those of several are stacked in front."""
+    if isinstance(result, jax.Array):
+        return result
+    present = [x for x in result if x is not None]
+    return present[0] if len(present) == 1 else jnp.stack(present)
 
 
 def to_jax(array: np.ndarray, dtype: str) -> Any:

@@ -16,7 +16,14 @@ from loss_core_torch import auto
 from loss_core_torch.evaluate import evaluate
 from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
-from loss_core_torch.modules import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_torch.modules import (
+    FusedLinearCrossEntropy,
+    FusedLinearLogProbs,
+    KDLoss,
+    LogProbs,
+    MaskedCrossEntropy,
+    TEParallelCrossEntropy,
+)
 from loss_core_torch.modules.base import LossModule
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
 
@@ -37,6 +44,8 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     FusedLinearCrossEntropy: ("plain", "eager", "triton"),
     TEParallelCrossEntropy: ("plain", "eager", "compile", "triton", "te"),
     KDLoss: ("plain", "eager", "compile", "triton"),
+    LogProbs: ("plain", "eager", "compile", "triton"),
+    FusedLinearLogProbs: ("plain", "eager", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from loss_core.dispatch.observed import names, observing
 from loss_core.dispatch.protocol import Evaluation
-from loss_core_torch.modules import FusedLinearCrossEntropy
+from loss_core_torch.modules.linear import LinearModule
 from loss_core_torch.tracing import compute_dtype
 
 _DTYPES = {
@@ -43,7 +43,7 @@ def evaluate(
         leaf = inputs["logits"]
         passed["logits"] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=where).copy_(leaf)
     with observing() as seen:
-        result = loss(**passed)
+        result = as_one(loss(**passed))
         seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
         grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
     mutated = tuple(name for name, value in inputs.items() if not _same(value.detach(), before[name]))
@@ -58,9 +58,17 @@ def evaluate(
     )
 
 
+def as_one(result: Any) -> torch.Tensor:
+    """A result as one tensor: those of several are stacked in front."""
+    if isinstance(result, torch.Tensor):
+        return result
+    present = [x for x in result if x is not None]
+    return present[0] if len(present) == 1 else torch.stack(present)
+
+
 def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str | None:
     """Dtype to which the kernels of a fused loss round the logits' gradient, None where they do not."""
-    if not isinstance(loss, FusedLinearCrossEntropy):
+    if not isinstance(loss, LinearModule):
         return None
     operand = loss.operand_dtype(dtype, device)
     return None if operand == compute_dtype(dtype) else str(operand).removeprefix("torch.")

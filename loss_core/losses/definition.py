@@ -160,6 +160,7 @@ class LossDef:
         random_fields: config field -> function of a random generator, for random cases.
         reduction: (config) -> "sum", "mean" (over the tokens that count) or "none", without a count.
         products: matrix products [T, H] x [H, V] of a forward, for the least work of a call.
+        results: (config) -> how many results there are; those of several are stacked in front, as is their upstream.
         row_numbers: numbers per token that ranks tell each other when they share the vocabulary.
         sampled_rows: (config, [n, H] rows, [V, H] weight in blocks, arguments of the n rows) -> the gradient of the
             rows, for a call too large for the oracle; None where all floating arguments have the dimension T.
@@ -174,6 +175,7 @@ class LossDef:
     random_fields: Mapping[str, Callable[[np.random.Generator], Any]] = field(default_factory=dict)
     reduction: Callable[[Any], str] = lambda config: str(getattr(config, "reduction", "sum"))
     products: int = 0
+    results: Callable[[Any], int] = lambda config: 1
     row_numbers: int = 3
     sampled_rows: Callable[..., Floats] | None = None
 

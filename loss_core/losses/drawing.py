@@ -266,7 +266,9 @@ def make_case(recipe: Recipe, config: Any, seed: int) -> Case:
         recipe.change(Drawn(recipe, arrays, ignore_index, rng, rows, _logits(definition)))
     upstream: Array | None = None
     if "upstream" in recipe.extras:
-        upstream = np.asarray(rng.standard_normal(recipe.lead if definition.reduction(config) == "none" else ()))
+        lead = recipe.lead if definition.reduction(config) == "none" else ()
+        stacked = () if (results := definition.results(config)) == 1 else (results,)
+        upstream = np.asarray(rng.standard_normal((*stacked, *lead)))
     grad_of = tuple(a.name for a in definition.arguments if a.differentiated and a.name in arrays)
     return Case(recipe.name, config, arrays, upstream, grad_of, recipe.strided, recipe.catches)
 

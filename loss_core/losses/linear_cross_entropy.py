@@ -20,7 +20,7 @@ from loss_core.losses.cross_entropy import (
     through_softcap,
     token_cross_entropy,
 )
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Recipe
+from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import (
     TANH_ULPS,
@@ -82,17 +82,34 @@ def error_bound(
     its slope 1 - tanh^2 moves by 2 err / c. Each gradient is a sum over V (or T) of products whose
     left factor carries the error of the logits' gradient.
     """
-    fmt, inner = float_format(dtype), compute_format(dtype)
-    u = inner.u
-    h_TH = kept_rows(arrays["hidden_states"], expected.reduction.keep_T)
-    w_VH = np.asarray(arrays["lm_weight"], np.float64)
-    err_raw_T = np.max(sum_growth(h_TH.shape[1]) * u * (np.abs(h_TH) @ np.abs(w_VH).T), axis=-1)
-    raw_TV = h_TH @ w_VH.T
-    cap = float(config.logit_softcapping)
+    u, cap = compute_format(dtype).u, float(config.logit_softcapping)
+    raw_TV, err_raw_T = raw_logits(arrays, expected.reduction.keep_T, u)
     z_TV, slope_TV = softcap(raw_TV, cap)
     err_z_T = err_raw_T + (TANH_ULPS * u * np.max(np.abs(raw_TV), axis=-1) if cap else 0.0)
     result, dz_TV, err_dz_TV = logits_errors(config, z_TV, err_z_T, arrays, expected, dtype, upstream)
     dz_TV, err_dz_TV = through_softcap(dz_TV, err_dz_TV, slope_TV, cap, err_raw_T, u)
+    return result | product_errors(arrays, expected, dz_TV, err_dz_TV, expected.reduction.keep_T, dtype, product_dtype)
+
+
+def raw_logits(arrays: Arrays, keep_T: NDArray[np.bool_], u: float) -> tuple[Floats, Floats]:
+    """h @ W.T with zeros in ignored rows, and the largest error of each row of such sums of H products."""
+    h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
+    return h_TH @ w_VH.T, np.max(sum_growth(h_TH.shape[1]) * u * (np.abs(h_TH) @ np.abs(w_VH).T), axis=-1)
+
+
+def product_errors(
+    arrays: Arrays,
+    expected: OracleResult,
+    dz_TV: Floats,
+    err_dz_TV: Floats,
+    keep_T: NDArray[np.bool_],
+    dtype: str,
+    product_dtype: str | None,
+) -> dict[str, Floats]:
+    """Errors of the gradients of hidden states and weight, from that of the gradient by the raw logits."""
+    fmt, inner = float_format(dtype), compute_format(dtype)
+    u, w_VH = inner.u, np.asarray(arrays["lm_weight"], np.float64)
+    h_TH = kept_rows(arrays["hidden_states"], keep_T)
     if product_dtype is not None:
         operand = float_format(product_dtype)
         # Rounding of the operand, and what is lost near 0.
@@ -104,9 +121,10 @@ def error_bound(
     err_w_VH = (err_dz_TV + sum_growth(num_tokens) * u * size_TV).T @ np.abs(h_TH) + num_tokens * inner.near_zero
     grad = expected.grads["hidden_states"]
     allowed = stored(finite(grad), err_h_TH.reshape(grad.shape), fmt)
-    result["hidden_states"] = zero_where_ignored(allowed, expected.reduction.keep_T)
-    result["lm_weight"] = stored(finite(expected.grads["lm_weight"]), err_w_VH, fmt)
-    return result
+    return {
+        "hidden_states": zero_where_ignored(allowed, keep_T),
+        "lm_weight": stored(finite(expected.grads["lm_weight"]), err_w_VH, fmt),
+    }
 
 
 RECIPES = (Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),)

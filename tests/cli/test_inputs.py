@@ -11,6 +11,7 @@ import pytest
 from helpers.command import run
 from loss_core.check.captured import read_call
 from loss_core.cli.configs import read_configs
+from loss_core.losses import definition_of
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 from loss_core.usage import UsageProblem
 
@@ -28,6 +29,8 @@ def captured(loss="MaskedCrossEntropy", tokens=6, vocab=11, dtype=np.float32):
         "TEParallelCrossEntropy": lambda: {"logits": floats(tokens, vocab), "loss_weights": np.abs(floats(tokens))},
         "FusedLinearCrossEntropy": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5),
                                             "num_label_tokens": np.asarray(4)},
+        "LogProbs": lambda: {"logits": floats(tokens, vocab), "temperature": np.abs(floats(tokens)) + 1},
+        "FusedLinearLogProbs": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5)},
         "KDLoss": lambda: {"student_logits": floats(tokens, vocab), "teacher_logits": floats(tokens, vocab)},
     }[loss]() | {"labels": labels}  # fmt: skip
 
@@ -41,7 +44,11 @@ def test_a_captured_call_is_checked_in_its_own_dtype(loss, tmp_path):
     assert re.search(r"ok torch:eager +float64 float16 +1 ", result.stdout)
     assert result.stdout.count("ok torch:eager") == 1
     # every floating input with a gradient was compared, not only the loss
-    values = 1 + sum(a.size for n, a in captured(loss).items() if a.dtype.kind == "f")
+    definition = definition_of(loss)
+    trained = [a.name for a in definition.arguments if a.differentiated]
+    config = LOSS_CONFIG_REGISTRY[loss]()
+    values = captured(loss)["labels"].size if definition.reduction(config) == "none" else 1
+    values += sum(a.size for n, a in captured(loss).items() if n in trained and a.dtype.kind == "f")
     assert f" {values} values" in result.stdout
 
 

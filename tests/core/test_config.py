@@ -21,7 +21,9 @@ from loss_core import (
     LOSS_CONFIG_REGISTRY,
     BackendUnavailable,
     FusedLinearCEConfig,
+    FusedLinearLogProbsConfig,
     KDLossConfig,
+    LogProbsConfig,
     LossConfig,
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
@@ -45,6 +47,8 @@ REGISTRY = {
     "FusedLinearCrossEntropy": FusedLinearCEConfig,
     "TEParallelCrossEntropy": TEParallelCEConfig,
     "KDLoss": KDLossConfig,
+    "LogProbs": LogProbsConfig,
+    "FusedLinearLogProbs": FusedLinearLogProbsConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -54,6 +58,10 @@ CHANGED = {
     ),
     "TEParallelCrossEntropy": TEParallelCEConfig(ignore_index=7, reduction="mean"),
     "KDLoss": KDLossConfig(ignore_index=3, temperature=2.5, fp32_upcast=False, chunk_size=128),
+    "LogProbs": LogProbsConfig(ignore_index=3, temperature=2.5, logit_softcapping=30.0, entropy=True),
+    "FusedLinearLogProbs": FusedLinearLogProbsConfig(
+        ignore_index=3, temperature=0.5, logit_softcapping=5.0, entropy=True, sequence_parallel=True
+    ),
 }
 TYPED = list(REGISTRY.values())
 WITH_GROUP = TYPED

@@ -15,12 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers import interpreter
-from loss_core import LOSS_CONFIG_REGISTRY, BackendUnavailable, LossConfig, TEParallelCEConfig
+from loss_core import (
+    LOSS_CONFIG_REGISTRY,
+    BackendUnavailable,
+    FusedLinearLogProbsConfig,
+    LogProbsConfig,
+    LossConfig,
+    TEParallelCEConfig,
+)
 from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status
 from loss_core.losses.definition import Sizes, need_definition
+from loss_core_torch.evaluate import as_one
 
 REDUCTIONS = ("sum", "mean", "none")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -53,6 +61,26 @@ def configs(reductions: Sequence[str] = REDUCTIONS, **values: Any) -> list[LossC
         chosen = reductions[:1] if config_cls is TEParallelCEConfig else reductions
         made += [config_cls(**values, reduction=r) for r in chosen] if "reduction" in known else [config_cls(**values)]
     return made
+
+
+class _Stacked(nn.Module):
+    """A loss of several results, with one: they are stacked in front."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return as_one(self.loss(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(super().__getattr__("loss"), name) if name != "loss" else super().__getattr__(name)
+
+
+def built(config: LossConfig, flag: str) -> Any:
+    """The loss, with one tensor as its result."""
+    loss = config.build(backend=flag)
+    return _Stacked(loss) if isinstance(config, LogProbsConfig | FusedLinearLogProbsConfig) else loss
 
 
 def name_of(config: LossConfig) -> str:
@@ -96,6 +124,11 @@ def _serves(flag: str, config: LossConfig) -> bool:
 def takes(config: LossConfig, argument: str) -> bool:
     """Whether a loss accepts an argument, given by its name or kind, with this config."""
     return need_definition(config).accepts(config, argument)
+
+
+def reduction_of(config: LossConfig) -> str:
+    """ "sum", "mean" or "none": the shape of labels."""
+    return need_definition(config).reduction(config)
 
 
 def count_of(config: LossConfig, value: Any) -> dict[str, Any]:
@@ -149,7 +182,7 @@ def per_token(config: LossConfig, name: str) -> bool:
 
 def run(loss: Callable[..., Tensor], arguments: Mapping[str, Any], upstream: Any = None) -> dict[str, Tensor]:
     """The loss and its gradients by name; upstream None for numbers that differ between tokens."""
-    value = loss(**arguments)
+    value = as_one(loss(**arguments))
     if upstream is None:
         ones = torch.ones_like(value).reshape(-1)
         upstream = (0.5 + ones.cumsum(0) / max(ones.numel(), 1)).reshape(value.shape)

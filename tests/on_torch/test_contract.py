@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from helpers.torch_calls import assert_same, cells, configs, count_of, every_dtype, inputs, leaves, run, takes
+from helpers.torch_calls import (
+    assert_same,
+    built,
+    cells,
+    configs,
+    count_of,
+    every_dtype,
+    inputs,
+    leaves,
+    reduction_of,
+    run,
+    takes,
+)
 from loss_core import KDLossConfig, MaskedCrossEntropyConfig
 from loss_core_torch import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy, TEParallelCrossEntropy
 
@@ -17,7 +29,7 @@ from loss_core_torch import FusedLinearCrossEntropy, KDLoss, MaskedCrossEntropy,
 V, H = 11, 5
 FLAGS = ["torch:plain", "torch:eager"]
 every_loss = cells(configs(), FLAGS)
-every_sum = cells(configs(["sum"]), FLAGS)
+every_sum = cells([config for config in configs(["sum"]) if count_of(config, 1)], FLAGS)
 
 
 # --- results
@@ -27,8 +39,8 @@ every_sum = cells(configs(["sum"]), FLAGS)
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (1, 2, 3), (0,), (2, 0)], ids=str)
 def test_any_leading_dimensions(flag, config, lead):
     arguments = inputs(config, lead)
-    found = run(config.build(backend=flag), arguments)
-    assert found["loss"].shape == (lead if getattr(config, "reduction", "") == "none" else ())
+    found = run(built(config, flag), arguments)
+    assert found["loss"].shape == (lead if reduction_of(config) == "none" else ())
     for name, leaf in leaves(arguments).items():
         assert found[name].shape == leaf.shape
         assert found[name].isfinite().all()
@@ -38,7 +50,7 @@ def test_any_leading_dimensions(flag, config, lead):
 def test_all_ignored_is_a_connected_zero(flag, config):
     arguments = inputs(config)
     arguments["labels"].fill_(config.ignore_index)
-    loss_fn = config.build(backend=flag)
+    loss_fn = built(config, flag)
     assert loss_fn(**arguments).requires_grad
     assert not any(x.any() for x in run(loss_fn, arguments).values())
 
@@ -46,7 +58,7 @@ def test_all_ignored_is_a_connected_zero(flag, config):
 @every_sum
 @pytest.mark.parametrize("count", [0, torch.tensor(0), 4, torch.tensor(4), torch.tensor(4.0), 2.5], ids=repr)
 def test_counts(flag, config, count):
-    arguments, loss_fn = inputs(config), config.build(backend=flag)
+    arguments, loss_fn = inputs(config), built(config, flag)
     found = run(loss_fn, arguments | count_of(config, count))
     if float(count) == 0:
         assert not any(x.any() for x in found.values())
@@ -67,7 +79,7 @@ def test_zero_count_wins_over_an_infinite_loss(flag):
 @every_loss
 def test_result_and_gradient_dtypes(flag, config, dtype):
     arguments = inputs(config, dtype=dtype)
-    found = run(config.build(backend=flag), arguments)
+    found = run(built(config, flag), arguments)
     assert found.pop("loss").dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert all(grad.dtype == dtype for grad in found.values())
 
@@ -76,12 +88,12 @@ def test_result_and_gradient_dtypes(flag, config, dtype):
 @pytest.mark.parametrize("make", [MaskedCrossEntropyConfig, KDLossConfig])
 def test_without_upcast_the_result_has_the_dtype_of_the_logits(flag, make):
     config = make(fp32_upcast=False)
-    assert config.build(backend=flag)(**inputs(config, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert built(config, flag)(**inputs(config, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @every_loss
 def test_deterministic(flag, config):
-    loss_fn = config.build(backend=flag)
+    loss_fn = built(config, flag)
     assert_same(run(loss_fn, inputs(config)), run(loss_fn, inputs(config)), rtol=0, atol=0)
 
 
@@ -91,7 +103,7 @@ def test_deterministic(flag, config):
 @every_sum
 def test_backward_twice_gives_the_same(flag, config):
     arguments = inputs(config)
-    loss, wanted = config.build(backend=flag)(**arguments) * 0.5, list(leaves(arguments).values())
+    loss, wanted = built(config, flag)(**arguments).sum() * 0.5, list(leaves(arguments).values())
     first = [grad.clone() for grad in torch.autograd.grad(loss, wanted, retain_graph=True)]
     torch.testing.assert_close(torch.autograd.grad(loss, wanted), tuple(first), rtol=1e-6, atol=1e-7)
 
@@ -99,7 +111,7 @@ def test_backward_twice_gives_the_same(flag, config):
 @cells(configs(), ["torch:eager"])
 def test_second_derivative_is_refused_with_advice(flag, config):
     arguments = inputs(config)
-    loss = config.build(backend=flag)(**arguments).sum() * torch.ones((), requires_grad=True)
+    loss = built(config, flag)(**arguments).sum() * torch.ones((), requires_grad=True)
     grads = torch.autograd.grad(loss, list(leaves(arguments).values()), create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*backend='torch:plain'"):
         sum(grad.sum() for grad in grads).backward()
@@ -112,7 +124,7 @@ WEIGHTED = [config for config in configs(["sum"]) if takes(config, "loss_weights
 def test_the_gradient_of_loss_weights_is_the_loss_of_each_token(flag, config):
     arguments = inputs(config)
     weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
-    found = run(config.build(backend=flag), arguments | {"loss_weights": weights}, 1.0)
+    found = run(built(config, flag), arguments | {"loss_weights": weights}, 1.0)
     per_token = type(config)(reduction="none").build(backend=flag)(**arguments)
     assert found["loss_weights"].dtype == torch.float64
     torch.testing.assert_close(found["loss_weights"], per_token.detach().double(), rtol=1e-6, atol=1e-6)
@@ -123,7 +135,7 @@ def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
     # It depends on every other input: differentiated again it must say so.
     arguments = inputs(config)
     weights = torch.rand(2, 3, requires_grad=True)
-    loss = config.build(backend=flag)(**arguments, loss_weights=weights)
+    loss = built(config, flag)(**arguments, loss_weights=weights)
     (grad,) = torch.autograd.grad(loss, weights, create_graph=True)
     wanted = list(leaves(arguments).values())
     if flag == "torch:eager" and takes(config, "lm_weight"):
@@ -131,7 +143,7 @@ def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
             torch.autograd.grad(grad.sum(), wanted)
         return
     mixed = torch.autograd.grad(grad.sum(), wanted)
-    torch.testing.assert_close(mixed, torch.autograd.grad(config.build(backend=flag)(**arguments), wanted))
+    torch.testing.assert_close(mixed, torch.autograd.grad(built(config, flag)(**arguments), wanted))
 
 
 # --- inputs
@@ -139,7 +151,7 @@ def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
 
 @every_loss
 def test_inputs_are_never_changed_and_may_be_views(flag, config):
-    arguments, loss_fn = inputs(config, (2, 4)), config.build(backend=flag)
+    arguments, loss_fn = inputs(config, (2, 4)), built(config, flag)
     views = {name: x if name == "lm_weight" else x[:, :-1] for name, x in arguments.items()}
     before = {name: (x.detach().clone(), x._version) for name, x in arguments.items()}
     loss = loss_fn(**views)
@@ -188,11 +200,11 @@ def test_masks_of_any_dtype_broadcast(flag, mask):
 def test_nan_where_ignored_touches_nothing(flag, config):
     arguments = inputs(config)
     ignored = arguments["labels"] == config.ignore_index
-    clean = run(config.build(backend=flag), arguments)
+    clean = run(built(config, flag), arguments)
     for name, x in leaves(arguments).items():
         if name != "lm_weight":
             x.data[ignored] = torch.nan
-    found = run(config.build(backend=flag), arguments)
+    found = run(built(config, flag), arguments)
     assert_same(found, clean, rtol=1e-6, atol=1e-7)
     assert not any(found[name][ignored].any() for name in leaves(arguments) if name != "lm_weight")
 
@@ -202,7 +214,7 @@ def test_nan_where_ignored_touches_nothing(flag, config):
 
 @cells([config for config in configs() if takes(config, "lm_weight")], FLAGS)
 def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
-    arguments, loss_fn = inputs(config), config.build(backend=flag)
+    arguments, loss_fn = inputs(config), built(config, flag)
     rounded = {k: x.detach().bfloat16().float().requires_grad_() if x.requires_grad else x
                for k, x in arguments.items()}  # fmt: skip
 
@@ -219,7 +231,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
 
 @cells([config for config in configs() if not takes(config, "lm_weight")], FLAGS)
 def test_autocast_leaves_losses_over_logits_alone(flag, config):
-    arguments, loss_fn = inputs(config), config.build(backend=flag)
+    arguments, loss_fn = inputs(config), built(config, flag)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = run(loss_fn, arguments)
     assert_same(inside, run(loss_fn, arguments), rtol=0, atol=0)
@@ -228,7 +240,7 @@ def test_autocast_leaves_losses_over_logits_alone(flag, config):
 @pytest.mark.slow
 @cells(configs(), ["torch:eager"])
 def test_torch_compile_fullgraph(flag, config):
-    arguments, loss_fn = inputs(config), config.build(backend=flag)
+    arguments, loss_fn = inputs(config), built(config, flag)
     # aot_eager traces forward and backward as the default does, without the minutes of a C++ compiler.
     compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
     assert_same(run(compiled, arguments), run(loss_fn, arguments))
@@ -242,10 +254,10 @@ def test_labels_that_are_no_class_are_nan_where_they_can_not_be_read(flag, confi
 
     def step(labels, *values):
         made = {name: x.detach().requires_grad_() for name, x in zip(floats, values, strict=True)}
-        return tuple(run(config.build(backend=flag), made | {"labels": labels}, 1.0).values())
+        return tuple(run(built(config, flag), made | {"labels": labels}, 1.0).values())
 
     loss, *grads = make_fx(step)(labels, *floats.values())(labels, *floats.values())
-    assert loss.isnan().tolist() == ([False, True, False] if config.reduction == "none" else True)
+    assert loss.isnan().tolist() == ([False, True, False] if reduction_of(config) == "none" else True)
     # torch:plain keeps what is NaN away from the weight, and so from both gradients.
     if flag != "torch:plain" or not takes(config, "lm_weight"):
         assert grads[0].isnan().any(-1).tolist() == [False, True, False]

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from helpers.torch_calls import assert_same, cells, configs, count_of, inputs, run, takes
+from helpers.torch_calls import assert_same, built, cells, configs, count_of, inputs, run, takes
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def calls(config):
 @cells(configs())
 def test_calls_on_a_cpu(flag, config, way):
     for arguments in calls(config):
-        loss = config.build(backend=flag)
+        loss = built(config, flag)
         expected = run(loss, arguments, 1.0)
         with way("meta"):
             got = run(loss, arguments, 1.0)
@@ -49,16 +49,16 @@ def test_calls_on_a_cpu(flag, config, way):
 @cells(configs(), interpreted=False)
 def test_losses_built_and_evaluated_under_it(flag, config, way):
     arguments = inputs(config, requires_grad=False)
-    expected = config.build(backend=flag)(**arguments)
+    expected = built(config, flag)(**arguments)
     with way("meta"):
-        value = config.build(backend=flag)(**arguments)
+        value = built(config, flag)(**arguments)
     assert torch.equal(value, expected)
 
 
 @cells(configs(), flags=["torch", "torch:plain", "torch:eager"])
 def test_a_default_dtype_of_float64(flag, config):
     arguments = inputs(config)
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     expected = run(loss, arguments, 1.0)
     torch.set_default_dtype(torch.float64)
     try:

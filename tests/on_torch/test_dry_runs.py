@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from helpers.torch_calls import DTYPES, cells, configs, inputs, leaves, right_or_names_plain, run
+from helpers.torch_calls import DTYPES, built, cells, configs, inputs, leaves, right_or_names_plain, run
 
 
 def assert_like(got, expected):
@@ -21,7 +21,7 @@ def assert_like(got, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @cells(configs())
 def test_fake_tensors(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     expected = run(loss, inputs(config, dtype=dtype))
 
     def holds():
@@ -35,7 +35,7 @@ def test_fake_tensors(flag, config, dtype):
 
 @cells(configs(), interpreted=False)
 def test_fake_tensors_made_outside_of_their_mode(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     expected = run(loss, inputs(config))
 
     def holds():
@@ -47,7 +47,7 @@ def test_fake_tensors_made_outside_of_their_mode(flag, config):
 
 @cells(configs(), interpreted=False)
 def test_meta_tensors(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     expected = run(loss, inputs(config))
 
     def holds():
@@ -60,7 +60,7 @@ def test_meta_tensors(flag, config):
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @cells(configs(), interpreted=False)
 def test_make_fx(flag, config, mode):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = inputs(config)
     labels, floats = arguments["labels"], {name: x.detach() for name, x in leaves(arguments).items()}
 
@@ -86,7 +86,7 @@ def stacked(config, number=3):
 
 @cells(configs(), interpreted=False)
 def test_vmap(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     ones, many = stacked(config)
     names = list(many)
     expected = torch.stack([loss(**one) for one in ones])
@@ -101,7 +101,7 @@ def test_vmap(flag, config):
 @cells(configs(), interpreted=False)
 def test_vmap_over_one_argument(flag, config):
     # Such as logits of an ensemble beside one set of labels.
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     ones, many = stacked(config)
     for name in leaves(inputs(config)):
 
@@ -114,7 +114,7 @@ def test_vmap_over_one_argument(flag, config):
 
 @cells(configs(), interpreted=False)
 def test_vmap_of_grad(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     ones, many = stacked(config)
     names = list(many)
     for trained in leaves(inputs(config)):
@@ -135,7 +135,7 @@ def test_vmap_of_grad(flag, config):
 
 @cells(configs())
 def test_batches_of_upstream_gradients(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
 
     def holds():
         arguments = inputs(config)
@@ -152,7 +152,7 @@ def test_batches_of_upstream_gradients(flag, config):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @cells(configs(), flags=["torch:plain"])
 def test_plain_runs_dry_in_every_dtype(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     with FakeTensorMode() as mode:
         fakes = {name: mode.from_tensor(x) for name, x in inputs(config, dtype=dtype).items()}
         got = run(loss, fakes)

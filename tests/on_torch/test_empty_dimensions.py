@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from helpers.torch_calls import cells, configs, inputs, takes
+from helpers.torch_calls import built, cells, configs, inputs, takes
 
 FUSED = [config for config in configs() if takes(config, "lm_weight")]
 OVER_LOGITS = [config for config in configs() if not takes(config, "lm_weight")]
@@ -24,7 +24,7 @@ def test_no_vocabulary(flag, config, ignored, requires_grad):
     arguments = inputs(config, (4,), vocab=0, ignored=ignored, requires_grad=requires_grad)
     name = next(name for name in arguments if name in ("logits", "student_logits"))
     with pytest.raises(ValueError, match=message(name, "vocabulary (last dimension)")):
-        config.build(backend=flag)(**arguments)
+        built(config, flag)(**arguments)
 
 
 @every_use
@@ -33,7 +33,7 @@ def test_no_vocabulary(flag, config, ignored, requires_grad):
 def test_no_hidden_dimension(flag, config, ignored, requires_grad):
     arguments = inputs(config, (4,), hidden=0, ignored=ignored, requires_grad=requires_grad)
     with pytest.raises(ValueError, match=message("hidden_states", "hidden dimension")):
-        config.build(backend=flag)(**arguments)
+        built(config, flag)(**arguments)
 
 
 @every_use
@@ -42,13 +42,13 @@ def test_no_hidden_dimension(flag, config, ignored, requires_grad):
 def test_a_head_without_vocabulary(flag, config, ignored, requires_grad):
     arguments = inputs(config, (4,), vocab=0, ignored=ignored, requires_grad=requires_grad)
     with pytest.raises(ValueError, match=r"lm_weight has shape \(0, 5\).* must not be empty"):
-        config.build(backend=flag)(**arguments)
+        built(config, flag)(**arguments)
 
 
 @cells(configs(), interpreted=False)
 def test_no_tokens_are_no_error(flag, config):
     arguments = inputs(config, (0,))
-    loss = config.build(backend=flag)(**arguments)
+    loss = built(config, flag)(**arguments)
     loss.sum().backward()
     assert not loss.any()
     for x in arguments.values():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from helpers.torch_calls import assert_same, cells, configs, inputs, leaves, run
+from helpers.torch_calls import assert_same, built, cells, configs, inputs, leaves, run
 
 LEAD, VOCAB, HIDDEN = (2, 8), 512, 64
 # Values per token (labels, row terms, losses) may stay: far less than one row of logits or hidden states for each.
@@ -62,7 +62,7 @@ def arguments_of(config, **options):
 
 @cells(configs())
 def test_all_that_is_held_passes_through_the_hooks(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = arguments_of(config)
     expected = run(loss, arguments)
     with MadeStorages() as storages, offloading():
@@ -78,7 +78,7 @@ def test_all_that_is_held_passes_through_the_hooks(flag, config):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])
 @cells(configs(reductions=["mean"]), interpreted=False)
 def test_in_other_dtypes(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = arguments_of(config, dtype=dtype)
     with MadeStorages() as storages, offloading():
         value = loss(**arguments)
@@ -89,7 +89,7 @@ def test_in_other_dtypes(flag, config, dtype):
 
 @cells(configs(), interpreted=False)
 def test_save_on_cpu(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = arguments_of(config)
     expected = run(loss, arguments)
     with torch.autograd.graph.save_on_cpu():
@@ -100,7 +100,7 @@ def test_save_on_cpu(flag, config):
 @every_reentrance
 @cells(configs(), interpreted=False)
 def test_checkpointed_chunks_of_head_and_loss(flag, config, use_reentrant):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     g = torch.Generator().manual_seed(1)
     chunks = [arguments_of(config, seed=seed, requires_grad=False) for seed in range(4)]
     hidden = torch.randn(4, *LEAD, HIDDEN, generator=g).requires_grad_()
@@ -127,7 +127,7 @@ def test_checkpointed_chunks_of_head_and_loss(flag, config, use_reentrant):
 
 @cells(configs(), interpreted=False)
 def test_a_second_backward_under_hooks(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = arguments_of(config)
     wanted = list(leaves(arguments).values())
     with offloading():

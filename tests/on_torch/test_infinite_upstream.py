@@ -6,7 +6,7 @@ What an ignored token gives is 0 times the upstream gradient, which must be 0 fo
 import pytest
 import torch
 
-from helpers.torch_calls import cells, configs, count_of, every_dtype, inputs, leaves, per_token, takes
+from helpers.torch_calls import built, cells, configs, count_of, every_dtype, inputs, leaves, per_token, takes
 
 UPSTREAMS = {"inf": torch.inf, "nan": torch.nan}
 every_upstream = pytest.mark.parametrize("upstream", UPSTREAMS.values(), ids=UPSTREAMS)
@@ -40,7 +40,7 @@ def assert_zero(gradients):
 @cells(configs())
 def test_rows_of_ignored_tokens_stay_0(flag, config, upstream):
     arguments = with_weights(config, inputs(config))
-    value = config.build(backend=flag)(**arguments)
+    value = built(config, flag)(**arguments)
     # Twice: kernels that have the gradient at hand for the first backward compute it again for the second.
     for _ in range(2):
         found = gradients(arguments, value, upstream, retain_graph=True)
@@ -51,7 +51,7 @@ def test_rows_of_ignored_tokens_stay_0(flag, config, upstream):
 @cells(configs(), interpreted=False)
 def test_rows_of_ignored_tokens_in_every_dtype(flag, config, dtype):
     arguments = inputs(config, dtype=dtype)
-    value = config.build(backend=flag)(**arguments)
+    value = built(config, flag)(**arguments)
     assert_zero(ignored_rows(config, arguments, gradients(arguments, value, torch.inf)))
 
 
@@ -59,7 +59,7 @@ def test_rows_of_ignored_tokens_in_every_dtype(flag, config, dtype):
 @cells([config for config in configs() if getattr(config, "reduction", "") == "none"])
 def test_upstreams_of_ignored_tokens_alone(flag, config, upstream):
     arguments = inputs(config)
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     of_ignored = torch.where(arguments["labels"] == config.ignore_index, upstream, 0.5)
     wanted = leaves(arguments)
     found = torch.autograd.grad(loss(**arguments), list(wanted.values()), of_ignored)
@@ -72,7 +72,7 @@ def test_upstreams_of_ignored_tokens_alone(flag, config, upstream):
 @cells(configs())
 def test_all_ignored(flag, config, upstream):
     arguments = with_weights(config, inputs(config, ignored=1))
-    value = config.build(backend=flag)(**arguments)
+    value = built(config, flag)(**arguments)
     assert_zero(gradients(arguments, value, upstream))
 
 
@@ -81,7 +81,7 @@ def test_all_ignored(flag, config, upstream):
 @cells([config for config in configs() if count_of(config, 0)])
 def test_a_count_of_0(flag, config, count, upstream):
     arguments = inputs(config)
-    value = config.build(backend=flag)(**arguments, **count_of(config, count))
+    value = built(config, flag)(**arguments, **count_of(config, count))
     assert_zero(gradients(arguments, value, upstream))
 
 
@@ -90,14 +90,14 @@ def test_a_count_of_0(flag, config, count, upstream):
 def test_functions_of_a_loss_of_0(flag, config, outer):
     # Their derivative at 0 is infinite, and autograd multiplies it with the gradient of the loss.
     arguments = inputs(config, ignored=1)
-    outer(config.build(backend=flag)(**arguments)).sum().backward()
+    outer(built(config, flag)(**arguments)).sum().backward()
     assert_zero({name: x.grad for name, x in leaves(arguments).items()})
 
 
 @pytest.mark.slow
 @cells(configs(), flags=["torch:plain", "torch:eager"])
 def test_in_a_compiled_step(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def scaled(arguments, scale):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from helpers.torch_calls import assert_same, cells, configs, every_dtype, inputs, leaves, run
+from helpers.torch_calls import assert_same, built, cells, configs, every_dtype, inputs, leaves, run
 
 # Each layout: what memory is drawn, and how a view of it is taken, with labels of shape [..., last].
 LAYOUTS = {
@@ -65,7 +65,7 @@ def few_steps(view, contiguous):
 @every_layout
 @cells(configs(), interpreted=False)
 def test_a_view_costs_what_contiguous_inputs_cost(flag, config, layout):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     views, contiguous = laid_out(config, layout)
     assert_same(run(loss, views), run(loss, contiguous))
     few_steps(*(steps(lambda arguments=arguments: run(loss, arguments)) for arguments in (views, contiguous)))
@@ -74,7 +74,7 @@ def test_a_view_costs_what_contiguous_inputs_cost(flag, config, layout):
 @every_layout
 @cells(configs(["mean", "none"]), interpreted=False)
 def test_an_evaluation_of_a_view(flag, config, layout):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     with torch.no_grad():
         views, contiguous = laid_out(config, layout)
         torch.testing.assert_close(loss(**views), loss(**contiguous))
@@ -84,7 +84,7 @@ def test_an_evaluation_of_a_view(flag, config, layout):
 @cells(configs(["mean"]))
 def test_expanded_inputs(flag, config):
     # One row of memory for all tokens, and one token's logits for a whole batch.
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     one = inputs(config, (1, 1), requires_grad=False)
     lead = (7, 5)
     views = {name: x if name == "lm_weight" else x.expand(*lead, *x.shape[2:]) for name, x in one.items()}
@@ -99,7 +99,7 @@ def test_expanded_inputs(flag, config):
 @every_dtype
 @cells(configs(["sum"]))
 def test_classes_that_do_not_lie_side_by_side(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     dense = inputs(config, dtype=dtype, requires_grad=False)
 
     def apart(x):
@@ -114,7 +114,7 @@ def test_classes_that_do_not_lie_side_by_side(flag, config, dtype):
 @cells(configs())
 def test_the_gradient_of_what_was_sliced(flag, config):
     # Autograd hands the loss a view of a leaf: the leaf's other elements get exactly 0.
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     whole = inputs(config, (4, 5), ignored=0)
     views = {name: x if name == "lm_weight" else x[:, :-1] for name, x in whole.items()}
     loss(**views).sum().backward()

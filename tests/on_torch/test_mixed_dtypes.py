@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.torch_calls import cells, configs, count_of, inputs, run, takes
+from helpers.torch_calls import built, cells, configs, count_of, inputs, run, takes
 
 FUSED = [config for config in configs() if takes(config, "lm_weight")]
+ENTROPIES = [config for config in FUSED if hasattr(config, "reduction")]
 SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 every_16_bits = pytest.mark.parametrize("dtype", SIXTEEN.values(), ids=SIXTEEN)
 ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,10 +41,10 @@ def by_definition(config, arguments, upstream=1.0):
 
 
 @every_16_bits
-@cells(FUSED)
+@cells(ENTROPIES)
 def test_values_and_gradients(flag, config, dtype):
     arguments = mixed(config, dtype)
-    got = run(config.build(backend=flag), arguments, 0.75)
+    got = run(built(config, flag), arguments, 0.75)
     expected = by_definition(config, arguments, 0.75)
     assert [got[name].dtype for name in ("loss", "hidden_states", "lm_weight")] == [torch.float32, dtype, torch.float32]
     torch.testing.assert_close(got["loss"].flatten(), expected["loss"].float().flatten(), rtol=1e-5, atol=1e-5)
@@ -52,11 +53,11 @@ def test_values_and_gradients(flag, config, dtype):
 
 
 @every_16_bits
-@cells(FUSED)
+@cells(ENTROPIES)
 def test_the_gradient_of_the_head_is_summed_in_float32(flag, config, dtype):
     # So many tokens that a sum in 16 bits would lose two digits, and blocks of tokens that are added up.
     arguments = mixed(config, dtype, (1500,) if flag != "torch:triton" else (100,), 37, 8)
-    got = run(config.build(backend=flag), arguments, 1.0)
+    got = run(built(config, flag), arguments, 1.0)
     expected = by_definition(config, arguments)["lm_weight"]
     error = (got["lm_weight"].double() - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
@@ -68,7 +69,7 @@ def test_the_gradient_of_the_head_is_summed_in_float32(flag, config, dtype):
 @cells(FUSED, interpreted=False)
 def test_evaluation(flag, config, dtype):
     arguments = mixed(config, dtype)
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     with torch.no_grad():
         torch.testing.assert_close(
             loss(**arguments), loss(**arguments | {"lm_weight": arguments["lm_weight"].to(dtype)})
@@ -78,7 +79,7 @@ def test_evaluation(flag, config, dtype):
 @every_16_bits
 @cells(FUSED, interpreted=False)
 def test_one_of_the_two_frozen(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = mixed(config, dtype)
     expected = run(loss, arguments)
     for name in ("hidden_states", "lm_weight"):
@@ -90,7 +91,7 @@ def test_one_of_the_two_frozen(flag, config, dtype):
 @every_16_bits
 @cells(FUSED, interpreted=False)
 def test_counts_and_all_ignored(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     for extras, ignored in ((count_of(config, 0), 3), ({}, 1)):
         if ignored == 3 and not extras:
             continue
@@ -103,7 +104,7 @@ def test_counts_and_all_ignored(flag, config, dtype):
 @every_16_bits
 @cells(FUSED, flags=["torch", "torch:plain", "torch:eager"])
 def test_in_torch_compile(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = mixed(config, dtype)
     expected = run(loss, arguments)
     got = run(torch.compile(loss, backend="aot_eager", fullgraph=True), arguments)
@@ -120,4 +121,4 @@ def test_other_differences_are_refused(flag, config, hidden, weight):
     arguments["hidden_states"] = arguments["hidden_states"].to(hidden)
     arguments["lm_weight"] = arguments["lm_weight"].to(weight)
     with pytest.raises(TypeError, match=rf"hidden_states is {hidden} but lm_weight is {weight}"):
-        config.build(backend=flag)(**arguments)
+        built(config, flag)(**arguments)

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from helpers.torch_calls import (
     DTYPES,
     PLAIN,
+    built,
     cells,
     configs,
     count_of,
@@ -30,7 +31,7 @@ variants = cells(
 
 def of_floats(config, arguments):
     """The loss as a function of its floating arguments, and these."""
-    loss = config.build(backend=PLAIN)
+    loss = built(config, PLAIN)
     floats = leaves(arguments)
     rest = {name: x for name, x in arguments.items() if name not in floats}
     return lambda *xs: loss(**rest, **dict(zip(floats, xs, strict=True))), list(floats.values())
@@ -38,7 +39,7 @@ def of_floats(config, arguments):
 
 def test_it_is_there():
     for config in configs():
-        assert config.build(backend=PLAIN).kernel_choice.flag == PLAIN
+        assert built(config, PLAIN).kernel_choice.flag == PLAIN
 
 
 @pytest.mark.parametrize("loss", list(LOSS_CONFIG_REGISTRY))
@@ -87,7 +88,7 @@ def test_forward_mode(flag, config):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @plain
 def test_what_ignored_tokens_hold_does_not_matter(flag, config, dtype):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     clean = inputs(config, dtype=dtype)
     junk = {name: x.detach().clone() for name, x in clean.items()}
     ignored = clean["labels"] == config.ignore_index
@@ -107,7 +108,7 @@ def test_all_ignored_is_a_connected_zero(flag, config):
     arguments = inputs(config, ignored=1)
     for x in leaves(arguments).values():
         x.data[0] = torch.nan
-    got = run(config.build(backend=flag), arguments)
+    got = run(built(config, flag), arguments)
     assert not any(value.any() for value in got.values())
 
 
@@ -117,9 +118,9 @@ def test_a_count_of_0_and_inputs_left_alone(flag, config):
     before = {name: x.detach().clone() for name, x in arguments.items()}
     versions = {name: x._version for name, x in arguments.items()}
     for count in (0, torch.tensor(0)) if count_of(config, 0) else ():
-        got = run(config.build(backend=flag), arguments | count_of(config, count))
+        got = run(built(config, flag), arguments | count_of(config, count))
         assert not any(value.any() for value in got.values())
-    run(config.build(backend=flag), arguments)
+    run(built(config, flag), arguments)
     assert all(torch.equal(x, before[name]) and x._version == versions[name] for name, x in arguments.items())
 
 
@@ -127,13 +128,13 @@ def test_a_count_of_0_and_inputs_left_alone(flag, config):
 def test_other_kernels_name_plain_where_they_have_no_second_derivative(flag, config):
     arguments = inputs(config)
     scale = torch.ones((), requires_grad=True)
-    value = config.build(backend=flag)(**arguments).sum() * scale
+    value = built(config, flag)(**arguments).sum() * scale
     grads = torch.autograd.grad(value, list(leaves(arguments).values()), create_graph=True)
     wanted = [*leaves(arguments).values(), scale]
 
     def holds():
         got = torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), wanted)
-        plain = config.build(backend=PLAIN)(**arguments).sum() * scale
+        plain = built(config, PLAIN)(**arguments).sum() * scale
         firsts = torch.autograd.grad(plain, list(leaves(arguments).values()), create_graph=True)
         torch.testing.assert_close(got, torch.autograd.grad(sum(grad.pow(2).sum() for grad in firsts), wanted))
 

@@ -7,7 +7,7 @@ names torch:plain; it is never 0 or None in silence.
 import pytest
 import torch
 
-from helpers.torch_calls import PLAIN, cells, configs, inputs, leaves, right_or_names_plain, usable_flags
+from helpers.torch_calls import PLAIN, built, cells, configs, inputs, leaves, right_or_names_plain, usable_flags
 
 NAMED = [flag for flag in usable_flags() if flag != "torch"]
 TRANSFORMS = ("grad", "vjp", "jacrev")
@@ -41,7 +41,7 @@ def expected_gradients(loss, arguments):
 @every_transform
 @cells(configs())
 def test_by_every_argument(flag, config, transform):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = inputs(config)
     for name, expected in expected_gradients(loss, arguments).items():
 
@@ -56,7 +56,7 @@ def test_by_every_argument(flag, config, transform):
 @every_transform
 @cells(configs(), flags=NAMED)
 def test_by_every_argument_inside_torch_compile(flag, config, transform):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = inputs(config)
     for name, expected in expected_gradients(loss, arguments).items():
 
@@ -71,7 +71,7 @@ def test_by_every_argument_inside_torch_compile(flag, config, transform):
 @pytest.mark.slow
 @cells(configs(), flags=NAMED)
 def test_by_all_arguments_at_once(flag, config):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     arguments = inputs(config)
     expected = expected_gradients(loss, arguments)
     names = tuple(expected)
@@ -94,7 +94,7 @@ def test_by_all_arguments_at_once(flag, config):
 @pytest.mark.slow
 @cells(configs(), flags=NAMED)
 def test_a_whole_training_step_in_torch_compile(flag, config, compiled_autograd):
-    loss = config.build(backend=flag)
+    loss = built(config, flag)
     expected = expected_gradients(loss, inputs(config))
 
     def holds():
@@ -116,7 +116,7 @@ def test_a_whole_training_step_in_torch_compile(flag, config, compiled_autograd)
 def test_plain_can_do_all_of_this():
     # A flag may refuse with advice to take torch:plain, which must then be there.
     config = configs()[0]
-    loss = config.build(backend=PLAIN)
+    loss = built(config, PLAIN)
     arguments = inputs(config)
     for transform in TRANSFORMS:
         for name, expected in expected_gradients(loss, arguments).items():

@@ -62,6 +62,11 @@ class Loss(_Fields):
             # "tp" and ("tp",) compute the same.
             object.__setattr__(self, "tp_group", names[0] if len(names) == 1 else names)
         self.config_class(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self.config_class)})
+        if getattr(self, "sequence_parallel", False) and self.tp_group is None:
+            raise ValueError(
+                "sequence_parallel=True needs tp_group, the mesh axis over which hidden_states are gathered; without "
+                "it, XLA moves sharded hidden_states by itself: use sequence_parallel=False."
+            )
         if getattr(self, "inplace_grad", False):
             raise BackendUnavailable(
                 f"{type(self).__name__} on jax got inplace_grad=True: a jax.Array can't be written to. Use "

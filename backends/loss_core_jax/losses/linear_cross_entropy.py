@@ -53,14 +53,6 @@ class FusedLinearCrossEntropy(Loss):
     static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis = ("lm_weight", 0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sequence_parallel and self.tp_group is None:
-            raise ValueError(
-                "sequence_parallel=True needs tp_group, the mesh axis over which hidden_states are gathered; without "
-                "it, XLA moves sharded hidden_states by itself: use sequence_parallel=False."
-            )
-
     def __call__(
         self,
         hidden_states: ArrayLike,
@@ -98,9 +90,7 @@ class FusedLinearCrossEntropy(Loss):
                 "Under jax.shard_map the gradient of a replicated lm_weight is summed by JAX."
             )
         inputs.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight, loss_weights=loss_weights)
-        layout = layout_for(self.tp_group, hidden_states, lm_weight, 0)
-        is_sequence = self.sequence_parallel and layout != NOWHERE
-        inputs.check_linear(_whole_sequence(hidden_states, layout) if is_sequence else hidden_states, labels, lm_weight)
+        layout, gathers = linear_layout(self, hidden_states, labels, lm_weight)
         inputs.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
         count = inputs.read_count("num_label_tokens", num_label_tokens)
         vocab = layout.vocab(lm_weight.shape[0])
@@ -115,7 +105,7 @@ class FusedLinearCrossEntropy(Loss):
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
         objective = Objective.of(self, vocab)
         how = How(objective.sums, float(self.logit_softcapping), layout.shard)
-        problem = _Problem(self.kernels, objective, how, is_sequence and bool(layout.axes))
+        problem = _Problem(self.kernels, objective, how, gathers)
         if not target.size:
             # JAX forgets what empty arrays vary over.
             return jnp.zeros(target.shape if self.reduction == "none" else (), dtype)
@@ -152,6 +142,14 @@ class _Problem(NamedTuple):
     objective: Objective
     how: How
     gathers: bool
+
+
+def linear_layout(loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike) -> tuple[Layout, bool]:
+    """The layout of a fused loss's call, whose shapes are checked; and whether hidden states are to be gathered."""
+    layout = layout_for(loss.tp_group, hidden, weight_VH, 0)
+    is_sequence = loss.sequence_parallel and layout != NOWHERE
+    inputs.check_linear(_whole_sequence(hidden, layout) if is_sequence else hidden, labels, weight_VH)
+    return layout, is_sequence and bool(layout.axes)
 
 
 def _whole_sequence(hidden: ArrayLike, layout: Layout) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loss_core.dispatch.protocol import Evaluation, RankSetup
 from loss_core.losses.vocab_split import shard, vocab_axes
 from loss_core.workers.ranks import Request
-from loss_core_jax.evaluate import to_float64, to_jax
+from loss_core_jax.evaluate import as_one, to_float64, to_jax
 from loss_core_jax.kernels import kernels_in
 
 _AXIS = "tp"
@@ -100,8 +100,7 @@ def _value_and_grads(
     sharded: tuple[tuple[str, int], ...],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     def call(varied: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> jax.Array:
-        found: jax.Array = loss(**varied, **fixed)
-        return found
+        return as_one(loss(**varied, **fixed))
 
     if sharded:
         in_specs = tuple({name: _spec(name, x.ndim, sharded) for name, x in args.items()} for args in (varied, fixed))

@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.kernels import KernelSet, Linear, Wanted, kept_coefficients
+from loss_core_torch.autograd.linear_source import Source, gathered, hidden_grad, operands, put
+from loss_core_torch.kernels import KernelSet, Wanted, kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -33,22 +33,14 @@ class Call(NamedTuple):
     Attributes:
         kernels: the set of kernels.
         objective: which cross entropy.
-        softcap: 0 is off.
-        product_dtype: dtype to which the operands are rounded.
         want: which gradients may be asked for, of hidden states and of the weight.
-        vocab_start: first class of this weight.
-        group: over which the vocabulary is sharded, or None.
-        sequence_dim: dimension of the hidden states that is sharded over the group, or None.
+        source: where the logits come from.
     """
 
     kernels: KernelSet
     objective: Objective
-    softcap: float
-    product_dtype: torch.dtype
     want: Wanted
-    vocab_start: int = 0
-    group: Any = None
-    sequence_dim: int | None = None
+    source: Source
 
 
 class LinearCrossEntropy(Function):
@@ -71,23 +63,20 @@ class LinearCrossEntropy(Function):
         coef_T: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, ...]:
-        # Gathered once: to gather again would be a second collective in the backward.
-        whole = (
-            hidden if call.sequence_dim is None else collectives.gather_shares(hidden, call.sequence_dim, call.group)
-        )
-        linear = _operands(whole, w_VH, labels_T, keep_T, places_N, call)
+        whole = gathered(hidden, call.source)
+        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source)
         made: list[Tensor] = []
-        if coef_T is not None and call.group is None and any(call.want):
+        if coef_T is not None and call.source.group is None and any(call.want):
             coef_N = coef_T if places_N is None else coef_T[places_N]
             terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
         else:
-            keep_logits = call.group is not None and any(call.want)
+            keep_logits = call.source.group is not None and any(call.want)
             terms, logits = operators.linear_terms(call.kernels, linear, call.objective.sums, keep_logits)
             made = [logits] if logits.numel() else []
-        if call.group is not None:
-            terms = collectives.fold(terms, call.group)
+        if call.source.group is not None:
+            terms = collectives.fold(terms, call.source.group)
         loss_N = cross_entropy(torch, terms, call.objective)
-        loss_T = zero_where_ignored(_put(loss_N, places_N, labels_T.numel()), keep_T)
+        loss_T = zero_where_ignored(put(loss_N, places_N, labels_T.numel()), keep_T)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
         return result, loss_T, *terms[:3], *([] if whole is hidden else [whole]), *made
 
@@ -99,7 +88,7 @@ class LinearCrossEntropy(Function):
         # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
         ctx.set_materialize_grads(False)
         rest = list(output[1:])
-        whole = hidden if ctx.call.sequence_dim is None else rest.pop(4)
+        whole = hidden if ctx.call.source.sequence_dim is None else rest.pop(4)
         ctx.save_for_backward(whole, *tensors, *rest)
         ctx.spent = False
 
@@ -111,7 +100,7 @@ class LinearCrossEntropy(Function):
         want_h, want_w = ctx.needs_input_grad[:2]
         fresh, ctx.spent = made and not ctx.spent, True
         with torch.no_grad():
-            if fresh and call.group is None:
+            if fresh and call.source.group is None:
                 coef_N = coef_T if places_N is None else coef_T[places_N]
                 grad_h, grad_w = _scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
             else:
@@ -119,7 +108,7 @@ class LinearCrossEntropy(Function):
                 upstream_N = upstream_T if places_N is None else upstream_T[places_N]
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 logits = made[0].data if fresh else m_T.new_empty(0)
-                linear, terms = _operands(whole, w_VH, labels_T, keep_T, places_N, call), RowTerms(m_T, s_T, t_T)
+                linear, terms = operands(whole, w_VH, labels_T, keep_T, places_N, call.source), RowTerms(m_T, s_T, t_T)
                 coefficients = cross_entropy_coefficients(torch, terms, upstream_N, call.objective)
                 if keep_T is not None and places_N is None:
                     # Nothing of an ignored token, even where the weight has made its logits NaN.
@@ -127,31 +116,13 @@ class LinearCrossEntropy(Function):
                 grad_h, grad_w = operators.linear_grads(
                     call.kernels, linear, terms, coefficients, Wanted(want_h, want_w), logits
                 )
-            grad_hidden = _hidden_grad(grad_h, keep_T, places_N, ctx.shape, call).to(ctx.dtype) if want_h else None
+            grad_hidden = (
+                hidden_grad(grad_h, keep_T, places_N, ctx.shape, call.source).to(ctx.dtype) if want_h else None
+            )
             grad_weight = grad_w.to(w_VH.dtype) if want_w else None
             grad_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[5] else None
         found = [once_differentiable(x, whole, w_VH, coef_T, upstream) for x in (grad_hidden, grad_weight, grad_coef)]
         return found[0], found[1], None, None, None, found[2], None
-
-
-def _operands(
-    whole: Tensor, w_VH: Tensor, labels_T: Tensor, keep_T: Tensor | None, places_N: Tensor | None, call: Call
-) -> Linear:
-    """The operands of the products, without ignored tokens or with zeros for them."""
-    h_TH = whole.reshape(-1, whole.shape[-1])
-    if places_N is not None:
-        h_TH, labels_T = h_TH.index_select(0, places_N), labels_T.index_select(0, places_N)
-    elif keep_T is not None:
-        # What an ignored token holds must not reach a product, not even times 0.
-        h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
-    return Linear(h_TH, w_VH, labels_T, call.vocab_start, call.softcap, call.product_dtype)
-
-
-def _put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:
-    """Rows of the tokens in products among those of all tokens; 0 elsewhere."""
-    if places_N is None:
-        return x_N
-    return x_N.new_zeros((num_tokens, *x_N.shape[1:])).index_copy(0, places_N, x_N)
 
 
 def _scaled(
@@ -166,21 +137,3 @@ def _scaled(
         return made[0] * factor, made[1] * factor
     grad_h, grad_w = made[0].data, made[1].data
     return kernels.scaled(grad_h, factor, grad_h.dtype), kernels.scaled(grad_w, factor, weight_dtype)
-
-
-def _hidden_grad(
-    grad_h: Tensor, keep_T: Tensor | None, places_N: Tensor | None, shape: torch.Size, call: Call
-) -> Tensor:
-    """The gradient of this rank's hidden states, in the dtype of the arithmetic."""
-    if places_N is not None:
-        num_tokens = shape[:-1].numel() * (1 if call.sequence_dim is None else dist.get_world_size(call.group))
-        grad_h = _put(grad_h, places_N, num_tokens)
-    if keep_T is not None:
-        # Not a product with 0: the upstream gradient may be infinite.
-        grad_h = grad_h.masked_fill(~keep_T[:, None], 0.0)
-    if call.group is None:
-        return grad_h.view(shape)
-    if call.sequence_dim is None:
-        dist.all_reduce(grad_h, group=call.group)
-        return grad_h.view(shape)
-    return collectives.reduce_scatter_shares(grad_h, shape, call.sequence_dim, call.group)

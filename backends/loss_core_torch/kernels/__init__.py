@@ -247,6 +247,14 @@ class WholeLosses:
         """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`."""
         raise NotImplementedError
 
+    def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:
+        """Log-probability of each token's label, and its entropy if asked for; else as `cross_entropy`."""
+        raise NotImplementedError
+
+    def linear_log_probs(self, linear: Linear, with_entropy: bool) -> tuple[Tensor, ...]:
+        """As `log_probs`, of the logits of each token."""
+        raise NotImplementedError
+
     def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         """Cross entropy of the logits of each token; else as `cross_entropy`."""
         raise NotImplementedError

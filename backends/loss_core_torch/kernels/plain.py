@@ -47,13 +47,18 @@ class PlainLosses(WholeLosses):
 
     def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         _observe()
-        dtype = compute_dtype(linear.h_TH.dtype)
-        # Autocast has said what the operands are rounded to; the logits it would round as well.
-        with no_autocast(linear.h_TH):
-            logits_TV = _product(*(_rounded(x, linear.product_dtype, dtype) for x in (linear.h_TH, linear.w_VH)))
-        logits_TV, keep_T = _capped(logits_TV, linear.softcap), linear.labels_T != IGNORED
-        # A weight that holds NaN must not get it back from a token that is ignored.
-        return _cross_entropy(logits_TV.masked_fill(~keep_T[:, None], 0.0), linear.labels_T, keep_T, objective)
+        logits_TV, keep_T = _linear_logits(linear)
+        return _cross_entropy(_capped(logits_TV, linear.softcap), linear.labels_T, keep_T, objective)
+
+    def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:
+        _observe()
+        logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
+        return _log_probs(logits_TV, rows.labels_T, rows.inverse_temperature_T, with_entropy)
+
+    def linear_log_probs(self, linear: Linear, with_entropy: bool) -> tuple[Tensor, ...]:
+        _observe()
+        logits_TV = _capped(_linear_logits(linear)[0], linear.softcap)
+        return _log_probs(logits_TV, linear.labels_T, linear.inverse_temperature_T, with_entropy)
 
 
 def _observe() -> None:
@@ -85,6 +90,27 @@ def _z_loss(logits_TV: Tensor, keep_T: Tensor | None, factor: float, reduction: 
     if keep_T is not None:
         z_loss_T = z_loss_T.masked_fill(~keep_T, 0.0)
     return z_loss_T if reduction == "none" else getattr(z_loss_T, reduction)()
+
+
+def _linear_logits(linear: Linear) -> tuple[Tensor, Tensor]:
+    """[T, V] in the dtype of the arithmetic, 0 in ignored rows; and which are not ignored."""
+    dtype, keep_T = compute_dtype(linear.h_TH.dtype), linear.labels_T != IGNORED
+    # Autocast has said what the operands are rounded to; the logits it would round as well.
+    with no_autocast(linear.h_TH):
+        logits_TV = _product(*(_rounded(x, linear.product_dtype, dtype) for x in (linear.h_TH, linear.w_VH)))
+    # A weight that holds NaN must not get it back from a token that is ignored.
+    return logits_TV.masked_fill(~keep_T[:, None], 0.0), keep_T
+
+
+def _log_probs(z_TV: Tensor, labels_T: Tensor, inverse_T: Tensor | None, with_entropy: bool) -> tuple[Tensor, ...]:
+    log_p_TV = (z_TV if inverse_T is None else z_TV * inverse_T[:, None]).log_softmax(-1)
+    # A label that is no class was seen too late for an error, and its results will be multiplied by NaN.
+    logprobs_T = log_p_TV.gather(1, labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
+    if not with_entropy:
+        return (logprobs_T,)
+    p_TV = log_p_TV.exp()
+    # A class without probability weighs nothing; inside of the product so that its gradient is 0 as well.
+    return logprobs_T, -(p_TV * log_p_TV.masked_fill(p_TV == 0, 0.0)).sum(-1)
 
 
 def _capped(logits_TV: Tensor, softcap: float) -> Tensor:

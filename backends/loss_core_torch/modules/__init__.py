@@ -3,5 +3,13 @@
 from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_torch.modules.distillation import KDLoss
 from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
 
-__all__ = ["FusedLinearCrossEntropy", "KDLoss", "MaskedCrossEntropy", "TEParallelCrossEntropy"]
+__all__ = [
+    "FusedLinearCrossEntropy",
+    "FusedLinearLogProbs",
+    "KDLoss",
+    "LogProbs",
+    "MaskedCrossEntropy",
+    "TEParallelCrossEntropy",
+]

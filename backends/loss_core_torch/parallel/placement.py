@@ -83,6 +83,12 @@ class Layout:
         # Replicated to sharded: a slice, no communication.
         return placed.redistribute(self.mesh, self.tokens).to_local()
 
+    def token_results(self, found: Any, labels: Any) -> Any:
+        """As `token_result`; of a NamedTuple, each of its tensors."""
+        if isinstance(found, Tensor):
+            return self.token_result(found, labels)
+        return type(found)(*(None if x is None else self.token_result(x, labels) for x in found))
+
     def token_result(self, loss: Tensor, labels: Any) -> Tensor:
         """The loss of each token in the form in which the labels came."""
         if self.mesh is None or not (is_dtensor(labels) or labels.shape != loss.shape):

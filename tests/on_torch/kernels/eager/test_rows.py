@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.operations import Operations
-from helpers.torch_calls import DTYPES, assert_same, configs, inputs, name_of, run
+from helpers.torch_calls import DTYPES, assert_same, built, configs, inputs, name_of, run
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums, combine
 from loss_core_torch.kernels import Into, Rows
@@ -24,7 +24,7 @@ some_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 def _float64(config, arguments):
     """What torch:plain gives in float64."""
     wide = {k: x.detach().double().requires_grad_() if x.requires_grad else x for k, x in arguments.items()}
-    return run(config.build(backend="torch:plain"), wide)
+    return run(built(config, "torch:plain"), wide)
 
 
 @pytest.mark.parametrize("config", CROSS_ENTROPIES, ids=name_of)
@@ -34,7 +34,7 @@ def _float64(config, arguments):
 def test_loss_and_gradient_are_those_of_float64(config, dtype, size, ignored):
     lead, vocab = size
     arguments = inputs(config, lead, vocab, dtype=dtype, ignored=ignored)
-    got, wanted = run(config.build(backend=EAGER), arguments), _float64(config, arguments)
+    got, wanted = run(built(config, EAGER), arguments), _float64(config, arguments)
     # A gradient is rounded once to the dtype, and made of an exponential and a sum in float32.
     inner = 1e-13 if dtype == torch.float64 else 2e-6
     assert_same({"loss": got["loss"].double()}, {"loss": wanted["loss"]}, rtol=inner, atol=inner)
@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_those_of_float64(config, dtype, size, ignored):
         got["logits"].double(), wanted["logits"], rtol=torch.finfo(dtype).eps + 10 * inner, atol=max(inner, 1e-7)
     )
     with torch.no_grad():
-        evaluated = config.build(backend=EAGER)(**arguments)
+        evaluated = built(config, EAGER)(**arguments)
     torch.testing.assert_close(evaluated.double(), wanted["loss"], rtol=inner, atol=inner)
 
 

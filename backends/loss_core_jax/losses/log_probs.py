@@ -1,0 +1,265 @@
+"""Log-probabilities and entropies: `LogProbs` over logits, `FusedLinearLogProbs` over hidden states and weight.
+
+The derivatives are custom ones: they keep the logits (or hidden states and weight) as they came and the terms of each
+row. Over hidden states the backward makes each chunk's logits again: four products in all.
+"""
+
+# T = tokens (any leading dimensions), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from loss_core import FusedLinearLogProbsConfig, LogProbsConfig, TokenLogProbs
+from loss_core.row_terms import Coefficients, RowTerms, Sums, entropy, log_probability, log_probability_coefficients
+from loss_core_jax import compat, inputs
+from loss_core_jax.inputs import ArrayLike
+from loss_core_jax.kernels import How, KernelSet, LinearRows, Rows
+from loss_core_jax.losses.base import Loss, has_fields_of
+from loss_core_jax.losses.linear_cross_entropy import linear_layout
+from loss_core_jax.parallel import collectives
+from loss_core_jax.parallel.collectives import fold_rows, local_target, num_local_classes, whole_cotangent
+from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
+from loss_core_jax.reduction import valid_losses, valid_upstream
+
+Results = tuple[jax.Array, jax.Array | None]
+
+
+class Problem(NamedTuple):
+    """What is static in a call; hashable.
+
+    Attributes:
+        num_classes: of all devices.
+        gathers: whether hidden states are this device's share of the sequence, which is gathered.
+    """
+
+    kernels: KernelSet
+    num_classes: int
+    how: How
+    gathers: bool = False
+
+
+@has_fields_of(LogProbsConfig)
+class LogProbs(Loss):
+    """Log-probability of each label, and the entropy of its distribution.
+
+    Fields are those of `loss_core.LogProbsConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    """
+
+    temperature: float
+    logit_softcapping: float
+    entropy: bool
+
+    def __call__(
+        self, logits: ArrayLike, labels: ArrayLike, temperature: float | ArrayLike | None = None
+    ) -> TokenLogProbs:
+        """Log-probabilities of labels under softmax(softcap(logits) / temperature).
+
+        Args:
+            logits: [..., V] floating.
+            labels: [...] integers of any width, in [0, V) or ignore_index.
+            temperature: > 0, a number, or a floating array of one number or [...]; its gradient is 0. None: that of the
+                config. Below 2**-63 it is taken for that.
+        Returns:
+            Log-probabilities [...], and entropies [...] in nats where the config asks for them; float32 (float64 for
+            float64 logits), 0 where ignored.
+        Raises:
+            TypeError: labels are floating or boolean, logits are not floating.
+            ValueError: shapes do not match; a label or temperature that can be read is out of its range.
+        """
+        inputs.check_arrays(logits=logits, labels=labels)
+        inputs.check_logits("logits", logits, labels)
+        layout = layout_for(self.tp_group, logits, logits, -1)
+        vocab = layout.vocab(logits.shape[-1])
+        target = inputs.as_jax(inputs.read_labels(labels, None, self.ignore_index, vocab))
+        logits = inputs.as_jax(logits)
+        dtype = inputs.arithmetic_dtype(logits)
+        inverse = inputs.inverse_temperature(temperature, self.temperature, labels, dtype)
+        how = How(Sums(e=self.entropy), float(self.logit_softcapping), layout.shard)
+        problem = Problem(self.kernels, vocab, how)
+        return _over_logits(logits, target, inverse, problem, layout)
+
+
+@has_fields_of(FusedLinearLogProbsConfig)
+class FusedLinearLogProbs(Loss):
+    """Log-probabilities and entropies of `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Fields are those of `loss_core.FusedLinearLogProbsConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    """
+
+    temperature: float
+    logit_softcapping: float
+    entropy: bool
+    sequence_parallel: bool
+    _vocab_axis = ("lm_weight", 0)
+
+    def __call__(
+        self,
+        hidden_states: ArrayLike,
+        labels: ArrayLike,
+        lm_weight: ArrayLike,
+        temperature: float | ArrayLike | None = None,
+    ) -> TokenLogProbs:
+        """Log-probabilities of labels under softmax(softcap(hidden_states @ lm_weight.T) / temperature).
+
+        Args:
+            hidden_states, labels, lm_weight: as in FusedLinearCrossEntropy.
+            temperature: as in LogProbs.
+        Returns:
+            As LogProbs.
+        Raises:
+            TypeError, ValueError: as FusedLinearCrossEntropy and LogProbs.
+        """
+        inputs.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight)
+        layout, gathers = linear_layout(self, hidden_states, labels, lm_weight)
+        vocab = layout.vocab(lm_weight.shape[0])
+        target = inputs.as_jax(inputs.read_labels(labels, None, self.ignore_index, vocab))
+        hidden, weight_VH = map(inputs.as_jax, (hidden_states, lm_weight))
+        dtype = inputs.arithmetic_dtype(hidden, weight_VH)
+        inverse = inputs.inverse_temperature(temperature, self.temperature, labels, dtype)
+        how = How(Sums(e=self.entropy), float(self.logit_softcapping), layout.shard)
+        return _over_hidden(hidden, weight_VH, target, inverse, Problem(self.kernels, vocab, how, gathers), layout)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "layout"))
+def _over_logits(
+    logits: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem, layout: Layout
+) -> TokenLogProbs:
+    """Results of arguments that have been checked."""
+    if not target.size:
+        return _none(target, inputs.arithmetic_dtype(logits), problem)
+
+    def inside(logits: jax.Array, *of_rows: jax.Array) -> Any:
+        logits, *of_rows = collectives.align(layout.axes, (logits,), of_rows)  # type: ignore[assignment]
+        return _rows(logits, of_rows[0], _at(of_rows, 1), problem)
+
+    operands = [Operand(x) for x in (target, inverse) if x is not None]
+    found: Any = over(layout, inside, Operand(logits, -1, padding=-jnp.inf), *operands)
+    return TokenLogProbs(*found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rows(logits: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem) -> Results:
+    return _rows_forward(logits, target, inverse, problem)[0]
+
+
+def _rows_forward(logits: jax.Array, target: jax.Array, inverse: Any, problem: Problem) -> tuple[Results, Any]:
+    terms = problem.kernels.row_terms(_local_rows(logits, target, inverse, problem), problem.how)
+    terms = fold_rows(terms, problem.how.shard)
+    return _results(terms, target), (logits, target, inverse, terms)
+
+
+def _rows_backward(problem: Problem, residuals: Any, cotangents: Results) -> tuple[Any, ...]:
+    logits, target, inverse, terms = residuals
+    coefficients = _coefficients(terms, cotangents, target, problem)
+    rows = _local_rows(logits, target, inverse, problem)
+    gradient = problem.kernels.row_gradient(rows, terms, coefficients, problem.how)
+    return gradient, None, None if inverse is None else jnp.zeros_like(inverse)
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _local_rows(logits: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem) -> Rows:
+    num_local, shard = logits.shape[-1], problem.how.shard
+    num_classes = num_local_classes(num_local, problem.num_classes, shard)
+    return Rows(logits, local_target(target, num_local, shard), num_classes, inverse)
+
+
+def _over_hidden(
+    hidden: jax.Array,
+    weight_VH: jax.Array,
+    target: jax.Array,
+    inverse: jax.Array | None,
+    problem: Problem,
+    layout: Layout,
+) -> TokenLogProbs:
+    """Results of arguments that have been checked."""
+    if not target.size:
+        return _none(target, inputs.arithmetic_dtype(hidden, weight_VH), problem)
+
+    def inside(hidden: jax.Array, weight_VH: jax.Array, *of_rows: jax.Array) -> Any:
+        axes = frozenset(layout.axes)
+        if collectives.types_tell(layout.axes):
+            weight_VH = compat.vary(weight_VH, axes)
+            hidden = compat.vary(hidden, axes) if problem.gathers else hidden
+        return _linear(hidden, weight_VH, of_rows[0], _at(of_rows, 1), problem)
+
+    # Rows of the weight that are added are zeros; their logits are taken for -inf.
+    weight = Operand(weight_VH, 0, has_rows=False)
+    operands = [Operand(x) for x in (target, inverse) if x is not None]
+    found: Any = over(layout, inside, Operand(hidden, is_sequence=problem.gathers), weight, *operands)
+    return TokenLogProbs(*found)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _linear(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem
+) -> Results:
+    return _linear_forward(hidden, weight_VH, target, inverse, problem)[0]
+
+
+def _linear_forward(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, inverse: Any, problem: Problem
+) -> tuple[Results, Any]:
+    shard = problem.how.shard
+    if problem.gathers:
+        hidden = lax.all_gather(hidden, shard.axes, axis=0, tiled=True)
+    rows = _local_linear(hidden, weight_VH, target, inverse, problem)
+    terms = fold_rows(problem.kernels.linear_terms(rows, problem.how), shard)
+    return _results(terms, target), (hidden, weight_VH, target, inverse, terms)
+
+
+def _linear_backward(problem: Problem, residuals: Any, cotangents: Results) -> tuple[Any, ...]:
+    hidden, weight_VH, target, inverse, terms = residuals
+    shard = problem.how.shard
+    coefficients = _coefficients(terms, cotangents, target, problem)
+    rows = _local_linear(hidden, weight_VH, target, inverse, problem)
+    gradients = problem.kernels.linear_gradients(rows, terms, coefficients, problem.how)
+    assert gradients.hidden is not None, "both are wanted"
+    if problem.gathers:
+        by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
+    else:
+        by_hidden = collectives.summed_over_shards(gradients.hidden, hidden, shard)
+    by_weight = collectives.summed_over_copies(gradients.weight_VH, weight_VH)
+    by_inverse = None if inverse is None else jnp.zeros_like(inverse)
+    return by_hidden.astype(hidden.dtype), by_weight.astype(weight_VH.dtype), None, by_inverse
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _local_linear(
+    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem
+) -> LinearRows:
+    """The rows over this device's share of the vocabulary."""
+    shard, num_local = problem.how.shard, weight_VH.shape[0]
+    num_classes = num_local_classes(num_local, problem.num_classes, shard)
+    return LinearRows(hidden, weight_VH, local_target(target, num_local, shard), num_classes, inverse)
+
+
+def _results(terms: RowTerms, target: jax.Array) -> Results:
+    logprobs = valid_losses(log_probability(jnp, terms), target)
+    return logprobs, None if terms.e is None else valid_losses(entropy(jnp, terms), target)
+
+
+def _coefficients(terms: RowTerms, cotangents: Results, target: jax.Array, problem: Problem) -> Coefficients:
+    of_log_prob, of_entropy = (
+        None if x is None else valid_upstream(whole_cotangent(x, problem.how.shard), target) for x in cotangents
+    )
+    return log_probability_coefficients(jnp, terms, of_log_prob, of_entropy)
+
+
+def _none(target: jax.Array, dtype: Any, problem: Problem) -> TokenLogProbs:
+    """Of no tokens; JAX forgets what empty arrays vary over."""
+    empty = jnp.zeros(target.shape, dtype)
+    return TokenLogProbs(empty, empty if problem.how.sums.e else None)
+
+
+def _at(values: Any, index: int) -> Any:
+    return values[index] if len(values) > index else None

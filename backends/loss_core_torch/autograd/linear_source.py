@@ -1,0 +1,84 @@
+"""Hidden states and weight as the source of logits: the operands of a fused loss, and the way back of its gradients."""
+
+# T = tokens, N = tokens in products, V = vocabulary of this rank, H = hidden
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loss_core_torch.kernels import Linear
+from loss_core_torch.parallel import collectives
+
+
+class Source(NamedTuple):
+    """What the logits of a fused loss are, beside its tensors.
+
+    Attributes:
+        softcap: 0 is off.
+        product_dtype: dtype to which the operands are rounded.
+        vocab_start: first class of this weight.
+        group: over which the vocabulary is sharded, or None.
+        sequence_dim: dimension of the hidden states that is sharded over the group, or None.
+    """
+
+    softcap: float
+    product_dtype: torch.dtype
+    vocab_start: int = 0
+    group: Any = None
+    sequence_dim: int | None = None
+
+
+def gathered(hidden: Tensor, source: Source) -> Tensor:
+    """The hidden states of the whole sequence, to be kept: to gather again would be a collective in the backward."""
+    if source.sequence_dim is None:
+        return hidden
+    return collectives.gather_shares(hidden, source.sequence_dim, source.group)
+
+
+def operands(
+    whole: Tensor,
+    w_VH: Tensor,
+    labels_T: Tensor,
+    keep_T: Tensor | None,
+    places_N: Tensor | None,
+    source: Source,
+    inverse_T: Tensor | None = None,
+) -> Linear:
+    """The operands of the products, without ignored tokens or with zeros for them."""
+    h_TH = whole.reshape(-1, whole.shape[-1])
+    if places_N is not None:
+        h_TH, labels_T = h_TH.index_select(0, places_N), labels_T.index_select(0, places_N)
+        inverse_T = None if inverse_T is None else inverse_T.index_select(0, places_N)
+    elif keep_T is not None:
+        # What an ignored token holds must not reach a product, not even times 0.
+        h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
+    return Linear(h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T)
+
+
+def put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:
+    """Rows of the tokens in products among those of all tokens; 0 elsewhere."""
+    if places_N is None:
+        return x_N
+    return x_N.new_zeros((num_tokens, *x_N.shape[1:])).index_copy(0, places_N, x_N)
+
+
+def hidden_grad(
+    grad_h: Tensor, keep_T: Tensor | None, places_N: Tensor | None, shape: torch.Size, source: Source
+) -> Tensor:
+    """The gradient of this rank's hidden states, in the dtype of the arithmetic."""
+    if places_N is not None:
+        num_tokens = shape[:-1].numel() * (1 if source.sequence_dim is None else dist.get_world_size(source.group))
+        grad_h = put(grad_h, places_N, num_tokens)
+    if keep_T is not None:
+        # Not a product with 0: the upstream gradient may be infinite.
+        grad_h = grad_h.masked_fill(~keep_T[:, None], 0.0)
+    if source.group is None:
+        return grad_h.view(shape)
+    if source.sequence_dim is None:
+        dist.all_reduce(grad_h, group=source.group)
+        return grad_h.view(shape)
+    return collectives.reduce_scatter_shares(grad_h, shape, source.sequence_dim, source.group)

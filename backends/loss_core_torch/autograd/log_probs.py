@@ -1,0 +1,190 @@
+"""Log-probabilities and entropies as autograd functions, over logits and over hidden states and weight."""
+
+# T = tokens, N = tokens in products, V = vocabulary (of this rank), H = hidden
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core.row_terms import (
+    Coefficients,
+    RowTerms,
+    Sums,
+    entropy,
+    log_probability,
+    log_probability_coefficients,
+)
+from loss_core_torch import operators
+from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.autograd.linear_source import Source, gathered, hidden_grad, operands, put
+from loss_core_torch.kernels import KernelSet, Rows, Wanted, kept_coefficients
+from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import zero_where_ignored
+from loss_core_torch.second_derivative import once_differentiable
+
+
+class Call(NamedTuple):
+    """What a call over logits is beside its tensors.
+
+    Attributes:
+        kernels: the set of kernels.
+        entropy: whether entropies are made.
+        softcap: of the logits; 0 is off.
+        vocab_start: first class of these logits.
+        group: over which the vocabulary is sharded, or None.
+    """
+
+    kernels: KernelSet
+    entropy: bool
+    softcap: float = 0.0
+    vocab_start: int = 0
+    group: Any = None
+
+
+class LinearCall(NamedTuple):
+    """What a call over hidden states is beside its tensors.
+
+    Attributes:
+        kernels, entropy: as in `Call`.
+        source: where the logits come from.
+        want: which gradients may be asked for, of hidden states and of the weight.
+    """
+
+    kernels: KernelSet
+    entropy: bool
+    source: Source
+    want: Wanted
+
+
+class LogProbabilities(Function):
+    """Log-probability and entropy of each token over logits.
+
+    Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None; inverse_T [T],
+    inverse temperatures in the dtype of the arithmetic, or None; the call.
+    Output: log-probabilities and entropies [T] (empty unless asked for), 0 for ignored tokens, in the dtype of the
+    arithmetic. Further outputs are what waits for the backward.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels_T: Tensor, keep_T: Tensor | None, inverse_T: Tensor | None, call: Call
+    ) -> tuple[Tensor, ...]:
+        rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap, inverse_T)
+        terms = operators.row_terms(call.kernels, rows, Sums(e=call.entropy))
+        if call.group is not None:
+            terms = collectives.fold(terms, call.group)
+        return *_results(terms, keep_T), *_saved(terms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        logits, labels_T, keep_T, inverse_T, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            terms, call = _terms(saved), ctx.call
+            coefficients = _coefficients(terms, grads[:2])
+            rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap, inverse_T)
+            grad = operators.row_grad(call.kernels, rows, terms, coefficients)
+        return once_differentiable(grad, logits, *grads[:2]), None, None, None, None
+
+
+class LinearLogProbabilities(Function):
+    """Log-probability and entropy of each token of softcap(hidden @ W.T), without the logits.
+
+    Inputs: as of `LinearCrossEntropy`, with inverse_T [T] or None in place of the coefficients. Output: as of
+    `LogProbabilities`. The backward makes the logits again: four products in all.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        w_VH: Tensor,
+        labels_T: Tensor,
+        keep_T: Tensor | None,
+        places_N: Tensor | None,
+        inverse_T: Tensor | None,
+        call: LinearCall,
+    ) -> tuple[Tensor, ...]:
+        whole = gathered(hidden, call.source)
+        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T)
+        keep_logits = call.source.group is not None and any(call.want)
+        terms, logits = operators.linear_terms(call.kernels, linear, Sums(e=call.entropy), keep_logits)
+        if call.source.group is not None:
+            terms = collectives.fold(terms, call.source.group)
+        results = _results(terms, keep_T, places_N, labels_T.numel())
+        return *results, *_saved(terms), logits, *([] if whole is hidden else [whole])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, *tensors, ctx.call = inputs
+        ctx.shape, ctx.dtype, ctx.spent = hidden.shape, hidden.dtype, False
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        whole = hidden if ctx.call.source.sequence_dim is None else output[7]
+        ctx.save_for_backward(whole, *tensors, *output[2:7])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        whole, w_VH, labels_T, keep_T, places_N, inverse_T, *saved, logits = ctx.saved_tensors
+        call, want = ctx.call, Wanted(*ctx.needs_input_grad[:2])
+        fresh, ctx.spent = not ctx.spent, True
+        with torch.no_grad():
+            terms = _terms(saved)
+            given = [x_T if x_T is None or places_N is None else x_T[places_N] for x_T in grads[:2]]
+            coefficients = _coefficients(terms, given)
+            if keep_T is not None and places_N is None:
+                # Nothing of an ignored token, even where the weight has made its logits NaN.
+                coefficients = kept_coefficients(coefficients, keep_T)
+            linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T)
+            # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+            kept = logits.data if fresh else logits.new_empty(0)
+            grad_h, grad_w = operators.linear_grads(call.kernels, linear, terms, coefficients, want, kept)
+            grad_hidden = None
+            if want.hidden:
+                grad_hidden = hidden_grad(grad_h, keep_T, places_N, ctx.shape, call.source).to(ctx.dtype)
+            grad_weight = grad_w.to(w_VH.dtype) if want.weight else None
+        found = (once_differentiable(x, whole, w_VH, *grads[:2]) for x in (grad_hidden, grad_weight))
+        return *found, None, None, None, None, None
+
+
+def _results(
+    terms: RowTerms, keep_T: Tensor | None, places_N: Tensor | None = None, num_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and entropies or nothing, of all tokens; 0 for ignored ones.
+
+    Args:
+        places_N: of the rows among num_tokens tokens; None: rows are tokens.
+    """
+    found = [log_probability(torch, terms), *([] if terms.e is None else [entropy(torch, terms)])]
+    logprobs_T, *entropies = (zero_where_ignored(put(x_N, places_N, num_tokens), keep_T) for x_N in found)
+    return logprobs_T, entropies[0] if entropies else terms.s.new_empty(0)
+
+
+def _saved(terms: RowTerms) -> tuple[Tensor, ...]:
+    """m, s, t and e, which is empty where it is not needed."""
+    return *terms[:3], terms.s.new_empty(0) if terms.e is None else terms.e
+
+
+def _terms(saved: list[Tensor]) -> RowTerms:
+    m_T, s_T, t_T, e_T = saved
+    return RowTerms(m_T, s_T, t_T, e=e_T if e_T.numel() or not s_T.numel() else None)
+
+
+def _coefficients(terms: RowTerms, upstreams: Any) -> Coefficients:
+    """From the upstream gradients of log-probabilities and entropies, of which one may be missing."""
+    for upstream in upstreams:
+        if upstream is not None:
+            check_upstream(upstream)
+    of_log_prob, of_entropy = (None if x_T is None else x_T.to(terms.s.dtype) for x_T in upstreams)
+    if of_log_prob is None:
+        of_log_prob = torch.zeros_like(terms.s)
+    return log_probability_coefficients(torch, terms, of_log_prob, None if terms.e is None else of_entropy)

@@ -1,0 +1,228 @@
+"""What the fused losses share as torch modules: hidden states and head, whole or over ranks, up to the loss itself."""
+
+# T = tokens (all leading dimensions of labels, flattened), N = tokens in products, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from loss_core import BackendUnavailable
+from loss_core_torch import compat, inputs
+from loss_core_torch.autograd.linear_source import Source
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.kernels import IGNORED, Linear, WholeLosses
+from loss_core_torch.modules.base import Kernels, LossModule, is_whole
+from loss_core_torch.tracing import compute_dtype, may_read
+
+
+class LinearCall(NamedTuple):
+    """A call whose arguments have been checked.
+
+    Attributes:
+        hidden: [..., H]; weight: [V, H] of this rank.
+        places_N: the tokens that take part in matrix products, int64 in ascending order; None for all of them.
+        num_classes: of all ranks.
+        token_groups: groups over which the tokens are sharded.
+    """
+
+    kernels: Kernels
+    hidden: Tensor
+    weight: Tensor
+    tokens: Tokens
+    places_N: Tensor | None
+    source: Source
+    num_classes: int
+    token_groups: tuple[Any, ...]
+
+    def whole(self) -> Linear:
+        """The operands for kernels that make a loss whole, zeros in ignored rows.
+
+        Raises:
+            BackendUnavailable: the vocabulary is sharded.
+        """
+        if self.source.group is not None:
+            raise BackendUnavailable(
+                f"{self.kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
+            )
+        h_TH, labels_T, keep_T = (
+            self.hidden.reshape(-1, self.hidden.shape[-1]),
+            self.tokens.labels_T,
+            self.tokens.keep_T,
+        )
+        if keep_T is not None:
+            # What an ignored token holds must not reach a product, not even times 0; its label is nobody's.
+            h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
+            labels_T = labels_T.masked_fill(~keep_T, IGNORED)
+        inverse_T = self.tokens.inverse_temperature_T
+        return Linear(h_TH, self.weight, labels_T, 0, self.source.softcap, self.source.product_dtype, inverse_T)
+
+
+class LinearModule(LossModule):
+    """A loss of hidden_states @ lm_weight.T without the [T, V] logits.
+
+    A subclass has `_tokens` and `_loss`, and says by `_of_tokens` whether it returns one number per token.
+    """
+
+    logit_softcapping: float
+    sequence_parallel: bool
+    ignore_index: int
+    skip_ignored: bool | None = None
+    # lm_weight [V, H].
+    _vocab_dim = 0
+    # Arguments with one value per token, beside labels.
+    _values: tuple[str, ...] = ()
+
+    def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Dtype in which the logits' gradient enters its two matrix products, for hidden states of a dtype."""
+        kernels = self._kernels
+        return compute_dtype(dtype) if isinstance(kernels, WholeLosses) else kernels.operand_dtype(dtype, device)
+
+    @staticmethod
+    def materialize_lm_weight(lm_weight: Any, *, grad_reduce_group: dist.ProcessGroup | None = None) -> Any:
+        """The whole weight of a sharded head, with a backward that gives each shard its right gradient.
+
+        Every rank has tokens of its own, so the shard's gradient is a sum over ranks, not a slice of
+        this rank's. As FSDP does, the mean over the ranks is given: scale the loss by the group's size
+        where a sum is meant.
+
+        Args:
+            lm_weight: [V, H]; a plain tensor is returned as it is, a DTensor is gathered.
+            grad_reduce_group: process group over which the ranks' tokens differ; its size must be
+                that of the weight's mesh.
+        Returns:
+            [V, H] plain tensor, not an alias of the shard.
+        Raises:
+            ValueError: a trainable sharded weight whose mesh does not match the group.
+        """
+        from loss_core_torch.parallel import collectives
+
+        return collectives.materialize(lm_weight, grad_reduce_group)
+
+    def _tokens(
+        self, lead: torch.Size, hidden: Tensor, labels: Any, given: Mapping[str, Any], num_valid: Any
+    ) -> Tokens:
+        raise NotImplementedError
+
+    def _loss(self, call: LinearCall) -> Any:
+        raise NotImplementedError
+
+    def _of_tokens(self) -> bool:
+        raise NotImplementedError
+
+    def _evaluate(
+        self,
+        hidden_states: Any,
+        labels: Any,
+        lm_weight: Any,
+        given: Mapping[str, Any],
+        grad_reduce_group: Any = None,
+        num_valid: int | None = None,
+    ) -> Any:
+        """The loss of a call.
+
+        Args:
+            given: the other arguments by name, which `_tokens` takes.
+        """
+        kernels = self._kernels_for(hidden_states, lm_weight)
+        if self.sequence_parallel or not is_whole(self.tp_group, hidden_states, lm_weight):
+            return self._sharded(kernels, hidden_states, labels, lm_weight, given, grad_reduce_group, num_valid)
+        hidden, weight = inputs.floats("hidden_states", hidden_states), inputs.floats("lm_weight", lm_weight)
+        _check_operands(hidden, weight)
+        inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
+        tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
+        tokens = inputs.settled(inputs.in_range(tokens, weight.shape[0], self.ignore_index))
+        source = Source(float(self.logit_softcapping), _product_dtype(hidden, weight))
+        places_N = self._places(tokens, num_valid)
+        return self._loss(LinearCall(kernels, hidden, weight, tokens, places_N, source, weight.shape[0], ()))
+
+    # Hosts exchange messages there, which no graph can hold.
+    @compat.outside_of_graphs
+    def _sharded(
+        self,
+        kernels: Kernels,
+        hidden: Any,
+        labels: Any,
+        lm_weight: Any,
+        given: Mapping[str, Any],
+        grad_reduce_group: Any,
+        num_valid: int | None,
+    ) -> Any:
+        from loss_core_torch.parallel import placement_linear
+
+        linear = placement_linear.of_linear(hidden, lm_weight, self.tp_group, grad_reduce_group, self.sequence_parallel)
+        if linear.placed:
+            weight = placement_linear.local_weight(linear, lm_weight)
+        else:
+            weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
+        layout = linear.tokens
+        hidden = layout.local(hidden)
+
+        def check() -> Tokens:
+            _check_operands(inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight))
+            lead = placement_linear.whole_lead(linear, hidden)
+            own = {name: layout.token_values(name, given[name], lead) for name in self._values}
+            own_labels = layout.token_values("labels", labels, lead)
+            return self._tokens(lead, hidden, own_labels, {**given, **own}, num_valid)
+
+        trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
+        tokens, shards = self._agree(
+            layout.ranks, weight, check, {"num_valid_tokens": num_valid}, hidden_states_require_grad=trains
+        )
+        start, vocab, group = (
+            (0, weight.shape[0], None) if shards is None else (shards.start, shards.total, shards.group)
+        )
+        tokens = inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
+        hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
+        product_dtype = _product_dtype(hidden, weight)
+        source = Source(float(self.logit_softcapping), product_dtype, start, group, linear.sequence_dim)
+        places_N, groups = self._places(tokens, num_valid), layout.ranks.tokens
+        found = self._loss(LinearCall(kernels, hidden, weight, tokens, places_N, source, vocab, groups))
+        return layout.token_results(found, labels) if self._of_tokens() else found
+
+    def _places(self, tokens: Tokens, num_valid: int | None) -> Tensor | None:
+        """The tokens that take part in matrix products, [N] int64 in ascending order; None for all of them.
+
+        Their number must be on the host: for nothing on a CPU, or where the caller knows it (a larger one then repeats
+        token 0, a smaller one loses tokens, and the loss is NaN); else for one sync.
+        """
+        keep_T = tokens.keep_T
+        if keep_T is None:
+            return None
+        if num_valid is not None:
+            return torch.nonzero_static(keep_T, size=num_valid, fill_value=0)[:, 0]
+        if not (may_read(keep_T) if self.skip_ignored is None else self.skip_ignored):
+            return None
+        return keep_T.nonzero()[:, 0]
+
+
+def _check_operands(hidden: Tensor, weight: Tensor) -> None:
+    _product_dtype(hidden, weight)
+    inputs.not_empty("hidden_states", "hidden dimension", hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"lm_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}; "
+            f"lm_weight must be [V, H] with H = {hidden.shape[-1]}."
+        )
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype to which the operands are rounded: autocast's where it is on, else that of the hidden states."""
+    device = hidden.device
+    if weight.device != device:
+        raise ValueError(f"hidden_states is on {device} but lm_weight is on {weight.device}; they must match.")
+    # "meta" (shapes without values, as the bridge asks for) is unknown to autocast.
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device.type)
+    master_head = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.dtype != weight.dtype and not master_head:
+        raise TypeError(
+            f"hidden_states is {hidden.dtype} but lm_weight is {weight.dtype}; they must match outside of "
+            "torch.autocast, or be 16-bit hidden states beside a float32 weight."
+        )
+    return hidden.dtype

@@ -1,0 +1,63 @@
+"""Log-probabilities and entropies of logits h @ W.T; see `log_probs`."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.dtypes import compute_format
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult
+from loss_core.losses.linear_cross_entropy import product_errors, raw_logits
+from loss_core.losses.log_probs import (
+    RANDOM_FIELDS,
+    RECIPES,
+    TEMPERATURE,
+    of_tokens,
+    reshaped,
+    results_of,
+    token_errors,
+)
+from loss_core.losses.reduction import kept_rows, kept_tokens
+from loss_core.losses.rounding import finite, stored
+
+
+def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> OracleResult:
+    """Log-probabilities, entropies, and the gradients of hidden states and weight."""
+    keep_T = kept_tokens(arrays, config.ignore_index)
+    h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
+    found = of_tokens(config, h_TH @ w_VH.T, arrays, upstream)
+    grads = {
+        "hidden_states": (found.grad_TV @ w_VH).reshape(np.shape(arrays["hidden_states"])),
+        "lm_weight": found.grad_TV.T @ h_TH,
+    }
+    return OracleResult(reshaped(config, found.result_RT, arrays), grads)
+
+
+def error_bound(
+    config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+) -> dict[str, Floats]:
+    """As log-probabilities over logits, with products before and after as in the fused cross entropy."""
+    keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)
+    raw_TV, err_raw_T = raw_logits(arrays, keep_T, inner.u)
+    err_RT, err_TV = token_errors(config, raw_TV, err_raw_T, arrays, upstream, inner)
+    grad_TV = of_tokens(config, raw_TV, arrays, upstream).grad_TV
+    result = {"loss": stored(finite(expected.loss), reshaped(config, err_RT, arrays), inner)}
+    return result | product_errors(arrays, expected, grad_TV, err_TV, keep_T, dtype, product_dtype)
+
+
+DEFINITION = LossDef(
+    "linear_log_probs",
+    (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS, TEMPERATURE),
+    oracle,
+    error_bound,
+    RECIPES,
+    random_fields=RANDOM_FIELDS,
+    reduction=lambda config: "none",
+    results=results_of,
+    products=1,
+    row_numbers=4,
+)
