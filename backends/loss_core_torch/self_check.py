@@ -61,6 +61,7 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)
+    mixture = kernels.pair_mixture(pairs, pair_terms, 0.5)
     linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype, objective)
     linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, Wanted(True, True))
     return {
@@ -69,6 +70,10 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
         "the divergence of a row": kl_T[keep_T],
         "the student's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, False)),
         "the teacher's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, True)),
+        "the student's divergence from the mixture": mixture.kl_s[keep_T],
+        "the student's gradient to the mixture": kernels.pair_grad(
+            pairs, pair_terms, PairCoefficients(mixture.kl_s, coef_T, False, 0.5)
+        ),
         "the sum of a fused row": linear_terms.s,
         "the gradient of the hidden states": grad_h.to(dtype),
         "the gradient of the weight": grad_w.to(dtype),

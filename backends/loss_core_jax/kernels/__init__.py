@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,6 +77,19 @@ class Pairs(NamedTuple):
     target: jax.Array
 
 
+class Mixture(NamedTuple):
+    """What is static about pairs and their mixture. Hashable.
+
+    Attributes:
+        beta: the teacher's share, in (0, 1).
+        temperature, chunk_size: as for `KernelSet.pair_terms`.
+    """
+
+    beta: float
+    temperature: float
+    chunk_size: int = 0
+
+
 class Linear(NamedTuple):
     """What is static about linear rows. Hashable.
 
@@ -133,6 +146,16 @@ class KernelSet(Protocol):
         self, pairs: Pairs, terms: PairTerms, kl: jax.Array, upstream: jax.Array, temperature: float
     ) -> tuple[jax.Array, jax.Array]:
         """Gradients of upstream * kl by student and teacher, given terms as `pair_terms` gives them, and the kl."""
+        ...
+
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard) -> MixtureTerms:
+        """Sums over these columns, given terms of the whole rows as `pair_terms` gives them."""
+        ...
+
+    def mixture_gradients(
+        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, mixture: Mixture
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gradients of upstream * `jensen_shannon` by student and teacher, given terms and sums of the whole rows."""
         ...
 
     def linear_terms(self, rows: LinearRows, linear: Linear) -> RowTerms:
