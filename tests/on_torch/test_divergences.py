@@ -105,6 +105,15 @@ def test_weights_without_a_count_are_refused(flag, config):
         config.build(backend=flag)(**inputs(config), num_batch_labels=4, loss_weights=torch.ones(3))
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.7, 0.9])
+@cells([JSD])
+def test_ignored_tokens_have_exactly_none(flag, config, beta):
+    # Rows of zeros in their place are two equal distributions, whose divergence is rounded.
+    arguments = inputs(config, vocab=7, ignored=1) | {"num_batch_labels": 2}
+    loss = KDLossConfig(divergence="jsd", beta=beta).build(backend=flag)
+    assert not any(value.any() for value in run(loss, arguments, 1.0).values())
+
+
 def test_a_kl_makes_no_sums_to_a_mixture():
     class Kernels(EagerKernels):
         def pair_mixture(self, *args):
