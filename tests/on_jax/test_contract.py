@@ -379,6 +379,20 @@ def test_second_derivatives_are_right(name: str) -> None:
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_second_derivatives_where_both_rule_a_class_out(divergence: str) -> None:
+    loss = KDLoss(divergence=divergence)
+
+    def squared_gradient(x: jax.Array, w: jax.Array) -> jax.Array:
+        return sum((g**2).sum() for g in jax.grad(lambda x, w: loss(x, w, LABELS), (0, 1))(x, w))
+
+    second = jax.jit(jax.grad(squared_gradient, (0, 1)))
+    expected = second(LOGITS[..., 1:], TEACHER[..., 1:])
+    for found, wanted in zip(second(*(x.at[..., 0].set(-jnp.inf) for x in (LOGITS, TEACHER))), expected, strict=True):
+        np.testing.assert_allclose(found[..., 1:], wanted, rtol=1e-4, atol=1e-6)
+        assert not found[..., 0].any()
+
+
 def test_forward_mode_is_refused() -> None:
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda x: MaskedCrossEntropy()(x, LABELS), (LOGITS,), (LOGITS,))
