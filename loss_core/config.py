@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from loss_core.dispatch.builders import build
 from loss_core.field_checks import (
+    DIVERGENCES,
     check_bool,
+    check_choice,
+    check_fraction,
     check_integer,
     check_known,
     check_number,
@@ -238,7 +241,7 @@ class TEParallelCEConfig(LossConfig):
 @typed_loss("KDLoss", "distillation")
 @dataclass
 class KDLossConfig(LossConfig):
-    """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
+    """Knowledge distillation: a divergence of the student from the teacher at temperature T, times T^2.
 
     Attributes:
         ignore_index: label that marks a position to leave out; any integer of 64 bits.
@@ -247,6 +250,12 @@ class KDLossConfig(LossConfig):
             False: in the dtype of the student's logits.
         tp_group: as in TEParallelCEConfig.
         chunk_size: tokens computed at a time, >= 0; 0 lets the kernel choose.
+        divergence: "forward_kl": KL(teacher || student); "reverse_kl": KL(student || teacher); "jsd": the generalized
+            Jensen-Shannon divergence, beta KL(teacher || M) + (1 - beta) KL(student || M) with the mixture
+            M = beta teacher + (1 - beta) student (Agarwal et al. 2024, arXiv:2306.13649, equation 1).
+        beta: share of the teacher in the mixture, in [0, 1]; for "jsd" alone. At 0 and 1 that divergence is 0, and the
+            loss is its limit after division by beta and by 1 - beta: 0 is "forward_kl", 1 is "reverse_kl", as in TRL's
+            GKDTrainer.
     """
 
     ignore_index: int = -100
@@ -254,12 +263,16 @@ class KDLossConfig(LossConfig):
     fp32_upcast: bool = True
     tp_group: Any = field(default=None, repr=False, compare=False)
     chunk_size: int = 0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
         check_number("temperature", self.temperature, "a finite number > 0")
         check_bool("fp32_upcast", self.fp32_upcast)
         check_integer("chunk_size", self.chunk_size, low=0)
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_fraction("beta", self.beta)
 
 
 @typed_loss("LogProbs", "log_probs")

@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 REDUCTIONS = ("sum", "mean", "none")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 _INT64 = 2**63
 
@@ -78,6 +79,21 @@ def check_number(name: str, value: object, accepted: str, *, zero: bool = False,
     # Kernels use its square and its reciprocal in float32, which holds 2**-126 to 2**127.
     if value != 0 and not 2.0**-63 <= float(value) <= 2.0**63:
         raise ValueError(f"{name} must be {accepted}, in 2**-63 to 2**63 (1.1e-19 to 9.2e18), got {value!r}.")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of the words to choose from."""
+    _note(name, enum=list(choices))
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Refuse what is no number in [0, 1]."""
+    _note(name, type="number", minimum=0, maximum=1)
+    # NaN fails the comparison.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
 
 
 def plain_value(value: Any) -> Any:

@@ -12,6 +12,7 @@ Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmeti
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 Array = Any
@@ -110,6 +111,17 @@ class PairTerms(NamedTuple):
     s_s: Array
 
 
+class MixtureTerms(NamedTuple):
+    """Sums of two distributions against their mixture M = beta p_t + (1 - beta) p_s; those of pieces add up.
+
+    Attributes:
+        kl_t, kl_s: sum of p_t log(p_t / M), of p_s log(p_s / M); with p over the whole vocabulary.
+    """
+
+    kl_t: Array
+    kl_s: Array
+
+
 # In place of those of an ignored row: finite, so that its NaN reaches nothing behind them.
 IGNORED_ROW = RowTerms(m=0.0, s=1.0, t=0.0, z_sum=0.0, e=0.0)
 
@@ -204,7 +216,45 @@ def kl_centre(xp: Namespace, terms: PairTerms, kl: Array) -> Array:
 
     With it, log p_t - log p_s - KL is ((z_t - m_t) - (z_s - m_s)) - centre.
     """
-    return xp.log(terms.s_t) - xp.log(terms.s_s) + kl
+    return log_ratio_offset(xp, terms) + kl
+
+
+def log_ratio_offset(xp: Namespace, terms: PairTerms) -> Array:
+    """What ((z_t - m_t) - (z_s - m_s)) is more than log p_t - log p_s."""
+    return xp.log(terms.s_t) - xp.log(terms.s_s)
+
+
+def beta_of(loss: Any) -> float:
+    """The divergence that a loss's fields mean, as beta of the generalized Jensen-Shannon divergence.
+
+    0 is KL(teacher || student), 1 is KL(student || teacher); see `KDLossConfig`.
+    """
+    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(loss.divergence, float(loss.beta))
+
+
+def log_shares(beta: float) -> tuple[float, float]:
+    """Logarithms of the shares of teacher and student in their mixture, for beta in (0, 1)."""
+    return math.log(beta), math.log1p(-beta)
+
+
+def mixture_logs(xp: Namespace, log_ratio: Array, log_share_t: Any, log_share_s: Any) -> tuple[Array, Array]:
+    """log(p_t / M) and log(p_s / M) of each class, from log p_t - log p_s. For a probability of 0: any number or NaN.
+
+    p_t / M is sigmoid(x) / beta and p_s / M is sigmoid(-x) / (1 - beta), x = log_ratio + log(beta / (1 - beta)).
+    """
+    x = log_ratio + (log_share_t - log_share_s)
+    # log sigmoid(x) = min(x, 0) - log(1 + e^-|x|): overflows for no x, and holds for infinite ones.
+    common = xp.log1p(xp.exp(-xp.abs(x)))
+    return xp.clip(x, None, 0.0) - common - log_share_t, xp.clip(-x, None, 0.0) - common - log_share_s
+
+
+def jensen_shannon(xp: Namespace, terms: PairTerms, mixture: MixtureTerms, beta: float) -> Array:
+    """beta KL(p_t || M) + (1 - beta) KL(p_s || M) per row; NaN where either has no finite logit at all.
+
+    Its gradients by z_t and z_s are beta p_t (log(p_t / M) - kl_t) and (1 - beta) p_s (log(p_s / M) - kl_s).
+    """
+    # m - m is 0, or NaN where there are only logits of -inf.
+    return beta * mixture.kl_t + (1.0 - beta) * mixture.kl_s + ((terms.m_t - terms.m_t) + (terms.m_s - terms.m_s))
 
 
 def _moved_e(xp: Namespace, piece: RowTerms, m: Array) -> Array:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import compat
 from loss_core_torch.kernels import Into, KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted, find
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
@@ -137,6 +137,14 @@ row_grad = _Method(
     coefficients=Coefficients,
 )
 pair_terms = _Method("pair_terms", _new_pair_terms, lambda found, *args: PairTerms(*found), pairs=Pairs)
+pair_mixture = _Method(
+    "pair_mixture",
+    lambda pairs, terms, beta: _new_terms(pairs.student, terms.s_t, 2),
+    lambda found, *args: MixtureTerms(*found),
+    pairs=Pairs,
+    terms=PairTerms,
+    beta=float,
+)
 pair_grad = _Method(
     "pair_grad",
     lambda pairs, terms, wanted: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],

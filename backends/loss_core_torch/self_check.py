@@ -63,12 +63,17 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     kl_T = kl_divergence(torch, pair_terms)
     linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype)
     linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))
+    mixture = kernels.pair_mixture(pairs, pair_terms, 0.5)
     return {
         "the sum of a row": row_terms.s[keep_T],
         "the gradient of the logits": row_grad,
         "the divergence of a row": kl_T[keep_T],
         "the student's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, False)),
         "the teacher's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, True)),
+        "the student's divergence from the mixture": mixture.kl_s[keep_T],
+        "the student's gradient to the mixture": kernels.pair_grad(
+            pairs, pair_terms, PairCoefficients(mixture.kl_s, coef_T, False, 0.5)
+        ),
         "the sum of a fused row": linear_terms.s,
         "the gradient of the hidden states": grad_h.to(dtype),
         "the gradient of the weight": grad_w.to(dtype),

@@ -164,10 +164,13 @@ def _checked(definition: LossDef, config: LossConfig, found: Mapping[str, Array]
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise UsageProblem(f"{argument.name} must be one of {', '.join(FORMATS)}, got {dtype}.")
     vocab = _check_shapes(definition, arrays)
+    count = next((argument.name for argument in definition.arguments if argument.kind == "count"), None)
     for argument in definition.arguments:
         if argument.name in arrays and not definition.accepts(config, argument.name):
             reduction = definition.reduction(config)
             raise UsageProblem(f"{argument.name} goes with reduction 'sum' only, but the config has {reduction!r}.")
+        if argument.name in arrays and argument.with_count and count not in arrays:
+            raise UsageProblem(f"{argument.name} goes with {count} only, which is not there.")
         if argument.name in arrays and argument.kind in ("count", "hint"):
             arrays[argument.name] = _count(argument.name, arrays[argument.name])
     if definition.find("label") is not None:

@@ -57,6 +57,7 @@ class Argument:
         differentiated: whether it has a gradient; trained: whether training needs that gradient.
         optional: whether it may be left out.
         sum_only: whether it is refused with another reduction than "sum".
+        with_count: whether it is refused without the argument of kind "count".
     """
 
     name: str
@@ -66,6 +67,7 @@ class Argument:
     trained: bool = True
     optional: bool = False
     sum_only: bool = False
+    with_count: bool = False
 
     @property
     def vocab_axis(self) -> int | None:

@@ -1,26 +1,36 @@
-"""Knowledge distillation: KL(teacher || student) at temperature T, times T^2.
+"""Knowledge distillation: a divergence of student and teacher at temperature T, times T^2.
 
-    loss     = T^2 sum_v p(z_t/T) (log p(z_t/T) - log p(z_s/T)),  p = softmax
-    dL/dz_s  = T (p_s - p_t)
-    dL/dz_t  = T p_t ((log p_t - log p_s) - KL)
+With p = softmax(z / T) and M = beta p_t + (1 - beta) p_s, and 0 log 0 = 0:
 
-Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
+    forward_kl  D = KL(p_t || p_s) = sum_v p_t (log p_t - log p_s)
+                dD/dz_s = (p_s - p_t) / T            dD/dz_t = p_t ((log p_t - log p_s) - D) / T
+    reverse_kl  the same with the roles exchanged
+    jsd         D = beta KL(p_t || M) + (1 - beta) KL(p_s || M)
+                dD/dz_t = beta p_t (log(p_t / M) - KL(p_t || M)) / T, and dD/dz_s likewise with 1 - beta and p_s;
+                for beta = 0 it is forward_kl, for beta = 1 reverse_kl
+
+Sources: Hinton et al. 2015 (arXiv:1503.02531), section 2; Agarwal et al. 2024 (arXiv:2306.13649), equation 1.
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary; the temperature is `temp`
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.dtypes import compute_format, float_format
+from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 from loss_core.losses.rounding import (
     COEF_ROUNDINGS,
+    EXP_ARGUMENT_ROUNDINGS,
+    EXP_ULPS,
+    LOG_ULPS,
+    SoftmaxErrors,
     finite,
     log_softmax,
     result_errors,
@@ -32,68 +42,158 @@ from loss_core.losses.rounding import (
 
 
 def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
-    """Loss, and the gradients of both logits. Labels only say which tokens are ignored."""
+    """Loss, and the gradients of both logits and of the weights. Labels only say which tokens are ignored."""
     shape, temp = np.shape(arrays["student_logits"]), float(config.temperature)
-    keep_T = kept_tokens(arrays, config.ignore_index)
-    count = arrays.get("num_batch_labels")
-    reduction = Reduction("mean" if count is None else "sum", np.shape(arrays["labels"]), keep_T, count)
-    log_ps_TV = log_softmax(kept_rows(arrays["student_logits"], keep_T) / temp)
-    log_pt_TV = log_softmax(kept_rows(arrays["teacher_logits"], keep_T) / temp)
-    ps_TV, pt_TV = np.exp(log_ps_TV), np.exp(log_pt_TV)
-    ratio_TV = np.where(pt_TV == 0, 0.0, log_pt_TV - log_ps_TV)
-    kl_T = np.sum(pt_TV * ratio_TV, axis=-1)
-    loss_T = np.where(keep_T, temp**2 * kl_T, 0.0)
+    reduction = reduction_of(config, arrays)
+    zs_TV, zt_TV = (kept_rows(arrays[name], reduction.keep_T) / temp for name in ("student_logits", "teacher_logits"))
+    d_T, by_student_TV, by_teacher_TV = token_divergence(beta_of(config), zs_TV, zt_TV)
+    loss_T = np.where(reduction.keep_T, temp**2 * d_T, 0.0)
     coef_T = reduction.coefficients(upstream)
-    # Where the loss is not a number, neither is its gradient.
-    known_T1 = np.where(np.isnan(kl_T), np.nan, 1.0)[:, None]
-    student_TV = known_T1 * temp * (ps_TV - pt_TV)
-    teacher_TV = known_T1 * np.where(pt_TV == 0, 0.0, temp * pt_TV * (ratio_TV - kl_T[:, None]))
-    grads = {
-        "student_logits": times_rows(coef_T, student_TV).reshape(shape),
-        "teacher_logits": times_rows(coef_T, teacher_TV).reshape(shape),
-    }
+    grads = reduction.weights_grad(loss_T, upstream)
+    grads["student_logits"] = times_rows(coef_T, temp * by_student_TV).reshape(shape)
+    grads["teacher_logits"] = times_rows(coef_T, temp * by_teacher_TV).reshape(shape)
     return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+
+
+def reduction_of(config: Any, arrays: Arrays) -> Reduction:
+    """A sum divided by the count, or without one the mean."""
+    count, shape = arrays.get("num_batch_labels"), np.shape(arrays["labels"])
+    kind = "mean" if count is None else "sum"
+    return Reduction(kind, shape, kept_tokens(arrays, config.ignore_index), count, arrays.get("loss_weights"))
+
+
+def beta_of(config: Any) -> float:
+    """The divergence as beta of jsd: 0 is forward_kl, 1 is reverse_kl."""
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": float(config.beta)}[config.divergence]
+
+
+def token_divergence(beta: float, zs_TV: Floats, zt_TV: Floats) -> tuple[Floats, Floats, Floats]:
+    """D of each token [T], and its derivatives by student's and teacher's z [T, V]."""
+    if beta == 1:
+        d_T, by_teacher_TV, by_student_TV = token_divergence(0.0, zt_TV, zs_TV)
+        return d_T, by_student_TV, by_teacher_TV
+    log_ps_TV, log_pt_TV = log_softmax(zs_TV), log_softmax(zt_TV)
+    ps_TV, pt_TV = np.exp(log_ps_TV), np.exp(log_pt_TV)
+    if beta == 0:
+        d_T, by_teacher_TV = _kl(pt_TV, log_pt_TV - log_ps_TV)
+        by_student_TV = ps_TV - pt_TV
+    else:
+        log_m_TV = np.logaddexp(np.log(beta) + log_pt_TV, np.log1p(-beta) + log_ps_TV)
+        (kl_s_T, by_student_TV), (kl_t_T, by_teacher_TV) = (
+            _kl(p_TV, log_p_TV - log_m_TV) for p_TV, log_p_TV in ((ps_TV, log_ps_TV), (pt_TV, log_pt_TV))
+        )
+        d_T = beta * kl_t_T + (1 - beta) * kl_s_T
+        by_student_TV, by_teacher_TV = (1 - beta) * by_student_TV, beta * by_teacher_TV
+    # Where the divergence is not a number, neither is its gradient.
+    known_T1 = np.where(np.isnan(d_T), np.nan, 1.0)[:, None]
+    return d_T, known_T1 * by_student_TV, known_T1 * by_teacher_TV
+
+
+def _kl(p_TV: Floats, log_ratio_TV: Floats) -> tuple[Floats, Floats]:
+    """KL = sum p log_ratio, and p (log_ratio - KL); a probability of 0 weighs nothing."""
+    log_ratio_TV = np.where(p_TV == 0, 0.0, log_ratio_TV)
+    kl_T = np.sum(p_TV * log_ratio_TV, axis=-1)
+    return kl_T, np.where(p_TV == 0, 0.0, p_TV * (log_ratio_TV - kl_T[:, None]))
 
 
 def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
 ) -> dict[str, Floats]:
-    """KL = sum p_t d, with d = log p_t - log p_s: errors of the weights p_t times |z_t - z_s|, and of d."""
-    fmt, inner = float_format(dtype), compute_format(dtype)
-    u, temp = inner.u, float(config.temperature)
-    zs_TV = kept_rows(arrays["student_logits"], expected.reduction.keep_T) / temp
-    zt_TV = kept_rows(arrays["teacher_logits"], expected.reduction.keep_T) / temp
-    top_s_T, top_t_T = (np.max(np.abs(finite(z_TV)), axis=-1) for z_TV in (zs_TV, zt_TV))
+    """Rounding of the divergence, of its derivatives, of the sum, and of the stored results."""
+    fmt, inner, temp = float_format(dtype), compute_format(dtype), float(config.temperature)
     # z / T: the reciprocal and the product are each rounded once.
-    scaled = 2 * u if temp != 1 else 0.0
-    student = softmax_errors(zs_TV, scaled * top_s_T, inner)
-    teacher = softmax_errors(zt_TV, scaled * top_t_T, inner)
-    pt_TV = teacher.p_TV
-    d_TV = np.where(pt_TV == 0, 0.0, teacher.log_p_TV - student.log_p_TV)
-    gap_TV = np.where(pt_TV == 0, 0.0, finite(zt_TV - zs_TV))
-    kl_T = np.sum(finite(pt_TV * d_TV), axis=-1)
-    # Each log-probability is z - lse: both lse's errors, both scalings, and the rounding of the difference.
-    err_d_T = student.err_lse_T + teacher.err_lse_T + (2 * u + scaled) * (top_s_T + top_t_T)
-    weighted_TV = pt_TV * np.abs(gap_TV)
-    err_kl_T = (
-        err_d_T
-        + np.sum(finite(teacher.err_p_TV * np.abs(gap_TV) + sum_growth(pt_TV.shape[-1]) * u * weighted_TV), axis=-1)
-        + 2 * u * (np.sum(weighted_TV, axis=-1) + np.abs(student.lse_T) + np.abs(teacher.lse_T) + np.abs(kl_T))
-    )
-    err_T = np.where(expected.reduction.keep_T, temp**2 * (err_kl_T + 3 * u * np.abs(kl_T)), 0.0)
+    scaled = 2 * inner.u if temp != 1 else 0.0
+
+    def of(name: str) -> Side:
+        z_TV = kept_rows(arrays[name], expected.reduction.keep_T) / temp
+        return side(z_TV, scaled * np.max(np.abs(finite(z_TV)), axis=-1), inner)
+
+    student, teacher = of("student_logits"), of("teacher_logits")
+    err_d_T, *err_by_TV = divergence_errors(beta_of(config), student, teacher, inner.u)
+    d_T = np.abs(finite(expected.token_loss_T)) / temp**2
+    err_T = np.where(expected.reduction.keep_T, temp**2 * (err_d_T + 3 * inner.u * d_T), 0.0)
     result = result_errors(config, expected, err_T, dtype, upstream)
     coef_T1 = np.abs(expected.coef_T)[:, None] * temp
-    difference_TV = np.abs(student.p_TV - pt_TV)
-    err_student_TV = coef_T1 * (student.err_p_TV + teacher.err_p_TV + u * (2 + COEF_ROUNDINGS) * difference_TV)
-    centred_TV = np.abs(finite(d_TV - kl_T[:, None]))
-    err_teacher_TV = coef_T1 * (
-        (teacher.err_p_TV + u * (2 + COEF_ROUNDINGS) * pt_TV) * centred_TV + pt_TV * (err_d_T + err_kl_T)[:, None]
-    )
-    for name, error_TV in (("student_logits", err_student_TV), ("teacher_logits", err_teacher_TV)):
+    for name, error_TV in zip(("student_logits", "teacher_logits"), err_by_TV, strict=True):
         grad = expected.grads[name]
-        allowed = stored(finite(grad), finite(error_TV).reshape(grad.shape), fmt)
+        allowed = stored(finite(grad), finite(coef_T1 * error_TV).reshape(grad.shape), fmt)
         result[name] = zero_where_ignored(allowed, expected.reduction.keep_T)
     return result
+
+
+class Side(NamedTuple):
+    """One of two distributions: its softmax, how far its z are off [T], and their largest size [T]."""
+
+    sm: SoftmaxErrors
+    err_z_T: Floats
+    top_T: Floats
+
+
+def side(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> Side:
+    """The errors of a distribution of which z is off by err_z."""
+    return Side(softmax_errors(z_TV, err_z_T, inner), err_z_T, np.max(np.abs(finite(z_TV)), axis=-1))
+
+
+def divergence_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, Floats]:
+    """Errors of D [T], and of its derivatives by student's and teacher's z [T, V], times a rounded coefficient."""
+    if beta == 0:
+        return _kl_errors(student, teacher, u)
+    if beta == 1:
+        err_d_T, err_teacher_TV, err_student_TV = _kl_errors(teacher, student, u)
+        return err_d_T, err_student_TV, err_teacher_TV
+    return _jsd_errors(beta, student, teacher, u)
+
+
+def _err_log_ratio(student: Side, teacher: Side, u: float) -> Floats:
+    """Each log-probability is z - lse: both lse's errors, those of both z, and the rounding of the difference."""
+    err_lse_T = student.sm.err_lse_T + teacher.sm.err_lse_T
+    return np.asarray(err_lse_T + student.err_z_T + teacher.err_z_T + 2 * u * (student.top_T + teacher.top_T))
+
+
+def _kl_errors(student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, Floats]:
+    """KL = sum p_t d, with d = log p_t - log p_s: errors of the weights p_t times |z_t - z_s|, and of d."""
+    (sm_s, *_), (sm_t, *_) = student, teacher
+    pt_TV = sm_t.p_TV
+    d_TV = np.where(pt_TV == 0, 0.0, sm_t.log_p_TV - sm_s.log_p_TV)
+    gap_TV = np.abs(np.where(pt_TV == 0, 0.0, finite(sm_t.z_TV - sm_s.z_TV)))
+    kl_T = np.sum(finite(pt_TV * d_TV), axis=-1)
+    err_d_T = _err_log_ratio(student, teacher, u)
+    weighted_TV = pt_TV * gap_TV
+    err_kl_T = (
+        err_d_T
+        + np.sum(finite(sm_t.err_p_TV * gap_TV + sum_growth(pt_TV.shape[-1]) * u * weighted_TV), axis=-1)
+        + 2 * u * (np.sum(weighted_TV, axis=-1) + np.abs(sm_s.lse_T) + np.abs(sm_t.lse_T) + np.abs(kl_T))
+    )
+    difference_TV = np.abs(sm_s.p_TV - pt_TV)
+    err_student_TV = sm_s.err_p_TV + sm_t.err_p_TV + u * (2 + COEF_ROUNDINGS) * difference_TV
+    centred_TV = np.abs(finite(d_TV - kl_T[:, None]))
+    weight_TV = sm_t.err_p_TV + u * (2 + COEF_ROUNDINGS) * pt_TV
+    return err_kl_T, err_student_TV, weight_TV * centred_TV + pt_TV * (err_d_T + err_kl_T)[:, None]
+
+
+def _jsd_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, Floats]:
+    """Each KL(p || M) = sum p x, with x = log p - log M: errors of the weights p times |x|, and of x.
+
+    However x is made, from log p_t - log p_s or from log p and a log M that lies between, log-probabilities enter
+    twice; beside them an exp, the rounding of its argument (r e^-r <= 0.4), and the log of their sum, which is at most
+    2; the shares' logarithms, rounded, added and taken off; and x. Beta and 1 - beta are rounded, and multiplied with.
+    """
+    log_shares = abs(np.log(beta)) + abs(np.log1p(-beta))
+    log_m_TV = np.logaddexp(np.log(beta) + teacher.sm.log_p_TV, np.log1p(-beta) + student.sm.log_p_TV)
+    fixed = EXP_ULPS + EXP_ARGUMENT_ROUNDINGS * 0.4 + LOG_ULPS * np.log(2) + 3 * log_shares
+    err_logs_T1 = 2 * _err_log_ratio(student, teacher, u)[:, None]
+    err_T, err_by_TV = np.zeros(len(log_m_TV)), []
+    for (sm, *_), share in ((student, 1 - beta), (teacher, beta)):
+        x_TV = finite(np.where(sm.p_TV == 0, 0.0, sm.log_p_TV - log_m_TV))
+        kl_T = np.sum(sm.p_TV * x_TV, axis=-1)
+        err_x_TV = err_logs_T1 + u * (fixed + 2 * np.abs(x_TV))
+        summed = (2 + sum_growth(x_TV.shape[-1])) * u
+        err_kl_T = np.sum((sm.err_p_TV + summed * sm.p_TV) * np.abs(x_TV) + sm.p_TV * err_x_TV, axis=-1)
+        err_T = err_T + share * (err_kl_T + 4 * u * np.abs(kl_T))
+        weight_TV = sm.err_p_TV + u * (4 + COEF_ROUNDINGS) * sm.p_TV
+        centred_TV = np.abs(x_TV - kl_T[:, None])
+        err_by_TV.append(share * (weight_TV * centred_TV + sm.p_TV * (err_x_TV + err_kl_T[:, None])))
+    return err_T, err_by_TV[0], err_by_TV[1]
 
 
 def near_logits(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Floats]:
@@ -107,11 +207,34 @@ def _same_logits(drawn: Any) -> None:
     drawn.arrays["teacher_logits"] = drawn.arrays["student_logits"].copy()
 
 
+def _rules_out(*names: str) -> Callable[[Any], None]:
+    """Each of these logits rules out half of the classes, but none the first."""
+
+    def change(drawn: Any) -> None:
+        for name in names:
+            banned = drawn.rng.random(drawn.arrays[name].shape) < 0.5
+            banned[..., 0] = False
+            drawn.arrays[name] = np.where(banned, -np.inf, drawn.arrays[name])
+
+    return change
+
+
 def _no_classes(drawn: Any) -> None:
     labels = drawn.arrays["labels"]
     others = drawn.rng.choice([-1, drawn.recipe.vocab, 2**31 - 1, -(2**31)], labels.shape)
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, others)
 
+
+# Of every distillation.
+RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
+    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
+    "temperature": lambda rng: float(rng.choice([0.5, 1.0, 2.0, 4.0])),
+    "divergence": lambda rng: str(rng.choice(["forward_kl", "reverse_kl", "jsd"])),
+    "beta": lambda rng: float(rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])),
+}
+
+_REVERSE: dict[str, Any] = {"divergence": "reverse_kl"}
+_JSD: dict[str, Any] = {"divergence": "jsd"}
 
 RECIPES = (
     Recipe("many-tokens-kd", "errors between row blocks", {"chunk_size": 5}),
@@ -121,6 +244,28 @@ RECIPES = (
         "no-classes", "a label compared with the classes, which only says whether its token counts", change=_no_classes
     ),
     Recipe("same-logits", "a divergence of equal distributions that is not 0", change=_same_logits),
+    Recipe("ruled-out", "NaN from -inf in the teacher's logits alone", change=_rules_out("teacher_logits")),
+    Recipe(
+        "reverse",
+        "roles exchanged in the loss, but not in a gradient",
+        _REVERSE | {"temperature": 2.0},
+        extras=("loss_weights", "count", "upstream"),
+    ),
+    Recipe("reverse-ruled-out", "NaN from -inf in the student's logits", _REVERSE, change=_rules_out("student_logits")),
+    Recipe(
+        "jsd",
+        "the shares of teacher and student exchanged",
+        _JSD | {"beta": 0.2, "temperature": 2.0, "chunk_size": 5},
+        extras=("loss_weights", "count", "upstream"),
+    ),
+    Recipe("jsd-same-logits", "a mixture of equal distributions that is another one", _JSD, change=_same_logits),
+    Recipe(
+        "jsd-ruled-out",
+        "NaN from -inf in the logits of one or of both",
+        _JSD,
+        change=_rules_out("student_logits", "teacher_logits"),
+    ),
+    Recipe("jsd-huge-logits", "overflow of a ratio of probabilities", _JSD | {"beta": 0.9}, scale=1e4),
 )
 
 DEFINITION = LossDef(
@@ -130,14 +275,14 @@ DEFINITION = LossDef(
         Argument("teacher_logits", ("T", "V"), trained=False),
         Argument("labels", ("T",), "mark", differentiated=False),
         Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
+        Argument("loss_weights", ("T",), optional=True, with_count=True),
     ),
     oracle,
     error_bound,
     RECIPES,
     draw=near_logits,
-    random_fields={
-        "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-        "temperature": lambda rng: float(rng.choice([0.5, 1.0, 2.0, 4.0])),
+    random_fields=RANDOM_FIELDS
+    | {
         "chunk_size": lambda rng: int(rng.choice([0, 1, 3])),
         "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
     },

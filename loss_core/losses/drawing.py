@@ -213,7 +213,7 @@ def named_cases(
         config = replace(base, **tweaks)
         # A config that is the user's own must still make the case that the recipe means.
         means = all(getattr(config, k, v) == v for k, v in recipe.fields.items() if k != "reduction")
-        if means and all(_accepts(definition, config, extra) for extra in recipe.extras):
+        if means and _accepted(definition, config, recipe.extras) == recipe.extras:
             made.append(make_case(sized, config, seed=zlib.crc32(recipe.name.encode())))
     return made
 
@@ -230,7 +230,7 @@ def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] 
             values = {name: draw(rng) for name, draw in definition.random_fields.items() if name in known}
             config = replace(config, **values)
         lead = tuple(int(n) for n in rng.integers(1, 7, rng.integers(1, 4)))
-        extras = [extra for extra in ("mask", "loss_weights", "count", "upstream") if rng.random() < 0.4]
+        extras = tuple(extra for extra in ("mask", "loss_weights", "count", "upstream") if rng.random() < 0.4)
         recipe = Recipe(
             f"random-{seed}-{index}",
             "anything",
@@ -239,7 +239,7 @@ def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] 
             hidden=int(rng.choice([1, 4, 17, 32])),
             scale=float(rng.choice([0.01, 1.0, 5.0, 100.0])),
             ignored=float(rng.choice([0.0, 0.3, 0.9])),
-            extras=tuple(extra for extra in extras if _accepts(definition, config, extra)),
+            extras=_accepted(definition, config, extras),
             strided=bool(rng.random() < 0.3),
         )
         sized = recipe if shape is None else _resized(recipe, shape)
@@ -286,5 +286,10 @@ def _resized(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
     return replace(recipe, lead=shape[:1], vocab=shape[1], hidden=shape[2] if len(shape) > 2 else recipe.hidden)
 
 
-def _accepts(definition: LossDef, config: Any, extra: str) -> bool:
-    return extra == "upstream" or definition.accepts(config, extra)
+def _accepted(definition: LossDef, config: Any, extras: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the extras that a call takes with the others."""
+    found = tuple(extra for extra in extras if extra == "upstream" or definition.accepts(config, extra))
+    if "count" in found:
+        return found
+    refused = {argument.name for argument in definition.arguments if argument.with_count}
+    return tuple(extra for extra in found if extra not in refused)

@@ -53,7 +53,7 @@ def test_backends_names_every_flag():
 
 def test_losses_lists_fields_types_defaults_and_meaning():
     flat = re.sub(r" +", " ", run("losses", env={"COLUMNS": "200"}).stdout)
-    assert "KDLoss (KDLossConfig)\n Knowledge distillation: forward KL(teacher || student)" in flat
+    assert "KDLoss (KDLossConfig)\n Knowledge distillation: a divergence of the student from the teacher" in flat
     assert "temperature float 1.0 softmax temperature T" in flat
     assert 'reduction str \'sum\' "sum", "mean" (over positions that count) or "none".' in flat
 

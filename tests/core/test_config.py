@@ -57,7 +57,9 @@ CHANGED = {
         ignore_index=-1, logit_softcapping=30.0, reduction="mean", sequence_parallel=True
     ),
     "TEParallelCrossEntropy": TEParallelCEConfig(ignore_index=7, reduction="mean"),
-    "KDLoss": KDLossConfig(ignore_index=3, temperature=2.5, fp32_upcast=False, chunk_size=128),
+    "KDLoss": KDLossConfig(
+        ignore_index=3, temperature=2.5, fp32_upcast=False, chunk_size=128, divergence="jsd", beta=0.25
+    ),
     "LogProbs": LogProbsConfig(ignore_index=3, temperature=2.5, logit_softcapping=30.0, entropy=True),
     "FusedLinearLogProbs": FusedLinearLogProbsConfig(
         ignore_index=3, temperature=0.5, logit_softcapping=5.0, entropy=True, sequence_parallel=True
@@ -135,6 +137,11 @@ REFUSED = [
     ),
     *((KDLossConfig, "chunk_size", value, "an integer >= 0") for value in (-1, 1.5, "8", None, True)),
     *(
+        (KDLossConfig, "divergence", value, "one of 'forward_kl', 'reverse_kl', 'jsd'")
+        for value in ("kl", "JSD", "", None, 0, ["jsd"])
+    ),
+    *((KDLossConfig, "beta", v, "a number in [0, 1]") for v in (-1e-9, 1.001, float("nan"), "0.5", None, True)),
+    *(
         (FusedLinearCEConfig, "logit_softcapping", value, "a finite number >= 0")
         for value in (-1.0, -1e-9, float("nan"), float("inf"), "30", None, False)
     ),
@@ -204,6 +211,7 @@ def test_any_positive_number_is_a_temperature(value):
 def test_limits_that_are_legal():
     assert FusedLinearCEConfig(logit_softcapping=0).logit_softcapping == 0
     assert KDLossConfig(chunk_size=0).chunk_size == 0
+    assert [KDLossConfig(beta=value).beta for value in (0, 1, 1e-30)] == [0, 1, 1e-30]
 
 
 def test_the_bare_base_can_not_be_built():
@@ -422,7 +430,9 @@ def test_deepcopy_copies_the_kwargs_of_a_factory():
 
 
 def test_replace_changes_one_field():
-    assert dataclasses.replace(CHANGED["KDLoss"], temperature=4.0) == KDLossConfig(3, 4.0, False, None, 128)
+    assert dataclasses.replace(CHANGED["KDLoss"], temperature=4.0) == KDLossConfig(
+        3, 4.0, False, None, 128, "jsd", 0.25
+    )
 
 
 @by_class

@@ -259,3 +259,68 @@ def test_masks_of_the_lowest_finite_number_stay_finite(name):
         folded = PairTerms(*map(asarray, _fold(xp, asarray, row_terms.combine_pairs, pieces)))
         kl = np.asarray(row_terms.kl_divergence(xp, folded))
         np.testing.assert_allclose(kl, expected, rtol=1e-6)
+
+
+# --- two distributions and their mixture
+
+
+def _mixture_terms(zs_TV, zt_TV, beta, start=0, stop=None):
+    """Sums of the columns start:stop, by definition; with probabilities over all columns."""
+    p_s, p_t = np.exp(_log_softmax(zs_TV)), np.exp(_log_softmax(zt_TV))
+    m = beta * p_t + (1 - beta) * p_s
+    kls = (np.where(p == 0, 0.0, p * np.log(np.where(p == 0, 1.0, p) / np.where(m == 0, 1.0, m))) for p in (p_t, p_s))
+    return row_terms.MixtureTerms(*(kl_TV[:, start:stop].sum(-1) for kl_TV in kls))
+
+
+@namespaces
+@pytest.mark.parametrize("beta", [0.5, 0.1, 1e-6, 1 - 1e-6])
+def test_logarithms_to_the_mixture(name, beta):
+    xp, asarray = _namespace(name)
+    p_t, p_s = np.asarray([0.3, 0.3, 0.2, 1e-30, 0.5, 0.0, 0.0]), np.asarray([0.3, 0.1, 0.6, 0.4, 1e-30, 0.5, 0.0])
+    p_t, p_s = np.append(p_t, 0.5), np.append(p_s, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio, m = np.log(p_t) - np.log(p_s), beta * p_t + (1 - beta) * p_s
+        expected = np.log(p_t / m), np.log(p_s / m)
+    logs = row_terms.mixture_logs(xp, asarray(ratio), *row_terms.log_shares(beta))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if name == "jax" else {"rtol": 1e-12, "atol": 1e-14}
+    for p, got, wanted in zip((p_t, p_s), logs, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got)[p > 0], wanted[p > 0], **tolerance)
+
+
+@namespaces
+@pytest.mark.parametrize("beta", [0.5, 0.2])
+def test_divergence_from_the_mixture_and_its_gradients(name, beta):
+    """The formulas in the docstring of `jensen_shannon`, against PyTorch's derivative of the definition."""
+    import torch
+
+    xp, asarray = _namespace(name)
+    zs_TV, zt_TV = _pair_logits()
+    terms = PairTerms(*map(asarray, _pair_terms(zs_TV, zt_TV)))
+    parts = _pieces(lambda *args: _mixture_terms(zs_TV, zt_TV, beta, *args), (4, 9, 13))
+    mixture = row_terms.MixtureTerms(*(asarray(sum(x)) for x in zip(*parts, strict=True)))
+    got = np.asarray(row_terms.jensen_shannon(xp, terms, mixture, beta))
+
+    zs, zt = (torch.from_numpy(z).requires_grad_() for z in (zs_TV, zt_TV))
+    p_s, p_t = zs.softmax(-1), zt.softmax(-1)
+    m = beta * p_t + (1 - beta) * p_s
+    both = [torch.xlogy(p, p.clamp(min=1e-300) / m.clamp(min=1e-300)).sum(-1) for p in (p_t, p_s)]
+    expected = beta * both[0] + (1 - beta) * both[1]
+    rtol = 1e-5 if name == "jax" else 1e-12
+    np.testing.assert_allclose(got, expected.detach().numpy(), rtol=rtol, atol=rtol)
+    if name == "torch":
+        by_s, by_t = torch.autograd.grad(expected.sum(), (zs, zt))
+        offset = row_terms.log_ratio_offset(xp, terms)[:, None]
+        gap = (zt - terms.m_t[:, None]) - (zs - terms.m_s[:, None])
+        logs = row_terms.mixture_logs(xp, (gap - offset).detach(), *row_terms.log_shares(beta))
+        of_both = zip((p_t, p_s), logs, mixture, (beta, 1 - beta), (by_t, by_s), strict=True)
+        for p, log, kl, share, grad in of_both:
+            formula = share * p * torch.where(p == 0, 0.0, log - kl[:, None])
+            torch.testing.assert_close(grad, formula.detach(), rtol=1e-10, atol=1e-13)
+
+
+def test_a_distribution_without_any_finite_logit_has_no_divergence_from_a_mixture():
+    zero = np.zeros(1)
+    for m_t, m_s in ((0.0, -np.inf), (-np.inf, 0.0)):
+        terms = PairTerms(*(np.asarray([x]) for x in (m_t, 2.0, 0.1, m_s, 2.0)))
+        with np.errstate(invalid="ignore"):
+            assert np.isnan(row_terms.jensen_shannon(np, terms, row_terms.MixtureTerms(zero, zero), 0.5)).all()

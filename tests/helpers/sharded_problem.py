@@ -10,7 +10,8 @@ from loss_core.dtypes import round_to
 from loss_core.losses import allowances, named_cases, oracle, share_of_allowance
 
 CASES = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count", "loss-weights",
-         "edge-labels", "nan-where-ignored", "temperature", "softcap", "softcap-none", "ignore-index-0")  # fmt: skip
+         "edge-labels", "nan-where-ignored", "temperature", "softcap", "softcap-none", "ignore-index-0", "reverse",
+         "jsd", "jsd-ruled-out", "jsd-huge-logits")  # fmt: skip
 SHARDED = ("logits", "student_logits", "teacher_logits", "lm_weight")
 LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "TEParallelCrossEntropy", "KDLoss")
 

@@ -60,6 +60,9 @@ def configs(reductions: Sequence[str] = REDUCTIONS, **values: Any) -> list[LossC
         # The module of TEParallelCrossEntropy is that of MaskedCrossEntropy, less a field.
         chosen = reductions[:1] if config_cls is TEParallelCEConfig else reductions
         made += [config_cls(**values, reduction=r) for r in chosen] if "reduction" in known else [config_cls(**values)]
+        if "divergence" in known and "divergence" not in values:
+            # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
+            made.append(config_cls(**values, divergence="jsd", beta=0.3))
     return made
 
 
@@ -84,9 +87,9 @@ def built(config: LossConfig, flag: str) -> Any:
 
 
 def name_of(config: LossConfig) -> str:
-    """Such as "MaskedCrossEntropy-mean", "KDLoss"."""
+    """Such as "MaskedCrossEntropy-mean", "KDLoss-jsd"."""
     name = next(name for name, config_cls in LOSS_CONFIG_REGISTRY.items() if type(config) is config_cls)
-    return "-".join([name, *([config.reduction] if hasattr(config, "reduction") else [])])
+    return "-".join([name, *(getattr(config, f) for f in ("reduction", "divergence") if hasattr(config, f))])
 
 
 def cells(configs: Iterable[LossConfig], flags: Iterable[str] | None = None, *, interpreted: bool = True) -> Any:
@@ -135,6 +138,14 @@ def count_of(config: LossConfig, value: Any) -> dict[str, Any]:
     """A count of tokens by the name that the loss has for it; empty where it takes none."""
     found = need_definition(config).find("count")
     return {found.name: value} if found is not None and takes(config, "count") else {}
+
+
+def weights_of(config: LossConfig, value: Tensor) -> dict[str, Any]:
+    """loss_weights, with a count where they need one; empty where the loss takes none."""
+    found = next((a for a in need_definition(config).arguments if a.name == "loss_weights"), None)
+    if found is None or not takes(config, found.name):
+        return {}
+    return {found.name: value} | (count_of(config, 4) if found.with_count else {})
 
 
 def inputs(

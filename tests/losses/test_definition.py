@@ -17,7 +17,17 @@ from loss_core import (
 from loss_core.bench.job import Job, make_inputs
 from loss_core.bench.roofline import least_work, words
 from loss_core.check import check
-from loss_core.losses import LABELS, Argument, LossDef, Sizes, allowances, definition_of, evaluate, named_cases
+from loss_core.losses import (
+    LABELS,
+    Argument,
+    LossDef,
+    Sizes,
+    allowances,
+    definition_of,
+    evaluate,
+    named_cases,
+    random_cases,
+)
 from loss_core.losses.cross_entropy import over_logits, token_cross_entropy
 from loss_core.losses.definition import need_definition
 
@@ -147,3 +157,10 @@ def test_unregistering_forgets_the_definition(half):
 def test_what_is_no_definition_is_refused():
     with pytest.raises(TypeError, match="definition must be a"):
         register_loss("Half", HalfConfig, {}, definition="half")  # type: ignore[arg-type]
+
+
+def test_weights_that_need_a_count_are_drawn_with_one():
+    cases = random_cases("KDLoss", 60, seed=0)
+    weighted = [case for case in cases if "loss_weights" in case.arrays]
+    assert weighted
+    assert all("num_batch_labels" in case.arrays for case in weighted)

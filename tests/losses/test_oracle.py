@@ -45,6 +45,34 @@ def test_hand_computed_distillation():
     assert evaluate(KDLossConfig(temperature=2.0), hot).loss == pytest.approx(4 * float(result.loss))
 
 
+def test_hand_computed_reverse_and_mixture():
+    # Teacher [1/2, 1/2] and student [1/4, 3/4]: KL(s || t) = (3/4) ln 3 - ln 2. With beta = 1/4 the mixture is
+    # [5/16, 11/16], so that p_t / M = [8/5, 8/11] and p_s / M = [4/5, 12/11].
+    arrays = {
+        "student_logits": np.array([[0.0, np.log(3.0)]]),
+        "teacher_logits": np.zeros((1, 2)),
+        "labels": np.array([0]),
+    }
+    kl = 0.75 * np.log(3) - np.log(2)
+    reverse = evaluate(KDLossConfig(divergence="reverse_kl"), arrays)
+    assert reverse.loss == pytest.approx(kl)
+    by_class = np.array([[0.25 * (-np.log(2) - kl), 0.75 * (np.log(1.5) - kl)]])
+    np.testing.assert_allclose(reverse.grads["student_logits"], by_class)
+    np.testing.assert_allclose(reverse.grads["teacher_logits"], [[0.25, -0.25]])
+    kl_t, kl_s = np.log(64 / 55) / 2, np.log(4 / 5) / 4 + 3 * np.log(12 / 11) / 4
+    jsd = evaluate(KDLossConfig(divergence="jsd", beta=0.25), arrays)
+    assert jsd.loss == pytest.approx(kl_t / 4 + 3 * kl_s / 4)
+    by_student = 0.75 * np.array([[0.25 * (np.log(4 / 5) - kl_s), 0.75 * (np.log(12 / 11) - kl_s)]])
+    np.testing.assert_allclose(jsd.grads["student_logits"], by_student)
+    np.testing.assert_allclose(jsd.grads["teacher_logits"][0, 0], 0.25 * 0.5 * (np.log(8 / 5) - kl_t))
+    # It is 0 at either end, and its limit over beta, or over 1 - beta, is a divergence of Kullback and Leibler.
+    for beta, limit in ((1e-7, "forward_kl"), (1 - 1e-7, "reverse_kl")):
+        near = evaluate(KDLossConfig(divergence="jsd", beta=beta), arrays).loss / min(beta, 1 - beta)
+        assert near == pytest.approx(float(evaluate(KDLossConfig(divergence=limit), arrays).loss), rel=1e-5)
+        at = evaluate(KDLossConfig(divergence="jsd", beta=round(beta)), arrays)
+        assert at.loss == evaluate(KDLossConfig(divergence=limit), arrays).loss
+
+
 def test_hand_computed_fused_linear():
     hidden, weight = np.array([[2.0]]), np.array([[0.0], [np.log(3.0) / 2]])
     result = evaluate(FusedLinearCEConfig(), {"hidden_states": hidden, "labels": np.array([1]), "lm_weight": weight})
@@ -111,6 +139,11 @@ def test_against_high_precision(scale):
         got_ce = float(evaluate(MaskedCrossEntropyConfig(), arrays).loss)
         kd = {"student_logits": student[None], "teacher_logits": teacher[None], "labels": np.array([0])}
         got_kl = float(evaluate(KDLossConfig(), kd).loss)
+        p_s = [mpmath.exp(z - lse_s) for z in zs]
+        both = list(zip(p_s, p_t, strict=True))
+        jsd = mpmath.fsum((t * mpmath.log(2 * t / (s + t)) + s * mpmath.log(2 * s / (s + t))) / 2 for s, t in both)
+        got_jsd = float(evaluate(KDLossConfig(divergence="jsd"), kd).loss)
+        assert got_jsd == pytest.approx(float(jsd), rel=1e-13)
         assert got_ce == pytest.approx(float(ce), rel=1e-14)
         assert got_kl == pytest.approx(float(kl), rel=1e-13)
 

@@ -138,6 +138,10 @@ def test_other_refusals() -> None:
         fused(HIDDEN, LABELS, WEIGHT, grad_reduce_group="data")
     with pytest.raises(ValueError, match="they must match"):
         kd(LOGITS, TEACHER[..., :5], LABELS)
+    with pytest.raises(ValueError, match="loss_weights is only supported with num_batch_labels"):
+        kd(LOGITS, TEACHER, LABELS, loss_weights=np.ones((B, S)))
+    with pytest.raises(ValueError, match=r"loss_weights has shape \(6,\) but labels has shape \(3, 6\)"):
+        kd(LOGITS, TEACHER, LABELS, 4, np.ones(S))
 
 
 @pytest.mark.parametrize("name", ["masked", "te", "fused"])
@@ -335,6 +339,12 @@ def plain(name: str, x: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array
     """The loss in ordinary JAX, differentiable any number of times."""
     counted = labels != -100
     z = 2 * jnp.tanh(x @ w.T / 2) if name == "fused" else x
+    if name == "jsd":
+        log_t, log_s = (jax.nn.log_softmax(y / 2.0) for y in (w, x))
+        log_m = jnp.logaddexp(log_t + np.log(0.3), log_s + np.log(0.7))
+        kls = (jnp.exp(log_p) * (log_p - log_m) for log_p in (log_t, log_s))
+        divergence = sum(share * kl.sum(-1) for share, kl in zip((0.3, 0.7), kls, strict=True))
+        return 4 * jnp.where(counted, divergence, 0).sum() / counted.sum()
     if name == "kd":
         log_t, log_s = (jax.nn.log_softmax(y / 2.0) for y in (w, x))
         return 4 * jnp.where(counted, (jnp.exp(log_t) * (log_t - log_s)).sum(-1), 0).sum() / counted.sum()
@@ -342,7 +352,7 @@ def plain(name: str, x: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array
     return jnp.where(counted, jax.nn.logsumexp(z, -1) - picked, 0).sum()
 
 
-@pytest.mark.parametrize("name", ["masked", "fused", "fused-none", "kd"])
+@pytest.mark.parametrize("name", ["masked", "fused", "fused-none", "kd", "jsd"])
 def test_second_derivatives_are_right(name: str) -> None:
     labels = jnp.asarray(LABELS)
     kind = name.split("-")[0]
@@ -351,9 +361,12 @@ def test_second_derivatives_are_right(name: str) -> None:
         if kind == "fused":
             reduction = "none" if "none" in name else "sum"
             return jnp.sum(FusedLinearCrossEntropy(logit_softcapping=2.0, reduction=reduction)(x, labels, w))
-        return MaskedCrossEntropy()(x, labels) if kind == "masked" else KDLoss(temperature=2.0)(x, w, labels)
+        if kind == "masked":
+            return MaskedCrossEntropy()(x, labels)
+        divergence = {"kd": "forward_kl", "jsd": "jsd"}[kind]
+        return KDLoss(temperature=2.0, divergence=divergence, beta=0.3)(x, w, labels)
 
-    x, w = first(kind), {"kd": TEACHER}.get(kind, WEIGHT)
+    x, w = first(kind), {"kd": TEACHER, "jsd": TEACHER}.get(kind, WEIGHT)
 
     def squared_gradient(fn: Any) -> Any:
         # unused for masked: the gradient by w is then 0
@@ -364,6 +377,20 @@ def test_second_derivatives_are_right(name: str) -> None:
     expected = jax.jit(jax.grad(squared_gradient(lambda x, w: plain(kind, x, w, labels)), (0, 1)))(x, w)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_second_derivatives_where_both_rule_a_class_out(divergence: str) -> None:
+    loss = KDLoss(divergence=divergence)
+
+    def squared_gradient(x: jax.Array, w: jax.Array) -> jax.Array:
+        return sum((g**2).sum() for g in jax.grad(lambda x, w: loss(x, w, LABELS), (0, 1))(x, w))
+
+    second = jax.jit(jax.grad(squared_gradient, (0, 1)))
+    expected = second(LOGITS[..., 1:], TEACHER[..., 1:])
+    for found, wanted in zip(second(*(x.at[..., 0].set(-jnp.inf) for x in (LOGITS, TEACHER))), expected, strict=True):
+        np.testing.assert_allclose(found[..., 1:], wanted, rtol=1e-4, atol=1e-6)
+        assert not found[..., 0].any()
 
 
 def test_forward_mode_is_refused() -> None:
@@ -400,7 +427,7 @@ def test_memory_of_the_fused_loss(reduction: str, dtype: str) -> None:
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="XLA of JAX 0.8 writes the exponentials of all logits out")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["masked", "kd"])
+@pytest.mark.parametrize("kind", ["masked", "kd", "reverse_kl", "jsd"])
 def test_memory_of_the_losses_over_logits(kind: str, dtype: str) -> None:
     tokens, vocab = 4096, 8192
     logits, labels = struct((tokens, vocab), dtype), struct((tokens,), "int32")
@@ -408,7 +435,7 @@ def test_memory_of_the_losses_over_logits(kind: str, dtype: str) -> None:
         loss = MaskedCrossEntropy(fp32_upcast=False)
         calls = [(lambda x, y: loss(x, y), (0,), (logits, labels))]
     else:
-        kd = KDLoss()
+        kd = KDLoss() if kind == "kd" else KDLoss(divergence=kind)
         calls = [(lambda x, t, y: kd(x, t, y), argnums, (logits, logits, labels)) for argnums in ((0,), (0, 1))]
     for fn, argnums, shapes in calls:
         for transformed in (fn, jax.value_and_grad(fn, argnums=argnums)):

@@ -6,7 +6,7 @@ What an ignored token gives is 0 times the upstream gradient, which must be 0 fo
 import pytest
 import torch
 
-from helpers.torch_calls import built, cells, configs, count_of, every_dtype, inputs, leaves, per_token, takes
+from helpers.torch_calls import built, cells, configs, count_of, every_dtype, inputs, leaves, per_token, weights_of
 
 UPSTREAMS = {"inf": torch.inf, "nan": torch.nan}
 every_upstream = pytest.mark.parametrize("upstream", UPSTREAMS.values(), ids=UPSTREAMS)
@@ -14,9 +14,7 @@ every_upstream = pytest.mark.parametrize("upstream", UPSTREAMS.values(), ids=UPS
 
 def with_weights(config, arguments):
     """The arguments, with loss_weights that require a gradient where the loss takes them."""
-    if takes(config, "loss_weights"):
-        arguments["loss_weights"] = torch.rand(arguments["labels"].shape).requires_grad_()
-    return arguments
+    return arguments | weights_of(config, torch.rand(arguments["labels"].shape).requires_grad_())
 
 
 def ignored_rows(config, arguments, wanted):

@@ -58,12 +58,18 @@ def _row_grad(kernel_set, logits, upstream_T):
     return operators.row_grad(kernel_set, _rows(logits), terms, coefficients)
 
 
-def _pair_grad(of_teacher):
+def _pair_grad(of_teacher, beta=0.0):
     def call(kernel_set, student, teacher, upstream_T):
         pairs, terms = Pairs(student, teacher, _keep(), 0.5, 4), _pair_terms_of(student, teacher)
-        return operators.pair_grad(kernel_set, pairs, terms, PairCoefficients(upstream_T.abs(), upstream_T, of_teacher))
+        wanted = PairCoefficients(upstream_T.abs(), upstream_T, of_teacher, beta)
+        return operators.pair_grad(kernel_set, pairs, terms, wanted)
 
     return call
+
+
+def _pair_mixture(kernel_set, student, teacher):
+    pairs, terms = Pairs(student, teacher, _keep(), 0.5, 4), _pair_terms_of(student, teacher)
+    return operators.pair_mixture(kernel_set, pairs, terms, 0.3)
 
 
 def _linear_grads(want):
@@ -91,6 +97,8 @@ CALLS = {
     "pair_terms": (LOGITS * 2, lambda kernel_set, s, t: operators.pair_terms(kernel_set, Pairs(s, t, _keep(), 0.5))),
     "pair_grad of the student": ((*LOGITS * 2, (T,)), _pair_grad(False)),
     "pair_grad of the teacher": ((*LOGITS * 2, (T,)), _pair_grad(True)),
+    "pair_grad of a mixture": ((*LOGITS * 2, (T,)), _pair_grad(False, 0.3)),
+    "pair_mixture": (LOGITS * 2, _pair_mixture),
     "linear_terms": (
         OPERANDS,
         lambda kernel_set, h, w: operators.linear_terms(kernel_set, _linear(h, w, 3.0), Sums(e=True), False),

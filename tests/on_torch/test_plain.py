@@ -18,7 +18,7 @@ from helpers.torch_calls import (
     per_token,
     right_or_names_plain,
     run,
-    takes,
+    weights_of,
 )
 from loss_core import LOSS_CONFIG_REGISTRY
 from loss_core.check import check
@@ -51,8 +51,7 @@ def test_every_case_against_float64(loss):
 @variants
 def test_first_and_second_derivatives_against_differences(flag, config):
     arguments = inputs(config, (3,), 5, 2, dtype=torch.float64)
-    if takes(config, "loss_weights"):
-        arguments["loss_weights"] = torch.rand(3, dtype=torch.float64).requires_grad_()
+    arguments |= weights_of(config, torch.rand(3, dtype=torch.float64).requires_grad_())
     function, floats = of_floats(config, arguments)
     gradcheck(function, floats, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
     gradgradcheck(function, floats, check_batched_grad=True)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from helpers.torch_calls import cells, configs, count_of, every_dtype, inputs, leaves, takes
+from helpers.torch_calls import cells, configs, count_of, every_dtype, inputs, leaves, takes, weights_of
 
 COUNTS = {
     "number": 3,
@@ -58,8 +58,11 @@ def test_other_arguments_of_any_dtype(flag, config, given):
     for argument in ("loss_weights", "mask"):
         for dtype, requires_grad in itertools.product((torch.float32, torch.bfloat16), (True, False)):
             arguments = inputs(config, dtype=dtype, requires_grad=requires_grad)
-            if takes(config, argument):
-                arguments[argument] = torch.ones(arguments["labels"].shape, dtype=given)
+            ones = torch.ones(arguments["labels"].shape, dtype=given)
+            if argument == "loss_weights":
+                arguments |= weights_of(config, ones)
+            elif takes(config, argument):
+                arguments[argument] = ones
             assert loss(**arguments).dtype == torch.float32
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,6 +81,19 @@ class Pairs(NamedTuple):
     target: jax.Array
 
 
+class Mixture(NamedTuple):
+    """What is static about pairs and their mixture. Hashable.
+
+    Attributes:
+        beta: the teacher's share, in (0, 1).
+        temperature, chunk_size: as for `KernelSet.pair_terms`.
+    """
+
+    beta: float
+    temperature: float
+    chunk_size: int = 0
+
+
 class How(NamedTuple):
     """What is static about rows and linear rows. Hashable.
 
@@ -137,6 +150,16 @@ class KernelSet(Protocol):
         self, pairs: Pairs, terms: PairTerms, kl: jax.Array, upstream: jax.Array, temperature: float
     ) -> tuple[jax.Array, jax.Array]:
         """Gradients of upstream * kl by student and teacher, given terms as `pair_terms` gives them, and the kl."""
+        ...
+
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard) -> MixtureTerms:
+        """Sums over these columns, given terms of the whole rows as `pair_terms` gives them."""
+        ...
+
+    def mixture_gradients(
+        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, mixture: Mixture
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gradients of upstream * `jensen_shannon` by student and teacher, given terms and sums of the whole rows."""
         ...
 
     def linear_terms(self, rows: LinearRows, how: How) -> RowTerms:

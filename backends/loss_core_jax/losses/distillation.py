@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from loss_core.config import KDLossConfig
-from loss_core.row_terms import PairTerms, kl_divergence
+from loss_core.row_terms import MixtureTerms, PairTerms, beta_of, jensen_shannon, kl_divergence
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
-from loss_core_jax.kernels import KernelSet, Pairs, Shard
+from loss_core_jax.kernels import KernelSet, Mixture, Pairs, Shard
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
-from loss_core_jax.parallel.collectives import align, fold_pairs, whole_cotangent
+from loss_core_jax.parallel.collectives import added, align, fold_pairs, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
 from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
 
 
 @has_fields_of(KDLossConfig)
 class KDLoss(Loss):
-    """Knowledge distillation: forward KL(teacher || student) at temperature T, times T^2.
+    """Knowledge distillation: a divergence of a student from a teacher at temperature T, times T^2.
 
     Fields are those of `loss_core.KDLossConfig`; tp_group is the name of a mesh axis, or a tuple of names.
     """
@@ -31,6 +31,8 @@ class KDLoss(Loss):
     temperature: float
     fp32_upcast: bool
     chunk_size: int
+    divergence: str
+    beta: float
     _vocab_axis = None
 
     def __call__(
@@ -39,36 +41,51 @@ class KDLoss(Loss):
         teacher_logits: ArrayLike,
         labels: ArrayLike,
         num_batch_labels: Count | None = None,
+        loss_weights: ArrayLike | None = None,
     ) -> jax.Array:
-        """Mean over positions that are not ignored of T^2 * KL(teacher || student).
+        """Mean over positions that are not ignored of T^2 times the divergence.
 
         Args:
             student_logits: [..., V] floating.
             teacher_logits: shape of student_logits; floating; differentiable, too.
             labels: [...] integers of any width; they only say what is ignored, by ignore_index.
             num_batch_labels: divides the sum instead of the number of positions; 0 gives 0.
+            loss_weights: [...] factor per position; with num_batch_labels only.
         Returns:
             A scalar in float32 (float64 for float64 logits), or in the dtype of the student's logits with
             fp32_upcast=False.
         Raises:
             TypeError: labels are floating or boolean, logits are not floating.
-            ValueError: shapes do not match, or a count that can be read is negative or NaN.
+            ValueError: shapes do not match, a count that can be read is negative or NaN, or weights without a count.
         """
-        inputs.check_arrays(student_logits=student_logits, teacher_logits=teacher_logits, labels=labels)
+        inputs.check_arrays(
+            student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, loss_weights=loss_weights
+        )
         inputs.check_pair(student_logits, teacher_logits, labels)
+        if loss_weights is not None and num_batch_labels is None:
+            raise ValueError(
+                "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
+                "tokens that count; pass the number by which the weighted sum is to be divided."
+            )
+        inputs.check_reduction_arguments("sum", labels, None, loss_weights)
         count = inputs.read_count("num_batch_labels", num_batch_labels)
         layout = layout_for(self.tp_group, student_logits, student_logits, -1)
         target = inputs.read_labels(labels, None, self.ignore_index, None)
-        return _reduced(self, student_logits, teacher_logits, target, count, layout=layout)
+        return _reduced(self, student_logits, teacher_logits, target, count, loss_weights, layout=layout)
 
 
 class _Problem(NamedTuple):
-    """What is static about a divergence. Hashable."""
+    """What is static about a divergence, KL(teacher || student) or with beta that of a mixture. Hashable."""
 
     kernels: KernelSet
     temperature: float
     chunk_size: int
     shard: Shard
+    beta: float
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.beta, self.temperature, self.chunk_size)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -78,20 +95,25 @@ def _reduced(
     teacher: jax.Array,
     target: jax.Array,
     count: jax.Array | None,
+    loss_weights: jax.Array | None,
     *,
     layout: Layout,
 ) -> jax.Array:
     """The loss of arguments that have been checked."""
-    problem = _Problem(loss_fn.kernels, float(loss_fn.temperature), int(loss_fn.chunk_size), layout.shard)
-    loss = loss_rows(student, teacher, target, problem, layout)
-    loss = total(loss, row_scale(target, loss.dtype, mean=True, count=count), count)
+    beta = beta_of(loss_fn)
+    # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
+    roles, beta = ((teacher, student), 0.0) if beta == 1 else ((student, teacher), beta)
+    problem = _Problem(loss_fn.kernels, float(loss_fn.temperature), int(loss_fn.chunk_size), layout.shard, beta)
+    loss = loss_rows(*roles, target, problem, layout)
+    scale = row_scale(target, loss.dtype, mean=True, count=count, loss_weights=loss_weights)
+    loss = total(loss, scale, count)
     return loss if loss_fn.fp32_upcast else loss.astype(student.dtype)
 
 
 def loss_rows(
     student: jax.Array, teacher: jax.Array, target: jax.Array, problem: _Problem, layout: Layout
 ) -> jax.Array:
-    """T^2 * KL(teacher || student) per row, for any layout; 0 where the target is IGNORED."""
+    """T^2 times the divergence per row, for any layout; 0 where the target is IGNORED."""
     if not target.size:
         # JAX forgets what empty arrays vary over.
         return jnp.zeros(target.shape, inputs.arithmetic_dtype(student, teacher))
@@ -109,16 +131,25 @@ def _rows(pairs: Pairs, problem: _Problem) -> jax.Array:
 
 
 def _forward(pairs: Pairs, problem: _Problem) -> tuple[jax.Array, Any]:
-    kernels, temperature, chunk_size, shard = problem
+    kernels, temperature, chunk_size, shard, beta = problem
     terms = fold_pairs(kernels.pair_terms(pairs, temperature, chunk_size, shard), temperature, shard)
-    kl = kl_divergence(jnp, terms)
-    return valid_losses(temperature**2 * kl, pairs.target), (pairs, terms, kl)
+    if not beta:
+        kl = kl_divergence(jnp, terms)
+        return valid_losses(temperature**2 * kl, pairs.target), (pairs, terms, kl)
+    sums = added(kernels.pair_mixture(pairs, terms, problem.mixture, shard), shard)
+    return valid_losses(temperature**2 * jensen_shannon(jnp, terms, sums, beta), pairs.target), (pairs, terms, sums)
 
 
-def _backward(problem: _Problem, residuals: tuple[Pairs, PairTerms, jax.Array], cotangent: jax.Array) -> tuple[Any]:
-    pairs, terms, kl = residuals
+def _backward(
+    problem: _Problem, residuals: tuple[Pairs, PairTerms, jax.Array | MixtureTerms], cotangent: jax.Array
+) -> tuple[Any]:
+    pairs, terms, sums = residuals
     upstream = valid_upstream(whole_cotangent(cotangent, problem.shard), pairs.target) * problem.temperature**2
-    by_student, by_teacher = problem.kernels.pair_gradients(pairs, terms, kl, upstream, problem.temperature)
+    if isinstance(sums, MixtureTerms):
+        grads = problem.kernels.mixture_gradients(pairs, terms, sums, upstream, problem.mixture)
+    else:
+        grads = problem.kernels.pair_gradients(pairs, terms, sums, upstream, problem.temperature)
+    by_student, by_teacher = grads
     return (Pairs(by_student, by_teacher, None),)  # type: ignore[arg-type]
 
 

@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loss_core.row_terms import PairTerms, RowTerms, combine, combine_pairs
+from loss_core.row_terms import MixtureTerms, PairTerms, RowTerms, combine, combine_pairs
 from loss_core_jax import compat
 from loss_core_jax.inputs import ELSEWHERE
 from loss_core_jax.kernels import Shard
 
 Arrays = tuple[jax.Array, ...]
-Terms = TypeVar("Terms", RowTerms, PairTerms)
+Terms = TypeVar("Terms", RowTerms, PairTerms, MixtureTerms)
 
 
 def align(axes: tuple[str, ...], shards: Arrays, rows: Arrays) -> Arrays:
@@ -82,6 +82,11 @@ def fold_pairs(terms: PairTerms, temperature: float, shard: Shard) -> PairTerms:
 
     relative = [piece._replace(m_t=moved(piece.m_t, m_t), m_s=moved(piece.m_s, m_s)) for piece in pieces]
     return functools.reduce(functools.partial(combine_pairs, jnp), relative)._replace(m_t=m_t, m_s=m_s)
+
+
+def added(sums: MixtureTerms, shard: Shard) -> MixtureTerms:
+    """The sums over whole rows, the same on every device."""
+    return MixtureTerms(*(functools.reduce(jnp.add, pieces) for pieces in zip(*_gathered(sums, shard), strict=True)))
 
 
 def _gathered(terms: Terms, shard: Shard) -> list[Terms]:

@@ -1,15 +1,16 @@
-"""KL divergence of a student from a teacher as an autograd function."""
+"""Divergence of a student from a teacher as an autograd function."""
 
 # T = tokens, V = vocabulary (of this rank)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import PairTerms, kl_divergence
+from loss_core.row_terms import PairTerms, jensen_shannon, kl_divergence
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream
 from loss_core_torch.kernels import Into, KernelSet, PairCoefficients, Pairs
@@ -26,7 +27,9 @@ class Call(NamedTuple):
         temperature: divides both logits.
         chunk_size: most rows of a temporary; 0: the kernels choose.
         group: over which the vocabulary is sharded, or None.
-        grad_in_forward: the student's gradient is made in the forward; only with coefficients, no group, no trace.
+        grad_in_forward: the student's gradient is made in the forward; only with coefficients, no group, no trace, no
+            beta.
+        beta: the teacher's share of the mixture in (0, 1), or 0 for KL(teacher || student).
     """
 
     kernels: KernelSet
@@ -34,14 +37,17 @@ class Call(NamedTuple):
     chunk_size: int = 0
     group: Any = None
     grad_in_forward: bool = False
+    beta: float = 0.0
 
 
 class Distillation(LossFunction):
-    """KL(teacher || student) of each token at a temperature, or their sum with given coefficients; not times T^2.
+    """Divergence of each token at a temperature, or their sum with given coefficients; not times T^2.
+
+    KL(teacher || student), or with beta the generalized Jensen-Shannon divergence; see `KDLossConfig`.
 
     Inputs: student, teacher [..., V] float; keep_T [T] bool or None; coef_T [T] in the dtype of the arithmetic, not
     differentiated, or None; the call.
-    Output: with coef_T the scalar sum of coef * KL, else kl_T [T], 0 for ignored tokens; in the dtype of the
+    Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
     arithmetic. Further outputs are what waits for the backward; of the gradients, the student's alone is made in the
     forward. See `CrossEntropy` on a second backward.
     """
@@ -59,23 +65,33 @@ class Distillation(LossFunction):
             terms = operators.pair_terms(call.kernels, pairs)
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
-        kl_T = zero_where_ignored(kl_divergence(torch, terms), keep_T)
-        result = kl_T.clone() if coef_T is None else weighted_sum(coef_T, kl_T)
-        return result, kl_T, *terms, *made
+        if call.beta:
+            mixture = operators.pair_mixture(call.kernels, pairs, terms, call.beta)
+            if call.group is not None:
+                mixture = collectives.added(mixture, call.group)
+            loss_T = zero_where_ignored(jensen_shannon(torch, terms, mixture, call.beta), keep_T)
+            divergences = tuple(mixture)
+        else:
+            loss_T = zero_where_ignored(kl_divergence(torch, terms), keep_T)
+            divergences = (loss_T,)
+        result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
+        return result, *divergences, *terms, *made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
-        student, teacher, keep_T, coef_T, kl_T, *rest = ctx.saved_tensors
-        terms, made = PairTerms(*rest[:5]), rest[5:]
+        student, teacher, keep_T, coef_T, *rest = ctx.saved_tensors
+        first = 2 if call.beta else 1
+        divergences, terms, made = rest[:first], PairTerms(*rest[first : first + 5]), rest[first + 5 :]
         want_student, want_teacher = ctx.needs_input_grad[:2]
         found: list[Tensor | None] = [None, None]
         with torch.no_grad():
-            upstream_T = upstream.to(kl_T.dtype) if coef_T is None else coef_T * upstream.to(kl_T.dtype)
+            upstream_T = upstream.to(terms.s_t.dtype)
+            upstream_T = upstream_T if coef_T is None else coef_T * upstream_T
             pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
             args = (call.kernels, pairs, terms)
-            of_student = PairCoefficients(kl_T, upstream_T / call.temperature, of_teacher=False)
+            of_student, of_teacher = _wanted(divergences, upstream_T / call.temperature, call.beta)
             if made and not ctx.spent:
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 ctx.spent = True
@@ -83,5 +99,20 @@ class Distillation(LossFunction):
             elif want_student:
                 found[0] = operators.pair_grad(*args, of_student)
             if want_teacher:
-                found[1] = operators.pair_grad(*args, of_student._replace(of_teacher=True))
+                found[1] = operators.pair_grad(*args, of_teacher)
         return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)
+
+
+def _wanted(divergences: Sequence[Tensor], coef_T: Tensor, beta: float) -> tuple[PairCoefficients, PairCoefficients]:
+    """The gradients of student and teacher.
+
+    Args:
+        divergences: [T] KL; with beta, of teacher and of student from the mixture.
+        coef_T: factor of each token's loss.
+    """
+    if not beta:
+        of_student = PairCoefficients(divergences[0], coef_T, of_teacher=False)
+        return of_student, of_student._replace(of_teacher=True)
+    kl_t_T, kl_s_T = divergences
+    of_student = PairCoefficients(kl_s_T, coef_T * (1.0 - beta), False, beta)
+    return of_student, PairCoefficients(kl_t_T, coef_T * beta, True, beta)

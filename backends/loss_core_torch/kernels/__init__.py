@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 
 
 class Rows(NamedTuple):
@@ -125,14 +125,17 @@ class PairCoefficients(NamedTuple):
     """Which gradient of pairs is meant.
 
     Attributes:
-        kl_T: [T] divergences.
-        coef_T: [T] factor of each, every factor of the temperature included.
+        kl_T: [T] divergences: of the teacher from the student; with beta, of `of_teacher`'s distribution from the
+            mixture.
+        coef_T: [T] factor of each, every factor of the temperature included, and with beta that of the divergence.
         of_teacher: by the teacher's logits, or by the student's.
+        beta: the teacher's share of the mixture in (0, 1); 0: there is none.
     """
 
     kl_T: Tensor
     coef_T: Tensor
     of_teacher: bool
+    beta: float = 0.0
 
 
 class Into(NamedTuple):
@@ -178,8 +181,19 @@ class KernelSet(Protocol):
         """Terms of each pair of rows over these columns."""
         ...
 
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
+        """Sums over these columns, from terms over the whole vocabulary.
+
+        Args:
+            beta: the teacher's share of the mixture in (0, 1).
+        """
+        ...
+
     def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
-        """Gradient of the sum of coef * KL by the student's logits, or by the teacher's."""
+        """Gradient by the student's logits or by the teacher's, given terms over the whole vocabulary.
+
+        Of the sum of coef * KL; with beta: coef * p * (log(p / M) - kl) for the distribution p of these logits.
+        """
         ...
 
     def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
@@ -243,8 +257,12 @@ class WholeLosses:
         """
         raise NotImplementedError
 
-    def distillation(self, pairs: Pairs) -> Tensor:
-        """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`."""
+    def distillation(self, pairs: Pairs, beta: float) -> Tensor:
+        """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`.
+
+        Args:
+            beta: in (0, 1): the generalized Jensen-Shannon divergence instead.
+        """
         raise NotImplementedError
 
     def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Objective
+from loss_core.row_terms import Objective, log_shares
 from loss_core_torch import compat
 from loss_core_torch.kernels import IGNORED, Linear, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
@@ -34,16 +34,21 @@ class PlainLosses(WholeLosses):
         logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
         return _cross_entropy(logits_TV, rows.labels_T, rows.keep_T, objective, reduction)
 
-    def distillation(self, pairs: Pairs) -> Tensor:
+    def distillation(self, pairs: Pairs, beta: float) -> Tensor:
         _observe()
         factor = pairs.inverse_temperature
         log_s_TV = (_matrix(pairs.student, pairs.keep_T) * factor).log_softmax(-1)
         log_t_TV = (_matrix(pairs.teacher, pairs.keep_T) * factor).log_softmax(-1)
-        probabilities_TV = log_t_TV.exp()
-        # A class that the teacher rules out weighs nothing, even where its gap is inf or NaN; inside of the product so
-        # that its gradient is 0 as well.
-        gap_TV = (log_t_TV - log_s_TV).masked_fill(probabilities_TV == 0, 0.0)
-        return (probabilities_TV * gap_TV).sum(-1)
+        p_t_TV, ratio_TV = log_t_TV.exp(), log_t_TV - log_s_TV
+        if beta == 0:
+            return _kl(p_t_TV, ratio_TV)
+        p_s_TV, (log_share_t, log_share_s) = log_s_TV.exp(), log_shares(beta)
+        # See `row_terms.mixture_logs`. -inf minus -inf is NaN, and so would the gradient be.
+        x_TV = ratio_TV.masked_fill((p_t_TV == 0) & (p_s_TV == 0), 0.0) + (log_share_t - log_share_s)
+        kl_t_T = _kl(p_t_TV, F.logsigmoid(x_TV) - log_share_t)
+        loss_T = beta * kl_t_T + (1.0 - beta) * _kl(p_s_TV, F.logsigmoid(-x_TV) - log_share_s)
+        # Of two equal distributions it is rounded, and need not be 0.
+        return loss_T if pairs.keep_T is None else loss_T.masked_fill(~pairs.keep_T, 0.0)
 
     def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         _observe()
@@ -59,6 +64,13 @@ class PlainLosses(WholeLosses):
         _observe()
         logits_TV = _capped(_linear_logits(linear)[0], linear.softcap)
         return _log_probs(logits_TV, linear.labels_T, linear.inverse_temperature_T, with_entropy)
+
+
+def _kl(p_TV: Tensor, log_ratio_TV: Tensor) -> Tensor:
+    """Sum of p times the logarithm of its ratio to another distribution."""
+    # A class of probability 0 weighs nothing, even where its ratio is inf or NaN; inside of the product so that its
+    # gradient is 0 as well.
+    return (p_TV * log_ratio_TV.masked_fill(p_TV == 0, 0.0)).sum(-1)
 
 
 def _observe() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loss_core import BackendUnavailable, KDLossConfig
+from loss_core.row_terms import beta_of
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.distillation import Call, Distillation
 from loss_core_torch.inputs import Tokens
@@ -20,7 +21,7 @@ from loss_core_torch.tracing import compute_dtype, is_transformed
 
 
 class KDLoss(LossModule):
-    """Forward KL(teacher || student) at temperature T, times T^2. Config: `loss_core.KDLossConfig`."""
+    """Divergence of a student from a teacher at temperature T, times T^2. Config: `loss_core.KDLossConfig`."""
 
     config_class = KDLossConfig
     _labels_are_classes = False
@@ -28,6 +29,8 @@ class KDLoss(LossModule):
     temperature: float
     fp32_upcast: bool
     chunk_size: int
+    divergence: str
+    beta: float
 
     def forward(
         self,
@@ -35,8 +38,9 @@ class KDLoss(LossModule):
         teacher_logits: Tensor,
         labels: Tensor,
         num_batch_labels: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
     ) -> Tensor:
-        """KL divergence of the student from the teacher, over the positions that count.
+        """Divergence of the student from the teacher, over the positions that count.
 
         Args:
             student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
@@ -45,24 +49,27 @@ class KDLoss(LossModule):
                 gradient when it requires one. Sharded as the student's.
             labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
             num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+            loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
             Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False.
         Raises:
-            ValueError: shapes that do not fit, no classes, or a count that is negative or NaN (on a CPU); over a group
-                on every rank.
+            ValueError: shapes that do not fit, no classes, a count that is negative or NaN (on a CPU), or weights
+                without a count; over a group on every rank.
             TypeError: labels that are no integers.
-        Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
+        Sources: Hinton et al. 2015 (arXiv:1503.02531), section 2; Agarwal et al. 2024 (arXiv:2306.13649), equation 1.
         """
         kernels = self._kernels_for(student_logits, teacher=teacher_logits)
         if not is_whole(self.tp_group, student_logits, teacher_logits):
-            return self._sharded(kernels, student_logits, teacher_logits, labels, num_batch_labels)
-        tokens = self._tokens(student_logits, teacher_logits, labels, num_batch_labels)
+            return self._sharded(kernels, student_logits, teacher_logits, labels, num_batch_labels, loss_weights)
+        tokens = self._tokens(student_logits, teacher_logits, labels, num_batch_labels, loss_weights)
         inputs.not_empty("student_logits", "vocabulary (last dimension)", student_logits)
         return self._loss(kernels, student_logits, teacher_logits, inputs.settled(tokens))
 
     # Hosts exchange messages there, which no graph can hold.
     @compat.outside_of_graphs
-    def _sharded(self, kernels: Kernels, student: Any, teacher: Any, labels: Any, count: Any) -> Tensor:
+    def _sharded(
+        self, kernels: Kernels, student: Any, teacher: Any, labels: Any, count: Any, loss_weights: Any
+    ) -> Tensor:
         from loss_core_torch.parallel import placement
 
         layout = placement.of_both(student, teacher, self.tp_group)
@@ -70,14 +77,18 @@ class KDLoss(LossModule):
 
         def check() -> Tokens:
             lead = inputs.floats("student_logits", student).shape[:-1]
-            return self._tokens(student, teacher, layout.token_values("labels", labels, lead), count)
+            own = [
+                layout.token_values(name, value, lead)
+                for name, value in (("labels", labels), ("loss_weights", loss_weights))
+            ]
+            return self._tokens(student, teacher, own[0], count, own[1])
 
         tokens, shards = self._agree(layout.ranks, student, check)
         if shards is None:
             inputs.not_empty("student_logits", "vocabulary (last dimension)", student)
         return self._loss(kernels, student, teacher, inputs.settled(tokens), shards, layout.ranks.tokens)
 
-    def _tokens(self, student: Any, teacher: Any, labels: Any, count: Any) -> Tokens:
+    def _tokens(self, student: Any, teacher: Any, labels: Any, count: Any, loss_weights: Any) -> Tokens:
         inputs.floats("student_logits", student)
         inputs.floats("teacher_logits", teacher)
         if student.shape != teacher.shape:
@@ -85,9 +96,14 @@ class KDLoss(LossModule):
                 f"student_logits has shape {tuple(student.shape)} but teacher_logits has shape "
                 f"{tuple(teacher.shape)}; they must match."
             )
+        if loss_weights is not None and count is None:
+            raise ValueError(
+                "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
+                "tokens that count; pass the number by which the weighted sum is to be divided."
+            )
         return inputs.tokens(
             "student_logits", student.shape[:-1], student.device, "sum", self.ignore_index, labels,
-            count_name="num_batch_labels", num_tokens=count,
+            count_name="num_batch_labels", num_tokens=count, loss_weights=loss_weights,
         )  # fmt: skip
 
     def _loss(
@@ -105,28 +121,37 @@ class KDLoss(LossModule):
         if wide == torch.float64:
             student, teacher = student.to(wide), teacher.to(wide)
         temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
+        beta = beta_of(self)
+        if beta == 1:
+            # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
+            student, teacher, beta = teacher, student, 0.0
         if isinstance(kernels, WholeLosses):
             if shards is not None:
                 raise BackendUnavailable(
                     f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
                 )
-            kl_T = kernels.distillation(Pairs(student, teacher, keep_T, 1.0 / temperature))
-            return cast(reduce_tokens(kl_T * temperature**2, tokens, reduction, token_groups), self.fp32_upcast, given)
+            loss_T = kernels.distillation(Pairs(student, teacher, keep_T, 1.0 / temperature), beta)
+            return cast(
+                reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups), self.fp32_upcast, given
+            )
         group = None if shards is None else shards.group
-        call = Call(kernels, temperature, self.chunk_size, group)
+        call = Call(kernels, temperature, self.chunk_size, group, beta=beta)
+        weights_T = tokens.weights_T
         # The factor of each token in the result is known before its divergence, so that gradients can be made.
         if (
             shards is None
             and not token_groups
             and torch.is_grad_enabled()
             and student.requires_grad
+            # Their gradient is the loss of each token, which may be differentiated again.
+            and not (weights_T is not None and weights_T.requires_grad)
             # A traced graph can neither hand a buffer over nor be told to compute again.
             and not is_transformed(student, teacher)
         ):
             coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
-            call = call._replace(grad_in_forward=kernels.grad_in_forward(student.device))
+            call = call._replace(grad_in_forward=not beta and kernels.grad_in_forward(student.device))
             loss = Distillation.apply(student, teacher, keep_T, coef_T, call)[0]
         else:
-            kl_T = Distillation.apply(student, teacher, keep_T, None, call)[0]
-            loss = reduce_tokens(kl_T * temperature**2, tokens, reduction, token_groups)
+            loss_T = Distillation.apply(student, teacher, keep_T, None, call)[0]
+            loss = reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
         return cast(loss, self.fp32_upcast, given)

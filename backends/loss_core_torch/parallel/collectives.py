@@ -16,10 +16,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from loss_core import row_terms
-from loss_core.row_terms import PairTerms, RowTerms
+from loss_core.row_terms import MixtureTerms, PairTerms, RowTerms
 from loss_core_torch import compat
 
 Terms = TypeVar("Terms", RowTerms, PairTerms)
+
+
+def added(parts: MixtureTerms, group: Any) -> MixtureTerms:
+    """Sums over the whole row on every rank, from one all-gather; otherwise as `fold`."""
+    return MixtureTerms(*reduce(torch.add, gather_equal(torch.stack(tuple(parts)), group)))
 
 
 def fold(terms: Terms, group: Any, bad_T: Tensor | None = None) -> Terms:

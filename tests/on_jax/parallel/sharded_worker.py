@@ -159,7 +159,7 @@ LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss")
 def oracle_float32():
     """Every kind of call, over two devices."""
     only = ("mean", "none", "all-ignored", "huge-logits", "minus-inf", "mask", "loss-weights", "nan-where-ignored",
-            "temperature", "softcap-none", "no-upcast", "offset")  # fmt: skip
+            "temperature", "softcap-none", "no-upcast", "offset", "reverse", "jsd", "jsd-ruled-out")  # fmt: skip
     for name in LOSSES:
         for case in cases_of(name, 60, only):
             inside(case, "float32", mesh_of(tp=2))
@@ -186,7 +186,8 @@ def oracle_dtypes():
 
 def where_the_gradient_is_taken():
     mesh = mesh_of(tp=3)
-    for name, only in (("MaskedCrossEntropy", "none"), ("FusedLinearCrossEntropy", "softcap-none"), ("KDLoss", "cold")):
+    for name, only in (("MaskedCrossEntropy", "none"), ("FusedLinearCrossEntropy", "softcap-none"), ("KDLoss", "cold"),
+                       ("KDLoss", "jsd")):  # fmt: skip
         for case in cases_of(name, 60, (only,)):
             inside(case, "float32", mesh, grad_outside=False)
             inside(case, "float32", mesh, check_vma=False)

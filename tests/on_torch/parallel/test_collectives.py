@@ -131,8 +131,8 @@ def test_number_and_size_of_collectives(world, vocab):
     """Forward one; backward none over logits, one for the fused loss. Sizes do not depend on the vocabulary."""
     gather, reduce, scatter = "_allgather_base_", "allreduce_", "_reduce_scatter_base_"
 
-    def collectives_of(loss, **fields):
-        case = cases(loss, shape=(12, vocab), only=("mean", "temperature"))[0]
+    def collectives_of(loss, only=("mean", "temperature"), **fields):
+        case = cases(loss, shape=(12, vocab), only=only)[0]
         problem, sizes = Problem(case), splits(vocab, world.ranks)[0]
         inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
         if fields.get("sequence_parallel"):
@@ -148,6 +148,8 @@ def test_number_and_size_of_collectives(world, vocab):
     assert collectives_of("MaskedCrossEntropy")[:2] == ([(gather, 3 * 12)], [])
     assert collectives_of("TEParallelCrossEntropy")[:2] == ([(gather, 3 * 12)], [])
     assert collectives_of("KDLoss")[:2] == ([(gather, 5 * 12)], [])
+    # The sums to the mixture need both distributions' terms first.
+    assert collectives_of("KDLoss", ("jsd",))[:2] == ([(gather, 5 * 12), (gather, 2 * 12)], [])
     forward, backward, inputs, kept = collectives_of("FusedLinearCrossEntropy")
     whole = inputs["hidden_states"].numel()
     # Ignored tokens take part in no product, so there is nothing to gather of them.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import jax
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms
-from loss_core_jax.kernels import How, LinearGradients, LinearRows, Pairs, Rows, Shard, Wanted, recorded
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms
+from loss_core_jax.kernels import How, LinearGradients, LinearRows, Mixture, Pairs, Rows, Shard, Wanted, recorded
 from loss_core_jax.kernels.xla import linear, pairs, rows
 from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, LinearSizes, by_platform
 
@@ -46,6 +46,16 @@ class XlaKernels:
         self, these: Pairs, terms: PairTerms, kl: jax.Array, upstream: jax.Array, temperature: float
     ) -> tuple[jax.Array, jax.Array]:
         return pairs.gradients(these, terms, kl, upstream, temperature)
+
+    @recorded(FLAG)
+    def pair_mixture(self, these: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard) -> MixtureTerms:
+        return pairs.mixture_terms(these, terms, mixture, shard, self.pair_bytes)
+
+    @recorded(FLAG)
+    def mixture_gradients(
+        self, these: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, mixture: Mixture
+    ) -> tuple[jax.Array, jax.Array]:
+        return pairs.mixture_gradients(these, terms, sums, upstream, mixture)
 
     @recorded(FLAG)
     def linear_terms(self, these: LinearRows, how: How) -> RowTerms:

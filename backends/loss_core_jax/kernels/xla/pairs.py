@@ -6,16 +6,25 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from loss_core.row_terms import GAP_UNIT, PairTerms, kl_centre
+from loss_core.row_terms import (
+    GAP_UNIT,
+    MixtureTerms,
+    PairTerms,
+    kl_centre,
+    log_ratio_offset,
+    log_shares,
+    mixture_logs,
+)
 from loss_core_jax.inputs import arithmetic_dtype
-from loss_core_jax.kernels import Pairs, Shard
-from loss_core_jax.kernels.xla.chunks import behind_barrier, finite, map_chunks, rows_within, zero_if_ignored
+from loss_core_jax.kernels import Mixture, Pairs, Shard
+from loss_core_jax.kernels.xla.chunks import Arrays, behind_barrier, finite, map_chunks, rows_within, zero_if_ignored
 
 # Of each temporary, of which there are three: XLA for CPU writes terms out before it sums them. They stay in the L2
 # caches of the cores when there is 1 MiB for each: measured a fifth faster than 4 MiB for each.
@@ -24,13 +33,22 @@ TEMPORARY_BYTES = (os.cpu_count() or 1) << 20
 
 def terms(pairs: Pairs, temperature: float, chunk_size: int, shard: Shard, temporary_bytes: int) -> PairTerms:
     """Terms of each pair; two passes over each of the logits."""
-    dtype, vocab = arithmetic_dtype(pairs.student, pairs.teacher), pairs.student.shape[-1]
+    dtype = arithmetic_dtype(pairs.student, pairs.teacher)
     of_rows = functools.partial(_terms, temperature=temperature, dtype=dtype)
+    return PairTerms(*_by_chunks(of_rows, pairs, (), chunk_size, shard, temporary_bytes))
+
+
+def _by_chunks(
+    of_rows: Callable[..., Arrays], pairs: Pairs, numbers: Arrays, chunk_size: int, shard: Shard, temporary_bytes: int
+) -> Arrays:
+    """`of_rows(*pairs, *numbers)`, one number for each row, by chunks of rows; of all at once where none may be cut."""
     if shard.partitioned:
-        return of_rows(*pairs)
-    rows = (pairs.student.reshape(-1, vocab), pairs.teacher.reshape(-1, vocab), pairs.target.reshape(-1))
+        return of_rows(*pairs, *numbers)
+    dtype, vocab = arithmetic_dtype(pairs.student, pairs.teacher), pairs.student.shape[-1]
+    logits = (pairs.student.reshape(-1, vocab), pairs.teacher.reshape(-1, vocab))
     chunk = chunk_size or rows_within(temporary_bytes, vocab * dtype.itemsize, at_least=16)
-    return PairTerms(*(x.reshape(pairs.target.shape) for x in map_chunks(of_rows, rows, chunk)))
+    found = map_chunks(of_rows, (*logits, *(x.reshape(-1) for x in (pairs.target, *numbers))), chunk)
+    return tuple(x.reshape(pairs.target.shape) for x in found)
 
 
 def _terms(student: jax.Array, teacher: jax.Array, target: jax.Array, *, temperature: float, dtype: Any) -> PairTerms:
@@ -84,6 +102,43 @@ def _teacher_gradient(
     # Where p_t is 0 the gradient is 0, whatever the logarithms are.
     excess = jnp.where(p_t == 0, 0, z_t - z_s - centre[..., None])
     return zero_if_ignored(p_t * excess * upstream[..., None], pairs.target).astype(pairs.teacher.dtype)
+
+
+def mixture_terms(pairs: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard, temporary_bytes: int) -> MixtureTerms:
+    """Sums of both distributions against their mixture; one pass over each of the logits."""
+
+    def of_rows(student: jax.Array, teacher: jax.Array, target: jax.Array, *numbers: jax.Array) -> Arrays:
+        of_both = _against_mixture(Pairs(student, teacher, target), PairTerms(*numbers), mixture)
+        return tuple(jnp.sum(p * log, -1) for p, log in of_both)
+
+    return MixtureTerms(*_by_chunks(of_rows, pairs, terms, mixture.chunk_size, shard, temporary_bytes))
+
+
+def mixture_gradients(
+    pairs: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, mixture: Mixture
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of upstream * `jensen_shannon` by student and teacher: one elementwise pass each, as `gradients`."""
+    # Into [T] numbers first: a small probability times a share may be below the normal range.
+    of_student, of_teacher = (upstream * (share / mixture.temperature) for share in (1.0 - mixture.beta, mixture.beta))
+    _, (p_s, log_s) = _against_mixture(pairs, terms, mixture)
+    student = zero_if_ignored(p_s * (log_s - sums.kl_s[..., None]) * of_student[..., None], pairs.target)
+    student_logits, teacher_logits, target, kl_t, of_teacher, *numbers = behind_barrier(
+        *pairs, sums.kl_t, of_teacher, *terms
+    )
+    held = Pairs(student_logits, teacher_logits, target)
+    (p_t, log_t), _ = _against_mixture(held, PairTerms(*numbers), mixture)
+    teacher = zero_if_ignored(p_t * (log_t - kl_t[..., None]) * of_teacher[..., None], target)
+    return student.astype(pairs.student.dtype), teacher.astype(pairs.teacher.dtype)
+
+
+def _against_mixture(pairs: Pairs, terms: PairTerms, mixture: Mixture) -> tuple[Arrays, Arrays]:
+    """Of teacher and student: p, and log(p / M), 0 where p is 0."""
+    z_t, z_s = _both(pairs, terms, mixture.temperature)
+    p_t, p_s = jnp.exp(z_t) / terms.s_t[..., None], jnp.exp(z_s) / terms.s_s[..., None]
+    # -inf minus -inf is NaN, and so would be its second derivative, even where it is not used.
+    ratio = jnp.where((p_t == 0) & (p_s == 0), 0, z_t - z_s - log_ratio_offset(jnp, terms)[..., None])
+    log_t, log_s = mixture_logs(jnp, ratio, *log_shares(mixture.beta))
+    return (p_t, jnp.where(p_t == 0, 0, log_t)), (p_s, jnp.where(p_s == 0, 0, log_s))
 
 
 def _both(pairs: Pairs, terms: PairTerms, temperature: float) -> tuple[jax.Array, jax.Array]:

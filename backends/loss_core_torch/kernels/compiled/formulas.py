@@ -26,6 +26,8 @@ from loss_core.row_terms import (
     RowTerms,
     cross_entropy_coefficients,
     kl_centre,
+    log_ratio_offset,
+    mixture_logs,
 )
 from loss_core_torch.kernels import times
 from loss_core_torch.tracing import compute_dtype
@@ -208,3 +210,48 @@ def pair_terms_and_grad(
     terms = _pair_terms(zs_TV, zt_TV)
     out_TV.copy_(_student_grad(zs_TV, zt_TV, keep_T, terms, coef_T))
     return terms
+
+
+def _mixture(
+    student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, share_t: Tensor, share_s: Tensor, terms: PairTerms
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Of teacher and student: p, and log(p / M), 0 where p is 0."""
+    zt_TV = _shifted(_wide(teacher_TV) * factor, terms.m_t)
+    zs_TV = _shifted(_wide(student_TV) * factor, terms.m_s)
+    logs = mixture_logs(torch, zt_TV - zs_TV - log_ratio_offset(torch, terms)[:, None], share_t, share_s)
+    of_both = []
+    for z_TV, s_T, log_TV in ((zt_TV, terms.s_t, logs[0]), (zs_TV, terms.s_s, logs[1])):
+        p_TV = _exp2(z_TV) / s_T[:, None]
+        of_both.append((p_TV, torch.where(p_TV == 0, 0.0, log_TV)))
+    return of_both[0], of_both[1]
+
+
+def pair_mixture(
+    student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, share_t: Tensor, share_s: Tensor, *terms: Tensor
+) -> tuple[Tensor, ...]:
+    """MixtureTerms.
+
+    Args:
+        share_t, share_s: logarithms of teacher's and student's share, scalar tensors as factor.
+        terms: PairTerms.
+    """
+    of_both = _mixture(student_TV, teacher_TV, factor, share_t, share_s, PairTerms(*terms))
+    return tuple((p_TV * log_TV).sum(-1) for p_TV, log_TV in of_both)
+
+
+def mixture_student_grad(
+    student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, share_t: Tensor, share_s: Tensor, *rest: Tensor
+) -> None:
+    """coef p_s (log(p_s / M) - KL) into out, 0 where keep is False; else as `pair_student_grad`."""
+    keep_T, *found, kl_T, coef_T, out_TV = rest
+    _, (p_TV, log_TV) = _mixture(student_TV, teacher_TV, factor, share_t, share_s, PairTerms(*found))
+    out_TV.copy_(_kept(p_TV * (log_TV - kl_T[:, None]) * coef_T[:, None], keep_T))
+
+
+def mixture_teacher_grad(
+    student_TV: Tensor, teacher_TV: Tensor, factor: Tensor, share_t: Tensor, share_s: Tensor, *rest: Tensor
+) -> None:
+    """coef p_t (log(p_t / M) - KL) into out, 0 where keep is False; else as `pair_student_grad`."""
+    keep_T, *found, kl_T, coef_T, out_TV = rest
+    (p_TV, log_TV), _ = _mixture(student_TV, teacher_TV, factor, share_t, share_s, PairTerms(*found))
+    out_TV.copy_(_kept(p_TV * (log_TV - kl_T[:, None]) * coef_T[:, None], keep_T))

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_PAIR, PairTerms
+from loss_core.row_terms import EMPTY_PAIR, MixtureTerms, PairTerms, log_shares
 from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
@@ -31,18 +32,35 @@ class PairKernels:
             found.append(tuple(x_B[: block.length()] for x_B in run(formulas.pair_terms, *both, factor)))
         return _together(found, pairs)
 
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
+        """Sums of both distributions against their mixture."""
+        dtype = compute_dtype(pairs.student.dtype)
+        found = MixtureTerms(*(torch.zeros_like(terms.s_t, dtype=dtype) for _ in range(2)))
+        numbers = [_factor(pairs), *_shares(beta, terms)]
+        for block, both in matrices(pairs.student, pairs.teacher):
+            args = [*both, *numbers, *(padded_rows(x_T[block.at].contiguous()) for x_T in terms)]
+            for kl_T, part_B in zip(found, run(formulas.pair_mixture, *args), strict=True):
+                kl_T[block.at] = part_B[: block.length()]
+        return found
+
     def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
-        """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL)."""
+        """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL).
+
+        With beta: p (log(p / M) - KL) of either.
+        """
         out, of_teacher = into.out, wanted.of_teacher
         if out is not None and is_one(into.unless_one):
             return out
         like = pairs.teacher if of_teacher else pairs.student
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
-        program = formulas.pair_teacher_grad if of_teacher else formulas.pair_student_grad
-        factor, keep_T = _factor(pairs), _keep(pairs)
+        program: Callable[..., None] = formulas.pair_teacher_grad if of_teacher else formulas.pair_student_grad
+        numbers, keep_T = [_factor(pairs)], _keep(pairs)
+        if wanted.beta:
+            program = formulas.mixture_teacher_grad if of_teacher else formulas.mixture_student_grad
+            numbers += _shares(wanted.beta, terms)
         for block, both in matrices(pairs.student, pairs.teacher):
             rows = (keep_T, *terms, wanted.kl_T, wanted.coef_T)
-            args = [*both, factor, *(padded_rows(x_T[block.at].contiguous()) for x_T in rows)]
+            args = [*both, *numbers, *(padded_rows(x_T[block.at].contiguous()) for x_T in rows)]
             write(out, block, False, partial(run, program, *args))
         return out
 
@@ -64,6 +82,10 @@ class PairKernels:
 def _factor(pairs: Pairs) -> Tensor:
     student = pairs.student
     return torch.tensor(pairs.inverse_temperature, dtype=compute_dtype(student.dtype), device=student.device)
+
+
+def _shares(beta: float, terms: PairTerms) -> list[Tensor]:
+    return [torch.tensor(share, dtype=terms.s_t.dtype, device=terms.s_t.device) for share in log_shares(beta)]
 
 
 def _keep(pairs: Pairs) -> Tensor:

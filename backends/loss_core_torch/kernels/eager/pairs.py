@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_PAIR, GAP_UNIT, PairTerms, kl_centre
+from loss_core.row_terms import (
+    EMPTY_PAIR,
+    GAP_UNIT,
+    MixtureTerms,
+    PairTerms,
+    kl_centre,
+    log_ratio_offset,
+    log_shares,
+    mixture_logs,
+)
 from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.eager.exponentials import log2_exp, row_dots, row_sums, shifted, without
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
@@ -51,13 +60,31 @@ class PairKernels:
             walk.store_difference(block, out, e_s_BV, coef_B / sum_s_B, e_t_BV, coef_B / sum_t_B)
         return found, out
 
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
+        """Sums of both distributions against their mixture."""
+        dtype, walk = compute_dtype(pairs.student.dtype), _Walk(pairs, self.sizes)
+        found = MixtureTerms(*(torch.zeros_like(terms.s_t, dtype=dtype) for _ in range(2)))
+        for block in walk:
+            for kl_T, (e_BV, scale_B, log_BV) in zip(found, walk.mixture(block, terms, beta), strict=True):
+                kl_T[block.at] = row_sums(log_BV.mul_(e_BV)) * scale_B
+        return found
+
     def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
-        """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL)."""
+        """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL).
+
+        With beta: p (log(p / M) - KL) of either.
+        """
         out, of_teacher = into.out, wanted.of_teacher
         if out is not None and is_one(into.unless_one):
             return out
         like = pairs.teacher if of_teacher else pairs.student
         out, walk = _result(like, pairs, out), _Walk(pairs, self.sizes)
+        if wanted.beta:
+            for block in walk:
+                e_BV, scale_B, log_BV = walk.mixture(block, terms, wanted.beta)[0 if of_teacher else 1]
+                excess_BV = log_BV.sub_(wanted.kl_T[block.at][:, None])
+                walk.store(block, out, excess_BV.mul_(e_BV).mul_((scale_B * wanted.coef_T[block.at])[:, None]))
+            return out
         centre_T = kl_centre(torch, terms, wanted.kl_T)
         for block in walk:
             part, coef_B = PairTerms(*(term[block.at] for term in terms)), wanted.coef_T[block.at]
@@ -148,6 +175,19 @@ class _Walk:
         s_s_B, s_t_B = without(s.number_B, sum_s_B), without(t.number_B, sum_t_B)
         found = PairTerms(m_t_B, s_t_B, without(t.number_B, a_B), m_s_B, s_s_B)
         return found, (e_s_BV, e_t_BV, sum_s_B, sum_t_B)
+
+    def mixture(
+        self, block: Block, terms: PairTerms, beta: float
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """Of teacher and student: e^(z - m) in the buffer times a scale [B] is p, and log(p / M), 0 where p is 0."""
+        part = PairTerms(*(term[block.at] for term in terms))
+        gap_BV = self.natural_gap(block, part.m_s, part.m_t)
+        ratio_BV = gap_BV.sub_(log_ratio_offset(torch, part)[:, None])
+        log_t_BV, log_s_BV = mixture_logs(torch, ratio_BV, *log_shares(beta))
+        s, t = self.base_2(*self.logits(block), part.m_s, part.m_t)
+        e_s_BV, e_t_BV = self.powers(s, t)
+        of_teacher = e_t_BV, without(t.number_B, 1.0 / part.s_t), log_t_BV.masked_fill_(e_t_BV == 0, 0.0)
+        return of_teacher, (e_s_BV, without(s.number_B, 1.0 / part.s_s), log_s_BV.masked_fill_(e_s_BV == 0, 0.0))
 
     def store(self, block: Block, out: Tensor, grad_BV: Tensor) -> None:
         """A block of a gradient into `out`; 0 in ignored rows, rounded once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch.kernels import NEW, Into, Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.gpu import linear, pairs, rows
 from loss_core_torch.kernels.gpu.launch import Launcher
@@ -37,6 +37,9 @@ class GpuKernels:
 
     def pair_terms(self, pairs_: Pairs) -> PairTerms:
         return pairs.terms(self._launcher, pairs_)
+
+    def pair_mixture(self, pairs_: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
+        return pairs.mixture(self._launcher, pairs_, terms, beta)
 
     def pair_grad(self, pairs_: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
         return pairs.grad(self._launcher, pairs_, terms, wanted, into)

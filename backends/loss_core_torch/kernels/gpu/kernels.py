@@ -167,6 +167,14 @@ def fold_pairs(m_t_L, s_t_L, a_L, m_s_L, s_s_L, rate):
     return m_t, s_t, tl.sum(a_L, 0, keep_dims=True), m_s, s_s
 
 
+@triton.jit
+def mixture_logs(log_ratio, log_share_t, log_share_s):
+    """log(p_t / M) and log(p_s / M); mirrors `row_terms.mixture_logs`."""
+    x = log_ratio + (log_share_t - log_share_s)
+    common = tl.log(1.0 + exp(-tl.abs(x)))
+    return tl.minimum(x, 0.0) - common - log_share_t, tl.minimum(-x, 0.0) - common - log_share_s
+
+
 # --- memory
 
 
@@ -554,12 +562,32 @@ def pair_terms(
 
 
 @triton.jit
-def pair_grad(zt, zs, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER: tl.constexpr):
-    """Gradient of coef * KL by the student's logits, or by the teacher's."""
+def mixture_sums(zt, zs, base_t, base_s, offset, log_share_t, log_share_s, rate):
+    """Of each class, exp(z - m) log(p / M) of teacher and student."""
+    zt, zs = zt - base_t, zs - base_s
+    e_t, e_s = tl.exp2(zt * rate), tl.exp2(zs * rate)
+    log_t, log_s = mixture_logs((zt - zs) * (rate / LOG2_E) - offset, log_share_t, log_share_s)
+    return e_t * tl.where(e_t == 0, 0.0, log_t), e_s * tl.where(e_s == 0, 0.0, log_s)
+
+
+@triton.jit
+def pair_grad(
+    zt, zs, base_t, base_s, scale_t, scale_s, offset, kl, log_share_t, log_share_s, rate, OF_TEACHER: tl.constexpr,
+    MIXTURE: tl.constexpr,
+):  # fmt: skip
+    """Gradient by the student's logits, or by the teacher's; see `KernelSet.pair_grad`."""
     zt, zs = zt - base_t, zs - base_s
     e_t = tl.exp2(zt * rate)
-    if OF_TEACHER:
-        grad = tl.where(e_t == 0, 0.0, (zt - zs) * (rate / LOG2_E) - centre) * e_t * scale_t
+    if MIXTURE:
+        log_t, log_s = mixture_logs((zt - zs) * (rate / LOG2_E) - offset, log_share_t, log_share_s)
+        if OF_TEACHER:
+            grad = tl.where(e_t == 0, 0.0, log_t - kl) * e_t * scale_t
+        else:
+            e_s = tl.exp2(zs * rate)
+            grad = tl.where(e_s == 0, 0.0, log_s - kl) * e_s * scale_s
+    elif OF_TEACHER:
+        # offset + kl is `row_terms.kl_centre`.
+        grad = tl.where(e_t == 0, 0.0, (zt - zs) * (rate / LOG2_E) - (offset + kl)) * e_t * scale_t
     else:
         grad = tl.exp2(zs * rate) * scale_s - e_t * scale_t
     return grad
@@ -568,11 +596,12 @@ def pair_grad(zt, zs, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER
 @triton.jit
 def write_pair_grad(
     grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s, kl, coef,
-    dtype: tl.constexpr, OF_TEACHER: tl.constexpr, BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    log_share_t, log_share_s, dtype: tl.constexpr, OF_TEACHER: tl.constexpr, MIXTURE: tl.constexpr,
+    BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of coef * KL by the student's logits, or by the teacher's, of a pair of rows; m as in `pair_terms`."""
+    """`pair_grad` of a pair of rows; m as in `pair_terms`."""
     base_t, base_s, scale_t, scale_s = finite(m_t), finite(m_s), coef / s_t, coef / s_s
-    centre = tl.log(s_t) - tl.log(s_s) + kl  # `row_terms.kl_centre`
+    offset = tl.log(s_t) - tl.log(s_s)  # `row_terms.log_ratio_offset`
     head, body = whole_vectors(student_ptr, vocab, W, ALIKE)
     edge = edge_columns(head, body, W)
     zt_E = load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, "evict_first")
@@ -585,9 +614,13 @@ def write_pair_grad(
         mask_v = offs_v < body
         zt = load_logits(body_t, offs_v, mask_v, t_layout, dtype, "evict_first")
         zs = load_logits(body_s, offs_v, mask_v, s_layout, dtype, "evict_first")
-        grad = pair_grad(zt, zs, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER)
+        grad = pair_grad(
+            zt, zs, base_t, base_s, scale_t, scale_s, offset, kl, log_share_t, log_share_s, rate, OF_TEACHER, MIXTURE
+        )
         store_grad(to_ptr, offs_v, mask_v, grad_layout, grad)
-    grad_E = pair_grad(zt_E, zs_E, base_t, base_s, scale_t, scale_s, centre, rate, OF_TEACHER)
+    grad_E = pair_grad(
+        zt_E, zs_E, base_t, base_s, scale_t, scale_s, offset, kl, log_share_t, log_share_s, rate, OF_TEACHER, MIXTURE
+    )
     store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad_E)
 
 
@@ -619,6 +652,50 @@ def pair_terms_kernel(
 
 
 @triton.jit
+def pair_mixture_kernel(
+    student_ptr, teacher_ptr,  # [T, V]
+    keep_ptr,  # [T] bool, or None
+    m_t_ptr, s_t_ptr, m_s_ptr, s_s_ptr,  # [T]
+    kl_t_ptr, kl_s_ptr,  # [T]
+    inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
+    log_share_t: "fp64", log_share_s: "fp64",  # type: ignore[name-defined]  # noqa: F821
+    vocab, s_layout, t_layout,
+    BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+):  # fmt: skip
+    """Sums of one pair of rows against their mixture: program (row). 0 for an ignored row."""
+    K: tl.constexpr = BLOCK_V // (L * W)
+    row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = m_t_ptr.dtype.element_ty
+    end = tl.where(is_ignored(keep_ptr, row), 0, vocab)
+    student_ptr += row_start(row, s_layout)
+    teacher_ptr += row_start(row, t_layout)
+    factor = tl.full([], inverse_temperature, dtype)
+    rate = tl.full([], inverse_temperature * LOG2_E, dtype)
+    share_t, share_s = tl.full([], log_share_t, dtype), tl.full([], log_share_s, dtype)
+    base_t, base_s = finite(tl.load(m_t_ptr + row)) / factor, finite(tl.load(m_s_ptr + row)) / factor
+    s_t, s_s = tl.load(s_t_ptr + row), tl.load(s_s_ptr + row)
+    offset = tl.log(s_t) - tl.log(s_s)  # `row_terms.log_ratio_offset`
+    head, body = whole_vectors(student_ptr, end, W, ALIKE)
+    body_t, body_s = body_start(teacher_ptr, head, t_layout, ALIKE), body_start(student_ptr, head, s_layout, ALIKE)
+    kl_t = tl.zeros([L], dtype)
+    kl_s = tl.zeros([L], dtype)
+    for start in range(0, body, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < body
+        zt = load_logits(body_t, offs_v, mask_v, t_layout, dtype, "evict_first")
+        zs = load_logits(body_s, offs_v, mask_v, s_layout, dtype, "evict_first")
+        of_t, of_s = mixture_sums(zt, zs, base_t, base_s, offset, share_t, share_s, rate)
+        kl_t += total(tl.reshape(of_t, [K, L, W]))
+        kl_s += total(tl.reshape(of_s, [K, L, W]))
+    edge = edge_columns(head, body, W)
+    zt_E = load_logits(teacher_ptr, edge, edge < end, t_layout, dtype, "evict_first")
+    zs_E = load_logits(student_ptr, edge, edge < end, s_layout, dtype, "evict_first")
+    of_t, of_s = mixture_sums(zt_E, zs_E, base_t, base_s, offset, share_t, share_s, rate)
+    tl.store(kl_t_ptr + row, (tl.sum(kl_t, 0) + tl.sum(of_t, 0)) / s_t)
+    tl.store(kl_s_ptr + row, (tl.sum(kl_s, 0) + tl.sum(of_s, 0)) / s_s)
+
+
+@triton.jit
 def pair_grad_kernel(
     grad_ptr,  # [T, V]
     student_ptr, teacher_ptr,  # [T, V]
@@ -626,10 +703,12 @@ def pair_grad_kernel(
     m_t_ptr, s_t_ptr, m_s_ptr, s_s_ptr, kl_ptr, coef_ptr,  # [T]
     unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
     inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
+    log_share_t: "fp64", log_share_s: "fp64",  # type: ignore[name-defined]  # noqa: F821
     vocab, grad_layout, s_layout, t_layout,
-    OF_TEACHER: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    OF_TEACHER: tl.constexpr, MIXTURE: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of coef * KL by the student's logits, or by the teacher's, for one pair of rows: program (row)."""
+    """`pair_grad` for one pair of rows: program (row)."""
     if is_one(unless_one_ptr):
         return
     row = tl.program_id(0).to(tl.int64)
@@ -645,7 +724,8 @@ def pair_grad_kernel(
     write_pair_grad(
         grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout,
         tl.load(m_t_ptr + row) / factor, tl.load(s_t_ptr + row), tl.load(m_s_ptr + row) / factor,
-        tl.load(s_s_ptr + row), tl.load(kl_ptr + row), tl.load(coef_ptr + row), dtype, OF_TEACHER, BLOCK_V, W, ALIKE,
+        tl.load(s_s_ptr + row), tl.load(kl_ptr + row), tl.load(coef_ptr + row), tl.full([], log_share_t, dtype),
+        tl.full([], log_share_s, dtype), dtype, OF_TEACHER, MIXTURE, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -684,7 +764,7 @@ def pair_kernel(
         return
     write_pair_grad(
         grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s, 0.0, coef,
-        dtype, False, BLOCK_V, W, ALIKE,
+        0.0, 0.0, dtype, False, False, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 

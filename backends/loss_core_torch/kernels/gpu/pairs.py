@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_PAIR, PairTerms
+from loss_core.row_terms import EMPTY_PAIR, MixtureTerms, PairTerms, log_shares
 from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
@@ -35,6 +35,23 @@ def terms(launcher: Launcher, pairs: Pairs) -> PairTerms:
     return found
 
 
+def mixture(launcher: Launcher, pairs: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
+    """Sums of each pair of rows against their mixture; see `KernelSet.pair_mixture`."""
+    student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
+    num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
+    if student.numel() == 0:
+        return MixtureTerms(torch.zeros_like(terms.s_t), torch.zeros_like(terms.s_s))
+    found = MixtureTerms(torch.empty_like(terms.s_t), torch.empty_like(terms.s_s))
+    size = launcher.parameters(vocab, student.dtype, "pair_terms")
+    vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s))
+    launcher.start(
+        kernels.pair_mixture_kernel, (num_rows,), student, teacher, dense(keep_T), *vectors, *found,
+        pairs.inverse_temperature, *log_shares(beta), vocab, layout(student), layout(teacher),
+        size=size, **columns(size, student, teacher),
+    )  # fmt: skip
+    return found
+
+
 def grad(launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
     """The gradient by the student's logits, or by the teacher's; see `KernelSet.pair_grad`."""
     student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
@@ -44,10 +61,11 @@ def grad(launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoeffic
         return out
     size = launcher.parameters(vocab, student.dtype, "pair_grad", out.dtype)
     vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, wanted.kl_T, wanted.coef_T))
+    shares = log_shares(wanted.beta) if wanted.beta else (0.0, 0.0)
     launcher.start(
         kernels.pair_grad_kernel, (num_rows,), out, student, teacher, dense(keep_T), *vectors, into.unless_one,
-        pairs.inverse_temperature, vocab, layout(out), layout(student), layout(teacher),
-        size=size, OF_TEACHER=wanted.of_teacher, **columns(size, out, student, teacher),
+        pairs.inverse_temperature, *shares, vocab, layout(out), layout(student), layout(teacher), size=size,
+        OF_TEACHER=wanted.of_teacher, MIXTURE=wanted.beta != 0, **columns(size, out, student, teacher),
     )  # fmt: skip
     return out
 

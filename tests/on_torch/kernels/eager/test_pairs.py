@@ -69,7 +69,9 @@ def test_a_pair_does_not_depend_on_the_block_it_is_in(vocab):
         terms, grad = KERNELS.pair_terms_and_grad(pairs, coef_T[at])
         kl_T = kl_divergence(torch, terms)
         of_teacher = KERNELS.pair_grad(pairs, terms, PairCoefficients(kl_T, coef_T[at], True))
-        return {"kl": kl_T, "student": grad, "teacher": of_teacher}
+        mixture = KERNELS.pair_mixture(pairs, terms, 0.3)
+        to_mixture = KERNELS.pair_grad(pairs, terms, PairCoefficients(mixture.kl_s, coef_T[at], False, 0.3))
+        return {"kl": kl_T, "student": grad, "teacher": of_teacher, **mixture._asdict(), "to_mixture": to_mixture}
 
     whole = results(slice(None))
     for at in (slice(0, 1), slice(4, 5), slice(1, 4), torch.arange(5).flip(0)):
@@ -131,6 +133,17 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(temperature):
             Pairs(student, teacher, None, inverse), whole, PairCoefficients(kl_T, coef_T, of_teacher)
         )
         torch.testing.assert_close(torch.cat(found, 1), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_pieces_of_the_vocabulary_add_up_to_the_sums_against_the_mixture():
+    student, teacher = _pair(5, 40)
+    teacher[0, 14:] = student[0, 10:] = -torch.inf
+    whole = Pairs(student, teacher, None, 0.5)
+    terms, total = KERNELS.pair_terms(whole), [torch.zeros(5), torch.zeros(5)]
+    for start, stop in ((0, 13), (13, 13), (13, 14), (14, 40)):
+        part = KERNELS.pair_mixture(Pairs(student[:, start:stop], teacher[:, start:stop], None, 0.5), terms, 0.2)
+        total = [x + y for x, y in zip(total, part, strict=True)]
+    torch.testing.assert_close(total, list(KERNELS.pair_mixture(whole, terms, 0.2)), rtol=2e-6, atol=1e-6)
 
 
 def test_an_empty_piece_of_the_vocabulary_is_the_identity():

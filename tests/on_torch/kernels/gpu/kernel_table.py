@@ -239,6 +239,8 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
         terms_of_pairs = kernels.pair_terms(pairs)
         for of_teacher in (False, True):
             kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, of_teacher))
+            kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, of_teacher, 0.5))
+        kernels.pair_mixture(pairs, terms_of_pairs, 0.5)
         _, grad = kernels.pair_terms_and_grad(pairs, coef_T)
         kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, False), Into(grad, coef_T.sum()))
 
@@ -334,7 +336,7 @@ def zip_widths(loops: list[Loop]) -> list[tuple[int, ...]]:
 def flags_of(what: Recorded) -> list[str]:
     """What sets this specialisation apart."""
     names = [parameter.name for parameter in what.kernel.params]
-    flags = [name.lower() for name in ("OF_TEACHER", "SOFTCAP") if name in names and what.value(name)]
+    flags = [name.lower() for name in ("OF_TEACHER", "MIXTURE", "SOFTCAP") if name in names and what.value(name)]
     # Arguments that may be None, where they are not.
     optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "unless_one_ptr": "unless_one"}
     flags += [flag for name, flag in optional.items() if name in names and what.value(name, 0) is not None]

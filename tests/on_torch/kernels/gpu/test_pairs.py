@@ -43,6 +43,37 @@ def _holds(kernels, pairs, rtol=1e-5):
         torch.testing.assert_close(got.double(), expected, rtol=max(step, 1e-4 if step > 1e-10 else 1e-10), atol=2e-6)
 
 
+def _mixture_holds(kernels, pairs, beta):
+    """Sums against the mixture and both gradients are those of float64."""
+    rows = [x.reshape(-1, x.shape[-1]).double() * pairs.inverse_temperature for x in (pairs.student, pairs.teacher)]
+    keep_T = torch.ones(len(rows[0]), dtype=torch.bool) if pairs.keep_T is None else pairs.keep_T
+    z_s, z_t = (torch.where(keep_T[:, None], x, 0.0).requires_grad_() for x in rows)
+    p_s, p_t = z_s.softmax(-1), z_t.softmax(-1)
+    log_m = (beta * p_t + (1 - beta) * p_s).log()
+    kl_t, kl_s = ((torch.xlogy(p, p) - p * log_m).sum(-1) for p in (p_t, p_s))
+    terms = kernels.pair_terms(pairs)
+    found = kernels.pair_mixture(pairs, terms, beta)
+    for got, wanted in zip(found, (kl_t, kl_s), strict=True):
+        torch.testing.assert_close(got[keep_T].double(), wanted[keep_T], rtol=1e-5, atol=1e-6)
+    coef_T = torch.randn(len(keep_T), dtype=terms.s_t.dtype)
+    loss = (torch.where(keep_T, beta * kl_t + (1 - beta) * kl_s, 0.0) * coef_T.double()).sum()
+    for of_teacher, share, z in ((False, 1 - beta, z_s), (True, beta, z_t)):
+        wanted = PairCoefficients(found[not of_teacher], coef_T * share, of_teacher, beta)
+        got = kernels.pair_grad(pairs, terms, wanted)
+        (expected,) = torch.autograd.grad(loss, z, retain_graph=True)
+        step = torch.finfo(got.dtype).eps
+        rtol = max(step, 1e-4 if step > 1e-10 else 1e-10)
+        torch.testing.assert_close(got.double(), expected.view(got.shape), rtol=rtol, atol=2e-6)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+def test_sums_and_gradients_against_a_mixture(flag, name, dtype):
+    student, teacher = ((torch.randn(5, V) * 2).to(dtype) for _ in range(2))
+    for keep_T, beta in ((None, 0.5), (torch.arange(5) != 2, 0.1)):
+        _mixture_holds(SETS[name], Pairs(student, teacher, keep_T, 0.7), beta)
+
+
 @each_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
 def test_terms_and_gradients(flag, name, dtype):
@@ -57,6 +88,7 @@ def test_any_layout_is_one_launch(flag, layout):
     teacher = torch.randn(student.shape)
     keep_T = torch.arange(student.shape[:-1].numel()) % 3 != 1
     _holds(SETS["tiny-blocks"], Pairs(student, teacher, keep_T, 0.5))
+    _mixture_holds(SETS["tiny-blocks"], Pairs(student, teacher, keep_T, 0.5), 0.3)
     kernels, seen = counted()
     kernels.pair_terms(Pairs(student, teacher, keep_T, 0.5))
     assert seen == ["pair_terms_kernel"]
@@ -121,4 +153,5 @@ def test_no_vocabulary_is_an_empty_piece(flag):
     low_T, none_T = torch.full((6,), -torch.inf), torch.zeros(6)
     torch.testing.assert_close(tuple(kernels.pair_terms(pairs)), (low_T, none_T, none_T, low_T, none_T))
     assert kernels.pair_terms_and_grad(pairs, none_T)[1].shape == pairs.student.shape
+    torch.testing.assert_close(tuple(kernels.pair_mixture(pairs, kernels.pair_terms(pairs), 0.5)), (none_T, none_T))
     assert not seen
