@@ -12,7 +12,7 @@ oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | h
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-integrations test-oldest-jax matrix check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow setup-integrations test-integrations test-oldest-jax matrix check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,11 +35,13 @@ test: setup ## run all tests
 test-slow: setup ## run the tests that wait for torch.compile: a quarter of an hour more
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
-# In an environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
+# An environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
 # What stands under ALONE demands other libraries than these, and runs with these; pyproject.toml says which.
-test-integrations: ## the adapters beside their libraries, in .venv-integrations
+setup-integrations: ## create .venv-integrations, with the libraries that the adapters are for
 	@$(MAKE) --no-print-directory setup VENV=.venv-integrations ALONE="nemo-automodel torchtitan" \
 	  INSTALL="--editable .[integrations] --constraint constraints.txt"
+
+test-integrations: setup-integrations ## the adapters beside their libraries
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations \
 	  tests/test_docs.py -k 'integrations or recipes'
 

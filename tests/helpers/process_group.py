@@ -24,6 +24,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from helpers import interpreter
+
 ROOT = Path(__file__).parents[2]
 # Seconds: for a body; for the other ranks once one has failed; of the process group.
 _BODY, _OTHERS, _GROUP = 400, 10, 60
@@ -110,7 +112,7 @@ class Team:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), str(ROOT / "tests")])
         # Idle threads must sleep: there are more processes than cores.
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}
-        if self.flag == "torch:triton":
+        if self.flag == interpreter.FLAG:
             environment["TRITON_INTERPRET"] = "1"
         self._answers = queue.Queue()
         command = [sys.executable, __file__]
@@ -152,6 +154,8 @@ def _body(file, name):
 
 def _serve(rank, ranks, port, flag):
     torch.set_num_threads(1)
+    if flag == interpreter.FLAG:
+        interpreter.list_builtins_once()
     timeout = timedelta(seconds=_GROUP)
     store = dist.TCPStore("localhost", port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)

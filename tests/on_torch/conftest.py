@@ -8,6 +8,9 @@ from helpers import interpreter
 
 _FOLDER = pytest.StashKey()
 
+if interpreter.ON:
+    interpreter.list_builtins_once()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _folder_of_all_processes(request, tmp_path_factory):

@@ -19,6 +19,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from helpers import interpreter
+
 # The folder of another version, unpacked, in place of the installed one: each holds the adapter to another kernel.
 SOURCES = "LOSS_CORE_TE_SOURCES"
 
@@ -33,6 +35,7 @@ def load():
     module = enter()
     _lift_cuda_check(module)
     _round_to_bfloat16()
+    interpreter.list_builtins_once()
     return module
 
 
@@ -69,9 +72,9 @@ def _lift_cuda_check(module):
 
 def _round_to_bfloat16():
     import triton.language as tl
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    plain = interpreter.InterpreterBuilder.cast_impl
+    plain = InterpreterBuilder.cast_impl
 
     def cast_impl(self, src, dst_type):
         if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
@@ -79,6 +82,6 @@ def _round_to_bfloat16():
         bits = np.ascontiguousarray(src.data).view(np.uint32).reshape(src.data.shape)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
         nearest = np.where(np.isnan(src.data), (bits >> 16) | 0x40, nearest)
-        return interpreter.TensorHandle(nearest.astype(np.uint16), dst_type.scalar)
+        return TensorHandle(nearest.astype(np.uint16), dst_type.scalar)
 
-    interpreter.InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.cast_impl = cast_impl

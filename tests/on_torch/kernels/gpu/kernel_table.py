@@ -16,13 +16,14 @@ Exits with 1 on an error, on a register spill on an NVIDIA target, or when the s
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,12 @@ class Compiled:
     shared: int
     ttir: str
     problem: str
-    loops: tuple[Loop, ...] = ()
+    cubin: bytes = field(default=b"", repr=False)  # empty where the target is not NVIDIA's, or it did not compile
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        """Read where they are asked for: disassembling takes as long as compiling."""
+        return machine_code.loops(self.cubin) if self.cubin else []
 
     @property
     def logits_of_a_round(self) -> int:
@@ -277,11 +283,11 @@ def compile_one(what: Recorded, target: str) -> Compiled:
         options = {"num_warps": warps, "num_stages": what.size.num_stages, "enable_fp_fusion": True}
         made = triton.compile(source, target=gpu, options=options)
         if gpu.backend == "cuda":
-            registers, spilled = machine_code.resources(made.asm["cubin"])
-            loops = tuple(machine_code.loops(made.asm["cubin"]))
+            cubin = made.asm["cubin"]
+            registers, spilled = machine_code.resources(cubin)
         else:
-            text = made.asm["amdgcn"]
-            registers, loops = _number(r"\.vgpr_count:\s*(\d+)", text), ()
+            text, cubin = made.asm["amdgcn"], b""
+            registers = _number(r"\.vgpr_count:\s*(\d+)", text)
             spilled = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
     except Exception as error:  # a kernel that does not compile is a row of the table
         return Compiled(what, target, warps, 0, 0, 0, "", f"{type(error).__name__}: {str(error)[-500:]}")
@@ -291,7 +297,7 @@ def compile_one(what: Recorded, target: str) -> Compiled:
         problems.append(f"spills {spilled} bytes")
     if shared > room:
         problems.append(f"shared memory {shared} > {room}")
-    return Compiled(what, target, warps, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems), loops)
+    return Compiled(what, target, warps, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems), cubin)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -54,7 +54,7 @@ class Loop:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of local memory, of a thread."""
-    report = _run("cuobjdump", "-res-usage", cubin)
+    report = _run("cuobjdump", ("-res-usage",), cubin)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
     # STACK as well: what ptxas spills lies on the stack of the thread.
     return found["REG"], found["STACK"] + found["LOCAL"]
@@ -62,7 +62,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 def loops(cubin: bytes) -> list[Loop]:
     """The innermost loops that touch global memory, in the order of the code."""
-    return list(_loops(_run("nvdisasm", "-c", cubin)))
+    return list(_loops(_run("nvdisasm", ("-c", "-ndf"), cubin)))
 
 
 def _loops(text: str) -> Iterator[Loop]:
@@ -93,8 +93,8 @@ def _bits(opcode: str) -> int:
     return int(found[1]) if found else 32
 
 
-def _run(tool: str, option: str, cubin: bytes) -> str:
+def _run(tool: str, options: tuple[str, ...], cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return subprocess.run([_TOOLS / tool, option, path], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_TOOLS / tool, *options, path], capture_output=True, text=True, check=True).stdout

@@ -233,9 +233,9 @@ def test_more_columns_than_a_block_of_the_real_sizes(flag):
 def test_rows_that_begin_between_vectors(flag, name):
     """Of any width and place: shorter than a vector, all edge, one column behind a whole number of vectors."""
     memory = torch.randn(4096).to(torch.bfloat16)
-    for start, vocab in itertools.product((0, 1, 7, 8), (1, 2, 7, 9, 15, 16, 17, 31, 97)):
-        rows = _rows(memory[start : start + 5 * vocab].view(5, vocab))
-        coef_T = torch.randn(5)
+    for start, vocab in itertools.product((0, 1, 7), (1, 2, 7, 9, 15, 16, 17, 31, 97)):
+        rows = _rows(memory[start : start + 3 * vocab].view(3, vocab))
+        coef_T = torch.randn(3)
         terms, grad = _expected(rows, coef_T)
         found, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(vocab))
         _same_terms(rows, found, terms)
