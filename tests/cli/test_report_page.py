@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.command import QUICK, run
+from loss_core import LOSS_CONFIG_REGISTRY
 from loss_core.check import Finding, Report, Row, check
 from loss_core.check.html import report_page
 
@@ -54,7 +55,7 @@ def test_the_page_has_the_table_a_picture_per_flag_and_nothing_from_outside(tmp_
     assert result.exit_code == 0, result.output
     page = Page((tmp_path / "r.html").read_text("utf-8"))
     rows = [row for row in page.rows if row[0] == "ok"]
-    assert len(rows) == 8
+    assert len(rows) == 2 * len(LOSS_CONFIG_REGISTRY)
     assert [row[1:4] for row in rows[:2]] == [["torch:eager", "float64", d] for d in ("float32", "bfloat16")]
 
     report = check(None, ["torch:eager"], dtypes=["float32"], only=["basic"])
