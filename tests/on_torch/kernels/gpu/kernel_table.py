@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loss_core.row_terms import Coefficients, Objective
+from loss_core.row_terms import Coefficients, Objective, Sums
 from loss_core_torch.kernels import Into, Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
@@ -249,6 +249,10 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
         kernels.pair_mixture(pairs, terms_of_pairs, 0.5)
         _, grad = kernels.pair_terms_and_grad(pairs, coef_T)
         kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, False), Into(grad, coef_T.sum()))
+    # Entropies, of logits as they lie and with all that may be done to them.
+    for rows in (Rows(logits, labels_T, None), Rows(logits, labels_T, labels_T != 0, 0, 30.0, coef_T)):
+        terms = kernels.row_terms(rows, Sums(e=True))
+        kernels.row_grad(rows, terms, Coefficients(coef_T, coef_T, slope=coef_T))
 
 
 def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:
@@ -344,7 +348,8 @@ def flags_of(what: Recorded) -> list[str]:
     names = [parameter.name for parameter in what.kernel.params]
     flags = [name.lower() for name in ("OF_TEACHER", "MIXTURE", "SOFTCAP") if name in names and what.value(name)]
     # Arguments that may be None, where they are not.
-    optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "unless_one_ptr": "unless_one"}
+    optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "unless_one_ptr": "unless_one",
+                "e_ptr": "entropy", "slope_ptr": "entropy", "inverse_ptr": "temperature"}  # fmt: skip
     flags += [flag for name, flag in optional.items() if name in names and what.value(name, 0) is not None]
     if "ALIKE" in names and not what.value("ALIKE"):
         flags.append("unlike")
