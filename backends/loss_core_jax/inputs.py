@@ -99,6 +99,19 @@ def check_linear(hidden_states: ArrayLike, labels: ArrayLike, lm_weight: ArrayLi
     check_labels("hidden_states", hidden_states, labels)
 
 
+def check_bias(lm_weight: ArrayLike, lm_bias: ArrayLike | None) -> None:
+    """A bias `[V]` for a weight `[V, H]`; None passes."""
+    if lm_bias is None:
+        return
+    check_arrays(lm_bias=lm_bias)
+    check_floating(lm_bias=lm_bias)
+    if lm_bias.shape != lm_weight.shape[:1]:
+        raise ValueError(
+            f"lm_bias has shape {lm_bias.shape} but lm_weight has shape {lm_weight.shape}; it must be [V] with "
+            f"V = {lm_weight.shape[0]}."
+        )
+
+
 def _is_master_weight(hidden_states: ArrayLike, lm_weight: ArrayLike) -> bool:
     return str(hidden_states.dtype) in _HALF and lm_weight.dtype == jnp.float32
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from loss_core.dispatch.observed import record
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import compat
-from loss_core_torch.kernels import Into, KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted, find
+from loss_core_torch.kernels import Into, KernelSet, Linear, LinearGrads, PairCoefficients, Pairs, Rows, Wanted, find
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
 from loss_core_torch.tracing import compute_dtype, is_traced, no_autocast
 
@@ -121,8 +121,9 @@ def _new_pair_terms(pairs: Pairs) -> list[Tensor]:
 
 def _new_grads(linear: Linear, want: Wanted) -> list[Tensor]:
     dtype = compute_dtype(linear.h_TH.dtype)
-    wanted = zip((linear.h_TH, linear.w_VH), want, strict=True)
-    return [x.new_empty(x.shape if is_wanted else (0,), dtype=dtype) for x, is_wanted in wanted]
+    shapes = (linear.h_TH.shape, linear.w_VH.shape, linear.w_VH.shape[:1])
+    wanted = zip(shapes, want, strict=True)
+    return [linear.h_TH.new_empty(shape if is_wanted else (0,), dtype=dtype) for shape, is_wanted in wanted]
 
 
 row_terms = _Method(
@@ -164,7 +165,7 @@ linear_terms = _Method(
 linear_grads = _Method(
     "linear_grads",
     lambda linear, terms, coefficients, want, logits: _new_grads(linear, want),
-    lambda found, *args: tuple(found),
+    lambda found, *args: LinearGrads(*found),
     linear=Linear,
     terms=RowTerms,
     coefficients=Coefficients,
@@ -174,7 +175,7 @@ linear_grads = _Method(
 linear_terms_and_grads = _Method(
     "linear_terms_and_grads",
     lambda linear, coef_T, objective, want: [*_new_row_terms(linear, objective.sums), *_new_grads(linear, want)],
-    lambda found, linear, coef_T, objective, want: (_row_terms(found[:-2], objective.sums), *found[-2:]),
+    lambda found, linear, coef_T, objective, want: (_row_terms(found[:-3], objective.sums), LinearGrads(*found[-3:])),
     linear=Linear,
     coef_T=Tensor,
     objective=Objective,
@@ -208,6 +209,7 @@ def _count_products(operator: Any, products: Callable[[tuple[Any, ...]], int]) -
 
 
 _count_products(torch.ops.loss_core.linear_terms, lambda rest: 1)
-# One for the logits, and one for each gradient that is wanted: the flags before the last argument, or the last ones.
-_count_products(torch.ops.loss_core.linear_grads, lambda rest: 1 + sum(rest[-3:-1]))
-_count_products(torch.ops.loss_core.linear_terms_and_grads, lambda rest: 1 + sum(rest[-2:]))
+# One for the logits, and one for each gradient that is wanted and needs one: flags before the bias's, which is last, or
+# before the logits.
+_count_products(torch.ops.loss_core.linear_grads, lambda rest: 1 + sum(rest[-4:-2]))
+_count_products(torch.ops.loss_core.linear_terms_and_grads, lambda rest: 1 + sum(rest[-3:-1]))

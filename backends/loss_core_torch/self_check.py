@@ -62,7 +62,7 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)
     linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype)
-    linear_terms, grad_h, grad_w = kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))
+    linear_terms, linear_grads = kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))
     mixture = kernels.pair_mixture(pairs, pair_terms, 0.5)
     return {
         "the sum of a row": row_terms.s[keep_T],
@@ -75,6 +75,6 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
             pairs, pair_terms, PairCoefficients(mixture.kl_s, coef_T, False, 0.5)
         ),
         "the sum of a fused row": linear_terms.s,
-        "the gradient of the hidden states": grad_h.to(dtype),
-        "the gradient of the weight": grad_w.to(dtype),
+        "the gradient of the hidden states": linear_grads.hidden_TH.to(dtype),
+        "the gradient of the weight": linear_grads.weight_VH.to(dtype),
     }

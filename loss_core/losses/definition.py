@@ -114,7 +114,7 @@ class Recipe:
         scale: standard deviation of the logits.
         ignored: share of labels set to ignore_index.
         change: a further change of what was drawn; over_logits: it is about arguments [T, V].
-        extras: arguments to add: "mask", "loss_weights", "count"; or "upstream", a gradient of the result.
+        extras: arguments to add: "mask", "loss_weights", "count", "lm_bias"; or "upstream", a gradient of the result.
         strided: give floating inputs as slices of longer ones; the teacher's stay contiguous, so that the two differ.
     """
 

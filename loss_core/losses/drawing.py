@@ -230,7 +230,9 @@ def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] 
             values = {name: draw(rng) for name, draw in definition.random_fields.items() if name in known}
             config = replace(config, **values)
         lead = tuple(int(n) for n in rng.integers(1, 7, rng.integers(1, 4)))
-        extras = tuple(extra for extra in ("mask", "loss_weights", "count", "upstream") if rng.random() < 0.4)
+        extras = tuple(
+            extra for extra in ("mask", "loss_weights", "count", "lm_bias", "upstream") if rng.random() < 0.4
+        )
         recipe = Recipe(
             f"random-{seed}-{index}",
             "anything",
@@ -259,6 +261,8 @@ def make_case(recipe: Recipe, config: Any, seed: int) -> Case:
         arrays["mask"] = (rng.random(recipe.lead) < 0.6).astype(np.int64)
     if "loss_weights" in recipe.extras:
         arrays["loss_weights"] = rng.random(recipe.lead) * 2
+    if "lm_bias" in recipe.extras:
+        arrays["lm_bias"] = rng.standard_normal(recipe.vocab) * recipe.scale
     if "count" in recipe.extras and (count := definition.find("count")) is not None:
         arrays[count.name] = np.asarray(7)
     if recipe.change is not None:

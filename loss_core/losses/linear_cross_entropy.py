@@ -1,4 +1,4 @@
-"""Cross entropy of softcap(h @ W.T)."""
+"""Cross entropy of softcap(h @ W.T + b)."""
 
 # T = tokens (all leading dimensions of labels, flattened), n = some of them, V = vocabulary, H = hidden
 
@@ -37,14 +37,21 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenR
     keep_T = reduction.keep_T
     h_TH = kept_rows(arrays["hidden_states"], keep_T)
     weight_VH = np.asarray(arrays["lm_weight"], np.float64)
-    z_TV, slope_TV = softcap(h_TH @ weight_VH.T, config.logit_softcapping)
+    z_TV, slope_TV = softcap(h_TH @ weight_VH.T + bias_of(arrays), config.logit_softcapping)
     loss_T, dz_TV = token_cross_entropy(config, z_TV, np.asarray(arrays["labels"]).reshape(-1), keep_T)
     coef_T = reduction.coefficients(upstream)
     grads = reduction.weights_grad(loss_T, upstream)
     draw_TV = times_rows(coef_T, dz_TV * slope_TV)
     grads["hidden_states"] = (draw_TV @ weight_VH).reshape(np.shape(arrays["hidden_states"]))
     grads["lm_weight"] = draw_TV.T @ h_TH
+    if "lm_bias" in arrays:
+        grads["lm_bias"] = draw_TV.sum(0)
     return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+
+
+def bias_of(arrays: Arrays) -> Floats:
+    """The bias of the head [V], or 0."""
+    return np.asarray(arrays.get("lm_bias", 0.0), np.float64)
 
 
 def sampled_rows(
@@ -92,9 +99,11 @@ def error_bound(
 
 
 def raw_logits(arrays: Arrays, keep_T: NDArray[np.bool_], u: float) -> tuple[Floats, Floats]:
-    """h @ W.T with zeros in ignored rows, and the largest error of each row of such sums of H products."""
+    """h @ W.T + b with zeros for ignored rows of h, and the largest error of each row of such sums of H + 1 terms."""
     h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
-    return h_TH @ w_VH.T, np.max(sum_growth(h_TH.shape[1]) * u * (np.abs(h_TH) @ np.abs(w_VH).T), axis=-1)
+    bias_V = bias_of(arrays)
+    sizes_TV = np.abs(h_TH) @ np.abs(w_VH).T + np.abs(bias_V)
+    return h_TH @ w_VH.T + bias_V, np.max(sum_growth(h_TH.shape[1] + 1) * u * sizes_TV, axis=-1)
 
 
 def product_errors(
@@ -106,7 +115,7 @@ def product_errors(
     dtype: str,
     product_dtype: str | None,
 ) -> dict[str, Floats]:
-    """Errors of the gradients of hidden states and weight, from that of the gradient by the raw logits."""
+    """Errors of the gradients of hidden states, weight and bias, from that of the gradient by the raw logits."""
     fmt, inner = float_format(dtype), compute_format(dtype)
     u, w_VH = inner.u, np.asarray(arrays["lm_weight"], np.float64)
     h_TH = kept_rows(arrays["hidden_states"], keep_T)
@@ -121,13 +130,22 @@ def product_errors(
     err_w_VH = (err_dz_TV + sum_growth(num_tokens) * u * size_TV).T @ np.abs(h_TH) + num_tokens * inner.near_zero
     grad = expected.grads["hidden_states"]
     allowed = stored(finite(grad), err_h_TH.reshape(grad.shape), fmt)
-    return {
+    result = {
         "hidden_states": zero_where_ignored(allowed, keep_T),
         "lm_weight": stored(finite(expected.grads["lm_weight"]), err_w_VH, fmt),
     }
+    if "lm_bias" in arrays:
+        err_b_V = np.sum(err_dz_TV + sum_growth(num_tokens) * u * size_TV, axis=0) + num_tokens * inner.near_zero
+        result["lm_bias"] = stored(finite(expected.grads["lm_bias"]), err_b_V, fmt)
+    return result
 
 
-RECIPES = (Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),)
+BIAS = Argument("lm_bias", ("V",), optional=True)
+
+RECIPES = (
+    Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream")),
+    Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
+)
 
 DEFINITION = LossDef(
     "linear_cross_entropy",
@@ -138,6 +156,7 @@ DEFINITION = LossDef(
         COUNT,
         LOSS_WEIGHTS,
         Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
+        BIAS,
     ),
     oracle,
     error_bound,

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of logits h @ W.T; see `log_probs`."""
+"""Log-probabilities and entropies of logits h @ W.T + b; see `log_probs`."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult
-from loss_core.losses.linear_cross_entropy import product_errors, raw_logits
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
+from loss_core.losses.linear_cross_entropy import BIAS, bias_of, product_errors, raw_logits
 from loss_core.losses.log_probs import (
     RANDOM_FIELDS,
     RECIPES,
@@ -29,11 +29,13 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> Oracle
     """Log-probabilities, entropies, and the gradients of hidden states and weight."""
     keep_T = kept_tokens(arrays, config.ignore_index)
     h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
-    found = of_tokens(config, h_TH @ w_VH.T, arrays, upstream)
+    found = of_tokens(config, h_TH @ w_VH.T + bias_of(arrays), arrays, upstream)
     grads = {
         "hidden_states": (found.grad_TV @ w_VH).reshape(np.shape(arrays["hidden_states"])),
         "lm_weight": found.grad_TV.T @ h_TH,
     }
+    if "lm_bias" in arrays:
+        grads["lm_bias"] = found.grad_TV.sum(0)
     return OracleResult(reshaped(config, found.result_RT, arrays), grads)
 
 
@@ -51,10 +53,10 @@ def error_bound(
 
 DEFINITION = LossDef(
     "linear_log_probs",
-    (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS, TEMPERATURE),
+    (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS, TEMPERATURE, BIAS),
     oracle,
     error_bound,
-    RECIPES,
+    (*RECIPES, Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))),
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "none",
     results=results_of,

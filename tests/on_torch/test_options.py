@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from helpers.torch_calls import cells, configs, inputs, leaves
-from loss_core import BackendUnavailable, FusedLinearCEConfig, MaskedCrossEntropyConfig
+from loss_core import BackendUnavailable, FusedLinearCEConfig, FusedLinearLogProbsConfig, MaskedCrossEntropyConfig
 from loss_core.check import check
 from loss_core.row_terms import Objective
+from loss_core_torch.evaluate import as_one
 from loss_core_torch.kernels import Rows, te
 
 
@@ -92,6 +93,45 @@ def test_a_z_loss_whose_gradient_cancels_all_probabilities(flag, config):
     assert float(loss.detach()) == 1.0  # twice l lse^2
     torch.testing.assert_close(hidden.grad, torch.full((2, 1), 1.0))  # 2 l lse times the weight
     torch.testing.assert_close(weight.grad, torch.full((1, 1), -2.0))
+
+
+FUSED = [FusedLinearCEConfig(reduction="none", logit_softcapping=3.0), FusedLinearLogProbsConfig(entropy=True)]
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@cells(FUSED)
+def test_a_bias_is_added_to_the_logits(flag, config, bias_dtype):
+    arguments = inputs(config, dtype=torch.float64)
+    bias = torch.linspace(-2, 2, 11, dtype=bias_dtype).requires_grad_()
+    hidden, weight = arguments["hidden_states"], arguments["lm_weight"]
+    # As the weight of one hidden unit more, which is 1.
+    wider = torch.cat([weight, bias[:, None].double()], 1)
+    longer = torch.cat([hidden, torch.ones_like(hidden[..., :1])], -1)
+    loss = config.build(backend=flag)
+    got = as_one(loss(**arguments, lm_bias=bias))
+    expected = as_one(loss(**arguments | {"hidden_states": longer, "lm_weight": wider}))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).double()
+    leaves_ = (hidden, weight, bias)
+    for x, y in zip(*(torch.autograd.grad(result, leaves_, upstream) for result in (got, expected)), strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=1e-5 if x.dtype == torch.float32 else 1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", FUSED, ids=lambda config: type(config).__name__)
+def test_what_is_no_bias(config):
+    loss, arguments = config.build(backend="torch:eager"), inputs(config)
+    with pytest.raises(ValueError, match=r"lm_bias has shape \(10,\) but lm_weight has shape \(11, 5\)"):
+        loss(**arguments, lm_bias=torch.zeros(10))
+    with pytest.raises(TypeError, match=r"lm_bias must be float32, bfloat16, float16 or float64, got torch\.int64"):
+        loss(**arguments, lm_bias=torch.zeros(11).long())
+
+
+@pytest.mark.parametrize("flag", ["torch:eager", "jax:xla"])
+def test_a_bias_over_ranks(flag):
+    for config in (FusedLinearCEConfig(), FusedLinearLogProbsConfig(entropy=True)):
+        report = check(config, [flag], dtypes=["float32"], only=["bias"], tp=[2])
+        assert report.passed, "\n".join(map(str, report.failures))
 
 
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan"), "0.1", True, None])

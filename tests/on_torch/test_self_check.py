@@ -25,16 +25,16 @@ class _Wrong(EagerKernels):
         super().__init__()
         real = getattr(EAGER, method)
 
-        def spoilt(*args, **kwargs):
-            made = real(*args, **kwargs)
-            return spoil(made) if at is None else type_of(made)(spoil(x) if i == at else x for i, x in enumerate(made))
-
-        setattr(self, method, spoilt)
+        setattr(self, method, lambda *args, **kwargs: _spoilt(real(*args, **kwargs), spoil, at))
 
 
-def type_of(made):
-    """What makes a tuple like this one."""
-    return type(made)._make if hasattr(made, "_make") else tuple
+def _spoilt(made, spoil, at):
+    """What was made, wrong at a place: None for all of it, an index, or indices into tuples of tuples."""
+    if at is None:
+        return spoil(made)
+    first, *rest = at if isinstance(at, tuple) else (at,)
+    make = type(made)._make if hasattr(made, "_make") else tuple
+    return make(_spoilt(x, spoil, tuple(rest) or None) if i == first else x for i, x in enumerate(made))
 
 
 def _of_terms(name, spoil):
@@ -59,8 +59,8 @@ def _raises(x):
 RESULTS = {
     "row gradient": ("row_terms_and_grad", 1, "the gradient of the logits"),
     "student's gradient": ("pair_grad", None, "the student's gradient"),
-    "hidden states' gradient": ("linear_terms_and_grads", 1, "the gradient of the hidden states"),
-    "weight's gradient": ("linear_terms_and_grads", 2, "the gradient of the weight"),
+    "hidden states' gradient": ("linear_terms_and_grads", (1, 0), "the gradient of the hidden states"),
+    "weight's gradient": ("linear_terms_and_grads", (1, 1), "the gradient of the weight"),
 }
 
 

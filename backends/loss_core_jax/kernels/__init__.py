@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class LinearRows(NamedTuple):
-    """Rows whose logits are `hidden @ weight_VH.T`.
+    """Rows whose logits are `hidden @ weight_VH.T + bias_V`.
 
     Attributes:
         hidden: [..., H] floating.
@@ -59,6 +59,7 @@ class LinearRows(NamedTuple):
         target: as in `Rows`.
         num_classes: rows of the weight from this one on are padding; None where there is none.
         inverse_temperature: as in `Rows`.
+        bias_V: floating, or None.
     """
 
     hidden: jax.Array
@@ -66,6 +67,7 @@ class LinearRows(NamedTuple):
     target: jax.Array
     num_classes: jax.Array | None = None
     inverse_temperature: jax.Array | None = None
+    bias_V: jax.Array | None = None
 
 
 class Pairs(NamedTuple):
@@ -113,6 +115,7 @@ class Wanted(NamedTuple):
 
     hidden: bool = True
     weight: bool = True
+    bias: bool = True
     skip_ignored: bool = False
 
 
@@ -121,6 +124,7 @@ class LinearGradients(NamedTuple):
 
     hidden: jax.Array | None
     weight_VH: jax.Array | None
+    bias_V: jax.Array | None
 
 
 class KernelSet(Protocol):

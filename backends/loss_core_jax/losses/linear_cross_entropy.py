@@ -13,6 +13,7 @@ Two derivatives, because what is known in the forward differs:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from loss_core.config import FusedLinearCEConfig
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_jax import compat, inputs
 from loss_core_jax.inputs import IGNORED, ArrayLike
-from loss_core_jax.kernels import How, KernelSet, LinearRows, Wanted
+from loss_core_jax.kernels import How, KernelSet, LinearGradients, LinearRows, Shard, Wanted
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel import collectives
@@ -62,6 +63,7 @@ class FusedLinearCrossEntropy(Loss):
         grad_reduce_group: Any = None,
         loss_weights: ArrayLike | None = None,
         num_valid_tokens: int | None = None,
+        lm_bias: ArrayLike | None = None,
     ) -> jax.Array:
         """Cross entropy of `softmax(softcap(hidden_states @ lm_weight.T))` at the labels.
 
@@ -76,6 +78,7 @@ class FusedLinearCrossEntropy(Loss):
             num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer (static under
                 jit); the others then take part in no product. A wrong number is a ValueError where labels can be
                 read, a NaN elsewhere.
+            lm_bias: [V] floating, added to the logits before the softcap in the dtype of the arithmetic.
         Returns:
             A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs.
         Raises:
@@ -90,7 +93,7 @@ class FusedLinearCrossEntropy(Loss):
                 "Under jax.shard_map the gradient of a replicated lm_weight is summed by JAX."
             )
         inputs.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight, loss_weights=loss_weights)
-        layout, gathers = linear_layout(self, hidden_states, labels, lm_weight)
+        layout, gathers = linear_layout(self, hidden_states, labels, lm_weight, lm_bias)
         inputs.check_reduction_arguments(self.reduction, labels, num_label_tokens, loss_weights)
         count = inputs.read_count("num_label_tokens", num_label_tokens)
         vocab = layout.vocab(lm_weight.shape[0])
@@ -101,6 +104,7 @@ class FusedLinearCrossEntropy(Loss):
         if self.skip_ignored or num_valid_tokens is not None:
             size = valid_tokens.num_rows(target, self.skip_ignored, num_valid_tokens)
         hidden, weight_VH, target = map(inputs.as_jax, (hidden_states, lm_weight, target))
+        head = Head(weight_VH, None if lm_bias is None else inputs.as_jax(lm_bias))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
         objective = Objective.of(self, vocab)
@@ -110,25 +114,32 @@ class FusedLinearCrossEntropy(Loss):
             # JAX forgets what empty arrays vary over.
             return jnp.zeros(target.shape if self.reduction == "none" else (), dtype)
         if layout != NOWHERE:
-            loss = _loss_rows(hidden, weight_VH, target, problem, layout)
+            loss = _loss_rows(hidden, head, target, problem, layout)
             return loss if self.reduction == "none" else _total(loss, scale, count)
         taken, taken_scale, indices = target, scale, None
         if size is not None:
             # One row at least, which may be an ignored one: then everything below holds without any.
             hidden, taken, taken_scale, indices = valid_tokens.gather(hidden, target, scale, size=max(size, 1))
         if self.reduction == "none":
-            loss = _loss_rows(hidden, weight_VH, taken, problem, layout)
+            loss = _loss_rows(hidden, head, taken, problem, layout)
             loss = loss if indices is None else valid_tokens.scatter(loss, indices, shape=target.shape)
         else:
-            rows = (hidden, weight_VH, taken, taken_scale)
-            axes = compat.varying_axes(*rows)
-            aligned = (compat.vary(x, axes) for x in rows)
+            rows = (hidden, head, taken, taken_scale)
+            axes = compat.varying_axes(*jax.tree.leaves(rows))
+            aligned = jax.tree.map(lambda x: compat.vary(x, axes), rows)
             loss = finish_count(_summed(*aligned, problem, self.skip_ignored is not False), count)
         return loss if num_valid_tokens is None else valid_tokens.nan_if_wrong(loss, target, num_valid_tokens)
 
 
 _row_scale = jax.jit(row_scale, static_argnames=("dtype", "mean"))
 _total = jax.jit(total)
+
+
+class Head(NamedTuple):
+    """Arrays of the head: weight [V, H], and bias [V] or None."""
+
+    weight_VH: Any
+    bias_V: Any = None
 
 
 class _Problem(NamedTuple):
@@ -144,11 +155,14 @@ class _Problem(NamedTuple):
     gathers: bool
 
 
-def linear_layout(loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike) -> tuple[Layout, bool]:
+def linear_layout(
+    loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, bias_V: ArrayLike | None
+) -> tuple[Layout, bool]:
     """The layout of a fused loss's call, whose shapes are checked; and whether hidden states are to be gathered."""
     layout = layout_for(loss.tp_group, hidden, weight_VH, 0)
     is_sequence = loss.sequence_parallel and layout != NOWHERE
     inputs.check_linear(_whole_sequence(hidden, layout) if is_sequence else hidden, labels, weight_VH)
+    inputs.check_bias(weight_VH, bias_V)
     return layout, is_sequence and bool(layout.axes)
 
 
@@ -169,7 +183,7 @@ def _whole_sequence(hidden: ArrayLike, layout: Layout) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, scale: jax.Array, problem: _Problem, skip: bool
+    hidden: jax.Array, head: Head, target: jax.Array, scale: jax.Array, problem: _Problem, skip: bool
 ) -> jax.Array:
     """Sum over rows of scale * cross entropy; a scalar in the dtype of the arithmetic.
 
@@ -178,34 +192,37 @@ def _summed(
         skip: leave chunks of ignored rows out where that needs no sync, and gradients are wanted: XLA compiles a
             forward with the sort and the branch for more than half as long again.
     """
-    terms = problem.kernels.linear_terms(LinearRows(hidden, weight_VH, target), problem.how)
+    rows = LinearRows(hidden, head.weight_VH, target, bias_V=head.bias_V)
+    terms = problem.kernels.linear_terms(rows, problem.how)
     return jnp.sum(_losses(terms, target, problem.objective) * scale)
 
 
 def _summed_forward(
-    hidden: Any, weight_VH: Any, target: Any, scale: Any, problem: _Problem, skip: bool
+    hidden: Any, head: Any, target: Any, scale: Any, problem: _Problem, skip: bool
 ) -> tuple[jax.Array, Any]:
     # With symbolic zeros each argument says whether it is differentiated: a frozen weight costs no product.
-    rows, wanted = LinearRows(hidden.value, weight_VH.value, target.value), (hidden.perturbed, weight_VH.perturbed)
+    bias = head.bias_V
+    rows = LinearRows(hidden.value, head.weight_VH.value, target.value, bias_V=None if bias is None else bias.value)
+    wanted = Wanted(hidden.perturbed, head.weight_VH.perturbed, bias is not None and bias.perturbed, skip)
     upstream = valid_upstream(scale.value, rows.target)
     terms, gradients = problem.kernels.linear_terms_and_gradients(
-        rows, upstream, problem.objective, problem.how, Wanted(*wanted, skip)
+        rows, upstream, problem.objective, problem.how, wanted
     )
     loss = _losses(terms, rows.target, problem.objective)
     # Empty arrays carry the dtypes to the backward.
-    dtypes = (jnp.zeros(0, hidden.value.dtype), jnp.zeros(0, weight_VH.value.dtype))
+    dtypes = [None if x is None else jnp.zeros(0, x.dtype) for x in (rows.hidden, rows.weight_VH, rows.bias_V)]
     return jnp.sum(loss * scale.value), (gradients, loss, rows.target, dtypes)
 
 
 def _summed_backward(problem: _Problem, skip: bool, residuals: Any, cotangent: Any) -> tuple[Any, ...]:
-    gradients, loss, target, (hidden_like, weight_like) = residuals
+    gradients, loss, target, likes = residuals
     cotangent = compat.instantiate(cotangent)
-    return (
-        _times(gradients.hidden, cotangent, target, hidden_like.dtype, of_rows=True),
-        _times(gradients.weight_VH, cotangent, target, weight_like.dtype, of_rows=False),
-        None,
-        _times(loss[..., None], cotangent, target, loss.dtype, of_rows=True)[..., 0],
+    by_hidden, by_weight, by_bias = (
+        None if like is None else _times(gradient, cotangent, target, like.dtype, of_rows=place == 0)
+        for place, (gradient, like) in enumerate(zip(gradients, likes, strict=True))
     )
+    by_scale = _times(loss[..., None], cotangent, target, loss.dtype, of_rows=True)[..., 0]
+    return by_hidden, Head(by_weight, by_bias), None, by_scale
 
 
 _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
@@ -232,60 +249,91 @@ def _losses(terms: RowTerms, target: jax.Array, objective: Objective) -> jax.Arr
     return valid_losses(cross_entropy(jnp, terms, objective), target)
 
 
-def _loss_rows(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem, layout: Layout
-) -> jax.Array:
+def _loss_rows(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem, layout: Layout) -> jax.Array:
     """Cross entropy per row, shape of target, for any layout."""
 
-    def inside(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array) -> jax.Array:
+    def rows(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Array:
+        return _rows(hidden, head, target, problem)
+
+    found: jax.Array = over_head(rows, hidden, head, (target,), layout, problem.gathers)
+    return found
+
+
+def over_head(
+    fn: Callable[..., Any], hidden: jax.Array, head: Head, of_rows: Sequence[jax.Array], layout: Layout, gathers: bool
+) -> Any:
+    """`fn(hidden, head, *of_rows)` for any layout.
+
+    Args:
+        of_rows: arrays in the shape of labels.
+        gathers: hidden states are this device's share of the sequence.
+    """
+
+    def inside(hidden: jax.Array, *arrays: jax.Array) -> Any:
+        head_, rest = arrays[: len(arrays) - len(of_rows)], arrays[len(arrays) - len(of_rows) :]
         axes = frozenset(layout.axes)
         if collectives.types_tell(layout.axes):
-            weight_VH = compat.vary(weight_VH, axes)
-            hidden = compat.vary(hidden, axes) if problem.gathers else hidden
-        return _rows(hidden, weight_VH, target, problem)
+            head_ = tuple(compat.vary(x, axes) for x in head_)
+            hidden = compat.vary(hidden, axes) if gathers else hidden
+        return fn(hidden, Head(*head_), *rest)
 
     # Rows of the weight that are added are zeros; their logits are taken for -inf.
-    weight = Operand(weight_VH, 0, has_rows=False)
-    return over(layout, inside, Operand(hidden, is_sequence=problem.gathers), weight, Operand(target))
+    of_head = [Operand(x, 0, has_rows=False) for x in head if x is not None]
+    return over(layout, inside, Operand(hidden, is_sequence=gathers), *of_head, *map(Operand, of_rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rows(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem) -> jax.Array:
-    return _rows_forward(hidden, weight_VH, target, problem)[0]
+def _rows(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem) -> jax.Array:
+    return _rows_forward(hidden, head, target, problem)[0]
 
 
-def _rows_forward(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem
-) -> tuple[jax.Array, Any]:
+def _rows_forward(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem) -> tuple[jax.Array, Any]:
     shard = problem.how.shard
-    if problem.gathers:
-        hidden = lax.all_gather(hidden, shard.axes, axis=0, tiled=True)
-    terms = problem.kernels.linear_terms(_local(hidden, weight_VH, target, problem), problem.how)
-    terms = collectives.fold_rows(terms, shard)
-    return _losses(terms, target, problem.objective), (hidden, weight_VH, target, terms)
+    hidden = gathered(hidden, shard, problem.gathers)
+    rows = local_rows(hidden, head, target, None, problem.objective.num_classes, shard)
+    terms = collectives.fold_rows(problem.kernels.linear_terms(rows, problem.how), shard)
+    return _losses(terms, target, problem.objective), (hidden, head, target, terms)
 
 
-def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    hidden, weight_VH, target, terms = residuals
+def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, Head, None]:
+    hidden, head, target, terms = residuals
     shard = problem.how.shard
     upstream = valid_upstream(collectives.whole_cotangent(cotangent, shard), target)
-    rows = _local(hidden, weight_VH, target, problem)
+    rows = local_rows(hidden, head, target, None, problem.objective.num_classes, shard)
     coefficients = cross_entropy_coefficients(jnp, terms, upstream, problem.objective)
     gradients = problem.kernels.linear_gradients(rows, terms, coefficients, problem.how)
-    assert gradients.hidden is not None, "both are wanted"
-    if problem.gathers:
-        by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
-    else:
-        by_hidden = collectives.summed_over_shards(gradients.hidden, hidden, shard)
-    by_weight = collectives.summed_over_copies(gradients.weight_VH, weight_VH)
-    return by_hidden.astype(hidden.dtype), by_weight.astype(weight_VH.dtype), None
+    return *input_gradients(gradients, hidden, head, shard, problem.gathers), None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
-def _local(hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, problem: _Problem) -> LinearRows:
+def gathered(hidden: jax.Array, shard: Shard, gathers: bool) -> jax.Array:
+    """The hidden states of the whole sequence."""
+    return lax.all_gather(hidden, shard.axes, axis=0, tiled=True) if gathers else hidden
+
+
+def local_rows(
+    hidden: jax.Array, head: Head, target: jax.Array, inverse: jax.Array | None, num_classes: int, shard: Shard
+) -> LinearRows:
     """The rows over this device's share of the vocabulary."""
-    shard, num_local = problem.how.shard, weight_VH.shape[0]
-    num_classes = collectives.num_local_classes(num_local, problem.objective.num_classes, shard)
-    return LinearRows(hidden, weight_VH, collectives.local_target(target, num_local, shard), num_classes)
+    num_local = head.weight_VH.shape[0]
+    classes = collectives.num_local_classes(num_local, num_classes, shard)
+    local = collectives.local_target(target, num_local, shard)
+    return LinearRows(hidden, head.weight_VH, local, classes, inverse, head.bias_V)
+
+
+def input_gradients(
+    gradients: LinearGradients, hidden: jax.Array, head: Head, shard: Shard, gathers: bool
+) -> tuple[jax.Array, Head]:
+    """Gradients by hidden states and head as these came, from each device's part."""
+    assert gradients.hidden is not None, "all are wanted"
+    if gathers:
+        by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
+    else:
+        by_hidden = collectives.summed_over_shards(gradients.hidden, hidden, shard)
+    by_weight = collectives.summed_over_copies(gradients.weight_VH, head.weight_VH).astype(head.weight_VH.dtype)
+    if head.bias_V is None:
+        return by_hidden.astype(hidden.dtype), Head(by_weight)
+    by_bias = collectives.summed_over_copies(gradients.bias_V, head.bias_V).astype(head.bias_V.dtype)
+    return by_hidden.astype(hidden.dtype), Head(by_weight, by_bias)

@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from loss_core import FusedLinearLogProbsConfig, LogProbsConfig, TokenLogProbs
 from loss_core.row_terms import Coefficients, RowTerms, Sums, entropy, log_probability, log_probability_coefficients
-from loss_core_jax import compat, inputs
+from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
-from loss_core_jax.kernels import How, KernelSet, LinearRows, Rows
+from loss_core_jax.kernels import How, KernelSet, Rows
 from loss_core_jax.losses.base import Loss, has_fields_of
-from loss_core_jax.losses.linear_cross_entropy import linear_layout
+from loss_core_jax.losses.linear_cross_entropy import (
+    Head,
+    gathered,
+    input_gradients,
+    linear_layout,
+    local_rows,
+    over_head,
+)
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.collectives import fold_rows, local_target, num_local_classes, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
@@ -104,26 +110,29 @@ class FusedLinearLogProbs(Loss):
         labels: ArrayLike,
         lm_weight: ArrayLike,
         temperature: float | ArrayLike | None = None,
+        lm_bias: ArrayLike | None = None,
     ) -> TokenLogProbs:
         """Log-probabilities of labels under softmax(softcap(hidden_states @ lm_weight.T) / temperature).
 
         Args:
             hidden_states, labels, lm_weight: as in FusedLinearCrossEntropy.
             temperature: as in LogProbs.
+            lm_bias: as in FusedLinearCrossEntropy.
         Returns:
             As LogProbs.
         Raises:
             TypeError, ValueError: as FusedLinearCrossEntropy and LogProbs.
         """
         inputs.check_arrays(hidden_states=hidden_states, labels=labels, lm_weight=lm_weight)
-        layout, gathers = linear_layout(self, hidden_states, labels, lm_weight)
+        layout, gathers = linear_layout(self, hidden_states, labels, lm_weight, lm_bias)
         vocab = layout.vocab(lm_weight.shape[0])
         target = inputs.as_jax(inputs.read_labels(labels, None, self.ignore_index, vocab))
         hidden, weight_VH = map(inputs.as_jax, (hidden_states, lm_weight))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         inverse = inputs.inverse_temperature(temperature, self.temperature, labels, dtype)
         how = How(Sums(e=self.entropy), float(self.logit_softcapping), layout.shard)
-        return _over_hidden(hidden, weight_VH, target, inverse, Problem(self.kernels, vocab, how, gathers), layout)
+        head = Head(weight_VH, None if lm_bias is None else inputs.as_jax(lm_bias))
+        return _over_hidden(hidden, head, target, inverse, Problem(self.kernels, vocab, how, gathers), layout)
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "layout"))
@@ -172,75 +181,45 @@ def _local_rows(logits: jax.Array, target: jax.Array, inverse: jax.Array | None,
 
 
 def _over_hidden(
-    hidden: jax.Array,
-    weight_VH: jax.Array,
-    target: jax.Array,
-    inverse: jax.Array | None,
-    problem: Problem,
-    layout: Layout,
+    hidden: jax.Array, head: Head, target: jax.Array, inverse: jax.Array | None, problem: Problem, layout: Layout
 ) -> TokenLogProbs:
     """Results of arguments that have been checked."""
     if not target.size:
-        return _none(target, inputs.arithmetic_dtype(hidden, weight_VH), problem)
+        return _none(target, inputs.arithmetic_dtype(hidden, head.weight_VH), problem)
 
-    def inside(hidden: jax.Array, weight_VH: jax.Array, *of_rows: jax.Array) -> Any:
-        axes = frozenset(layout.axes)
-        if collectives.types_tell(layout.axes):
-            weight_VH = compat.vary(weight_VH, axes)
-            hidden = compat.vary(hidden, axes) if problem.gathers else hidden
-        return _linear(hidden, weight_VH, of_rows[0], _at(of_rows, 1), problem)
+    def rows(hidden: jax.Array, head: Head, target: jax.Array, inverse: jax.Array | None = None) -> Any:
+        return _linear(hidden, head, target, inverse, problem)
 
-    # Rows of the weight that are added are zeros; their logits are taken for -inf.
-    weight = Operand(weight_VH, 0, has_rows=False)
-    operands = [Operand(x) for x in (target, inverse) if x is not None]
-    found: Any = over(layout, inside, Operand(hidden, is_sequence=problem.gathers), weight, *operands)
-    return TokenLogProbs(*found)
+    of_rows = [x for x in (target, inverse) if x is not None]
+    return TokenLogProbs(*over_head(rows, hidden, head, of_rows, layout, problem.gathers))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _linear(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem
-) -> Results:
-    return _linear_forward(hidden, weight_VH, target, inverse, problem)[0]
+def _linear(hidden: jax.Array, head: Head, target: jax.Array, inverse: Any, problem: Problem) -> Results:
+    return _linear_forward(hidden, head, target, inverse, problem)[0]
 
 
 def _linear_forward(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, inverse: Any, problem: Problem
+    hidden: jax.Array, head: Head, target: jax.Array, inverse: Any, problem: Problem
 ) -> tuple[Results, Any]:
     shard = problem.how.shard
-    if problem.gathers:
-        hidden = lax.all_gather(hidden, shard.axes, axis=0, tiled=True)
-    rows = _local_linear(hidden, weight_VH, target, inverse, problem)
+    hidden = gathered(hidden, shard, problem.gathers)
+    rows = local_rows(hidden, head, target, inverse, problem.num_classes, shard)
     terms = fold_rows(problem.kernels.linear_terms(rows, problem.how), shard)
-    return _results(terms, target), (hidden, weight_VH, target, inverse, terms)
+    return _results(terms, target), (hidden, head, target, inverse, terms)
 
 
 def _linear_backward(problem: Problem, residuals: Any, cotangents: Results) -> tuple[Any, ...]:
-    hidden, weight_VH, target, inverse, terms = residuals
+    hidden, head, target, inverse, terms = residuals
     shard = problem.how.shard
     coefficients = _coefficients(terms, cotangents, target, problem)
-    rows = _local_linear(hidden, weight_VH, target, inverse, problem)
+    rows = local_rows(hidden, head, target, inverse, problem.num_classes, shard)
     gradients = problem.kernels.linear_gradients(rows, terms, coefficients, problem.how)
-    assert gradients.hidden is not None, "both are wanted"
-    if problem.gathers:
-        by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
-    else:
-        by_hidden = collectives.summed_over_shards(gradients.hidden, hidden, shard)
-    by_weight = collectives.summed_over_copies(gradients.weight_VH, weight_VH)
     by_inverse = None if inverse is None else jnp.zeros_like(inverse)
-    return by_hidden.astype(hidden.dtype), by_weight.astype(weight_VH.dtype), None, by_inverse
+    return *input_gradients(gradients, hidden, head, shard, problem.gathers), None, by_inverse
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
-
-
-def _local_linear(
-    hidden: jax.Array, weight_VH: jax.Array, target: jax.Array, inverse: jax.Array | None, problem: Problem
-) -> LinearRows:
-    """The rows over this device's share of the vocabulary."""
-    shard, num_local = problem.how.shard, weight_VH.shape[0]
-    num_classes = num_local_classes(num_local, problem.num_classes, shard)
-    return LinearRows(hidden, weight_VH, local_target(target, num_local, shard), num_classes, inverse)
 
 
 def _results(terms: RowTerms, target: jax.Array) -> Results:

@@ -1,4 +1,4 @@
-"""Cross entropy of softcap(hidden @ W.T) as an autograd function, without the logits.
+"""Cross entropy of softcap(hidden @ W.T + b) as an autograd function, without the logits.
 
 Over a whole vocabulary, with a coefficient for each token, the forward makes loss and gradients with three matrix
 products. Otherwise the backward computes the logits again: the upstream gradient of each token, or the other ranks'
@@ -19,8 +19,8 @@ from torch.autograd import Function
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.autograd.linear_source import Source, gathered, hidden_grad, operands, put
-from loss_core_torch.kernels import KernelSet, Wanted, kept_coefficients
+from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
+from loss_core_torch.kernels import KernelSet, LinearGrads, Wanted, kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     Attributes:
         kernels: the set of kernels.
         objective: which cross entropy.
-        want: which gradients may be asked for, of hidden states and of the weight.
+        want: which gradients may be asked for.
         source: where the logits come from.
     """
 
@@ -46,9 +46,9 @@ class Call(NamedTuple):
 class LinearCrossEntropy(Function):
     """Cross entropy of each token, or their sum with given coefficients.
 
-    Inputs: hidden [..., H] and w_VH float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None;
-    places_N [N] int64, the tokens that take part in products (the others are ignored), or None for all, ignored ones
-    as zeros; coef_T [T] in the dtype of the arithmetic, or None; the call.
+    Inputs: hidden [..., H] and w_VH float; bias_V float or None; labels_T [T] int64 over the whole vocabulary; keep_T
+    [T] bool or None; places_N [N] int64, the tokens that take part in products (the others are ignored), or None for
+    all, ignored ones as zeros; coef_T [T] in the dtype of the arithmetic, or None; the call.
     Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
     arithmetic. Further outputs are what waits for the backward. See `CrossEntropy` on a second backward.
     """
@@ -57,6 +57,7 @@ class LinearCrossEntropy(Function):
     def forward(
         hidden: Tensor,
         w_VH: Tensor,
+        bias_V: Tensor | None,
         labels_T: Tensor,
         keep_T: Tensor | None,
         places_N: Tensor | None,
@@ -64,11 +65,12 @@ class LinearCrossEntropy(Function):
         call: Call,
     ) -> tuple[Tensor, ...]:
         whole = gathered(hidden, call.source)
-        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source)
+        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, bias_V=bias_V)
         made: list[Tensor] = []
         if coef_T is not None and call.source.group is None and any(call.want):
             coef_N = coef_T if places_N is None else coef_T[places_N]
-            terms, *made = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
+            terms, grads = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
+            made = list(grads)
         else:
             keep_logits = call.source.group is not None and any(call.want)
             terms, logits = operators.linear_terms(call.kernels, linear, call.objective.sums, keep_logits)
@@ -96,44 +98,44 @@ class LinearCrossEntropy(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
-        whole, w_VH, labels_T, keep_T, places_N, coef_T, loss_T, m_T, s_T, t_T, *made = ctx.saved_tensors
-        want_h, want_w = ctx.needs_input_grad[:2]
+        whole, w_VH, bias_V, labels_T, keep_T, places_N, coef_T, loss_T, m_T, s_T, t_T, *made = ctx.saved_tensors
+        want = Wanted(*ctx.needs_input_grad[:3])
         fresh, ctx.spent = made and not ctx.spent, True
         with torch.no_grad():
             if fresh and call.source.group is None:
                 coef_N = coef_T if places_N is None else coef_T[places_N]
-                grad_h, grad_w = _scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
+                found = _scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
                 upstream_N = upstream_T if places_N is None else upstream_T[places_N]
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 logits = made[0].data if fresh else m_T.new_empty(0)
-                linear, terms = operands(whole, w_VH, labels_T, keep_T, places_N, call.source), RowTerms(m_T, s_T, t_T)
+                linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, bias_V=bias_V)
+                terms = RowTerms(m_T, s_T, t_T)
                 coefficients = cross_entropy_coefficients(torch, terms, upstream_N, call.objective)
                 if keep_T is not None and places_N is None:
                     # Nothing of an ignored token, even where the weight has made its logits NaN.
                     coefficients = kept_coefficients(coefficients, keep_T)
-                grad_h, grad_w = operators.linear_grads(
-                    call.kernels, linear, terms, coefficients, Wanted(want_h, want_w), logits
-                )
-            grad_hidden = (
-                hidden_grad(grad_h, keep_T, places_N, ctx.shape, call.source).to(ctx.dtype) if want_h else None
-            )
-            grad_weight = grad_w.to(w_VH.dtype) if want_w else None
-            grad_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[5] else None
-        found = [once_differentiable(x, whole, w_VH, coef_T, upstream) for x in (grad_hidden, grad_weight, grad_coef)]
-        return found[0], found[1], None, None, None, found[2], None
+                found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, logits)
+            by_inputs = input_grads(found, want, (w_VH, bias_V), keep_T, places_N, ctx.shape, ctx.dtype, call.source)
+            by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
+        sources = (whole, w_VH, bias_V, coef_T, upstream)
+        refusing = (once_differentiable(x, *sources) for x in by_inputs)
+        return *refusing, None, None, None, once_differentiable(by_coef, *sources), None
 
 
 def _scaled(
     kernels: KernelSet, made: list[Tensor], upstream: Tensor, coef_N: Tensor, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> LinearGrads:
     """The gradients that were made in the forward, times the upstream gradient."""
     if may_read(upstream) and float(upstream) == 1.0:
-        return made[0].data, made[1].data
+        return LinearGrads(*(grad.data for grad in made))
     # Where no token counts the gradient is 0, even for an infinite upstream.
     factor = upstream.masked_fill((coef_N == 0).all(), 0.0)
     if is_traced(upstream):
-        return made[0] * factor, made[1] * factor
-    grad_h, grad_w = made[0].data, made[1].data
-    return kernels.scaled(grad_h, factor, grad_h.dtype), kernels.scaled(grad_w, factor, weight_dtype)
+        return LinearGrads(*(grad * factor for grad in made))
+    by_h, by_w, by_b = (grad.data for grad in made)
+    return LinearGrads(
+        kernels.scaled(by_h, factor, by_h.dtype), kernels.scaled(by_w, factor, weight_dtype),
+        kernels.scaled(by_b, factor, by_b.dtype),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_core_torch.kernels import Linear
+from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.parallel import collectives
 
 
@@ -47,6 +47,7 @@ def operands(
     places_N: Tensor | None,
     source: Source,
     inverse_T: Tensor | None = None,
+    bias_V: Tensor | None = None,
 ) -> Linear:
     """The operands of the products, without ignored tokens or with zeros for them."""
     h_TH = whole.reshape(-1, whole.shape[-1])
@@ -56,7 +57,7 @@ def operands(
     elif keep_T is not None:
         # What an ignored token holds must not reach a product, not even times 0.
         h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
-    return Linear(h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T)
+    return Linear(h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V)
 
 
 def put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:
@@ -66,7 +67,7 @@ def put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:
     return x_N.new_zeros((num_tokens, *x_N.shape[1:])).index_copy(0, places_N, x_N)
 
 
-def hidden_grad(
+def _hidden_grad(
     grad_h: Tensor, keep_T: Tensor | None, places_N: Tensor | None, shape: torch.Size, source: Source
 ) -> Tensor:
     """The gradient of this rank's hidden states, in the dtype of the arithmetic."""
@@ -82,3 +83,26 @@ def hidden_grad(
         dist.all_reduce(grad_h, group=source.group)
         return grad_h.view(shape)
     return collectives.reduce_scatter_shares(grad_h, shape, source.sequence_dim, source.group)
+
+
+def input_grads(
+    found: LinearGrads,
+    want: Wanted,
+    head: tuple[Tensor, Tensor | None],
+    keep_T: Tensor | None,
+    places_N: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    source: Source,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden states, weight and bias as their inputs have them; None where they are not wanted.
+
+    Args:
+        head: weight, and bias or None; shape, dtype: of this rank's hidden states.
+    """
+    by_hidden = None
+    if want.hidden:
+        by_hidden = _hidden_grad(found.hidden_TH, keep_T, places_N, shape, source).to(dtype)
+    weight, bias = head
+    by_bias = found.bias_V.to(bias.dtype) if want.bias and bias is not None else None
+    return by_hidden, found.weight_VH.to(weight.dtype) if want.weight else None, by_bias

@@ -20,7 +20,7 @@ from loss_core.row_terms import (
 )
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.autograd.linear_source import Source, gathered, hidden_grad, operands, put
+from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
 from loss_core_torch.kernels import KernelSet, Rows, Wanted, kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import zero_where_ignored
@@ -51,7 +51,7 @@ class LinearCall(NamedTuple):
     Attributes:
         kernels, entropy: as in `Call`.
         source: where the logits come from.
-        want: which gradients may be asked for, of hidden states and of the weight.
+        want: which gradients may be asked for.
     """
 
     kernels: KernelSet
@@ -98,7 +98,7 @@ class LogProbabilities(Function):
 
 
 class LinearLogProbabilities(Function):
-    """Log-probability and entropy of each token of softcap(hidden @ W.T), without the logits.
+    """Log-probability and entropy of each token of softcap(hidden @ W.T + b), without the logits.
 
     Inputs: as of `LinearCrossEntropy`, with inverse_T [T] or None in place of the coefficients. Output: as of
     `LogProbabilities`. The backward makes the logits again: four products in all.
@@ -108,6 +108,7 @@ class LinearLogProbabilities(Function):
     def forward(
         hidden: Tensor,
         w_VH: Tensor,
+        bias_V: Tensor | None,
         labels_T: Tensor,
         keep_T: Tensor | None,
         places_N: Tensor | None,
@@ -115,7 +116,7 @@ class LinearLogProbabilities(Function):
         call: LinearCall,
     ) -> tuple[Tensor, ...]:
         whole = gathered(hidden, call.source)
-        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T)
+        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T, bias_V)
         keep_logits = call.source.group is not None and any(call.want)
         terms, logits = operators.linear_terms(call.kernels, linear, Sums(e=call.entropy), keep_logits)
         if call.source.group is not None:
@@ -134,8 +135,8 @@ class LinearLogProbabilities(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        whole, w_VH, labels_T, keep_T, places_N, inverse_T, *saved, logits = ctx.saved_tensors
-        call, want = ctx.call, Wanted(*ctx.needs_input_grad[:2])
+        whole, w_VH, bias_V, labels_T, keep_T, places_N, inverse_T, *saved, logits = ctx.saved_tensors
+        call, want = ctx.call, Wanted(*ctx.needs_input_grad[:3])
         fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
             terms = _terms(saved)
@@ -144,16 +145,13 @@ class LinearLogProbabilities(Function):
             if keep_T is not None and places_N is None:
                 # Nothing of an ignored token, even where the weight has made its logits NaN.
                 coefficients = kept_coefficients(coefficients, keep_T)
-            linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T)
+            linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T, bias_V)
             # `data`: the saved tensor's version must stay, for a second backward to get at the others.
             kept = logits.data if fresh else logits.new_empty(0)
-            grad_h, grad_w = operators.linear_grads(call.kernels, linear, terms, coefficients, want, kept)
-            grad_hidden = None
-            if want.hidden:
-                grad_hidden = hidden_grad(grad_h, keep_T, places_N, ctx.shape, call.source).to(ctx.dtype)
-            grad_weight = grad_w.to(w_VH.dtype) if want.weight else None
-        found = (once_differentiable(x, whole, w_VH, *grads[:2]) for x in (grad_hidden, grad_weight))
-        return *found, None, None, None, None, None
+            found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, kept)
+            by_inputs = input_grads(found, want, (w_VH, bias_V), keep_T, places_N, ctx.shape, ctx.dtype, call.source)
+        refusing = (once_differentiable(x, whole, w_VH, bias_V, *grads[:2]) for x in by_inputs)
+        return *refusing, None, None, None, None, None
 
 
 def _results(

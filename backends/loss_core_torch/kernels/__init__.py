@@ -71,13 +71,14 @@ class Pairs(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """Operands of logits softcap(h @ W.T) that are never held whole. No row is ignored.
+    """Operands of logits softcap(h @ W.T + b) that are never held whole. No row is ignored.
 
     Attributes:
         h_TH: [T, H] float; w_VH: [V, H] float.
         labels_T, vocab_start: as in `Rows`.
         softcap, inverse_temperature_T: as in `Rows`.
         product_dtype: dtype to which the operands are rounded.
+        bias_V: [V] float, added in the dtype of the arithmetic, or None.
     """
 
     h_TH: Tensor
@@ -87,6 +88,7 @@ class Linear(NamedTuple):
     softcap: float
     product_dtype: torch.dtype
     inverse_temperature_T: Tensor | None = None
+    bias_V: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -94,6 +96,15 @@ class Wanted(NamedTuple):
 
     hidden: bool
     weight: bool
+    bias: bool = False
+
+
+class LinearGrads(NamedTuple):
+    """Gradients of a fused loss in the dtype of the arithmetic; empty where they are not wanted."""
+
+    hidden_TH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor
 
 
 def times(coefficients: Coefficients, factor_T: Tensor) -> Coefficients:
@@ -215,19 +226,19 @@ class KernelSet(Protocol):
 
     def linear_grads(
         self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients by h [T, H] and W [V, H].
+    ) -> LinearGrads:
+        """Gradients by h, W and b.
 
         Args:
             terms, coefficients: over the whole vocabulary.
-            want: which of the two are made; another is empty.
+            want: which of them are made; another is empty.
             logits: of `linear_terms`, overwritten; empty: they are computed again.
         """
         ...
 
     def linear_terms_and_grads(
         self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
-    ) -> tuple[RowTerms, Tensor, Tensor]:
+    ) -> tuple[RowTerms, LinearGrads]:
         """Terms, and the gradients of the sum of coef * loss, with three matrix products."""
         ...
 

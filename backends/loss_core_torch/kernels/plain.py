@@ -110,6 +110,8 @@ def _linear_logits(linear: Linear) -> tuple[Tensor, Tensor]:
     # Autocast has said what the operands are rounded to; the logits it would round as well.
     with no_autocast(linear.h_TH):
         logits_TV = _product(*(_rounded(x, linear.product_dtype, dtype) for x in (linear.h_TH, linear.w_VH)))
+    if linear.bias_V is not None:
+        logits_TV = logits_TV + linear.bias_V.to(dtype)
     # A weight that holds NaN must not get it back from a token that is ignored.
     return logits_TV.masked_fill(~keep_T[:, None], 0.0), keep_T
 

@@ -15,16 +15,16 @@ from loss_core import BackendUnavailable
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_source import Source
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import IGNORED, Linear, WholeLosses
+from loss_core_torch.kernels import IGNORED, Linear, Wanted, WholeLosses
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
-from loss_core_torch.tracing import compute_dtype, may_read
+from loss_core_torch.tracing import compute_dtype, is_differentiated, may_read
 
 
 class LinearCall(NamedTuple):
     """A call whose arguments have been checked.
 
     Attributes:
-        hidden: [..., H]; weight: [V, H] of this rank.
+        hidden: [..., H]; weight: [V, H] and bias: [V] or None, of this rank.
         places_N: the tokens that take part in matrix products, int64 in ascending order; None for all of them.
         num_classes: of all ranks.
         token_groups: groups over which the tokens are sharded.
@@ -33,11 +33,17 @@ class LinearCall(NamedTuple):
     kernels: Kernels
     hidden: Tensor
     weight: Tensor
+    bias: Tensor | None
     tokens: Tokens
     places_N: Tensor | None
     source: Source
     num_classes: int
     token_groups: tuple[Any, ...]
+
+    def wanted(self) -> Wanted:
+        """Which gradients may be asked for."""
+        bias = self.bias is not None and is_differentiated(self.bias)
+        return Wanted(is_differentiated(self.hidden), is_differentiated(self.weight), bias)
 
     def whole(self) -> Linear:
         """The operands for kernels that make a loss whole, zeros in ignored rows.
@@ -59,7 +65,9 @@ class LinearCall(NamedTuple):
             h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
             labels_T = labels_T.masked_fill(~keep_T, IGNORED)
         inverse_T = self.tokens.inverse_temperature_T
-        return Linear(h_TH, self.weight, labels_T, 0, self.source.softcap, self.source.product_dtype, inverse_T)
+        return Linear(
+            h_TH, self.weight, labels_T, 0, self.source.softcap, self.source.product_dtype, inverse_T, self.bias
+        )
 
 
 class LinearModule(LossModule):
@@ -119,6 +127,7 @@ class LinearModule(LossModule):
         hidden_states: Any,
         labels: Any,
         lm_weight: Any,
+        lm_bias: Any,
         given: Mapping[str, Any],
         grad_reduce_group: Any = None,
         num_valid: int | None = None,
@@ -130,15 +139,17 @@ class LinearModule(LossModule):
         """
         kernels = self._kernels_for(hidden_states, lm_weight)
         if self.sequence_parallel or not is_whole(self.tp_group, hidden_states, lm_weight):
-            return self._sharded(kernels, hidden_states, labels, lm_weight, given, grad_reduce_group, num_valid)
+            return self._sharded(
+                kernels, hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group, num_valid
+            )
         hidden, weight = inputs.floats("hidden_states", hidden_states), inputs.floats("lm_weight", lm_weight)
-        _check_operands(hidden, weight)
+        _check_operands(hidden, weight, lm_bias)
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
         tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
         tokens = inputs.settled(inputs.in_range(tokens, weight.shape[0], self.ignore_index))
         source = Source(float(self.logit_softcapping), _product_dtype(hidden, weight))
         places_N = self._places(tokens, num_valid)
-        return self._loss(LinearCall(kernels, hidden, weight, tokens, places_N, source, weight.shape[0], ()))
+        return self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, weight.shape[0], ()))
 
     # Hosts exchange messages there, which no graph can hold.
     @compat.outside_of_graphs
@@ -148,6 +159,7 @@ class LinearModule(LossModule):
         hidden: Any,
         labels: Any,
         lm_weight: Any,
+        lm_bias: Any,
         given: Mapping[str, Any],
         grad_reduce_group: Any,
         num_valid: int | None,
@@ -163,16 +175,15 @@ class LinearModule(LossModule):
         hidden = layout.local(hidden)
 
         def check() -> Tokens:
-            _check_operands(inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight))
+            _check_operands(inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight), lm_bias)
             lead = placement_linear.whole_lead(linear, hidden)
             own = {name: layout.token_values(name, given[name], lead) for name in self._values}
             own_labels = layout.token_values("labels", labels, lead)
             return self._tokens(lead, hidden, own_labels, {**given, **own}, num_valid)
 
         trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
-        tokens, shards = self._agree(
-            layout.ranks, weight, check, {"num_valid_tokens": num_valid}, hidden_states_require_grad=trains
-        )
+        alike = {"num_valid_tokens": num_valid, "a lm_bias": lm_bias is not None}
+        tokens, shards = self._agree(layout.ranks, weight, check, alike, hidden_states_require_grad=trains)
         start, vocab, group = (
             (0, weight.shape[0], None) if shards is None else (shards.start, shards.total, shards.group)
         )
@@ -181,7 +192,7 @@ class LinearModule(LossModule):
         product_dtype = _product_dtype(hidden, weight)
         source = Source(float(self.logit_softcapping), product_dtype, start, group, linear.sequence_dim)
         places_N, groups = self._places(tokens, num_valid), layout.ranks.tokens
-        found = self._loss(LinearCall(kernels, hidden, weight, tokens, places_N, source, vocab, groups))
+        found = self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, vocab, groups))
         return layout.token_results(found, labels) if self._of_tokens() else found
 
     def _places(self, tokens: Tokens, num_valid: int | None) -> Tensor | None:
@@ -200,7 +211,7 @@ class LinearModule(LossModule):
         return keep_T.nonzero()[:, 0]
 
 
-def _check_operands(hidden: Tensor, weight: Tensor) -> None:
+def _check_operands(hidden: Tensor, weight: Tensor, bias: Any) -> None:
     _product_dtype(hidden, weight)
     inputs.not_empty("hidden_states", "hidden dimension", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -208,6 +219,16 @@ def _check_operands(hidden: Tensor, weight: Tensor) -> None:
             f"lm_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}; "
             f"lm_weight must be [V, H] with H = {hidden.shape[-1]}."
         )
+    if bias is None:
+        return
+    bias = inputs.floats("lm_bias", bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"lm_bias has shape {tuple(bias.shape)} but lm_weight has shape {tuple(weight.shape)} on this rank; "
+            f"lm_bias must be [V] with V = {weight.shape[0]}."
+        )
+    if bias.device != weight.device:
+        raise ValueError(f"lm_bias is on {bias.device} but lm_weight is on {weight.device}; they must match.")
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -16,10 +16,9 @@ from loss_core.row_terms import Objective
 from loss_core_torch import inputs
 from loss_core_torch.autograd.linear_cross_entropy import Call, LinearCrossEntropy
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import Wanted, WholeLosses
+from loss_core_torch.kernels import WholeLosses
 from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
-from loss_core_torch.tracing import is_differentiated
 
 
 class FusedLinearCrossEntropy(LinearModule):
@@ -44,6 +43,7 @@ class FusedLinearCrossEntropy(LinearModule):
         grad_reduce_group: dist.ProcessGroup | None = None,
         loss_weights: Tensor | None = None,
         num_valid_tokens: int | None = None,
+        lm_bias: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy of the head's logits and labels.
 
@@ -63,6 +63,8 @@ class FusedLinearCrossEntropy(LinearModule):
             num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer; the others then
                 take part in no product on any device, without a host sync and with static shapes. A wrong number
                 is a ValueError on a CPU, a NaN elsewhere.
+            lm_bias: [V] float of any dtype, added to the logits before the softcap in the dtype of the arithmetic. With
+                a sharded vocabulary: this rank's part, a plain tensor.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64). Under
             autocast both operands are rounded to its dtype first, as F.linear would.
@@ -73,7 +75,9 @@ class FusedLinearCrossEntropy(LinearModule):
             TypeError: labels that are no integers; other dtypes of hidden_states and lm_weight that differ.
         """
         given = {"num_label_tokens": num_label_tokens, "loss_weights": loss_weights}
-        loss: Tensor = self._evaluate(hidden_states, labels, lm_weight, given, grad_reduce_group, num_valid_tokens)
+        loss: Tensor = self._evaluate(
+            hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group, num_valid_tokens
+        )
         return loss
 
     def _tokens(
@@ -93,9 +97,9 @@ class FusedLinearCrossEntropy(LinearModule):
         if isinstance(kernels, WholeLosses):
             loss_T = zero_where_ignored(kernels.linear_cross_entropy(call.whole(), objective), tokens.keep_T)
             return reduce_tokens(loss_T, tokens, self.reduction, call.token_groups)
-        want = Wanted(is_differentiated(call.hidden), is_differentiated(call.weight))
+        want = call.wanted()
         how = Call(kernels, objective, want, call.source)
-        args = (call.hidden, call.weight, tokens.labels_T, tokens.keep_T, call.places_N)
+        args = (call.hidden, call.weight, call.bias, tokens.labels_T, tokens.keep_T, call.places_N)
         if call.source.group is None and self.reduction != "none" and not call.token_groups:
             # The factor of each token in the result is known before its loss, so that gradients can be made.
             coef_T = coefficients(tokens, self.reduction, call.hidden.dtype)

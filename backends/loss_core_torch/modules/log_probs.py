@@ -14,11 +14,11 @@ from loss_core import BackendUnavailable, FusedLinearLogProbsConfig, LogProbsCon
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd import log_probs
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import Rows, Wanted, WholeLosses
+from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
 from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import reduce_tokens, zero_where_ignored
-from loss_core_torch.tracing import compute_dtype, is_differentiated
+from loss_core_torch.tracing import compute_dtype
 
 
 class LogProbs(LossModule):
@@ -107,19 +107,26 @@ class FusedLinearLogProbs(LinearModule):
     _values = ("temperature",)
 
     def forward(
-        self, hidden_states: Tensor, labels: Tensor, lm_weight: Tensor, temperature: float | Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        lm_weight: Tensor,
+        temperature: float | Tensor | None = None,
+        lm_bias: Tensor | None = None,
     ) -> TokenLogProbs:
         """Log-probabilities of labels under softmax(softcap(hidden_states @ lm_weight.T) / temperature).
 
         Args:
             hidden_states, labels, lm_weight: as in FusedLinearCrossEntropy.
             temperature: as in LogProbs.
+            lm_bias: as in FusedLinearCrossEntropy.
         Returns:
             As LogProbs.
         Raises:
             ValueError, TypeError: as FusedLinearCrossEntropy and LogProbs.
         """
-        found: TokenLogProbs = self._evaluate(hidden_states, labels, lm_weight, {"temperature": temperature})
+        given = {"temperature": temperature}
+        found: TokenLogProbs = self._evaluate(hidden_states, labels, lm_weight, lm_bias, given)
         return found
 
     def _tokens(
@@ -135,11 +142,11 @@ class FusedLinearLogProbs(LinearModule):
         kernels, tokens = call.kernels, call.tokens
         if isinstance(kernels, WholeLosses):
             return _packed(kernels.linear_log_probs(call.whole(), self.entropy), tokens, self.entropy)
-        want = Wanted(is_differentiated(call.hidden), is_differentiated(call.weight))
-        how = log_probs.LinearCall(kernels, self.entropy, call.source, want)
+        how = log_probs.LinearCall(kernels, self.entropy, call.source, call.wanted())
         found = log_probs.LinearLogProbabilities.apply(
-            call.hidden, call.weight, tokens.labels_T, tokens.keep_T, call.places_N, tokens.inverse_temperature_T, how
-        )
+            call.hidden, call.weight, call.bias, tokens.labels_T, tokens.keep_T, call.places_N,
+            tokens.inverse_temperature_T, how,
+        )  # fmt: skip
         return _packed(found[:2], tokens, self.entropy)
 
 

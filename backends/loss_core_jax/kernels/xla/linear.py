@@ -67,39 +67,43 @@ def _sweep(
     plan, rows = _planned(rows, how, sizes)
     order_T = _valid_first(rows.target) if wanted.skip_ignored and sizes.is_cpu and plan.num_chunks > 1 else None
 
-    def visit(dweight_VH: Any, piece: Any) -> tuple[Any, tuple[RowTerms, jax.Array | None]]:
+    def visit(dhead: Any, piece: Any) -> tuple[Any, tuple[RowTerms, jax.Array | None]]:
         *of_rows, given_C = piece
         chunk = _chunk(rows, *of_rows)
         terms_C, coefficients_C, tiles_NCB = of_chunk(chunk, plan, given_C)
-        found = chunk_gradients(chunk, terms_C, coefficients_C, tiles_NCB, dweight_VH, how, plan, wanted)
-        return _unsharded_last(found.weight_VH, how), (terms_C, found.hidden)
+        found = chunk_gradients(chunk, terms_C, coefficients_C, tiles_NCB, dhead, how, plan, wanted)
+        return (_unsharded_last(found.weight_VH, how), found.bias_V), (terms_C, found.hidden)
 
-    def body(dweight_VH: Any, piece: Any) -> Any:
+    def body(dhead: Any, piece: Any) -> Any:
         if order_T is None:
-            return visit(dweight_VH, piece)
-        return lax.cond(jnp.any(piece[1] != IGNORED), visit, _skip(visit), dweight_VH, piece)
+            return visit(dhead, piece)
+        return lax.cond(jnp.any(piece[1] != IGNORED), visit, _skip(visit), dhead, piece)
 
     sources = (*_arrays(rows), *jax.tree.leaves(given))
-    dweight_VH = zeros_for_loop(rows.weight_VH.shape, plan.dtype, *sources) if wanted.weight else None
+    vocab, with_bias = rows.weight_VH.shape[0], wanted.bias and rows.bias_V is not None
+    dhead = (
+        zeros_for_loop(rows.weight_VH.shape, plan.dtype, *sources) if wanted.weight else None,
+        zeros_for_loop((vocab,), plan.dtype, *sources) if with_bias else None,
+    )
     # Rows that are added are ignored: what they have must only be finite.
     pieces = (*_pieces(rows, how, plan, order_T), _split(given, how, plan, order_T, fill=1))
-    dweight_VH, (found, dhidden) = lax.scan(body, dweight_VH, pieces)
+    dhead, (found, dhidden) = lax.scan(body, dhead, pieces)
     if dhidden is not None:
         dhidden = _joined(dhidden, rows.target, how, order_T).reshape(rows.hidden.shape)
-    return _of_rows(found, rows.target, how, order_T), LinearGradients(dhidden, dweight_VH)
+    return _of_rows(found, rows.target, how, order_T), LinearGradients(dhidden, *dhead)
 
 
 def _skip(visit: Any) -> Any:
     """What `visit` gives for a chunk of ignored rows, without a product."""
 
-    def skip(dweight_VH: Any, piece: Any) -> Any:
-        _, (terms, dhidden) = jax.eval_shape(visit, dweight_VH, piece)
-        arrays = jax.tree.leaves((dweight_VH, piece))
+    def skip(dhead: Any, piece: Any) -> Any:
+        _, (terms, dhidden) = jax.eval_shape(visit, dhead, piece)
+        arrays = jax.tree.leaves((dhead, piece))
 
         def full(like: Any, value: float = 0.0) -> Any:
             return None if like is None else zeros_for_loop(like.shape, like.dtype, *arrays) + value
 
-        return dweight_VH, (RowTerms(*map(full, terms, IGNORED_ROW)), full(dhidden))
+        return dhead, (RowTerms(*map(full, terms, IGNORED_ROW)), full(dhidden))
 
     return skip
 
@@ -113,13 +117,15 @@ def _planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, Line
 
 
 def _arrays(rows: LinearRows) -> tuple[jax.Array, ...]:
-    return rows.hidden, rows.weight_VH, rows.target
+    return rows.hidden, rows.weight_VH, rows.target, *([] if rows.bias_V is None else [rows.bias_V])
 
 
 def _chunk(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array, inverse_C: jax.Array | None) -> Chunk:
     # Behind a barrier, as in `take_rows`.
     (hidden_CH,) = behind_barrier(hidden_CH)
-    return Chunk(zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes, inverse_C)
+    return Chunk(
+        zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes, inverse_C, rows.bias_V
+    )
 
 
 def _pieces(rows: LinearRows, how: How, plan: Plan, order_T: jax.Array | None = None) -> tuple[jax.Array, ...]:

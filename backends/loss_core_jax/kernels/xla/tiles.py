@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
         hidden_CH: zeros in ignored rows.
         weight_VH: the whole weight.
         target_C: as in `LinearRows`.
-        num_classes, inverse_C: as in `LinearRows`.
+        num_classes, inverse_C, bias_V: as in `LinearRows`.
     """
 
     hidden_CH: jax.Array
@@ -44,6 +44,7 @@ class Chunk(NamedTuple):
     target_C: jax.Array
     num_classes: jax.Array | None
     inverse_C: jax.Array | None
+    bias_V: jax.Array | None
 
 
 class _Tile(NamedTuple):
@@ -75,6 +76,8 @@ def _tile_indices(chunk: Chunk, plan: Plan) -> jax.Array:
 def _tile_logits(chunk: Chunk, tile: _Tile, how: How, plan: Plan) -> jax.Array:
     """[C, B] logits after softcap and temperature, -inf in repeated columns and in padding."""
     z_CB = _product(chunk.hidden_CH, tile.weight_BH, 1, 1, plan)
+    if chunk.bias_V is not None:
+        z_CB = z_CB + take_rows(chunk.bias_V, tile.start, plan.tile).astype(plan.dtype)
     if how.softcap:
         z_CB = how.softcap * jnp.tanh(z_CB / how.softcap)
     if chunk.inverse_C is not None:
@@ -129,16 +132,16 @@ def chunk_gradients(
     terms: RowTerms,
     coefficients: Coefficients,
     tiles_NCB: jax.Array | None,
-    dweight_VH: jax.Array | None,
+    dhead: tuple[jax.Array | None, jax.Array | None],
     how: How,
     plan: Plan,
     wanted: Wanted,
 ) -> LinearGradients:
-    """Gradient of the chunk's hidden states, and the running sum of the weight's with this chunk added.
+    """Gradient of the chunk's hidden states, and the running sums of weight's and bias's with this chunk added.
 
     Args:
         tiles_NCB: the logits, where `chunk_terms` has kept them.
-        dweight_VH: the running sum; None where it is not wanted.
+        dhead: the running sums; None where they are not wanted.
     """
     target_C1 = coefficients.target[:, None]
 
@@ -155,20 +158,23 @@ def chunk_gradients(
             capped = jnp.where(tile.class_1B < 0, 0, z_CB / how.softcap)
             dlogits_CB = dlogits_CB * (1 - capped * capped)
         dlogits_CB = zero_if_ignored(jnp.where(tile.class_1B < 0, 0, dlogits_CB), chunk.target_C)
-        dhidden_CH, dweight_VH = sums
+        dhidden_CH, dweight_VH, dbias_V = sums
         if dhidden_CH is not None:
             dhidden_CH = dhidden_CH + _product(dlogits_CB, tile.weight_BH, 1, 0, plan)
         if dweight_VH is not None:
             part_BH = _product(_transposed(dlogits_CB, how, plan), chunk.hidden_CH, 1, 0, plan)
             dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, tile.start, plan.tile) + part_BH, tile.start)
-        return LinearGradients(dhidden_CH, dweight_VH), None
+        if dbias_V is not None:
+            dbias_B = take_rows(dbias_V, tile.start, plan.tile) + jnp.sum(dlogits_CB, axis=0)
+            dbias_V = put_rows(dbias_V, dbias_B, tile.start)
+        return LinearGradients(dhidden_CH, dweight_VH, dbias_V), None
 
     sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, *jax.tree.leaves(coefficients))
     zeros_CH = zeros_for_loop(chunk.hidden_CH.shape, plan.dtype, *sources) if wanted.hidden else None
-    sums, _ = lax.scan(body, LinearGradients(zeros_CH, dweight_VH), (_tile_indices(chunk, plan), tiles_NCB))
+    sums, _ = lax.scan(body, LinearGradients(zeros_CH, *dhead), (_tile_indices(chunk, plan), tiles_NCB))
     # An inf in the weight times a gradient of 0 is NaN; an ignored row gets 0 all the same.
     dhidden_CH = None if sums.hidden is None else zero_if_ignored(sums.hidden, chunk.target_C)
-    return LinearGradients(dhidden_CH, sums.weight_VH)
+    return sums._replace(hidden=dhidden_CH)
 
 
 def _transposed(array: jax.Array, how: How, plan: Plan) -> jax.Array:

@@ -29,8 +29,8 @@ class Tiles:
         products: what multiplies them.
     """
 
-    def __init__(self, w_VH: Tensor, product_dtype: torch.dtype, sizes: Sizes) -> None:
-        self._w_VH, self._product_dtype, self._sizes = w_VH, product_dtype, sizes
+    def __init__(self, w_VH: Tensor, product_dtype: torch.dtype, sizes: Sizes, bias_V: Tensor | None = None) -> None:
+        self._w_VH, self._product_dtype, self._sizes, self._bias_V = w_VH, product_dtype, sizes, bias_V
         self._dtype = dtype = compute_dtype(product_dtype)
         self.vocab, device = w_VH.shape[0], w_VH.device
         self.columns = sizes.tile_columns(self.vocab, device)
@@ -47,9 +47,16 @@ class Tiles:
         for start in range(0, self.vocab, self.columns):
             yield slice(start, min(start + self.columns, self.vocab))
 
+    def logits(self, tile: slice, w_CH: Tensor, h_BH: Tensor, out_BC: Tensor) -> None:
+        """h @ W.T + b of a tile."""
+        self.products.into(out_BC, h_BH, w_CH.t())
+        if self._bias_V is not None:
+            out_BC += self._bias_V[tile].to(self._dtype)
+
     def only(self, tile: slice) -> Tiles:
         """One tile as a weight of its own."""
-        return Tiles(self._w_VH[tile], self._product_dtype, self._sizes)
+        bias_C = None if self._bias_V is None else self._bias_V[tile]
+        return Tiles(self._w_VH[tile], self._product_dtype, self._sizes, bias_C)
 
 
 class BlockRows(NamedTuple):
@@ -82,12 +89,12 @@ class BlockLogits:
         self._place_B = self._places(torch.where(self._owned_B, rows.column_B, 0))
 
     def fill(self, h_BH: Tensor, sums: Sums) -> RowTerms:
-        """Make the logits h @ W.T; returns their terms."""
+        """Make the logits h @ W.T + b; returns their terms."""
         m_B = self._memory.new_full((self._rows,), -torch.inf)
         z_sum_B = torch.zeros_like(m_B) if sums.z_sum else None
         for tile, w_CH in self._tiles:
             z_BC = self._piece(tile)
-            self._tiles.products.into(z_BC, h_BH, w_CH.t())
+            self._tiles.logits(tile, w_CH, h_BH, z_BC)
             if self._softcap:
                 z_BC.div_(self._softcap).tanh_()
             torch.maximum(m_B, z_BC.amax(-1), out=m_B)
@@ -153,9 +160,16 @@ class BlockLogits:
         return spare[: like_bC.numel()].view(like_bC.shape)
 
     def add_gradients(
-        self, gh_BH: Tensor | None, gw_VH: Tensor | None, h_BH: Tensor, *, first: bool, last: bool
+        self,
+        gh_BH: Tensor | None,
+        gw_VH: Tensor | None,
+        gb_V: Tensor | None,
+        h_BH: Tensor,
+        *,
+        first: bool,
+        last: bool,
     ) -> None:
-        """gh += E @ W and gw += E.T @ h, each where it is wanted; E is the gradient by the logits.
+        """gh += E @ W, gw += E.T @ h and gb += sums of E, each where it is wanted; E is the gradient by the logits.
 
         Args:
             first, last: block of the sum gw; see `Products.accumulate`.
@@ -168,6 +182,8 @@ class BlockLogits:
                 products.add(gh_BH, e_BC, w_CH)
             if gw_VH is not None:
                 products.accumulate(gw_VH[tile], e_BC, h_BH, h_HB, first, last)
+            if gb_V is not None:
+                gb_V[tile] += e_BC.sum(0)
 
     def _piece(self, tile: slice) -> Tensor:
         """The logits of a tile."""

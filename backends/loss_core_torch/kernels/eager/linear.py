@@ -2,7 +2,7 @@
 
 Three matrix products per block of tokens: its logits, and with their gradient E
 
-    grad_h = E @ W          grad_W += E.T @ h
+    grad_h = E @ W          grad_W += E.T @ h          grad_b += the sum of E over tokens
 
 Memory: the two gradients, and the logits of a block, in whose place comes E.
 """
@@ -12,6 +12,7 @@ Memory: the two gradients, and the logits of a block, in whose place comes E.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from loss_core.row_terms import (
     combine,
     cross_entropy_coefficients,
 )
-from loss_core_torch.kernels import Linear, Wanted, filled_terms, joined_terms
+from loss_core_torch.kernels import Linear, LinearGrads, Wanted, filled_terms, joined_terms
 from loss_core_torch.kernels.eager.block_logits import BlockLogits, BlockRows, Tiles
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.tracing import compute_dtype
@@ -54,7 +55,7 @@ class LinearKernels:
 
     def linear_grads(
         self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> LinearGrads:
         """Gradients from terms and coefficients of each token."""
         call, kept = _Call(linear, self.sizes), logits.numel() > 0
         block = max(linear.h_TH.shape[0], 1) if kept else call.block
@@ -67,11 +68,11 @@ class LinearKernels:
             part = RowTerms(*(None if x_T is None else x_T[at] for x_T in terms))
             block_logits.to_gradient(part, Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients)))
             found.add(at, block_logits, h_BH)
-        return found.grad_h, found.grad_w
+        return found.grads
 
     def linear_terms_and_grads(
         self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
-    ) -> tuple[RowTerms, Tensor, Tensor]:
+    ) -> tuple[RowTerms, LinearGrads]:
         """Terms, and the gradients of the sum of coef * loss."""
         call = _Call(linear, self.sizes)
         buffer, sums, found = call.buffer(call.block), _Sums(linear, call, want), []
@@ -81,7 +82,7 @@ class LinearKernels:
             logits.to_gradient(part, cross_entropy_coefficients(torch, part, coef_T[at], objective))
             found.append(part)
             sums.add(at, logits, h_BH)
-        return call.together(found, objective.sums), sums.grad_h, sums.grad_w
+        return call.together(found, objective.sums), sums.grads
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient times a scalar, in its memory if the dtype is the same."""
@@ -98,7 +99,7 @@ class _Call:
         device = linear.h_TH.device
         self.bytes = sizes.linear_bytes(hidden, device)
         self.block = sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize)
-        self.tiles = Tiles(linear.w_VH, linear.product_dtype, sizes)
+        self.tiles = Tiles(linear.w_VH, linear.product_dtype, sizes, linear.bias_V)
         self._column_T = linear.labels_T - linear.vocab_start
 
     def blocks(self, block: int) -> Iterator[slice]:
@@ -136,23 +137,25 @@ class _Call:
 
 
 class _Sums:
-    """The two gradients, to which each block adds."""
+    """The gradients, to which each block adds."""
 
     def __init__(self, linear: Linear, call: _Call, want: Wanted) -> None:
         self._want, self._num_tokens = want, linear.h_TH.shape[0]
         h_TH, w_VH = linear.h_TH, linear.w_VH
-        self.grad_h = torch.zeros(h_TH.shape if want[0] else (0,), dtype=call.dtype, device=h_TH.device)
-        self.grad_w = torch.empty(w_VH.shape if want[1] else (0,), dtype=call.dtype, device=h_TH.device)
-        # The first block writes every entry; without any block zeros are right.
-        if not h_TH.shape[0]:
-            self.grad_w.zero_()
+        like: dict[str, Any] = {"dtype": call.dtype, "device": h_TH.device}
+        # The first block writes every entry of the weight's; without any block zeros are right.
+        new_w = torch.empty if h_TH.shape[0] else torch.zeros
+        self.grads = LinearGrads(
+            torch.zeros(h_TH.shape if want.hidden else (0,), **like),
+            new_w(w_VH.shape if want.weight else (0,), **like),
+            torch.zeros(w_VH.shape[:1] if want.bias else (0,), **like),
+        )
 
     def add(self, at: slice, logits: BlockLogits, h_BH: Tensor) -> None:
         """What a block adds, whose logits are their gradient."""
-        want_h, want_w = self._want
+        grad_h, grad_w, grad_b = (grad if wanted else None for grad, wanted in zip(self.grads, self._want, strict=True))
         first, last = at.start == 0, at.stop == self._num_tokens
-        grad_h, grad_w = self.grad_h[at] if want_h else None, self.grad_w if want_w else None
-        logits.add_gradients(grad_h, grad_w, h_BH, first=first, last=last)
+        logits.add_gradients(None if grad_h is None else grad_h[at], grad_w, grad_b, h_BH, first=first, last=last)
 
 
 def _terms_by_tile(call: _Call, at: slice, sums: Sums) -> RowTerms:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
-from loss_core_torch.kernels import NEW, Into, Linear, PairCoefficients, Pairs, Rows, Wanted
+from loss_core_torch.kernels import NEW, Into, Linear, LinearGrads, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.gpu import linear, pairs, rows
 from loss_core_torch.kernels.gpu.launch import Launcher
 
@@ -55,12 +55,12 @@ class GpuKernels:
 
     def linear_grads(
         self, linear_: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> LinearGrads:
         return linear.grads(self._launcher, linear_, terms, coefficients, want, logits)
 
     def linear_terms_and_grads(
         self, linear_: Linear, coef_T: Tensor, objective: Objective, want: Wanted
-    ) -> tuple[RowTerms, Tensor, Tensor]:
+    ) -> tuple[RowTerms, LinearGrads]:
         return linear.terms_and_grads(self._launcher, linear_, coef_T, objective, want)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

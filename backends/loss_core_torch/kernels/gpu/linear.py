@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums
 from loss_core_torch import compat
-from loss_core_torch.kernels import Into, Linear, Rows, Wanted, joined_terms
+from loss_core_torch.kernels import Into, Linear, LinearGrads, Rows, Wanted, joined_terms
 from loss_core_torch.kernels.gpu import kernels, rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.products import multiply
@@ -37,7 +38,7 @@ def terms(launcher: Launcher, linear: Linear, sums: Sums, keep_logits: bool) -> 
     with compat.full_float32_products():
         for at in chunks:
             z_BV = logits[: at.stop - at.start]
-            multiply(chunks.hidden(at), chunks.w_VH.t(), z_BV)
+            chunks.make_logits(at, z_BV)
             found.append(rows.terms(launcher, chunks.rows(z_BV, at), sums))
     fits = keep_logits and len(logits) == len(linear.h_TH)
     return joined_terms(found), logits if fits else logits.new_empty(0)
@@ -45,7 +46,7 @@ def terms(launcher: Launcher, linear: Linear, sums: Sums, keep_logits: bool) -> 
 
 def grads(
     launcher: Launcher, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> LinearGrads:
     """See `KernelSet.linear_grads`. Coefficients of 0 give a gradient of 0, whatever the row holds."""
     kept = logits.numel() > 0
     chunks = _Chunks(launcher, linear, want, together=kept)
@@ -61,7 +62,7 @@ def grads(
             for at, e_BV in chunks.parts(chunk, e_CV):
                 z_BV = logits[: len(e_BV)]
                 if not kept:
-                    multiply(chunks.hidden(at), chunks.w_VH.t(), z_BV)
+                    chunks.make_logits(at, z_BV)
                 block = chunks.rows(z_BV, at)._replace(keep_T=keep_T[at])
                 terms_B = RowTerms(terms.m[at], terms.s[at], terms.t[at])
                 coefficients_B = Coefficients(*(None if x_T is None else x_T[at] for x_T in coefficients))
@@ -72,7 +73,7 @@ def grads(
 
 def terms_and_grads(
     launcher: Launcher, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
-) -> tuple[RowTerms, Tensor, Tensor]:
+) -> tuple[RowTerms, LinearGrads]:
     """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
     chunks = _Chunks(launcher, linear, want)
     exponent = chunks.exponent(coef_T, room=math.ceil(math.log2(1.0 + 2.0**15 * objective.z_loss)))
@@ -85,11 +86,11 @@ def terms_and_grads(
             e_CV = e[: chunk.stop - chunk.start]
             for at, e_BV in chunks.parts(chunk, e_CV):
                 z_BV = logits[: len(e_BV)]
-                multiply(chunks.hidden(at), chunks.w_VH.t(), z_BV)
+                chunks.make_logits(at, z_BV)
                 terms_B, _ = rows.terms_and_grad(launcher, chunks.rows(z_BV, at), coef_T[at], objective, e_BV)
                 found_terms.append(terms_B)
             found.add(chunk, e_CV)
-    return joined_terms(found_terms), *found.without(exponent)
+    return joined_terms(found_terms), found.without(exponent)
 
 
 def scaled(launcher: Launcher, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,6 +140,12 @@ class _Chunks:
         """Hidden states of a chunk."""
         return self.linear.h_TH[at].to(self.linear.product_dtype).to(self.operand)
 
+    def make_logits(self, at: slice, z_BV: Tensor) -> None:
+        """h @ W.T + b of a chunk."""
+        multiply(self.hidden(at), self.w_VH.t(), z_BV)
+        if self.linear.bias_V is not None:
+            z_BV += self.linear.bias_V.to(z_BV.dtype)
+
     def rows(self, z_BV: Tensor, at: slice) -> Rows:
         """Logits of a chunk, and what is known of them."""
         labels_T, inverse_T = self.linear.labels_T, self.linear.inverse_temperature_T
@@ -175,33 +182,37 @@ class _Chunks:
 
 
 class _Grads:
-    """The gradients by hidden states and weight, as sums over chunks; empty where they are not wanted."""
+    """The gradients by hidden states, weight and bias, as sums over chunks; empty where they are not wanted."""
 
     def __init__(self, chunks: _Chunks, want: Wanted) -> None:
         self._chunks, self._want = chunks, want
-        shapes = (chunks.linear.h_TH.shape, chunks.linear.w_VH.shape)
+        like: dict[str, Any] = {"dtype": chunks.dtype, "device": chunks.linear.h_TH.device}
         # Every row and every entry is written below, unless there are none to multiply.
         new = torch.empty if chunks.num_tokens and chunks.vocab else torch.zeros
-        self._h, self._w = (
-            new(shape if wanted else (0,), dtype=chunks.dtype, device=chunks.linear.h_TH.device)
-            for shape, wanted in zip(shapes, want, strict=True)
+        self._grads = LinearGrads(
+            new(chunks.linear.h_TH.shape if want.hidden else (0,), **like),
+            new(chunks.linear.w_VH.shape if want.weight else (0,), **like),
+            torch.zeros(chunks.vocab if want.bias else 0, **like),
         )
 
     def add(self, chunk: slice, e_CV: Tensor) -> None:
         """Add the products of a chunk."""
         if e_CV.numel() == 0:
             return
-        if self._want[0]:
-            multiply(e_CV, self._chunks.w_VH, self._h[chunk])
-        if self._want[1]:
-            multiply(e_CV.t(), self._chunks.hidden(chunk), self._w, add=chunk.start > 0)
+        by_h_TH, by_w_VH, by_b_V = self._grads
+        if self._want.hidden:
+            multiply(e_CV, self._chunks.w_VH, by_h_TH[chunk])
+        if self._want.weight:
+            multiply(e_CV.t(), self._chunks.hidden(chunk), by_w_VH, add=chunk.start > 0)
+        if self._want.bias:
+            by_b_V += e_CV.sum(0, dtype=by_b_V.dtype)
 
-    def without(self, exponent: Tensor | None) -> tuple[Tensor, Tensor]:
+    def without(self, exponent: Tensor | None) -> LinearGrads:
         """The sums, without the power of two of the coefficients; in place."""
         if exponent is None:
-            return self._h, self._w
+            return self._grads
         factor = torch.ldexp(torch.ones_like(exponent, dtype=self._chunks.dtype), -exponent)
-        return self._h.mul_(factor), self._w.mul_(factor)
+        return LinearGrads(*(grad.mul_(factor) for grad in self._grads))
 
 
 def _times_power(x_T: Tensor | None, exponent: Tensor | None) -> Tensor | None:

@@ -71,7 +71,7 @@ def test_terms_and_gradients_are_those_of_float64(by_onednn, softcap, temperatur
     logits.to_gradient(terms, coefficients)
     # Both are sums to which a block adds; the weight's is written by the first.
     gh_BH, gw_VH = torch.zeros(B, H), torch.full((V, H), torch.nan)
-    logits.add_gradients(gh_BH, gw_VH, h_BH, first=True, last=True)
+    logits.add_gradients(gh_BH, gw_VH, None, h_BH, first=True, last=True)
     torch.testing.assert_close(gh_BH.double(), grad_h, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gw_VH.double(), grad_w, rtol=1e-4, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_two_blocks_add_up():
     for first in (True, False):
         terms = logits.fill(h_BH, Sums())
         logits.to_gradient(terms, cross_entropy_coefficients(torch, terms, ones_B, Objective(V)))
-        logits.add_gradients(None, gw_VH, h_BH, first=first, last=not first)
+        logits.add_gradients(None, gw_VH, None, h_BH, first=first, last=not first)
     torch.testing.assert_close(gw_VH, 2 * grad_w, rtol=1e-10, atol=1e-12)
 
 

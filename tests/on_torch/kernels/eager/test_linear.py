@@ -53,9 +53,11 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
     labels_T[:3] = torch.tensor([0, 13, V - 1])
 
     def linear(start=0, stop=V):
-        return Linear(h_TH, w_VH[start:stop], labels_T, start, 4.0, torch.float32)
+        bias_V = torch.linspace(-1, 1, V)[start:stop]
+        return Linear(h_TH, w_VH[start:stop], labels_T, start, 4.0, torch.float32, bias_V=bias_V)
 
-    whole, grad_h, grad_w = KERNELS.linear_terms_and_grads(linear(), upstream_T, objective, Wanted(True, True))
+    every = Wanted(True, True, True)
+    whole, grads = KERNELS.linear_terms_and_grads(linear(), upstream_T, objective, every)
     folded, kept = None, []
     pieces = ((0, 13), (13, 13), (13, 14), (14, V))
     for piece in pieces:
@@ -69,11 +71,13 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
     assert [x.numel() for x in kept] == [40 * (stop - start) * keep_logits for start, stop in pieces]
     coefficients = cross_entropy_coefficients(torch, whole, upstream_T, objective)
     found = [
-        KERNELS.linear_grads(linear(*piece), whole, coefficients, Wanted(True, True), logits)
+        KERNELS.linear_grads(linear(*piece), whole, coefficients, every, logits)
         for piece, logits in zip(pieces, kept, strict=True)
     ]
-    torch.testing.assert_close(sum(gh for gh, _ in found), grad_h, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([gw for _, gw in found]), grad_w, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum(x.hidden_TH for x in found), grads.hidden_TH, rtol=1e-4, atol=1e-5)
+    for name in ("weight_VH", "bias_V"):
+        parts = torch.cat([getattr(x, name) for x in found])
+        torch.testing.assert_close(parts, getattr(grads, name), rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_and_no_class():
@@ -87,10 +91,11 @@ def test_no_token_and_no_class():
         None,
     ]
     linear = Linear(torch.empty(0, H), torch.randn(4, H), torch.empty(0, dtype=torch.int64), 0, 0.0, torch.float32)
-    terms, grad_h, grad_w = KERNELS.linear_terms_and_grads(linear, torch.empty(0), Objective(4), Wanted(True, True))
+    terms, grads = KERNELS.linear_terms_and_grads(linear, torch.empty(0), Objective(4), Wanted(True, True, True))
     assert terms.m.shape == (0,)
-    assert grad_h.shape == (0, H)
-    assert torch.equal(grad_w, torch.zeros(4, H))
+    assert grads.hidden_TH.shape == (0, H)
+    assert torch.equal(grads.weight_VH, torch.zeros(4, H))
+    assert torch.equal(grads.bias_V, torch.zeros(4))
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,12 @@ def _expected(linear, coef_T):
 def _both_ways(kernels, linear, coef_T, smoothing=0.0):
     """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
     objective = Objective(V, smoothing)
-    yield kernels.linear_terms_and_grads(linear, coef_T, objective, BOTH)
+    terms, grads = kernels.linear_terms_and_grads(linear, coef_T, objective, BOTH)
+    yield terms, *grads[:2]
     for keep_logits in (False, True):
         terms, logits = kernels.linear_terms(linear, objective.sums, keep_logits)
         coefficients = _coefficients(terms, coef_T, objective)
-        yield terms, *kernels.linear_grads(linear, terms, coefficients, BOTH, logits)
+        yield terms, *kernels.linear_grads(linear, terms, coefficients, BOTH, logits)[:2]
 
 
 def _coefficients(terms, coef_T, objective=OBJECTIVE):
@@ -65,6 +66,21 @@ def test_the_sum_of_all_logits(flag, name):
     expected = (2.0 * torch.tanh(linear.h_TH @ linear.w_VH.T / 2.0)).sum(-1)
     for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5), smoothing=0.1):
         torch.testing.assert_close(terms.z_sum, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_set
+def test_a_bias(flag, name):
+    linear, coef_T = _linear(softcap=2.0)._replace(bias_V=torch.randn(V)), torch.randn(5)
+    h, w, b = (x.double().requires_grad_() for x in (linear.h_TH, linear.w_VH, linear.bias_V))
+    z_TV = 2.0 * torch.tanh((h @ w.T + b) / 2.0)
+    loss_T = torch.nn.functional.cross_entropy(z_TV, linear.labels_T, reduction="none")
+    expected = torch.autograd.grad(loss_T @ coef_T.double(), (h, w, b))
+    every = Wanted(True, True, True)
+    terms, at_once = SETS[name].linear_terms_and_grads(linear, coef_T, OBJECTIVE, every)
+    later = SETS[name].linear_grads(linear, terms, _coefficients(terms, coef_T), every, torch.empty(0))
+    for found in (at_once, later):
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 @each_set
@@ -100,10 +116,11 @@ def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
 def test_what_is_not_wanted_is_empty(flag, name, want):
     linear, coef_T = _linear(), torch.randn(5)
     expected = _expected(linear, coef_T)[1:]
-    terms, *found = SETS[name].linear_terms_and_grads(linear, coef_T, OBJECTIVE, want)
+    terms, found = SETS[name].linear_terms_and_grads(linear, coef_T, OBJECTIVE, want)
     again = SETS[name].linear_grads(linear, terms, _coefficients(terms, coef_T), want, torch.empty(0))
     for made in (found, again):
-        for got, right, wanted in zip(made, expected, want, strict=True):
+        assert made.bias_V.numel() == 0
+        for got, right, wanted in zip(made[:2], expected, want[:2], strict=True):
             if wanted:
                 torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-5)
             else:
