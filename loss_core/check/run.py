@@ -206,7 +206,9 @@ def _check_case(
             note = f"{call.name} {call.flag_name(flag)}: {error}"
             if note not in report.skipped:
                 report.skipped.append(note)
-            table.pop(key, None)
+            # Of a flag that can't do this case alone, the row of the others stays.
+            if not row.cases:
+                table.pop(key, None)
             continue
         except WorkerFailed:
             raise

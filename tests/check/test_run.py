@@ -7,19 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_core import BackendUnavailable, FusedLinearCEConfig, LossConfig, MaskedCrossEntropyConfig
+from loss_core import (
+    LOSS_CONFIG_REGISTRY,
+    BackendUnavailable,
+    FusedLinearCEConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+)
 from loss_core.check import assert_backends_agree, check, compare
 
 
 def test_correct_kernels_pass():
     report = check(backends=["torch:eager"], dtypes=["float32", "bfloat16"])
     assert report.passed, str(report)
-    assert {row.loss for row in report.rows} == {
-        "MaskedCrossEntropy",
-        "TEParallelCrossEntropy",
-        "FusedLinearCrossEntropy",
-        "KDLoss",
-    }
+    assert {row.loss for row in report.rows} == set(LOSS_CONFIG_REGISTRY)
     assert all(row.cases >= 15 and row.worst is not None for row in report.rows)
 
 
