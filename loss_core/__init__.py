@@ -19,13 +19,13 @@ from loss_core.config import (
     FusedLinearLogProbsConfig,
     KDLossConfig,
     LogProbsConfig,
-    LossConfig,
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
 from loss_core.dispatch.flags import parse_flag
 from loss_core.dispatch.protocol import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice
+from loss_core.loss_config import LossConfig
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 from loss_core.results import TokenLogProbs
 

@@ -1,132 +1,27 @@
 """Typed configs of the losses: plain dataclasses that hold what a loss is, not how it is computed.
 
 A config names no framework. `config.build(backend="torch" | "jax" | ...)` makes the callable.
-Field names, order and defaults of the five configs are those of
+Field names, order and defaults of the first four, and of the last, are those of
 `nemo_automodel.components.loss.loss` (NVIDIA NeMo AutoModel), so that recipes carry over.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from dataclasses import dataclass, field
+from typing import Any
 
-from loss_core.dispatch.builders import build
 from loss_core.field_checks import (
     DIVERGENCES,
     check_bool,
     check_choice,
     check_fraction,
     check_integer,
-    check_known,
     check_number,
     check_reduction,
-    fields_of,
-    is_runtime_field,
-    plain_value,
 )
-from loss_core.registry import config_class_for, registered_name, typed_loss
-
-
-# No dataclass itself: parsers that fill dataclasses from mappings (dacite) would take it for a loss without fields.
-class LossConfig:
-    """Base of every loss config.
-
-    Subclass it as a dataclass and either register builders for it with
-    `loss_core.register_loss`, or override `build(self)`.
-
-    A field made with `field(default=None, repr=False, compare=False)` holds a live handle, such as a process group: it
-    belongs to one process, so it enters no dict either.
-    """
-
-    if TYPE_CHECKING:
-        # Every class that derives from it is one, so that `fields` and `replace` take a LossConfig.
-        __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Raise ValueError for a field whose value is not accepted. Called on creation and on build."""
-
-    def build(self, *, backend: str = "torch") -> Any:
-        """Build the loss.
-
-        Args:
-            backend: flag `BACKEND[:KERNEL]`, such as "torch", "torch:eager", "jax:xla".
-        Returns:
-            A `torch.nn.Module` for torch, a hashable callable for JAX.
-        Raises:
-            ValueError: the flag is unknown, or a field has been set to a value that is not accepted.
-            BackendUnavailable: the flag is known but can't be used here; says why and what to install.
-            NotImplementedError: the config has no builder.
-        """
-        self.validate()
-        return build(self, backend)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values, with the registry name under "name". Runtime handles are left out."""
-        name = registered_name(type(self))
-        values = {
-            f.name: plain_value(copy.deepcopy(getattr(self, f.name))) for f in fields(self) if not is_runtime_field(f)
-        }
-        return {"name": name, **values}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Make a config from `to_dict`'s result, or from a YAML mapping of the same form.
-
-        Called on `LossConfig`, "name" chooses the class; called on a subclass, "name" may be left
-        out and must agree when it is there.
-        """
-        if not isinstance(data, Mapping):
-            raise TypeError(f"from_dict expects a mapping of field names to values, got {type(data).__name__}.")
-        values = dict(data)
-        name = values.pop("name", None)
-        if name is None:
-            if cls is LossConfig:
-                raise TypeError(
-                    "from_dict needs the key 'name' to know which loss is meant, got the keys "
-                    f"{sorted(map(str, values))}."
-                )
-            return cast(Self, make_config(cls, values))
-        config_cls = config_class_for(name)
-        if not issubclass(config_cls, cls):
-            raise TypeError(f"name {name!r} is {config_cls.__name__}, which is not a {cls.__name__}.")
-        return cast(Self, make_config(config_cls, values))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A process group can't be copied; copies of a config share it.
-        twin = copy.copy(self)
-        for f in fields_of(type(self)):
-            if not is_runtime_field(f):
-                setattr(twin, f.name, copy.deepcopy(getattr(self, f.name), memo))
-        return twin
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
-        """How pydantic fills a field of this type: a config stays as it is, a mapping is read by `from_dict`."""
-        # A core schema is a plain dict: pydantic need not be imported for it.
-        return {
-            "type": "function-plain",
-            "function": {"type": "no-info", "function": cls._parsed},
-            "serialization": {"type": "function-plain", "function": lambda config: config.to_dict()},
-        }
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-        named = {"properties": {"name": {"type": "string"}}, "required": ["name"]} if cls is LossConfig else {}
-        return {"title": cls.__name__, "type": "object", **named}
-
-    @classmethod
-    def _parsed(cls, value: Any) -> Self:
-        if isinstance(value, cls):
-            return value
-        try:
-            return cls.from_dict(value)
-        except TypeError as error:  # of which pydantic makes no validation error
-            raise ValueError(str(error)) from error
+from loss_core.loss_config import LossConfig
+from loss_core.registry import typed_loss
 
 
 @typed_loss("MaskedCrossEntropy", "cross_entropy")
@@ -369,9 +264,3 @@ class LossFromFactoryConfig(LossConfig):
 def factory_name(factory: Any) -> str:
     """A readable name of a callable, for messages."""
     return getattr(factory, "__qualname__", None) or repr(factory)
-
-
-def make_config(config_cls: type[LossConfig], values: Mapping[str, Any]) -> LossConfig:
-    """Call the config class; an unknown field is a TypeError that names the closest one."""
-    check_known(config_cls, values)
-    return config_cls(**values)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from loss_core.config import LossConfig
+    from loss_core.loss_config import LossConfig
     from loss_core.losses.definition import LossDef
 
 Config = TypeVar("Config", bound="type[Any]")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from loss_core.bench.baselines import BASELINES
 from loss_core.bench.job import Job
-from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.loss_config import LossConfig
 
 Loss = Callable[..., jax.Array]
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from loss_core.bench.baselines import BASELINES
 from loss_core.bench.job import Job
 from loss_core.build import build_loss_module
-from loss_core.config import LossConfig, MaskedCrossEntropyConfig
+from loss_core.config import MaskedCrossEntropyConfig
 from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.loss_config import LossConfig
 
 Loss = Callable[..., Tensor]
 Candidates = list[tuple[str, Loss]]

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
+from loss_core.loss_config import LossConfig
 from loss_core_jax.evaluate import evaluate
 from loss_core_jax.losses.base import Loss
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy

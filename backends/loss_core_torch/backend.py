@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import install_line
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
+from loss_core.loss_config import LossConfig
 from loss_core_torch import auto
 from loss_core_torch.evaluate import evaluate
 from loss_core_torch.kernels import te

@@ -9,8 +9,8 @@ import importlib.util
 from dataclasses import dataclass, fields
 
 from loss_core.bench.job import Job
-from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.loss_config import LossConfig
 from loss_core.row_terms import Objective
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.bench.shards import rank_sizes
-from loss_core.config import LossConfig
+from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import LossDef, Sizes, need_definition
 
 # Prime, so that a block repeated over rows of any width starts each row elsewhere: no two rows are equal.

@@ -20,10 +20,10 @@ from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchReport, BenchR
 from loss_core.bench.rounds import Progress, Run
 from loss_core.bench.workloads import Workload
 from loss_core.check.calls import distinct_names
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dtypes import float_format
+from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import need_definition
 from loss_core.registry import LOSS_CONFIG_REGISTRY, our_losses
 

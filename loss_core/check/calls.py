@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.config import LossConfig
 from loss_core.dtypes import round_to
+from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, named_cases, random_cases
 from loss_core.losses.definition import need_definition
 from loss_core.losses.rounding import result_dtype

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import install_line
 from loss_core.dtypes import FORMATS
+from loss_core.loss_config import LossConfig
 from loss_core.losses import Argument, LossDef, definition_of
 from loss_core.losses.reduction import kept_tokens
 from loss_core.registry import config_class_for

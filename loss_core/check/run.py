@@ -27,11 +27,11 @@ from loss_core.check.calls import (
 )
 from loss_core.check.report import Finding, Report, Row, add_findings, framework_version
 from loss_core.check.sharded import EVEN_SHAPE, Evaluate, can_be_sharded, check_ranks, over_ranks, sharded_calls
-from loss_core.config import LossConfig
 from loss_core.dispatch.builders import is_registered
 from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, flag_status, load_backend, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable, Evaluation
 from loss_core.dtypes import float_format
+from loss_core.loss_config import LossConfig
 from loss_core.losses import OracleResult, allowances
 from loss_core.losses import evaluate as oracle
 from loss_core.losses.rounding import result_dtype

@@ -11,9 +11,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from loss_core.check.calls import Call
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import parse_flag
 from loss_core.dispatch.protocol import Evaluation
+from loss_core.loss_config import LossConfig
 from loss_core.losses.vocab_split import splits, vocab_size
 from loss_core.workers.ranks import Ranks, Request, without_runtime_fields
 

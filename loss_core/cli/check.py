@@ -35,9 +35,9 @@ from loss_core.cli.common import (
     shape_of,
     write_outputs,
 )
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.loss_config import LossConfig
 from loss_core.losses.drawing import recipe_names
 from loss_core.usage import UsageProblem
 from loss_core.workers.pool import WorkerFailed

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loss_core.cli.configs import read_configs
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import install_line
 from loss_core.dtypes import FORMATS
+from loss_core.loss_config import LossConfig
 from loss_core.usage import UsageProblem, closest
 
 # Options that more than one command has; an option of one command is declared in its signature.

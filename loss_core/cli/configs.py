@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from loss_core.config import LossConfig
 from loss_core.field_checks import is_runtime_field
+from loss_core.loss_config import LossConfig
 from loss_core.registry import LOSS_CONFIG_REGISTRY, config_class_for
 from loss_core.usage import UsageProblem, closest
 

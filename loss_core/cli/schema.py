@@ -7,9 +7,9 @@ from dataclasses import MISSING, Field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from loss_core.check.text import described
-from loss_core.config import LossConfig
 from loss_core.dispatch.builders import flags_for
 from loss_core.field_checks import accepted_values, fields_of, is_runtime_field
+from loss_core.loss_config import LossConfig
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
 _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}

@@ -14,7 +14,7 @@ from loss_core.dispatch.protocol import Backend, BackendFlag, BackendUnavailable
 from loss_core.registry import is_ours
 
 if TYPE_CHECKING:
-    from loss_core.config import LossConfig
+    from loss_core.loss_config import LossConfig
 
 # Never `auto`'s choice: whether it can be used is known only by importing a large library, which takes seconds and
 # can fail in ways of its own.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from loss_core.config import LossConfig
+    from loss_core.loss_config import LossConfig
     from loss_core.workers.ranks import Request
 
 

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
-from loss_core.config import LossConfig
 from loss_core.dispatch.flags import load_backend
 from loss_core.dispatch.protocol import Backend, Evaluation
 from loss_core.field_checks import is_runtime_field
+from loss_core.loss_config import LossConfig
 from loss_core.losses.vocab_split import merge
 from loss_core.workers.pool import Pool, RequestFailed, Start, WorkerFailed
 

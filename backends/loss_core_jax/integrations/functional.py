@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import FusedLinearCEConfig, LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core.config import FusedLinearCEConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core.loss_config import LossConfig
 
 
 def softmax_cross_entropy(config: LossConfig | None = None, *, backend: str = "jax") -> Callable[..., jax.Array]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import jax
 
-from loss_core.config import LossConfig
 from loss_core.dispatch.protocol import BackendUnavailable, KernelChoice
+from loss_core.loss_config import LossConfig
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import KernelSet

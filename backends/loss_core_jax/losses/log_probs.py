@@ -20,7 +20,7 @@ from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, Rows
 from loss_core_jax.losses.base import Loss, has_fields_of
-from loss_core_jax.losses.linear_cross_entropy import (
+from loss_core_jax.losses.linear_source import (
     Head,
     gathered,
     input_gradients,

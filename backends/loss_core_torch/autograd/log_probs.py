@@ -21,7 +21,8 @@ from loss_core.row_terms import (
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
 from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
-from loss_core_torch.kernels import KernelSet, Rows, Wanted, kept_coefficients
+from loss_core_torch.kernels import KernelSet, Rows, Wanted
+from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable

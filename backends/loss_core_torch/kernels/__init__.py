@@ -8,7 +8,6 @@ custom operator where a call is traced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
@@ -105,31 +104,6 @@ class LinearGrads(NamedTuple):
     hidden_TH: Tensor
     weight_VH: Tensor
     bias_V: Tensor
-
-
-def times(coefficients: Coefficients, factor_T: Tensor) -> Coefficients:
-    """Coefficients of a gradient that is larger by a factor [T]."""
-    return Coefficients(*(None if c_T is None else c_T * factor_T for c_T in coefficients))
-
-
-def kept_coefficients(coefficients: Coefficients, keep_T: Tensor) -> Coefficients:
-    """The coefficients, 0 where keep is False."""
-    return Coefficients(*(None if c_T is None else c_T.masked_fill(~keep_T, 0.0) for c_T in coefficients))
-
-
-def filled_terms(values: RowTerms, sums: Sums, like_T: Tensor) -> RowTerms:
-    """Terms of the same value for every row, those that are needed; of shape, dtype and device of `like_T`."""
-    wanted = RowTerms(True, True, True, *sums)
-    return RowTerms(
-        *(torch.full_like(like_T, x) if is_wanted else None for x, is_wanted in zip(values, wanted, strict=True))
-    )
-
-
-def joined_terms(parts: Sequence[RowTerms]) -> RowTerms:
-    """Terms of all rows from those of blocks of them, of which there is one at least."""
-    if len(parts) == 1:
-        return parts[0]
-    return RowTerms(*(None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)))
 
 
 class PairCoefficients(NamedTuple):
@@ -230,7 +204,8 @@ class KernelSet(Protocol):
         """Gradients by h, W and b.
 
         Args:
-            terms, coefficients: over the whole vocabulary.
+            terms: over the whole vocabulary.
+            coefficients: likewise.
             want: which of them are made; another is empty.
             logits: of `linear_terms`, overwritten; empty: they are computed again.
         """

@@ -29,7 +29,7 @@ from loss_core.row_terms import (
     log_ratio_offset,
     mixture_logs,
 )
-from loss_core_torch.kernels import times
+from loss_core_torch.kernels.terms import times
 from loss_core_torch.tracing import compute_dtype
 
 _UNIT = 1.0 / GAP_UNIT

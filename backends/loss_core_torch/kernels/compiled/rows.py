@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, Sums, cross_entropy_coefficients
-from loss_core_torch.kernels import NEW, Into, Rows, filled_terms, joined_terms, times
+from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.approximate_maximum import applies, approximate_maximum, is_accurate
 from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
 from loss_core_torch.kernels.eager.row_blocks import Block, is_one
+from loss_core_torch.kernels.terms import filled_terms, joined_terms, times
 from loss_core_torch.tracing import compute_dtype
 
 

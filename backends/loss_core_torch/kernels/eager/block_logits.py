@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, RowTerms, Sums
-from loss_core_torch.kernels import times
 from loss_core_torch.kernels.eager.exponentials import exponents, log2_exp, softcap_slope, to_gradient, without
 from loss_core_torch.kernels.eager.products import Products
 from loss_core_torch.kernels.eager.sizes import Sizes
+from loss_core_torch.kernels.terms import times
 from loss_core_torch.tracing import compute_dtype
 
 

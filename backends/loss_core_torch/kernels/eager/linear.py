@@ -26,9 +26,10 @@ from loss_core.row_terms import (
     combine,
     cross_entropy_coefficients,
 )
-from loss_core_torch.kernels import Linear, LinearGrads, Wanted, filled_terms, joined_terms
+from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.eager.block_logits import BlockLogits, BlockRows, Tiles
 from loss_core_torch.kernels.eager.sizes import Sizes
+from loss_core_torch.kernels.terms import filled_terms, joined_terms
 from loss_core_torch.tracing import compute_dtype
 
 

@@ -23,7 +23,7 @@ from loss_core.row_terms import (
     Sums,
     cross_entropy_coefficients,
 )
-from loss_core_torch.kernels import NEW, Into, Rows, filled_terms, times
+from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.eager.exponentials import (
     exponents,
     log2_exp,
@@ -35,6 +35,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 )
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
 from loss_core_torch.kernels.eager.sizes import Sizes
+from loss_core_torch.kernels.terms import filled_terms, times
 from loss_core_torch.tracing import compute_dtype
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums
 from loss_core_torch import compat
-from loss_core_torch.kernels import Into, Linear, LinearGrads, Rows, Wanted, joined_terms
+from loss_core_torch.kernels import Into, Linear, LinearGrads, Rows, Wanted
 from loss_core_torch.kernels.gpu import kernels, rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.products import multiply
+from loss_core_torch.kernels.terms import joined_terms
 from loss_core_torch.tracing import compute_dtype
 
 # The largest coefficient has this exponent, or one more; see `_Chunks.exponent`.

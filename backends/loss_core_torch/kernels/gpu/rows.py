@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, Sums
-from loss_core_torch.kernels import NEW, Into, Rows, filled_terms
+from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
+from loss_core_torch.kernels.terms import filled_terms
 from loss_core_torch.tracing import compute_dtype
 
 

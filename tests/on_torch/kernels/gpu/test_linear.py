@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loss_core.row_terms import Objective, Sums, cross_entropy, cross_entropy_coefficients
-from loss_core_torch.kernels import Linear, Wanted, kept_coefficients
+from loss_core_torch.kernels import Linear, Wanted
+from loss_core_torch.kernels.terms import kept_coefficients
 from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
