@@ -3,5 +3,13 @@
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
 
-__all__ = ["FusedLinearCrossEntropy", "KDLoss", "MaskedCrossEntropy", "TEParallelCrossEntropy"]
+__all__ = [
+    "FusedLinearCrossEntropy",
+    "FusedLinearLogProbs",
+    "KDLoss",
+    "LogProbs",
+    "MaskedCrossEntropy",
+    "TEParallelCrossEntropy",
+]

@@ -117,9 +117,11 @@ class FusedLinearLogProbs(LinearModule):
         """Log-probabilities of labels under softmax(softcap(hidden_states @ lm_weight.T) / temperature).
 
         Args:
-            hidden_states, labels, lm_weight: as in FusedLinearCrossEntropy.
+            hidden_states: as in FusedLinearCrossEntropy.
+            labels: likewise.
+            lm_weight: likewise.
             temperature: as in LogProbs.
-            lm_bias: as in FusedLinearCrossEntropy.
+            lm_bias: likewise.
         Returns:
             As LogProbs.
         Raises:
