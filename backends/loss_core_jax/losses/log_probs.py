@@ -119,7 +119,7 @@ class FusedLinearLogProbs(Loss):
             labels: likewise.
             lm_weight: likewise.
             temperature: as in LogProbs.
-            lm_bias: likewise.
+            lm_bias: as in FusedLinearCrossEntropy.
         Returns:
             As LogProbs.
         Raises:

@@ -121,7 +121,7 @@ class FusedLinearLogProbs(LinearModule):
             labels: likewise.
             lm_weight: likewise.
             temperature: as in LogProbs.
-            lm_bias: likewise.
+            lm_bias: as in FusedLinearCrossEntropy.
         Returns:
             As LogProbs.
         Raises:
