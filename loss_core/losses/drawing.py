@@ -150,6 +150,13 @@ RECIPES = (
         ignored=0.2,
     ),
     Recipe(
+        "softcap-ragged",
+        "padded columns that a softcap makes count",
+        {"logit_softcapping": 0.5},
+        ("logit_softcapping",),
+        scale=0.01,
+    ),
+    Recipe(
         "softcap-none",
         "a softcap lost when logits are computed again",
         {"logit_softcapping": 2.0, "reduction": "none"},

@@ -88,15 +88,20 @@ class BlockLogits:
         self._owned_B = (rows.column_B >= 0) & (rows.column_B < tiles.vocab)
         self._place_B = self._places(torch.where(self._owned_B, rows.column_B, 0))
 
-    def fill(self, h_BH: Tensor, sums: Sums) -> RowTerms:
-        """Make the logits h @ W.T + b; returns their terms."""
-        m_B = self._memory.new_full((self._rows,), -torch.inf)
-        z_sum_B = torch.zeros_like(m_B) if sums.z_sum else None
+    def make(self, h_BH: Tensor) -> Iterator[Tensor]:
+        """Make the logits h @ W.T + b; gives each tile while it is at hand."""
         for tile, w_CH in self._tiles:
             z_BC = self._piece(tile)
             self._tiles.logits(tile, w_CH, h_BH, z_BC)
             if self._softcap:
                 z_BC.div_(self._softcap).tanh_()
+            yield z_BC
+
+    def fill(self, h_BH: Tensor, sums: Sums) -> RowTerms:
+        """Make the logits; returns their terms."""
+        m_B = self._memory.new_full((self._rows,), -torch.inf)
+        z_sum_B = torch.zeros_like(m_B) if sums.z_sum else None
+        for z_BC in self.make(h_BH):
             torch.maximum(m_B, z_BC.amax(-1), out=m_B)
             if z_sum_B is not None:
                 z_sum_B += z_BC.sum(-1)

@@ -65,7 +65,9 @@ class LinearKernels:
         for at in call.blocks(block):
             block_logits, h_BH = call.logits(buffer, at), call.hidden(at)
             if not kept:
-                block_logits.fill(h_BH, Sums())
+                # Their terms are known.
+                for _ in block_logits.make(h_BH):
+                    pass
             part = RowTerms(*(None if x_T is None else x_T[at] for x_T in terms))
             block_logits.to_gradient(part, Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients)))
             found.add(at, block_logits, h_BH)
