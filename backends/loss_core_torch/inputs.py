@@ -155,9 +155,9 @@ def in_range(tokens: Tokens, vocab: int, ignore_index: int) -> Tokens:
     labels_T, keep_T = tokens.labels_T, tokens.keep_T
     if keep_T is None or _all_classes(labels_T, vocab):
         return tokens
+    bad_T = keep_T & (labels_T.clamp(0, vocab - 1) != labels_T)
     if not may_read(labels_T):
-        return tokens._replace(nan_T=nan_where(keep_T & ((labels_T < 0) | (labels_T >= vocab)), tokens.nan_T))
-    bad_T = keep_T & ((labels_T < 0) | (labels_T >= vocab))
+        return tokens._replace(nan_T=nan_where(bad_T, tokens.nan_T))
     if not bool(bad_T.any()):
         return tokens
     first, shape = int(bad_T.nonzero()[0, 0]), tokens.shape
@@ -178,8 +178,9 @@ def _all_classes(labels_T: Tensor, vocab: int) -> bool:
 
 def nan_where(bad: Tensor, factor_T: Tensor | None) -> Tensor:
     """The factor of each token, or 1, but NaN where `bad` (a bool tensor [T] or []) is True."""
-    ones = torch.ones_like(bad, dtype=torch.float32) if factor_T is None else factor_T
-    return ones.masked_fill(bad, torch.nan)
+    if factor_T is not None:
+        return factor_T.masked_fill(bad, torch.nan)
+    return torch.ones_like(bad, dtype=torch.float32).masked_fill_(bad, torch.nan)
 
 
 def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:

@@ -42,12 +42,16 @@ def coefficients(tokens: Tokens, reduction: str, dtype: torch.dtype) -> Tensor:
 
     The counterpart of `reduce_tokens` for losses that make their sum, and its gradient, themselves.
     """
-    labels_T, keep_T = tokens.labels_T, tokens.keep_T
-    coef_T = torch.ones_like(labels_T, dtype=compute_dtype(dtype))
-    for factor_T in (tokens.weights_T, tokens.nan_T):
-        coef_T = coef_T if factor_T is None else coef_T * factor_T.to(coef_T.dtype)
-    if keep_T is not None:
-        coef_T = coef_T.masked_fill(~keep_T, 0.0)
+    keep_T, weights_T, compute = tokens.keep_T, tokens.weights_T, compute_dtype(dtype)
+    if weights_T is not None:
+        # Not a product with 0: an ignored token's weight may be infinite.
+        coef_T = zero_where_ignored(weights_T.to(compute), keep_T)
+    elif keep_T is not None:
+        coef_T = keep_T.to(compute)
+    else:
+        coef_T = torch.ones_like(tokens.labels_T, dtype=compute)
+    if tokens.nan_T is not None:
+        coef_T = coef_T * tokens.nan_T.to(compute)
     if reduction == "mean":
         number = _number(tokens)
         return coef_T / (number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1))
@@ -56,9 +60,10 @@ def coefficients(tokens: Tokens, reduction: str, dtype: torch.dtype) -> Tensor:
 
 def weighted_sum(coef_T: Tensor, loss_T: Tensor) -> Tensor:
     """Sum of coef * loss; a coefficient of 0 takes a token out, even one whose loss is infinite."""
-    if may_read(loss_T) and math.isfinite(total := (coef_T * loss_T).sum()):
+    weighted_T = coef_T * loss_T
+    if may_read(loss_T) and math.isfinite(total := weighted_T.sum()):
         return total
-    return (coef_T * loss_T).masked_fill(coef_T == 0, 0.0).sum()
+    return weighted_T.masked_fill_(coef_T == 0, 0.0).sum()
 
 
 def zero_where_ignored(loss_T: Tensor, keep_T: Tensor | None) -> Tensor:

@@ -65,8 +65,8 @@ class CrossEntropy(LossFunction):
             terms = operators.row_terms(call.kernels, rows, call.objective.sums)
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
-        loss_T = zero_where_ignored(cross_entropy(torch, terms, call.objective), keep_T)
-        result = loss_T if coef_T is None else weighted_sum(coef_T, loss_T)
+        loss_T = cross_entropy(torch, terms, call.objective)
+        result = zero_where_ignored(loss_T, keep_T) if coef_T is None else weighted_sum(coef_T, loss_T)
         return result, *terms[:3], *made
 
     @staticmethod
