@@ -25,7 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
+from loss_core import (
+    LOSS_CONFIG_REGISTRY,
+    FusedLinearCEConfig,
+    FusedLinearLogProbsConfig,
+    KDLossConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+)
 from loss_core.bench import bench
 from loss_core.bench.report import BenchReport, BenchRow, best_baseline_of, best_flag_of, roofline_of
 from loss_core.bench.tables import memory_text, time_text
@@ -77,12 +84,13 @@ STEPS = (
     Step("fused", _FUSED, (_QWEN, _LLAMA), 110, of_roofline=1 / 1.15, most_bytes=3 * GIB),
     Step("ce", _LOGITS, ((8192, 128_256), (8192, 32_000)), 60, of_roofline=0.85),
     Step("kd", _KD, ((4096, 128_256), (8192, 32_000)), 45, of_roofline=0.80),
+    Step("log-probs", FusedLinearLogProbsConfig(entropy=True), ((4096, 131_072, 4096),), 40, most_bytes=2_400_000_000),
     Step("fused-half-ignored", _FUSED, (_LLAMA,), 40, ignored=0.5),
     Step("fused-gemma", _FUSED, ((16_384, 248_320, 2048),), 60),
     Step("jax-ce", _LOGITS, ((8192, 128_256),), 25, **_JAX),
     Step("jax-kd", _KD, ((4096, 128_256),), 25, **_JAX),
 )
-_CHECK_SECONDS, _SANITIZER_SECONDS, _KERNELS_SECONDS = 90.0, 45.0, 30.0
+_CHECK_SECONDS, _SANITIZER_SECONDS, _KERNELS_SECONDS = 120.0, 45.0, 30.0
 # Those that take the longest to compile last.
 _CHECKED = ("torch:triton", "torch:plain", "torch:eager", "torch:compile")
 
@@ -109,7 +117,7 @@ def run_checks(device: str, deadline: float, quick: bool) -> Iterator[Report]:
         if not flag_status(flag).usable:
             continue
         for dtype in ("bfloat16", "float32", "float16", "float64"):
-            for loss in ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "TEParallelCrossEntropy"):
+            for loss in LOSS_CONFIG_REGISTRY:
                 try:
                     report = check(loss, [flag], dtypes=[dtype], only=only, device=device, progress=look_at_the_clock)
                 except _TimeIsUpError:
@@ -124,7 +132,7 @@ def run_checks(device: str, deadline: float, quick: bool) -> Iterator[Report]:
 _SANITIZED = """
 import sys
 from loss_core.check import check
-for loss in ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "TEParallelCrossEntropy"):
+for loss in ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "FusedLinearLogProbs"):
     report = check(loss, ["torch:triton"], dtypes=["bfloat16"], only=["basic", "strided", "ragged"], device="cuda")
     print(report)
     if not report.passed:

@@ -219,7 +219,22 @@ def full_float32_products() -> Iterator[None]:
         _FULL_FLOAT32.leave()
 
 
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Products of 16-bit matrices on CUDA are added up in float32 while this lasts, also where a product is split.
+
+    As `full_float32_products`. Seen in torch 2.10, 2.13.
+    """
+    _FLOAT32_SUMS.enter()
+    try:
+        yield
+    finally:
+        _FLOAT32_SUMS.leave()
+
+
 _BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+_CUDA: Any = torch.backends.cuda.matmul
+_REDUCED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 
 def _is_reduced(backend: Any) -> bool:
@@ -229,27 +244,35 @@ def _is_reduced(backend: Any) -> bool:
     return next((precision for precision in found if precision != "none"), "none") not in ("none", "ieee")
 
 
-class _FullFloat32:
-    """How many calls want full float32 products now, and the settings to restore after the last of them."""
+class _Settings:
+    """Settings of the process that calls want changed; the last of them to leave restores what was before.
 
-    def __init__(self) -> None:
-        self._lock, self._calls = threading.Lock(), 0
-        self._before: list[tuple[Any, str]] = []
+    Args:
+        changes: owner, name and wanted value of each setting that is another now.
+    """
+
+    def __init__(self, changes: Callable[[], list[tuple[Any, str, Any]]]) -> None:
+        self._changes, self._lock, self._calls = changes, threading.Lock(), 0
+        self._before: list[tuple[Any, str, Any]] = []
 
     def enter(self) -> None:
         with self._lock:
             if self._calls == 0:
-                self._before = [(x.matmul, x.matmul.fp32_precision) for x in _BACKENDS if _is_reduced(x)]
-                for setting, _ in self._before:
-                    setting.fp32_precision = "ieee"
+                changes = self._changes()
+                self._before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+                for owner, name, value in changes:
+                    setattr(owner, name, value)
             self._calls += 1
 
     def leave(self) -> None:
         with self._lock:
             self._calls -= 1
             if self._calls == 0:
-                for setting, precision in self._before:
-                    setting.fp32_precision = precision
+                for owner, name, value in self._before:
+                    setattr(owner, name, value)
 
 
-_FULL_FLOAT32 = _FullFloat32()
+_FULL_FLOAT32 = _Settings(
+    lambda: [(backend.matmul, "fp32_precision", "ieee") for backend in _BACKENDS if _is_reduced(backend)]
+)
+_FLOAT32_SUMS = _Settings(lambda: [(_CUDA, name, False) for name in _REDUCED_SUMS if getattr(_CUDA, name)])

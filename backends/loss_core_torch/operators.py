@@ -126,6 +126,10 @@ def _new_grads(linear: Linear, want: Wanted) -> list[Tensor]:
     return [linear.h_TH.new_empty(shape if is_wanted else (0,), dtype=dtype) for shape, is_wanted in wanted]
 
 
+def _new_rounded_grads(linear: Linear, want: Wanted) -> list[Tensor]:
+    return list(LinearGrads(*_new_grads(linear, want)).rounded(linear))
+
+
 row_terms = _Method(
     "row_terms", _new_row_terms, lambda found, rows, sums: _row_terms(found, sums), rows=Rows, sums=Sums
 )
@@ -164,7 +168,7 @@ linear_terms = _Method(
 )
 linear_grads = _Method(
     "linear_grads",
-    lambda linear, terms, coefficients, want, logits: _new_grads(linear, want),
+    lambda linear, terms, coefficients, want, logits: _new_rounded_grads(linear, want),
     lambda found, *args: LinearGrads(*found),
     linear=Linear,
     terms=RowTerms,

@@ -99,11 +99,16 @@ class Wanted(NamedTuple):
 
 
 class LinearGrads(NamedTuple):
-    """Gradients of a fused loss in the dtype of the arithmetic; empty where they are not wanted."""
+    """Gradients of a fused loss; empty where they are not wanted."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
     bias_V: Tensor
+
+    def rounded(self, linear: Linear) -> LinearGrads:
+        """Those of weight and bias in the dtypes of these operands."""
+        by_b_V = self.bias_V if linear.bias_V is None else self.bias_V.to(linear.bias_V.dtype)
+        return self._replace(weight_VH=self.weight_VH.to(linear.w_VH.dtype), bias_V=by_b_V)
 
 
 class PairCoefficients(NamedTuple):
@@ -201,7 +206,7 @@ class KernelSet(Protocol):
     def linear_grads(
         self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
     ) -> LinearGrads:
-        """Gradients by h, W and b.
+        """Gradients by h in the dtype of the arithmetic, by W and b in their own.
 
         Args:
             terms: over the whole vocabulary.
@@ -214,7 +219,7 @@ class KernelSet(Protocol):
     def linear_terms_and_grads(
         self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
     ) -> tuple[RowTerms, LinearGrads]:
-        """Terms, and the gradients of the sum of coef * loss, with three matrix products."""
+        """Terms, and the gradients of the sum of coef * loss in the dtype of the arithmetic, with three products."""
         ...
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

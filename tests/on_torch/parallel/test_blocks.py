@@ -19,13 +19,14 @@ def test_logits_computed_again(world):
 
 @over_processes(2, flag="torch:triton")
 def test_with_triton_in_pieces(world):
-    """The same in blocks of 16 columns, and chunks of two tokens whose logits do not wait."""
+    """The same in blocks of 16 columns, chunks of two tokens, and tiles of 20 columns."""
     from loss_core_torch.kernels.gpu import GpuKernels
     from loss_core_torch.kernels.gpu.launch import Launcher
     from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 
     size = LaunchParameters(block_v=16, vector=4, num_warps=1)
-    kernels = GpuKernels(Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: (2, 2)))
+    launcher = Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: (2, 2), tiles=lambda *_: (20, 2))
+    kernels = GpuKernels(launcher)
     for loss in LOSSES:
         for case in cases(loss, shape=(5, 97), only=("basic", "softcap-none")):
             fields = {"skip_ignored": False} if loss == "FusedLinearCrossEntropy" else {}

@@ -71,7 +71,7 @@ class LinearKernels:
             part = RowTerms(*(None if x_T is None else x_T[at] for x_T in terms))
             block_logits.to_gradient(part, Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients)))
             found.add(at, block_logits, h_BH)
-        return found.grads
+        return found.grads.rounded(linear)
 
     def linear_terms_and_grads(
         self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted

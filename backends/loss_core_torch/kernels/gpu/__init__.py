@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch.kernels import NEW, Into, Linear, LinearGrads, PairCoefficients, Pairs, Rows, Wanted
-from loss_core_torch.kernels.gpu import linear, pairs, rows
+from loss_core_torch.kernels.gpu import linear, linear_tiles, pairs, rows
 from loss_core_torch.kernels.gpu.launch import Launcher
 
 
@@ -51,12 +51,12 @@ class GpuKernels:
         return self._launcher.operand_dtype(product_dtype, device)
 
     def linear_terms(self, linear_: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
-        return linear.terms(self._launcher, linear_, sums, keep_logits)
+        return linear_tiles.terms(self._launcher, linear_, sums, keep_logits)
 
     def linear_grads(
         self, linear_: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
     ) -> LinearGrads:
-        return linear.grads(self._launcher, linear_, terms, coefficients, want, logits)
+        return linear_tiles.grads(self._launcher, linear_, terms, coefficients, want, logits)
 
     def linear_terms_and_grads(
         self, linear_: Linear, coef_T: Tensor, objective: Objective, want: Wanted

@@ -122,13 +122,15 @@ class Launcher(NamedTuple):
     Attributes:
         start: starts one kernel; see `start`.
         parameters: sizes of a launch; see `sizes.launch_parameters`.
-        chunk_tokens: tokens of a chunk of the fused loss; see `sizes.chunk_tokens`.
+        chunk_tokens: tokens of a chunk of a fused loss; see `sizes.chunk_tokens`.
+        tiles: columns of a tile of a fused loss; see `sizes.tiles`.
         operand_dtype: dtype of the operands of matrix products; see `products.operand_dtype`.
     """
 
     start: Callable[..., None] = start
     parameters: Callable[..., LaunchParameters] = sizes.launch_parameters
-    chunk_tokens: Callable[[int, int, int, int, int, bool], tuple[int, int]] = sizes.chunk_tokens
+    chunk_tokens: Callable[[int, int, int, int, int], tuple[int, int]] = sizes.chunk_tokens
+    tiles: Callable[[int, int, int, int, bool], tuple[int, int]] = sizes.tiles
     operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = products.operand_dtype
 
 

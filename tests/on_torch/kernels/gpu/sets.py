@@ -7,19 +7,22 @@ from loss_core_torch.kernels.gpu.launch import Launcher, start
 
 V = 37
 
-# Blocks of 16 columns (two lanes, two vectors of 4 each) and chunks of four tokens, logits of two of them at a time, so
-# that small inputs go through every loop.
+# Blocks of 16 columns (two lanes, two vectors of 4 each) and chunks of four tokens, or tiles of 20 columns, logits of
+# two tokens at a time, so that small inputs go through every loop.
 TINY = sizes.LaunchParameters(block_v=16, vector=4, num_warps=1)
 
 
-def tiny_chunks(num_tokens, vocab, logit_bytes, grad_bytes, rounded_bytes, together):
-    beside = grad_bytes not in (0, logit_bytes)
-    return (4, 2) if beside and not together else (4, 4)
+def tiny_chunks(num_tokens, vocab, logit_bytes, grad_bytes, rounded_bytes):
+    return (4, 2) if grad_bytes != logit_bytes else (4, 4)
+
+
+def tiny_tiles(*_):
+    return 20, 2
 
 
 SETS = {
     "own-sizes": GpuKernels(),
-    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=tiny_chunks)),
+    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=tiny_chunks, tiles=tiny_tiles)),
 }
 
 

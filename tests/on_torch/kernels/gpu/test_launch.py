@@ -43,17 +43,28 @@ def test_chunks_are_few_equal_and_within_the_budget():
     assert 151936 * (chunk * 2 + logits * 4) <= 1 << 30
     # Over the logits: 1 GiB.
     assert sizes.chunk_tokens(8192, 128256, 4, 4, 1 << 34) == (2048, 2048)
-    assert sizes.chunk_tokens(8192, 128256, 4, 0) == (512, 512)
     assert sizes.chunk_tokens(1000, 100, 4, 4) == (1000, 1000)
     assert sizes.chunk_tokens(2000, 10**9, 4, 4) == (128, 128)
     assert sizes.chunk_tokens(2000, 10**9, 4, 2) == (128, 128)
     assert sizes.chunk_tokens(0, 100, 4, 2) == (0, 0)
-    # Kept for a second visit, they exist together with their gradient.
-    assert sizes.chunk_tokens(8192, 16032, 4, 2, 0, True) == (8192, 8192)
     for tokens in (1500, 3000, 10000):
         chunk, logits = sizes.chunk_tokens(tokens, 128256, 4, 2)
         assert 128256 * (chunk * 2 + logits * 4) <= 1 << 30
         assert chunk % 128 == 0 or chunk == tokens
+
+
+def test_tiles_are_wide_and_their_logits_small():
+    columns, tokens = sizes.tiles(4096, 131072, 4, 2)
+    assert (columns, tokens) == (32768, 1024)
+    assert 4096 * columns * 2 <= 256 << 20
+    assert tokens * columns * 4 <= 128 << 20
+    # Over the logits, which then exist for all tokens.
+    assert sizes.tiles(4096, 131072, 4, 4) == (16384, 4096)
+    # Kept for a second visit, they exist together with their gradient.
+    assert sizes.tiles(8192, 16032, 4, 2, True) == (16032, 8192)
+    assert sizes.tiles(8192, 128256, 4, 2, True) == sizes.tiles(8192, 128256, 4, 2)
+    assert sizes.tiles(1 << 20, 128256, 4, 2) == (1024, 32768)
+    assert sizes.tiles(0, 100, 4, 2) == (100, 0)
 
 
 def test_a_torch_that_adds_nothing_to_float32_multiplies_in_float32(monkeypatch):

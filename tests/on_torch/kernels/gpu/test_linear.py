@@ -5,8 +5,10 @@ import torch
 
 from loss_core.row_terms import Objective, Sums, cross_entropy, cross_entropy_coefficients
 from loss_core_torch.kernels import Linear, Wanted
+from loss_core_torch.kernels.gpu import GpuKernels
+from loss_core_torch.kernels.gpu.launch import Launcher, start
 from loss_core_torch.kernels.terms import kept_coefficients
-from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks
+from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks, tiny_tiles
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
@@ -52,12 +54,15 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
     linear = _linear(dtype=dtype, softcap=softcap)
     coef_T = torch.randn(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     loss_T, *grads = _expected(linear, coef_T)
-    for terms, *found in _both_ways(SETS[name], linear, coef_T):
+    # In one visit in the dtype of the arithmetic; in two, that of the weight in its own.
+    both_ways = zip(_both_ways(SETS[name], linear, coef_T), (coef_T.dtype, dtype, dtype), strict=True)
+    for (terms, *found), weight_dtype in both_ways:
         tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(cross_entropy(torch, terms, Objective(V)).double(), loss_T, **tolerance)
+        assert [got.dtype for got in found] == [coef_T.dtype, weight_dtype]
         for got, expected in zip(found, grads, strict=True):
-            # In the dtype of the arithmetic.
-            assert got.dtype == coef_T.dtype
+            if got.dtype == torch.bfloat16:
+                tolerance = {"rtol": 2**-8, "atol": 1e-5}
             torch.testing.assert_close(got.double(), expected, **tolerance)
 
 
@@ -138,13 +143,19 @@ def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
 def test_operands_of_16_bits_and_small_coefficients(flag):
     """As on a GPU. A large count divides what float16 has to hold; small probabilities must not be lost."""
     for dtype in (torch.bfloat16, torch.float16):
-        kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype, chunk_tokens=tiny_chunks)
-        linear, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
-        _, *grads = _expected(linear, coef_T)
-        for _, *found in _both_ways(kernels, linear, coef_T):
-            for got, expected in zip(found, grads, strict=True):
-                step = torch.finfo(dtype).eps
-                torch.testing.assert_close(got.double(), expected, rtol=4 * step, atol=2 * step * 2.0**-20)
+        kernels, _ = counted(
+            operand_dtype=lambda product_dtype, _: product_dtype, chunk_tokens=tiny_chunks, tiles=tiny_tiles
+        )
+        narrow, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
+        _, *grads = _expected(narrow, coef_T)
+        step = torch.finfo(dtype).eps
+        for linear in (narrow, narrow._replace(w_VH=narrow.w_VH.float())):
+            for _, *found in _both_ways(kernels, linear, coef_T):
+                for got, expected in zip(found, grads, strict=True):
+                    # What float16 can hold of a gradient that is rounded to it.
+                    coarse = 2.0**-25 if got.dtype == torch.float16 else 0.0
+                    tolerance = {"rtol": 4 * step, "atol": 2 * step * 2.0**-20 + coarse}
+                    torch.testing.assert_close(got.double(), expected, **tolerance)
 
 
 def test_probabilities_that_float16_would_lose(flag):
@@ -152,6 +163,8 @@ def test_probabilities_that_float16_would_lose(flag):
     kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype)
     torch.manual_seed(0)
     linear, coef_T = _linear(dtype=torch.float16, scale=4.0), torch.full((5,), 3.0)
+    # Its gradient is not rounded to float16.
+    linear = linear._replace(w_VH=linear.w_VH.float())
     *_, grad_w = _expected(linear, coef_T)
     size_V = grad_w.abs().amax(-1)
     small = (size_V > 1e-6) & (size_V < 1e-4)
@@ -208,3 +221,22 @@ def test_products_are_full_float32_whatever_the_switches_say(flag):
     for want, got in zip(expected, found, strict=True):
         assert torch.equal(want[1], got[1])
         assert torch.equal(want[2], got[2])
+
+
+def test_products_into_16_bits_are_added_up_in_float32(flag):
+    """A product into bfloat16 that the vendor's library splits would add its parts in bfloat16 otherwise."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    seen = []
+
+    def start_and_look(kernel, *args, **options):
+        seen.extend(getattr(matmul, name) for name in names)
+        start(kernel, *args, **options)
+
+    kernels, linear = GpuKernels(Launcher(start=start_and_look)), _linear(dtype=torch.bfloat16)
+    terms, _ = kernels.linear_terms(linear, Sums(), False)
+    seen.clear()
+    kernels.linear_grads(linear, terms, _coefficients(terms, torch.ones(5)), BOTH, torch.empty(0))
+    assert seen
+    assert not any(seen)
+    assert all(getattr(matmul, name) for name in names)
