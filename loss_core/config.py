@@ -17,6 +17,7 @@ from loss_core.field_checks import (
     check_choice,
     check_fraction,
     check_integer,
+    check_metrics,
     check_number,
     check_reduction,
 )
@@ -40,6 +41,10 @@ class MaskedCrossEntropyConfig(LossConfig):
             label, as F.cross_entropy has it.
         z_loss: l in l * (log-sum-exp of the logits)^2, which each token's loss has besides; 0 is off.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; 0 is off, else 2**-63 to 2**63.
+        metrics: names among "accuracy", "entropy", "lse", "z_loss", "num_valid"; with any, a call returns the loss and
+            a dict of them, not differentiated: of each token whether no logit is above its label's, the entropy of
+            its distribution in nats, log-sum-exp, its share of z_loss, each reduced as the loss is (count and weights
+            included); and how many tokens count.
     """
 
     fp32_upcast: bool = True
@@ -50,6 +55,7 @@ class MaskedCrossEntropyConfig(LossConfig):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     logit_softcapping: float = 0.0
+    metrics: tuple[str, ...] = ()
 
     def validate(self) -> None:
         check_bool("fp32_upcast", self.fp32_upcast)
@@ -59,6 +65,7 @@ class MaskedCrossEntropyConfig(LossConfig):
         check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
         check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("inplace_grad", self.inplace_grad)
+        self.metrics = check_metrics(self.metrics)
 
 
 @typed_loss("FusedLinearCrossEntropy", "linear_cross_entropy")
@@ -78,6 +85,7 @@ class FusedLinearCEConfig(LossConfig):
             False: never.
         label_smoothing: as in MaskedCrossEntropyConfig.
         z_loss: as in MaskedCrossEntropyConfig.
+        metrics: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
@@ -88,6 +96,7 @@ class FusedLinearCEConfig(LossConfig):
     skip_ignored: bool | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    metrics: tuple[str, ...] = ()
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
@@ -96,6 +105,7 @@ class FusedLinearCEConfig(LossConfig):
         check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
         check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("sequence_parallel", self.sequence_parallel)
+        self.metrics = check_metrics(self.metrics)
         if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
             raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
 
@@ -114,6 +124,7 @@ class TEParallelCEConfig(LossConfig):
         label_smoothing: as in MaskedCrossEntropyConfig.
         z_loss: as in MaskedCrossEntropyConfig.
         logit_softcapping: as in MaskedCrossEntropyConfig.
+        metrics: as in MaskedCrossEntropyConfig.
     """
 
     ignore_index: int = -100
@@ -123,6 +134,7 @@ class TEParallelCEConfig(LossConfig):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     logit_softcapping: float = 0.0
+    metrics: tuple[str, ...] = ()
 
     def validate(self) -> None:
         check_integer("ignore_index", self.ignore_index)
@@ -131,6 +143,7 @@ class TEParallelCEConfig(LossConfig):
         check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
         check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("inplace_grad", self.inplace_grad)
+        self.metrics = check_metrics(self.metrics)
 
 
 @typed_loss("KDLoss", "distillation")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
@@ -17,6 +17,10 @@ from typing import Any
 
 REDUCTIONS = ("sum", "mean", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# Those that each token has, and the number of tokens.
+TOKEN_METRICS = ("accuracy", "entropy", "lse", "z_loss")
+NUM_VALID = "num_valid"
+METRICS = (*TOKEN_METRICS, NUM_VALID)
 
 _INT64 = 2**63
 
@@ -88,6 +92,22 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_metrics(value: object) -> tuple[str, ...]:
+    """The names of metrics as a tuple.
+
+    Raises:
+        ValueError: no list of names, one that does not exist, or one twice.
+    """
+    _note("metrics", type="array", items={"enum": list(METRICS)}, uniqueItems=True)
+    accepted = f"a list of names among {', '.join(map(repr, METRICS))}, each once"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"metrics must be {accepted}, got {value!r}.")
+    names = tuple(value)
+    if any(name not in METRICS for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"metrics must be {accepted}, got {list(names)!r}.")
+    return names
+
+
 def check_fraction(name: str, value: object) -> None:
     """Refuse what is no number in [0, 1]."""
     _note(name, type="number", minimum=0, maximum=1)
@@ -97,7 +117,9 @@ def check_fraction(name: str, value: object) -> None:
 
 
 def plain_value(value: Any) -> Any:
-    """A NumPy scalar as the Python number it holds, so that YAML and JSON can store it."""
+    """What YAML and JSON can store: a NumPy scalar as the Python number it holds, a tuple as a list."""
+    if isinstance(value, tuple):
+        return list(value)
     return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
 
 

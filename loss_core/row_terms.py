@@ -13,6 +13,7 @@ Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmeti
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Array = Any
@@ -67,27 +68,32 @@ class Objective(NamedTuple):
         num_classes: V over all pieces.
         label_smoothing: share of the target's probability that is spread over all classes.
         z_loss: factor of log-sum-exp squared, which is added to the loss.
+        metrics: whether `token_metrics` will be asked for; m is the maximum itself then.
     """
 
     num_classes: int
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    metrics: bool = False
 
     @classmethod
     def of(cls, loss: Any, num_classes: int) -> Objective:
         """That of a loss whose fields are named as the options."""
-        options: tuple[str, ...] = cls._fields[1:]
-        return cls(num_classes, *(getattr(loss, name) for name in options))
+        return cls(num_classes, **{name: getattr(loss, name) for name in OPTIONS}, metrics=bool(loss.metrics))
 
     @property
     def options(self) -> dict[str, Any]:
-        """All but the number of classes, by name."""
-        return dict(zip(self._fields[1:], self[1:], strict=True))
+        """What its gradient depends on, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
 
     @property
     def sums(self) -> Sums:
-        """What its value and coefficients are made of."""
-        return Sums(z_sum=self.label_smoothing != 0)
+        """What value, coefficients and metrics are made of."""
+        return Sums(z_sum=self.label_smoothing != 0, e=self.metrics)
+
+
+# Fields of an `Objective` that are options of a loss.
+OPTIONS = ("label_smoothing", "z_loss")
 
 
 # Unit of `PairTerms.a`: a power of two, so that it costs no digits. Where a student is masked by the lowest finite
@@ -155,6 +161,21 @@ def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array
     return loss
 
 
+def token_metrics(xp: Namespace, terms: RowTerms, objective: Objective, names: Sequence[str]) -> list[Array]:
+    """Per row, what a training loop likes to see beside the loss; see `MaskedCrossEntropyConfig.metrics`.
+
+    Args:
+        names: among "accuracy", "entropy", "lse", "z_loss".
+    """
+    return [_METRICS[name](xp, terms, objective) for name in names]
+
+
+def _accuracy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array:
+    """1 where no logit is above the target's; the two may come from one logit by two roundings of softcap or bias."""
+    rounding = 4.0 * xp.finfo(terms.m.dtype).eps * xp.abs(terms.m)
+    return xp.where(terms.m - terms.t <= rounding, xp.ones_like(terms.m), xp.zeros_like(terms.m))
+
+
 def log_sum_exp(xp: Namespace, terms: RowTerms) -> Array:
     """Log-sum-exp of the logits of each row."""
     return terms.m + xp.log(terms.s)
@@ -193,6 +214,14 @@ def log_probability_coefficients(
         return Coefficients(scale, upstream)
     share = upstream_entropy / terms.s
     return Coefficients(scale + share * (terms.e / terms.s), upstream, slope=-share)
+
+
+_METRICS: dict[str, Callable[[Namespace, RowTerms, Objective], Array]] = {
+    "accuracy": _accuracy,
+    "entropy": lambda xp, terms, _: entropy(xp, terms),
+    "lse": lambda xp, terms, _: log_sum_exp(xp, terms),
+    "z_loss": lambda xp, terms, objective: objective.z_loss * log_sum_exp(xp, terms) ** 2,
+}
 
 
 def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:

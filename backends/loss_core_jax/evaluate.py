@@ -57,11 +57,18 @@ def _value_and_grads(
 
 
 def as_one(result: Any) -> jax.Array:
-    """A result as one array: those of several are stacked in front."""
+    """A result as one array: those of several, and metrics by name behind a loss, are stacked in front."""
     if isinstance(result, jax.Array):
         return result
-    present = [x for x in result if x is not None]
-    return present[0] if len(present) == 1 else jnp.stack(present)
+    first, *others = (x for x in result if x is not None)
+    others = [x for other in others for x in _listed(other)]
+    return (
+        jnp.stack([first, *(jnp.broadcast_to(x.astype(first.dtype), first.shape) for x in others)]) if others else first
+    )
+
+
+def _listed(result: Any) -> list[Any]:
+    return [result[name] for name in sorted(result)] if isinstance(result, dict) else [result]
 
 
 def to_jax(array: np.ndarray, dtype: str) -> Any:

@@ -59,11 +59,16 @@ def evaluate(
 
 
 def as_one(result: Any) -> torch.Tensor:
-    """A result as one tensor: those of several are stacked in front."""
+    """A result as one tensor: those of several, and metrics by name behind a loss, are stacked in front."""
     if isinstance(result, torch.Tensor):
         return result
-    present = [x for x in result if x is not None]
-    return present[0] if len(present) == 1 else torch.stack(present)
+    first, *others = (x for x in result if x is not None)
+    others = [x for other in others for x in _listed(other)]
+    return torch.stack([first, *(x.to(first.dtype).expand_as(first) for x in others)]) if others else first
+
+
+def _listed(result: Any) -> list[Any]:
+    return [result[name] for name in sorted(result)] if isinstance(result, dict) else [result]
 
 
 def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str | None:

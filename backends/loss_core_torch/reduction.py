@@ -71,6 +71,13 @@ def zero_where_ignored(loss_T: Tensor, keep_T: Tensor | None) -> Tensor:
     return loss_T if keep_T is None else loss_T.masked_fill(~keep_T, 0.0)
 
 
+def number_of_valid(tokens: Tokens, groups: tuple[Any, ...] = ()) -> Tensor:
+    """How many tokens count, int64, a scalar; over all ranks of groups over which they are sharded."""
+    number = torch.as_tensor(_number(tokens), device=tokens.labels_T.device)
+    # In float64, in which the number of tokens is exact.
+    return _sum_over_ranks(number.double(), groups).long() if groups else number
+
+
 def _number(tokens: Tokens) -> Tensor | int:
     """How many tokens count."""
     return tokens.labels_T.numel() if tokens.keep_T is None else tokens.keep_T.sum()

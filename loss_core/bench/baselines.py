@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from loss_core.bench.job import Job
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
-from loss_core.row_terms import Objective
+from loss_core.row_terms import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ _LOGITS, _FUSED = ("cross_entropy",), ("linear_cross_entropy",)
 _BOTH = _LOGITS + _FUSED
 _ALL = (*_BOTH, "distillation")
 _SOFTCAP = ("logit_softcapping",)
-_OURS = (*_SOFTCAP, *Objective._fields[1:])
+_OURS = (*_SOFTCAP, *OPTIONS)
 
 BASELINES = {
     b.name: b

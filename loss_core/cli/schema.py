@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from loss_core.check.text import described
 from loss_core.dispatch.builders import flags_for
-from loss_core.field_checks import accepted_values, fields_of, is_runtime_field
+from loss_core.field_checks import accepted_values, fields_of, is_runtime_field, plain_value
 from loss_core.loss_config import LossConfig
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
@@ -88,5 +88,5 @@ def _of_type(hint: Any) -> dict[str, Any]:
 
 
 def _default(f: Field[Any]) -> dict[str, Any]:
-    value = f.default_factory() if f.default_factory is not MISSING else f.default
+    value = plain_value(f.default_factory() if f.default_factory is not MISSING else f.default)
     return {"default": value} if value is None or isinstance(value, bool | int | float | str | list | dict) else {}

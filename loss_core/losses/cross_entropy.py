@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
+from loss_core.field_checks import METRICS
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Arrays, Floats, LossDef
+from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 from loss_core.losses.rounding import (
     COEF_ROUNDINGS,
@@ -24,7 +26,6 @@ from loss_core.losses.rounding import (
     SoftmaxErrors,
     finite,
     log_softmax,
-    result_errors,
     softmax_errors,
     stored,
     sum_growth,
@@ -112,12 +113,14 @@ def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | 
         reduction = reduction_of(config, arrays)
         keep_T, logits = reduction.keep_T, arrays["logits"]
         z_TV, slope_TV = softcap(kept_rows(logits, keep_T), _option(config, "logit_softcapping"))
-        loss_T, dz_TV = token_loss(config, z_TV, np.asarray(arrays["labels"]).reshape(-1), keep_T)
+        labels_T, upstream = np.asarray(arrays["labels"]).reshape(-1), upstream_of_loss(config, upstream)
+        loss_T, dz_TV = token_loss(config, z_TV, labels_T, keep_T)
         loss_T = np.where(keep_T, loss_T, 0.0)
         coef_T = reduction.coefficients(upstream)
         grads = reduction.weights_grad(loss_T, upstream)
         grads["logits"] = times_rows(coef_T, dz_TV * slope_TV).reshape(np.shape(logits))
-        return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+        result = TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+        return with_metrics(config, result, z_TV, labels_T)
 
     return oracle
 
@@ -157,7 +160,8 @@ def logits_errors(
     err_T = _token_errors(config, sm, labels_T, expected, err_z_T, inner.u)
     err_T = np.where(expected.reduction.keep_T, err_T, 0.0)
     dz_TV, err_dz_TV = _gradient_errors(config, sm, labels_T, expected.coef_T, inner)
-    return result_errors(config, expected, err_T, dtype, upstream), dz_TV, err_dz_TV
+    result = result_and_metric_errors(config, sm, labels_T, expected, err_T, err_z_T, dtype, upstream)
+    return result, dz_TV, err_dz_TV
 
 
 def _token_errors(
@@ -220,6 +224,7 @@ RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
     "label_smoothing": lambda rng: float(rng.choice([0.0, 0.0, 0.1, 0.9])),
     "logit_softcapping": lambda rng: float(rng.choice([0.0, 0.0, 3.0, 30.0])),
     "z_loss": lambda rng: float(rng.choice([0.0, 0.0, 1e-3, 0.5])),
+    "metrics": lambda rng: tuple(name for name in METRICS if rng.random() < 0.2),
 }
 
 DEFINITION = LossDef(
@@ -228,4 +233,5 @@ DEFINITION = LossDef(
     over_logits(token_cross_entropy),
     error_bound,
     random_fields=RANDOM_FIELDS,
+    results=results_of,
 )

@@ -13,12 +13,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.losses.definition import LossDef, Recipe, Sizes, definition_of, need_definition
+from loss_core.losses.recipes import RECIPES, Array, Drawn
 from loss_core.registry import LOSS_CONFIG_REGISTRY
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -42,143 +40,6 @@ class Case:
     grad_of: tuple[str, ...]
     strided: bool = False
     catches: str = ""
-
-
-@dataclass
-class Drawn:
-    """A case in the making, which `Recipe.change` may change.
-
-    Attributes:
-        rows: names of the floating arguments [T, ...]; logits: those of them that are [T, V].
-    """
-
-    recipe: Recipe
-    arrays: dict[str, Array]
-    ignore_index: int
-    rng: np.random.Generator
-    rows: tuple[str, ...]
-    logits: tuple[str, ...]
-
-
-def _offset(drawn: Drawn) -> None:
-    for name, offset in zip(drawn.logits, (1e4, -2e3), strict=False):
-        drawn.arrays[name] = drawn.arrays[name] + offset
-
-
-def _minus_inf(drawn: Drawn) -> None:
-    banned = drawn.rng.random(drawn.recipe.vocab) < 0.5
-    banned[0] = False
-    for name in drawn.logits:
-        drawn.arrays[name] = np.where(banned, -np.inf, drawn.arrays[name])
-    _set_labels(drawn, 0)
-
-
-def _nan_where_ignored(drawn: Drawn) -> None:
-    labels = drawn.arrays["labels"]
-    junk = np.resize([np.nan, np.inf, -np.inf], labels.shape)
-    for name in drawn.rows:
-        ignored = (labels == drawn.ignore_index)[..., None]
-        drawn.arrays[name] = np.where(ignored, junk[..., None], drawn.arrays[name])
-
-
-def _near_ignore_index(drawn: Drawn) -> None:
-    labels = drawn.arrays["labels"]
-    near = np.clip(drawn.ignore_index + drawn.rng.integers(-1, 2, labels.shape), 0, drawn.recipe.vocab - 1)
-    drawn.arrays["labels"] = np.where(drawn.rng.random(labels.shape) < 0.5, near, labels)
-
-
-def _edge_labels(drawn: Drawn) -> None:
-    _set_labels(drawn, np.where(drawn.rng.random(drawn.arrays["labels"].shape) < 0.5, 0, drawn.recipe.vocab - 1))
-
-
-def _set_labels(drawn: Drawn, labels: Any) -> None:
-    """Other labels, where they are not ignored."""
-    given = drawn.arrays["labels"]
-    drawn.arrays["labels"] = np.where(given == drawn.ignore_index, given, labels)
-
-
-# What every loss gets, as far as it has the arguments and fields.
-RECIPES = (
-    Recipe("basic", "any error at all, and an upstream gradient that is left out", extras=("upstream",)),
-    Recipe("none-ignored", "padding rows counted although nothing is ignored", ignored=0.0),
-    Recipe("mean", "a mean over all positions instead of those that count", {"reduction": "mean"}, ("reduction",)),
-    Recipe(
-        "none",
-        "the first token's upstream gradient used for all",
-        {"reduction": "none"},
-        ("reduction",),
-        extras=("upstream",),
-    ),
-    Recipe("all-ignored", "0/0 when no label counts", {"reduction": "mean"}, ignored=1.0),
-    Recipe("vocab-1", "V = 1, where loss and gradient are 0", vocab=1, ignored=0.2),
-    Recipe("ragged", "padded columns that count, which only small logits show", scale=0.01),
-    Recipe("huge-logits", "overflow of exp, or digits lost to a large maximum", scale=1e4),
-    Recipe("offset", "digits lost when all logits share a large offset", change=_offset, over_logits=True),
-    Recipe("minus-inf", "NaN from -inf logits, as a vocabulary mask gives", change=_minus_inf, over_logits=True),
-    Recipe("ignore-index-0", "ignore_index compared with another number", {"ignore_index": 0}),
-    Recipe("ignore-index-in-vocab", "ignore_index off by one", {"ignore_index": 5}, change=_near_ignore_index),
-    Recipe("mask", "a mask that is left out, or turned round", extras=("mask",)),
-    Recipe("nan-where-ignored", "0 * NaN in ignored rows", change=_nan_where_ignored),
-    Recipe("count", "a token count that does not divide, or divides twice", extras=("count", "upstream")),
-    Recipe("loss-weights", "weights left out, or without a gradient", extras=("loss_weights", "count")),
-    Recipe("edge-labels", "the first or the last class missed by a block", change=_edge_labels),
-    Recipe(
-        "no-upcast",
-        "a float32 result where the input's dtype is promised",
-        {"fp32_upcast": False},
-        ("fp32_upcast",),
-    ),
-    Recipe(
-        "smoothing",
-        "mass taken off the label but not spread, or spread over one shard's classes",
-        {"label_smoothing": 0.1, "reduction": "none"},
-        ("label_smoothing",),
-        extras=("upstream",),
-    ),
-    Recipe(
-        "smoothing-weights",
-        "smoothing that leaves out weights and count",
-        {"label_smoothing": 0.3},
-        ("label_smoothing",),
-        extras=("loss_weights", "count"),
-    ),
-    Recipe(
-        "softcap",
-        "a softcap that is left out of the gradient",
-        {"logit_softcapping": 5.0},
-        ("logit_softcapping",),
-        ignored=0.2,
-    ),
-    Recipe(
-        "softcap-ragged",
-        "padded columns that a softcap makes count",
-        {"logit_softcapping": 0.5},
-        ("logit_softcapping",),
-        scale=0.01,
-    ),
-    Recipe(
-        "softcap-none",
-        "a softcap lost when logits are computed again",
-        {"logit_softcapping": 2.0, "reduction": "none"},
-        ("logit_softcapping",),
-        extras=("upstream",),
-    ),
-    Recipe(
-        "z-loss",
-        "a z-loss left out of the gradient, or without weights and count",
-        {"z_loss": 0.1},
-        ("z_loss",),
-        extras=("loss_weights", "count", "upstream"),
-    ),
-    Recipe(
-        "z-loss-smoothing",
-        "one of two options lost beside the other",
-        {"z_loss": 1e-3, "label_smoothing": 0.1, "reduction": "none"},
-        ("z_loss",),
-        extras=("upstream",),
-    ),
-    Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
-)
 
 
 def recipes_of(loss: str | Any) -> tuple[Recipe, ...]:

@@ -21,6 +21,7 @@ from loss_core.losses.cross_entropy import (
     token_cross_entropy,
 )
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
+from loss_core.losses.metrics import results_of, upstream_of_loss, with_metrics
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import (
     TANH_ULPS,
@@ -38,7 +39,8 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenR
     h_TH = kept_rows(arrays["hidden_states"], keep_T)
     weight_VH = np.asarray(arrays["lm_weight"], np.float64)
     z_TV, slope_TV = softcap(h_TH @ weight_VH.T + bias_of(arrays), config.logit_softcapping)
-    loss_T, dz_TV = token_cross_entropy(config, z_TV, np.asarray(arrays["labels"]).reshape(-1), keep_T)
+    labels_T, upstream = np.asarray(arrays["labels"]).reshape(-1), upstream_of_loss(config, upstream)
+    loss_T, dz_TV = token_cross_entropy(config, z_TV, labels_T, keep_T)
     coef_T = reduction.coefficients(upstream)
     grads = reduction.weights_grad(loss_T, upstream)
     draw_TV = times_rows(coef_T, dz_TV * slope_TV)
@@ -46,7 +48,7 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenR
     grads["lm_weight"] = draw_TV.T @ h_TH
     if "lm_bias" in arrays:
         grads["lm_bias"] = draw_TV.sum(0)
-    return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+    return with_metrics(config, TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction), z_TV, labels_T)
 
 
 def bias_of(arrays: Arrays) -> Floats:
@@ -163,5 +165,6 @@ DEFINITION = LossDef(
     RECIPES,
     random_fields=RANDOM_FIELDS,
     products=1,
+    results=results_of,
     sampled_rows=sampled_rows,
 )

@@ -23,11 +23,12 @@ from loss_core.losses.reduction import kept_rows, kept_tokens
 from loss_core.losses.rounding import (
     COEF_ROUNDINGS,
     TANH_ULPS,
+    distances,
+    entropy_errors,
     finite,
     log_softmax,
     softmax_errors,
     stored,
-    sum_growth,
     zero_where_ignored,
 )
 
@@ -102,9 +103,8 @@ def token_errors(
 ) -> tuple[Floats, Floats]:
     """Errors of the results [R, T], and of the gradient [T, V] by raw logits that are off by err_raw.
 
-    z = softcap / temperature is rounded twice. A log-probability is the target's z minus lse. The entropy is a sum of
-    terms p d, with d = z - m or log p: each is off by the error of p, by that of d, and by its roundings; lse is added.
-    Its gradient p (log p + H) is made of d and H, rounded by themselves before they cancel.
+    z = softcap / temperature is rounded twice. A log-probability is the target's z minus lse. The entropy's gradient
+    p (log p + H) is made of d and H, rounded by themselves before they cancel; d as in `entropy_errors`.
     """
     keep_T, up_RT, u = kept_tokens(arrays, config.ignore_index), np.abs(upstream_of(config, arrays, upstream)), inner.u
     cap, tau_T = config.logit_softcapping, temperature_of(config, arrays)
@@ -113,8 +113,8 @@ def token_errors(
     z_TV = z_TV / tau_T[:, None]
     scaled_T = np.where(tau_T == 1, 0.0, 2 * u)
     sm = softmax_errors(z_TV, err_z_T + scaled_T * np.max(np.abs(finite(z_TV)), axis=-1), inner)
-    rows, vocab = np.arange(keep_T.size), z_TV.shape[-1]
-    labels = np.clip(np.asarray(arrays["labels"]).reshape(-1), 0, vocab - 1).astype(np.int64)
+    rows = np.arange(keep_T.size)
+    labels = np.clip(np.asarray(arrays["labels"]).reshape(-1), 0, z_TV.shape[-1] - 1).astype(np.int64)
     err_RT = np.zeros(up_RT.shape)
     err_RT[0] = (
         sm.err_lse_T
@@ -126,13 +126,11 @@ def token_errors(
     dz_TV = up_RT[0, :, None] * np.abs(hit_TV - sm.p_TV)
     err_dz_TV = up_RT[0, :, None] * sm.err_p_TV + u * (1 + COEF_ROUNDINGS) * dz_TV
     if config.entropy:
-        log_p_TV = finite(sm.log_p_TV)
-        d_TV = np.maximum(np.abs(log_p_TV), finite(np.max(z_TV, axis=-1)[:, None] - z_TV))
+        log_p_TV, d_TV = finite(sm.log_p_TV), distances(sm)
         err_d_T1 = (sm.err_lse_T + 2 * err_z_T)[:, None]
         spread_T = np.sum(sm.p_TV * d_TV, axis=-1)
         entropy_T = -np.sum(sm.p_TV * log_p_TV, axis=-1)
-        err_RT[1] = np.sum(sm.err_p_TV * d_TV + sm.p_TV * err_d_T1, axis=-1) + sm.err_lse_T
-        err_RT[1] += u * ((sum_growth(vocab) + 3) * spread_T + 2 * np.abs(entropy_T))
+        err_RT[1] = entropy_errors(sm, err_z_T, u)
         centred_TV = np.abs(log_p_TV + entropy_T[:, None])
         err_centred_TV = err_d_T1 + err_RT[1, :, None] + u * (3 + COEF_ROUNDINGS) * (d_TV + spread_T[:, None])
         err_dz_TV += up_RT[1, :, None] * (sm.err_p_TV * centred_TV + sm.p_TV * err_centred_TV)

@@ -102,6 +102,26 @@ def softmax_errors(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> Softmax
     return SoftmaxErrors(z_TV, log_p_TV, p_TV, lse_T, rel_p_TV * p_TV + inner.near_zero, err_lse_T)
 
 
+def entropy_errors(sm: SoftmaxErrors, err_z_T: Floats, u: float) -> Floats:
+    """Error of -sum p log p.
+
+    A sum of terms p d, with d = z - m or log p: each is off by the error of p, by that of d, and by its roundings; lse
+    is added.
+    """
+    log_p_TV, d_TV = finite(sm.log_p_TV), distances(sm)
+    err_d_T1 = (sm.err_lse_T + 2 * err_z_T)[:, None]
+    spread_T = np.sum(sm.p_TV * d_TV, axis=-1)
+    entropy_T = -np.sum(sm.p_TV * log_p_TV, axis=-1)
+    error_T = np.sum(sm.err_p_TV * d_TV + sm.p_TV * err_d_T1, axis=-1) + sm.err_lse_T
+    return np.asarray(error_T + u * ((sum_growth(d_TV.shape[-1]) + 3) * spread_T + 2 * np.abs(entropy_T)))
+
+
+def distances(sm: SoftmaxErrors) -> Floats:
+    """The larger of |log p| and m - z."""
+    z_TV = sm.z_TV
+    return np.maximum(np.abs(finite(sm.log_p_TV)), finite(np.max(z_TV, axis=-1)[:, None] - z_TV))
+
+
 def stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
     """Adds the one rounding of a stored result, and what is lost near 0."""
     return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.near_zero)

@@ -8,27 +8,32 @@ The derivative is a custom one: it keeps the logits as they came and the terms o
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from loss_core.config import MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
-from loss_core_jax import inputs
+from loss_core_jax import inputs, metrics
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, Rows
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
+from loss_core_jax.metrics import Result
 from loss_core_jax.parallel.collectives import align, fold_rows, local_target, num_local_classes, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
 from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
 
 Residuals = tuple[jax.Array, jax.Array, RowTerms]
 
+# Loss and metrics of each row.
+RowResults = tuple[jax.Array, tuple[jax.Array, ...]]
+
 
 class _LogitsCrossEntropy(Loss):
     reduction: str
     logit_softcapping: float
+    metrics: tuple[str, ...]
     # Of the class that has no such field.
     fp32_upcast = True
 
@@ -39,7 +44,7 @@ class _LogitsCrossEntropy(Loss):
         mask: ArrayLike | None = None,
         num_label_tokens: Count | None = None,
         loss_weights: ArrayLike | None = None,
-    ) -> jax.Array:
+    ) -> Result:
         """Cross entropy of `softmax(logits)` at the labels.
 
         Args:
@@ -50,7 +55,8 @@ class _LogitsCrossEntropy(Loss):
             loss_weights: [...] factor per position. Reduction "sum" only.
         Returns:
             A scalar, or the shape of labels for reduction "none"; float32 (float64 for float64 logits), or the
-            dtype of the logits with fp32_upcast=False.
+            dtype of the logits with fp32_upcast=False. With metrics a pair: the loss, and a dict of them, not
+            differentiated.
         Raises:
             TypeError: labels are floating or boolean, logits are not floating.
             ValueError: shapes do not match, or a label or count that can be read is out of its range.
@@ -92,27 +98,38 @@ def _reduced(
     loss_weights: jax.Array | None,
     *,
     layout: Layout,
-) -> jax.Array:
+) -> Result:
     """The loss of arguments that have been checked."""
-    objective = Objective.of(loss_fn, layout.vocab(logits.shape[-1]))
-    problem = Problem(loss_fn.kernels, objective, How(objective.sums, float(loss_fn.logit_softcapping), layout.shard))
-    loss = loss_rows(problem, logits, target, layout)
-    if loss_fn.reduction != "none":
+    objective, names = Objective.of(loss_fn, layout.vocab(logits.shape[-1])), metrics.of_rows(loss_fn.metrics)
+    how = How(objective.sums, float(loss_fn.logit_softcapping), layout.shard)
+    loss, found = loss_rows(Problem(loss_fn.kernels, objective, how, names), logits, target, layout)
+
+    def reduced(of_rows: jax.Array) -> jax.Array:
+        if loss_fn.reduction == "none":
+            return of_rows
         scale = row_scale(target, loss.dtype, mean=loss_fn.reduction == "mean", count=count, loss_weights=loss_weights)
-        loss = total(loss, scale, count)
-    return loss if loss_fn.fp32_upcast else loss.astype(logits.dtype)
+        return total(of_rows, scale, count)
+
+    result = reduced(loss)
+    result = result if loss_fn.fp32_upcast else result.astype(logits.dtype)
+    return metrics.with_metrics(loss_fn.metrics, result, found, target, reduced)
 
 
 class Problem(NamedTuple):
-    """What is static in a call; hashable."""
+    """What is static in a call; hashable.
+
+    Attributes:
+        metrics: names of `row_terms.token_metrics`.
+    """
 
     kernels: KernelSet
     objective: Objective
     how: How
+    metrics: tuple[str, ...] = ()
 
 
-def loss_rows(problem: Problem, logits: jax.Array, target: jax.Array, layout: Layout) -> jax.Array:
-    """Cross entropy per row, for any layout; 0 where the target is IGNORED, NaN where it is INVALID.
+def loss_rows(problem: Problem, logits: jax.Array, target: jax.Array, layout: Layout) -> RowResults:
+    """Cross entropy and metrics per row, for any layout; 0 where the target is IGNORED, NaN where it is INVALID.
 
     Args:
         logits: [..., V], or this device's share inside `jax.shard_map`.
@@ -120,31 +137,34 @@ def loss_rows(problem: Problem, logits: jax.Array, target: jax.Array, layout: La
     """
     if not target.size:
         # JAX forgets what empty arrays vary over.
-        return jnp.zeros(target.shape, inputs.arithmetic_dtype(logits))
+        none = jnp.zeros(target.shape, inputs.arithmetic_dtype(logits))
+        return none, (none,) * len(problem.metrics)
 
-    def inside(logits: jax.Array, target: jax.Array) -> jax.Array:
+    def inside(logits: jax.Array, target: jax.Array) -> Any:
         logits, target = align(layout.axes, (logits,), (target,))
         return _rows(logits, target, problem)
 
-    return over(layout, inside, Operand(logits, -1, padding=-jnp.inf), Operand(target))
+    found: Any = over(layout, inside, Operand(logits, -1, padding=-jnp.inf), Operand(target))
+    return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rows(logits: jax.Array, target: jax.Array, problem: Problem) -> jax.Array:
+def _rows(logits: jax.Array, target: jax.Array, problem: Problem) -> RowResults:
     return _forward(logits, target, problem)[0]
 
 
-def _forward(logits: jax.Array, target: jax.Array, problem: Problem) -> tuple[jax.Array, Residuals]:
-    kernels, objective, how = problem
+def _forward(logits: jax.Array, target: jax.Array, problem: Problem) -> tuple[RowResults, Residuals]:
+    kernels, objective, how, names = problem
     terms = fold_rows(kernels.row_terms(_local(logits, target, problem), how), how.shard)
+    loss = valid_losses(cross_entropy(jnp, terms, objective), target)
     # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
-    return valid_losses(cross_entropy(jnp, terms, objective), target), (logits, target, terms)
+    return (loss, metrics.made(terms, target, objective, names)), (logits, target, terms)
 
 
-def _backward(problem: Problem, residuals: Residuals, cotangent: jax.Array) -> tuple[jax.Array, None]:
-    kernels, objective, how = problem
+def _backward(problem: Problem, residuals: Residuals, cotangents: RowResults) -> tuple[jax.Array, None]:
+    kernels, objective, how, _ = problem
     logits, target, terms = residuals
-    upstream = valid_upstream(whole_cotangent(cotangent, how.shard), target)
+    upstream = valid_upstream(whole_cotangent(cotangents[0], how.shard), target)
     coefficients = cross_entropy_coefficients(jnp, terms, upstream, objective)
     return kernels.row_gradient(_local(logits, target, problem), terms, coefficients, how), None
 

@@ -20,15 +20,19 @@ import jax.numpy as jnp
 
 from loss_core.config import FusedLinearCEConfig
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
-from loss_core_jax import compat, inputs
+from loss_core_jax import compat, inputs, metrics
 from loss_core_jax.inputs import IGNORED, ArrayLike
 from loss_core_jax.kernels import How, KernelSet, LinearRows, Wanted
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.losses.linear_source import Head, gathered, input_gradients, linear_layout, local_rows, over_head
+from loss_core_jax.metrics import Result
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, Layout
 from loss_core_jax.reduction import finish_count, row_scale, total, valid_losses, valid_upstream
+
+# Loss, or its weighted sum, and metrics of each row.
+RowResults = tuple[jax.Array, tuple[jax.Array, ...]]
 
 
 @has_fields_of(FusedLinearCEConfig)
@@ -49,6 +53,7 @@ class FusedLinearCrossEntropy(Loss):
     reduction: str
     sequence_parallel: bool
     skip_ignored: bool | None
+    metrics: tuple[str, ...]
     # Numbers that give arrays their shape: no arrays themselves, for the bridge.
     static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis = ("lm_weight", 0)
@@ -63,7 +68,7 @@ class FusedLinearCrossEntropy(Loss):
         loss_weights: ArrayLike | None = None,
         num_valid_tokens: int | None = None,
         lm_bias: ArrayLike | None = None,
-    ) -> jax.Array:
+    ) -> Result:
         """Cross entropy of `softmax(softcap(hidden_states @ lm_weight.T))` at the labels.
 
         Args:
@@ -79,7 +84,8 @@ class FusedLinearCrossEntropy(Loss):
                 read, a NaN elsewhere.
             lm_bias: [V] floating, added to the logits before the softcap in the dtype of the arithmetic.
         Returns:
-            A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs.
+            A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs. With metrics a
+            pair: the loss, and a dict of them, not differentiated.
         Raises:
             TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype in another way,
                 num_valid_tokens is no Python integer.
@@ -106,28 +112,36 @@ class FusedLinearCrossEntropy(Loss):
         head = Head(weight_VH, None if lm_bias is None else inputs.as_jax(lm_bias))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
-        objective = Objective.of(self, vocab)
+        objective, names = Objective.of(self, vocab), metrics.of_rows(self.metrics)
         how = How(objective.sums, float(self.logit_softcapping), layout.shard)
-        problem = _Problem(self.kernels, objective, how, gathers)
+        problem = _Problem(self.kernels, objective, how, gathers, names)
         if not target.size:
             # JAX forgets what empty arrays vary over.
-            return jnp.zeros(target.shape if self.reduction == "none" else (), dtype)
-        if layout != NOWHERE:
-            loss = _loss_rows(hidden, head, target, problem, layout)
-            return loss if self.reduction == "none" else _total(loss, scale, count)
+            none = jnp.zeros(target.shape if self.reduction == "none" else (), dtype)
+            return metrics.with_metrics(self.metrics, none, (none,) * len(names), target, lambda x: x)
         taken, taken_scale, indices = target, scale, None
         if size is not None:
             # One row at least, which may be an ignored one: then everything below holds without any.
             hidden, taken, taken_scale, indices = valid_tokens.gather(hidden, target, scale, size=max(size, 1))
-        if self.reduction == "none":
-            loss = _loss_rows(hidden, head, taken, problem, layout)
-            loss = loss if indices is None else valid_tokens.scatter(loss, indices, shape=target.shape)
+
+        def reduced(of_rows: jax.Array) -> jax.Array:
+            if self.reduction != "none":
+                of_rows = _total(of_rows, taken_scale, count)
+            elif indices is not None:
+                of_rows = valid_tokens.scatter(of_rows, indices, shape=target.shape)
+            return of_rows if num_valid_tokens is None else valid_tokens.nan_if_wrong(of_rows, target, num_valid_tokens)
+
+        if layout != NOWHERE or self.reduction == "none":
+            loss, found = _loss_rows(hidden, head, taken, problem, layout)
+            loss = reduced(loss)
         else:
             rows = (hidden, head, taken, taken_scale)
             axes = compat.varying_axes(*jax.tree.leaves(rows))
             aligned = jax.tree.map(lambda x: compat.vary(x, axes), rows)
-            loss = finish_count(_summed(*aligned, problem, self.skip_ignored is not False), count)
-        return loss if num_valid_tokens is None else valid_tokens.nan_if_wrong(loss, target, num_valid_tokens)
+            loss, found = _summed(*aligned, problem, self.skip_ignored is not False)
+            loss = finish_count(loss, count)
+            loss = loss if num_valid_tokens is None else valid_tokens.nan_if_wrong(loss, target, num_valid_tokens)
+        return metrics.with_metrics(self.metrics, loss, found, target, reduced)
 
 
 _row_scale = jax.jit(row_scale, static_argnames=("dtype", "mean"))
@@ -139,19 +153,21 @@ class _Problem(NamedTuple):
 
     Attributes:
         gathers: whether hidden states are this device's share of the sequence, which is gathered.
+        metrics: names of `row_terms.token_metrics`.
     """
 
     kernels: KernelSet
     objective: Objective
     how: How
     gathers: bool
+    metrics: tuple[str, ...] = ()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed(
     hidden: jax.Array, head: Head, target: jax.Array, scale: jax.Array, problem: _Problem, skip: bool
-) -> jax.Array:
-    """Sum over rows of scale * cross entropy; a scalar in the dtype of the arithmetic.
+) -> RowResults:
+    """Sum over rows of scale * cross entropy, a scalar in the dtype of the arithmetic; and the metrics of each row.
 
     Args:
         scale: [...] factor per row, in the dtype of the arithmetic; differentiable.
@@ -160,12 +176,13 @@ def _summed(
     """
     rows = LinearRows(hidden, head.weight_VH, target, bias_V=head.bias_V)
     terms = problem.kernels.linear_terms(rows, problem.how)
-    return jnp.sum(_losses(terms, target, problem.objective) * scale)
+    loss, found = _results(terms, target, problem.objective, problem.metrics)
+    return jnp.sum(loss * scale), found
 
 
 def _summed_forward(
     hidden: Any, head: Any, target: Any, scale: Any, problem: _Problem, skip: bool
-) -> tuple[jax.Array, Any]:
+) -> tuple[RowResults, Any]:
     # With symbolic zeros each argument says whether it is differentiated: a frozen weight costs no product.
     bias = head.bias_V
     rows = LinearRows(hidden.value, head.weight_VH.value, target.value, bias_V=None if bias is None else bias.value)
@@ -174,15 +191,15 @@ def _summed_forward(
     terms, gradients = problem.kernels.linear_terms_and_gradients(
         rows, upstream, problem.objective, problem.how, wanted
     )
-    loss = _losses(terms, rows.target, problem.objective)
+    loss, found = _results(terms, rows.target, problem.objective, problem.metrics)
     # Empty arrays carry the dtypes to the backward.
     dtypes = [None if x is None else jnp.zeros(0, x.dtype) for x in (rows.hidden, rows.weight_VH, rows.bias_V)]
-    return jnp.sum(loss * scale.value), (gradients, loss, rows.target, dtypes)
+    return (jnp.sum(loss * scale.value), found), (gradients, loss, rows.target, dtypes)
 
 
-def _summed_backward(problem: _Problem, skip: bool, residuals: Any, cotangent: Any) -> tuple[Any, ...]:
+def _summed_backward(problem: _Problem, skip: bool, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     gradients, loss, target, likes = residuals
-    cotangent = compat.instantiate(cotangent)
+    cotangent = compat.instantiate(cotangents[0])
     by_hidden, by_weight, by_bias = (
         None if like is None else _times(gradient, cotangent, target, like.dtype, of_rows=place == 0)
         for place, (gradient, like) in enumerate(zip(gradients, likes, strict=True))
@@ -210,38 +227,39 @@ def _scaled(gradient: jax.Array, cotangent: jax.Array, target: jax.Array, *, dty
     return jnp.where(ignored, 0, gradient * cotangent).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _losses(terms: RowTerms, target: jax.Array, objective: Objective) -> jax.Array:
-    return valid_losses(cross_entropy(jnp, terms, objective), target)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _results(terms: RowTerms, target: jax.Array, objective: Objective, names: tuple[str, ...]) -> RowResults:
+    loss = valid_losses(cross_entropy(jnp, terms, objective), target)
+    return loss, metrics.made(terms, target, objective, names)
 
 
-def _loss_rows(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem, layout: Layout) -> jax.Array:
-    """Cross entropy per row, shape of target, for any layout."""
+def _loss_rows(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem, layout: Layout) -> RowResults:
+    """Cross entropy and metrics per row, shape of target, for any layout."""
 
-    def rows(hidden: jax.Array, head: Head, target: jax.Array) -> jax.Array:
+    def rows(hidden: jax.Array, head: Head, target: jax.Array) -> Any:
         return _rows(hidden, head, target, problem)
 
-    found: jax.Array = over_head(rows, hidden, head, (target,), layout, problem.gathers)
+    found: Any = over_head(rows, hidden, head, (target,), layout, problem.gathers)
     return found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rows(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem) -> jax.Array:
+def _rows(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem) -> RowResults:
     return _rows_forward(hidden, head, target, problem)[0]
 
 
-def _rows_forward(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem) -> tuple[jax.Array, Any]:
+def _rows_forward(hidden: jax.Array, head: Head, target: jax.Array, problem: _Problem) -> tuple[RowResults, Any]:
     shard = problem.how.shard
     hidden = gathered(hidden, shard, problem.gathers)
     rows = local_rows(hidden, head, target, None, problem.objective.num_classes, shard)
     terms = collectives.fold_rows(problem.kernels.linear_terms(rows, problem.how), shard)
-    return _losses(terms, target, problem.objective), (hidden, head, target, terms)
+    return _results(terms, target, problem.objective, problem.metrics), (hidden, head, target, terms)
 
 
-def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, Head, None]:
+def _rows_backward(problem: _Problem, residuals: Any, cotangents: RowResults) -> tuple[jax.Array, Head, None]:
     hidden, head, target, terms = residuals
     shard = problem.how.shard
-    upstream = valid_upstream(collectives.whole_cotangent(cotangent, shard), target)
+    upstream = valid_upstream(collectives.whole_cotangent(cotangents[0], shard), target)
     rows = local_rows(hidden, head, target, None, problem.objective.num_classes, shard)
     coefficients = cross_entropy_coefficients(jnp, terms, upstream, problem.objective)
     gradients = problem.kernels.linear_gradients(rows, terms, coefficients, problem.how)

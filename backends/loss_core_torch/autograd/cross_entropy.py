@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
 from loss_core_torch import inplace, operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream
 from loss_core_torch.kernels import Into, KernelSet, Rows
@@ -29,6 +29,7 @@ class Call(NamedTuple):
         group: over which the vocabulary is sharded, or None.
         overwrite: the backward writes over the logits.
         grad_in_forward: the gradient is made in the forward; only with coefficients, no group, no overwrite, no trace.
+        metrics: names of `row_terms.token_metrics`.
     """
 
     kernels: KernelSet
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     group: Any = None
     overwrite: bool = False
     grad_in_forward: bool = False
+    metrics: tuple[str, ...] = ()
 
 
 class CrossEntropy(LossFunction):
@@ -46,7 +48,7 @@ class CrossEntropy(LossFunction):
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None; coef_T [T] in
     the dtype of the arithmetic, not differentiated, or None; the call.
     Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
-    arithmetic. Further outputs are what waits for the backward.
+    arithmetic. Further outputs are what waits for the backward; the last ones are metrics [T], 0 for ignored tokens.
 
     A gradient that was made in the forward is handed on by the first backward, in its own memory; another backward
     (retain_graph) computes it again.
@@ -67,14 +69,16 @@ class CrossEntropy(LossFunction):
             terms = collectives.fold(terms, call.group)
         loss_T = cross_entropy(torch, terms, call.objective)
         result = zero_where_ignored(loss_T, keep_T) if coef_T is None else weighted_sum(coef_T, loss_T)
-        return result, *terms[:3], *made
+        metrics = token_metrics(torch, terms, call.objective, call.metrics)
+        return result, *terms[:3], *made, *(zero_where_ignored(x_T, keep_T) for x_T in metrics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         inplace.claim(ctx)
         check_upstream(upstream)
-        logits, labels_T, keep_T, coef_T, m_T, s_T, t_T, *made = ctx.saved_tensors
+        logits, labels_T, keep_T, coef_T, m_T, s_T, t_T, *rest = ctx.saved_tensors
+        made = rest[: len(rest) - len(call.metrics)]
         terms = RowTerms(m_T, s_T, t_T)
         with torch.no_grad():
             upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)

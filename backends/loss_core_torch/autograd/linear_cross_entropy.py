@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
 from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
@@ -36,12 +36,14 @@ class Call(NamedTuple):
         objective: which cross entropy.
         want: which gradients may be asked for.
         source: where the logits come from.
+        metrics: names of `row_terms.token_metrics`.
     """
 
     kernels: KernelSet
     objective: Objective
     want: Wanted
     source: Source
+    metrics: tuple[str, ...] = ()
 
 
 class LinearCrossEntropy(Function):
@@ -51,7 +53,8 @@ class LinearCrossEntropy(Function):
     [T] bool or None; places_N [N] int64, the tokens that take part in products (the others are ignored), or None for
     all, ignored ones as zeros; coef_T [T] in the dtype of the arithmetic, or None; the call.
     Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
-    arithmetic. Further outputs are what waits for the backward. See `CrossEntropy` on a second backward.
+    arithmetic. Further outputs are what waits for the backward; the last ones are metrics [T], 0 for ignored tokens.
+    See `CrossEntropy` on a second backward.
     """
 
     @staticmethod
@@ -81,7 +84,9 @@ class LinearCrossEntropy(Function):
         loss_N = cross_entropy(torch, terms, call.objective)
         loss_T = zero_where_ignored(put(loss_N, places_N, labels_T.numel()), keep_T)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
-        return result, loss_T, *terms[:3], *([] if whole is hidden else [whole]), *made
+        metrics = token_metrics(torch, terms, call.objective, call.metrics)
+        metrics = [zero_where_ignored(put(x_N, places_N, labels_T.numel()), keep_T) for x_N in metrics]
+        return result, loss_T, *terms[:3], *([] if whole is hidden else [whole]), *made, *metrics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -90,7 +95,7 @@ class LinearCrossEntropy(Function):
         ctx.mark_non_differentiable(*output[1:])
         # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
         ctx.set_materialize_grads(False)
-        rest = list(output[1:])
+        rest = list(output[1 : len(output) - len(ctx.call.metrics)])
         whole = hidden if ctx.call.source.sequence_dim is None else rest.pop(4)
         ctx.save_for_backward(whole, *tensors, *rest)
         ctx.spent = False

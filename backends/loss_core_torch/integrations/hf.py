@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loss_core import FusedLinearCEConfig, LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.row_terms import Objective
+from loss_core_torch import metrics
 from loss_core_torch.integrations import hf_models
 from loss_core_torch.integrations.heads import call_in_head
 
@@ -49,6 +50,7 @@ def causal_lm_loss(config: LossConfig | None = None, *, backend: str = "torch") 
             "causal_lm_loss takes a MaskedCrossEntropyConfig or a TEParallelCEConfig, a loss of logits and labels; got "
             f"a {type(config).__name__}{hint}."
         )
+    metrics.refuse(config, "Trainer")
     reduced = _by_count(config, backend)
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
@@ -87,6 +89,7 @@ def use_fused_loss(
     config = FusedLinearCEConfig() if config is None else config
     if not isinstance(config, FusedLinearCEConfig):
         raise TypeError(f"use_fused_loss takes a FusedLinearCEConfig, got a {type(config).__name__}.")
+    metrics.refuse(config, "A transformers model")
     if config.tp_group is not None:
         raise ValueError("config has a tp_group, but a transformers model calls its head whole. Leave it out.")
     model = hf_models.base_model(model)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from loss_core import LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core_torch import metrics
 
 
 def language_model_loss(config: LossConfig | None = None, *, backend: str = "torch") -> Callable[..., Tensor]:
@@ -45,6 +46,7 @@ def language_model_loss(config: LossConfig | None = None, *, backend: str = "tor
             f"config has reduction={config.reduction!r}, but Megatron takes one loss per token and reduces them by "
             "itself. Use reduction='none'."
         )
+    metrics.refuse(config, "Megatron")
     config.build(backend=backend)  # What is wrong with the flag shows here, not at the first call.
     built: list[Any] = []
 

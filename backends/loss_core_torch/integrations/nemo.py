@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core_torch import metrics
 
 # What NeMo's datasets mark with; a loss that ignores another label gets that one in its place.
 _DATASET_IGNORED = -100
@@ -37,6 +38,7 @@ def masked_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
         ImportError: nemo-automodel is missing.
     """
     config = MaskedCrossEntropyConfig(**fields)
+    metrics.refuse(config, "NeMo AutoModel")
     return _classes()[0](config, config.build(backend=backend))
 
 
@@ -54,6 +56,7 @@ def fused_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
         ImportError: nemo-automodel is missing.
     """
     config = FusedLinearCEConfig(**fields)
+    metrics.refuse(config, "NeMo AutoModel")
     return _classes()[1](config, config.build(backend=backend))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loss_core import FusedLinearCEConfig
 from loss_core.row_terms import Objective
+from loss_core_torch import metrics
 from loss_core_torch.integrations import hf_models
 from loss_core_torch.integrations.heads import call_in_head
 
@@ -54,6 +55,7 @@ def use_fused_loss(
         raise TypeError(f"use_fused_loss takes a FusedLinearCEConfig, got a {type(config).__name__}.")
     if config.ignore_index != _IGNORED or config.reduction == "none" or config.tp_group is not None:
         raise ValueError(f"config must have ignore_index=-100, a reduction and no tp_group for TRL, got {config}.")
+    metrics.refuse(config, "SFTTrainer")
     _check_trainer(trainer, config)
     model = hf_models.base_model(trainer.model)
     hf_models.head_of(model)

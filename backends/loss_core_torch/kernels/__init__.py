@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 
 
@@ -267,6 +268,16 @@ class WholeLosses:
     def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         """Cross entropy of the logits of each token; else as `cross_entropy`."""
         raise NotImplementedError
+
+    def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
+        """Terms of each row, for metrics; not differentiated. Those of an ignored row are any numbers.
+
+        Raises:
+            BackendUnavailable: the flag makes losses alone.
+        """
+        raise BackendUnavailable(
+            f"{self.flag!r} returns no metrics: use 'torch:eager' or 'torch:triton', or metrics=()."
+        )
 
 
 # Name in the flag -> module with `KERNELS`, imported when a loss is built with it.

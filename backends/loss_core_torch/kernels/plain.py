@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Objective, log_shares
+from loss_core.row_terms import Objective, RowTerms, Sums, log_shares
 from loss_core_torch import compat
 from loss_core_torch.kernels import IGNORED, Linear, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
@@ -54,6 +54,19 @@ class PlainLosses(WholeLosses):
         _observe()
         logits_TV, keep_T = _linear_logits(linear)
         return _cross_entropy(_capped(logits_TV, linear.softcap), linear.labels_T, keep_T, objective)
+
+    def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
+        with torch.no_grad():
+            if isinstance(rows, Rows):
+                z_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
+            else:
+                z_TV = _capped(_linear_logits(rows)[0], rows.softcap)
+            m_T = z_TV.amax(-1)
+            x_TV = z_TV - m_T[:, None]
+            t_T = z_TV.gather(1, rows.labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
+            exp_TV = x_TV.exp()
+            e_T = (exp_TV * x_TV.masked_fill(exp_TV == 0, 0.0)).sum(-1) if sums.e else None
+            return RowTerms(m_T, exp_TV.sum(-1), t_T, z_TV.sum(-1) if sums.z_sum else None, e_T)
 
     def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:
         _observe()

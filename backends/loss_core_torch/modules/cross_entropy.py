@@ -12,10 +12,11 @@ from torch import Tensor
 
 from loss_core import BackendUnavailable, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.row_terms import Objective
-from loss_core_torch import compat, inplace, inputs
+from loss_core_torch import compat, inplace, inputs, metrics
 from loss_core_torch.autograd.cross_entropy import Call, CrossEntropy
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import Rows, WholeLosses
+from loss_core_torch.kernels import KernelSet, Rows, WholeLosses
+from loss_core_torch.metrics import Result
 from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
 from loss_core_torch.reduction import coefficients, reduce_tokens
 from loss_core_torch.tracing import is_transformed
@@ -29,6 +30,7 @@ class _LogitsCrossEntropy(LossModule):
     fp32_upcast: bool = True
     inplace_grad: bool = False
     logit_softcapping: float
+    metrics: tuple[str, ...]
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
         if self.inplace_grad:
@@ -49,7 +51,7 @@ class _LogitsCrossEntropy(LossModule):
         mask: Tensor | None = None,
         num_label_tokens: int | Tensor | None = None,
         loss_weights: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Result:
         """Cross entropy between logits and labels.
 
         Args:
@@ -66,7 +68,8 @@ class _LogitsCrossEntropy(LossModule):
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64 logits),
             the dtype of the logits with fp32_upcast=False. Of all tokens of a DTensor, on every rank, also where its
-            tokens are sharded; with reduction="none" a DTensor, unless labels are plain and this rank's own.
+            tokens are sharded; with reduction="none" a DTensor, unless labels are plain and this rank's own. With
+            metrics a pair: the loss, and a dict of them, detached; "num_valid" an int64 scalar.
         Raises:
             ValueError: shapes that do not fit, no classes, a label that is no class (on a CPU; elsewhere that
                 token's loss and gradient are NaN), a count or weights without reduction="sum". Over a group it is
@@ -86,12 +89,12 @@ class _LogitsCrossEntropy(LossModule):
     # Where `inplace.check` has broken a graph, torch.compile goes on behind it: what a graph computes is in new memory,
     # and the logits would be handed on for their gradient.
     @compat.outside_of_graphs
-    def _loss_outside_of_graphs(self, kernels: Kernels, logits: Tensor, tokens: Tokens) -> Tensor:
+    def _loss_outside_of_graphs(self, kernels: Kernels, logits: Tensor, tokens: Tokens) -> Result:
         return self._loss(kernels, logits, tokens)
 
     # Hosts exchange messages there, which no graph can hold.
     @compat.outside_of_graphs
-    def _sharded(self, kernels: Kernels, given: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Tensor:
+    def _sharded(self, kernels: Kernels, given: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Result:
         from loss_core_torch.parallel import placement
 
         layout = placement.of_logits("logits", given, self.tp_group)
@@ -109,8 +112,8 @@ class _LogitsCrossEntropy(LossModule):
         if shards is None:
             inputs.not_empty("logits", "vocabulary (last dimension)", logits)
         tokens = inputs.settled(self._in_range(tokens, logits.shape[-1] if shards is None else shards.total))
-        loss = self._loss(kernels, inputs.floats("logits", logits), tokens, shards, layout.ranks.tokens)
-        return layout.token_result(loss, labels) if self.reduction == "none" else loss
+        found = self._loss(kernels, inputs.floats("logits", logits), tokens, shards, layout.ranks.tokens)
+        return layout.token_results(found, labels) if self.reduction == "none" else found
 
     def _tokens(
         self,
@@ -134,39 +137,56 @@ class _LogitsCrossEntropy(LossModule):
 
     def _loss(
         self, kernels: Kernels, logits: Tensor, tokens: Tokens, shards: Any = None, token_groups: tuple[Any, ...] = ()
-    ) -> Tensor:
+    ) -> Result:
         start, group = (0, None) if shards is None else (shards.start, shards.group)
         objective = Objective.of(self, logits.shape[-1] if shards is None else shards.total)
-        softcap = float(self.logit_softcapping)
+        rows = Rows(logits, tokens.labels_T, tokens.keep_T, start, float(self.logit_softcapping))
         if isinstance(kernels, WholeLosses):
-            if shards is not None and not shards.even:
-                raise ValueError(
-                    f"{kernels.flag!r} needs the vocabulary in equal shards, ordered by the group's ranks: use "
-                    "'torch:eager' or 'torch:triton', or pad the head to a multiple of the group's size."
-                )
-            rows = Rows(logits, tokens.labels_T, tokens.keep_T, start, softcap)
-            if self.reduction != "none" and not token_groups and inputs.all_alike(tokens):
-                return cast(kernels.cross_entropy(rows, objective, group, self.reduction), self.fp32_upcast, logits)
-            loss_T = kernels.cross_entropy(rows, objective, group)
-            return cast(reduce_tokens(loss_T, tokens, self.reduction, token_groups), self.fp32_upcast, logits)
-        overwrite = self.inplace_grad and inplace.applies(logits)
-        call = Call(kernels, objective, softcap, start, group, overwrite)
-        if self._sums_itself(logits, tokens, shards, token_groups):
-            at_once = not overwrite and kernels.grad_in_forward(logits.device)
-            coef_T = coefficients(tokens, self.reduction, logits.dtype)
-            call = call._replace(grad_in_forward=at_once)
-            loss = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)[0]
+            loss = self._whole_loss(kernels, rows, objective, tokens, shards, token_groups)
+            found = metrics.of_whole(kernels, rows, tokens.keep_T, objective, self.metrics)
         else:
-            loss_T = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, None, call)[0]
-            loss = reduce_tokens(loss_T, tokens, self.reduction, token_groups)
-        return cast(loss, self.fp32_upcast, logits)
+            loss, found = self._loss_and_metrics(kernels, rows, objective, tokens, group, token_groups)
+        loss = cast(loss, self.fp32_upcast, logits)
+        if not self.metrics:
+            return loss
+        return loss, metrics.reduced(self.metrics, found, tokens, self.reduction, token_groups)
 
-    def _sums_itself(self, logits: Tensor, tokens: Tokens, shards: Any, token_groups: tuple[Any, ...]) -> bool:
+    def _whole_loss(
+        self, kernels: WholeLosses, rows: Rows, objective: Objective, tokens: Tokens, shards: Any,
+        token_groups: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
+        if shards is not None and not shards.even:
+            raise ValueError(
+                f"{kernels.flag!r} needs the vocabulary in equal shards, ordered by the group's ranks: use "
+                "'torch:eager' or 'torch:triton', or pad the head to a multiple of the group's size."
+            )
+        group = None if shards is None else shards.group
+        if self.reduction != "none" and not token_groups and inputs.all_alike(tokens):
+            return kernels.cross_entropy(rows, objective, group, self.reduction)
+        loss_T = kernels.cross_entropy(rows, objective, group)
+        return reduce_tokens(loss_T, tokens, self.reduction, token_groups)
+
+    def _loss_and_metrics(
+        self, kernels: KernelSet, rows: Rows, objective: Objective, tokens: Tokens, group: Any,
+        token_groups: tuple[Any, ...],
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        logits, names = rows.logits, metrics.of_tokens(self.metrics)
+        overwrite = self.inplace_grad and inplace.applies(logits)
+        call = Call(kernels, objective, rows.softcap, rows.vocab_start, group, overwrite, metrics=names)
+        coef_T = None
+        if self._sums_itself(logits, tokens, group, token_groups):
+            call = call._replace(grad_in_forward=not overwrite and kernels.grad_in_forward(logits.device))
+            coef_T = coefficients(tokens, self.reduction, logits.dtype)
+        loss, *rest = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)
+        found = rest[len(rest) - len(names) :]
+        return (reduce_tokens(loss, tokens, self.reduction, token_groups) if coef_T is None else loss), found
+
+    def _sums_itself(self, logits: Tensor, tokens: Tokens, group: Any, token_groups: tuple[Any, ...]) -> bool:
         """Whether the factor of each token in the result is known before its loss, so that gradients can be made."""
         weights_T = tokens.weights_T
         return (
             self.reduction != "none"
-            and shards is None
+            and group is None
             and not token_groups
             and torch.is_grad_enabled()
             and logits.requires_grad

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from loss_core import FusedLinearCEConfig
 from loss_core.row_terms import Objective
-from loss_core_torch import inputs
+from loss_core_torch import inputs, metrics
 from loss_core_torch.autograd.linear_cross_entropy import Call, LinearCrossEntropy
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import WholeLosses
+from loss_core_torch.kernels import KernelSet, WholeLosses
+from loss_core_torch.metrics import Result
 from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
 
@@ -30,6 +31,7 @@ class FusedLinearCrossEntropy(LinearModule):
 
     config_class = FusedLinearCEConfig
     reduction: str
+    metrics: tuple[str, ...]
     # Numbers that give tensors their shape: no tensors themselves, for the bridge.
     static_arguments = ("num_valid_tokens",)
     _values = ("loss_weights",)
@@ -44,7 +46,7 @@ class FusedLinearCrossEntropy(LinearModule):
         loss_weights: Tensor | None = None,
         num_valid_tokens: int | None = None,
         lm_bias: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Result:
         """Cross entropy of the head's logits and labels.
 
         Args:
@@ -67,7 +69,8 @@ class FusedLinearCrossEntropy(LinearModule):
                 a sharded vocabulary: this rank's part, a plain tensor.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64). Under
-            autocast both operands are rounded to its dtype first, as F.linear would.
+            autocast both operands are rounded to its dtype first, as F.linear would. With metrics as
+            MaskedCrossEntropy.
         Raises:
             ValueError: shapes or devices that do not fit, a label that is no class (on a CPU), a count
                 or weights without reduction="sum", a sharded weight without its group, placements that can't be
@@ -75,10 +78,10 @@ class FusedLinearCrossEntropy(LinearModule):
             TypeError: labels that are no integers; other dtypes of hidden_states and lm_weight that differ.
         """
         given = {"num_label_tokens": num_label_tokens, "loss_weights": loss_weights}
-        loss: Tensor = self._evaluate(
+        found: Result = self._evaluate(
             hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group, num_valid_tokens
         )
-        return loss
+        return found
 
     def _tokens(
         self, lead: torch.Size, hidden: Tensor, labels: Any, given: Mapping[str, Any], num_valid: Any
@@ -92,18 +95,27 @@ class FusedLinearCrossEntropy(LinearModule):
     def _of_tokens(self) -> bool:
         return self.reduction == "none"
 
-    def _loss(self, call: LinearCall) -> Tensor:
-        kernels, tokens, objective = call.kernels, call.tokens, Objective.of(self, call.num_classes)
-        if isinstance(kernels, WholeLosses):
-            loss_T = zero_where_ignored(kernels.linear_cross_entropy(call.whole(), objective), tokens.keep_T)
-            return reduce_tokens(loss_T, tokens, self.reduction, call.token_groups)
-        want = call.wanted()
-        how = Call(kernels, objective, want, call.source)
-        args = (call.hidden, call.weight, call.bias, tokens.labels_T, tokens.keep_T, call.places_N)
+    def _loss(self, call: LinearCall) -> Result:
+        tokens, objective, groups = call.tokens, Objective.of(self, call.num_classes), call.token_groups
+        if isinstance(call.kernels, WholeLosses):
+            whole = call.whole()
+            loss_T = zero_where_ignored(call.kernels.linear_cross_entropy(whole, objective), tokens.keep_T)
+            loss = reduce_tokens(loss_T, tokens, self.reduction, groups)
+            found = metrics.of_whole(call.kernels, whole, tokens.keep_T, objective, self.metrics)
+        else:
+            loss, found = self._loss_and_metrics(call.kernels, call, objective)
+        return (loss, metrics.reduced(self.metrics, found, tokens, self.reduction, groups)) if self.metrics else loss
+
+    def _loss_and_metrics(
+        self, kernels: KernelSet, call: LinearCall, objective: Objective
+    ) -> tuple[Tensor, list[Tensor]]:
+        tokens, names, coef_T = call.tokens, metrics.of_tokens(self.metrics), None
         if call.source.group is None and self.reduction != "none" and not call.token_groups:
             # The factor of each token in the result is known before its loss, so that gradients can be made.
             coef_T = coefficients(tokens, self.reduction, call.hidden.dtype)
-            loss: Tensor = LinearCrossEntropy.apply(*args, coef_T, how)[0]
-            return loss
-        loss_T = LinearCrossEntropy.apply(*args, None, how)[0]
-        return reduce_tokens(loss_T, tokens, self.reduction, call.token_groups)
+        loss, *rest = LinearCrossEntropy.apply(
+            call.hidden, call.weight, call.bias, tokens.labels_T, tokens.keep_T, call.places_N, coef_T,
+            Call(kernels, objective, call.wanted(), call.source, names),
+        )  # fmt: skip
+        found = rest[len(rest) - len(names) :]
+        return (reduce_tokens(loss, tokens, self.reduction, call.token_groups) if coef_T is None else loss), found

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from loss_core.field_checks import TOKEN_METRICS
 from loss_core_torch import compat
 
 
@@ -84,10 +85,13 @@ class Layout:
         return placed.redistribute(self.mesh, self.tokens).to_local()
 
     def token_results(self, found: Any, labels: Any) -> Any:
-        """As `token_result`; of a NamedTuple, each of its tensors."""
+        """As `token_result`, of each tensor of a tuple, or of a dict of metrics."""
         if isinstance(found, Tensor):
             return self.token_result(found, labels)
-        return type(found)(*(None if x is None else self.token_result(x, labels) for x in found))
+        if isinstance(found, dict):
+            return {name: self.token_result(x, labels) if name in TOKEN_METRICS else x for name, x in found.items()}
+        parts = [None if x is None else self.token_results(x, labels) for x in found]
+        return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
 
     def token_result(self, loss: Tensor, labels: Any) -> Tensor:
         """The loss of each token in the form in which the labels came."""

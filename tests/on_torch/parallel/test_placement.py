@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from helpers.process_group import World, over_processes
 from helpers.sharded_problem import LOSSES, SHARDED, Problem, cases, part_of, same_on_all_ranks, splits
 from loss_core import TEParallelCEConfig
+from loss_core.field_checks import METRICS
 from loss_core.losses import named_cases
 
 
@@ -158,3 +159,21 @@ def test_what_is_no_group(world):
     for group, match in ((two, "1-D DeviceMesh"), ("tp", "ProcessGroup")):
         with pytest.raises(ValueError, match=match):
             TEParallelCEConfig(tp_group=group).build()(logits, labels)
+
+
+@over_processes(2)
+def test_metrics_of_tokens_that_are_sharded(world):
+    """Of all tokens, the same on every rank; per token they are placed as the loss is."""
+    mesh, labels = init_device_mesh("cpu", (world.ranks,)), torch.tensor([1, -100, 2, 3, -100, -100])
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    placed = distribute_tensor(logits, mesh, [Shard(0)])
+    for reduction in ("mean", "none"):
+        loss_fn = TEParallelCEConfig(reduction=reduction, metrics=METRICS).build(backend=world.flag)
+        loss, found = loss_fn(placed, labels)
+        _, expected = loss_fn(logits, labels)
+        assert found["num_valid"] == 3
+        assert isinstance(found["lse"], DTensor) == isinstance(loss, DTensor) == (reduction == "none")
+        for name, value in expected.items():
+            whole = found[name].full_tensor() if isinstance(found[name], DTensor) else found[name]
+            same_on_all_ranks(whole)
+            torch.testing.assert_close(whole, value)

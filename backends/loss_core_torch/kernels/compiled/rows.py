@@ -90,7 +90,7 @@ def _terms_and_grad(args: list[Any], into_BV: Tensor, softcap: float, objective:
     z_BV, inverse_B, keep_B, t_B, _ = args
     vocab, *options = objective
     static = (softcap, *options)
-    if not softcap and inverse_B is None and applies(z_BV):
+    if not (softcap or objective.metrics) and inverse_B is None and applies(z_BV):
         m_B = approximate_maximum(z_BV, t_B)
         found = run(formulas.row_terms_and_grad, *args, m_B, into_BV, vocab=vocab, static=static)
         if is_accurate(found[1], keep_B):
