@@ -108,7 +108,7 @@ def _log_probs(
     model: Any, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, loss: Any, scale: float
 ) -> Tensor:
     targets = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:] if shift_labels is None else shift_labels
-    loss_BS = call_in_head(hf_models.head_of(model), hidden if scale == 1.0 else hidden * scale, targets, loss)
+    loss_BS = call_in_head(hf_models.head_of(model), hidden, targets, hf_models.scaled(loss, scale))
     # TRL leaves the last position out, unless labels are shifted already.
     return -(loss_BS[:, :-1] if shift_labels is None else loss_BS)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.tiny_models import MINICPM3, V, batch, made
+from helpers.tiny_models import MINICPM3, V, batch, made, with_biased_head
 from loss_core import FusedLinearCEConfig
 from loss_core_torch.integrations import hf
 from loss_core_torch.integrations import trl as ours_for_trl
@@ -78,6 +78,12 @@ def test_scales_and_softcaps(name, settings, tmp_path):
     ours = trainer_of(made(name, **settings), tmp_path)
     ours_for_trl.use_fused_loss(ours)
     assert_same_training(ours, trainer_of(made(name, **settings), tmp_path))
+
+
+def test_a_bias(tmp_path):
+    ours = trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path)
+    ours_for_trl.use_fused_loss(ours)
+    assert_same_training(ours, trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path))
 
 
 def test_the_loss_is_ours(tmp_path):
