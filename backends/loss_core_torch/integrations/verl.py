@@ -45,8 +45,8 @@ def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
     """
     _built(backend, None)  # What is wrong with the flag shows here.
     try:
-        for module, _ in _PLACES[:2]:
-            importlib.import_module(module)
+        for place, _ in _PLACES[:2]:
+            importlib.import_module(place)
     except ImportError as error:
         raise ImportError(f"loss_core_torch.integrations.verl needs verl ({error}): pip install 'verl>=0.9'") from error
 
@@ -58,7 +58,7 @@ def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
         "FusedLinearForPPO": module_for_ppo,
         "linear_cross_entropy": functools.partial(linear_cross_entropy, backend=backend),
     }
-    places = [(sys.modules[module], name) for module, name in _PLACES if module in sys.modules]
+    places = [(sys.modules[place], name) for place, name in _PLACES if place in sys.modules]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:
         setattr(module, name, ours[name])

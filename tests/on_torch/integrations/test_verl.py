@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -83,14 +84,14 @@ def test_over_ranks(world):
 def test_over_megatrons_sequence_parallel(world):
     from megatron.core.tensor_parallel import mappings
 
-    # Its collectives ask for the current GPU.
-    torch.cuda.current_device = lambda: torch.device("cpu")
     hidden, weight, labels, upstream = problem()
     mine = weight.detach().tensor_split(2)[world.rank].clone().requires_grad_()
     share = hidden.detach().flatten(0, 1).tensor_split(2)[world.rank].clone().requires_grad_()
-    gathered = mappings.gather_from_sequence_parallel_region(share, group=world.group)
-    results = linear_cross_entropy(gathered, mine, labels, 0.7, "none", world.group, backend=world.flag)
-    by_share, by_weight = torch.autograd.grad(results, (share, mine), upstream.flatten(1).unbind())
+    # Its collectives ask for the current GPU.
+    with mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")):
+        gathered = mappings.gather_from_sequence_parallel_region(share, group=world.group)
+        results = linear_cross_entropy(gathered, mine, labels, 0.7, "none", world.group, backend=world.flag)
+        by_share, by_weight = torch.autograd.grad(results, (share, mine), upstream.flatten(1).unbind())
     *expected, by_hidden, by_whole = by_formula(0.7)
     parts = by_hidden.flatten(0, 1).tensor_split(2)[world.rank], by_whole.tensor_split(2)[world.rank]
     close((*results, by_share, by_weight), (*expected, *parts))
