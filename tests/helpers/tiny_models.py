@@ -25,7 +25,19 @@ def made(name="Llama", **settings):
     # Larger than at the start of a training, so that a scale or softcap that is left out shows.
     for parameter in model.parameters():
         parameter.data.mul_(3.0)
+    if (bias := model.get_output_embeddings().bias) is not None:
+        bias.data.normal_()
     return model.train()
+
+
+def with_biased_head(name="Llama", **settings):
+    """As `made`, with a head that has a bias."""
+    model = made(name, **settings)
+    head = torch.nn.Linear(H, V)
+    head.weight.data.copy_(model.get_output_embeddings().weight.data)
+    head.bias.data.normal_()
+    model.set_output_embeddings(head)
+    return model
 
 
 def batch(seed=0, size=4, ignored=3):

@@ -18,11 +18,12 @@ def call_in_head(
 ) -> Tensor:
     """`loss(hidden, labels, head.weight, **arguments)`, computed in place of the head's forward.
 
-    FSDP2 gathers a head's weight, and reduces its gradient, in hooks around the head's own call. Where the weight is
-    read within that call it is whole, and the loss needs no `grad_reduce_group`.
+    FSDP2 gathers a head's parameters, and reduces their gradients, in hooks around the head's own call. Where they are
+    read within that call they are whole, and the loss needs no `grad_reduce_group`.
 
     Args:
-        head: `torch.nn.Linear` [V, H] without a bias, or what `fully_shard` has made of one; as before after the call.
+        head: `torch.nn.Linear` [V, H], or what `fully_shard` has made of one; as before after the call. Its bias, if it
+            has one, is given to the loss as `lm_bias`.
         hidden: [..., H] float, what the head would be called with.
         labels: [...] integers. Not shifted here: hidden[..., t, :] predicts labels[..., t].
         loss: such as `FusedLinearCEConfig().build()`: takes hidden states, labels and the weight [V, H].
@@ -31,7 +32,6 @@ def call_in_head(
         What the loss returns; in the `output_dtype` of the head's MixedPrecisionPolicy, if it has one.
     Raises:
         TypeError: the head is no `torch.nn.Linear`, or computes something else than one (LoRA, quantised).
-        ValueError: the head has a bias.
     """
     check_head(head)
     # Where accelerate has put a hook around the forward (device_map, CPU offload), the forward is the inner one.
@@ -39,7 +39,8 @@ def call_in_head(
     before = vars(head).get(name)
 
     def forward(hidden: Tensor, labels: Tensor) -> Tensor:
-        return loss(hidden, labels, head.weight, **arguments)
+        bias = {} if head.bias is None else {"lm_bias": head.bias}
+        return loss(hidden, labels, head.weight, **bias, **arguments)
 
     setattr(head, name, forward)
     try:
@@ -54,7 +55,7 @@ def call_in_head(
 
 
 def check_head(head: Any, what: str = "head") -> None:
-    """Refuse a head of which the weight alone does not say what it computes; errors as in `call_in_head`.
+    """Refuse a head whose weight and bias do not say what it computes; errors as in `call_in_head`.
 
     Args:
         what: how messages call it.
@@ -66,17 +67,12 @@ def check_head(head: Any, what: str = "head") -> None:
         raise TypeError(f"{what} is {kind}; pass the torch.nn.Linear that makes the logits, such as model.lm_head.")
     if hasattr(head, "lora_A"):
         raise TypeError(
-            f"{what} is {kind}: it has a LoRA adapter, which a loss that reads its weight alone would leave out. Take "
+            f"{what} is {kind}: it has a LoRA adapter, which a loss that reads its weight would leave out. Take "
             "the head out of target_modules and name it in modules_to_save, or compute the loss from logits."
         )
     # fully_shard makes a subclass; quantised and adapted heads have a forward of their own.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"{what} is {kind}, whose forward is not that of torch.nn.Linear (quantised, adapted or wrapped), so its "
-            "weight alone does not say what it computes. Pass a torch.nn.Linear, or compute the loss from logits."
-        )
-    if head.bias is not None:
-        raise ValueError(
-            f"{what} has a bias of shape {tuple(head.bias.shape)}, which the fused loss does not take. Make the head "
-            "with bias=False, or compute the loss from logits."
+            "weight does not say what it computes. Pass a torch.nn.Linear, or compute the loss from logits."
         )

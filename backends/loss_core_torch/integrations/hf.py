@@ -70,7 +70,8 @@ def use_fused_loss(
     `model(..., labels=labels)` in training mode then gives the fused loss, and None as logits; all else is the model's
     own forward, auxiliary losses too. In evaluation mode the logits are there, and the loss is that of the same config
     over them. The model's logit scale and softcap are read from its config, and compared with what its forward does
-    at the first call. A scale multiplies the hidden states, so it is rounded to their dtype. Not under DataParallel.
+    at the first call. A scale multiplies the hidden states, so it is rounded to their dtype; and the head's bias, which
+    gets its gradient. Not under DataParallel.
 
     Args:
         model: a transformers model with a `torch.nn.Linear` head, tied or not, before Trainer or DDP wrap it; or a PEFT
@@ -82,8 +83,8 @@ def use_fused_loss(
     Raises:
         TypeError: model or config is something else; the head is no plain linear one (LoRA, quantised). Also at the
             forward, for a head that was replaced since.
-        ValueError: the head has a bias; config has another softcap than the model, a tp_group, or what causal_lm_loss
-            refuses; the model has a fused loss already.
+        ValueError: config has another softcap than the model, a tp_group, or what causal_lm_loss refuses; the model has
+            a fused loss already.
         RuntimeError: at the forward, for a model that makes its logits or its loss in a way that is not known here.
     """
     config = FusedLinearCEConfig() if config is None else config
@@ -163,17 +164,17 @@ class _FusedForward:
     def _in_head(
         self, model: Any, probe: hf_models.HeadProbe, logits: Tensor, labels: Tensor, vocab_size: int, arguments: Any
     ) -> Tensor:
-        hidden, scale = probe.taken(model), self.expected.scale
+        hidden = probe.taken(model)
         if not self.checked:
             hf_models.check_probe(model, logits, self.expected)
             self.checked = True
 
-        def loss(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        def loss(hidden: Tensor, labels: Tensor, weight: Tensor, **bias: Tensor) -> Tensor:
             if weight.shape[0] != vocab_size:
                 raise ValueError(f"The head of {type(model).__name__} has {weight.shape[0]} rows for {vocab_size=}.")
-            return self.fused(hidden, labels, weight, **arguments)
+            return self.fused(hidden, labels, weight, **bias, **arguments)
 
-        return call_in_head(probe.head, hidden if scale == 1.0 else hidden * scale, labels, loss)
+        return call_in_head(probe.head, hidden, labels, hf_models.scaled(loss, self.expected.scale))
 
 
 def _by_count(config: Any, backend: str) -> Callable[..., Tensor]:
@@ -192,15 +193,17 @@ def _by_count(config: Any, backend: str) -> Callable[..., Tensor]:
         *weight: Tensor,
         num_items_in_batch: Any = None,
         shift_labels: Tensor | None = None,
+        lm_bias: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
+        bias = {} if lm_bias is None else {"lm_bias": lm_bias}
         # The labels are padded by one: logits without their last position would have to be copied.
         targets = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:] if shift_labels is None else shift_labels
         if num_items_in_batch is None:
-            return mean(scores, targets, *weight)
+            return mean(scores, targets, *weight, **bias)
         if isinstance(num_items_in_batch, Tensor):
             # DataParallel repeats the count for each of its devices, and takes the sum of that many equal losses.
             num_items_in_batch = num_items_in_batch.sum()
-        return total(scores, targets, *weight, num_label_tokens=num_items_in_batch)
+        return total(scores, targets, *weight, num_label_tokens=num_items_in_batch, **bias)
 
     return loss

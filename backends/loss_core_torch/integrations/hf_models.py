@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ _PROBE, _TOLERANCE = (1.0, 100.0), 0.02
 
 
 class Logits(NamedTuple):
-    """What a model makes of its head's result: `softcap(scale * (hidden @ weight.T))`.
+    """What a model makes of its head's result: `softcap(scale * (hidden @ weight.T + bias))`.
 
     Attributes:
         softcap: c in c * tanh(x / c), 0 is off.
@@ -53,6 +53,18 @@ def read_logits(config: Any, *, from_head: bool = True) -> Logits:
     elif not (kind == "minicpm3" and from_head):
         scale /= divisor
     return Logits(scale, next((cap for name in _SOFTCAPS if (cap := _number(config, name, 0.0))), 0.0))
+
+
+def scaled(loss: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
+    """A loss of hidden states, labels, weight and maybe lm_bias, with its logits multiplied by a number."""
+    if scale == 1.0:
+        return loss
+
+    def of_scaled(hidden: Tensor, labels: Tensor, weight: Tensor, lm_bias: Tensor | None = None) -> Tensor:
+        bias = {} if lm_bias is None else {"lm_bias": lm_bias * scale}
+        return loss(hidden * scale, labels, weight, **bias)
+
+    return of_scaled
 
 
 def _number(config: Any, name: str, default: float) -> float:

@@ -51,6 +51,7 @@ def fused_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
     Returns:
         An instance of NeMo's LinearCrossEntropy, the base by which it knows losses of hidden states. A recipe keeps it
         for models whose forward takes logits_to_keep; for others it takes its own MaskedCrossEntropy, and warns.
+        NeMo gives it the head's weight alone: a bias would be left out, so take `masked_ce` for a head that has one.
     Raises:
         TypeError, ValueError: as FusedLinearCEConfig.
         ImportError: nemo-automodel is missing.

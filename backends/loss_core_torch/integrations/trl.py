@@ -1,15 +1,18 @@
-"""The fused loss in TRL's SFTTrainer, with the trainer's metrics kept.
+"""The fused losses in TRL's trainers, with their metrics kept.
 
 Tried with trl 1.16 and transformers 5.24. TRL gives every model a head of its own (`add_fused_lm_head`), which makes
-per-token log-probabilities and passes the model's forward by, so `hf.use_fused_loss` has no effect there. For a loss
-over the logits: `SFTTrainer(compute_loss_func=hf.causal_lm_loss(config))`.
+per-token log-probabilities and passes the model's forward by, so `hf.use_fused_loss` has no effect there. Labels are
+unshifted, as TRL has them, which shifts them itself: shifted ones give a wrong number. For a loss over the logits:
+`SFTTrainer(compute_loss_func=hf.causal_lm_loss(config))`.
 """
 
-# B = batch, S = sequence, H = hidden
+# B = batch, S = sequence, T = tokens, V = vocabulary, H = hidden
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loss_core import FusedLinearCEConfig
+from loss_core import FusedLinearCEConfig, FusedLinearLogProbsConfig
 from loss_core.row_terms import Objective
 from loss_core_torch import metrics
 from loss_core_torch.integrations import hf_models
@@ -28,6 +31,96 @@ from loss_core_torch.integrations.heads import call_in_head
 _IGNORED = -100
 # Largest difference from TRL's log-probabilities, which are of bfloat16 products where ours are.
 _TOLERANCE = 0.1
+# Arguments of the function for log-probabilities, in the versions that are known.
+_ARGUMENTS = (
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+    "outputs",
+)  # fmt: skip
+
+
+def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
+    """Let the trainers of this process take their log-probabilities and entropies from `FusedLinearLogProbs`.
+
+    In SFT, DPO, KTO, GRPO and RLOO, of policies and reference models, in training and evaluation. What else the metrics
+    of SFT, DPO and KTO need (whether a label is the most likely token, mean logits, sums of squared probabilities) TRL
+    computes, for one product with the head more.
+
+    Args:
+        backend: flag of the loss, such as "torch:triton".
+    Returns:
+        A function that undoes this.
+    Raises:
+        ImportError: trl is missing.
+        RuntimeError: this version of trl computes log-probabilities in another way.
+        ValueError: it was done already. At a call: a head under DeepSpeed ZeRO-3, a logit scale that is not > 0.
+    """
+    utils = _trl("trainer.utils")
+    theirs = getattr(utils, "_ChunkedLogProbFunction", None)
+    if isinstance(theirs, _LogProbs):
+        raise ValueError("TRL takes its log-probabilities from loss_core already; undo that first.")
+    found = () if theirs is None else tuple(inspect.signature(theirs.forward).parameters)[1:]
+    if found != _ARGUMENTS:
+        raise RuntimeError(
+            f"This trl makes log-probabilities from {found}; known is {_ARGUMENTS}. pip install 'trl==1.16.*'"
+        )
+    ours = utils._ChunkedLogProbFunction = _LogProbs(theirs, backend)
+
+    def undo() -> None:
+        if utils._ChunkedLogProbFunction is not ours:
+            raise RuntimeError("TRL's log-probabilities are not these any more; undo what replaced them first.")
+        utils._ChunkedLogProbFunction = theirs
+
+    return undo
+
+
+class _LogProbs:
+    """In the place of TRL's `ChunkedLogProbFunction`: the same arguments and results."""
+
+    def __init__(self, theirs: Any, backend: str) -> None:
+        self.theirs = theirs
+        self._built = functools.cache(lambda **fields: FusedLinearLogProbsConfig(**fields).build(backend=backend))
+        self._built(entropy=False, logit_softcapping=0.0)  # What is wrong with the flag shows here.
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        """Log-probabilities, entropies and TRL's three metrics, each [T], or None where not in `outputs`.
+
+        Args:
+            hidden: [T, H]; weight: [V, H]; bias: [V] or None.
+            targets: [T] classes, shifted already.
+        """
+        if hasattr(weight, "ds_id"):
+            raise ValueError(
+                "The head is partitioned by DeepSpeed ZeRO-3, which would take it away before the backward needs it. "
+                "Leave the log-probabilities to TRL, or train with FSDP2."
+            )
+        if not logit_scale > 0.0:
+            raise ValueError(f"The model's logit scale is {logit_scale}; it must be > 0.")
+        # c tanh(s r / c) / t = (c / s) tanh(r / (c / s)) / (t / s): no scaled copy, and nothing rounded.
+        softcap = (final_logit_softcapping or 0.0) / logit_scale
+        log_probs = self._built(entropy="entropy" in outputs, logit_softcapping=softcap)
+        if weight.dtype.itemsize < hidden.dtype.itemsize:
+            # `cast_lm_head_to_fp32`; TRL casts the head in pieces.
+            weight = weight.to(hidden.dtype)
+        found = log_probs(hidden, targets, weight, temperature / logit_scale, bias)
+        metrics = tuple(name for name in outputs if name not in ("log_probs", "entropy"))
+        if not metrics:
+            return *found, None, None, None
+        with torch.no_grad():
+            theirs = self.theirs.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, metrics
+            )
+        return *found, *theirs[2:]
 
 
 def use_fused_loss(
@@ -110,7 +203,7 @@ def _log_probs(
     model: Any, hidden: Tensor, labels: Tensor, shift_labels: Tensor | None, loss: Any, scale: float
 ) -> Tensor:
     targets = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:] if shift_labels is None else shift_labels
-    loss_BS = call_in_head(hf_models.head_of(model), hidden if scale == 1.0 else hidden * scale, targets, loss)
+    loss_BS = call_in_head(hf_models.head_of(model), hidden, targets, hf_models.scaled(loss, scale))
     # TRL leaves the last position out, unless labels are shifted already.
     return -(loss_BS[:, :-1] if shift_labels is None else loss_BS)
 
@@ -126,11 +219,7 @@ def _compare(model: Any, ours: Tensor, trls: Tensor) -> None:
 
 def _check_trainer(trainer: Any, config: FusedLinearCEConfig) -> None:
     kind = type(trainer).__name__
-    try:
-        from trl import SFTTrainer
-    except ImportError as error:
-        raise ImportError("loss_core_torch.integrations.trl needs trl: pip install 'trl>=1.16'") from error
-    if not isinstance(trainer, SFTTrainer):
+    if not isinstance(trainer, _trl("trainer.sft_trainer").SFTTrainer):
         raise TypeError(f"trainer is a {kind}; pass a trl.SFTTrainer, made already.")
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         raise ValueError(
@@ -140,3 +229,10 @@ def _check_trainer(trainer: Any, config: FusedLinearCEConfig) -> None:
     options = {name: value for name, value in Objective.of(config, 0).options.items() if value}
     if trainer.args.loss_type != "nll" and options:
         raise ValueError(f"{', '.join(options)} of config have no meaning for {trainer.args.loss_type=}.")
+
+
+def _trl(module: str) -> Any:
+    try:
+        return importlib.import_module(f"trl.{module}")
+    except ImportError as error:
+        raise ImportError(f"loss_core_torch.integrations.trl needs trl ({error}): pip install 'trl>=1.16'") from error

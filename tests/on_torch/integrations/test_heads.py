@@ -32,9 +32,9 @@ class Model(nn.Module):
         return call_in_head(self.lm_head, hidden, labels, loss)
 
 
-def made(tied=False):
+def made(tied=False, bias=False):
     torch.manual_seed(0)
-    return Model(tied)
+    return Model(tied, bias)
 
 
 def batch(seed=0, number=T):
@@ -48,9 +48,10 @@ def mean_loss():
     return FusedLinearCEConfig(reduction="mean").build(backend="torch:eager")
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_loss_and_gradients_are_those_of_the_logits(tied):
-    ours, own = made(tied), made(tied)
+def test_loss_and_gradients_are_those_of_the_logits(tied, bias):
+    ours, own = made(tied, bias), made(tied, bias)
     loss, expected = ours(*batch(), mean_loss()), own(*batch(), None)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     loss.backward()
@@ -102,7 +103,6 @@ def test_a_forward_that_was_replaced_is_back_afterwards():
 @pytest.mark.parametrize(
     ("head", "error", "says"),
     [
-        (nn.Linear(H, V), ValueError, r"bias of shape \(97,\).*bias=False"),
         (nn.Embedding(V, H), TypeError, "torch.nn.modules.sparse.Embedding.*forward is not that of torch.nn.Linear"),
         (torch.zeros(V, H), TypeError, "pass the module that holds it"),
         ("lm_head", TypeError, "builtins.str; pass the torch.nn.Linear"),
@@ -125,7 +125,7 @@ def test_compiled():
     assert ours.lm_head(torch.randn(T, H)).shape == (T, V)
 
 
-LAYOUTS = ["head apart", "in the root", "norm and head", "tied", "bfloat16"]
+LAYOUTS = ["head apart", "in the root", "norm and head", "tied", "bfloat16", "bias"]
 
 
 def sharded(model, layout):
@@ -136,7 +136,7 @@ def sharded(model, layout):
     if layout == "bfloat16":
         settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(model.layer, **settings)
-    if layout in ("head apart", "bfloat16"):
+    if layout in ("head apart", "bfloat16", "bias"):
         fully_shard(model.lm_head, **settings)
     if layout == "norm and head":
         fully_shard([model.norm, model.lm_head], **settings)
@@ -146,7 +146,7 @@ def sharded(model, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @over_processes(2)
 def test_fsdp2(world, layout):
-    ours, own = (made(tied=layout == "tied") for _ in range(2))
+    ours, own = (made(tied=layout == "tied", bias=layout == "bias") for _ in range(2))
     ours = sharded(ours, layout)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (ours, own)]
     exact = layout != "bfloat16"

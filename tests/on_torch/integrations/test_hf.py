@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from helpers.tiny_models import V, batch, made
+from helpers.tiny_models import V, batch, made, with_biased_head
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core_torch.integrations.hf import causal_lm_loss, use_fused_loss
 
 pytest.importorskip("transformers")
 
+HEADS = {"untied": made, "tied": lambda: made(tie_word_embeddings=True), "bias": with_biased_head}
 ROWS = [{"input_ids": x, "labels": y} for x, y in zip(*batch(size=16).values(), strict=True)]
 
 
@@ -50,9 +51,9 @@ def test_over_logits(steps, tmp_path):
 
 
 @pytest.mark.parametrize("steps", [1, 3], ids=["one batch", "three batches"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_fused(tied, steps, tmp_path):
-    ours, own = made(tie_word_embeddings=tied), made(tie_word_embeddings=tied)
+@pytest.mark.parametrize("head", HEADS)
+def test_fused(head, steps, tmp_path):
+    ours, own = HEADS[head](), HEADS[head]()
     use_fused_loss(ours, FusedLinearCEConfig(), backend="torch:eager")
     assert_same_training(ours, own, tmp_path, steps=steps)
 

@@ -1,10 +1,17 @@
-"""Both losses in an SFTTrainer: loss, parameters and metrics are those of the trainer's own loss."""
+"""The losses in TRL's trainers: loss, parameters and metrics are those of the trainer's own."""
+
+import contextlib
+import copy
 
 import pytest
 import torch
 
-from helpers.tiny_models import MINICPM3, V, batch, made
-from loss_core import FusedLinearCEConfig
+from helpers.largest_tensor import LargestTensor
+from helpers.process_group import over_processes
+from helpers.tiny_models import MINICPM3, batch, made, with_biased_head
+from helpers.trl_trainers import dpo, grpo, kto, rloo, sft
+from loss_core import BackendUnavailable, FusedLinearCEConfig
+from loss_core.dispatch.observed import names, observing
 from loss_core_torch.integrations import hf
 from loss_core_torch.integrations import trl as ours_for_trl
 
@@ -12,27 +19,8 @@ trl = pytest.importorskip("trl")
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 
 
-def tokenizer():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2", unk_token="w0")
-
-
-def trainer_of(model, folder, steps=1, loss_type="nll", label_smoothing=0.0, **arguments):
-    import datasets
-
-    settings = trl.SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=steps, max_steps=5,
-        learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant", logging_steps=1, report_to="none", use_cpu=True,
-        save_strategy="no", disable_tqdm=True, seed=0, dataloader_pin_memory=False, loss_type=loss_type, bf16=False,
-        label_smoothing_factor=label_smoothing, max_length=None, gradient_checkpointing=False, max_grad_norm=0.0,
-    )  # fmt: skip
-    rows = {name: x.tolist() for name, x in batch(size=16).items()}
-    rows["completion_mask"] = [[int(label != -100) for label in row] for row in rows.pop("labels")]
-    data = datasets.Dataset.from_dict(rows)
-    return trl.SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer(), **arguments)
+def trainer_of(model, folder, steps=1, **settings):
+    return sft(model, folder, gradient_accumulation_steps=steps, learning_rate=1e-2, **settings)
 
 
 def trained(trainer):
@@ -61,9 +49,9 @@ def test_over_logits(steps, tmp_path):
 @pytest.mark.parametrize("steps", [1, 3], ids=["one batch", "three batches"])
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_fused(loss_type, steps, tmp_path):
-    ours = trainer_of(made(), tmp_path, steps, loss_type)
+    ours = trainer_of(made(), tmp_path, steps, loss_type=loss_type)
     ours_for_trl.use_fused_loss(ours, FusedLinearCEConfig(), backend="torch:eager")
-    assert_same_training(ours, trainer_of(made(), tmp_path, steps, loss_type))
+    assert_same_training(ours, trainer_of(made(), tmp_path, steps, loss_type=loss_type))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +66,12 @@ def test_scales_and_softcaps(name, settings, tmp_path):
     ours = trainer_of(made(name, **settings), tmp_path)
     ours_for_trl.use_fused_loss(ours)
     assert_same_training(ours, trainer_of(made(name, **settings), tmp_path))
+
+
+def test_a_bias(tmp_path):
+    ours = trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path)
+    ours_for_trl.use_fused_loss(ours)
+    assert_same_training(ours, trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path))
 
 
 def test_the_loss_is_ours(tmp_path):
@@ -116,9 +110,162 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="it would not use this loss"):
         ours_for_trl.use_fused_loss(trainer_of(made(), tmp_path, compute_loss_func=hf.causal_lm_loss()))
     with pytest.raises(ValueError, match="it would not use this loss"):
-        ours_for_trl.use_fused_loss(trainer_of(made(), tmp_path, label_smoothing=0.1))
+        ours_for_trl.use_fused_loss(trainer_of(made(), tmp_path, label_smoothing_factor=0.1))
     trainer = trainer_of(made(), tmp_path, loss_type="dft")
     with pytest.raises(ValueError, match="have no meaning for"):
         ours_for_trl.use_fused_loss(trainer, FusedLinearCEConfig(label_smoothing=0.1))
     with pytest.raises(ValueError, match="ignore_index=-100"):
         ours_for_trl.use_fused_loss(trainer, FusedLinearCEConfig(ignore_index=0))
+
+
+@pytest.fixture
+def fused_log_probs():
+    """Ours in TRL's place for the lines of a `with`."""
+
+    @contextlib.contextmanager
+    def taken(backend="torch:eager"):
+        undo = ours_for_trl.use_fused_log_probs(backend=backend)
+        try:
+            yield
+        finally:
+            undo()
+
+    return taken
+
+
+@pytest.mark.parametrize("trainer_of", [sft, dpo, kto, grpo, rloo], ids=lambda trainer_of: trainer_of.__name__)
+def test_fused_log_probs(trainer_of, fused_log_probs, tmp_path):
+    def trained():
+        trainer = trainer_of(made(), tmp_path)
+        trainer.train()
+        # Sums of times and of floating-point operations aside, every number that it logs.
+        log = [{k: v for k, v in x.items() if "time" not in k} for x in trainer.state.log_history if "loss" in x]
+        return log, trainer.model
+
+    expected, other = trained()
+    with fused_log_probs(), observing() as seen:
+        log, model = trained()
+    assert names(seen) == "torch:eager"
+    assert len(log) == 5
+    assert [x.keys() for x in log] == [x.keys() for x in expected]
+    for step, own in zip(log, expected, strict=True):
+        assert step == pytest.approx(own, rel=1e-5, abs=1e-5)
+    assert (model.lm_head.weight - made().lm_head.weight).abs().max() > 1e-4
+    for parameter, own in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, own, rtol=0, atol=1e-5)
+
+
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+MODELS = {
+    "scale and bias": lambda: with_biased_head("Granite", logits_scaling=4.0),
+    "softcap and bias": lambda: with_biased_head("Gemma2", final_logit_softcapping=2.0, head_dim=16),
+    "scale and softcap": lambda: made("Gemma2", final_logit_softcapping=2.0, head_dim=16, logit_scale=0.5),
+}
+
+
+def called(model, labels=None, outputs=OUTPUTS, **settings):
+    """All outputs of one call of a copy, and its gradients."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = copy.deepcopy(model)
+    add_fused_lm_head(model, outputs=outputs, **settings)
+    inputs = batch()
+    found = model(**inputs | {"labels": inputs["labels"] if labels is None else labels}, fused_lm_head=True)
+    (found.loss + sum(x.square().sum() for x in (found.log_probs, found.entropy) if x is not None)).backward()
+    return dict(found), {name: x.grad for name, x in model.named_parameters()}
+
+
+@pytest.mark.parametrize("outputs", [OUTPUTS, ("log_probs", "mean_logits"), ("log_probs",)], ids=len)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_call(name, outputs, fused_log_probs):
+    model = MODELS[name]()
+    expected, others = called(model, outputs=outputs, temperature=0.7)
+    with fused_log_probs():
+        found, gradients = called(model, outputs=outputs, temperature=0.7)
+    assert found.keys() == expected.keys() >= {*outputs, "loss"}
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("cast", [False, True], ids=["as it is", "head in float32"])
+def test_dtypes(cast, autocast, fused_log_probs):
+    model = made() if autocast else made().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, others = called(model, cast_lm_head_to_fp32=cast)
+        with fused_log_probs():
+            found, gradients = called(model, cast_lm_head_to_fp32=cast)
+    assert {name: x.dtype for name, x in gradients.items()} == {name: x.dtype for name, x in others.items()}
+    # Where the head is not in float32, TRL rounds its logits to bfloat16, which are up to 16 here.
+    tolerance = 1e-5 if cast else 16 * 2.0**-8
+    torch.testing.assert_close(found["log_probs"], expected["log_probs"], rtol=0, atol=tolerance)
+
+
+def test_no_logits_are_made(fused_log_probs):
+    from trl.trainer.utils import add_fused_lm_head
+
+    # Logits of 128 MiB: more than a block of the kernel's.
+    tokens = {name: x.repeat(32, 1) for name, x in batch(size=4).items()}
+    model = made(vocab_size=2 * 2**14)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    with fused_log_probs(), LargestTensor() as largest:
+        outputs = model(**tokens, fused_lm_head=True)
+        (outputs.log_probs.sum() + outputs.entropy.sum()).backward()
+    assert 0 < largest.numel < tokens["labels"].numel() * 2**14
+
+
+@over_processes(2)
+def test_log_probs_under_fsdp2(world):
+    from torch.distributed.fsdp import fully_shard
+    from trl.trainer.utils import add_fused_lm_head
+
+    def trained(seed):
+        model = with_biased_head()
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        for module in (*model.model.layers, model.lm_head, model):
+            fully_shard(module)
+        found = model(**batch(seed), fused_lm_head=True)
+        (found.loss + found.entropy.sum()).backward()
+        gradients = [x.grad.full_tensor() for x in model.parameters()]
+        return found.log_probs.detach(), found.entropy.detach(), *gradients
+
+    expected = trained(world.rank)
+    undo = ours_for_trl.use_fused_log_probs(backend=world.flag)
+    with observing() as seen:
+        found = trained(world.rank)
+    undo()
+    assert names(seen) == world.flag
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_that_are_shifted_already_give_other_log_probs(fused_log_probs):
+    shifted = torch.nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:]
+    with fused_log_probs():
+        right, wrong = called(made())[0]["loss"], called(made(), shifted)[0]["loss"]
+    assert abs(right - wrong) > 0.01
+
+
+def test_log_probs_that_are_refused(fused_log_probs, monkeypatch):
+    from trl.trainer import utils
+
+    theirs = utils._ChunkedLogProbFunction
+    with pytest.raises(BackendUnavailable):
+        ours_for_trl.use_fused_log_probs(backend="torch:te")
+    assert utils._ChunkedLogProbFunction is theirs
+    undo = ours_for_trl.use_fused_log_probs()
+    with pytest.raises(ValueError, match="from loss_core already"):
+        ours_for_trl.use_fused_log_probs()
+    undo()
+    with pytest.raises(RuntimeError, match="are not these any more"):
+        undo()
+    with fused_log_probs():
+        with pytest.raises(ValueError, match=r"logit scale is 0\.0; it must be > 0"):
+            called(made("Cohere", logit_scale=0.0))
+        weight = torch.zeros(3, 2)
+        weight.ds_id = 0  # As DeepSpeed marks what it has partitioned.
+        with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+            utils._ChunkedLogProbFunction.apply(torch.zeros(1, 2), weight, None, torch.zeros(1).long(), 1.0, 3)
+    # A version of TRL with other arguments.
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", torch.autograd.Function)
+    with pytest.raises(RuntimeError, match=r"pip install 'trl==1\.16"):
+        ours_for_trl.use_fused_log_probs()
