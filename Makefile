@@ -3,6 +3,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# To bytecode goes what is imported, when it is: most of what is installed never is, and takes as long as installing.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # What an environment has; the targets below that have one of their own say something else.
 INSTALL ?= --editable '.[dev]' --constraint constraints.txt
 # What it has besides, without what that demands.
@@ -140,6 +142,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  fi || exit 1; \
 	fi
 	@echo "Installing loss-core and what else belongs into $(VENV); the first time takes some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(INSTALL)
-	@[ -z "$(ALONE)" ] || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt $(ALONE)
+	@$(PIP) $(INSTALL)
+	@[ -z "$(ALONE)" ] || $(PIP) --no-deps --constraint constraints.txt $(ALONE)
 	@touch $(STAMP)
