@@ -3,6 +3,8 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# To bytecode goes what is imported, when it is: most of what is installed never is, and takes as long as installing.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # What an environment has; the targets below that have one of their own say something else.
 INSTALL ?= --editable '.[dev]' --constraint constraints.txt
 # What it has besides, without what that demands.
@@ -57,8 +59,10 @@ matrix: test-oldest-jax ## the tests with the oldest and the newest versions of 
 	@$(MAKE) --no-print-directory setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
-check: setup ## every loss on both backends and on torch:compile against float64
-	$(VENV)/bin/loss-core check --backend torch:plain --backend torch:eager --backend torch:compile --backend jax:xla
+# The dtypes that tests/helpers/matrix.py leaves to it for what compiles; `loss-core check` by itself has all four.
+check: setup ## every loss on both backends and on torch:compile against float64, in float32 and bfloat16
+	$(VENV)/bin/loss-core check --backend torch:plain --backend torch:eager --backend torch:compile --backend jax:xla \
+	  --dtype float32 --dtype bfloat16
 
 lint: setup ## ruff and the import rules
 	$(PY) -m ruff check .
@@ -138,6 +142,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  fi || exit 1; \
 	fi
 	@echo "Installing loss-core and what else belongs into $(VENV); the first time takes some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(INSTALL)
-	@[ -z "$(ALONE)" ] || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt $(ALONE)
+	@$(PIP) $(INSTALL)
+	@[ -z "$(ALONE)" ] || $(PIP) --no-deps --constraint constraints.txt $(ALONE)
 	@touch $(STAMP)

@@ -175,7 +175,7 @@ def environment(folder: Path, requirement: str) -> Path:
     """A new virtual environment with one requirement installed; returns its python."""
     run([sys.executable, "-m", "venv", folder], cwd=ROOT)
     python = folder / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     run([*pip, "--constraint", ROOT / "constraints.txt", requirement], cwd=folder)
     return python
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from helpers.command import interrupted, spawn
+from helpers.command import interrupted, run, spawn
 from helpers.processes import all_gone, wait_for_workers
 from loss_core.bench.report import BenchReport
 from loss_core.dispatch.tuned import tuned_choice
@@ -61,8 +61,8 @@ def test_the_command_prints_writes_and_tunes(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_usage_is_one_line(arguments, text):
-    done = spawn("bench", *arguments)
-    assert done.returncode == 2
+    done = run("bench", *arguments)
+    assert done.exit_code == 2
     assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

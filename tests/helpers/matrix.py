@@ -1,6 +1,10 @@
 """The matrix: every flag x loss x case x dtype against float64, each cell a test with an id of its own.
 
 A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
+
+What takes long has two dtypes. `make check`, which CI runs as well, has every loss and case in float32 and bfloat16;
+flags that compile have the others here, so that each of their cells is computed once. Triton's kernels, of which
+`make check` has none without a GPU, have float32 and bfloat16 here.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from loss_core.check import DTYPES, check
 from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status
 from loss_core.losses.drawing import named_cases
 
+INTERPRETED, COMPILED = ("float32", "bfloat16"), ("float16", "float64")
+
 
 def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
     """Parametrise a test over (flag, loss, case, dtype).
@@ -31,11 +37,14 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
             continue
         # Those that compile at the first call do so for each kind of input: minutes over all cells.
         marks = [pytest.mark.slow] if flag in COMPILED_AT_FIRST_CALL else []
-        # What runs slowly runs where it differs; `loss-core check`, which CI calls as well, has every cell.
-        slow = flag in interpreted or backend == "jax" or bool(marks)
-        for (loss, case), dtype in itertools.product(_cases(), ("float32", "bfloat16") if slow else DTYPES):
-            if slow and loss == "TEParallelCrossEntropy":
+        compiled = backend == "jax" or flag in COMPILED_AT_FIRST_CALL
+        dtypes = INTERPRETED if flag in interpreted else COMPILED if compiled else DTYPES
+        for (loss, case, tokens), dtype in itertools.product(_cases(), dtypes):
+            if dtypes is not DTYPES and loss == "TEParallelCrossEntropy":
                 # Computed by what computes MaskedCrossEntropy.
+                continue
+            if flag in interpreted and tokens > 100:
+                # Blocks of tokens: tests of the kernels have small ones.
                 continue
             if flag in interpreted or _serves(flag, loss):
                 made.append(pytest.param(flag, loss, case, dtype, id=f"{flag}-{loss}-{case}-{dtype}", marks=marks))
@@ -57,8 +66,11 @@ def assert_agrees(flag: str, loss: str, case: str, dtype: str, shape: tuple[int,
 
 
 @functools.cache
-def _cases() -> tuple[tuple[str, str], ...]:
-    return tuple((loss, case.name) for loss in LOSS_CONFIG_REGISTRY for case in named_cases(loss))
+def _cases() -> tuple[tuple[str, str, int], ...]:
+    """Name of the loss and of the case, and how many tokens it has."""
+    return tuple(
+        (loss, case.name, case.arrays["labels"].size) for loss in LOSS_CONFIG_REGISTRY for case in named_cases(loss)
+    )
 
 
 @functools.cache
