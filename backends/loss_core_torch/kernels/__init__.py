@@ -90,6 +90,26 @@ class Linear(NamedTuple):
     bias_V: Tensor | None = None
 
 
+class LinearPairs(NamedTuple):
+    """Operands of logits h @ W.T of a student and of a teacher, that are never held whole.
+
+    Attributes:
+        student_TH, student_VH: hidden states [T, H], 0 in rows to ignore, and weight [V, H]; float.
+        teacher_TH, teacher_VH: likewise, with a hidden size of their own.
+        student_dtype, teacher_dtype: dtypes to which the operands of either are rounded.
+        keep_T, inverse_temperature: as in `Pairs`.
+    """
+
+    student_TH: Tensor
+    teacher_TH: Tensor
+    student_VH: Tensor
+    teacher_VH: Tensor
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    keep_T: Tensor | None
+    inverse_temperature: float
+
+
 class Wanted(NamedTuple):
     """Which gradients of a fused loss are made."""
 
@@ -104,6 +124,20 @@ class LinearGrads(NamedTuple):
     hidden_TH: Tensor
     weight_VH: Tensor
     bias_V: Tensor
+
+
+class BothWanted(NamedTuple):
+    """Which gradients of student and teacher are made."""
+
+    student: Wanted
+    teacher: Wanted
+
+
+class BothGrads(NamedTuple):
+    """Gradients by hidden states and weight of student and teacher."""
+
+    student: LinearGrads
+    teacher: LinearGrads
 
 
 class PairCoefficients(NamedTuple):
@@ -136,6 +170,37 @@ class Into(NamedTuple):
 
 
 NEW = Into()
+
+
+class Blocks(NamedTuple):
+    """How the logits of two heads are cut up: tokens of a block, classes of a tile of the weights."""
+
+    tokens: int
+    classes: int
+
+
+class Products(Protocol):
+    """Matrix products, of operands of one dtype, into the dtype of the arithmetic."""
+
+    def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        """out = a @ b, where out shares no memory with a or b."""
+        ...
+
+    def add(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        """out += a @ b."""
+        ...
+
+    def turned(self, b_KN: Tensor) -> Tensor:
+        """What `accumulate` takes beside b."""
+        ...
+
+    def accumulate(self, out_MN: Tensor, a_KM: Tensor, b_KN: Tensor, turned: Tensor, first: bool, last: bool) -> None:
+        """One of the products of a sum: out = a.T @ b for the first, out += a.T @ b for the others.
+
+        Args:
+            first, last: of the sum. Before the last, out holds what belongs to this method.
+        """
+        ...
 
 
 class KernelSet(Protocol):
@@ -181,8 +246,16 @@ class KernelSet(Protocol):
         """
         ...
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient, in one visit of each pair of rows."""
+        ...
+
+    def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
+        """What multiplies, for `kernels.linear_pairs`."""
+        ...
+
+    def linear_blocks(self, linear: LinearPairs) -> Blocks:
+        """How `kernels.linear_pairs` cuts up the logits."""
         ...
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -249,6 +322,10 @@ class WholeLosses:
         Args:
             beta: in (0, 1): the generalized Jensen-Shannon divergence instead.
         """
+        raise NotImplementedError
+
+    def linear_distillation(self, linear: LinearPairs, beta: float) -> Tensor:
+        """As `distillation`, of the logits of each token."""
         raise NotImplementedError
 
     def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:
