@@ -16,6 +16,7 @@ from loss_core.build import (
 )
 from loss_core.config import (
     FusedLinearCEConfig,
+    FusedLinearKDConfig,
     FusedLinearLogProbsConfig,
     KDLossConfig,
     LogProbsConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "Evaluation",
     "FlagStatus",
     "FusedLinearCEConfig",
+    "FusedLinearKDConfig",
     "FusedLinearLogProbsConfig",
     "KDLossConfig",
     "KernelChoice",

@@ -238,6 +238,35 @@ class FusedLinearLogProbsConfig(LossConfig):
         check_bool("sequence_parallel", self.sequence_parallel)
 
 
+@typed_loss("FusedLinearKDLoss", "linear_distillation")
+@dataclass
+class FusedLinearKDConfig(LossConfig):
+    """KDLossConfig's loss between two heads, `hidden_states @ lm_weight.T` each, without ever holding all logits.
+
+    Attributes:
+        ignore_index: as in KDLossConfig.
+        temperature: as in KDLossConfig.
+        tp_group: as in TEParallelCEConfig, for the rows of both lm_weights.
+        divergence: as in KDLossConfig.
+        beta: as in KDLossConfig.
+        sequence_parallel: as in FusedLinearCEConfig, for the hidden states of both.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    tp_group: Any = field(default=None, repr=False, compare=False)
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    sequence_parallel: bool = False
+
+    def validate(self) -> None:
+        check_integer("ignore_index", self.ignore_index)
+        check_number("temperature", self.temperature, "a finite number > 0")
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_fraction("beta", self.beta)
+        check_bool("sequence_parallel", self.sequence_parallel)
+
+
 @dataclass
 class LossFromFactoryConfig(LossConfig):
     """A loss made by any class or callable: `factory(**kwargs)`.

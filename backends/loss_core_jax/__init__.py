@@ -3,10 +3,12 @@
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
 
 __all__ = [
     "FusedLinearCrossEntropy",
+    "FusedLinearKDLoss",
     "FusedLinearLogProbs",
     "KDLoss",
     "LogProbs",

@@ -71,32 +71,36 @@ def check_labels(name: str, scores: ArrayLike, labels: ArrayLike) -> None:
         )
 
 
-def check_linear(hidden_states: ArrayLike, labels: ArrayLike, lm_weight: ArrayLike) -> None:
+def check_linear(hidden_states: ArrayLike, labels: ArrayLike, lm_weight: ArrayLike, of: str = "") -> None:
     """Hidden states `[..., H]` and weight `[V, H]`, and labels that fit them.
 
+    Args:
+        of: what the names of both begin with.
     Raises:
         TypeError: dtypes that are not floating, or differ in another way than 16 bits beside a float32 weight.
         ValueError: shapes that do not match or are empty; names both.
     """
-    check_floating(hidden_states=hidden_states, lm_weight=lm_weight)
+    check_floating(**{f"{of}hidden_states": hidden_states, f"{of}lm_weight": lm_weight})
     if lm_weight.ndim != 2:
-        raise ValueError(f"lm_weight has shape {lm_weight.shape}; it must be [V, H].")
+        raise ValueError(f"{of}lm_weight has shape {lm_weight.shape}; it must be [V, H].")
     if hidden_states.ndim == 0 or hidden_states.shape[-1] != lm_weight.shape[1]:
         raise ValueError(
-            f"hidden_states has shape {hidden_states.shape} but lm_weight has shape {lm_weight.shape}; "
-            "hidden_states.shape[-1] == lm_weight.shape[1] must hold."
+            f"{of}hidden_states has shape {hidden_states.shape} but {of}lm_weight has shape {lm_weight.shape}; "
+            f"{of}hidden_states.shape[-1] == {of}lm_weight.shape[1] must hold."
         )
     if hidden_states.shape[-1] == 0:
-        raise ValueError(f"hidden_states has shape {hidden_states.shape}: the hidden dimension must not be empty.")
+        raise ValueError(f"{of}hidden_states has shape {hidden_states.shape}: the hidden dimension must not be empty.")
     if lm_weight.shape[0] == 0:
-        raise ValueError(f"lm_weight has shape {lm_weight.shape}: the vocabulary (first dimension) must not be empty.")
+        raise ValueError(
+            f"{of}lm_weight has shape {lm_weight.shape}: the vocabulary (first dimension) must not be empty."
+        )
     if hidden_states.dtype != lm_weight.dtype and not _is_master_weight(hidden_states, lm_weight):
         raise TypeError(
-            f"hidden_states has dtype {hidden_states.dtype} but lm_weight has dtype {lm_weight.dtype}; they must "
-            "match, or be bfloat16 or float16 beside a float32 weight: cast one of them, such as "
-            "lm_weight.astype(hidden_states.dtype)."
+            f"{of}hidden_states has dtype {hidden_states.dtype} but {of}lm_weight has dtype {lm_weight.dtype}; they "
+            "must match, or be bfloat16 or float16 beside a float32 weight: cast one of them, such as "
+            f"{of}lm_weight.astype({of}hidden_states.dtype)."
         )
-    check_labels("hidden_states", hidden_states, labels)
+    check_labels(f"{of}hidden_states", hidden_states, labels)
 
 
 def check_bias(lm_weight: ArrayLike, lm_bias: ArrayLike | None) -> None:
@@ -125,6 +129,15 @@ def check_pair(student_logits: ArrayLike, teacher_logits: ArrayLike, labels: Arr
             "they must match."
         )
     check_logits("student_logits", student_logits, labels)
+
+
+def check_weights_have_count(loss_weights: Any, num_batch_labels: Any) -> None:
+    """Refuse weights of a distillation without the count that divides their sum."""
+    if loss_weights is not None and num_batch_labels is None:
+        raise ValueError(
+            "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
+            "tokens that count; pass the number by which the weighted sum is to be divided."
+        )
 
 
 def check_mask(labels: ArrayLike, mask: ArrayLike | None) -> None:

@@ -2,6 +2,7 @@
 
 from loss_core_torch.modules import (
     FusedLinearCrossEntropy,
+    FusedLinearKDLoss,
     FusedLinearLogProbs,
     KDLoss,
     LogProbs,
@@ -11,6 +12,7 @@ from loss_core_torch.modules import (
 
 __all__ = [
     "FusedLinearCrossEntropy",
+    "FusedLinearKDLoss",
     "FusedLinearLogProbs",
     "KDLoss",
     "LogProbs",

@@ -18,6 +18,7 @@ from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
 from loss_core_torch.modules import (
     FusedLinearCrossEntropy,
+    FusedLinearKDLoss,
     FusedLinearLogProbs,
     KDLoss,
     LogProbs,
@@ -46,6 +47,7 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     KDLoss: ("plain", "eager", "compile", "triton"),
     LogProbs: ("plain", "eager", "compile", "triton"),
     FusedLinearLogProbs: ("plain", "eager", "triton"),
+    FusedLinearKDLoss: ("plain", "eager", "compile", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

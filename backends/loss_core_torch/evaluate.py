@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from loss_core.dispatch.observed import names, observing
 from loss_core.dispatch.protocol import Evaluation
-from loss_core_torch.modules.linear import LinearModule
+from loss_core_torch.modules.linear import HeadModule
 from loss_core_torch.tracing import compute_dtype
 
 _DTYPES = {
@@ -73,7 +73,7 @@ def _listed(result: Any) -> list[Any]:
 
 def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str | None:
     """Dtype to which the kernels of a fused loss round the logits' gradient, None where they do not."""
-    if not isinstance(loss, LinearModule):
+    if not isinstance(loss, HeadModule):
         return None
     operand = loss.operand_dtype(dtype, device)
     return None if operand == compute_dtype(dtype) else str(operand).removeprefix("torch.")

@@ -279,6 +279,15 @@ def inverse_temperature(value: Any, default: float, labels_T: Tensor, shape: tor
     return value_T.clamp(min=_COLDEST).reciprocal().masked_fill(~(value_T > 0), torch.nan)
 
 
+def check_weights_have_count(loss_weights: Any, num_batch_labels: Any) -> None:
+    """Refuse weights of a distillation without the count that divides their sum."""
+    if loss_weights is not None and num_batch_labels is None:
+        raise ValueError(
+            "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
+            "tokens that count; pass the number by which the weighted sum is to be divided."
+        )
+
+
 def weights(value: Any, shape: torch.Size, reduction: str, device: torch.device) -> Tensor | None:
     """loss_weights as [T] on the device, or None."""
     if value is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, get_type_hints
 
 import torch
@@ -19,7 +20,21 @@ from torch.utils.flop_counter import register_flop_formula
 from loss_core.dispatch.observed import record
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import compat
-from loss_core_torch.kernels import Into, KernelSet, Linear, LinearGrads, PairCoefficients, Pairs, Rows, Wanted, find
+from loss_core_torch.kernels import (
+    BothGrads,
+    BothWanted,
+    Into,
+    KernelSet,
+    Linear,
+    LinearGrads,
+    LinearPairs,
+    PairCoefficients,
+    Pairs,
+    Rows,
+    Wanted,
+    find,
+    linear_pairs,
+)
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
 from loss_core_torch.tracing import compute_dtype, is_traced, no_autocast
 
@@ -37,13 +52,20 @@ class _Method:
         name: of the method and of the operator.
         fake: the results of the operator, without values, from the method's arguments.
         result: what the method returns, from a list of the operator's results and the method's arguments.
+        function: of any set, which comes first, in place of a method.
         arguments: types of the method's arguments, by name.
     """
 
     def __init__(
-        self, name: str, fake: Callable[..., list[Tensor]], result: Callable[..., Any], **arguments: Any
+        self,
+        name: str,
+        fake: Callable[..., list[Tensor]],
+        result: Callable[..., Any],
+        function: Callable[..., Any] | None = None,
+        **arguments: Any,
     ) -> None:
-        self._name, self._fake, self._result, self._types = name, fake, result, tuple(arguments.values())
+        self._fake, self._result, self._types = fake, result, tuple(arguments.values())
+        self._function = function or (lambda kernels, *args: getattr(kernels, name)(*args))
         schema = ", ".join(f"{kind} {argument}" for argument, kind in _schema(arguments))
         operator: Any = torch.library.custom_op(
             f"loss_core::{name}", self._operate, mutates_args=(), schema=f"(str kernel, {schema}) -> Tensor[]"
@@ -60,10 +82,9 @@ class _Method:
     def _run(self, kernels: KernelSet, *args: Any) -> Any:
         """The set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
         record(kernels.flag)
-        function = getattr(kernels, self._name)
-        exact = compat.full_float32_products() if isinstance(args[0], Linear) else nullcontext()
+        exact = compat.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
         with exact, no_autocast(args[0][0]):
-            return compat.on_each_rank(function, *args)
+            return compat.on_each_rank(partial(self._function, kernels), *args)
 
     def _operate(self, kernel: str, *flat: Any) -> list[Tensor]:
         found = self._run(find(kernel), *_nested(self._types, iter(flat)))  # type: ignore[arg-type]
@@ -130,6 +151,17 @@ def _new_rounded_grads(linear: Linear, want: Wanted) -> list[Tensor]:
     return list(LinearGrads(*_new_grads(linear, want)).rounded(linear))
 
 
+def _new_both_grads(linear: LinearPairs, want: BothWanted) -> list[Tensor]:
+    dtype, like = compute_dtype(linear.student_TH.dtype), linear.student_TH
+    shapes = (linear.student_TH.shape, linear.student_VH.shape, (0,), linear.teacher_TH.shape, linear.teacher_VH.shape)
+    wanted = zip((*shapes, (0,)), (*want.student, *want.teacher), strict=True)
+    return [like.new_empty(shape if is_wanted else (0,), dtype=dtype) for shape, is_wanted in wanted]
+
+
+def _both_grads(found: Sequence[Tensor]) -> BothGrads:
+    return BothGrads(LinearGrads(*found[:3]), LinearGrads(*found[3:]))
+
+
 row_terms = _Method(
     "row_terms", _new_row_terms, lambda found, rows, sums: _row_terms(found, sums), rows=Rows, sums=Sums
 )
@@ -185,6 +217,43 @@ linear_terms_and_grads = _Method(
     objective=Objective,
     want=Wanted,
 )
+linear_pair_terms = _Method(
+    "linear_pair_terms",
+    lambda linear: _new_terms(linear.student_TH, linear.student_TH[:, 0], 5),
+    lambda found, *args: PairTerms(*found),
+    linear_pairs.terms,
+    linear=LinearPairs,
+)
+linear_pair_mixture = _Method(
+    "linear_pair_mixture",
+    lambda linear, terms, beta: _new_terms(linear.student_TH, terms.s_t, 2),
+    lambda found, *args: MixtureTerms(*found),
+    linear_pairs.mixture,
+    linear=LinearPairs,
+    terms=PairTerms,
+    beta=float,
+)
+linear_pair_grads = _Method(
+    "linear_pair_grads",
+    lambda linear, terms, of_student, of_teacher, want: _new_both_grads(linear, want),
+    lambda found, *args: _both_grads(found),
+    linear_pairs.grads,
+    linear=LinearPairs,
+    terms=PairTerms,
+    of_student=PairCoefficients,
+    of_teacher=PairCoefficients,
+    want=BothWanted,
+)
+linear_pair_loss_and_grads = _Method(
+    "linear_pair_loss_and_grads",
+    lambda linear, coef_T, beta, want: [*_new_terms(linear.student_TH, coef_T, 1), *_new_both_grads(linear, want)],
+    lambda found, *args: (found[0], _both_grads(found[1:])),
+    linear_pairs.loss_and_grads,
+    linear=LinearPairs,
+    coef_T=Tensor,
+    beta=float,
+    want=BothWanted,
+)
 # For calls that are not traced alone: a graph can't hand a gradient on.
 row_terms_and_grad = _Method(
     "row_terms_and_grad",
@@ -217,3 +286,21 @@ _count_products(torch.ops.loss_core.linear_terms, lambda rest: 1)
 # before the logits.
 _count_products(torch.ops.loss_core.linear_grads, lambda rest: 1 + sum(rest[-4:-2]))
 _count_products(torch.ops.loss_core.linear_terms_and_grads, lambda rest: 1 + sum(rest[-3:-1]))
+
+
+def _count_pair_products(operator: Any, with_gradients: bool) -> None:
+    """As `_count_products`, for two heads: one each for the logits, and with gradients one for each that is wanted."""
+
+    def flops(kernel: str, *args: Any, **kwargs: Any) -> int:
+        student_TH, _, student_VH, teacher_VH = args[:4]
+        wanted = (args[-6:-4], args[-3:-1]) if with_gradients else ((), ())
+        products = ((x[1], 1 + sum(want)) for x, want in zip((student_VH, teacher_VH), wanted, strict=True))
+        return 2 * int(student_TH[0] * student_VH[0]) * int(sum(hidden * number for hidden, number in products))
+
+    register_flop_formula(operator)(flops)
+
+
+_count_pair_products(torch.ops.loss_core.linear_pair_terms, False)
+_count_pair_products(torch.ops.loss_core.linear_pair_mixture, False)
+_count_pair_products(torch.ops.loss_core.linear_pair_grads, True)
+_count_pair_products(torch.ops.loss_core.linear_pair_loss_and_grads, True)

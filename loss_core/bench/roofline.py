@@ -5,8 +5,8 @@ them are busy. What they tell each other is not counted.
 
 Each input is read once, of arguments with a row per token the rows that are not ignored, and each gradient written
 once, at the rate of a large copy; a loss over hidden states must make its matrix products over the tokens that are
-not ignored, three times as many with a backward, at the rate of a large product. The larger of the two times is the
-roofline. Nothing runs much faster, unless it leaves out work.
+not ignored, one for the logits of a head and one for each gradient, at the rate of a large product. The larger of the
+two times is the roofline. Nothing runs much faster, unless it leaves out work.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -40,12 +40,12 @@ def least_work(job: Job) -> Work:
     read = {a.name: (kept, *shapes[a.name][1:]) if a.dims[0] == "T" else shapes[a.name] for a in job.definition.inputs}
     written = () if job.forward_only else job.trained
     moved = sum(map(math.prod, read.values())) + sum(math.prod(shapes[name]) for name in written)
-    return Work(BYTES[job.dtype] * moved, _num_products(job) * 2 * kept * math.prod(job.shape[1:]))
+    return Work(BYTES[job.dtype] * moved, 2 * kept * job.shape[1] * sum(_inner_sizes(job)))
 
 
 def words(job: Job) -> str:
     """What the roofline of a call counts."""
-    if products := _num_products(job):
+    if products := len(_inner_sizes(job)):
         counted = f"{products} matrix product{'s' if products > 1 else ''}"
     else:
         reads, writes = len(job.definition.inputs), 0 if job.forward_only else len(job.trained)
@@ -69,6 +69,10 @@ def left_out(job: Job) -> str:
     return f"; not counted: what the ranks tell each other, at least {exchanged}"
 
 
-def _num_products(job: Job) -> int:
-    """A product has two operands, and a gradient of each is a product, too."""
-    return job.definition.products * (1 if job.forward_only else 3)
+def _inner_sizes(job: Job) -> list[int]:
+    """H of each matrix product [T, H] x [H, V]: the logits of each head, and the gradient of each trained operand."""
+    if not job.definition.products:
+        return []
+    shapes = job.float_shapes
+    made = [argument.name for argument in job.definition.inputs if argument.dims[0] == "V"]
+    return [shapes[name][-1] for name in (*made, *(() if job.forward_only else job.trained))]

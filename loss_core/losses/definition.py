@@ -5,7 +5,7 @@ knows a loss by its class. `loss_core.register_loss(..., definition=LossDef(...)
 them as ours.
 """
 
-# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden
+# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden, H_t = hidden of a teacher
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Sizes(NamedTuple):
         >>> Sizes((4, 6), 507).shape(("T", "V"))
         (4, 6, 507)
         """
-        sizes = {"T": self.lead, "V": (self.vocab,), "H": (self.hidden,)}
+        # Another number than H, so that one taken for the other shows; and a teacher is larger.
+        sizes = {"T": self.lead, "V": (self.vocab,), "H": (self.hidden,), "H_t": (2 * self.hidden,)}
         return tuple(size for dim in dims for size in sizes[dim])
 
 
@@ -51,7 +52,7 @@ class Argument:
 
     Attributes:
         name: keyword of the forward.
-        dims: "T" (any number of leading dimensions), "V", "H"; () for a scalar.
+        dims: "T" (any number of leading dimensions), "V", "H", "H_t"; () for a scalar.
         kind: "float"; "label" (integers, class or ignore_index), "mark" (integers that say only what is ignored),
             "mask", "count" (an integer that divides a sum), or "hint" (how many tokens count, given for speed).
         differentiated: whether it has a gradient; trained: whether training needs that gradient.
@@ -80,7 +81,7 @@ class Argument:
         """Standard deviation at which the logits have about `logit_scale`."""
         if "V" not in self.dims:
             return 1.0
-        return logit_scale / float(np.sqrt(sizes.hidden)) if "H" in self.dims else logit_scale
+        return logit_scale if "T" in self.dims else logit_scale / float(np.sqrt(sizes.shape(self.dims)[-1]))
 
 
 LABELS = Argument("labels", ("T",), "label", differentiated=False)
@@ -140,7 +141,7 @@ def draw_floats(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.
         values = rng.standard_normal(sizes.shape(argument.dims))
         if "V" in argument.dims:
             values = values * scale
-        drawn[argument.name] = values / np.sqrt(sizes.hidden) if argument.dims == ("V", "H") else values
+        drawn[argument.name] = values / np.sqrt(values.shape[-1]) if argument.dims[0] == "V" else values
     return drawn
 
 
@@ -161,7 +162,7 @@ class LossDef:
         draw: (definition, sizes, scale, rng) -> the floating arguments that must be given.
         random_fields: config field -> function of a random generator, for random cases.
         reduction: (config) -> "sum", "mean" (over the tokens that count) or "none", without a count.
-        products: matrix products [T, H] x [H, V] of a forward, for the least work of a call.
+        products: matrix products [T, H] x [H, V] of a forward, one for each head; 0 where there is none.
         results: (config) -> how many results there are; those of several are stacked in front, as is their upstream.
         row_numbers: numbers per token that ranks tell each other when they share the vocabulary.
         sampled_rows: (config, [n, H] rows, [V, H] weight in blocks, arguments of the n rows) -> the gradient of the

@@ -36,8 +36,7 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenR
     """Loss, and the gradients of hidden states, weight and loss weights."""
     reduction = reduction_of(config, arrays)
     keep_T = reduction.keep_T
-    h_TH = kept_rows(arrays["hidden_states"], keep_T)
-    weight_VH = np.asarray(arrays["lm_weight"], np.float64)
+    h_TH, weight_VH = head_of(arrays, keep_T)
     z_TV, slope_TV = softcap(h_TH @ weight_VH.T + bias_of(arrays), config.logit_softcapping)
     labels_T, upstream = np.asarray(arrays["labels"]).reshape(-1), upstream_of_loss(config, upstream)
     loss_T, dz_TV = token_cross_entropy(config, z_TV, labels_T, keep_T)
@@ -92,7 +91,8 @@ def error_bound(
     left factor carries the error of the logits' gradient.
     """
     u, cap = compute_format(dtype).u, float(config.logit_softcapping)
-    raw_TV, err_raw_T = raw_logits(arrays, expected.reduction.keep_T, u)
+    raw_TV, err_raw_TV = raw_logits(arrays, expected.reduction.keep_T, u)
+    err_raw_T = np.max(err_raw_TV, axis=-1)
     z_TV, slope_TV = softcap(raw_TV, cap)
     err_z_T = err_raw_T + (TANH_ULPS * u * np.max(np.abs(raw_TV), axis=-1) if cap else 0.0)
     result, dz_TV, err_dz_TV = logits_errors(config, z_TV, err_z_T, arrays, expected, dtype, upstream)
@@ -100,12 +100,21 @@ def error_bound(
     return result | product_errors(arrays, expected, dz_TV, err_dz_TV, expected.reduction.keep_T, dtype, product_dtype)
 
 
-def raw_logits(arrays: Arrays, keep_T: NDArray[np.bool_], u: float) -> tuple[Floats, Floats]:
-    """h @ W.T + b with zeros for ignored rows of h, and the largest error of each row of such sums of H + 1 terms."""
-    h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
+def head_of(arrays: Arrays, keep_T: NDArray[np.bool_], of: str = "") -> tuple[Floats, Floats]:
+    """Hidden states [T, H] with zeros in ignored rows, and weight [V, H].
+
+    Args:
+        of: what the names of both begin with.
+    """
+    return kept_rows(arrays[f"{of}hidden_states"], keep_T), np.asarray(arrays[f"{of}lm_weight"], np.float64)
+
+
+def raw_logits(arrays: Arrays, keep_T: NDArray[np.bool_], u: float, of: str = "") -> tuple[Floats, Floats]:
+    """h @ W.T + b with zeros for ignored rows of h, and the error of each of these sums of H + 1 terms; [T, V] both."""
+    h_TH, w_VH = head_of(arrays, keep_T, of)
     bias_V = bias_of(arrays)
     sizes_TV = np.abs(h_TH) @ np.abs(w_VH).T + np.abs(bias_V)
-    return h_TH @ w_VH.T + bias_V, np.max(sum_growth(h_TH.shape[1] + 1) * u * sizes_TV, axis=-1)
+    return h_TH @ w_VH.T + bias_V, sum_growth(h_TH.shape[1] + 1) * u * sizes_TV
 
 
 def product_errors(
@@ -116,11 +125,12 @@ def product_errors(
     keep_T: NDArray[np.bool_],
     dtype: str,
     product_dtype: str | None,
+    of: str = "",
 ) -> dict[str, Floats]:
     """Errors of the gradients of hidden states, weight and bias, from that of the gradient by the raw logits."""
     fmt, inner = float_format(dtype), compute_format(dtype)
-    u, w_VH = inner.u, np.asarray(arrays["lm_weight"], np.float64)
-    h_TH = kept_rows(arrays["hidden_states"], keep_T)
+    u, (h_TH, w_VH) = inner.u, head_of(arrays, keep_T, of)
+    of_hidden, of_weight = f"{of}hidden_states", f"{of}lm_weight"
     if product_dtype is not None:
         operand = float_format(product_dtype)
         # Rounding of the operand, and what is lost near 0.
@@ -130,11 +140,11 @@ def product_errors(
     # Each term of a sum may be flushed to 0 as well.
     err_h_TH = (err_dz_TV + sum_growth(vocab) * u * size_TV) @ np.abs(w_VH) + vocab * inner.near_zero
     err_w_VH = (err_dz_TV + sum_growth(num_tokens) * u * size_TV).T @ np.abs(h_TH) + num_tokens * inner.near_zero
-    grad = expected.grads["hidden_states"]
+    grad = expected.grads[of_hidden]
     allowed = stored(finite(grad), err_h_TH.reshape(grad.shape), fmt)
     result = {
-        "hidden_states": zero_where_ignored(allowed, keep_T),
-        "lm_weight": stored(finite(expected.grads["lm_weight"]), err_w_VH, fmt),
+        of_hidden: zero_where_ignored(allowed, keep_T),
+        of_weight: stored(finite(expected.grads[of_weight]), err_w_VH, fmt),
     }
     if "lm_bias" in arrays:
         err_b_V = np.sum(err_dz_TV + sum_growth(num_tokens) * u * size_TV, axis=0) + num_tokens * inner.near_zero

@@ -44,8 +44,8 @@ def error_bound(
 ) -> dict[str, Floats]:
     """As log-probabilities over logits, with products before and after as in the fused cross entropy."""
     keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)
-    raw_TV, err_raw_T = raw_logits(arrays, keep_T, inner.u)
-    err_RT, err_TV = token_errors(config, raw_TV, err_raw_T, arrays, upstream, inner)
+    raw_TV, err_raw_TV = raw_logits(arrays, keep_T, inner.u)
+    err_RT, err_TV = token_errors(config, raw_TV, np.max(err_raw_TV, axis=-1), arrays, upstream, inner)
     grad_TV = of_tokens(config, raw_TV, arrays, upstream).grad_TV
     result = {"loss": stored(finite(expected.loss), reshaped(config, err_RT, arrays), inner)}
     return result | product_errors(arrays, expected, grad_TV, err_TV, keep_T, dtype, product_dtype)

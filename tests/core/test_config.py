@@ -21,6 +21,7 @@ from loss_core import (
     LOSS_CONFIG_REGISTRY,
     BackendUnavailable,
     FusedLinearCEConfig,
+    FusedLinearKDConfig,
     FusedLinearLogProbsConfig,
     KDLossConfig,
     LogProbsConfig,
@@ -49,6 +50,7 @@ REGISTRY = {
     "KDLoss": KDLossConfig,
     "LogProbs": LogProbsConfig,
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
+    "FusedLinearKDLoss": FusedLinearKDConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -64,9 +66,13 @@ CHANGED = {
     "FusedLinearLogProbs": FusedLinearLogProbsConfig(
         ignore_index=3, temperature=0.5, logit_softcapping=5.0, entropy=True, sequence_parallel=True
     ),
+    "FusedLinearKDLoss": FusedLinearKDConfig(
+        ignore_index=3, temperature=2.5, divergence="jsd", beta=0.25, sequence_parallel=True
+    ),
 }
 TYPED = list(REGISTRY.values())
 WITH_GROUP = TYPED
+DISTILLATIONS = [KDLossConfig, FusedLinearKDConfig]
 WITH_REDUCTION = [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig]
 
 by_class = pytest.mark.parametrize("cls", TYPED, ids=lambda cls: cls.__name__)
@@ -132,15 +138,21 @@ REFUSED = [
     *((cls, "reduction", value, None) for cls in WITH_REDUCTION for value in ("avg", "SUM", "", None, 1, ["mean"])),
     *((cls, "ignore_index", value, "an integer") for cls in TYPED for value in (1.5, "1", None, True, -100.0)),
     *(
-        (KDLossConfig, "temperature", value, "a finite number > 0")
+        (cls, "temperature", value, "a finite number > 0")
+        for cls in DISTILLATIONS
         for value in (0, 0.0, -1.0, float("nan"), float("inf"), "1", None, True)
     ),
     *((KDLossConfig, "chunk_size", value, "an integer >= 0") for value in (-1, 1.5, "8", None, True)),
     *(
-        (KDLossConfig, "divergence", value, "one of 'forward_kl', 'reverse_kl', 'jsd'")
+        (cls, "divergence", value, "one of 'forward_kl', 'reverse_kl', 'jsd'")
+        for cls in DISTILLATIONS
         for value in ("kl", "JSD", "", None, 0, ["jsd"])
     ),
-    *((KDLossConfig, "beta", v, "a number in [0, 1]") for v in (-1e-9, 1.001, float("nan"), "0.5", None, True)),
+    *(
+        (cls, "beta", value, "a number in [0, 1]")
+        for cls in DISTILLATIONS
+        for value in (-1e-9, 1.001, float("nan"), "0.5", None, True)
+    ),
     *(
         (FusedLinearCEConfig, "logit_softcapping", value, "a finite number >= 0")
         for value in (-1.0, -1e-9, float("nan"), float("inf"), "30", None, False)

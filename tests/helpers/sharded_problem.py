@@ -11,9 +11,9 @@ from loss_core.losses import allowances, named_cases, oracle, share_of_allowance
 
 CASES = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count", "loss-weights",
          "edge-labels", "nan-where-ignored", "temperature", "softcap", "softcap-none", "ignore-index-0", "reverse",
-         "jsd", "jsd-ruled-out", "jsd-huge-logits")  # fmt: skip
-SHARDED = ("logits", "student_logits", "teacher_logits", "lm_weight")
-LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "TEParallelCrossEntropy", "KDLoss")
+         "jsd", "jsd-ruled-out", "jsd-huge-logits", "reverse-heads", "jsd-heads")  # fmt: skip
+SHARDED = ("logits", "student_logits", "teacher_logits", "lm_weight", "student_lm_weight", "teacher_lm_weight")
+LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "TEParallelCrossEntropy", "KDLoss", "FusedLinearKDLoss")
 
 
 class Problem:
@@ -54,7 +54,13 @@ def cases(config, shape=(24, 41), only=CASES):
 
 
 def vocab_axis(name):
-    return 0 if name == "lm_weight" else -1
+    return 0 if name.endswith("lm_weight") else -1
+
+
+def over_heads(problem, **placements):
+    """Placements of hidden_states and lm_weight as those of every head of a problem, whatever it is called."""
+    of_heads = [name.removesuffix("lm_weight") for name in problem.arrays if name.endswith("lm_weight")]
+    return {f"{of}{name}": placement for of in of_heads for name, placement in placements.items()}
 
 
 def part_of(name, sizes, rank):

@@ -129,6 +129,11 @@ def takes(config: LossConfig, argument: str) -> bool:
     return need_definition(config).accepts(config, argument)
 
 
+def over_hidden_states(config: LossConfig) -> bool:
+    """Whether a loss makes its logits itself, from hidden states and weights."""
+    return bool(need_definition(config).products)
+
+
 def reduction_of(config: LossConfig) -> str:
     """ "sum", "mean" or "none": the shape of labels."""
     return need_definition(config).reduction(config)

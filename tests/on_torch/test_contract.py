@@ -18,6 +18,8 @@ from helpers.torch_calls import (
     every_dtype,
     inputs,
     leaves,
+    over_hidden_states,
+    per_token,
     reduction_of,
     run,
     takes,
@@ -139,7 +141,7 @@ def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
     loss = built(config, flag)(**arguments, **weights_of(config, weights))
     (grad,) = torch.autograd.grad(loss, weights, create_graph=True)
     wanted = list(leaves(arguments).values())
-    if flag == "torch:eager" and takes(config, "lm_weight"):
+    if flag == "torch:eager" and over_hidden_states(config):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(grad.sum(), wanted)
         return
@@ -153,7 +155,7 @@ def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
 @every_loss
 def test_inputs_are_never_changed_and_may_be_views(flag, config):
     arguments, loss_fn = inputs(config, (2, 4)), built(config, flag)
-    views = {name: x if name == "lm_weight" else x[:, :-1] for name, x in arguments.items()}
+    views = {n: x[:, :-1] if per_token(config, n) else x for n, x in arguments.items()}
     before = {name: (x.detach().clone(), x._version) for name, x in arguments.items()}
     loss = loss_fn(**views)
     loss.sum().backward()
@@ -202,18 +204,18 @@ def test_nan_where_ignored_touches_nothing(flag, config):
     arguments = inputs(config)
     ignored = arguments["labels"] == config.ignore_index
     clean = run(built(config, flag), arguments)
-    for name, x in leaves(arguments).items():
-        if name != "lm_weight":
-            x.data[ignored] = torch.nan
+    of_tokens = [name for name in leaves(arguments) if per_token(config, name)]
+    for name in of_tokens:
+        arguments[name].data[ignored] = torch.nan
     found = run(built(config, flag), arguments)
     assert_same(found, clean, rtol=1e-6, atol=1e-7)
-    assert not any(found[name][ignored].any() for name in leaves(arguments) if name != "lm_weight")
+    assert not any(found[name][ignored].any() for name in of_tokens)
 
 
 # --- autocast and traces
 
 
-@cells([config for config in configs() if takes(config, "lm_weight")], FLAGS)
+@cells([config for config in configs() if over_hidden_states(config)], FLAGS)
 def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
     arguments, loss_fn = inputs(config), built(config, flag)
     rounded = {k: x.detach().bfloat16().float().requires_grad_() if x.requires_grad else x
@@ -230,7 +232,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
     assert_same(found, expected, rtol=0, atol=0)
 
 
-@cells([config for config in configs() if not takes(config, "lm_weight")], FLAGS)
+@cells([config for config in configs() if not over_hidden_states(config)], FLAGS)
 def test_autocast_leaves_losses_over_logits_alone(flag, config):
     arguments, loss_fn = inputs(config), built(config, flag)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -248,7 +250,7 @@ def test_torch_compile_fullgraph(flag, config):
     torch._dynamo.reset()
 
 
-@cells([config for config in configs() if "teacher_logits" not in inputs(config)], FLAGS)
+@cells([config for config in configs() if takes(config, "label")], FLAGS)
 def test_labels_that_are_no_class_are_nan_where_they_can_not_be_read(flag, config):
     arguments = inputs(config, (3,), ignored=0)
     labels, floats = torch.tensor([1, V, 2]), {name: x.detach() for name, x in leaves(arguments).items()}

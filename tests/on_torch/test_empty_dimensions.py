@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from helpers.torch_calls import built, cells, configs, inputs, takes
+from helpers.torch_calls import built, cells, configs, inputs, over_hidden_states
 
-FUSED = [config for config in configs() if takes(config, "lm_weight")]
-OVER_LOGITS = [config for config in configs() if not takes(config, "lm_weight")]
+FUSED = [config for config in configs() if over_hidden_states(config)]
+OVER_LOGITS = [config for config in configs() if not over_hidden_states(config)]
 every_use = pytest.mark.parametrize("requires_grad", [True, False], ids=["training", "evaluation"])
 every_share = pytest.mark.parametrize("ignored", [0, 2, 1], ids=["none-ignored", "some-ignored", "all-ignored"])
 
@@ -32,7 +32,8 @@ def test_no_vocabulary(flag, config, ignored, requires_grad):
 @cells(FUSED, interpreted=False)
 def test_no_hidden_dimension(flag, config, ignored, requires_grad):
     arguments = inputs(config, (4,), hidden=0, ignored=ignored, requires_grad=requires_grad)
-    with pytest.raises(ValueError, match=message("hidden_states", "hidden dimension")):
+    name = next(name for name in arguments if name.endswith("hidden_states"))
+    with pytest.raises(ValueError, match=message(name, "hidden dimension")):
         built(config, flag)(**arguments)
 
 

@@ -107,8 +107,9 @@ def test_checkpointed_chunks_of_head_and_loss(flag, config, use_reentrant):
     weight = (torch.randn(VOCAB, HIDDEN, generator=g) / 8).requires_grad_()
 
     def head_and_loss(chunk, hidden, weight):
-        if "lm_weight" in chunk:
-            return loss(**chunk | {"hidden_states": hidden, "lm_weight": weight}).sum()
+        of = "student_" if "student_lm_weight" in chunk else ""
+        if f"{of}lm_weight" in chunk:
+            return loss(**chunk | {f"{of}hidden_states": hidden, f"{of}lm_weight": weight}).sum()
         logits = next(name for name in chunk if name in ("logits", "student_logits"))
         return loss(**chunk | {logits: hidden @ weight.T}).sum()
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from helpers.torch_calls import assert_same, built, cells, configs, every_dtype, inputs, leaves, run
+from helpers.torch_calls import assert_same, built, cells, configs, every_dtype, inputs, leaves, per_token, run
 
 # Each layout: what memory is drawn, and how a view of it is taken, with labels of shape [..., last].
 LAYOUTS = {
@@ -24,15 +24,11 @@ LAYOUTS = {
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-def of_tokens(arguments):
-    return [name for name in arguments if name != "lm_weight"]
-
-
 def laid_out(config, layout, **options):
     """(arguments as views in a layout, the same as contiguous tensors)."""
     lead, view = layout
     whole = inputs(config, lead, requires_grad=False, **options)
-    views = {name: view(x) if name in of_tokens(whole) else x for name, x in whole.items()}
+    views = {name: view(x) if per_token(config, name) else x for name, x in whole.items()}
     return prepared(views), prepared({name: x.contiguous() for name, x in views.items()})
 
 
@@ -87,7 +83,7 @@ def test_expanded_inputs(flag, config):
     loss = built(config, flag)
     one = inputs(config, (1, 1), requires_grad=False)
     lead = (7, 5)
-    views = {name: x if name == "lm_weight" else x.expand(*lead, *x.shape[2:]) for name, x in one.items()}
+    views = {name: x.expand(*lead, *x.shape[2:]) if per_token(config, name) else x for name, x in one.items()}
     views["labels"] = torch.arange(35).view(7, 5) % 11
     results = []
     for arguments in (views, {name: x.contiguous() for name, x in views.items()}):
@@ -116,9 +112,9 @@ def test_the_gradient_of_what_was_sliced(flag, config):
     # Autograd hands the loss a view of a leaf: the leaf's other elements get exactly 0.
     loss = built(config, flag)
     whole = inputs(config, (4, 5), ignored=0)
-    views = {name: x if name == "lm_weight" else x[:, :-1] for name, x in whole.items()}
+    views = {name: x[:, :-1] if per_token(config, name) else x for name, x in whole.items()}
     loss(**views).sum().backward()
     for name, x in leaves(whole).items():
-        if name != "lm_weight":
+        if per_token(config, name):
             assert not x.grad[:, -1].any()
             assert x.grad[:, :-1].any()

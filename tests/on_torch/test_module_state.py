@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from helpers.torch_calls import assert_same, cells, configs, count_of, inputs, run, takes
+from helpers.torch_calls import assert_same, cells, configs, count_of, inputs, over_hidden_states, run
 
 # Sizes and dtypes for which `auto` may choose different kernels.
 CALLS = {
@@ -51,7 +51,7 @@ def test_asking_for_the_kernel_leaves_the_module_as_it_was(flag, config):
     loss = config.build(backend=flag)
     before = state(loss)
     for shape in ((2, 3, 4), (4096, 32000, 4096)):
-        loss.kernel_for(torch.device("cpu"), torch.float32, shape if takes(config, "lm_weight") else shape[:2])
+        loss.kernel_for(torch.device("cpu"), torch.float32, shape if over_hidden_states(config) else shape[:2])
     assert state(loss) == before
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.torch_calls import cells, configs, count_of, inputs, run, takes
+from helpers.torch_calls import cells, configs, count_of, inputs, over_hidden_states, run
 from loss_core.dispatch.observed import names, observing
 
 SIZES = {
@@ -89,7 +89,8 @@ def test_what_auto_says_beforehand_is_what_it_runs(flag, config):
 def chosen(loss, arguments):
     """The flag that auto says it takes for a call."""
     first = next(iter(arguments.values()))
-    sizes = arguments["lm_weight"].shape if "lm_weight" in arguments else first.shape[-1:]
+    weight = arguments.get("lm_weight", arguments.get("student_lm_weight"))
+    sizes = first.shape[-1:] if weight is None else weight.shape
     return loss.kernel_for(first.device, first.dtype, (arguments["labels"].numel(), *sizes)).flag
 
 
@@ -100,6 +101,6 @@ def test_a_named_kernel_is_the_choice_for_every_call(flag, config):
     loss = config.build(backend=flag)
     assert loss.kernel_choice.flag == flag
     for shape in ((1, 1, 1), (64, 1000, 8), (8192, 128256, 4096)):
-        shape = shape if takes(config, "lm_weight") else shape[:2]
+        shape = shape if over_hidden_states(config) else shape[:2]
         for dtype in (torch.float32, torch.bfloat16):
             assert loss.kernel_for(torch.device("cpu"), dtype, shape).flag == flag

@@ -70,6 +70,13 @@ class LinearRows(NamedTuple):
     bias_V: jax.Array | None = None
 
 
+class LinearPairs(NamedTuple):
+    """Rows of a student and of a teacher, with the same target, padding and temperature."""
+
+    student: LinearRows
+    teacher: LinearRows
+
+
 class Pairs(NamedTuple):
     """Rows of two logits.
 
@@ -127,6 +134,23 @@ class LinearGradients(NamedTuple):
     bias_V: jax.Array | None
 
 
+class PairHow(NamedTuple):
+    """What is static about linear pairs. Hashable.
+
+    Attributes:
+        beta: the teacher's share of the mixture in (0, 1); 0: KL(teacher || student), there is none.
+        shard: as in `Shard`.
+        wanted: which gradients of student and teacher are made.
+    """
+
+    beta: float
+    shard: Shard = Shard()
+    wanted: tuple[Wanted, Wanted] = (Wanted(), Wanted())
+
+
+BothGradients = tuple[LinearGradients, LinearGradients]
+
+
 class KernelSet(Protocol):
     """Kernels behind one flag. Hashable, and equal only to sets that compute the same.
 
@@ -180,6 +204,30 @@ class KernelSet(Protocol):
         self, rows: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
         """Terms and gradients of upstream * cross entropy while a chunk's logits are at hand: three products in all."""
+        ...
+
+    def linear_pair_terms(self, rows: LinearPairs, how: PairHow) -> PairTerms:
+        """Terms of each pair, m_t and m_s after the temperature as the others; no logits of all rows."""
+        ...
+
+    def linear_pair_mixture(self, rows: LinearPairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
+        """Sums over these columns, given terms of the whole rows; makes the logits again."""
+        ...
+
+    def linear_pair_gradients(
+        self, rows: LinearPairs, terms: PairTerms, sums: jax.Array | MixtureTerms, upstream: jax.Array, how: PairHow
+    ) -> BothGradients:
+        """Gradients of upstream * divergence, given terms of the whole rows; makes the logits again.
+
+        Args:
+            sums: KL of each row; with beta those of the mixture.
+        """
+        ...
+
+    def linear_pair_losses_and_gradients(
+        self, rows: LinearPairs, upstream: jax.Array, how: PairHow
+    ) -> tuple[jax.Array, BothGradients]:
+        """Divergences, and gradients of upstream * divergence, while a chunk's logits are at hand."""
         ...
 
 

@@ -62,11 +62,7 @@ class KDLoss(Loss):
             student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, loss_weights=loss_weights
         )
         inputs.check_pair(student_logits, teacher_logits, labels)
-        if loss_weights is not None and num_batch_labels is None:
-            raise ValueError(
-                "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
-                "tokens that count; pass the number by which the weighted sum is to be divided."
-            )
+        inputs.check_weights_have_count(loss_weights, num_batch_labels)
         inputs.check_reduction_arguments("sum", labels, None, loss_weights)
         count = inputs.read_count("num_batch_labels", num_batch_labels)
         layout = layout_for(self.tp_group, student_logits, student_logits, -1)

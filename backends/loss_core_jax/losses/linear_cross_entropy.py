@@ -21,11 +21,19 @@ import jax.numpy as jnp
 from loss_core.config import FusedLinearCEConfig
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_jax import compat, inputs, metrics
-from loss_core_jax.inputs import IGNORED, ArrayLike
+from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, LinearRows, Wanted
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
-from loss_core_jax.losses.linear_source import Head, gathered, input_gradients, linear_layout, local_rows, over_head
+from loss_core_jax.losses.linear_source import (
+    Head,
+    gathered,
+    input_gradients,
+    linear_layout,
+    local_rows,
+    over_head,
+    times_cotangent,
+)
 from loss_core_jax.metrics import Result
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, Layout
@@ -201,30 +209,14 @@ def _summed_backward(problem: _Problem, skip: bool, residuals: Any, cotangents: 
     gradients, loss, target, likes = residuals
     cotangent = compat.instantiate(cotangents[0])
     by_hidden, by_weight, by_bias = (
-        None if like is None else _times(gradient, cotangent, target, like.dtype, of_rows=place == 0)
+        None if like is None else times_cotangent(gradient, cotangent, target, like.dtype, of_rows=place == 0)
         for place, (gradient, like) in enumerate(zip(gradients, likes, strict=True))
     )
-    by_scale = _times(loss[..., None], cotangent, target, loss.dtype, of_rows=True)[..., 0]
+    by_scale = times_cotangent(loss[..., None], cotangent, target, loss.dtype, of_rows=True)[..., 0]
     return by_hidden, Head(by_weight, by_bias), None, by_scale
 
 
 _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
-
-
-def _times(gradient: Any, cotangent: jax.Array, target: jax.Array, dtype: Any, *, of_rows: bool) -> Any:
-    if gradient is None:
-        return None
-    # The usual upstream gradient is 1. Where it can be read without a sync, do not make a second [V, H] array for it.
-    if gradient.dtype == dtype and inputs.in_host_memory(cotangent) and cotangent == 1:
-        return gradient
-    return _scaled(gradient, cotangent, target, dtype=dtype, of_rows=of_rows)
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "of_rows"))
-def _scaled(gradient: jax.Array, cotangent: jax.Array, target: jax.Array, *, dtype: Any, of_rows: bool) -> jax.Array:
-    # Ignored rows stay 0, and so does a sum without any other, even if the upstream gradient is inf or NaN.
-    ignored = (target == IGNORED)[..., None] if of_rows else jnp.all(target == IGNORED)
-    return jnp.where(ignored, 0, gradient * cotangent).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -256,7 +248,7 @@ def _rows_forward(hidden: jax.Array, head: Head, target: jax.Array, problem: _Pr
     return _results(terms, target, problem.objective, problem.metrics), (hidden, head, target, terms)
 
 
-def _rows_backward(problem: _Problem, residuals: Any, cotangents: RowResults) -> tuple[jax.Array, Head, None]:
+def _rows_backward(problem: _Problem, residuals: Any, cotangents: RowResults) -> tuple[Any, ...]:
     hidden, head, target, terms = residuals
     shard = problem.how.shard
     upstream = valid_upstream(collectives.whole_cotangent(cotangents[0], shard), target)

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from loss_core_jax import compat, inputs
-from loss_core_jax.inputs import ArrayLike
+from loss_core_jax.inputs import IGNORED, ArrayLike
 from loss_core_jax.kernels import LinearGradients, LinearRows, Shard
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, Layout, Operand, layout_for, over
@@ -24,18 +26,34 @@ class Head(NamedTuple):
     bias_V: Any = None
 
 
+# Hidden states and head.
+Source = tuple[jax.Array, Head]
+
+
 def linear_layout(
     loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, bias_V: ArrayLike | None
 ) -> tuple[Layout, bool]:
     """The layout of a fused loss's call, whose shapes are checked; and whether hidden states are to be gathered."""
     layout = layout_for(loss.tp_group, hidden, weight_VH, 0)
-    is_sequence = loss.sequence_parallel and layout != NOWHERE
-    inputs.check_linear(_whole_sequence(hidden, layout) if is_sequence else hidden, labels, weight_VH)
     inputs.check_bias(weight_VH, bias_V)
-    return layout, is_sequence and bool(layout.axes)
+    return layout, check_head(loss, hidden, labels, weight_VH, layout)
 
 
-def _whole_sequence(hidden: ArrayLike, layout: Layout) -> Any:
+def check_head(
+    loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, layout: Layout, of: str = ""
+) -> bool:
+    """Check the shapes of one head; whether its hidden states are to be gathered.
+
+    Args:
+        of: what the names of hidden states and weight begin with.
+    """
+    is_sequence = loss.sequence_parallel and layout != NOWHERE
+    whole = _whole_sequence(hidden, layout, of) if is_sequence else hidden
+    inputs.check_linear(whole, labels, weight_VH, of)
+    return is_sequence and bool(layout.axes)
+
+
+def _whole_sequence(hidden: ArrayLike, layout: Layout, of: str) -> Any:
     """Shape and dtype of all hidden states, for sequence-parallel ones.
 
     Raises:
@@ -44,8 +62,8 @@ def _whole_sequence(hidden: ArrayLike, layout: Layout) -> Any:
     shape = hidden.shape
     if len(shape) < 2 or (not layout.inside and shape[0] % layout.num_shards):
         raise ValueError(
-            f"hidden_states has shape {shape}; with sequence_parallel=True its first dimension must be the sequence, "
-            f"in {layout.num_shards} equal shares over the mesh axes {', '.join(map(repr, layout.axes))}."
+            f"{of}hidden_states has shape {shape}; with sequence_parallel=True its first dimension must be the "
+            f"sequence, in {layout.num_shards} equal shares over the mesh axes {', '.join(map(repr, layout.axes))}."
         )
     return jax.ShapeDtypeStruct((layout.vocab(shape[0]), *shape[1:]), hidden.dtype)
 
@@ -59,18 +77,31 @@ def over_head(
         of_rows: arrays in the shape of labels.
         gathers: hidden states are this device's share of the sequence.
     """
+    return over_heads(lambda source, *rest: fn(*source, *rest), [(hidden, head)], of_rows, layout, gathers)
 
-    def inside(hidden: jax.Array, *arrays: jax.Array) -> Any:
-        head_, rest = arrays[: len(arrays) - len(of_rows)], arrays[len(arrays) - len(of_rows) :]
-        axes = frozenset(layout.axes)
-        if collectives.types_tell(layout.axes):
-            head_ = tuple(compat.vary(x, axes) for x in head_)
-            hidden = compat.vary(hidden, axes) if gathers else hidden
-        return fn(hidden, Head(*head_), *rest)
 
-    # Rows of the weight that are added are zeros; their logits are taken for -inf.
-    of_head = [Operand(x, 0, has_rows=False) for x in head if x is not None]
-    return over(layout, inside, Operand(hidden, is_sequence=gathers), *of_head, *map(Operand, of_rows))
+def over_heads(
+    fn: Callable[..., Any], sources: Sequence[Source], of_rows: Sequence[jax.Array], layout: Layout, gathers: bool
+) -> Any:
+    """`fn(*sources, *of_rows)` for any layout, where a source is (hidden, head); else as `over_head`."""
+
+    def inside(*arrays: jax.Array) -> Any:
+        given, axes, local = iter(arrays), frozenset(layout.axes), []
+        tells = collectives.types_tell(layout.axes)
+        for _, head in sources:
+            hidden_, head_ = next(given), [None if x is None else next(given) for x in head]
+            if tells:
+                head_ = [None if x is None else compat.vary(x, axes) for x in head_]
+                hidden_ = compat.vary(hidden_, axes) if gathers else hidden_
+            local.append((hidden_, Head(*head_)))
+        return fn(*local, *given)
+
+    operands = []
+    for hidden, head in sources:
+        # Rows of the weight that are added are zeros; their logits are taken for -inf.
+        of_head = [Operand(x, 0, has_rows=False) for x in head if x is not None]
+        operands += [Operand(hidden, is_sequence=gathers), *of_head]
+    return over(layout, inside, *operands, *map(Operand, of_rows))
 
 
 def gathered(hidden: jax.Array, shard: Shard, gathers: bool) -> jax.Array:
@@ -90,15 +121,36 @@ def local_rows(
 
 def input_gradients(
     gradients: LinearGradients, hidden: jax.Array, head: Head, shard: Shard, gathers: bool
-) -> tuple[jax.Array, Head]:
-    """Gradients by hidden states and head as these came, from each device's part."""
-    assert gradients.hidden is not None, "all are wanted"
-    if gathers:
-        by_hidden = lax.psum_scatter(gradients.hidden, shard.axes, scatter_dimension=0, tiled=True)
-    else:
-        by_hidden = collectives.summed_over_shards(gradients.hidden, hidden, shard)
-    by_weight = collectives.summed_over_copies(gradients.weight_VH, head.weight_VH).astype(head.weight_VH.dtype)
-    if head.bias_V is None:
-        return by_hidden.astype(hidden.dtype), Head(by_weight)
-    by_bias = collectives.summed_over_copies(gradients.bias_V, head.bias_V).astype(head.bias_V.dtype)
-    return by_hidden.astype(hidden.dtype), Head(by_weight, by_bias)
+) -> tuple[jax.Array | None, Head]:
+    """Gradients by hidden states and head as these came, from each device's part; None where they are not wanted."""
+    by_hidden = gradients.hidden
+    if by_hidden is not None and gathers:
+        by_hidden = lax.psum_scatter(by_hidden, shard.axes, scatter_dimension=0, tiled=True).astype(hidden.dtype)
+    elif by_hidden is not None:
+        by_hidden = collectives.summed_over_shards(by_hidden, hidden, shard).astype(hidden.dtype)
+    by_weight, by_bias = (
+        None if gradient is None or x is None else collectives.summed_over_copies(gradient, x).astype(x.dtype)
+        for gradient, x in zip((gradients.weight_VH, gradients.bias_V), head, strict=True)
+    )
+    return by_hidden, Head(by_weight, by_bias)
+
+
+def times_cotangent(gradient: Any, cotangent: jax.Array, target: jax.Array, dtype: Any, *, of_rows: bool) -> Any:
+    """A gradient that was made before its cotangent was known, times it; None stays None.
+
+    Args:
+        of_rows: it has rows, of which those that are ignored stay 0.
+    """
+    if gradient is None:
+        return None
+    # The usual upstream gradient is 1. Where it can be read without a sync, do not make a second [V, H] array for it.
+    if gradient.dtype == dtype and inputs.in_host_memory(cotangent) and cotangent == 1:
+        return gradient
+    return _scaled(gradient, cotangent, target, dtype=dtype, of_rows=of_rows)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "of_rows"))
+def _scaled(gradient: jax.Array, cotangent: jax.Array, target: jax.Array, *, dtype: Any, of_rows: bool) -> jax.Array:
+    # Ignored rows stay 0, and so does a sum without any other, even if the upstream gradient is inf or NaN.
+    ignored = (target == IGNORED)[..., None] if of_rows else jnp.all(target == IGNORED)
+    return jnp.where(ignored, 0, gradient * cotangent).astype(dtype)

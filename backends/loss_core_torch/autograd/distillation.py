@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from loss_core.row_terms import PairTerms, jensen_shannon, kl_divergence
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream
-from loss_core_torch.kernels import Into, KernelSet, PairCoefficients, Pairs
+from loss_core_torch.kernels import Into, KernelSet, Pairs
+from loss_core_torch.kernels.linear_pairs import both_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -91,7 +91,7 @@ class Distillation(LossFunction):
             upstream_T = upstream_T if coef_T is None else coef_T * upstream_T
             pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
             args = (call.kernels, pairs, terms)
-            of_student, of_teacher = _wanted(divergences, upstream_T / call.temperature, call.beta)
+            of_student, of_teacher = both_coefficients(divergences, upstream_T / call.temperature, call.beta)
             if made and not ctx.spent:
                 # `data`: the saved tensor's version must stay, for a second backward to get at the others.
                 ctx.spent = True
@@ -101,18 +101,3 @@ class Distillation(LossFunction):
             if want_teacher:
                 found[1] = operators.pair_grad(*args, of_teacher)
         return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)
-
-
-def _wanted(divergences: Sequence[Tensor], coef_T: Tensor, beta: float) -> tuple[PairCoefficients, PairCoefficients]:
-    """The gradients of student and teacher.
-
-    Args:
-        divergences: [T] KL; with beta, of teacher and of student from the mixture.
-        coef_T: factor of each token's loss.
-    """
-    if not beta:
-        of_student = PairCoefficients(divergences[0], coef_T, of_teacher=False)
-        return of_student, of_student._replace(of_teacher=True)
-    kl_t_T, kl_s_T = divergences
-    of_student = PairCoefficients(kl_s_T, coef_T * (1.0 - beta), False, beta)
-    return of_student, PairCoefficients(kl_t_T, coef_T * beta, True, beta)

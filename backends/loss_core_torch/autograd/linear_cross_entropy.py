@@ -19,13 +19,12 @@ from torch.autograd import Function
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
-from loss_core_torch.kernels import KernelSet, LinearGrads, Wanted
+from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put, scaled
+from loss_core_torch.kernels import KernelSet, Wanted
 from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
-from loss_core_torch.tracing import is_traced, may_read
 
 
 class Call(NamedTuple):
@@ -110,7 +109,7 @@ class LinearCrossEntropy(Function):
         with torch.no_grad():
             if fresh and call.source.group is None:
                 coef_N = coef_T if places_N is None else coef_T[places_N]
-                found = _scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
+                found = scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
                 upstream_N = upstream_T if places_N is None else upstream_T[places_N]
@@ -128,20 +127,3 @@ class LinearCrossEntropy(Function):
         sources = (whole, w_VH, bias_V, coef_T, upstream)
         refusing = (once_differentiable(x, *sources) for x in by_inputs)
         return *refusing, None, None, None, once_differentiable(by_coef, *sources), None
-
-
-def _scaled(
-    kernels: KernelSet, made: list[Tensor], upstream: Tensor, coef_N: Tensor, weight_dtype: torch.dtype
-) -> LinearGrads:
-    """The gradients that were made in the forward, times the upstream gradient."""
-    if may_read(upstream) and float(upstream) == 1.0:
-        return LinearGrads(*(grad.data for grad in made))
-    # Where no token counts the gradient is 0, even for an infinite upstream.
-    factor = upstream.masked_fill((coef_N == 0).all(), 0.0)
-    if is_traced(upstream):
-        return LinearGrads(*(grad * factor for grad in made))
-    by_h, by_w, by_b = (grad.data for grad in made)
-    return LinearGrads(
-        kernels.scaled(by_h, factor, by_h.dtype), kernels.scaled(by_w, factor, weight_dtype),
-        kernels.scaled(by_b, factor, by_b.dtype),
-    )  # fmt: skip

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_core_torch.kernels import Linear, LinearGrads, Wanted
+from loss_core_torch.kernels import KernelSet, Linear, LinearGrads, Wanted
 from loss_core_torch.parallel import collectives
+from loss_core_torch.tracing import is_traced, may_read
 
 
 class Source(NamedTuple):
@@ -39,6 +41,15 @@ def gathered(hidden: Tensor, source: Source) -> Tensor:
     return collectives.gather_shares(hidden, source.sequence_dim, source.group)
 
 
+def token_rows(whole: Tensor, keep_T: Tensor | None, places_N: Tensor | None) -> Tensor:
+    """Hidden states of the tokens in products, without ignored tokens or with zeros for them."""
+    h_TH = whole.reshape(-1, whole.shape[-1])
+    if places_N is not None:
+        return h_TH.index_select(0, places_N)
+    # What an ignored token holds must not reach a product, not even times 0.
+    return h_TH if keep_T is None else h_TH.masked_fill(~keep_T[:, None], 0.0)
+
+
 def operands(
     whole: Tensor,
     w_VH: Tensor,
@@ -50,13 +61,10 @@ def operands(
     bias_V: Tensor | None = None,
 ) -> Linear:
     """The operands of the products, without ignored tokens or with zeros for them."""
-    h_TH = whole.reshape(-1, whole.shape[-1])
+    h_TH = token_rows(whole, keep_T, places_N)
     if places_N is not None:
-        h_TH, labels_T = h_TH.index_select(0, places_N), labels_T.index_select(0, places_N)
+        labels_T = labels_T.index_select(0, places_N)
         inverse_T = None if inverse_T is None else inverse_T.index_select(0, places_N)
-    elif keep_T is not None:
-        # What an ignored token holds must not reach a product, not even times 0.
-        h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
     return Linear(h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V)
 
 
@@ -106,3 +114,20 @@ def input_grads(
     weight, bias = head
     by_bias = found.bias_V.to(bias.dtype) if want.bias and bias is not None else None
     return by_hidden, found.weight_VH.to(weight.dtype) if want.weight else None, by_bias
+
+
+def scaled(
+    kernels: KernelSet, made: Sequence[Tensor], upstream: Tensor, coef_N: Tensor, weight_dtype: torch.dtype
+) -> LinearGrads:
+    """The gradients that were made in the forward, times the upstream gradient."""
+    if may_read(upstream) and float(upstream) == 1.0:
+        return LinearGrads(*(grad.data for grad in made))
+    # Where no token counts the gradient is 0, even for an infinite upstream.
+    factor = upstream.masked_fill((coef_N == 0).all(), 0.0)
+    if is_traced(upstream):
+        return LinearGrads(*(grad * factor for grad in made))
+    by_h, by_w, by_b = (grad.data for grad in made)
+    return LinearGrads(
+        kernels.scaled(by_h, factor, by_h.dtype), kernels.scaled(by_w, factor, weight_dtype),
+        kernels.scaled(by_b, factor, by_b.dtype),
+    )  # fmt: skip

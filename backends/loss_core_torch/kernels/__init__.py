@@ -91,6 +91,26 @@ class Linear(NamedTuple):
     bias_V: Tensor | None = None
 
 
+class LinearPairs(NamedTuple):
+    """Operands of logits h @ W.T of a student and of a teacher, that are never held whole.
+
+    Attributes:
+        student_TH, student_VH: hidden states [T, H], 0 in rows to ignore, and weight [V, H]; float.
+        teacher_TH, teacher_VH: likewise, with a hidden size of their own.
+        student_dtype, teacher_dtype: dtypes to which the operands of either are rounded.
+        keep_T, inverse_temperature: as in `Pairs`.
+    """
+
+    student_TH: Tensor
+    teacher_TH: Tensor
+    student_VH: Tensor
+    teacher_VH: Tensor
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    keep_T: Tensor | None
+    inverse_temperature: float
+
+
 class Wanted(NamedTuple):
     """Which gradients of a fused loss are made."""
 
@@ -110,6 +130,20 @@ class LinearGrads(NamedTuple):
         """Those of weight and bias in the dtypes of these operands."""
         by_b_V = self.bias_V if linear.bias_V is None else self.bias_V.to(linear.bias_V.dtype)
         return self._replace(weight_VH=self.weight_VH.to(linear.w_VH.dtype), bias_V=by_b_V)
+
+
+class BothWanted(NamedTuple):
+    """Which gradients of student and teacher are made."""
+
+    student: Wanted
+    teacher: Wanted
+
+
+class BothGrads(NamedTuple):
+    """Gradients by hidden states and weight of student and teacher."""
+
+    student: LinearGrads
+    teacher: LinearGrads
 
 
 class PairCoefficients(NamedTuple):
@@ -142,6 +176,37 @@ class Into(NamedTuple):
 
 
 NEW = Into()
+
+
+class Blocks(NamedTuple):
+    """How the logits of two heads are cut up: tokens of a block, classes of a tile of the weights."""
+
+    tokens: int
+    classes: int
+
+
+class Products(Protocol):
+    """Matrix products, of operands of one dtype, into the dtype of the arithmetic."""
+
+    def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        """out = a @ b, where out shares no memory with a or b."""
+        ...
+
+    def add(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        """out += a @ b."""
+        ...
+
+    def turned(self, b_KN: Tensor) -> Tensor:
+        """What `accumulate` takes beside b."""
+        ...
+
+    def accumulate(self, out_MN: Tensor, a_KM: Tensor, b_KN: Tensor, turned: Tensor, first: bool, last: bool) -> None:
+        """One of the products of a sum: out = a.T @ b for the first, out += a.T @ b for the others.
+
+        Args:
+            first, last: of the sum. Before the last, out holds what belongs to this method.
+        """
+        ...
 
 
 class KernelSet(Protocol):
@@ -187,8 +252,16 @@ class KernelSet(Protocol):
         """
         ...
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient, in one visit of each pair of rows."""
+        ...
+
+    def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
+        """What multiplies, for `kernels.linear_pairs`."""
+        ...
+
+    def linear_blocks(self, linear: LinearPairs) -> Blocks:
+        """How `kernels.linear_pairs` cuts up the logits."""
         ...
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -255,6 +328,10 @@ class WholeLosses:
         Args:
             beta: in (0, 1): the generalized Jensen-Shannon divergence instead.
         """
+        raise NotImplementedError
+
+    def linear_distillation(self, linear: LinearPairs, beta: float) -> Tensor:
+        """As `distillation`, of the logits of each token."""
         raise NotImplementedError
 
     def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:

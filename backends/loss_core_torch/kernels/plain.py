@@ -18,7 +18,7 @@ from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import Objective, RowTerms, Sums, log_shares
 from loss_core_torch import compat
-from loss_core_torch.kernels import IGNORED, Linear, Pairs, Rows, WholeLosses
+from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
 
 
@@ -49,6 +49,12 @@ class PlainLosses(WholeLosses):
         loss_T = beta * kl_t_T + (1.0 - beta) * _kl(p_s_TV, F.logsigmoid(-x_TV) - log_share_s)
         # Of two equal distributions it is rounded, and need not be 0.
         return loss_T if pairs.keep_T is None else loss_T.masked_fill(~pairs.keep_T, 0.0)
+
+    def linear_distillation(self, linear: LinearPairs, beta: float) -> Tensor:
+        # The logits of ignored tokens are cleared there.
+        student = _head_logits(linear.student_TH, linear.student_VH, linear.student_dtype)
+        teacher = _head_logits(linear.teacher_TH, linear.teacher_VH, linear.teacher_dtype)
+        return self.distillation(Pairs(student, teacher, linear.keep_T, linear.inverse_temperature), beta)
 
     def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         _observe()
@@ -117,14 +123,19 @@ def _z_loss(logits_TV: Tensor, keep_T: Tensor | None, factor: float, reduction: 
     return z_loss_T if reduction == "none" else getattr(z_loss_T, reduction)()
 
 
+def _head_logits(h_TH: Tensor, w_VH: Tensor, product_dtype: torch.dtype) -> Tensor:
+    """h @ W.T in the dtype of the arithmetic."""
+    dtype = compute_dtype(h_TH.dtype)
+    # Autocast has said what the operands are rounded to; the logits it would round as well.
+    with no_autocast(h_TH):
+        return _product(*(_rounded(x, product_dtype, dtype) for x in (h_TH, w_VH)))
+
+
 def _linear_logits(linear: Linear) -> tuple[Tensor, Tensor]:
     """[T, V] in the dtype of the arithmetic, 0 in ignored rows; and which are not ignored."""
-    dtype, keep_T = compute_dtype(linear.h_TH.dtype), linear.labels_T != IGNORED
-    # Autocast has said what the operands are rounded to; the logits it would round as well.
-    with no_autocast(linear.h_TH):
-        logits_TV = _product(*(_rounded(x, linear.product_dtype, dtype) for x in (linear.h_TH, linear.w_VH)))
+    logits_TV, keep_T = _head_logits(linear.h_TH, linear.w_VH, linear.product_dtype), linear.labels_T != IGNORED
     if linear.bias_V is not None:
-        logits_TV = logits_TV + linear.bias_V.to(dtype)
+        logits_TV = logits_TV + linear.bias_V.to(logits_TV.dtype)
     # A weight that holds NaN must not get it back from a token that is ignored.
     return logits_TV.masked_fill(~keep_T[:, None], 0.0), keep_T
 

@@ -3,10 +3,12 @@
 from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_torch.modules.distillation import KDLoss
 from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_torch.modules.linear_distillation import FusedLinearKDLoss
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
 
 __all__ = [
     "FusedLinearCrossEntropy",
+    "FusedLinearKDLoss",
     "FusedLinearLogProbs",
     "KDLoss",
     "LogProbs",

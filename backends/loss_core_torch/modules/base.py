@@ -99,11 +99,12 @@ class LossModule(nn.Module):
 
         return auto.choose(type(self).__name__, device, dtype, shape, candidates)
 
-    def _kernels_for(self, like: Any, weight: Any = None, teacher: Any = None) -> Kernels:
+    def _kernels_for(self, like: Any, weight: Any = None, *others: Any) -> Kernels:
         """The kernels of a call.
 
         Args:
-            like: logits, beside a teacher's or not, or hidden states beside the weight [V, H]; not checked yet.
+            like: logits, or hidden states beside the weight [V, H]; not checked yet.
+            others: floating arguments beside them.
         Raises:
             RuntimeError: a torch.func transform that they have no rule for, or a traced call that can't name them.
         """
@@ -113,11 +114,11 @@ class LossModule(nn.Module):
         if tensors and len(self.kernel_choice.candidates) > 1 and not is_traced(like):
             tokens = like.numel() // max(like.shape[-1], 1)
             shape = (tokens, like.shape[-1]) if weight is None else (tokens, *weight.shape)
-            whole = is_whole(self.tp_group, like, weight, teacher)
+            whole = is_whole(self.tp_group, like, weight, *others)
             choice = self.kernel_for(like.device, like.dtype, shape, whole)
             found = kernel_sets.find(choice.flag.partition(":")[2])
         if not isinstance(found, WholeLosses):
-            _refuse_transforms(found.flag, like, weight, teacher)
+            _refuse_transforms(found.flag, like, weight, *others)
             if self._given and isinstance(like, Tensor) and is_traced(like):
                 raise RuntimeError(
                     f"The kernels {found.flag!r} were given to the module by with_kernels, and a traced call "

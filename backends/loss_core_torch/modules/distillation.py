@@ -58,7 +58,7 @@ class KDLoss(LossModule):
             TypeError: labels that are no integers.
         Sources: Hinton et al. 2015 (arXiv:1503.02531), section 2; Agarwal et al. 2024 (arXiv:2306.13649), equation 1.
         """
-        kernels = self._kernels_for(student_logits, teacher=teacher_logits)
+        kernels = self._kernels_for(student_logits, None, teacher_logits)
         if not is_whole(self.tp_group, student_logits, teacher_logits):
             return self._sharded(kernels, student_logits, teacher_logits, labels, num_batch_labels, loss_weights)
         tokens = self._tokens(student_logits, teacher_logits, labels, num_batch_labels, loss_weights)
@@ -96,11 +96,7 @@ class KDLoss(LossModule):
                 f"student_logits has shape {tuple(student.shape)} but teacher_logits has shape "
                 f"{tuple(teacher.shape)}; they must match."
             )
-        if loss_weights is not None and count is None:
-            raise ValueError(
-                "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
-                "tokens that count; pass the number by which the weighted sum is to be divided."
-            )
+        inputs.check_weights_have_count(loss_weights, count)
         return inputs.tokens(
             "student_logits", student.shape[:-1], student.device, "sum", self.ignore_index, labels,
             count_name="num_batch_labels", num_tokens=count, loss_weights=loss_weights,

@@ -70,25 +70,34 @@ class LinearCall(NamedTuple):
         )
 
 
-class LinearModule(LossModule):
-    """A loss of hidden_states @ lm_weight.T without the [T, V] logits.
+class HeadModule(LossModule):
+    """A loss of hidden states and the weights of heads: in which dtype products are made, and of which tokens."""
 
-    A subclass has `_tokens` and `_loss`, and says by `_of_tokens` whether it returns one number per token.
-    """
-
-    logit_softcapping: float
     sequence_parallel: bool
     ignore_index: int
     skip_ignored: bool | None = None
     # lm_weight [V, H].
     _vocab_dim = 0
-    # Arguments with one value per token, beside labels.
-    _values: tuple[str, ...] = ()
 
     def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Dtype in which the logits' gradient enters its two matrix products, for hidden states of a dtype."""
         kernels = self._kernels
         return compute_dtype(dtype) if isinstance(kernels, WholeLosses) else kernels.operand_dtype(dtype, device)
+
+    def _places(self, tokens: Tokens, num_valid: int | None = None) -> Tensor | None:
+        """The tokens that take part in matrix products, [N] int64 in ascending order; None for all of them.
+
+        Their number must be on the host: for nothing on a CPU, or where the caller knows it (a larger one then repeats
+        token 0, a smaller one loses tokens, and the loss is NaN); else for one sync.
+        """
+        keep_T = tokens.keep_T
+        if keep_T is None:
+            return None
+        if num_valid is not None:
+            return torch.nonzero_static(keep_T, size=num_valid, fill_value=0)[:, 0]
+        if not (may_read(keep_T) if self.skip_ignored is None else self.skip_ignored):
+            return None
+        return keep_T.nonzero()[:, 0]
 
     @staticmethod
     def materialize_lm_weight(lm_weight: Any, *, grad_reduce_group: dist.ProcessGroup | None = None) -> Any:
@@ -110,6 +119,17 @@ class LinearModule(LossModule):
         from loss_core_torch.parallel import collectives
 
         return collectives.materialize(lm_weight, grad_reduce_group)
+
+
+class LinearModule(HeadModule):
+    """A loss of hidden_states @ lm_weight.T without the [T, V] logits.
+
+    A subclass has `_tokens` and `_loss`, and says by `_of_tokens` whether it returns one number per token.
+    """
+
+    logit_softcapping: float
+    # Arguments with one value per token, beside labels.
+    _values: tuple[str, ...] = ()
 
     def _tokens(
         self, lead: torch.Size, hidden: Tensor, labels: Any, given: Mapping[str, Any], num_valid: Any
@@ -143,11 +163,11 @@ class LinearModule(LossModule):
                 kernels, hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group, num_valid
             )
         hidden, weight = inputs.floats("hidden_states", hidden_states), inputs.floats("lm_weight", lm_weight)
-        _check_operands(hidden, weight, lm_bias)
+        check_operands(hidden, weight, lm_bias)
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
         tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
         tokens = inputs.settled(inputs.in_range(tokens, weight.shape[0], self.ignore_index))
-        source = Source(float(self.logit_softcapping), _product_dtype(hidden, weight))
+        source = Source(float(self.logit_softcapping), product_dtype(hidden, weight))
         places_N = self._places(tokens, num_valid)
         return self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, weight.shape[0], ()))
 
@@ -175,7 +195,7 @@ class LinearModule(LossModule):
         hidden = layout.local(hidden)
 
         def check() -> Tokens:
-            _check_operands(inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight), lm_bias)
+            check_operands(inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight), lm_bias)
             lead = placement_linear.whole_lead(linear, hidden)
             own = {name: layout.token_values(name, given[name], lead) for name in self._values}
             own_labels = layout.token_values("labels", labels, lead)
@@ -189,35 +209,25 @@ class LinearModule(LossModule):
         )
         tokens = inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
         hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
-        product_dtype = _product_dtype(hidden, weight)
-        source = Source(float(self.logit_softcapping), product_dtype, start, group, linear.sequence_dim)
+        dtype = product_dtype(hidden, weight)
+        source = Source(float(self.logit_softcapping), dtype, start, group, linear.sequence_dim)
         places_N, groups = self._places(tokens, num_valid), layout.ranks.tokens
         found = self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, vocab, groups))
         return layout.token_results(found, labels) if self._of_tokens() else found
 
-    def _places(self, tokens: Tokens, num_valid: int | None) -> Tensor | None:
-        """The tokens that take part in matrix products, [N] int64 in ascending order; None for all of them.
 
-        Their number must be on the host: for nothing on a CPU, or where the caller knows it (a larger one then repeats
-        token 0, a smaller one loses tokens, and the loss is NaN); else for one sync.
-        """
-        keep_T = tokens.keep_T
-        if keep_T is None:
-            return None
-        if num_valid is not None:
-            return torch.nonzero_static(keep_T, size=num_valid, fill_value=0)[:, 0]
-        if not (may_read(keep_T) if self.skip_ignored is None else self.skip_ignored):
-            return None
-        return keep_T.nonzero()[:, 0]
+def check_operands(hidden: Tensor, weight: Tensor, bias: Any, of: str = "") -> None:
+    """Refuse hidden states, a weight and a bias (or None) that do not fit each other.
 
-
-def _check_operands(hidden: Tensor, weight: Tensor, bias: Any) -> None:
-    _product_dtype(hidden, weight)
-    inputs.not_empty("hidden_states", "hidden dimension", hidden)
+    Args:
+        of: what the names of hidden states and weight begin with.
+    """
+    product_dtype(hidden, weight, of)
+    inputs.not_empty(f"{of}hidden_states", "hidden dimension", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"lm_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}; "
-            f"lm_weight must be [V, H] with H = {hidden.shape[-1]}."
+            f"{of}lm_weight has shape {tuple(weight.shape)} but {of}hidden_states has shape {tuple(hidden.shape)}; "
+            f"{of}lm_weight must be [V, H] with H = {hidden.shape[-1]}."
         )
     if bias is None:
         return
@@ -231,11 +241,11 @@ def _check_operands(hidden: Tensor, weight: Tensor, bias: Any) -> None:
         raise ValueError(f"lm_bias is on {bias.device} but lm_weight is on {weight.device}; they must match.")
 
 
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor, of: str = "") -> torch.dtype:
     """Dtype to which the operands are rounded: autocast's where it is on, else that of the hidden states."""
     device = hidden.device
     if weight.device != device:
-        raise ValueError(f"hidden_states is on {device} but lm_weight is on {weight.device}; they must match.")
+        raise ValueError(f"{of}hidden_states is on {device} but {of}lm_weight is on {weight.device}; they must match.")
     # "meta" (shapes without values, as the bridge asks for) is unknown to autocast.
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
@@ -243,7 +253,7 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     master_head = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
     if hidden.dtype != weight.dtype and not master_head:
         raise TypeError(
-            f"hidden_states is {hidden.dtype} but lm_weight is {weight.dtype}; they must match outside of "
+            f"{of}hidden_states is {hidden.dtype} but {of}lm_weight is {weight.dtype}; they must match outside of "
             "torch.autocast, or be 16-bit hidden states beside a float32 weight."
         )
     return hidden.dtype

@@ -84,6 +84,31 @@ def of_linear(hidden: Any, weight: Any, tp_group: Any, grad_reduce_group: Any, s
     return replace(plain, tokens=tokens, placed=True, vocab_dim=dim, partial_dims=others, mean_size=size)
 
 
+def of_heads(
+    student: tuple[Any, Any], teacher: tuple[Any, Any], tp_group: Any, sequence_parallel: bool
+) -> tuple[LinearLayout, LinearLayout]:
+    """The layouts of hidden states and weight of a student and a teacher, who must share vocabulary and tokens alike.
+
+    Raises:
+        ValueError: as `of_linear`, or where the two do not.
+    """
+    layouts = tuple(of_linear(*head, tp_group, None, sequence_parallel) for head in (student, teacher))
+    ranks = [layout.tokens.ranks for layout in layouts]
+    groups = [[r.vocab, *r.tokens] for r in ranks]
+    members = [[None if g is None else dist.get_process_group_ranks(g) for g in of_head] for of_head in groups]
+    if members[0] != members[1] or ranks[0].place != ranks[1].place:
+        raise ValueError(
+            f"The student's hidden_states and lm_weight lie as {_lie(student)}, but the teacher's as {_lie(teacher)}; "
+            "both must shard the vocabulary over the same ranks, and the tokens over the same ranks."
+        )
+    return layouts[0], layouts[1]
+
+
+def _lie(head: tuple[Any, Any]) -> str:
+    """Where hidden states and weight lie, for messages."""
+    return " and ".join(str(x.placements) if is_dtensor(x) else "a plain tensor" for x in head)
+
+
 def _on_one_mesh(
     hidden: Any, hidden_tokens: tuple[Any, ...], weight: Any, dim: int | None, ranks: Ranks, sequence_parallel: bool
 ) -> LinearLayout:

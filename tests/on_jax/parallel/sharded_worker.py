@@ -78,9 +78,9 @@ def specs_of(names, axis, rows=None):
     found = {}
     for name in names:
         match name:
-            case "lm_weight":
+            case _ if name.endswith("lm_weight"):
                 found[name] = P(axis, None)
-            case "hidden_states":
+            case _ if name.endswith("hidden_states"):
                 found[name] = P(rows, None)
             case _ if name in WITH_VOCAB_LAST:
                 found[name] = P(rows, axis)
@@ -153,13 +153,14 @@ def cases_of(name, vocab, only, tokens=24):
 # --- scenarios
 
 
-LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss")
+LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "FusedLinearKDLoss")
 
 
 def oracle_float32():
     """Every kind of call, over two devices."""
     only = ("mean", "none", "all-ignored", "huge-logits", "minus-inf", "mask", "loss-weights", "nan-where-ignored",
-            "temperature", "softcap-none", "no-upcast", "offset", "reverse", "jsd", "jsd-ruled-out")  # fmt: skip
+            "temperature", "softcap-none", "no-upcast", "offset", "reverse", "jsd", "jsd-ruled-out", "reverse-heads",
+            "jsd-heads")  # fmt: skip
     for name in LOSSES:
         for case in cases_of(name, 60, only):
             inside(case, "float32", mesh_of(tp=2))
@@ -188,7 +189,7 @@ def oracle_dtypes():
 def where_the_gradient_is_taken():
     mesh = mesh_of(tp=3)
     for name, only in (("MaskedCrossEntropy", "none"), ("FusedLinearCrossEntropy", "softcap-none"), ("KDLoss", "cold"),
-                       ("KDLoss", "jsd")):  # fmt: skip
+                       ("KDLoss", "jsd"), ("FusedLinearKDLoss", "jsd-heads")):  # fmt: skip
         for case in cases_of(name, 60, (only,)):
             inside(case, "float32", mesh, grad_outside=False)
             inside(case, "float32", mesh, check_vma=False)
@@ -197,8 +198,9 @@ def where_the_gradient_is_taken():
 
 
 def sequence_parallel():
-    for case in cases_of("FusedLinearCrossEntropy", 60, ("loss-weights", "softcap-none")):
-        mine = {"hidden_states": P("tp", None)}
+    fused = cases_of("FusedLinearCrossEntropy", 60, ("loss-weights", "softcap-none"))
+    for case in [*fused, *cases_of("FusedLinearKDLoss", 60, ("jsd-heads",))]:
+        mine = {name: P("tp", None) for name in case.arrays if name.endswith("hidden_states")}
         # Where the gradient is taken is one thing for all cases.
         ways = ({}, {"grad_outside": False}, {"check_vma": False}) if case.name == "softcap-none" else ({},)
         for taken in ways:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core import FusedLinearCEConfig, FusedLinearKDConfig, KDLossConfig, MaskedCrossEntropyConfig
 
 T, V, H = 6, 11, 4
 RNG = np.random.default_rng(0)
@@ -28,6 +28,11 @@ CALLS = {
         [P(), P("tp")],
     ),
     KDLossConfig: (("student_logits", "teacher_logits"), LOGITS, [ALONG_V] * 2),
+    FusedLinearKDConfig: (
+        ("student_hidden_states", "student_lm_weight", "teacher_hidden_states", "teacher_lm_weight"),
+        [RNG.normal(size=size).astype("float32") for size in ((T, H), (V, H), (T, H + 1), (V, H + 1))],
+        [P(), P("tp")] * 2,
+    ),
 }
 
 

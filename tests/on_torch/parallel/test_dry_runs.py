@@ -19,12 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core import (
+    FusedLinearCEConfig,
+    FusedLinearKDConfig,
+    KDLossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
 
 local_tensor = pytest.importorskip("torch.distributed._local_tensor", reason="not in this version of torch")
 FakeStore = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore
 
-CONFIGS = (MaskedCrossEntropyConfig, TEParallelCEConfig, FusedLinearCEConfig, KDLossConfig)
+CONFIGS = (MaskedCrossEntropyConfig, TEParallelCEConfig, FusedLinearCEConfig, KDLossConfig, FusedLinearKDConfig)
 RANKS, TOKENS, HIDDEN = 4, 6, 8
 ROOT = Path(__file__).parents[3]
 MODES = {"fake backend": contextlib.nullcontext, "FakeTensorMode": FakeTensorMode}
@@ -52,6 +58,12 @@ def _inputs(config, vocab):
     """Tensors of which a gradient is wanted, by name, and the labels."""
     if config is FusedLinearCEConfig:
         shapes = {"hidden_states": (TOKENS, HIDDEN), "lm_weight": (vocab, HIDDEN)}
+    elif config is FusedLinearKDConfig:
+        shapes = {
+            f"{of}_{name}": (size, hidden)
+            for of, hidden in (("student", HIDDEN), ("teacher", HIDDEN + 3))
+            for name, size in (("hidden_states", TOKENS), ("lm_weight", vocab))
+        }
     elif config is KDLossConfig:
         shapes = {"student_logits": (TOKENS, vocab), "teacher_logits": (TOKENS, vocab)}
     else:
@@ -62,9 +74,9 @@ def _inputs(config, vocab):
 def _placed(inputs, mesh):
     """Over two dimensions the tokens are sharded as well; over one the vocabulary alone."""
     by_token = [Shard(0)] if mesh.ndim == 2 else []
-    placements = {"hidden_states": [*by_token, Replicate()], "lm_weight": [*(Replicate() for _ in by_token), Shard(0)]}
+    placements = {"states": [*by_token, Replicate()], "weight": [*(Replicate() for _ in by_token), Shard(0)]}
     found = {
-        name: distribute_tensor(value, mesh, placements.get(name, [*by_token, Shard(1)]))
+        name: distribute_tensor(value, mesh, placements.get(name.rpartition("_")[2], [*by_token, Shard(1)]))
         for name, value in inputs.items()
     }
     return {name: value.detach().requires_grad_() for name, value in found.items()}
@@ -137,7 +149,7 @@ def test_simulated_ranks(fake_group, config, reduction):
     torch.manual_seed(0)
     inputs = _inputs(config, 20)
     whole = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-    fields = {} if config is KDLossConfig else {"reduction": reduction}
+    fields = {"reduction": reduction} if hasattr(config, "reduction") else {}
     loss_fn = config(**fields).build(backend="torch:eager")
     expected = _trains(loss_fn, whole)
     for mesh in _meshes():

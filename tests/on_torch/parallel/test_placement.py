@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from helpers.process_group import World, over_processes
-from helpers.sharded_problem import LOSSES, SHARDED, Problem, cases, part_of, same_on_all_ranks, splits
+from helpers.sharded_problem import LOSSES, SHARDED, Problem, cases, over_heads, part_of, same_on_all_ranks, splits
 from loss_core import TEParallelCEConfig
 from loss_core.field_checks import METRICS
 from loss_core.losses import named_cases
@@ -69,10 +69,10 @@ def test_placed_on_one_dimension(world):
     for loss in LOSSES:
         for case in cases(loss, shape=(12, 9), only=("basic", "none", "loss-weights", "cold")):
             problem = Problem(case)
-            if loss == "FusedLinearCrossEntropy":
-                weight = {"lm_weight": [Shard(0)]}
-                _placed(world, problem, mesh, weight | {"hidden_states": [Replicate()]})
-                _placed(world, problem, mesh, weight | {"hidden_states": [Shard(0)], "labels": [Replicate()]})
+            if weight := over_heads(problem, lm_weight=[Shard(0)]):
+                _placed(world, problem, mesh, weight | over_heads(problem, hidden_states=[Replicate()]))
+                shares = over_heads(problem, hidden_states=[Shard(0)])
+                _placed(world, problem, mesh, weight | shares | {"labels": [Replicate()]})
                 _placed(world, problem, mesh, weight)
             else:
                 placements = {name: [Shard(1)] for name in SHARDED if name in problem.arrays}
@@ -89,11 +89,11 @@ def test_placed_on_two_dimensions(world):
             problem = Problem(case)
             names = [name for name in ("labels", "mask", "loss_weights") if name in problem.arrays]
             by_token = {name: [Shard(0), Replicate()] for name in names}
-            if loss == "FusedLinearCrossEntropy":
-                inputs = {"hidden_states": [Shard(0), Replicate()], "lm_weight": [Replicate(), Shard(0)]}
+            if hidden := over_heads(problem, hidden_states=[Shard(0), Replicate()]):
+                inputs = hidden | over_heads(problem, lm_weight=[Replicate(), Shard(0)])
                 _placed(world, problem, mesh, inputs | by_token)
-                _placed(world, problem, mesh, inputs | {"lm_weight": [Shard(0), Shard(0)]})
-                _placed(world, problem, mesh, inputs | {"lm_weight": [Replicate(), Replicate()]})
+                _placed(world, problem, mesh, inputs | over_heads(problem, lm_weight=[Shard(0), Shard(0)]))
+                _placed(world, problem, mesh, inputs | over_heads(problem, lm_weight=[Replicate(), Replicate()]))
             else:
                 logits = [name for name in SHARDED if name in problem.arrays]
                 _placed(world, problem, mesh, by_token | {name: [Shard(0), Shard(1)] for name in logits})
@@ -112,10 +112,9 @@ def test_a_batch_of_sequences(world):
     for loss in LOSSES:
         for case in named_cases(loss, only=("mean", "basic")):
             problem = Problem(case)
-            if loss == "FusedLinearCrossEntropy":
-                weight = {"lm_weight": [Replicate(), Shard(0)]}
-                _placed(world, problem, mesh, weight | {"hidden_states": [Shard(1), Replicate()]})
-                _placed(world, problem, mesh, weight | {"hidden_states": [Shard(0), Shard(1)]})
+            if weight := over_heads(problem, lm_weight=[Replicate(), Shard(0)]):
+                for placements in ([Shard(1), Replicate()], [Shard(0), Shard(1)]):
+                    _placed(world, problem, mesh, weight | over_heads(problem, hidden_states=placements))
             else:
                 placements = {name: [Shard(1), Shard(2)] for name in SHARDED if name in problem.arrays}
                 _placed(world, problem, mesh, placements | {"labels": [Shard(1), Replicate()]})

@@ -63,17 +63,21 @@ def _twins():
 @over_processes(1, 2, 3)
 def test_sequence_parallel(world):
     """Hidden states as equal shares of the sequence, labels whole."""
-    for case in cases("FusedLinearCrossEntropy", shape=(12, 41)):
-        problem, sizes = Problem(case), splits(41, world.ranks)[0]
-        share = slice(world.rank * 12 // world.ranks, (world.rank + 1) * 12 // world.ranks)
-        inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
-        inputs["hidden_states"] = problem.tensor("hidden_states", lambda x, share=share: x[share])
+    sizes = splits(41, world.ranks)[0]
+    share = slice(world.rank * 12 // world.ranks, (world.rank + 1) * 12 // world.ranks)
+
+    def part(name):
+        return (lambda x: x[share]) if name.endswith("hidden_states") else part_of(name, sizes, world.rank)
+
+    for case in [*cases("FusedLinearCrossEntropy", shape=(12, 41)), *cases("FusedLinearKDLoss", shape=(12, 41))]:
+        problem = Problem(case)
+        inputs = {name: problem.tensor(name, part(name)) for name in problem.arrays}
         loss = problem.build(world.flag, tp_group=world.group, sequence_parallel=True)(**inputs)
         same_on_all_ranks(loss.detach())
         problem.backward(loss)
         problem.holds("loss", loss)
-        problem.holds("hidden_states", inputs["hidden_states"].grad, lambda x, share=share: x[share])
-        problem.holds("lm_weight", inputs["lm_weight"].grad, part_of("lm_weight", sizes, world.rank))
+        for name in problem.case.grad_of:
+            problem.holds(name, inputs[name].grad, part(name))
 
 
 @over_processes(2)

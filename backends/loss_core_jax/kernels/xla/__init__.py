@@ -7,8 +7,21 @@ from dataclasses import dataclass
 import jax
 
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms
-from loss_core_jax.kernels import How, LinearGradients, LinearRows, Mixture, Pairs, Rows, Shard, Wanted, recorded
-from loss_core_jax.kernels.xla import linear, pairs, rows
+from loss_core_jax.kernels import (
+    BothGradients,
+    How,
+    LinearGradients,
+    LinearPairs,
+    LinearRows,
+    Mixture,
+    PairHow,
+    Pairs,
+    Rows,
+    Shard,
+    Wanted,
+    recorded,
+)
+from loss_core_jax.kernels.xla import linear, linear_pairs, pairs, rows
 from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, LinearSizes, by_platform
 
 FLAG = "jax:xla"
@@ -76,6 +89,35 @@ class XlaKernels:
     ) -> tuple[RowTerms, LinearGradients]:
         found: tuple[RowTerms, LinearGradients] = by_platform(
             linear.terms_and_gradients, (how, objective, wanted), self.cpu, self.accelerator, these, upstream
+        )
+        return found
+
+    @recorded(FLAG)
+    def linear_pair_terms(self, these: LinearPairs, how: PairHow) -> PairTerms:
+        found: PairTerms = by_platform(linear_pairs.terms, (how,), self.cpu, self.accelerator, these)
+        return found
+
+    @recorded(FLAG)
+    def linear_pair_mixture(self, these: LinearPairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
+        given = (these, terms)
+        found: MixtureTerms = by_platform(linear_pairs.mixture_terms, (how,), self.cpu, self.accelerator, *given)
+        return found
+
+    @recorded(FLAG)
+    def linear_pair_gradients(
+        self, these: LinearPairs, terms: PairTerms, sums: jax.Array | MixtureTerms, upstream: jax.Array, how: PairHow
+    ) -> BothGradients:
+        given = (these, terms, sums, upstream)
+        found: BothGradients = by_platform(linear_pairs.gradients, (how,), self.cpu, self.accelerator, *given)
+        return found
+
+    @recorded(FLAG)
+    def linear_pair_losses_and_gradients(
+        self, these: LinearPairs, upstream: jax.Array, how: PairHow
+    ) -> tuple[jax.Array, BothGradients]:
+        given = (these, upstream)
+        found: tuple[jax.Array, BothGradients] = by_platform(
+            linear_pairs.losses_and_gradients, (how,), self.cpu, self.accelerator, *given
         )
         return found
 

@@ -23,12 +23,12 @@ from loss_core_jax.kernels.xla.tiles import Chunk, chunk_gradients, chunk_terms
 
 def terms(how: How, sizes: LinearSizes, rows: LinearRows) -> RowTerms:
     """Terms of each row, shape of target."""
-    plan, rows = _planned(rows, how, sizes)
+    plan, rows = planned(rows, how, sizes)
 
     def body(_: None, piece: Any) -> tuple[None, RowTerms]:
-        return None, chunk_terms(_chunk(rows, *piece), how, plan, keep=False)[0]
+        return None, chunk_terms(chunk_of(rows, *piece), how, plan, keep=False)[0]
 
-    _, found = lax.scan(body, None, _pieces(rows, how, plan))
+    _, found = lax.scan(body, None, pieces_of(rows, how, plan))
     return _of_rows(found, rows.target, how)
 
 
@@ -64,15 +64,15 @@ def _sweep(
         given: tree of arrays over the rows.
         of_chunk: (chunk, plan, its part of `given`) -> terms and coefficients of its rows, and its logits or None.
     """
-    plan, rows = _planned(rows, how, sizes)
+    plan, rows = planned(rows, how, sizes)
     order_T = _valid_first(rows.target) if wanted.skip_ignored and sizes.is_cpu and plan.num_chunks > 1 else None
 
     def visit(dhead: Any, piece: Any) -> tuple[Any, tuple[RowTerms, jax.Array | None]]:
         *of_rows, given_C = piece
-        chunk = _chunk(rows, *of_rows)
+        chunk = chunk_of(rows, *of_rows)
         terms_C, coefficients_C, tiles_NCB = of_chunk(chunk, plan, given_C)
         found = chunk_gradients(chunk, terms_C, coefficients_C, tiles_NCB, dhead, how, plan, wanted)
-        return (_unsharded_last(found.weight_VH, how), found.bias_V), (terms_C, found.hidden)
+        return (unsharded_last(found.weight_VH, how), found.bias_V), (terms_C, found.hidden)
 
     def body(dhead: Any, piece: Any) -> Any:
         if order_T is None:
@@ -86,10 +86,10 @@ def _sweep(
         zeros_for_loop((vocab,), plan.dtype, *sources) if with_bias else None,
     )
     # Rows that are added are ignored: what they have must only be finite.
-    pieces = (*_pieces(rows, how, plan, order_T), _split(given, how, plan, order_T, fill=1))
+    pieces = (*pieces_of(rows, how, plan, order_T), split_rows(given, how, plan, order_T, fill=1))
     dhead, (found, dhidden) = lax.scan(body, dhead, pieces)
     if dhidden is not None:
-        dhidden = _joined(dhidden, rows.target, how, order_T).reshape(rows.hidden.shape)
+        dhidden = joined_rows(dhidden, rows.target, how, order_T).reshape(rows.hidden.shape)
     return _of_rows(found, rows.target, how, order_T), LinearGradients(dhidden, *dhead)
 
 
@@ -108,11 +108,12 @@ def _skip(visit: Any) -> Any:
     return skip
 
 
-def _planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, LinearRows]:
+def planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, LinearRows]:
+    """How rows are cut up; and the rows, as loops over them want them."""
     dtype = arithmetic_dtype(rows.hidden, rows.weight_VH)
     partitioned = how.shard.partitioned
     plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned)
-    whole = functools.partial(_unsharded_last, how=how)
+    whole = functools.partial(unsharded_last, how=how)
     return plan, rows._replace(hidden=whole(rows.hidden), weight_VH=whole(rows.weight_VH))
 
 
@@ -120,7 +121,8 @@ def _arrays(rows: LinearRows) -> tuple[jax.Array, ...]:
     return rows.hidden, rows.weight_VH, rows.target, *([] if rows.bias_V is None else [rows.bias_V])
 
 
-def _chunk(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array, inverse_C: jax.Array | None) -> Chunk:
+def chunk_of(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array, inverse_C: jax.Array | None) -> Chunk:
+    """A chunk, from a piece of what `pieces_of` gives."""
     # Behind a barrier, as in `take_rows`.
     (hidden_CH,) = behind_barrier(hidden_CH)
     return Chunk(
@@ -128,15 +130,17 @@ def _chunk(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array, inverse_
     )
 
 
-def _pieces(rows: LinearRows, how: How, plan: Plan, order_T: jax.Array | None = None) -> tuple[jax.Array, ...]:
+def pieces_of(rows: LinearRows, how: How, plan: Plan, order_T: jax.Array | None = None) -> tuple[jax.Array, ...]:
     """Hidden states [N, C, H], targets and inverse temperatures [N, C]; rows that are added are ignored."""
     hidden_TH = rows.hidden.reshape(-1, rows.hidden.shape[-1])
-    (hidden_NCH,) = _split((hidden_TH,), how, plan, order_T, flat=False)
-    (target_NC,) = _split((rows.target,), how, plan, order_T, fill=IGNORED)
-    return hidden_NCH, target_NC, _split(rows.inverse_temperature, how, plan, order_T, fill=1)
+    (hidden_NCH,) = split_rows((hidden_TH,), how, plan, order_T, flat=False)
+    (target_NC,) = split_rows((rows.target,), how, plan, order_T, fill=IGNORED)
+    return hidden_NCH, target_NC, split_rows(rows.inverse_temperature, how, plan, order_T, fill=1)
 
 
-def _split(arrays: Any, how: How, plan: Plan, order_T: jax.Array | None, *, fill: float = 0, flat: bool = True) -> Any:
+def split_rows(
+    arrays: Any, how: How, plan: Plan, order_T: jax.Array | None, *, fill: float = 0, flat: bool = True
+) -> Any:
     """Arrays over the rows in chunks, in this order of rows."""
 
     def one(x: jax.Array) -> jax.Array:
@@ -147,7 +151,7 @@ def _split(arrays: Any, how: How, plan: Plan, order_T: jax.Array | None, *, fill
     return jax.tree.map(one, arrays)
 
 
-def _joined(chunks: jax.Array, target: jax.Array, how: How, order_T: jax.Array | None) -> jax.Array:
+def joined_rows(chunks: jax.Array, target: jax.Array, how: How, order_T: jax.Array | None) -> jax.Array:
     """[N, C, ...] as [T, ...] in the order of the rows."""
     found = joined(chunks, target.size, interleaved=how.shard.partitioned)
     return found if order_T is None else jnp.zeros_like(found).at[order_T].set(found, unique_indices=True)
@@ -155,7 +159,7 @@ def _joined(chunks: jax.Array, target: jax.Array, how: How, order_T: jax.Array |
 
 def _of_rows(terms: RowTerms, target: jax.Array, how: How, order_T: jax.Array | None = None) -> RowTerms:
     """Terms of chunks in the shape of target."""
-    found: RowTerms = jax.tree.map(lambda x: _joined(x, target, how, order_T).reshape(target.shape), terms)
+    found: RowTerms = jax.tree.map(lambda x: joined_rows(x, target, how, order_T).reshape(target.shape), terms)
     return found
 
 
@@ -164,7 +168,7 @@ def _valid_first(target: jax.Array) -> jax.Array:
     return jnp.argsort(target.reshape(-1) == IGNORED, stable=True)
 
 
-def _unsharded_last(array: Any, how: How) -> Any:
+def unsharded_last(array: Any, how: How) -> Any:
     """The array with its last dimension on every device: XLA gathers an FSDP weight, and not its products."""
     if array is None or not how.shard.partitioned:
         return array

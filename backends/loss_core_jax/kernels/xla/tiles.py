@@ -47,8 +47,8 @@ class Chunk(NamedTuple):
     bias_V: jax.Array | None
 
 
-class _Tile(NamedTuple):
-    """A piece of the vocabulary.
+class Tile(NamedTuple):
+    """A piece of the vocabulary of one weight.
 
     The last tile is moved back so that it ends with the vocabulary; the columns it repeats are left out of
     every sum.
@@ -59,21 +59,23 @@ class _Tile(NamedTuple):
     class_1B: jax.Array  # class of each column, -1 where repeated or padding
 
 
-def _tile(chunk: Chunk, index: jax.Array, plan: Plan) -> _Tile:
+def tile_at(chunk: Chunk, index: jax.Array, plan: Plan) -> Tile:
+    """The tile of an index."""
     start = jnp.minimum(index * plan.tile, chunk.weight_VH.shape[0] - plan.tile)
     class_1B = (start + jnp.arange(plan.tile, dtype=np.int32))[None]
     is_new = class_1B >= index * plan.tile
     if chunk.num_classes is not None:
         is_new = is_new & (class_1B < chunk.num_classes)
     weight_BH = take_rows(chunk.weight_VH, start, plan.tile).astype(chunk.hidden_CH.dtype)
-    return _Tile(start, weight_BH, jnp.where(is_new, class_1B, -1))
+    return Tile(start, weight_BH, jnp.where(is_new, class_1B, -1))
 
 
-def _tile_indices(chunk: Chunk, plan: Plan) -> jax.Array:
+def tile_indices(chunk: Chunk, plan: Plan) -> jax.Array:
+    """Those of all tiles, int32."""
     return jnp.arange(-(-chunk.weight_VH.shape[0] // plan.tile), dtype=np.int32)
 
 
-def _tile_logits(chunk: Chunk, tile: _Tile, how: How, plan: Plan) -> jax.Array:
+def tile_logits(chunk: Chunk, tile: Tile, how: How, plan: Plan) -> jax.Array:
     """[C, B] logits after softcap and temperature, -inf in repeated columns and in padding."""
     z_CB = _product(chunk.hidden_CH, tile.weight_BH, 1, 1, plan)
     if chunk.bias_V is not None:
@@ -85,7 +87,7 @@ def _tile_logits(chunk: Chunk, tile: _Tile, how: How, plan: Plan) -> jax.Array:
     return jnp.where(tile.class_1B < 0, -jnp.inf, z_CB)
 
 
-def _target_logits(z_CB: jax.Array, tile: _Tile, target_C: jax.Array, *, gather: bool) -> jax.Array:
+def _target_logits(z_CB: jax.Array, tile: Tile, target_C: jax.Array, *, gather: bool) -> jax.Array:
     """[C] logit of each row's target, -inf where the tile does not own it."""
     if not gather:
         return jnp.max(jnp.where(tile.class_1B == target_C[:, None], z_CB, -jnp.inf), axis=1)
@@ -109,8 +111,8 @@ def chunk_terms(chunk: Chunk, how: How, plan: Plan, *, keep: bool) -> tuple[RowT
     """Terms of each row, and the logits [N, C, B] where they are to be kept."""
 
     def body(terms: RowTerms, index: jax.Array) -> tuple[RowTerms, jax.Array | None]:
-        tile = _tile(chunk, index, plan)
-        z_CB = _tile_logits(chunk, tile, how, plan)
+        tile = tile_at(chunk, index, plan)
+        z_CB = tile_logits(chunk, tile, how, plan)
         # As for rows: nothing depends on the maximum, so it is held constant.
         m_C = lax.stop_gradient(jnp.max(z_CB, axis=1))
         x_CB = z_CB - finite(m_C)[:, None]
@@ -123,7 +125,7 @@ def chunk_terms(chunk: Chunk, how: How, plan: Plan, *, keep: bool) -> tuple[RowT
     zero_C = zeros_for_loop(chunk.target_C.shape, plan.dtype, chunk.hidden_CH, chunk.weight_VH, chunk.target_C)
     wanted = (True, True, True, *how.sums)
     empty = RowTerms(*(zero_C + x if is_wanted else None for x, is_wanted in zip(EMPTY_ROW, wanted, strict=True)))
-    terms, tiles_NCB = lax.scan(body, empty, _tile_indices(chunk, plan))
+    terms, tiles_NCB = lax.scan(body, empty, tile_indices(chunk, plan))
     return without_ignored(terms, chunk.target_C), tiles_NCB
 
 
@@ -147,8 +149,8 @@ def chunk_gradients(
 
     def body(sums: LinearGradients, index_and_tile: Any) -> tuple[LinearGradients, None]:
         index, z_CB = index_and_tile
-        tile = _tile(chunk, index, plan)
-        z_CB = _tile_logits(chunk, tile, how, plan) if z_CB is None else z_CB
+        tile = tile_at(chunk, index, plan)
+        z_CB = tile_logits(chunk, tile, how, plan) if z_CB is None else z_CB
         dlogits_CB = exp_gradient(z_CB - terms.m[:, None], coefficients)
         dlogits_CB = dlogits_CB + jnp.where(tile.class_1B == chunk.target_C[:, None], target_C1, 0)
         if chunk.inverse_C is not None:
@@ -158,23 +160,46 @@ def chunk_gradients(
             capped = jnp.where(tile.class_1B < 0, 0, z_CB / how.softcap)
             dlogits_CB = dlogits_CB * (1 - capped * capped)
         dlogits_CB = zero_if_ignored(jnp.where(tile.class_1B < 0, 0, dlogits_CB), chunk.target_C)
-        dhidden_CH, dweight_VH, dbias_V = sums
-        if dhidden_CH is not None:
-            dhidden_CH = dhidden_CH + _product(dlogits_CB, tile.weight_BH, 1, 0, plan)
-        if dweight_VH is not None:
-            part_BH = _product(_transposed(dlogits_CB, how, plan), chunk.hidden_CH, 1, 0, plan)
-            dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, tile.start, plan.tile) + part_BH, tile.start)
-        if dbias_V is not None:
-            dbias_B = take_rows(dbias_V, tile.start, plan.tile) + jnp.sum(dlogits_CB, axis=0)
-            dbias_V = put_rows(dbias_V, dbias_B, tile.start)
-        return LinearGradients(dhidden_CH, dweight_VH, dbias_V), None
+        return with_products(sums, dlogits_CB, chunk, tile, how, plan), None
 
-    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, *jax.tree.leaves(coefficients))
+    sums = zeros_of_chunk(chunk, coefficients, dhead, plan, wanted)
+    sums, _ = lax.scan(body, sums, (tile_indices(chunk, plan), tiles_NCB))
+    return without_ignored_hidden(sums, chunk)
+
+
+def zeros_of_chunk(
+    chunk: Chunk, of_rows: Any, dhead: tuple[jax.Array | None, jax.Array | None], plan: Plan, wanted: Wanted
+) -> LinearGradients:
+    """The running sums at the first tile of a chunk.
+
+    Args:
+        of_rows: tree of arrays over the rows that the gradients are made of.
+        dhead: as of `chunk_gradients`.
+    """
+    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, *jax.tree.leaves(of_rows))
     zeros_CH = zeros_for_loop(chunk.hidden_CH.shape, plan.dtype, *sources) if wanted.hidden else None
-    sums, _ = lax.scan(body, LinearGradients(zeros_CH, *dhead), (_tile_indices(chunk, plan), tiles_NCB))
-    # An inf in the weight times a gradient of 0 is NaN; an ignored row gets 0 all the same.
-    dhidden_CH = None if sums.hidden is None else zero_if_ignored(sums.hidden, chunk.target_C)
-    return sums._replace(hidden=dhidden_CH)
+    return LinearGradients(zeros_CH, *dhead)
+
+
+def with_products(
+    sums: LinearGradients, dlogits_CB: jax.Array, chunk: Chunk, tile: Tile, how: How, plan: Plan
+) -> LinearGradients:
+    """The running sums with what the gradient by the logits of a tile adds."""
+    dhidden_CH, dweight_VH, dbias_V = sums
+    if dhidden_CH is not None:
+        dhidden_CH = dhidden_CH + _product(dlogits_CB, tile.weight_BH, 1, 0, plan)
+    if dweight_VH is not None:
+        part_BH = _product(_transposed(dlogits_CB, how, plan), chunk.hidden_CH, 1, 0, plan)
+        dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, tile.start, plan.tile) + part_BH, tile.start)
+    if dbias_V is not None:
+        dbias_B = take_rows(dbias_V, tile.start, plan.tile) + jnp.sum(dlogits_CB, axis=0)
+        dbias_V = put_rows(dbias_V, dbias_B, tile.start)
+    return LinearGradients(dhidden_CH, dweight_VH, dbias_V)
+
+
+def without_ignored_hidden(sums: LinearGradients, chunk: Chunk) -> LinearGradients:
+    """The sums, with 0 for the hidden states of ignored rows: an inf in the weight times a gradient of 0 is NaN."""
+    return sums._replace(hidden=None if sums.hidden is None else zero_if_ignored(sums.hidden, chunk.target_C))
 
 
 def _transposed(array: jax.Array, how: How, plan: Plan) -> jax.Array:

@@ -3,7 +3,8 @@
 A row is read from memory once, and no temporary of [T, V] exists. The first call of each kind of input compiles, for
 seconds; another number of tokens or classes is no other kind.
 
-The fused linear loss is not here: its time is that of its matrix products, which are no compiler's to make faster.
+Of the losses over hidden states the distillation is here, whose rows are pairs. The time of the others is that of their
+matrix products, which are no compiler's to make faster.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import torch
 
 from loss_core_torch.kernels.compiled.pairs import PairKernels
 from loss_core_torch.kernels.compiled.rows import RowKernels
+from loss_core_torch.kernels.eager.products import ProductKernels
+from loss_core_torch.kernels.eager.sizes import SIZES
 
 
-class CompiledKernels(RowKernels, PairKernels):
-    """A `KernelSet` without the `linear_` methods; see there for each method."""
+class CompiledKernels(RowKernels, PairKernels, ProductKernels):
+    """A `KernelSet` without terms and gradients of `Linear`; see there for each method."""
 
     flag = "torch:compile"
+    sizes = SIZES
 
     def grad_in_forward(self, device: torch.device) -> bool:
         """As in `torch:eager`."""

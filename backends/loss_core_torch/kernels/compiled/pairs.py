@@ -61,12 +61,13 @@ class PairKernels:
         for block, both in matrices(pairs.student, pairs.teacher):
             rows = (keep_T, *terms, wanted.kl_T, wanted.coef_T)
             args = [*both, *numbers, *(padded_rows(x_T[block.at].contiguous()) for x_T in rows)]
-            write(out, block, False, partial(run, program, *args))
+            write(out, block, _is_read(out, pairs), partial(run, program, *args))
         return out
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient of the sum of coef * KL."""
-        out = torch.empty(pairs.student.shape, dtype=pairs.student.dtype, device=pairs.student.device)
+        student, out = pairs.student, into.out
+        out = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
         factor, keep_T, found = _factor(pairs), _keep(pairs), []
         for block, both in matrices(pairs.student, pairs.teacher):
             args = [*both, factor, *(padded_rows(x_T[block.at].contiguous()) for x_T in (keep_T, coef_T))]
@@ -74,9 +75,14 @@ class PairKernels:
             def program(into_BV: Tensor, args: list[Tensor] = args) -> None:
                 found.append(run(formulas.pair_terms_and_grad, *args, into_BV))
 
-            write(out, block, False, program)
+            write(out, block, _is_read(out, pairs), program)
             found.append(tuple(x_B[: block.length()] for x_B in found.pop()))
         return _together(found, pairs), out
+
+
+def _is_read(out: Tensor, pairs: Pairs) -> bool:
+    """Whether a gradient goes over the logits that it is made of."""
+    return out is pairs.student or out is pairs.teacher
 
 
 def _factor(pairs: Pairs) -> Tensor:

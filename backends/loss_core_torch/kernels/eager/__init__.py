@@ -6,11 +6,12 @@ import torch
 
 from loss_core_torch.kernels.eager.linear import LinearKernels
 from loss_core_torch.kernels.eager.pairs import PairKernels
+from loss_core_torch.kernels.eager.products import ProductKernels
 from loss_core_torch.kernels.eager.rows import RowKernels
 from loss_core_torch.kernels.eager.sizes import SIZES, Sizes
 
 
-class EagerKernels(RowKernels, PairKernels, LinearKernels):
+class EagerKernels(RowKernels, PairKernels, LinearKernels, ProductKernels):
     """A `KernelSet`; see there for each method.
 
     Args:

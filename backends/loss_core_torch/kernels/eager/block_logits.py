@@ -180,7 +180,7 @@ class BlockLogits:
             first, last: block of the sum gw; see `Products.accumulate`.
         """
         products = self._tiles.products
-        h_HB = h_BH.t().contiguous() if products.by_onednn else h_BH
+        h_HB = products.turned(h_BH)
         for tile, w_CH in self._tiles:
             e_BC = self._piece(tile)
             if gh_BH is not None:

@@ -38,10 +38,6 @@ class LinearKernels:
 
     sizes: Sizes
 
-    def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """That of the arithmetic, on every device."""
-        return compute_dtype(product_dtype)
-
     def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms of each token; and its logits, where they are to be kept and fit the memory of one block."""
         call = _Call(linear, self.sizes)
@@ -86,10 +82,6 @@ class LinearKernels:
             found.append(part)
             sums.add(at, logits, h_BH)
         return call.together(found, objective.sums), sums.grads
-
-    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A gradient times a scalar, in its memory if the dtype is the same."""
-        return grad.mul_(factor).to(dtype)
 
 
 class _Call:

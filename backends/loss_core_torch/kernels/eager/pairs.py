@@ -50,9 +50,9 @@ class PairKernels:
             _put_terms(found, block, walk.block_terms(block)[0])
         return found
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient of the sum of coef * KL."""
-        found, out, walk = _empty_terms(pairs), _result(pairs.student, pairs, None), _Walk(pairs, self.sizes)
+        found, out, walk = _empty_terms(pairs), _result(pairs.student, pairs, into.out), _Walk(pairs, self.sizes)
         for block in walk:
             part, (e_s_BV, e_t_BV, sum_s_B, sum_t_B) = walk.block_terms(block)
             _put_terms(found, block, part)

@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core_torch import compat
+from loss_core_torch.kernels import Blocks, LinearPairs
+from loss_core_torch.kernels.eager.sizes import Sizes
+from loss_core_torch.tracing import compute_dtype
 
 
 class Products:
@@ -50,6 +53,10 @@ class Products:
             # Not addmm_, which FlopCounterMode does not count.
             torch.addmm(out_MN, a_MK, b_KN, out=out_MN)
 
+    def turned(self, b_KN: Tensor) -> Tensor:
+        """The transpose of b, contiguous, where `accumulate` uses it."""
+        return b_KN.t().contiguous() if self.by_onednn else b_KN
+
     def accumulate(self, out_MN: Tensor, a_KM: Tensor, b_KN: Tensor, b_NK: Tensor, first: bool, last: bool) -> None:
         """One of the products of a sum: out = a.T @ b for the first, out += a.T @ b for the others.
 
@@ -57,7 +64,7 @@ class Products:
         the left it would be transposed each time. So the transpose of the sum is made, b.T @ a, and turned once.
 
         Args:
-            b_NK: the transpose of b, contiguous; used by oneDNN alone.
+            b_NK: `turned(b)`.
             first, last: of the sum. Before the last, out holds what belongs to this method.
         """
         if not self.by_onednn:
@@ -74,6 +81,31 @@ class Products:
             kept_NM.copy_(new_NM)
         else:
             kept_NM.add_(new_NM)
+
+
+class ProductKernels:
+    """What a `KernelSet` lends to products."""
+
+    sizes: Sizes
+
+    def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """That of the arithmetic, on every device."""
+        return compute_dtype(product_dtype)
+
+    def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
+        """Those of the library that is faster."""
+        return Products(operand_dtype, device)
+
+    def linear_blocks(self, linear: LinearPairs) -> Blocks:
+        """Blocks of which both logits have the memory of one block of the fused cross entropy."""
+        (vocab, hidden), device = linear.student_VH.shape, linear.student_TH.device
+        pair_bytes = 2 * compute_dtype(linear.student_TH.dtype).itemsize
+        tokens = self.sizes.linear_tokens(vocab, hidden, device, pair_bytes)
+        return Blocks(tokens, self.sizes.tile_columns(vocab, device))
+
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A gradient times a scalar, in its memory if the dtype is the same."""
+        return grad.mul_(factor).to(dtype)
 
 
 def _flops(x_shape: Any, w_shape: Any, *rest: Any, **kwargs: Any) -> int:

@@ -9,9 +9,21 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
-from loss_core_torch.kernels import NEW, Into, Linear, LinearGrads, PairCoefficients, Pairs, Rows, Wanted
-from loss_core_torch.kernels.gpu import linear, linear_tiles, pairs, rows
+from loss_core_torch.kernels import (
+    NEW,
+    Blocks,
+    Into,
+    Linear,
+    LinearGrads,
+    LinearPairs,
+    PairCoefficients,
+    Pairs,
+    Rows,
+    Wanted,
+)
+from loss_core_torch.kernels.gpu import linear, linear_tiles, pairs, products, rows
 from loss_core_torch.kernels.gpu.launch import Launcher
+from loss_core_torch.tracing import compute_dtype
 
 
 class GpuKernels:
@@ -44,11 +56,23 @@ class GpuKernels:
     def pair_grad(self, pairs_: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
         return pairs.grad(self._launcher, pairs_, terms, wanted, into)
 
-    def pair_terms_and_grad(self, pairs_: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
-        return pairs.terms_and_grad(self._launcher, pairs_, coef_T)
+    def pair_terms_and_grad(self, pairs_: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
+        return pairs.terms_and_grad(self._launcher, pairs_, coef_T, into)
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return self._launcher.operand_dtype(product_dtype, device)
+
+    def products(self, operand_dtype: torch.dtype, device: torch.device) -> products.Products:
+        return products.Products()
+
+    def linear_blocks(self, linear_: LinearPairs) -> Blocks:
+        """Chunks as the fused cross entropy's, of the memory of both logits; the whole vocabulary."""
+        student_TH, dtype = linear_.student_TH, compute_dtype(linear_.student_TH.dtype)
+        operand = self.operand_dtype(linear_.student_dtype, student_TH.device)
+        num_tokens, vocab = len(student_TH), len(linear_.student_VH)
+        both = 2 * dtype.itemsize + (operand.itemsize if operand != dtype else 0)
+        tokens, _ = self._launcher.chunk_tokens(num_tokens, vocab, both, both, 0)
+        return Blocks(tokens, vocab)
 
     def linear_terms(self, linear_: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         return linear_tiles.terms(self._launcher, linear_, sums, keep_logits)

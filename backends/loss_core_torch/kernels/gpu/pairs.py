@@ -70,14 +70,15 @@ def grad(launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoeffic
     return out
 
 
-def terms_and_grad(launcher: Launcher, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+def terms_and_grad(launcher: Launcher, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
     """Terms and the student's gradient, as `rows.terms_and_grad`; see `KernelSet.pair_terms_and_grad`."""
     student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
     num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
+    out = _new_grad(student) if into.out is None else into.out
     if student.numel() == 0:
-        return terms(launcher, pairs), _new_grad(student)
-    found, out = _new_terms(pairs), _new_grad(student)
-    size = launcher.parameters(vocab, student.dtype, "pair_row")
+        return terms(launcher, pairs), out
+    found = _new_terms(pairs)
+    size = launcher.parameters(vocab, student.dtype, "pair_row", out.dtype)
     launcher.start(
         kernels.pair_kernel, (num_rows,), out, student, teacher, dense(keep_T), dense(coef_T), *found,
         pairs.inverse_temperature, vocab, layout(out), layout(student), layout(teacher),

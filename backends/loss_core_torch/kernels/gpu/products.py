@@ -52,3 +52,19 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+class Products:
+    """See `kernels.Products`: operands of any dtype, out in float32 or float64."""
+
+    def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        multiply(a_MK, b_KN, out_MN)
+
+    def add(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+        multiply(a_MK, b_KN, out_MN, add=True)
+
+    def turned(self, b_KN: Tensor) -> Tensor:
+        return b_KN
+
+    def accumulate(self, out_MN: Tensor, a_KM: Tensor, b_KN: Tensor, turned: Tensor, first: bool, last: bool) -> None:
+        multiply(a_KM.t(), b_KN, out_MN, add=not first)

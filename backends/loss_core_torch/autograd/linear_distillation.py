@@ -1,0 +1,160 @@
+"""Divergence of a student's head from a teacher's as an autograd function, without the logits of either.
+
+Over a whole vocabulary, with a coefficient for each token, the forward makes loss and gradients while a block's logits
+are at hand: one product for the logits of each head, and one for each gradient that is wanted. Otherwise the backward
+computes the logits again. Over a group: an all-gather of the terms of pairs in the forward, another one of their sums
+against a mixture; for each gradient of hidden states what `linear_cross_entropy` has.
+"""
+
+# T = tokens, N = tokens in products, V = vocabulary of this rank, H = hidden
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from loss_core.row_terms import PairTerms
+from loss_core_torch import operators
+from loss_core_torch.autograd.base import check_upstream
+from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, put, scaled, token_rows
+from loss_core_torch.kernels import BothGrads, BothWanted, KernelSet, LinearGrads, LinearPairs, Wanted
+from loss_core_torch.kernels.linear_pairs import both_coefficients, divergence
+from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.second_derivative import once_differentiable
+
+
+class Call(NamedTuple):
+    """What a call is beside its tensors.
+
+    Attributes:
+        kernels: the set of kernels.
+        temperature: divides both logits.
+        beta: as in `distillation.Call`.
+        want: which gradients may be asked for.
+        sources: where the logits of student and teacher come from.
+    """
+
+    kernels: KernelSet
+    temperature: float
+    beta: float
+    want: BothWanted
+    sources: tuple[Source, Source]
+
+    @property
+    def group(self) -> Any:
+        """Over which the vocabulary is sharded, or None."""
+        return self.sources[0].group
+
+
+class LinearDistillation(Function):
+    """Divergence of each token, or their sum with given coefficients; not times T^2. See `Distillation`.
+
+    Inputs: hidden states [..., H] and weight [V, H] of the student, then of the teacher; float. keep_T, places_N and
+    coef_T as of `LinearCrossEntropy`; the call. Output: likewise. Further outputs are what waits for the backward.
+    """
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        student_VH: Tensor,
+        teacher: Tensor,
+        teacher_VH: Tensor,
+        keep_T: Tensor | None,
+        places_N: Tensor | None,
+        coef_T: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, ...]:
+        given = (student, teacher)
+        whole = [gathered(hidden, source) for hidden, source in zip(given, call.sources, strict=True)]
+        linear = _operands(whole, (student_VH, teacher_VH), keep_T, places_N, call)
+        rest: tuple[Tensor, ...]
+        if coef_T is not None and call.group is None:
+            coef_N = (coef_T if places_N is None else coef_T[places_N]) / call.temperature
+            loss_N, made = operators.linear_pair_loss_and_grads(call.kernels, linear, coef_N, call.beta, call.want)
+            rest = (*made.student, *made.teacher)
+        else:
+            terms = operators.linear_pair_terms(call.kernels, linear)
+            if call.group is not None:
+                terms = collectives.fold(terms, call.group)
+            mixture = None
+            if call.beta:
+                mixture = operators.linear_pair_mixture(call.kernels, linear, terms, call.beta)
+                if call.group is not None:
+                    mixture = collectives.added(mixture, call.group)
+            loss_N, divergences = divergence(terms, mixture, call.beta)
+            rest = (*terms, *divergences)
+        num_tokens = whole[0].shape[:-1].numel()
+        loss_T = zero_where_ignored(put(loss_N, places_N, num_tokens), keep_T)
+        result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
+        gathered_now = [x for x, hidden in zip(whole, given, strict=True) if x is not hidden]
+        return result, loss_T, *gathered_now, *rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, student_VH, teacher, teacher_VH, *numbers, ctx.call = inputs
+        ctx.like = [(hidden.shape, hidden.dtype) for hidden in (student, teacher)]
+        ctx.mark_non_differentiable(*output[1:])
+        # Else autograd makes zeros of the weights' size for the outputs that have no gradient.
+        ctx.set_materialize_grads(False)
+        loss_T, *rest = output[1:]
+        whole = [
+            hidden if source.sequence_dim is None else rest.pop(0)
+            for hidden, source in zip((student, teacher), ctx.call.sources, strict=True)
+        ]
+        ctx.save_for_backward(*whole, student_VH, teacher_VH, *numbers, loss_T, *rest)
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream, call = grads[0], ctx.call
+        check_upstream(upstream)
+        student, teacher, student_VH, teacher_VH, keep_T, places_N, coef_T, loss_T, *rest = ctx.saved_tensors
+        want = BothWanted(Wanted(*ctx.needs_input_grad[:2]), Wanted(*ctx.needs_input_grad[2:4]))
+        weights, is_whole = (student_VH, teacher_VH), coef_T is not None and call.group is None
+        fresh, ctx.spent = not ctx.spent, True
+        with torch.no_grad():
+            if is_whole and fresh:
+                coef_N = coef_T if places_N is None else coef_T[places_N]
+                both = (LinearGrads(*rest[:3]), LinearGrads(*rest[3:]))
+                found = BothGrads(
+                    *(
+                        scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
+                        for made, w_VH in zip(both, weights, strict=True)
+                    )
+                )
+            else:
+                upstream_T = upstream.to(loss_T.dtype) if coef_T is None else coef_T * upstream.to(loss_T.dtype)
+                upstream_N = (upstream_T if places_N is None else upstream_T[places_N]) / call.temperature
+                linear = _operands([student, teacher], weights, keep_T, places_N, call)
+                if is_whole:
+                    _, found = operators.linear_pair_loss_and_grads(call.kernels, linear, upstream_N, call.beta, want)
+                else:
+                    wanted = both_coefficients(rest[5:], upstream_N, call.beta)
+                    found = operators.linear_pair_grads(call.kernels, linear, PairTerms(*rest[:5]), *wanted, want)
+            by_inputs: list[Tensor | None] = []
+            for side, source in enumerate(call.sources):
+                by_hidden, by_weight, _ = input_grads(
+                    found[side], want[side], (weights[side], None), keep_T, places_N, *ctx.like[side], source
+                )
+                by_inputs += [by_hidden, by_weight]
+            by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
+        sources = (student, student_VH, teacher, teacher_VH, coef_T, upstream)
+        refusing = (once_differentiable(x, *sources) for x in by_inputs)
+        return *refusing, None, None, once_differentiable(by_coef, *sources), None
+
+
+def _operands(
+    whole: list[Tensor],
+    weights: tuple[Tensor, Tensor],
+    keep_T: Tensor | None,
+    places_N: Tensor | None,
+    call: Call,
+) -> LinearPairs:
+    """The operands of the products, without ignored tokens or with zeros for them."""
+    rows = (token_rows(hidden, keep_T, places_N) for hidden in whole)
+    dtypes = (source.product_dtype for source in call.sources)
+    return LinearPairs(*rows, *weights, *dtypes, keep_T if places_N is None else None, 1.0 / call.temperature)

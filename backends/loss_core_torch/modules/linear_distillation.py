@@ -1,0 +1,232 @@
+"""The fused linear distillation as a torch module. No mathematics here."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loss_core import BackendUnavailable, FusedLinearKDConfig
+from loss_core.row_terms import beta_of
+from loss_core_torch import compat, inputs
+from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation
+from loss_core_torch.autograd.linear_source import Source, token_rows
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.kernels import BothWanted, LinearPairs, Wanted, WholeLosses
+from loss_core_torch.modules.base import Kernels, is_whole
+from loss_core_torch.modules.linear import HeadModule, check_operands, product_dtype
+from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
+from loss_core_torch.tracing import compute_dtype, is_differentiated
+
+
+class Head(NamedTuple):
+    """Hidden states [..., H] and weight [V, H] of one of the two, of this rank.
+
+    Attributes:
+        name: what the names of its arguments begin with.
+        sequence_dim: as in `Source`.
+    """
+
+    name: str
+    hidden: Any
+    weight: Any
+    sequence_dim: int | None = None
+
+
+class FusedLinearKDLoss(HeadModule):
+    """Divergence of hidden_states @ lm_weight.T of a student from those of a teacher, without the [T, V] logits.
+
+    Config: `loss_core.FusedLinearKDConfig`. On a CPU, ignored tokens take part in no product.
+    """
+
+    config_class = FusedLinearKDConfig
+    _labels_are_classes = False
+    temperature: float
+    divergence: str
+    beta: float
+
+    def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """As of the other fused losses; of float16, which can't hold any gradient of logits, that of the arithmetic."""
+        return compute_dtype(dtype) if dtype == torch.float16 else super().operand_dtype(dtype, device)
+
+    def forward(
+        self,
+        student_hidden_states: Tensor,
+        student_lm_weight: Tensor,
+        teacher_hidden_states: Tensor,
+        teacher_lm_weight: Tensor,
+        labels: Tensor,
+        num_batch_labels: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Divergence of the student from the teacher, over the positions that count.
+
+        Args:
+            student_hidden_states: [..., H] float; as hidden_states in FusedLinearCrossEntropy.
+            student_lm_weight: [V, H]; as lm_weight there.
+            teacher_hidden_states: [..., H_t] float, of a hidden size and a dtype of its own if need be; gets a gradient
+                when it requires one, for one more product. Over ranks as the student's.
+            teacher_lm_weight: [V, H_t]; likewise.
+            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
+            num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+            loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
+        Returns:
+            Scalar; float32 (float64 for float64). Under autocast all operands are rounded to its dtype first.
+        Raises:
+            ValueError: shapes or devices that do not fit, no classes, a count that is negative or NaN (on a CPU),
+                weights without a count, placements that can't be served; over a group on every rank.
+            TypeError: labels that are no integers; other dtypes of hidden states and weight that differ.
+        Sources: as KDLoss.
+        """
+        student = Head("student_", student_hidden_states, student_lm_weight)
+        teacher = Head("teacher_", teacher_hidden_states, teacher_lm_weight)
+        given = (*student[1:3], *teacher[1:3])
+        kernels = self._kernels_for(*given)
+        if self.sequence_parallel or not is_whole(self.tp_group, *given):
+            return self._sharded(kernels, student, teacher, labels, num_batch_labels, loss_weights)
+        _check(student, teacher)
+        inputs.not_empty("student_lm_weight", "vocabulary (first dimension)", student_lm_weight, 0)
+        lead = _lead(student, teacher, student_hidden_states.shape[:-1], teacher_hidden_states.shape[:-1])
+        tokens = self._tokens(student_hidden_states, lead, labels, num_batch_labels, loss_weights)
+        return self._loss(kernels, student, teacher, inputs.settled(tokens))
+
+    # Hosts exchange messages there, which no graph can hold.
+    @compat.outside_of_graphs
+    def _sharded(
+        self, kernels: Kernels, student: Head, teacher: Head, labels: Any, count: Any, loss_weights: Any
+    ) -> Tensor:
+        from loss_core_torch.parallel import placement_linear
+
+        layouts = placement_linear.of_heads(student[1:3], teacher[1:3], self.tp_group, self.sequence_parallel)
+        layout = layouts[0].tokens
+        student, teacher = (
+            head._replace(
+                hidden=linear.tokens.local(head.hidden),
+                weight=placement_linear.local_weight(linear, head.weight)
+                if linear.placed
+                else self.materialize_lm_weight(head.weight),
+                sequence_dim=linear.sequence_dim,
+            )
+            for head, linear in zip((student, teacher), layouts, strict=True)
+        )
+
+        def check() -> Tokens:
+            _check(student, teacher)
+            leads = (
+                placement_linear.whole_lead(linear, head.hidden)
+                for head, linear in zip((student, teacher), layouts, strict=True)
+            )
+            lead = _lead(student, teacher, *leads)
+            own = (
+                layout.token_values(name, value, lead)
+                for name, value in (("labels", labels), ("loss_weights", loss_weights))
+            )
+            own_labels, own_weights = own
+            return self._tokens(student.hidden, lead, own_labels, count, own_weights)
+
+        # Each is a collective of the backward.
+        trains = [
+            torch.is_grad_enabled() and isinstance(head.hidden, Tensor) and head.hidden.requires_grad
+            for head in (student, teacher)
+        ]
+        tokens, shards = self._agree(layout.ranks, student.weight, check, hidden_states_require_grad=trains)
+        if shards is None:
+            inputs.not_empty("student_lm_weight", "vocabulary (first dimension)", student.weight, 0)
+        return self._loss(kernels, student, teacher, inputs.settled(tokens), shards, layout.ranks.tokens)
+
+    def _tokens(self, hidden: Tensor, lead: torch.Size, labels: Any, count: Any, loss_weights: Any) -> Tokens:
+        inputs.check_weights_have_count(loss_weights, count)
+        return inputs.tokens(
+            "student_hidden_states", lead, hidden.device, "sum", self.ignore_index, labels,
+            count_name="num_batch_labels", num_tokens=count, loss_weights=loss_weights,
+        )  # fmt: skip
+
+    def _loss(
+        self,
+        kernels: Kernels,
+        student: Head,
+        teacher: Head,
+        tokens: Tokens,
+        shards: Any = None,
+        token_groups: tuple[Any, ...] = (),
+    ) -> Tensor:
+        heads = _wide(student, teacher)
+        temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
+        beta = beta_of(self)
+        if beta == 1:
+            # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
+            heads, beta = heads[::-1], 0.0
+        if isinstance(kernels, WholeLosses):
+            if shards is not None:
+                raise BackendUnavailable(
+                    f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
+                )
+            loss_T = kernels.linear_distillation(_whole(heads, tokens, temperature), beta)
+            loss_T = zero_where_ignored(loss_T, tokens.keep_T)
+            return reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
+        group, start = (None, 0) if shards is None else (shards.group, shards.start)
+        sources = tuple(Source(0.0, _product_dtype(head), start, group, head.sequence_dim) for head in heads)
+        want = BothWanted(*(Wanted(is_differentiated(head.hidden), is_differentiated(head.weight)) for head in heads))
+        call = Call(kernels, temperature, beta, want, (sources[0], sources[1]))
+        args = (*heads[0][1:3], *heads[1][1:3], tokens.keep_T, self._places(tokens))
+        if group is None and not token_groups:
+            # The factor of each token in the result is known before its divergence, so that gradients can be made.
+            coef_T = coefficients(tokens, reduction, heads[0].hidden.dtype) * temperature**2
+            loss: Tensor = LinearDistillation.apply(*args, coef_T, call)[0]
+            return loss
+        loss_T = LinearDistillation.apply(*args, None, call)[0]
+        return reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
+
+
+def _check(student: Head, teacher: Head) -> None:
+    """Refuse heads that do not fit each other, on this rank."""
+    for of, hidden, weight, _ in (student, teacher):
+        check_operands(inputs.floats(f"{of}hidden_states", hidden), inputs.floats(f"{of}lm_weight", weight), None, of)
+    if len(student.weight) != len(teacher.weight):
+        raise ValueError(
+            f"student_lm_weight has shape {tuple(student.weight.shape)} but teacher_lm_weight has shape "
+            f"{tuple(teacher.weight.shape)}; both must have a row for each class, as many as the other."
+        )
+    if student.hidden.device != teacher.hidden.device:
+        raise ValueError(
+            f"student_hidden_states is on {student.hidden.device} but teacher_hidden_states is on "
+            f"{teacher.hidden.device}; they must match."
+        )
+
+
+def _lead(student: Head, teacher: Head, of_student: torch.Size, of_teacher: torch.Size) -> torch.Size:
+    """The leading shape of both hidden states, of all ranks."""
+    if of_student != of_teacher:
+        raise ValueError(
+            f"student_hidden_states has shape {tuple(student.hidden.shape)} but teacher_hidden_states has shape "
+            f"{tuple(teacher.hidden.shape)}; all but the last dimension must match."
+        )
+    return of_student
+
+
+def _wide(student: Head, teacher: Head) -> tuple[Head, Head]:
+    """Both heads, in float64 where one of them is."""
+    heads = tuple(
+        head._replace(
+            hidden=inputs.floats(f"{head.name}hidden_states", head.hidden),
+            weight=inputs.floats(f"{head.name}lm_weight", head.weight),
+        )
+        for head in (student, teacher)
+    )
+    if any(head.hidden.dtype == torch.float64 for head in heads):
+        heads = tuple(head._replace(hidden=head.hidden.double(), weight=head.weight.double()) for head in heads)
+    return heads[0], heads[1]
+
+
+def _product_dtype(head: Head) -> torch.dtype:
+    return product_dtype(head.hidden, head.weight, head.name)
+
+
+def _whole(heads: tuple[Head, Head], tokens: Tokens, temperature: float) -> LinearPairs:
+    """The operands for kernels that make a loss whole, zeros in ignored rows."""
+    rows = (token_rows(head.hidden, tokens.keep_T, None) for head in heads)
+    weights, dtypes = (head.weight for head in heads), (_product_dtype(head) for head in heads)
+    return LinearPairs(*rows, *weights, *dtypes, tokens.keep_T, 1.0 / temperature)
