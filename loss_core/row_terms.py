@@ -5,10 +5,11 @@ two functions of terms: its value, and the coefficients of its gradient. Both ar
 over an array namespace `xp`: `numpy`, `torch` or `jax.numpy`. Kernels make terms, and a gradient from coefficients;
 they know no losses.
 
-Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmetic.
+Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmetic; those of rows with K targets,
+`[..., K]`.
 """
 
-# T = tokens (rows), V = vocabulary or a piece of it, z = logits (after softcap and temperature)
+# T = tokens (rows), V = vocabulary or a piece of it, K = targets of a row, z = logits (after softcap and temperature)
 
 from __future__ import annotations
 
@@ -23,10 +24,13 @@ Namespace = Any
 class RowTerms(NamedTuple):
     """Terms of one distribution over a piece of the vocabulary.
 
+    Rows have one target, t of shape [...], or K of them, [..., K]. Then m, s and e are of the other columns alone: what
+    is left beside K targets may be less than the rounding of a sum with them. There is no z_sum of such rows.
+
     Attributes:
         m: max of z, -inf for an empty piece.
         s: sum of exp(z - m).
-        t: z of the target, -inf where another piece owns it.
+        t: z of each target, -inf where another piece owns it.
         z_sum: sum of z; None where it is not needed.
         e: sum of exp(z - m) * (z - m); None where it is not needed.
     """
@@ -46,11 +50,11 @@ class Sums(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Gradient of a row by z: exp(z - m) * (scale + slope * (z - m)) - uniform, plus `target` at the target's column.
+    """Gradient of a row by z: exp(z - m) * (scale + slope * (z - m)) - uniform, but `target` at each target's column.
 
     Attributes:
         scale: factor of exp(z - m).
-        target: added at the target's column.
+        target: the gradient at the columns of the targets, shape of t.
         uniform: taken off every column; None for 0.
         slope: factor of exp(z - m) * (z - m), which is 0 where exp(z - m) is; None for 0.
     """
@@ -91,9 +95,34 @@ class Objective(NamedTuple):
         """What value, coefficients and metrics are made of."""
         return Sums(z_sum=self.label_smoothing != 0, e=self.metrics)
 
+    def of_rows(self, at: Any) -> Objective:
+        """That of some rows."""
+        return self
+
 
 # Fields of an `Objective` that are options of a loss.
 OPTIONS = ("label_smoothing", "z_loss")
+
+
+class TopK(NamedTuple):
+    """Distillation is meant, from a teacher of which the log-probabilities of the row's K targets are known.
+
+    Attributes:
+        log_p: [..., K], -inf for a probability of 0.
+        tail: whether all other classes together are one more class, whose probability is what is left.
+    """
+
+    log_p: Array
+    tail: bool
+
+    @property
+    def sums(self) -> Sums:
+        """What its value and coefficients are made of."""
+        return Sums()
+
+    def of_rows(self, at: Any) -> TopK:
+        """That of some rows."""
+        return self._replace(log_p=self.log_p[at])
 
 
 # Unit of `PairTerms.a`: a power of two, so that it costs no digits. Where a student is masked by the lowest finite
@@ -187,9 +216,17 @@ def cross_entropy_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, 
     if objective.z_loss:
         scale = scale * (1.0 + 2.0 * objective.z_loss * log_sum_exp(xp, terms))
     if not objective.label_smoothing:
-        return Coefficients(scale, -upstream)
+        return _with_target(xp, terms, -upstream, scale)
     smoothing = objective.label_smoothing
-    return Coefficients(scale, upstream * (smoothing - 1.0), upstream * (smoothing / objective.num_classes))
+    uniform = upstream * (smoothing / objective.num_classes)
+    return _with_target(xp, terms, upstream * (smoothing - 1.0), scale, uniform)
+
+
+def coefficients_of(xp: Namespace, terms: RowTerms, upstream: Array, objective: Objective | TopK) -> Coefficients:
+    """Coefficients of the gradient of upstream * the loss that is meant."""
+    if isinstance(objective, TopK):
+        return top_k_coefficients(xp, terms, upstream, objective)
+    return cross_entropy_coefficients(xp, terms, upstream, objective)
 
 
 def log_probability(xp: Namespace, terms: RowTerms) -> Array:
@@ -211,9 +248,52 @@ def log_probability_coefficients(
     """
     scale = -upstream / terms.s
     if upstream_entropy is None:
-        return Coefficients(scale, upstream)
+        return _with_target(xp, terms, upstream, scale)
     share = upstream_entropy / terms.s
-    return Coefficients(scale + share * (terms.e / terms.s), upstream, slope=-share)
+    return _with_target(xp, terms, upstream, scale + share * (terms.e / terms.s), slope=-share)
+
+
+def top_k_distillation(xp: Namespace, terms: RowTerms, teacher: TopK) -> Array:
+    """KL(teacher || student) per row over the K targets, and with a tail over the class of all others.
+
+    Without one: the sum of p (log p - log q) over the K targets, with p and q as they are, not renormalised. From
+    terms with K targets; +inf for a class that the teacher allows and the student rules out.
+    """
+    p, p_tail = _teacher(xp, teacher)
+    log_q, log_rest = _student(xp, terms)
+    loss = xp.sum(_weighted(xp, p, teacher.log_p - log_q), -1)
+    return loss if p_tail is None else loss + _weighted(xp, p_tail, _log(xp, p_tail) - log_rest)
+
+
+def top_k_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, teacher: TopK) -> Coefficients:
+    """Coefficients of the gradient of upstream * `top_k_distillation` by the student's z.
+
+    With q_v = exp(z_v - m) rest / s for the other classes, rest = 1 - sum q_k, and W the sum of all p that count:
+    W q_k - p_k at the targets, and W q_v - p_tail q_v / rest elsewhere, which is exp(z_v - m) (W rest - p_tail) / s:
+    nothing is divided by what is left of q.
+    """
+    p, p_tail = _teacher(xp, teacher)
+    log_q, log_rest = _student(xp, terms)
+    weight = xp.sum(p, -1) if p_tail is None else xp.sum(p, -1) + p_tail
+    pull = weight * xp.exp(log_rest) if p_tail is None else weight * xp.exp(log_rest) - p_tail
+    # No other class has a logit above -inf: their exp(z - m) is 0, and so is to be the gradient.
+    none = terms.s == 0
+    scale = xp.where(none, xp.zeros_like(pull), upstream * pull / xp.where(none, xp.ones_like(terms.s), terms.s))
+    return Coefficients(scale, upstream[..., None] * (weight[..., None] * xp.exp(log_q) - p))
+
+
+def top_k_teacher_gradient(xp: Namespace, terms: RowTerms, teacher: TopK) -> Array:
+    """Gradient of `top_k_distillation` by log_p, [..., K]: the tail's probability is 1 - sum p.
+
+    Where nothing is left for a tail, it counts for nothing here as well.
+    """
+    p, p_tail = _teacher(xp, teacher)
+    log_q, log_rest = _student(xp, terms)
+    ratio = teacher.log_p - log_q
+    if p_tail is None:
+        return _weighted(xp, p, ratio + 1.0)
+    of_tail = xp.where(p_tail == 0, xp.full_like(p_tail, -1.0), _log(xp, p_tail) - log_rest)
+    return _weighted(xp, p, ratio - of_tail[..., None])
 
 
 _METRICS: dict[str, Callable[[Namespace, RowTerms, Objective], Array]] = {
@@ -286,6 +366,46 @@ def jensen_shannon(xp: Namespace, terms: PairTerms, mixture: MixtureTerms, beta:
     return beta * mixture.kl_t + (1.0 - beta) * mixture.kl_s + ((terms.m_t - terms.m_t) + (terms.m_s - terms.m_s))
 
 
+def _with_target(
+    xp: Namespace, terms: RowTerms, added: Array, scale: Array, uniform: Array | None = None, slope: Array | None = None
+) -> Coefficients:
+    """Coefficients of a gradient to which something is added at the column of the one target."""
+    x = _shift(xp, terms.t, terms.m)
+    power = xp.exp(x)
+    target = power * scale + added
+    if slope is not None:
+        target = target + _weighted(xp, power, x) * slope
+    return Coefficients(scale, target if uniform is None else target - uniform, uniform, slope)
+
+
+def _teacher(xp: Namespace, teacher: TopK) -> tuple[Array, Array | None]:
+    """p of the K targets [..., K], and of the tail [...] where it counts, which rounding may not make negative."""
+    p = xp.exp(teacher.log_p)
+    return p, xp.clip(1.0 - xp.sum(p, -1), 0.0, None) if teacher.tail else None
+
+
+def _student(xp: Namespace, terms: RowTerms) -> tuple[Array, Array]:
+    """log q of the K targets [..., K], and of the other classes together [...]; -inf where there is none."""
+    t = terms.t
+    m = xp.maximum(terms.m, xp.amax(t, -1))
+    x, rest = _shift(xp, t, m[..., None]), _shift(xp, terms.m, m)
+    # exp(-inf) of an empty rest meets a sum of 0.
+    log_sum = xp.log(xp.sum(xp.exp(x), -1) + terms.s * xp.exp(rest))
+    return x - log_sum[..., None], rest + _log(xp, terms.s) - log_sum
+
+
+def _log(xp: Namespace, x: Array) -> Array:
+    """Logarithm, -inf at 0 without a warning, and with a derivative of 0 there."""
+    none = x == 0
+    return xp.where(none, xp.full_like(x, -float("inf")), xp.log(xp.where(none, xp.ones_like(x), x)))
+
+
+def _weighted(xp: Namespace, weight: Array, value: Array) -> Array:
+    """weight * value, 0 where the weight is, even if the value is inf or NaN."""
+    # Inside of the product, so that its derivative is 0 as well.
+    return weight * xp.where(weight == 0, xp.zeros_like(value), value)
+
+
 def _moved_e(xp: Namespace, piece: RowTerms, m: Array) -> Array:
     """e of a piece, relative to another maximum."""
     shift = _shift(xp, piece.m, m)
@@ -295,7 +415,7 @@ def _moved_e(xp: Namespace, piece: RowTerms, m: Array) -> Array:
 
 
 def _shift(xp: Namespace, m: Array, new_m: Array) -> Array:
-    """m - new_m, with an empty piece (m = -inf) staying -inf."""
+    """m - new_m, with an empty piece (m = -inf) staying -inf; also of logits."""
     # -inf minus -inf is NaN: an empty piece must stay the identity.
     return m - xp.where(new_m == -float("inf"), xp.zeros_like(new_m), new_m)
 

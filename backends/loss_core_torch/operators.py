@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import EMPTY_ROW, Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import compat
 from loss_core_torch.kernels import (
     BothGrads,
@@ -35,6 +35,7 @@ from loss_core_torch.kernels import (
     find,
     linear_pairs,
 )
+from loss_core_torch.kernels.terms import filled_terms
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
 from loss_core_torch.tracing import compute_dtype, is_traced, no_autocast
 
@@ -126,7 +127,8 @@ def _new_terms(like: Tensor, number: Tensor, count: int) -> list[Tensor]:
 
 
 def _new_row_terms(rows: Rows | Linear, sums: Sums) -> list[Tensor]:
-    return _new_terms(rows[0], rows.labels_T, 3 + sum(sums))
+    labels_T, dtype = rows.labels_T, compute_dtype(rows[0].dtype)
+    return [x for x in filled_terms(EMPTY_ROW, sums, labels_T, dtype) if x is not None]
 
 
 def _row_terms(found: Sequence[Tensor], sums: Sums) -> RowTerms:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from loss_core import row_terms
-from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms
+from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK
 
-# T = rows, V = vocabulary
+# T = rows, V = vocabulary, K = targets of a row
 
 OBJECTIVE = Objective(13)
 CUTS = pytest.mark.parametrize("cuts", [(13,), (1, 13), (5, 5, 13), (7, 13), tuple(range(1, 14))], ids=str)
@@ -145,7 +145,8 @@ def test_value_and_gradient_are_those_of_the_definition(name):
     scale_T, target_T = (np.asarray(x) for x in coefficients[:2])
     assert coefficients.uniform is None
     one_hot = column_T[:, None] == np.arange(13)
-    grad_TV = np.exp(z_TV - z_TV.max(-1, keepdims=True)) * scale_T[:, None] + one_hot * target_T[:, None]
+    grad_TV = np.exp(z_TV - z_TV.max(-1, keepdims=True)) * scale_T[:, None]
+    grad_TV = np.where(one_hot, target_T[:, None], grad_TV)
     np.testing.assert_allclose(grad_TV, upstream_T[:, None] * (np.exp(log_p) - one_hot), rtol=rtol, atol=atol)
 
 
@@ -166,7 +167,8 @@ def test_log_probability_and_entropy_are_those_of_the_definition(name):
     found = row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), asarray(of_entropy_T))
     scale_T1, target_T1, _, slope_T1 = (None if x is None else np.asarray(x)[:, None] for x in found)
     x_TV, one_hot = z_TV - z_TV.max(-1, keepdims=True), column_T[:, None] == np.arange(13)
-    grad_TV = np.exp(x_TV) * (scale_T1 + slope_T1 * np.where(np.isneginf(x_TV), 0.0, x_TV)) + one_hot * target_T1
+    grad_TV = np.exp(x_TV) * (scale_T1 + slope_T1 * np.where(np.isneginf(x_TV), 0.0, x_TV))
+    grad_TV = np.where(one_hot, target_T1, grad_TV)
     expected_TV = upstream_T[:, None] * (one_hot - np.exp(log_p))
     expected_TV -= of_entropy_T[:, None] * (weighted + np.exp(log_p) * entropy_T[:, None])
     np.testing.assert_allclose(grad_TV, expected_TV, **tolerance)
@@ -190,6 +192,152 @@ def test_a_large_common_offset_costs_no_digits():
         for z in both
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-7)
+
+
+@namespaces
+def test_smoothing_and_z_loss_are_those_of_the_definition(name):
+    import torch
+
+    xp, asarray = _namespace(name)
+    z_TV, column_T = _logits()
+    z_TV, options = np.where(np.isneginf(z_TV), -5.0, z_TV), (0.1, 0.5)
+    upstream_T, objective = np.linspace(0.5, 2.0, 6), Objective(13, *options)
+    z, columns = torch.from_numpy(z_TV).requires_grad_(), torch.from_numpy(column_T)
+    expected_T = torch.nn.functional.cross_entropy(z, columns, reduction="none", label_smoothing=options[0])
+    expected_T = expected_T + options[1] * z.logsumexp(-1).square()
+    (expected_TV,) = torch.autograd.grad(expected_T, z, torch.from_numpy(upstream_T))
+    terms = RowTerms(*map(asarray, _row_terms(z_TV, column_T)))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "jax" else {"rtol": 1e-12, "atol": 1e-12}
+    value = np.asarray(row_terms.cross_entropy(xp, terms, objective))
+    np.testing.assert_allclose(value, expected_T.detach().numpy(), **tolerance)
+    found = row_terms.cross_entropy_coefficients(xp, terms, asarray(upstream_T), objective)
+    np.testing.assert_allclose(_dense(found, z_TV, terms, column_T[:, None]), expected_TV.numpy(), **tolerance)
+
+
+def _dense(coefficients, z_TV, terms, column_TK):
+    """The gradient that coefficients mean."""
+    scale, target, uniform, _ = (None if x is None else np.asarray(x) for x in coefficients)
+    m_T = np.asarray(terms.m)
+    with np.errstate(over="ignore"):
+        grad_TV = np.exp(z_TV - np.where(np.isneginf(m_T), 0, m_T)[:, None]) * scale[:, None]
+    grad_TV = grad_TV if uniform is None else grad_TV - uniform[:, None]
+    np.put_along_axis(grad_TV, column_TK, target.reshape(column_TK.shape), 1)
+    return grad_TV
+
+
+# --- one distribution, K targets of a row
+
+
+def _top_k(num_targets=4, seed=3):
+    """Logits, ascending columns [T, K] and log-probabilities of a teacher [T, K]."""
+    rng = np.random.default_rng(seed)
+    z_TV = _logits()[0]
+    column_TK = np.sort(rng.permuted(np.tile(np.arange(13), (6, 1)), axis=1)[:, :num_targets], axis=1)
+    column_TK[1] = np.arange(7, 13)[:num_targets]  # of the others in row 1, 7 are -inf
+    log_p_TV = _log_softmax(rng.standard_normal((6, 13)) * 2)
+    return z_TV, column_TK, np.take_along_axis(log_p_TV, column_TK, 1)
+
+
+def _top_k_terms(z_TV, column_TK, start=0, stop=None):
+    """Terms of the columns start:stop that are no targets, by definition, and z of the targets among them."""
+    stop = z_TV.shape[1] if stop is None else stop
+    others = z_TV.copy()
+    np.put_along_axis(others, column_TK, -np.inf, 1)
+    terms = _row_terms(others, np.full(len(z_TV), -1), start, stop)
+    inside = (column_TK >= start) & (column_TK < stop)
+    return RowTerms(terms.m, terms.s, np.where(inside, np.take_along_axis(z_TV, column_TK, 1), -np.inf))
+
+
+def _top_k_by_definition(z_TV, column_TK, log_p_TK, tail):
+    """Loss per row, and its gradients by z and by log p, by PyTorch's autograd."""
+    import torch
+
+    z, log_p = (torch.from_numpy(x).requires_grad_() for x in (z_TV, log_p_TK))
+    columns = torch.from_numpy(column_TK)
+    log_q, p = z.log_softmax(-1), log_p.exp()
+    loss = (p * (log_p - log_q.gather(1, columns))).sum(-1)
+    if tail:
+        rest, left = log_q.scatter(1, columns, -torch.inf).logsumexp(-1), 1 - p.sum(-1)
+        loss = loss + left * (left.log() - rest)
+    return (loss.detach().numpy(), *(x.numpy() for x in torch.autograd.grad(loss.sum(), (z, log_p))))
+
+
+@namespaces
+@CUTS
+@pytest.mark.parametrize("tail", [True, False])
+def test_top_k_of_any_split_is_that_of_the_definition(name, cuts, tail):
+    xp, asarray = _namespace(name)
+    z_TV, column_TK, log_p_TK = _top_k()
+    expected_T, by_z_TV, by_log_p_TK = _top_k_by_definition(z_TV, column_TK, log_p_TK, tail)
+    pieces = _pieces(_top_k_terms, cuts, z_TV, column_TK)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "jax" else {"rtol": 1e-12, "atol": 1e-12}
+    for order in (pieces, pieces[::-1]):
+        terms = RowTerms(*(None if x is None else asarray(x) for x in _fold_present(xp, asarray, order)))
+        teacher = TopK(asarray(log_p_TK), tail)
+        value = np.asarray(row_terms.top_k_distillation(xp, terms, teacher))
+        np.testing.assert_allclose(value, expected_T, **tolerance)
+        found = row_terms.top_k_coefficients(xp, terms, asarray(np.ones(6)), teacher)
+        np.testing.assert_allclose(_dense(found, z_TV, terms, column_TK), by_z_TV, **tolerance)
+        gradient = np.asarray(row_terms.top_k_teacher_gradient(xp, terms, teacher))
+        np.testing.assert_allclose(gradient, by_log_p_TK, **tolerance)
+
+
+def _fold_present(xp, asarray, pieces):
+    total = None
+    for terms in pieces:
+        terms = RowTerms(*(None if part is None else asarray(part) for part in terms))
+        total = terms if total is None else row_terms.combine(xp, total, terms)
+    return total
+
+
+def test_what_is_left_beside_the_targets_may_be_far_below_rounding():
+    """1 - sum q is 1e-26 there, and 0 in float32: the tail's logarithm must not be that of 0."""
+    z = np.asarray([[60.0, 0.5, 1.0, 59.0]])
+    columns, log_p = np.asarray([[0, 3]]), np.log([[0.7, 0.2]])
+    expected_T, by_z_TV, _ = _top_k_by_definition(z, columns, log_p, True)
+    terms = RowTerms(*(None if x is None else np.float32(x) for x in _top_k_terms(z, columns)))
+    teacher = TopK(np.float32(log_p), True)
+    np.testing.assert_allclose(row_terms.top_k_distillation(np, terms, teacher), expected_T, rtol=1e-6)
+    found = row_terms.top_k_coefficients(np, terms, np.ones(1, np.float32), teacher)
+    np.testing.assert_allclose(_dense(found, z, terms, columns), by_z_TV, rtol=1e-6, atol=1e-7)
+
+
+@namespaces
+def test_a_teacher_that_leaves_nothing_has_no_tail(name):
+    xp, asarray = _namespace(name)
+    z, columns, log_p = np.asarray([[1.0, 2.0, 3.0]]), np.asarray([[0]]), np.zeros((1, 1))
+    terms = RowTerms(*(None if x is None else asarray(x) for x in _top_k_terms(z, columns)))
+    both = [TopK(asarray(log_p), tail) for tail in (True, False)]
+    for function in (row_terms.top_k_distillation, row_terms.top_k_teacher_gradient):
+        got = [np.asarray(function(xp, terms, teacher)) for teacher in both]
+        np.testing.assert_allclose(got[0], got[1])
+    by_z_TV = _top_k_by_definition(z, columns, log_p, False)[1]
+    found = row_terms.top_k_coefficients(xp, terms, asarray(np.ones(1)), both[0])
+    np.testing.assert_allclose(_dense(found, z, terms, columns), by_z_TV, rtol=1e-5)
+
+
+@namespaces
+def test_targets_that_are_ruled_out_by_one_side(name):
+    """-inf of the teacher weighs nothing; what the student alone rules out is +inf, with a finite gradient."""
+    xp, asarray = _namespace(name)
+    z = np.asarray([[1.0, -np.inf, 3.0, 0.0], [1.0, -np.inf, 3.0, 0.0], [1.0, 2.0, -np.inf, -np.inf]])
+    columns = np.asarray([[0, 1], [0, 1], [0, 1]])
+    log_p = np.asarray([[np.log(0.5), -np.inf], np.log([0.5, 0.2]), np.log([0.5, 0.2])])
+    terms, teacher = (RowTerms(*map(_or_none(asarray), _top_k_terms(z, columns))), TopK(asarray(log_p), True))
+    with np.errstate(invalid="ignore"):  # -inf minus -inf, which weighs nothing
+        loss = np.asarray(row_terms.top_k_distillation(xp, terms, teacher))
+        by_teacher = np.asarray(row_terms.top_k_teacher_gradient(xp, terms, teacher))
+    assert np.isfinite(loss[0])
+    assert np.isposinf(loss[1:]).all()
+    found = row_terms.top_k_coefficients(xp, terms, asarray(np.ones(3)), teacher)
+    gradient = _dense(found, z, terms, columns)
+    assert np.isfinite(gradient).all()
+    assert (gradient[2, 2:] == 0).all()
+    assert by_teacher[0, 1] == 0
+
+
+def _or_none(asarray):
+    return lambda x: None if x is None else asarray(x)
 
 
 # --- two distributions

@@ -3,7 +3,7 @@
 Kernels know rows, not losses: what a row's loss is, and its coefficients, stands in `loss_core.row_terms`.
 """
 
-# T = tokens (any leading dimensions), V = vocabulary or this device's share of it, H = hidden
+# T = tokens (any leading dimensions), V = vocabulary or this device's share of it, H = hidden, K = targets of a row
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ class Rows(NamedTuple):
         target: [...] int32: a column, IGNORED, INVALID or ELSEWHERE.
         num_classes: columns from this one on are padding of -inf; None where there is none.
         inverse_temperature: [...] factor of the logits, after the softcap, or None.
+        columns: [..., K] int32, a column or ELSEWHERE: the row's K targets, which its terms leave out (see `RowTerms`).
+            Then `target` only says what is IGNORED or INVALID. None: the row has the one target.
     """
 
     logits: jax.Array
     target: jax.Array
     num_classes: jax.Array | None = None
     inverse_temperature: jax.Array | None = None
+    columns: jax.Array | None = None
 
 
 class LinearRows(NamedTuple):
@@ -60,6 +63,7 @@ class LinearRows(NamedTuple):
         num_classes: rows of the weight from this one on are padding; None where there is none.
         inverse_temperature: as in `Rows`.
         bias_V: floating, or None.
+        columns: as in `Rows`.
     """
 
     hidden: jax.Array
@@ -68,6 +72,7 @@ class LinearRows(NamedTuple):
     num_classes: jax.Array | None = None
     inverse_temperature: jax.Array | None = None
     bias_V: jax.Array | None = None
+    columns: jax.Array | None = None
 
 
 class LinearPairs(NamedTuple):

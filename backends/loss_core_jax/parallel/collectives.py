@@ -17,6 +17,7 @@ Every function is the identity where `shard.axes` is empty.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -58,6 +59,13 @@ def local_target(target: jax.Array, num_local: int, shard: Shard) -> jax.Array:
     return jnp.where(target < 0, target, jnp.where(owned, local, ELSEWHERE))
 
 
+def local_columns(classes: jax.Array, num_local: int, shard: Shard) -> jax.Array:
+    """Classes [..., K] as columns of this device's share, ELSEWHERE those of others."""
+    start = lax.axis_index(shard.axes) * num_local if shard.axes else 0
+    local = classes - start
+    return jnp.where((local >= 0) & (local < num_local), local, ELSEWHERE)
+
+
 def num_local_classes(num_local: int, num_classes: int, shard: Shard) -> jax.Array | None:
     """How many of this share's columns are classes; None for all."""
     if not shard.axes or num_local * lax.axis_size(shard.axes) == num_classes:
@@ -94,10 +102,20 @@ def _gathered(terms: Terms, shard: Shard) -> list[Terms]:
     if not shard.axes:
         return [terms]
     leaves, tree = jax.tree.flatten(terms)
+    ndim = min(leaf.ndim for leaf in leaves)
+    # K numbers of a row as K arrays.
+    flat = [leaf[None] if leaf.ndim == ndim else jnp.moveaxis(leaf, -1, 0) for leaf in leaves]
     # XLA would gather rows that are sharded, too: it sums them.
     gather: Callable[..., jax.Array] = compat.sum_of_slots if shard.partitioned else compat.all_gather_same
-    every = gather(jnp.stack(leaves), shard.axes)
-    return [jax.tree.unflatten(tree, list(every[rank])) for rank in range(every.shape[0])]
+    every = gather(jnp.concatenate(flat), shard.axes)
+    ends = list(itertools.accumulate(len(x) for x in flat))
+
+    def unpacked(part: jax.Array) -> Terms:
+        pieces = zip(jnp.split(part, ends[:-1]), leaves, strict=True)
+        found = [x[0] if leaf.ndim == ndim else jnp.moveaxis(x, 0, -1) for x, leaf in pieces]
+        return jax.tree.unflatten(tree, found)
+
+    return [unpacked(every[rank]) for rank in range(every.shape[0])]
 
 
 def whole_cotangent(cotangent: jax.Array, shard: Shard) -> jax.Array:
@@ -116,6 +134,14 @@ def summed_over_copies(gradient: Any, primal: jax.Array) -> jax.Array:
     copies = tuple(sorted(compat.varying_axes(gradient) - compat.varying_axes(primal)))
     total: jax.Array = lax.psum(gradient, copies) if copies else gradient
     return total
+
+
+def of_every_device(gradient: jax.Array, primal: jax.Array, shard: Shard) -> jax.Array:
+    """The gradient of rows that all devices of the axes hold, where each device has made all of it."""
+    if shard.axes and not types_tell(shard.axes):
+        # JAX sums the devices' copies.
+        return gradient / lax.axis_size(shard.axes)
+    return summed_over_copies(gradient, primal)
 
 
 def summed_over_shards(gradient: jax.Array, primal: jax.Array, shard: Shard) -> jax.Array:

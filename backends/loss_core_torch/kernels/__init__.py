@@ -4,7 +4,7 @@
 custom operator where a call is traced.
 """
 
-# T = tokens (rows), V = vocabulary (of this rank), H = hidden
+# T = tokens (rows), V = vocabulary (of this rank), H = hidden, K = targets of a row
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
 
 
 class Rows(NamedTuple):
@@ -24,7 +24,8 @@ class Rows(NamedTuple):
 
     Attributes:
         logits: [..., V] float, any strides.
-        labels_T: [T] int64, counted over the whole vocabulary; no class of it for a target that nobody owns.
+        labels_T: the targets, int64, counted over the whole vocabulary; no class of it for a target that nobody owns.
+            [T]; or [T, K], which differ and ascend in each row: then terms leave these columns out, see `RowTerms`.
         keep_T: [T] bool, False for rows to ignore; None: no row is ignored.
         vocab_start: first class of these columns.
         softcap: c of z = c * tanh(logits / c), of which the terms are; 0 is off.
@@ -229,7 +230,7 @@ class KernelSet(Protocol):
         """Gradient by the logits, from terms and coefficients over the whole vocabulary."""
         ...
 
-    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
+    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
         """Terms, and the gradient of the sum of coef * loss, in one visit of each row."""
         ...
 
@@ -344,6 +345,10 @@ class WholeLosses:
 
     def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
         """Cross entropy of the logits of each token; else as `cross_entropy`."""
+        raise NotImplementedError
+
+    def top_k_distillation(self, rows: Rows, teacher: TopK) -> Tensor:
+        """Divergence of each token from a teacher of the row's K labels, not times T^2; else as `cross_entropy`."""
         raise NotImplementedError
 
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:

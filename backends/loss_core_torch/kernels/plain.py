@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Objective, RowTerms, Sums, log_shares
+from loss_core.row_terms import Objective, RowTerms, Sums, TopK, log_shares
 from loss_core_torch import compat
 from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
@@ -84,6 +84,12 @@ class PlainLosses(WholeLosses):
         logits_TV = _capped(_linear_logits(linear)[0], linear.softcap)
         return _log_probs(logits_TV, linear.labels_T, linear.inverse_temperature_T, with_entropy)
 
+    def top_k_distillation(self, rows: Rows, teacher: TopK) -> Tensor:
+        _observe()
+        logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
+        loss_T = _top_k(logits_TV, rows.labels_T, rows.inverse_temperature_T, teacher)
+        return loss_T if rows.keep_T is None else loss_T.masked_fill(~rows.keep_T, 0.0)
+
 
 def _kl(p_TV: Tensor, log_ratio_TV: Tensor) -> Tensor:
     """Sum of p times the logarithm of its ratio to another distribution."""
@@ -149,6 +155,21 @@ def _log_probs(z_TV: Tensor, labels_T: Tensor, inverse_T: Tensor | None, with_en
     p_TV = log_p_TV.exp()
     # A class without probability weighs nothing; inside of the product so that its gradient is 0 as well.
     return logprobs_T, -(p_TV * log_p_TV.masked_fill(p_TV == 0, 0.0)).sum(-1)
+
+
+def _top_k(z_TV: Tensor, labels_TK: Tensor, inverse_T: Tensor | None, teacher: TopK) -> Tensor:
+    log_q_TV = (z_TV if inverse_T is None else z_TV * inverse_T[:, None]).log_softmax(-1)
+    # An index that is no class was seen too late for an error, and its token will be multiplied by NaN.
+    labels_TK, p_TK = labels_TK.clamp(0, z_TV.shape[1] - 1), teacher.log_p.exp()
+    loss_T = _kl(p_TK, teacher.log_p - log_q_TV.gather(1, labels_TK))
+    if not teacher.tail:
+        return loss_T
+    p_T = torch.relu(1.0 - p_TK.sum(-1))
+    others_TV = log_q_TV.scatter(1, labels_TK, -torch.inf)
+    # Where the student rules all of them out, the sum of their exps is 0, with a gradient of 0.
+    none_T = others_TV.amax(-1) == -torch.inf
+    log_q_T = others_TV.masked_fill(none_T[:, None], 0.0).logsumexp(-1).masked_fill(none_T, -torch.inf)
+    return loss_T + _kl(p_T[:, None], (p_T.masked_fill(p_T == 0, 1.0).log() - log_q_T)[:, None])
 
 
 def _capped(logits_TV: Tensor, softcap: float) -> Tensor:

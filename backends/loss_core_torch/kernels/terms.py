@@ -1,10 +1,11 @@
-"""What kernel sets do with terms and coefficients of rows, whose laws stand in `loss_core.row_terms`."""
+"""What kernel sets do with terms, coefficients and targets of rows, whose laws stand in `loss_core.row_terms`."""
 
-# T = tokens (rows)
+# T = tokens (rows), B = some of them, K = targets of a row, V = vocabulary (of this rank)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,22 +13,90 @@ from torch import Tensor
 from loss_core.row_terms import Coefficients, RowTerms, Sums
 
 
+class Targets(NamedTuple):
+    """The columns of the targets of rows, among those of this rank.
+
+    Attributes:
+        column_TK: int64, of the row's own target, or in place of one that is not here of another one of the row.
+        source_TK: int64, which of the K targets that is.
+        owned_TK: bool, whether the target is here.
+        any_T1: bool, whether one of the row is; else its columns are 0.
+        is_one: whether rows have one target, and its numbers the shape [T], and not [T, K].
+    """
+
+    column_TK: Tensor
+    source_TK: Tensor
+    owned_TK: Tensor
+    any_T1: Tensor
+    is_one: bool
+
+    @classmethod
+    def of(cls, labels_T: Tensor, vocab_start: int, vocab: int) -> Targets:
+        """Those of labels [T] or [T, K], as `Rows` has them."""
+        local_TK = (labels_T if labels_T.dim() == 2 else labels_T[:, None]) - vocab_start
+        owned_TK = (local_TK >= 0) & (local_TK < vocab)
+        first_T1, any_T1 = owned_TK.int().argmax(-1, keepdim=True), owned_TK.any(-1, keepdim=True)
+        own_K = torch.arange(local_TK.shape[1], device=local_TK.device)
+        source_TK = torch.where(owned_TK, own_K, first_T1)
+        column_TK = torch.where(any_T1, local_TK.gather(1, source_TK), 0)
+        return cls(column_TK, source_TK, owned_TK, any_T1, labels_T.dim() == 1)
+
+    def at(self, rows: slice | Tensor) -> Targets:
+        """Those of some rows."""
+        return Targets(*(x[rows] for x in self[:4]), self.is_one)
+
+    def read(self, x_TV: Tensor, elsewhere: float) -> Tensor:
+        """The numbers of a matrix at the columns, [T] or [T, K]; `elsewhere` for targets that are not here."""
+        found_TK = x_TV.gather(1, self.column_TK).masked_fill(~self.owned_TK, elsewhere)
+        return found_TK[:, 0] if self.is_one else found_TK
+
+    def write(self, x_TV: Tensor, values: Tensor | float) -> None:
+        """Put numbers, [T] or [T, K] or one, in a matrix at the columns of the targets that are here."""
+        x_TV.scatter_(1, self.column_TK, self.placed(x_TV.gather(1, self.column_TK), values))
+
+    def placed(self, old_TK: Tensor, values: Tensor | float) -> Tensor:
+        """What to write at the columns, in place of the old: where two of them are one, the same number."""
+        if isinstance(values, Tensor):
+            values = (values[:, None] if self.is_one else values).gather(1, self.source_TK).to(old_TK.dtype)
+        return torch.where(self.any_T1, values, old_TK)
+
+
+def per_row(x_T: Tensor, like: Tensor) -> Tensor:
+    """One number per row, beside numbers of rows or of their K targets."""
+    return x_T[:, None] if like.dim() == 2 else x_T
+
+
 def times(coefficients: Coefficients, factor_T: Tensor) -> Coefficients:
     """Coefficients of a gradient that is larger by a factor [T]."""
-    return Coefficients(*(None if c_T is None else c_T * factor_T for c_T in coefficients))
+    return Coefficients(*(None if c_T is None else c_T * per_row(factor_T, c_T) for c_T in coefficients))
+
+
+def by_logits(
+    coefficients: Coefficients, t_T: Tensor, softcap: float, inverse_temperature_T: Tensor | None
+) -> Coefficients:
+    """Coefficients of the gradient by the logits but for the softcap's slope, which `target` alone has got.
+
+    Args:
+        t_T: z of the targets, after softcap and temperature.
+    """
+    if softcap:
+        capped_T = t_T if inverse_temperature_T is None else t_T / per_row(inverse_temperature_T, t_T)
+        coefficients = coefficients._replace(target=coefficients.target * (1.0 - (capped_T / softcap).square()))
+    return coefficients if inverse_temperature_T is None else times(coefficients, inverse_temperature_T)
 
 
 def kept_coefficients(coefficients: Coefficients, keep_T: Tensor) -> Coefficients:
     """The coefficients, 0 where keep is False."""
-    return Coefficients(*(None if c_T is None else c_T.masked_fill(~keep_T, 0.0) for c_T in coefficients))
+    return Coefficients(*(None if c_T is None else c_T.masked_fill(~per_row(keep_T, c_T), 0.0) for c_T in coefficients))
 
 
-def filled_terms(values: RowTerms, sums: Sums, like_T: Tensor) -> RowTerms:
-    """Terms of the same value for every row, those that are needed; of shape, dtype and device of `like_T`."""
-    wanted = RowTerms(True, True, True, *sums)
-    return RowTerms(
-        *(torch.full_like(like_T, x) if is_wanted else None for x, is_wanted in zip(values, wanted, strict=True))
-    )
+def filled_terms(values: RowTerms, sums: Sums, labels_T: Tensor, dtype: torch.dtype) -> RowTerms:
+    """Terms of the same value for every row with these labels, those that are needed."""
+    m, s, t, *rest = values
+    row_T = labels_T if labels_T.dim() == 1 else labels_T[:, 0]
+    wanted = zip((m, s, *rest), (True, True, *sums), strict=True)
+    m_T, s_T, *rest_T = (torch.full_like(row_T, x, dtype=dtype) if is_wanted else None for x, is_wanted in wanted)
+    return RowTerms(m_T, s_T, torch.full_like(labels_T, t, dtype=dtype), *rest_T)
 
 
 def joined_terms(parts: Sequence[RowTerms]) -> RowTerms:

@@ -31,16 +31,22 @@ def fold(terms: Terms, group: Any, bad_T: Tensor | None = None) -> Terms:
     """Terms of the whole row on every rank, from one all-gather.
 
     Args:
-        terms: this rank's, [T] each; as many tokens on every rank. Those that are None stay None.
+        terms: this rank's, [T] each, or [T, K]; as many tokens on every rank. Those that are None stay None.
         bad_T: [T] bool, tokens that are to be NaN on every rank, or None.
     """
     combine: Any = row_terms.combine if isinstance(terms, RowTerms) else row_terms.combine_pairs
     present = {name: value for name, value in zip(terms._fields, terms, strict=True) if value is not None}
-    packed = torch.stack(tuple(present.values()))
+    # K numbers of a row as K rows of numbers.
+    flat = [x_T.t() if x_T.dim() == 2 else x_T[None] for x_T in present.values()]
+    packed = torch.cat(flat)
     if bad_T is not None:
         packed = packed.masked_fill(bad_T, torch.nan)
-    parts = (terms._replace(**dict(zip(present, part, strict=True))) for part in gather_equal(packed, group))
-    return reduce(lambda a, b: combine(torch, a, b), parts)
+
+    def unpacked(part: Tensor) -> Terms:
+        values = zip(part.split([len(x) for x in flat]), present.values(), strict=True)
+        return terms._replace(**dict(zip(present, (x.t() if y.dim() == 2 else x[0] for x, y in values), strict=True)))
+
+    return reduce(lambda a, b: combine(torch, a, b), map(unpacked, gather_equal(packed, group)))
 
 
 def gather_equal(part: Tensor, group: Any) -> Tensor:

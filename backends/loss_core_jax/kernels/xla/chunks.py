@@ -108,9 +108,10 @@ def finite(m: jax.Array) -> jax.Array:
 
 def without_ignored(found: RowTerms, target: jax.Array) -> RowTerms:
     """The terms, with those of ignored rows replaced."""
+    ignored = target == IGNORED
     return RowTerms(
         *(
-            None if x is None else jnp.where(target == IGNORED, other, x)
+            None if x is None else jnp.where(ignored if x.ndim == ignored.ndim else ignored[..., None], other, x)
             for x, other in zip(found, IGNORED_ROW, strict=True)
         )
     )

@@ -86,7 +86,7 @@ def _sweep(
         zeros_for_loop((vocab,), plan.dtype, *sources) if with_bias else None,
     )
     # Rows that are added are ignored: what they have must only be finite.
-    pieces = (*pieces_of(rows, how, plan, order_T), split_rows(given, how, plan, order_T, fill=1))
+    pieces = (*pieces_of(rows, how, plan, order_T), split_rows(given, rows.target.ndim, how, plan, order_T, fill=1))
     dhead, (found, dhidden) = lax.scan(body, dhead, pieces)
     if dhidden is not None:
         dhidden = joined_rows(dhidden, rows.target, how, order_T).reshape(rows.hidden.shape)
@@ -121,30 +121,34 @@ def _arrays(rows: LinearRows) -> tuple[jax.Array, ...]:
     return rows.hidden, rows.weight_VH, rows.target, *([] if rows.bias_V is None else [rows.bias_V])
 
 
-def chunk_of(rows: LinearRows, hidden_CH: jax.Array, target_C: jax.Array, inverse_C: jax.Array | None) -> Chunk:
+def chunk_of(
+    rows: LinearRows,
+    hidden_CH: jax.Array,
+    target_C: jax.Array,
+    inverse_C: jax.Array | None,
+    columns_CK: jax.Array | None,
+) -> Chunk:
     """A chunk, from a piece of what `pieces_of` gives."""
     # Behind a barrier, as in `take_rows`.
     (hidden_CH,) = behind_barrier(hidden_CH)
     return Chunk(
-        zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes, inverse_C, rows.bias_V
-    )
+        zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes, inverse_C, rows.bias_V,
+        columns_CK,
+    )  # fmt: skip
 
 
 def pieces_of(rows: LinearRows, how: How, plan: Plan, order_T: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Hidden states [N, C, H], targets and inverse temperatures [N, C]; rows that are added are ignored."""
-    hidden_TH = rows.hidden.reshape(-1, rows.hidden.shape[-1])
-    (hidden_NCH,) = split_rows((hidden_TH,), how, plan, order_T, flat=False)
-    (target_NC,) = split_rows((rows.target,), how, plan, order_T, fill=IGNORED)
-    return hidden_NCH, target_NC, split_rows(rows.inverse_temperature, how, plan, order_T, fill=1)
+    """Hidden states, targets, inverse temperatures and columns, [N, C, ...] each; rows that are added are ignored."""
+    of_rows = functools.partial(split_rows, ndim=rows.target.ndim, how=how, plan=plan, order_T=order_T)
+    (hidden_NCH,), (target_NC,) = of_rows((rows.hidden,)), of_rows((rows.target,), fill=IGNORED)
+    return hidden_NCH, target_NC, of_rows(rows.inverse_temperature, fill=1), of_rows(rows.columns)
 
 
-def split_rows(
-    arrays: Any, how: How, plan: Plan, order_T: jax.Array | None, *, fill: float = 0, flat: bool = True
-) -> Any:
-    """Arrays over the rows in chunks, in this order of rows."""
+def split_rows(arrays: Any, ndim: int, how: How, plan: Plan, order_T: jax.Array | None, *, fill: float = 0) -> Any:
+    """Arrays over the rows, whose first `ndim` dimensions are theirs, in chunks, in this order of rows."""
 
     def one(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1) if flat else x
+        x = x.reshape(-1, *x.shape[ndim:])
         x = x if order_T is None else x.at[order_T].get(mode="promise_in_bounds", unique_indices=True)
         return split(x, plan.num_chunks, fill, interleaved=how.shard.partitioned)
 
@@ -159,7 +163,12 @@ def joined_rows(chunks: jax.Array, target: jax.Array, how: How, order_T: jax.Arr
 
 def _of_rows(terms: RowTerms, target: jax.Array, how: How, order_T: jax.Array | None = None) -> RowTerms:
     """Terms of chunks in the shape of target."""
-    found: RowTerms = jax.tree.map(lambda x: joined_rows(x, target, how, order_T).reshape(target.shape), terms)
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        x = joined_rows(x, target, how, order_T)
+        return x.reshape(*target.shape, *x.shape[1:])
+
+    found: RowTerms = jax.tree.map(of_rows, terms)
     return found
 
 

@@ -133,9 +133,9 @@ def _sweep(
         for x, wanted in zip(rows, how.wanted, strict=True)
     )
     # Rows that are added are ignored: what they have must only be finite.
-    of_both = (pieces_of(student, linear, plan), pieces_of(teacher, linear, plan))
-    dheads, (numbers, dhiddens) = lax.scan(body, dheads, (*of_both, split_rows(given, linear, plan, None, fill=1)))
-    target = rows.student.target
+    of_both, target = (pieces_of(student, linear, plan), pieces_of(teacher, linear, plan)), rows.student.target
+    given = split_rows(given, target.ndim, linear, plan, None, fill=1)
+    dheads, (numbers, dhiddens) = lax.scan(body, dheads, (*of_both, given))
 
     def of_rows(chunks: jax.Array, like: jax.Array) -> jax.Array:
         return joined_rows(chunks, target, linear, None).reshape(like.shape)

@@ -1,6 +1,6 @@
 """Rows of logits in memory: terms by chunks of rows, the gradient in one pass."""
 
-# T = tokens, C = tokens of a chunk, V = vocabulary
+# T = tokens, C = tokens of a chunk, V = vocabulary, K = targets of a row
 
 from __future__ import annotations
 
@@ -21,32 +21,37 @@ TEMPORARY_BYTES = 8 << 20
 
 def terms(rows: Rows, how: How, temporary_bytes: int) -> RowTerms:
     """Terms of each row; two passes over the logits."""
-    logits, target, num_classes, inverse = rows
+    logits, target, num_classes, inverse, columns = rows
     dtype, vocab = arithmetic_dtype(logits), logits.shape[-1]
     # Without a cast or a softcap XLA sums exp(z - m) straight from the logits: no temporaries, so no chunks.
-    if (logits.dtype == dtype and not how.softcap) or how.shard.partitioned:
+    if (logits.dtype == dtype and not how.softcap and columns is None) or how.shard.partitioned:
         return _terms(rows, how)
 
-    def of_chunk(logits_CV: jax.Array, target_C: jax.Array, *inverse_C: jax.Array) -> RowTerms:
-        return _terms(Rows(logits_CV, target_C, num_classes, *inverse_C), how)
+    def of_chunk(logits_CV: jax.Array, target_C: jax.Array, *rest: jax.Array) -> RowTerms:
+        optional = iter(rest)
+        inverse_C, columns_CK = (None if x is None else next(optional) for x in (inverse, columns))
+        return _terms(Rows(logits_CV, target_C, num_classes, inverse_C, columns_CK), how)
 
+    of_rows = [x.reshape(-1, *x.shape[target.ndim :]) for x in (inverse, columns) if x is not None]
     found = map_chunks(
         of_chunk,
-        (logits.reshape(-1, vocab), target.reshape(-1), *([] if inverse is None else [inverse.reshape(-1)])),
+        (logits.reshape(-1, vocab), target.reshape(-1), *of_rows),
         rows_within(temporary_bytes, vocab * dtype.itemsize, at_least=16),
     )
-    return RowTerms(*(None if x is None else x.reshape(target.shape) for x in found))
+    return RowTerms(*(None if x is None else x.reshape(*target.shape, *x.shape[1:]) for x in found))
 
 
 def _terms(rows: Rows, how: How) -> RowTerms:
     target = rows.target
     z, _ = _read(rows, how)
+    if rows.columns is not None:
+        z = with_columns(z, rows.columns, -jnp.inf, how)
     # The loss does not depend on m, so it may be held constant: second derivatives get no 0 / 0 from ties.
     m = lax.stop_gradient(jnp.max(z, axis=-1))
     s = _sum_exp(z, finite(m), target)
     z_sum = _z_sum(z, target, rows.num_classes) if how.sums.z_sum else None
     e = jnp.sum(weighted_exp(zero_if_ignored(z, target) - finite(m)[..., None]), axis=-1) if how.sums.e else None
-    return without_ignored(RowTerms(m, s, _target_logit(rows, how), z_sum, e), target)
+    return without_ignored(RowTerms(m, s, _at_targets(rows, how)[0], z_sum, e), target)
 
 
 def _read(rows: Rows, how: How) -> tuple[jax.Array, jax.Array | None]:
@@ -85,28 +90,58 @@ def _z_sum(z: jax.Array, target: jax.Array, num_classes: jax.Array | None) -> ja
     return jnp.sum(z, axis=-1)
 
 
-def _target_logit(rows: Rows, how: How) -> jax.Array:
-    """z of each row's class, -inf where the row has none here."""
-    logits, target = rows.logits, rows.target
+def _at_targets(rows: Rows, how: How) -> tuple[jax.Array, jax.Array | None]:
+    """z of each row's targets, -inf where it has none here; and its slope as of `_read`. [...] or [..., K]."""
+    logits, is_one = rows.logits, rows.columns is None
+    columns = rows.target[..., None] if rows.columns is None else rows.columns
     # Gathered from the logits as given: from a cast XLA would write the cast out once more.
     if not how.shard.partitioned:
-        t = jnp.take_along_axis(logits, jnp.maximum(target, 0)[..., None], axis=-1)
+        t = jnp.take_along_axis(logits, jnp.maximum(columns, 0), axis=-1)
     else:
-        is_target = _columns(logits) == target[..., None]
-        t = jnp.sum(jnp.where(is_target, logits, jnp.zeros((), logits.dtype)), axis=-1, keepdims=True)
-    z, _ = _read(rows._replace(logits=t, num_classes=None), how)
-    return jnp.where(target >= 0, z[..., 0], -jnp.inf)
+        zero, place = jnp.zeros((), logits.dtype), _columns(logits)
+        hits = (place == columns[..., k : k + 1] for k in range(columns.shape[-1]))
+        t = jnp.stack([jnp.sum(jnp.where(hit, logits, zero), axis=-1) for hit in hits], axis=-1)
+    z, slope = _read(rows._replace(logits=t, num_classes=None), how)
+    z = jnp.where(columns >= 0, z, -jnp.inf)
+    return z[..., 0] if is_one else z, slope
 
 
 def gradient(rows: Rows, terms: RowTerms, coefficients: Coefficients, how: How) -> jax.Array:
     """Gradient of the logits: one elementwise pass, which XLA fuses and runs on all cores, with no temporaries."""
     logits, target = rows.logits, rows.target
     z, slope = _read(rows._replace(logits=zero_if_ignored(logits, target)), how)
-    gradient = exp_gradient(z - finite(terms.m)[..., None], coefficients)
-    gradient = gradient + jnp.where(_columns(z) == target[..., None], coefficients.target[..., None], 0)
-    if slope is not None:
-        gradient = gradient * slope
-    return zero_if_ignored(gradient, target).astype(logits.dtype)
+    x = z - finite(terms.m)[..., None]
+    if rows.columns is None:
+        gradient = exp_gradient(x, coefficients)
+        gradient = jnp.where(_columns(z) == target[..., None], coefficients.target[..., None], gradient)
+        return zero_if_ignored(gradient if slope is None else gradient * slope, target).astype(logits.dtype)
+    gradient = exp_gradient(not_above(x), coefficients)
+    gradient = zero_if_ignored(gradient if slope is None else gradient * slope, target).astype(logits.dtype)
+    _, slope = _at_targets(rows, how)
+    by_targets = coefficients.target if slope is None else coefficients.target * slope
+    return with_columns(gradient, rows.columns, zero_if_ignored(by_targets, target).astype(logits.dtype), how)
+
+
+def with_columns(rows: jax.Array, columns: jax.Array, values: jax.Array | float, how: How) -> jax.Array:
+    """The rows [..., V] with other values at K columns of each, where it has them here.
+
+    Args:
+        columns: [..., K], negative where the row has none.
+        values: [..., K], or one number.
+    """
+    if not how.shard.partitioned:
+        inside = jnp.where(columns >= 0, columns, rows.shape[-1])
+        return jnp.put_along_axis(rows, inside, values, axis=-1, inplace=False, mode="drop")
+    place, values = _columns(rows), jnp.broadcast_to(values, columns.shape)
+    for k in range(columns.shape[-1]):
+        rows = jnp.where(place == columns[..., k : k + 1], values[..., k : k + 1], rows)
+    return rows
+
+
+def not_above(x: jax.Array) -> jax.Array:
+    """z - m, where m is that of the other columns, with 0 for targets above: their exp might overflow."""
+    # Not a minimum, whose derivative at 0 is 1/2.
+    return jnp.where(x > 0, 0, x)
 
 
 def exp_gradient(x: jax.Array, coefficients: Coefficients) -> jax.Array:

@@ -3,7 +3,8 @@
 A tile of the weight at a time is cast, multiplied and added to, so no product makes a temporary of `[V, H]`.
 """
 
-# C = tokens of a chunk, V = vocabulary, N = tiles of the vocabulary, B = vocabulary of a tile, H = hidden
+# C = tokens of a chunk, V = vocabulary, N = tiles of the vocabulary, B = vocabulary of a tile, H = hidden,
+# K = targets of a row
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from loss_core_jax.kernels.xla.chunks import (
     zero_if_ignored,
     zeros_for_loop,
 )
-from loss_core_jax.kernels.xla.rows import exp_gradient, weighted_exp
+from loss_core_jax.kernels.xla.rows import exp_gradient, not_above, weighted_exp, with_columns
 from loss_core_jax.kernels.xla.sizes import Plan
 
 
@@ -36,7 +37,7 @@ class Chunk(NamedTuple):
         hidden_CH: zeros in ignored rows.
         weight_VH: the whole weight.
         target_C: as in `LinearRows`.
-        num_classes, inverse_C, bias_V: as in `LinearRows`.
+        num_classes, inverse_C, bias_V, columns_CK: as in `LinearRows`.
     """
 
     hidden_CH: jax.Array
@@ -45,6 +46,7 @@ class Chunk(NamedTuple):
     num_classes: jax.Array | None
     inverse_C: jax.Array | None
     bias_V: jax.Array | None
+    columns_CK: jax.Array | None
 
 
 class Tile(NamedTuple):
@@ -91,11 +93,39 @@ def _target_logits(z_CB: jax.Array, tile: Tile, target_C: jax.Array, *, gather: 
     """[C] logit of each row's target, -inf where the tile does not own it."""
     if not gather:
         return jnp.max(jnp.where(tile.class_1B == target_C[:, None], z_CB, -jnp.inf), axis=1)
+    return _gathered_logits(z_CB, tile, target_C[:, None])[:, 0]
+
+
+def _gathered_logits(z_CB: jax.Array, tile: Tile, column_CK: jax.Array) -> jax.Array:
+    """[C, K] logits of targets, -inf where the tile does not own them."""
     # A column that the tile repeats holds -inf.
-    owned_C = (target_C >= tile.start) & (target_C < tile.start + z_CB.shape[1])
-    column_C1 = jnp.where(owned_C, target_C - tile.start, 0)[:, None]
-    t_C = jnp.take_along_axis(z_CB, column_C1, axis=1, mode="promise_in_bounds")[:, 0]
-    return jnp.where(owned_C, t_C, -jnp.inf)
+    owned_CK = (column_CK >= tile.start) & (column_CK < tile.start + z_CB.shape[1])
+    place_CK = jnp.where(owned_CK, column_CK - tile.start, 0)
+    t_CK = jnp.take_along_axis(z_CB, place_CK, axis=1, mode="promise_in_bounds")
+    return jnp.where(owned_CK, t_CK, -jnp.inf)
+
+
+def _targets_of(z_CB: jax.Array, tile: Tile, chunk: Chunk, how: How) -> tuple[jax.Array, jax.Array]:
+    """Logits of each row's targets, [C] or [C, K], and the tile's logits without those of K targets."""
+    if chunk.columns_CK is None:
+        return _target_logits(z_CB, tile, chunk.target_C, gather=not how.shard.partitioned), z_CB
+    if how.shard.partitioned:
+        of_each = [_target_logits(z_CB, tile, column_C, gather=False) for column_C in chunk.columns_CK.T]
+        return jnp.stack(of_each, axis=1), _with_targets(z_CB, -jnp.inf, tile, chunk, how)
+    return _gathered_logits(z_CB, tile, chunk.columns_CK), _with_targets(z_CB, -jnp.inf, tile, chunk, how)
+
+
+def _with_targets(rows_CB: jax.Array, values: jax.Array | float, tile: Tile, chunk: Chunk, how: How) -> jax.Array:
+    """A tile with other values at the columns of the targets.
+
+    Args:
+        values: [C] or [C, K], or one number.
+    """
+    if chunk.columns_CK is None:
+        return jnp.where(tile.class_1B == chunk.target_C[:, None], jnp.reshape(values, (-1, 1)), rows_CB)
+    place_CK = chunk.columns_CK - tile.start
+    place_CK = jnp.where((chunk.columns_CK >= 0) & (place_CK < rows_CB.shape[1]), place_CK, -1)
+    return with_columns(rows_CB, place_CK, values, how)
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, plan: Plan) -> jax.Array:
@@ -112,19 +142,22 @@ def chunk_terms(chunk: Chunk, how: How, plan: Plan, *, keep: bool) -> tuple[RowT
 
     def body(terms: RowTerms, index: jax.Array) -> tuple[RowTerms, jax.Array | None]:
         tile = tile_at(chunk, index, plan)
-        z_CB = tile_logits(chunk, tile, how, plan)
+        whole_CB = tile_logits(chunk, tile, how, plan)
+        t_C, z_CB = _targets_of(whole_CB, tile, chunk, how)
         # As for rows: nothing depends on the maximum, so it is held constant.
         m_C = lax.stop_gradient(jnp.max(z_CB, axis=1))
         x_CB = z_CB - finite(m_C)[:, None]
         s_C = jnp.sum(jnp.exp(x_CB), axis=1)
-        t_C = _target_logits(z_CB, tile, chunk.target_C, gather=not how.shard.partitioned)
         z_sum_C = jnp.sum(jnp.where(tile.class_1B < 0, 0, z_CB), axis=1) if how.sums.z_sum else None
         e_C = jnp.sum(weighted_exp(x_CB), axis=1) if how.sums.e else None
-        return combine(jnp, terms, RowTerms(m_C, s_C, t_C, z_sum_C, e_C)), z_CB if keep else None
+        return combine(jnp, terms, RowTerms(m_C, s_C, t_C, z_sum_C, e_C)), whole_CB if keep else None
 
-    zero_C = zeros_for_loop(chunk.target_C.shape, plan.dtype, chunk.hidden_CH, chunk.weight_VH, chunk.target_C)
+    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C)
+    zero_C = zeros_for_loop(chunk.target_C.shape, plan.dtype, *sources)
     wanted = (True, True, True, *how.sums)
     empty = RowTerms(*(zero_C + x if is_wanted else None for x, is_wanted in zip(EMPTY_ROW, wanted, strict=True)))
+    if chunk.columns_CK is not None:
+        empty = empty._replace(t=zeros_for_loop(chunk.columns_CK.shape, plan.dtype, *sources) + EMPTY_ROW.t)
     terms, tiles_NCB = lax.scan(body, empty, tile_indices(chunk, plan))
     return without_ignored(terms, chunk.target_C), tiles_NCB
 
@@ -145,14 +178,14 @@ def chunk_gradients(
         tiles_NCB: the logits, where `chunk_terms` has kept them.
         dhead: the running sums; None where they are not wanted.
     """
-    target_C1 = coefficients.target[:, None]
 
     def body(sums: LinearGradients, index_and_tile: Any) -> tuple[LinearGradients, None]:
         index, z_CB = index_and_tile
         tile = tile_at(chunk, index, plan)
         z_CB = tile_logits(chunk, tile, how, plan) if z_CB is None else z_CB
-        dlogits_CB = exp_gradient(z_CB - terms.m[:, None], coefficients)
-        dlogits_CB = dlogits_CB + jnp.where(tile.class_1B == chunk.target_C[:, None], target_C1, 0)
+        x_CB = z_CB - finite(terms.m)[:, None]
+        dlogits_CB = exp_gradient(x_CB if chunk.columns_CK is None else not_above(x_CB), coefficients)
+        dlogits_CB = _with_targets(dlogits_CB, coefficients.target, tile, chunk, how)
         if chunk.inverse_C is not None:
             dlogits_CB = dlogits_CB * chunk.inverse_C[:, None]
             z_CB = z_CB / chunk.inverse_C[:, None]

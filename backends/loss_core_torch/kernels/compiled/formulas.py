@@ -55,7 +55,7 @@ def _kept(out_TV: Tensor, keep_T: Tensor) -> Tensor:
     return torch.where(keep_T[:, None], out_TV, 0.0)
 
 
-def _read(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
+def read(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
     """z of the logits, and the slope of their softcap where there is one."""
     x_TV, slope_TV = _wide(logits_TV), None
     if softcap:
@@ -85,7 +85,7 @@ def _gradient(powers_TV: Tensor, shifted_TV: Tensor, slope_TV: Tensor | None, co
 
 def row_terms(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float, z_sum: bool, e: bool) -> tuple[Tensor, ...]:
     """m, s, then those of z_sum and e that are wanted."""
-    x_TV, _ = _read(logits_TV, inverse_T, softcap)
+    x_TV, _ = read(logits_TV, inverse_T, softcap)
     m_T = x_TV.amax(-1)
     shifted_TV = _shifted(x_TV, m_T)
     powers_TV = shifted_TV.exp()
@@ -114,7 +114,7 @@ def row_grad(
     softcap: float,
 ) -> None:
     """The gradient but for the target's column into out, 0 where keep is False."""
-    x_TV, slope_TV = _read(logits_TV, inverse_T, softcap)
+    x_TV, slope_TV = read(logits_TV, inverse_T, softcap)
     shifted_TV = _shifted(x_TV, m_T)
     coefficients = Coefficients(scale_T, scale_T, uniform_T, slope_T)
     out_TV.copy_(_kept(_gradient(shifted_TV.exp(), shifted_TV, slope_TV, coefficients), keep_T))
@@ -138,7 +138,7 @@ def row_terms_and_grad(
         m_T: finite; None: the maximum. Were it made in here, TorchInductor would keep the exponentials of all rows.
         num_classes, options: of the `Objective`.
     """
-    x_TV, slope_TV = _read(logits_TV, inverse_T, softcap)
+    x_TV, slope_TV = read(logits_TV, inverse_T, softcap)
     objective = Objective(num_classes, *options)
     if m_T is None:
         m_T = x_TV.amax(-1)

@@ -12,19 +12,19 @@ from torch import Tensor
 from loss_core_torch.kernels.eager.row_blocks import Block, blocks, matrix
 
 # Elements of a block of tensors that are no matrices, and are copied: 64 MiB of float32.
-_COPIED_ELEMENTS = 1 << 24
+COPIED_ELEMENTS = 1 << 24
 
 
-def matrices(*tensors: Tensor, copied: bool = False) -> Iterator[tuple[Block, tuple[Tensor, ...]]]:
+def matrices(*tensors: Tensor, most: int | None = None) -> Iterator[tuple[Block, tuple[Tensor, ...]]]:
     """Blocks of [..., V] tensors of one shape, as few as possible, and the matrices of each.
 
     Args:
-        copied: cut in blocks of bounded size, since the caller needs memory for each.
+        most: elements of a block, for a caller that needs memory for each; None: as many as there are.
     """
     shape = tensors[0].shape
-    side_by_side = all(matrix(x) is not None and x.stride(-1) == 1 for x in tensors)
-    bounded = max(_COPIED_ELEMENTS // max(shape[-1], 1), 1)
-    rows = bounded if copied or not side_by_side else max(shape[:-1].numel(), 1)
+    if most is None and not all(matrix(x) is not None and x.stride(-1) == 1 for x in tensors):
+        most = COPIED_ELEMENTS
+    rows = max(shape[:-1].numel() if most is None else most // max(shape[-1], 1), 1)
     for block in blocks(rows, None, *tensors):
         yield block, tuple(_padded(block.take(x)) for x in tensors)
 
@@ -46,8 +46,8 @@ def write(out: Tensor, block: Block, aliased: bool, program: Callable[[Tensor], 
 
 
 def padded_rows(x_B: Tensor) -> Tensor:
-    """One value per row of a block, with a second one for a block of one row."""
-    return x_B.expand(2).contiguous() if x_B.shape[0] == 1 else x_B
+    """Values of the rows of a block, with those of a second one for a block of one row."""
+    return torch.cat((x_B, x_B)) if x_B.shape[0] == 1 else x_B
 
 
 def _padded(x_BV: Tensor) -> Tensor:

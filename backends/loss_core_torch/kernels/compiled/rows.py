@@ -1,23 +1,34 @@
 """Rows of logits as compiled loops; see `KernelSet`."""
 
-# T = tokens, B = rows of a block, V = vocabulary (of this rank)
+# T = tokens, B = rows of a block, K = targets of a row, V = vocabulary (of this rank)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, Sums, cross_entropy_coefficients
+from loss_core.row_terms import (
+    EMPTY_ROW,
+    Coefficients,
+    Objective,
+    RowTerms,
+    Sums,
+    TopK,
+    coefficients_of,
+    cross_entropy_coefficients,
+)
 from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.approximate_maximum import applies, approximate_maximum, is_accurate
-from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
+from loss_core_torch.kernels.compiled.matrices import COPIED_ELEMENTS, matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
 from loss_core_torch.kernels.eager.row_blocks import Block, is_one
-from loss_core_torch.kernels.terms import filled_terms, joined_terms, times
+from loss_core_torch.kernels.eager.sizes import SIZES
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, joined_terms, per_row
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -27,6 +38,9 @@ class RowKernels:
     def row_terms(self, rows: Rows, sums: Sums) -> RowTerms:
         """Terms of each row."""
         found, targets = [], _Targets(rows)
+        if rows.labels_T.dim() == 2:
+            parts = [_others(z_BV, block, rows, targets, sums) for block, z_BV in _small_blocks(rows)]
+            return _together(parts, rows, sums)
         for block, (z_BV,) in matrices(rows.logits):
             t_B = targets.logits(z_BV, block.at)
             inverse_B = _padded(rows.inverse_temperature_T, block)
@@ -41,16 +55,18 @@ class RowKernels:
         aliased = out is not None and out.data_ptr() == rows.logits.data_ptr()
         out = _result(rows) if out is None else out
         targets, inverse_T = _Targets(rows), rows.inverse_temperature_T
-        coefficients = coefficients if inverse_T is None else times(coefficients, inverse_T)
+        coefficients = by_logits(coefficients, terms.t, rows.softcap, inverse_T)
         of_rows = (targets.keep_T, terms.m, coefficients.scale, coefficients.uniform, coefficients.slope)
-        for block, (z_BV,) in matrices(rows.logits, copied=aliased):
+        for block, (z_BV,) in matrices(rows.logits, most=COPIED_ELEMENTS if aliased else None):
             args = [z_BV, _padded(inverse_T, block), *(_padded(x_T, block) for x_T in of_rows)]
             write(out, block, aliased, partial(_run_into, formulas.row_grad, args, None, (rows.softcap,)))
-        targets.write(out, terms, coefficients)
+        targets.write(out, coefficients.target)
         return out
 
-    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
+    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
         """Terms, and the gradient of the sum of coef * loss."""
+        if isinstance(objective, TopK):
+            return _terms_and_grad_of_others(rows, coef_T, objective)
         parts, found = list[RowTerms](), list[tuple[Tensor, ...]]()
         out, targets = _result(rows), _Targets(rows)
         for block, (z_BV,) in matrices(rows.logits):
@@ -66,9 +82,45 @@ class RowKernels:
             parts.append(_found(block, rows, t_B, found.pop(), objective.sums))
         terms = _together(parts, rows, objective.sums)
         coefficients = cross_entropy_coefficients(torch, terms, coef_T, objective)
-        inverse_T = rows.inverse_temperature_T
-        targets.write(out, terms, coefficients if inverse_T is None else times(coefficients, inverse_T))
+        coefficients = by_logits(coefficients, terms.t, rows.softcap, rows.inverse_temperature_T)
+        targets.write(out, coefficients.target)
         return terms, out
+
+
+def _small_blocks(rows: Rows) -> Iterator[tuple[Block, Tensor]]:
+    """Blocks that stay in cache: of each there will be a copy."""
+    cpu = rows.logits.device.type == "cpu"
+    for block, (z_BV,) in matrices(rows.logits, most=SIZES.elements_cpu if cpu else SIZES.elements):
+        yield block, z_BV
+
+
+def _others(z_BV: Tensor, block: Block, rows: Rows, targets: _Targets, sums: Sums) -> RowTerms:
+    """Terms of rows with K targets, from a copy of their z with -inf there."""
+    z_BV, slope_BV = formulas.read(z_BV, _padded(rows.inverse_temperature_T, block), rows.softcap)
+    z_BV = z_BV.clone() if slope_BV is None else z_BV
+    # A softcap makes a number of a column that was added.
+    z_BV[:, rows.logits.shape[-1] :] = -torch.inf
+    t_B = targets.take_out(z_BV, block.at)
+    return _found(block, rows, t_B, run(formulas.row_terms, z_BV, None, static=(0.0, *sums)), sums)
+
+
+def _terms_and_grad_of_others(rows: Rows, coef_T: Tensor, objective: TopK) -> tuple[RowTerms, Tensor]:
+    """Terms and gradient of rows with K targets, by two programs while a block is in cache."""
+    out, targets, inverse_T = _result(rows), _Targets(rows), rows.inverse_temperature_T
+    parts, of_targets = list[RowTerms](), list[Tensor]()
+    for block, z_BV in _small_blocks(rows):
+        part = _others(z_BV, block, rows, targets, objective.sums)
+        coefficients = coefficients_of(torch, part, coef_T[block.at], objective.of_rows(block.at))
+        inverse_B = None if inverse_T is None else inverse_T[block.at]
+        coefficients = by_logits(coefficients, part.t, rows.softcap, inverse_B)
+        of_rows = (targets.keep_T[block.at], part.m, coefficients.scale)
+        args = [z_BV, _padded(inverse_T, block), *map(padded_rows, of_rows), None, None]
+        write(out, block, False, partial(_run_into, formulas.row_grad, args, None, (rows.softcap,)))
+        parts.append(part)
+        of_targets.append(coefficients.target)
+    if parts:
+        targets.write(out, torch.cat(of_targets))
+    return _together(parts, rows, objective.sums), out
 
 
 def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, sums: Sums) -> tuple[Tensor, ...]:
@@ -118,52 +170,41 @@ def _found(block: Block, rows: Rows, t_B: Tensor, found: tuple[Tensor, ...], sum
 
 
 class _Targets:
-    """The target's column in each row, where these columns hold it.
+    """The columns of the targets in each row, where these columns hold them.
 
     Attributes:
         keep_T: [T] bool.
     """
 
     def __init__(self, rows: Rows) -> None:
-        column_T, vocab = rows.labels_T - rows.vocab_start, rows.logits.shape[-1]
-        self._owned_T = (column_T >= 0) & (column_T < vocab)
-        self._column_T = torch.where(self._owned_T, column_T, 0)
-        self.keep_T = torch.ones_like(self._owned_T) if rows.keep_T is None else rows.keep_T
+        self._targets = Targets.of(rows.labels_T, rows.vocab_start, rows.logits.shape[-1])
+        self.keep_T = torch.ones_like(self._targets.any_T1[:, 0]) if rows.keep_T is None else rows.keep_T
         self._softcap, self._inverse_T = rows.softcap, rows.inverse_temperature_T
 
     def logits(self, z_BV: Tensor, at: slice | Tensor) -> Tensor:
         """z of the target of each row of a block, in the dtype of the arithmetic; -inf where there is none."""
-        column_B = self._column_T[at]
-        t_B = z_BV[torch.arange(column_B.numel(), device=column_B.device), column_B].to(compute_dtype(z_BV.dtype))
+        targets = self._targets.at(at)
+        t_B = targets.read(z_BV[: len(targets.any_T1)], -torch.inf).to(compute_dtype(z_BV.dtype))
         if self._softcap:
-            t_B = self._softcap * (t_B / self._softcap).tanh()
-        if self._inverse_T is not None:
-            t_B = t_B * self._inverse_T[at]
-        return torch.where(self._owned_T[at], t_B, -torch.inf)
+            t_B = (self._softcap * (t_B / self._softcap).tanh()).masked_fill(t_B == -torch.inf, -torch.inf)
+        return t_B if self._inverse_T is None else t_B * self._inverse_T[at]
 
-    def write(self, out: Tensor, terms: RowTerms, coefficients: Coefficients) -> None:
-        """The gradient at the target's column, from its logit, rounded once; 0 in ignored rows.
+    def take_out(self, z_BV: Tensor, at: slice | Tensor) -> Tensor:
+        """z of the targets of each row of a block, where -inf is left."""
+        targets = self._targets.at(at)
+        z_BV = z_BV[: len(targets.any_T1)]
+        t_B = targets.read(z_BV, -torch.inf)
+        targets.write(z_BV, -torch.inf)
+        return t_B
 
-        Args:
-            coefficients: times the inverse temperature.
-        """
+    def write(self, out: Tensor, target_T: Tensor) -> None:
+        """The gradient at the columns of the targets, rounded once; 0 in ignored rows."""
         if not out.numel():
             return
-        # -inf minus -inf is NaN.
-        x_T = terms.t - torch.where(terms.m == -torch.inf, 0.0, terms.m)
-        power_T = x_T.exp()
-        grad_T = power_T * coefficients.scale + coefficients.target
-        if coefficients.slope is not None:
-            grad_T = grad_T + torch.where(power_T == 0, 0.0, power_T * x_T) * coefficients.slope
-        if coefficients.uniform is not None:
-            grad_T = grad_T - coefficients.uniform
-        if self._softcap:
-            capped_T = terms.t if self._inverse_T is None else terms.t / self._inverse_T
-            grad_T = grad_T * (1.0 - (capped_T / self._softcap).square())
-        grad_T = torch.where(self.keep_T, grad_T, 0.0).to(out.dtype)
-        leading = torch.unravel_index(torch.arange(self._column_T.numel(), device=out.device), out.shape[:-1])
-        at = (*leading, self._column_T)
-        out[at] = torch.where(self._owned_T, grad_T, out[at])
+        target_T, column_TK = torch.where(per_row(self.keep_T, target_T), target_T, 0.0), self._targets.column_TK
+        leading = torch.unravel_index(torch.arange(len(column_TK), device=out.device)[:, None], out.shape[:-1])
+        at = (*leading, column_TK)
+        out[at] = self._targets.placed(out[at], target_T)
 
 
 def _result(rows: Rows) -> Tensor:
@@ -174,5 +215,5 @@ def _together(parts: list[RowTerms], rows: Rows, sums: Sums) -> RowTerms:
     """Terms of all rows from those of the blocks; of no class where there is no block."""
     if not parts:
         dtype = compute_dtype(rows.logits.dtype)
-        return filled_terms(EMPTY_ROW, sums, rows.labels_T.new_empty(rows.labels_T.shape, dtype=dtype))
+        return filled_terms(EMPTY_ROW, sums, rows.labels_T, dtype)
     return joined_terms(parts)

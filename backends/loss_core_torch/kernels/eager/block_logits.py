@@ -3,7 +3,8 @@
 Each tile of the logits is a dense matrix of its own, [B, C]: products want their operands so.
 """
 
-# B = tokens of a block, b = some of its rows, H = hidden, V = vocabulary (of this rank), C = columns of a tile
+# B = tokens of a block, b = some of its rows, H = hidden, V = vocabulary (of this rank), C = columns of a tile,
+# K = targets of a row
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from loss_core.row_terms import Coefficients, RowTerms, Sums
 from loss_core_torch.kernels.eager.exponentials import exponents, log2_exp, softcap_slope, to_gradient, without
 from loss_core_torch.kernels.eager.products import Products
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.kernels.terms import times
+from loss_core_torch.kernels.terms import Targets, by_logits, per_row
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -63,11 +64,13 @@ class BlockRows(NamedTuple):
     """What is known of the rows of a block.
 
     Attributes:
-        column_B: int64, the target's, counted over this weight; out of it where it owns none.
+        labels_B: the targets, [B] or [B, K], as in `Rows`.
+        vocab_start: first class of this weight.
         inverse_temperature_B: factor of the logits, after the softcap, or None.
     """
 
-    column_B: Tensor
+    labels_B: Tensor
+    vocab_start: int
     inverse_temperature_B: Tensor | None
 
 
@@ -76,40 +79,43 @@ class BlockLogits:
 
     Args:
         memory: flat, in the dtype of the arithmetic; overwritten.
-        rows: [B] each, with columns counted over this weight.
+        rows: of the block.
         tiles: of the weight.
         softcap: 0 is off. With one, tanh(logit / softcap) is what is kept.
     """
 
     def __init__(self, memory: Tensor, rows: BlockRows, tiles: Tiles, softcap: float) -> None:
-        self._memory, self._rows, self._tiles, self._softcap = memory, rows.column_B.numel(), tiles, softcap
+        self._memory, self._rows, self._tiles, self._softcap = memory, len(rows.labels_B), tiles, softcap
         # z is what is kept times this, and times the inverse temperature.
         self._factor, self._inverse_B = softcap or 1.0, rows.inverse_temperature_B
-        self._owned_B = (rows.column_B >= 0) & (rows.column_B < tiles.vocab)
-        self._place_B = self._places(torch.where(self._owned_B, rows.column_B, 0))
+        self._labels_B, self._vocab_start = rows.labels_B, rows.vocab_start
 
-    def make(self, h_BH: Tensor) -> Iterator[Tensor]:
+    def make(self, h_BH: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Make the logits h @ W.T + b; gives each tile while it is at hand."""
         for tile, w_CH in self._tiles:
             z_BC = self._piece(tile)
             self._tiles.logits(tile, w_CH, h_BH, z_BC)
             if self._softcap:
                 z_BC.div_(self._softcap).tanh_()
-            yield z_BC
+            yield tile, z_BC
 
     def fill(self, h_BH: Tensor, sums: Sums) -> RowTerms:
         """Make the logits; returns their terms."""
         m_B = self._memory.new_full((self._rows,), -torch.inf)
+        t_B = torch.full_like(self._labels_B, -torch.inf, dtype=m_B.dtype)
         z_sum_B = torch.zeros_like(m_B) if sums.z_sum else None
-        for z_BC in self.make(h_BH):
+        for tile, z_BC in self.make(h_BH):
+            targets = self._targets(tile)
+            torch.maximum(t_B, targets.read(z_BC, -torch.inf), out=t_B)
+            if not targets.is_one:
+                targets.write(z_BC, -torch.inf)
             torch.maximum(m_B, z_BC.amax(-1), out=m_B)
             if z_sum_B is not None:
                 z_sum_B += z_BC.sum(-1)
-        factor_B = self._factor if self._inverse_B is None else self._factor * self._inverse_B
-        t_B = torch.where(self._owned_B, self._memory[self._place_B] * factor_B, -torch.inf)
-        terms = RowTerms(m_B * factor_B, t_B, t_B, None if z_sum_B is None else z_sum_B * factor_B)
+        factor_B = torch.full_like(m_B, self._factor) if self._inverse_B is None else self._factor * self._inverse_B
+        terms = RowTerms(m_B * factor_B, m_B, t_B * per_row(factor_B, t_B))
         s_B, e_B = self._sums(terms.m, sums.e)
-        return terms._replace(s=s_B, e=e_B)
+        return terms._replace(s=s_B, z_sum=None if z_sum_B is None else z_sum_B * factor_B, e=e_B)
 
     def _sums(self, m_B: Tensor, with_e: bool) -> tuple[Tensor, Tensor | None]:
         """s and e of each row; the logits stay as they are."""
@@ -131,15 +137,10 @@ class BlockLogits:
         """Turn the logits into their gradient, in the place of the logits.
 
         Args:
-            terms: of these rows, of which m is looked at.
+            terms: of these rows, of which m and t are looked at.
             coefficients: of these rows, over the whole vocabulary.
         """
-        if self._inverse_B is not None:
-            coefficients = times(coefficients, self._inverse_B)
-        target_B = torch.where(self._owned_B, coefficients.target, 0.0)
-        if self._softcap:
-            kept_B = self._memory[self._place_B]
-            target_B *= softcap_slope(kept_B, torch.empty_like(kept_B))
+        coefficients = by_logits(coefficients, terms.t, self._softcap, self._inverse_B)
         for b in self._row_slices():
             part = Coefficients(*(None if c_B is None else c_B[b] for c_B in coefficients))
             spare = self._spare(b) if self._softcap else None
@@ -150,7 +151,7 @@ class BlockLogits:
                 number_b = self._log2_exp(z_bC, terms.m, b, z_bC)
                 x_bC = None if spare_x is None else exponents(z_bC, number_b, self._take(spare_x, z_bC))
                 to_gradient(z_bC.exp2_(), number_b, part, x_bC, slope_bC, z_bC)
-        self._memory.scatter_add_(0, self._place_B, target_B)
+                self._targets(tile, b).write(z_bC, part.target)
 
     def _log2_exp(self, z_bC: Tensor, m_B: Tensor, b: slice, out_bC: Tensor) -> Tensor | None:
         if self._inverse_B is not None:
@@ -195,13 +196,9 @@ class BlockLogits:
         start, columns = self._rows * tile.start, tile.stop - tile.start
         return self._memory[start : start + self._rows * columns].view(self._rows, columns)
 
-    def _places(self, column_B: Tensor) -> Tensor:
-        """Where the logits of one class per row, int64 in [0, V), lie in the memory."""
-        columns = self._tiles.columns
-        start_B = column_B // columns * columns
-        width_B = (self._tiles.vocab - start_B).clamp_(max=columns)
-        row_B = torch.arange(self._rows, device=column_B.device)
-        return start_B * self._rows + row_B * width_B + (column_B - start_B)
+    def _targets(self, tile: slice, b: slice = slice(None)) -> Targets:
+        """Where the targets of some rows are in a tile."""
+        return Targets.of(self._labels_B[b], self._vocab_start + tile.start, tile.stop - tile.start)
 
     def _row_slices(self) -> Iterator[slice]:
         """Rows of which one tile is small enough for a copy."""

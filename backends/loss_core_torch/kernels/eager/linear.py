@@ -95,7 +95,6 @@ class _Call:
         self.bytes = sizes.linear_bytes(hidden, device)
         self.block = sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize)
         self.tiles = Tiles(linear.w_VH, linear.product_dtype, sizes, linear.bias_V)
-        self._column_T = linear.labels_T - linear.vocab_start
 
     def blocks(self, block: int) -> Iterator[slice]:
         """Blocks of tokens; none where there is no class."""
@@ -120,14 +119,14 @@ class _Call:
         return BlockLogits(buffer, self.rows(at), self.tiles, self._linear.softcap)
 
     def rows(self, at: slice, start: int = 0) -> BlockRows:
-        """What is known of the rows of a block, with columns counted from `start`."""
-        inverse_T = self._linear.inverse_temperature_T
-        return BlockRows(self._column_T[at] - start, None if inverse_T is None else inverse_T[at])
+        """What is known of the rows of a block, for the rows of the weight from `start` on."""
+        _, _, labels_T, vocab_start, _, _, inverse_T, _ = self._linear
+        return BlockRows(labels_T[at], vocab_start + start, None if inverse_T is None else inverse_T[at])
 
     def together(self, parts: list[RowTerms], sums: Sums) -> RowTerms:
         """Terms of all tokens from those of the blocks; of no class where there is no block."""
         if not parts:
-            return filled_terms(EMPTY_ROW, sums, self.new(self._column_T.numel()))
+            return filled_terms(EMPTY_ROW, sums, self._linear.labels_T, self.dtype)
         return joined_terms(parts)
 
 

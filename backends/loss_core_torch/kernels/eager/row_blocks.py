@@ -114,6 +114,10 @@ class Buffer:
         """The block in the dtype of the buffer: itself, or a copy in the buffer."""
         return block_BV if block_BV.dtype == self._flat.dtype else self.take(block_BV).copy_(block_BV)
 
+    def own(self, block_BV: Tensor) -> Tensor:
+        """The block in the buffer, to be written to: itself where it is there, or a copy."""
+        return block_BV if block_BV.data_ptr() == self._flat.data_ptr() else self.take(block_BV).copy_(block_BV)
+
     def exp2(self, y_BV: Tensor) -> Tensor:
         """2^y in place, where y is what `take` gave."""
         # PyTorch's kernel rounds the last elements, those that fill no vector, in another way. They are made to lie

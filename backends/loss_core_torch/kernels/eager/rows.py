@@ -21,7 +21,8 @@ from loss_core.row_terms import (
     Objective,
     RowTerms,
     Sums,
-    cross_entropy_coefficients,
+    TopK,
+    coefficients_of,
 )
 from loss_core_torch.kernels import NEW, Into, Rows
 from loss_core_torch.kernels.eager.exponentials import (
@@ -35,7 +36,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 )
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.kernels.terms import filled_terms, times
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -61,17 +62,17 @@ class RowKernels:
             kept_BV, slope_BV = walk.read(block, for_gradient=True)
             powers = walk.powers(block, kept_BV, terms.m[block.at], with_x=coefficients.slope is not None)
             part = Coefficients(*(None if c_T is None else c_T[block.at] for c_T in coefficients))
-            walk.store(block, out, powers, slope_BV, part)
+            walk.store(block, out, powers, slope_BV, part, terms.t[block.at])
         return out
 
-    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
+    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
         """Terms, and the gradient of the sum of coef * loss."""
         found, out, walk = _empty_terms(rows, objective.sums), _result(rows, None), _Walk(rows, self.sizes)
         for block in walk:
             part, powers, slope_BV = walk.terms(block, objective.sums, for_gradient=True)
             _put_terms(found, block, part)
-            coefficients = cross_entropy_coefficients(torch, part, coef_T[block.at], objective)
-            walk.store(block, out, powers, slope_BV, coefficients)
+            coefficients = coefficients_of(torch, part, coef_T[block.at], objective.of_rows(block.at))
+            walk.store(block, out, powers, slope_BV, coefficients, part.t)
         return found, out
 
 
@@ -88,13 +89,11 @@ class _Walk:
 
     def __init__(self, rows: Rows, sizes: Sizes) -> None:
         vocab, self._rows = rows.logits.shape[-1], rows
-        self._block_rows = min(sizes.block_rows(vocab, rows.logits.device), max(rows.labels_T.numel(), 1))
+        self._block_rows = min(sizes.block_rows(vocab, rows.logits.device), max(len(rows.labels_T), 1))
         self._buffer = self._new_buffer()
         # A logit is what `read` gives times this.
         self._factor = rows.softcap or 1.0
-        local_T = rows.labels_T - rows.vocab_start
-        self._owned_T = (local_T >= 0) & (local_T < vocab)
-        self._column_T = torch.where(self._owned_T, local_T, 0)
+        self._targets = Targets.of(rows.labels_T, rows.vocab_start, vocab)
 
     def __iter__(self) -> Iterator[Block]:
         return blocks(self._block_rows, self._rows.keep_T, self._rows.logits)
@@ -131,9 +130,12 @@ class _Walk:
     def terms(self, block: Block, sums: Sums, for_gradient: bool = False) -> tuple[RowTerms, _Powers, Tensor | None]:
         """Terms of a block, and what its gradient is made of."""
         z_BV, slope_BV = self.read(block, for_gradient)
+        targets = self._targets.at(block.at)
+        t_B = targets.read(z_BV, -torch.inf) * self._factor
+        if not targets.is_one:
+            z_BV = self._buffer.own(z_BV)
+            targets.write(z_BV, -torch.inf)
         m_B = z_BV.amax(-1) * self._factor
-        t_B = z_BV.gather(1, self._column_T[block.at, None])[:, 0] * self._factor
-        t_B = t_B.masked_fill_(~self._owned_T[block.at], -torch.inf)
         z_sum_B = row_sums(z_BV) * self._factor if sums.z_sum else None
         powers = self.powers(block, z_BV, m_B, with_x=sums.e)
         s_B = without(powers.number_B, row_sums(powers.powers_BV))
@@ -141,19 +143,23 @@ class _Walk:
         return RowTerms(m_B, s_B, t_B, z_sum_B, e_B), powers, slope_BV
 
     def store(
-        self, block: Block, out: Tensor, powers: _Powers, slope_BV: Tensor | None, coefficients: Coefficients
+        self,
+        block: Block,
+        out: Tensor,
+        powers: _Powers,
+        slope_BV: Tensor | None,
+        coefficients: Coefficients,
+        t_B: Tensor,
     ) -> None:
-        """The gradient of a block; 0 in ignored rows; rounded once."""
+        """The gradient of a block, given z of its targets; 0 in ignored rows; rounded once."""
         inverse_T = self._rows.inverse_temperature_T
-        if inverse_T is not None:
-            coefficients = times(coefficients, inverse_T[block.at])
+        inverse_B = None if inverse_T is None else inverse_T[block.at]
+        coefficients = by_logits(coefficients, t_B, self._rows.softcap, inverse_B)
         powers_BV, number_B, x_BV = powers
         view_BV = block.view(out)
         into_BV = view_BV if view_BV is not None and view_BV.dtype == powers_BV.dtype else powers_BV
         to_gradient(powers_BV, number_B, coefficients, x_BV, slope_BV, into_BV)
-        column_B1 = self._column_T[block.at, None]
-        target_B1 = torch.where(self._owned_T[block.at], coefficients.target, 0.0)[:, None]
-        into_BV.scatter_add_(1, column_B1, target_B1 if slope_BV is None else target_B1 * slope_BV.gather(1, column_B1))
+        self._targets.at(block.at).write(into_BV, coefficients.target)
         keep_T = self._rows.keep_T
         if keep_T is not None and isinstance(block.at, slice):
             # Not a product with 0: an ignored row may hold inf or NaN.
@@ -166,7 +172,7 @@ def _empty_terms(rows: Rows, sums: Sums) -> RowTerms:
     """Terms to be filled in; of no class where there is none, finite numbers for rows that no block holds."""
     dtype = compute_dtype(rows.logits.dtype)
     values = IGNORED_ROW if rows.logits.shape[-1] else EMPTY_ROW
-    return filled_terms(values, sums, torch.empty(rows.labels_T.shape, dtype=dtype, device=rows.logits.device))
+    return filled_terms(values, sums, rows.labels_T, dtype)
 
 
 def _put_terms(found: RowTerms, block: Block, part: RowTerms) -> None:

@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import (
+    Coefficients,
+    MixtureTerms,
+    Objective,
+    PairTerms,
+    RowTerms,
+    Sums,
+    TopK,
+    coefficients_of,
+)
 from loss_core_torch.kernels import (
     NEW,
     Blocks,
@@ -44,7 +53,10 @@ class GpuKernels:
     def row_grad(self, rows_: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
         return rows.grad(self._launcher, rows_, terms, coefficients, into)
 
-    def row_terms_and_grad(self, rows_: Rows, coef_T: Tensor, objective: Objective) -> tuple[RowTerms, Tensor]:
+    def row_terms_and_grad(self, rows_: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
+        if isinstance(objective, TopK):
+            terms = rows.terms(self._launcher, rows_, objective.sums)
+            return terms, rows.grad(self._launcher, rows_, terms, coefficients_of(torch, terms, coef_T, objective))
         return rows.terms_and_grad(self._launcher, rows_, coef_T, objective)
 
     def pair_terms(self, pairs_: Pairs) -> PairTerms:

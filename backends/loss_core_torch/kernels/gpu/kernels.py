@@ -11,7 +11,8 @@ likeliest to be still in the L2 cache, and on average half of a row has to be. S
 Offsets are 64-bit throughout: a row begins where T * V may be beyond 2^31, and so may a strided column be.
 """
 
-# T = tokens, V = vocabulary (of this rank); a block is [K, L, W]: K vectors of W columns for each of L lanes (threads)
+# T = tokens, V = vocabulary (of this rank), N = targets of a row, up to the next power of 2; a block is [K, L, W]: K
+# vectors of W columns for each of L lanes (threads)
 
 import triton
 import triton.language as tl
@@ -117,7 +118,7 @@ def fold(m_L, s_L, e_L, E: tl.constexpr):
 
 @triton.jit
 def cross_entropy_coefficients(
-    m, s, upstream, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
+    m, s, t, upstream, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
 ):  # fmt: skip
     """(scale, target, uniform) of a row's gradient; mirrors `row_terms.cross_entropy_coefficients`.
 
@@ -126,7 +127,8 @@ def cross_entropy_coefficients(
     scale = upstream / s
     if Z_LOSS != 0:
         scale = scale * (1.0 + 2.0 * Z_LOSS * (m + tl.log(s)))
-    return scale, upstream * (LABEL_SMOOTHING - 1.0), upstream * LABEL_SMOOTHING / num_classes
+    uniform = upstream * LABEL_SMOOTHING / num_classes
+    return scale, exp(t - finite(m)) * scale + upstream * (LABEL_SMOOTHING - 1.0) - uniform, uniform
 
 
 # --- terms of pairs of rows. Maxima and gaps are those of the logits as they lie; `rate` is log2 e / temperature, so
@@ -310,12 +312,46 @@ def shaped(z, mask, inverse, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr):
 
 
 @triton.jit
+def load_labels(labels_ptr, vocab_start, NUM: tl.constexpr, N: tl.constexpr):
+    """[N] columns of a row's targets, -1 behind the last of NUM."""
+    offs_n = tl.arange(0, N)
+    labels = tl.load(labels_ptr + offs_n, mask=offs_n < NUM, other=0) - vocab_start
+    return tl.where(offs_n < NUM, labels, -1)
+
+
+@triton.jit
+def load_of_targets(ptr, row, NUM: tl.constexpr, N: tl.constexpr):
+    """[N] numbers of a row's targets."""
+    offs_n = tl.arange(0, N)
+    return tl.load(ptr + row * NUM + offs_n, mask=offs_n < NUM, other=0.0)
+
+
+@triton.jit
+def without_targets(z, offs_v, end, target, labels_ptr, vocab_start, NUM: tl.constexpr):
+    """A block with -inf at those columns of the targets that are below `end`; and the next target.
+
+    They ascend, so that each is compared with the columns of one block.
+    """
+    column = tl.load(labels_ptr + target, mask=target < NUM, other=0) - vocab_start
+    while (target < NUM) & (column < end):
+        z = tl.where(offs_v == column.to(tl.int32), float("-inf"), z)
+        target += 1
+        column = tl.load(labels_ptr + target, mask=target < NUM, other=0) - vocab_start
+    return z, target
+
+
+@triton.jit
 def row_terms(
-    row_ptr, vocab, label, layout, inverse, dtype: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr,
-    Z_SUM: tl.constexpr, E: tl.constexpr, EVICT: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr, ALIKE: tl.constexpr,
+    row_ptr, vocab, labels_ptr, vocab_start, layout, inverse, dtype: tl.constexpr, SOFTCAP: tl.constexpr,
+    TEMPERED: tl.constexpr, Z_SUM: tl.constexpr, E: tl.constexpr, EVICT: tl.constexpr, NUM: tl.constexpr,
+    N: tl.constexpr, LEFT_OUT: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, t, z_sum, e) of a row; z_sum is 0 without Z_SUM, e without E."""
+    """(m, s, t, z_sum, e) of a row, t [N] of its targets; z_sum is 0 without Z_SUM, e without E.
+
+    LEFT_OUT says whether the others are of all columns but the targets'.
+    """
+    label = load_labels(labels_ptr, vocab_start, NUM, N)
     owned = (label >= 0) & (label < vocab)
     # Before the loop: where a gradient follows, it may be written into the same memory.
     t = tl.load(row_ptr + label * layout.stride_v, mask=owned, other=float("-inf")).to(dtype)
@@ -324,6 +360,9 @@ def row_terms(
     edge = edge_columns(head, body, W)
     z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT)
     z_E = shaped(z_E, edge < vocab, inverse, SOFTCAP, TEMPERED)
+    target = 0
+    if LEFT_OUT:
+        z_E = tl.where(tl.max((edge[:, None] == label[None, :]).to(tl.int32), 1) > 0, float("-inf"), z_E)
     body_ptr = body_start(row_ptr, head, layout, ALIKE)
     m = lowest(L, dtype)
     s = tl.zeros([L], dtype)
@@ -334,6 +373,9 @@ def row_terms(
         mask_v = offs_v < body
         z = load_logits(body_ptr, offs_v, mask_v, layout, dtype, EVICT)
         z = shaped(z, mask_v, inverse, SOFTCAP, TEMPERED)
+        if LEFT_OUT:
+            end = head + start + BLOCK_V
+            z, target = without_targets(z, head + offs_v, end, target, labels_ptr, vocab_start, NUM)
         if Z_SUM:
             z_sum += total(tl.reshape(tl.where(mask_v, z, 0.0), [BLOCK_V // (L * W), L, W]))
         m, s, e = extend(m, s, e, tl.reshape(z, [BLOCK_V // (L * W), L, W]), E)
@@ -344,11 +386,14 @@ def row_terms(
 
 
 @triton.jit
-def store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr):
+def store_terms(
+    row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, NUM: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
     """Terms of a row; the pointers of those that are not needed are None."""
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, s)
-    tl.store(t_ptr + row, t)
+    offs_n = tl.arange(0, N)
+    tl.store(t_ptr + row * NUM + offs_n, t, mask=offs_n < NUM)
     if z_sum_ptr is not None:
         tl.store(z_sum_ptr + row, z_sum)
     if e_ptr is not None:
@@ -392,9 +437,10 @@ def write_row_grad(
     dtype: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, UNIFORM: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_V: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a row by its logits: `gradient`, target included, times the slope of softcap and temperature.
+    """Gradient of a row by its logits: `gradient`, or `target`, times the slope of softcap and temperature.
 
-    Each logit is read before its gradient is written, which may be over it.
+    label, t and target are [N], of the row's targets. Each logit is read before its gradient is written, which may be
+    over it.
     """
     if TEMPERED:
         scale, target, uniform, slope = scale * inverse, target * inverse, uniform * inverse, slope * inverse
@@ -411,56 +457,61 @@ def write_row_grad(
         store_grad(to_ptr, offs_v, mask_v, grad_layout, grad)
     grad = logits_grad(z_E, m, inverse, scale, uniform, slope, SOFTCAP, TEMPERED, UNIFORM, SLOPE)
     store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad)
-    # From t itself, so that the element is rounded once and the loop compares no indices.
-    grad = gradient(t - finite(m), scale, uniform, slope, UNIFORM, SLOPE) + target
+    # Over what the loop has stored there: the loop compares no indices.
     if SOFTCAP != 0:
         bent = t / SOFTCAP
         if TEMPERED:
             bent = bent / inverse
-        grad = grad * (1.0 - bent * bent)
+        target = target * (1.0 - bent * bent)
     # Another thread of this program has stored the loop's value there, which must not come after this one.
     tl.debug_barrier()
-    store_grad(grad_ptr, label, (label >= 0) & (label < vocab), grad_layout, grad)
+    store_grad(grad_ptr, label, (label >= 0) & (label < vocab), grad_layout, target)
 
 
 @triton.jit
 def row_terms_kernel(
     logits_ptr,  # [T, V]
-    labels_ptr,  # [T] int64, over the whole vocabulary
+    labels_ptr,  # [T, NUM] int64, over the whole vocabulary; ascending in a row
     keep_ptr,  # [T] bool, or None
     inverse_ptr,  # [T] inverse temperatures, or None
-    m_ptr, s_ptr, t_ptr,  # [T]
+    m_ptr, s_ptr,  # [T]
+    t_ptr,  # [T, NUM]
     z_sum_ptr, e_ptr,  # [T], or None
     vocab_start, vocab, layout,
-    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    SOFTCAP: tl.constexpr, NUM: tl.constexpr, N: tl.constexpr, LEFT_OUT: tl.constexpr, BLOCK_V: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Terms of one row: program (row). Those of an empty piece for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
     end = tl.where(is_ignored(keep_ptr, row), 0, vocab)
     row_ptr = logits_ptr + row_start(row, layout)
-    label = tl.load(labels_ptr + row) - vocab_start
     inverse = 1.0
     if inverse_ptr is not None:
         inverse = tl.load(inverse_ptr + row)
     m, s, t, z_sum, e = row_terms(
-        row_ptr, end, label, layout, inverse, m_ptr.dtype.element_ty, SOFTCAP, inverse_ptr is not None,
-        z_sum_ptr is not None, e_ptr is not None, "evict_first", BLOCK_V, L, W, ALIKE,
+        row_ptr, end, labels_ptr + row * NUM, vocab_start, layout, inverse, m_ptr.dtype.element_ty, SOFTCAP,
+        inverse_ptr is not None, z_sum_ptr is not None, e_ptr is not None, "evict_first", NUM, N, LEFT_OUT, BLOCK_V, L,
+        W, ALIKE,
     )  # fmt: skip
-    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr)
+    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, NUM, N)
 
 
 @triton.jit
 def row_grad_kernel(
     grad_ptr,  # [T, V]; may be the logits
     logits_ptr,  # [T, V]
-    labels_ptr,  # [T] int64, over the whole vocabulary
+    labels_ptr,  # [T, NUM] int64, over the whole vocabulary
     keep_ptr,  # [T] bool, or None
     inverse_ptr,  # [T] inverse temperatures, or None
-    m_ptr, t_ptr,  # [T]
-    scale_ptr, target_ptr, uniform_ptr, slope_ptr,  # [T]; the last two may be None
+    m_ptr,  # [T]
+    t_ptr,  # [T, NUM]
+    scale_ptr,  # [T]
+    target_ptr,  # [T, NUM]
+    uniform_ptr, slope_ptr,  # [T], or None
     unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
     vocab_start, vocab, grad_layout, layout,
-    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    SOFTCAP: tl.constexpr, NUM: tl.constexpr, N: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one row: program (row)."""
     if is_one(unless_one_ptr):
@@ -471,7 +522,7 @@ def row_grad_kernel(
     if is_ignored(keep_ptr, row):
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
-    label = tl.load(labels_ptr + row) - vocab_start
+    label = load_labels(labels_ptr + row * NUM, vocab_start, NUM, N)
     inverse = 1.0
     if inverse_ptr is not None:
         inverse = tl.load(inverse_ptr + row)
@@ -482,9 +533,10 @@ def row_grad_kernel(
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + row)
     write_row_grad(
-        grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, tl.load(m_ptr + row), tl.load(t_ptr + row),
-        tl.load(scale_ptr + row), tl.load(target_ptr + row), uniform, slope, m_ptr.dtype.element_ty, SOFTCAP,
-        inverse_ptr is not None, uniform_ptr is not None, slope_ptr is not None, BLOCK_V, W, ALIKE,
+        grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, tl.load(m_ptr + row),
+        load_of_targets(t_ptr, row, NUM, N), tl.load(scale_ptr + row), load_of_targets(target_ptr, row, NUM, N),
+        uniform, slope, m_ptr.dtype.element_ty, SOFTCAP, inverse_ptr is not None, uniform_ptr is not None,
+        slope_ptr is not None, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -510,23 +562,23 @@ def row_kernel(
     end = tl.where(ignored, 0, vocab)
     row_ptr = logits_ptr + row_start(row, layout)
     grad_ptr += row_start(row, grad_layout)
-    label = tl.load(labels_ptr + row) - vocab_start
     coef = tl.load(coef_ptr + row)
     inverse = 1.0
     if inverse_ptr is not None:
         inverse = tl.load(inverse_ptr + row)
     m, s, t, z_sum, e = row_terms(
-        row_ptr, end, label, layout, inverse, dtype, SOFTCAP, inverse_ptr is not None, z_sum_ptr is not None,
-        e_ptr is not None, "evict_last", BLOCK_V, L, W, ALIKE,
+        row_ptr, end, labels_ptr + row, vocab_start, layout, inverse, dtype, SOFTCAP, inverse_ptr is not None,
+        z_sum_ptr is not None, e_ptr is not None, "evict_last", 1, 1, False, BLOCK_V, L, W, ALIKE,
     )  # fmt: skip
-    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr)
+    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, 1, 1)
     if ignored | (coef == 0):
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
-    scale, target, uniform = cross_entropy_coefficients(m, s, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
+    scale, target, uniform = cross_entropy_coefficients(m, s, t, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
     write_row_grad(
-        grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, m, t, scale, target, uniform, 0.0, dtype,
-        SOFTCAP, inverse_ptr is not None, LABEL_SMOOTHING != 0, False, BLOCK_V, W, ALIKE,
+        grad_ptr, row_ptr, vocab, load_labels(labels_ptr + row, vocab_start, 1, 1), grad_layout, layout, inverse, m, t,
+        scale, target, uniform, 0.0, dtype, SOFTCAP, inverse_ptr is not None, LABEL_SMOOTHING != 0, False, BLOCK_V, W,
+        ALIKE,
     )  # fmt: skip
 
 

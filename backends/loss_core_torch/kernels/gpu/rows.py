@@ -21,15 +21,16 @@ from loss_core_torch.tracing import compute_dtype
 def terms(launcher: Launcher, rows: Rows, sums: Sums) -> RowTerms:
     """Terms of each row; of an ignored row those of an empty piece. See `KernelSet.row_terms`."""
     logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab = labels_T.numel(), logits.shape[-1]
+    num_rows, vocab, is_one = len(labels_T), logits.shape[-1], labels_T.dim() == 1
     if logits.numel() == 0:
-        return filled_terms(EMPTY_ROW, sums, _new_term(rows))
+        return filled_terms(EMPTY_ROW, sums, labels_T, compute_dtype(logits.dtype))
     found = _new_terms(rows, sums)
-    kind = "capped_terms" if softcap or sums.e else "terms"
+    kind = "others_terms" if not is_one else "capped_terms" if softcap or sums.e else "terms"
     size = launcher.parameters(vocab, logits.dtype, kind)
     launcher.start(
         kernels.row_terms_kernel, (num_rows,), logits, dense(labels_T), dense(keep_T), dense(inverse_T), *found,
-        vocab_start, vocab, layout(logits), size=size, SOFTCAP=softcap, **columns(size, logits),
+        vocab_start, vocab, layout(logits), size=size, SOFTCAP=softcap, **_num_targets(labels_T), LEFT_OUT=not is_one,
+        **columns(size, logits),
     )  # fmt: skip
     return found
 
@@ -40,7 +41,7 @@ def grad(launcher: Launcher, rows: Rows, terms: RowTerms, coefficients: Coeffici
     A kernel looks at `into.unless_one`, so that the host need not wait for it.
     """
     logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab = labels_T.numel(), logits.shape[-1]
+    num_rows, vocab = len(labels_T), logits.shape[-1]
     out = _new_grad(logits) if into.out is None else into.out
     if logits.numel() == 0:
         return out
@@ -48,7 +49,7 @@ def grad(launcher: Launcher, rows: Rows, terms: RowTerms, coefficients: Coeffici
     launcher.start(
         kernels.row_grad_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
         dense(terms.m), dense(terms.t), *map(dense, coefficients), into.unless_one, vocab_start, vocab, layout(out),
-        layout(logits), size=size, SOFTCAP=softcap, **columns(size, out, logits),
+        layout(logits), size=size, SOFTCAP=softcap, **_num_targets(labels_T), **columns(size, out, logits),
     )  # fmt: skip
     return out
 
@@ -62,10 +63,10 @@ def terms_and_grad(
     a gradient of 0, whatever the row holds.
     """
     logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab = labels_T.numel(), logits.shape[-1]
+    num_rows, vocab = len(labels_T), logits.shape[-1]
     out = _new_grad(logits) if out is None else out
     if logits.numel() == 0:
-        return filled_terms(EMPTY_ROW, objective.sums, _new_term(rows)), out
+        return filled_terms(EMPTY_ROW, objective.sums, labels_T, compute_dtype(logits.dtype)), out
     found = _new_terms(rows, objective.sums)
     kind = "full_row" if softcap or any(objective.sums) else "row"
     size = launcher.parameters(vocab, logits.dtype, kind, out.dtype)
@@ -79,7 +80,14 @@ def terms_and_grad(
 
 def with_effect(coefficients: Coefficients) -> Tensor:
     """[T] bool: the rows of which a coefficient is not 0."""
-    return reduce(torch.logical_or, (c_T != 0 for c_T in coefficients if c_T is not None))
+    has_T = ((c_T != 0 if c_T.dim() == 1 else (c_T != 0).any(-1)) for c_T in coefficients if c_T is not None)
+    return reduce(torch.logical_or, has_T)
+
+
+def _num_targets(labels_T: Tensor) -> dict[str, int]:
+    """Constants: targets of a row, and that up to the next power of 2."""
+    number = 1 if labels_T.dim() == 1 else labels_T.shape[1]
+    return {"NUM": number, "N": 1 << (number - 1).bit_length()}
 
 
 def _constants(objective: Objective) -> dict[str, Any]:
@@ -87,12 +95,12 @@ def _constants(objective: Objective) -> dict[str, Any]:
     return {name.upper(): value for name, value in objective.options.items()}
 
 
-def _new_term(rows: Rows) -> Tensor:
-    return torch.empty(rows.labels_T.shape, dtype=compute_dtype(rows.logits.dtype), device=rows.logits.device)
-
-
 def _new_terms(rows: Rows, sums: Sums) -> RowTerms:
-    return RowTerms(*(_new_term(rows) if is_wanted else None for is_wanted in (True, True, True, *sums)))
+    dtype, device = compute_dtype(rows.logits.dtype), rows.logits.device
+    wanted = zip((True, True, *sums), ("m", "s", "z_sum", "e"), strict=True)
+    shape = rows.labels_T.shape[:1]
+    found = {name: torch.empty(shape, dtype=dtype, device=device) for is_wanted, name in wanted if is_wanted}
+    return RowTerms(t=torch.empty(rows.labels_T.shape, dtype=dtype, device=device), **found)
 
 
 def _new_grad(logits: Tensor) -> Tensor:

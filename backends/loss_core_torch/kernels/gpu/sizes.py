@@ -36,6 +36,8 @@ class LaunchParameters:
 _KINDS = {
     "terms": {2: (8192, 8), 4: (4096, 8), 8: (2048, 8)},
     "capped_terms": {2: (8192, 8), 4: (4096, 8), 8: (1024, 8)},
+    # Each target is compared with all columns of its block.
+    "others_terms": {2: (2048, 8), 4: (2048, 8), 8: (1024, 8)},
     "grad": {2: (4096, 8), 4: (2048, 8), 8: (512, 8)},
     "row": {2: (8192, 16), 4: (8192, 16), 8: (512, 8)},
     "full_row": {2: (8192, 16), 4: (4096, 16), 8: (512, 8)},
@@ -59,8 +61,9 @@ def launch_parameters(vocab: int, dtype: torch.dtype, kind: str, stored: torch.d
     Args:
         vocab: columns of the logits.
         dtype: of the logits that are read.
-        kind: what the kernel makes: "terms", "grad", "row" (both); with a softcap "capped_terms", with a softcap or
-            the sum of all logits "full_row"; "pair_terms", "pair_grad" or "pair_row".
+        kind: what the kernel makes: "terms", "grad", "row" (both); with a softcap "capped_terms", without the columns
+            of K targets "others_terms"; with a softcap or the sum of all logits "full_row"; "pair_terms", "pair_grad"
+            or "pair_row".
         stored: dtype of the gradient, if another.
     """
     block_v, num_warps = _KINDS[kind][dtype.itemsize]

@@ -31,7 +31,7 @@ def _block(by_onednn, softcap, dtype=torch.float32, temperature=None):
     tiles = Tiles(w_VH, dtype, SIZES)
     tiles.products = Products(dtype, h_BH.device, by_onednn)
     inverse_B = None if temperature is None else 1.0 / torch.linspace(0.5, temperature, B, dtype=dtype)
-    rows = BlockRows(labels_B, inverse_B)
+    rows = BlockRows(labels_B, 0, inverse_B)
     logits = BlockLogits(torch.full((B * V,), torch.nan, dtype=dtype), rows, tiles, softcap)
     return logits, h_BH, w_VH, rows
 
@@ -42,8 +42,8 @@ def _exact(h_BH, w_VH, rows, softcap, upstream_B, upstream_e_B):
     z = h @ w.t()
     z = softcap * torch.tanh(z / softcap) if softcap else z
     z = z if rows.inverse_temperature_B is None else z * rows.inverse_temperature_B.double()[:, None]
-    owned_B = rows.column_B < V
-    t_B = torch.where(owned_B, z.gather(1, torch.where(owned_B, rows.column_B, 0)[:, None])[:, 0], 0.0)
+    owned_B = rows.labels_B < V
+    t_B = torch.where(owned_B, z.gather(1, torch.where(owned_B, rows.labels_B, 0)[:, None])[:, 0], 0.0)
     log_p = z.log_softmax(-1)
     loss = (z.logsumexp(-1) - t_B) @ upstream_B.double() - (log_p.exp() * log_p).sum(-1) @ upstream_e_B.double()
     return z.detach(), t_B.detach(), *torch.autograd.grad(loss, (h, w))

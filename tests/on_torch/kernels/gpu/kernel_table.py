@@ -253,6 +253,10 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
     for rows in (Rows(logits, labels_T, None), Rows(logits, labels_T, labels_T != 0, 0, 30.0, coef_T)):
         terms = kernels.row_terms(rows, Sums(e=True))
         kernels.row_grad(rows, terms, Coefficients(coef_T, coef_T, slope=coef_T))
+        # 60 targets of a row, which its terms leave out.
+        rows = rows._replace(labels_T=torch.empty(num_tokens, 60, dtype=torch.int64, device="meta"))
+        terms = kernels.row_terms(rows, Sums())
+        kernels.row_grad(rows, terms, Coefficients(coef_T, terms.t))
 
 
 def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:

@@ -152,12 +152,18 @@ def test_tanh(flag):
 
 @triton.jit
 def _coefficients_kernel(
-    m_ptr, s_ptr, upstream_ptr, out_ptr, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    m_ptr, s_ptr, t_ptr, upstream_ptr, out_ptr, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     T: tl.constexpr,
 ):  # fmt: skip
     offs = tl.arange(0, T)
     scale, target, uniform = kernels.cross_entropy_coefficients(
-        tl.load(m_ptr + offs), tl.load(s_ptr + offs), tl.load(upstream_ptr + offs), num_classes, LABEL_SMOOTHING, Z_LOSS
+        tl.load(m_ptr + offs),
+        tl.load(s_ptr + offs),
+        tl.load(t_ptr + offs),
+        tl.load(upstream_ptr + offs),
+        num_classes,
+        LABEL_SMOOTHING,
+        Z_LOSS,
     )
     tl.store(out_ptr + offs, scale)
     tl.store(out_ptr + T + offs, target)
@@ -172,7 +178,7 @@ def test_coefficients_are_those_of_row_terms(flag, smoothing, z_loss, dtype):
     terms = row_terms.RowTerms(m_T, (z_TV - m_T[:, None]).exp().sum(-1), z_TV[:, 4], z_TV.sum(-1))
     upstream_T, out = torch.randn(8, dtype=dtype), torch.empty(3, 8, dtype=dtype)
     options = {"LABEL_SMOOTHING": smoothing, "Z_LOSS": z_loss}
-    _coefficients_kernel[(1,)](terms.m, terms.s, upstream_T, out, 11, **options, T=8)
+    _coefficients_kernel[(1,)](terms.m, terms.s, terms.t.contiguous(), upstream_T, out, 11, **options, T=8)
     objective = row_terms.Objective(11, smoothing, z_loss)
     expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, objective)
     for got, want in zip(out, expected[:3], strict=True):

@@ -97,7 +97,8 @@ def test_the_sum_of_all_logits_and_the_uniform_part(flag, name):
     ):
         assert found.z_sum is not None
         _same_terms(rows, found, terms)
-    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))._replace(uniform=uniform_T)
+    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+    coefficients = coefficients._replace(uniform=uniform_T, target=coefficients.target - uniform_T)
     _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
 
 
@@ -214,7 +215,8 @@ def test_labels_and_coefficients_of_any_stride(flag):
     _, grad = _expected(rows, coef_T)
     terms, made = SETS["own-sizes"].row_terms_and_grad(rows, coef_T, Objective(V))
     _close(made, grad, torch.float32)
-    coefficients = Coefficients(coef_T / terms.s, (-coef_T[:1]).expand(8))
+    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    coefficients = Coefficients(coefficients.scale, torch.stack([coefficients.target] * 2, 1)[:, 0])
     _close(SETS["own-sizes"].row_grad(rows, terms, coefficients), grad, torch.float32)
 
 
