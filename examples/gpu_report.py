@@ -28,6 +28,7 @@ from pathlib import Path
 from loss_core import (
     LOSS_CONFIG_REGISTRY,
     FusedLinearCEConfig,
+    FusedLinearKDConfig,
     FusedLinearLogProbsConfig,
     KDLossConfig,
     LossConfig,
@@ -85,6 +86,7 @@ STEPS = (
     Step("ce", _LOGITS, ((8192, 128_256), (8192, 32_000)), 60, of_roofline=0.85),
     Step("kd", _KD, ((4096, 128_256), (8192, 32_000)), 45, of_roofline=0.80),
     Step("log-probs", FusedLinearLogProbsConfig(entropy=True), ((4096, 131_072, 4096),), 40, most_bytes=2_400_000_000),
+    Step("fused-kd", FusedLinearKDConfig(), ((4096, 128_256, 4096),), 40),
     Step("fused-half-ignored", _FUSED, (_LLAMA,), 40, ignored=0.5),
     Step("fused-gemma", _FUSED, ((16_384, 248_320, 2048),), 60),
     Step("jax-ce", _LOGITS, ((8192, 128_256),), 25, **_JAX),
