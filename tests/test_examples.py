@@ -61,7 +61,7 @@ def test_training_gives_the_same_losses_on_both_backends(tmp_path):
 
 def test_another_loss_by_the_file_alone(tmp_path):
     path = loss_file(tmp_path, "name: MaskedCrossEntropy, ignore_index: -1")
-    done = example(tmp_path, "train_byte_lm.py", "--loss", path, "--steps", "2", "--dtype", "bfloat16")
+    done = example(tmp_path, "train_byte_lm.py", "--loss", path, "--steps", "1", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
 
 
@@ -76,11 +76,15 @@ def test_another_loss_by_the_file_alone(tmp_path):
     ],
     ids=["unknown flag", "typo", "no YAML", "a loss with a teacher", "a reduction that is not summed"],
 )
-def test_a_mistake_is_a_message_and_no_traceback(tmp_path, options, text, message):
-    done = example(tmp_path, "train_byte_lm.py", "--steps", "1", "--loss", loss_file(tmp_path, text), *options)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_a_message_and_no_traceback(tmp_path, monkeypatch, capsys, options, text, message):
+    # In this process, which has torch already: whatever is not an orderly exit is no SystemExit here.
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = str(EXAMPLES / "train_byte_lm.py")
+    monkeypatch.setattr(sys, "argv", [script, "--steps", "1", "--loss", loss_file(tmp_path, text), *options])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(script, run_name="__main__")
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
@@ -120,7 +124,8 @@ def test_demo_fails_when_a_backend_is_wrong(tmp_path):
     # The torch loss in both places; the second one is right, but its gradient is 1e-4 too large.
     broken = f"""
 import runpy, sys
-import torch, loss_core_bridge
+import torch, byte_lm, loss_core_bridge
+byte_lm.MAX_BYTES = 100_000  # the held-out tokens are the most of such a short run
 build = loss_core_bridge.build_torch_loss
 class Off(torch.nn.Module):
     def __init__(self, loss):

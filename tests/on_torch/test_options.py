@@ -64,10 +64,10 @@ def test_as_in_torch(flag, config, minus_inf):
 @pytest.mark.parametrize("flag", ["torch:eager", "jax:xla"])
 def test_over_ranks(flag):
     options = {"label_smoothing": 0.2, "z_loss": 0.1, "logit_softcapping": 3.0}
-    for config in (MaskedCrossEntropyConfig(**options), FusedLinearCEConfig(**options)):
-        report = check(config, [flag], dtypes=["float32"], only=["basic", "edge-labels", "loss-weights"], tp=[2])
-        assert report.passed, "\n".join(map(str, report.failures))
-        assert [row.flag for row in report.rows] == [f"{flag} tp=2"]
+    losses = [MaskedCrossEntropyConfig(**options), FusedLinearCEConfig(**options)]
+    report = check(losses, [flag], dtypes=["float32"], only=["basic", "edge-labels", "loss-weights"], tp=[2])
+    assert report.passed, "\n".join(map(str, report.failures))
+    assert [row.flag for row in report.rows] == [f"{flag} tp=2"] * len(losses)
 
 
 def test_te_refuses_it_over_a_group():
@@ -129,9 +129,10 @@ def test_what_is_no_bias(config):
 
 @pytest.mark.parametrize("flag", ["torch:eager", "jax:xla"])
 def test_a_bias_over_ranks(flag):
-    for config in (FusedLinearCEConfig(), FusedLinearLogProbsConfig(entropy=True)):
-        report = check(config, [flag], dtypes=["float32"], only=["bias"], tp=[2])
-        assert report.passed, "\n".join(map(str, report.failures))
+    losses = [FusedLinearCEConfig(), FusedLinearLogProbsConfig(entropy=True)]
+    report = check(losses, [flag], dtypes=["float32"], only=["bias"], tp=[2])
+    assert report.passed, "\n".join(map(str, report.failures))
+    assert len(report.rows) == len(losses)
 
 
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan"), "0.1", True, None])
