@@ -4,6 +4,7 @@ from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCro
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
+from loss_core_jax.losses.top_k_distillation import TopKDistillation
 
 __all__ = [
     "FusedLinearCrossEntropy",
@@ -12,4 +13,5 @@ __all__ = [
     "LogProbs",
     "MaskedCrossEntropy",
     "TEParallelCrossEntropy",
+    "TopKDistillation",
 ]

@@ -7,6 +7,7 @@ from loss_core_torch.modules import (
     LogProbs,
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
+    TopKDistillation,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "LogProbs",
     "MaskedCrossEntropy",
     "TEParallelCrossEntropy",
+    "TopKDistillation",
 ]

@@ -5,7 +5,7 @@ knows a loss by its class. `loss_core.register_loss(..., definition=LossDef(...)
 them as ours.
 """
 
-# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden
+# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden, K = classes of a teacher per token
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ Floats = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
 
 
+# Classes of a teacher per token, as inference engines and files of log-probabilities have them.
+TOP_K = 64
+
+
 class Sizes(NamedTuple):
-    """Sizes of one call.
+    """Sizes of one call; K is `TOP_K`, or half of V where that is less.
 
     Attributes:
         lead: leading dimensions of labels, whose product is T.
@@ -41,7 +45,7 @@ class Sizes(NamedTuple):
         >>> Sizes((4, 6), 507).shape(("T", "V"))
         (4, 6, 507)
         """
-        sizes = {"T": self.lead, "V": (self.vocab,), "H": (self.hidden,)}
+        sizes = {"T": self.lead, "V": (self.vocab,), "H": (self.hidden,), "K": (max(min(self.vocab // 2, TOP_K), 1),)}
         return tuple(size for dim in dims for size in sizes[dim])
 
 
@@ -51,13 +55,15 @@ class Argument:
 
     Attributes:
         name: keyword of the forward.
-        dims: "T" (any number of leading dimensions), "V", "H"; () for a scalar.
+        dims: "T" (any number of leading dimensions), "V", "H", "K"; () for a scalar.
         kind: "float"; "label" (integers, class or ignore_index), "mark" (integers that say only what is ignored),
-            "mask", "count" (an integer that divides a sum), or "hint" (how many tokens count, given for speed).
+            "index" (integers, classes), "mask", "count" (an integer that divides a sum), or "hint" (how many tokens
+            count, given for speed).
         differentiated: whether it has a gradient; trained: whether training needs that gradient.
         optional: whether it may be left out.
         sum_only: whether it is refused with another reduction than "sum".
         with_count: whether it is refused without the argument of kind "count".
+        draw: (shape, V, random generator) -> numbers, where not any will do; None: normal ones, or any classes.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Argument:
     optional: bool = False
     sum_only: bool = False
     with_count: bool = False
+    draw: Callable[[tuple[int, ...], int, np.random.Generator], NDArray[Any]] | None = None
 
     @property
     def vocab_axis(self) -> int | None:
@@ -185,6 +192,11 @@ class LossDef:
     def inputs(self) -> tuple[Argument, ...]:
         """The floating arguments that must be given."""
         return tuple(a for a in self.arguments if a.kind == "float" and not a.optional)
+
+    @property
+    def drawn(self) -> tuple[Argument, ...]:
+        """`inputs`, and the indices that must be given."""
+        return tuple(a for a in self.arguments if a.kind in ("float", "index") and not a.optional)
 
     @property
     def vocab_axes(self) -> dict[str, int]:

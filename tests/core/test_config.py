@@ -28,6 +28,7 @@ from loss_core import (
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
+    TopKDistillationConfig,
     build_loss_config,
     build_loss_module,
     register_loss,
@@ -49,6 +50,7 @@ REGISTRY = {
     "KDLoss": KDLossConfig,
     "LogProbs": LogProbsConfig,
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
+    "TopKDistillation": TopKDistillationConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -63,6 +65,9 @@ CHANGED = {
     "LogProbs": LogProbsConfig(ignore_index=3, temperature=2.5, logit_softcapping=30.0, entropy=True),
     "FusedLinearLogProbs": FusedLinearLogProbsConfig(
         ignore_index=3, temperature=0.5, logit_softcapping=5.0, entropy=True, sequence_parallel=True
+    ),
+    "TopKDistillation": TopKDistillationConfig(
+        ignore_index=3, temperature=2.5, fp32_upcast=False, logit_softcapping=30.0, tail=False
     ),
 }
 TYPED = list(REGISTRY.values())

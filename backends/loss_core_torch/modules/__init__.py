@@ -4,6 +4,7 @@ from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy, TEParallel
 from loss_core_torch.modules.distillation import KDLoss
 from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
+from loss_core_torch.modules.top_k_distillation import TopKDistillation
 
 __all__ = [
     "FusedLinearCrossEntropy",
@@ -12,4 +13,5 @@ __all__ = [
     "LogProbs",
     "MaskedCrossEntropy",
     "TEParallelCrossEntropy",
+    "TopKDistillation",
 ]
