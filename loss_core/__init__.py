@@ -23,6 +23,7 @@ from loss_core.config import (
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
+    TopKDistillationConfig,
 )
 from loss_core.dispatch.flags import parse_flag
 from loss_core.dispatch.protocol import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice
@@ -49,6 +50,7 @@ __all__ = [
     "MaskedCrossEntropyConfig",
     "TEParallelCEConfig",
     "TokenLogProbs",
+    "TopKDistillationConfig",
     "build_loss_config",
     "build_loss_module",
     "parse_flag",

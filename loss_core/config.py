@@ -267,6 +267,40 @@ class FusedLinearKDConfig(LossConfig):
         check_bool("sequence_parallel", self.sequence_parallel)
 
 
+@typed_loss("TopKDistillation", "top_k_distillation")
+@dataclass
+class TopKDistillationConfig(LossConfig):
+    """Distillation from a teacher of which K log-probabilities per token are known: KL(teacher || student), times T^2.
+
+    The teacher's log-probabilities are taken as they are given, as those at temperature T; temperature and softcap are
+    the student's. With all classes known the loss is that of KDLossConfig, T^2 included.
+
+    Attributes:
+        ignore_index: as in KDLossConfig.
+        temperature: softmax temperature T, no unit; 2**-63 to 2**63.
+        fp32_upcast: as in KDLossConfig.
+        tp_group: as in TEParallelCEConfig.
+        logit_softcapping: as in MaskedCrossEntropyConfig; before the temperature.
+        tail: True: all other classes together are one more class, which has the rest of either's probability; False:
+            the sum of p (log p - log q) over the K classes, with p and q as they are: neither is renormalised, and
+            the sum may be negative.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    fp32_upcast: bool = True
+    tp_group: Any = field(default=None, repr=False, compare=False)
+    logit_softcapping: float = 0.0
+    tail: bool = True
+
+    def validate(self) -> None:
+        check_integer("ignore_index", self.ignore_index)
+        check_number("temperature", self.temperature, "a finite number > 0")
+        check_bool("fp32_upcast", self.fp32_upcast)
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
+        check_bool("tail", self.tail)
+
+
 @dataclass
 class LossFromFactoryConfig(LossConfig):
     """A loss made by any class or callable: `factory(**kwargs)`.

@@ -132,8 +132,8 @@ class Layout:
 
 
 def place(tile: Tiled, dtype: str) -> jax.Array:
-    """The whole array, repeated on the device."""
-    block = jnp.asarray(tile.block, dtype)
+    """The whole array, repeated on the device; indices as they are."""
+    block = jnp.asarray(tile.block, dtype if tile.block.dtype.kind == "f" else np.int32)
     size = int(np.prod(tile.shape))
     whole: jax.Array = jnp.tile(block, -(-size // len(block)))[:size].reshape(tile.shape)
     return whole

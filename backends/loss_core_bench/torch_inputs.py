@@ -19,8 +19,9 @@ DTYPES = {
 
 
 def place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
-    """The whole tensor, repeated on the device."""
-    block = torch.from_numpy(tile.block).to(device=device, dtype=dtype)
+    """The whole tensor, repeated on the device; indices as they are."""
+    block = torch.from_numpy(tile.block)
+    block = block.to(device=device, dtype=dtype if block.is_floating_point() else block.dtype)
     size = int(np.prod(tile.shape))
     return block.repeat(-(-size // len(block)))[:size].view(tile.shape)
 

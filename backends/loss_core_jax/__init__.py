@@ -5,6 +5,7 @@ from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
+from loss_core_jax.losses.top_k_distillation import TopKDistillation
 
 __all__ = [
     "FusedLinearCrossEntropy",
@@ -14,4 +15,5 @@ __all__ = [
     "LogProbs",
     "MaskedCrossEntropy",
     "TEParallelCrossEntropy",
+    "TopKDistillation",
 ]

@@ -8,6 +8,7 @@ from loss_core_torch.modules import (
     LogProbs,
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
+    TopKDistillation,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "LogProbs",
     "MaskedCrossEntropy",
     "TEParallelCrossEntropy",
+    "TopKDistillation",
 ]

@@ -24,6 +24,7 @@ from loss_core_torch.modules import (
     LogProbs,
     MaskedCrossEntropy,
     TEParallelCrossEntropy,
+    TopKDistillation,
 )
 from loss_core_torch.modules.base import LossModule
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
@@ -48,6 +49,7 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     LogProbs: ("plain", "eager", "compile", "triton"),
     FusedLinearLogProbs: ("plain", "eager", "triton"),
     FusedLinearKDLoss: ("plain", "eager", "compile", "triton"),
+    TopKDistillation: ("plain", "eager", "compile", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

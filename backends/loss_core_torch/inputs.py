@@ -22,6 +22,7 @@ class Tokens(NamedTuple):
         num_tokens: divisor of the sum, a number or a 0-d tensor, or None.
         weights_T: factor of each token's loss, or None.
         inverse_temperature_T: factor of each token's logits, in the dtype of the arithmetic, or None.
+        teacher: of K classes per token, or None.
         nan_T: 1 for each token, NaN where it was seen too late for an error that its arguments are wrong; or None.
     """
 
@@ -31,7 +32,19 @@ class Tokens(NamedTuple):
     num_tokens: Any = None
     weights_T: Tensor | None = None
     inverse_temperature_T: Tensor | None = None
+    teacher: Teacher | None = None
     nan_T: Tensor | None = None
+
+
+class Teacher(NamedTuple):
+    """What a call says of its teacher.
+
+    Attributes:
+        index_TK: int64, the classes; log_p_TK: their log-probabilities, as they were given.
+    """
+
+    index_TK: Tensor
+    log_p_TK: Tensor
 
 
 def tensor(name: str, value: Any) -> Tensor:

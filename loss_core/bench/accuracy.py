@@ -45,7 +45,7 @@ class Judge:
         self.job: Job = job.reduced()
         definition, config = job.definition, self.job.loss_config()
         tiles, labels = make_inputs(self.job)
-        arrays: dict[str, Any] = {name: round_to(tile.full(), job.dtype) for name, tile in tiles.items()}
+        arrays: dict[str, Any] = {name: _rounded(tile.full(), job.dtype) for name, tile in tiles.items()}
         arrays["labels"] = labels
         found = evaluate(config, arrays)
         # Matrix engines take 16-bit operands, so an implementation may round the logits' gradient to them.
@@ -100,12 +100,12 @@ def expected_rows(job: Job) -> NDArray[np.float64]:
     tokens = sampled_tokens(job)
     arrays: dict[str, Any] = {"labels": labels[tokens]}
     weights: list[Tiled] = []
-    for argument in definition.inputs:
+    for argument in definition.drawn:
         tile = tiles[argument.name]
         # What a dtype of at most 32 bits holds, float32 holds, too; and float64 inputs are made of float32 numbers.
-        rounded = Tiled(round_to(tile.block, job.dtype).astype(np.float32), tile.shape)
+        rounded = Tiled(_rounded(tile.block, job.dtype).astype(tile.block.dtype), tile.shape)
         if argument.dims[0] == "T":
-            arrays[argument.name] = rounded.rows(tokens).astype(np.float64)
+            arrays[argument.name] = rounded.rows(tokens).astype(np.float64 if argument.kind == "float" else np.int64)
         elif definition.sampled_rows is None:
             arrays[argument.name] = rounded.full()
         else:
@@ -117,6 +117,11 @@ def expected_rows(job: Job) -> NDArray[np.float64]:
     if definition.sampled_rows is None:
         return evaluate(config, arrays, upstream).grads[first]
     return definition.sampled_rows(config, arrays[first], _blocks(weights[0]), arrays, upstream)
+
+
+def _rounded(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Floats as the dtype holds them; integers as they are."""
+    return round_to(values, dtype) if values.dtype.kind == "f" else values
 
 
 def _blocks(weight: Tiled) -> Iterator[NDArray[np.float32]]:

@@ -111,14 +111,14 @@ class Tiled:
     """An array given by the numbers that are repeated to fill it.
 
     Attributes:
-        block: [n] float32.
+        block: [n] float32, or int64 for indices.
         shape: of the array.
     """
 
-    block: NDArray[np.float32]
+    block: NDArray[Any]
     shape: tuple[int, ...]
 
-    def full(self) -> NDArray[np.float32]:
+    def full(self) -> NDArray[Any]:
         """The array itself."""
         return np.resize(self.block, self.shape)
 
@@ -127,7 +127,7 @@ class Tiled:
         width = self.shape[1]
         return Tiled(np.roll(self.block, -start * width), (stop - start, width))
 
-    def rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    def rows(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Some rows of an array of two dimensions, without the others."""
         width = self.shape[1]
         return np.take(self.block, indices[:, None] * width + np.arange(width), mode="wrap")
@@ -161,16 +161,21 @@ def gradient_bytes(job: Job) -> int:
 
 
 def make_inputs(job: Job) -> tuple[dict[str, Tiled], NDArray[np.int64]]:
-    """The floating inputs by argument name, and labels [T] with the exact share of ignored ones.
+    """The inputs by argument name, and labels [T] with the exact share of ignored ones.
 
     The same job gives the same numbers in every process.
     """
     sizes = Sizes((job.shape[0],), *job.shape[1:])
     tokens, vocab = job.shape[:2]
     tiles = {}
-    for index, argument in enumerate(job.definition.inputs):
+    for index, argument in enumerate(job.definition.drawn):
         rng = np.random.default_rng([job.seed, index])
         shape = sizes.shape(argument.dims)
+        if argument.draw is not None:
+            # Whole rows of them.
+            rows = argument.draw((min(shape[0], BLOCK // shape[-1]), *shape[1:]), vocab, rng).reshape(-1)
+            tiles[argument.name] = Tiled(rows.astype(np.float32) if argument.kind == "float" else rows, shape)
+            continue
         block = rng.standard_normal(min(math.prod(shape), BLOCK), np.float32)
         tiles[argument.name] = Tiled(block * np.float32(argument.spread(sizes, LOGIT_SCALE)), shape)
     rng = np.random.default_rng([job.seed, len(tiles)])

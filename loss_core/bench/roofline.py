@@ -48,7 +48,9 @@ def words(job: Job) -> str:
     if products := len(_inner_sizes(job)):
         counted = f"{products} matrix product{'s' if products > 1 else ''}"
     else:
-        reads, writes = len(job.definition.inputs), 0 if job.forward_only else len(job.trained)
+        # What has K numbers per token is not worth words.
+        reads = sum("V" in argument.dims for argument in job.definition.inputs)
+        writes = 0 if job.forward_only else len(job.trained)
         counted = f"{reads} read{'s' if reads > 1 else ''}"
         counted += f" + {writes} write{'s' if writes > 1 else ''} of the logits" if writes else " of the logits"
     return counted if job.tp == 1 else f"{counted}, of the largest of {job.tp} parts,"

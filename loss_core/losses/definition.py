@@ -5,7 +5,8 @@ knows a loss by its class. `loss_core.register_loss(..., definition=LossDef(...)
 them as ours.
 """
 
-# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden, H_t = hidden of a teacher
+# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden, H_t = hidden of a teacher, K = classes of a
+# teacher per token
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ Floats = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
 
 
+# Classes of a teacher per token, as inference engines and files of log-probabilities have them.
+TOP_K = 64
+
+
 class Sizes(NamedTuple):
-    """Sizes of one call.
+    """Sizes of one call; K is `TOP_K`, or half of V where that is less.
 
     Attributes:
         lead: leading dimensions of labels, whose product is T.
@@ -41,8 +46,14 @@ class Sizes(NamedTuple):
         >>> Sizes((4, 6), 507).shape(("T", "V"))
         (4, 6, 507)
         """
-        # Another number than H, so that one taken for the other shows; and a teacher is larger.
-        sizes = {"T": self.lead, "V": (self.vocab,), "H": (self.hidden,), "H_t": (2 * self.hidden,)}
+        sizes = {
+            "T": self.lead,
+            "V": (self.vocab,),
+            "H": (self.hidden,),
+            # Another number than H, so that one taken for the other shows; and a teacher is larger.
+            "H_t": (2 * self.hidden,),
+            "K": (max(min(self.vocab // 2, TOP_K), 1),),
+        }
         return tuple(size for dim in dims for size in sizes[dim])
 
 
@@ -52,13 +63,15 @@ class Argument:
 
     Attributes:
         name: keyword of the forward.
-        dims: "T" (any number of leading dimensions), "V", "H", "H_t"; () for a scalar.
+        dims: "T" (any number of leading dimensions), "V", "H", "H_t", "K"; () for a scalar.
         kind: "float"; "label" (integers, class or ignore_index), "mark" (integers that say only what is ignored),
-            "mask", "count" (an integer that divides a sum), or "hint" (how many tokens count, given for speed).
+            "index" (integers, classes), "mask", "count" (an integer that divides a sum), or "hint" (how many tokens
+            count, given for speed).
         differentiated: whether it has a gradient; trained: whether training needs that gradient.
         optional: whether it may be left out.
         sum_only: whether it is refused with another reduction than "sum".
         with_count: whether it is refused without the argument of kind "count".
+        draw: (shape, V, random generator) -> numbers, where not any will do; None: normal ones, or any classes.
     """
 
     name: str
@@ -69,6 +82,7 @@ class Argument:
     optional: bool = False
     sum_only: bool = False
     with_count: bool = False
+    draw: Callable[[tuple[int, ...], int, np.random.Generator], NDArray[Any]] | None = None
 
     @property
     def vocab_axis(self) -> int | None:
@@ -186,6 +200,11 @@ class LossDef:
     def inputs(self) -> tuple[Argument, ...]:
         """The floating arguments that must be given."""
         return tuple(a for a in self.arguments if a.kind == "float" and not a.optional)
+
+    @property
+    def drawn(self) -> tuple[Argument, ...]:
+        """`inputs`, and the indices that must be given."""
+        return tuple(a for a in self.arguments if a.kind in ("float", "index") and not a.optional)
 
     @property
     def vocab_axes(self) -> dict[str, int]:

@@ -36,7 +36,15 @@ def captured(loss="MaskedCrossEntropy", tokens=6, vocab=11, dtype=np.float32):
             "teacher_hidden_states": floats(tokens, 7), "teacher_lm_weight": floats(vocab, 7),
         },
         "KDLoss": lambda: {"student_logits": floats(tokens, vocab), "teacher_logits": floats(tokens, vocab)},
+        "TopKDistillation": lambda: {"student_logits": floats(tokens, vocab), **top_k(floats(tokens, vocab))},
     }[loss]() | {"labels": labels}  # fmt: skip
+
+
+def top_k(logits):
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    indices = np.argsort(-logits)[:, :3]
+    log_p = np.take_along_axis(log_p, indices, 1).astype(logits.dtype)
+    return {"teacher_indices": indices, "teacher_logprobs": log_p}
 
 
 @pytest.mark.parametrize("loss", list(LOSS_CONFIG_REGISTRY))

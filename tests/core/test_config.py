@@ -29,6 +29,7 @@ from loss_core import (
     LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
+    TopKDistillationConfig,
     build_loss_config,
     build_loss_module,
     register_loss,
@@ -51,6 +52,7 @@ REGISTRY = {
     "LogProbs": LogProbsConfig,
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
     "FusedLinearKDLoss": FusedLinearKDConfig,
+    "TopKDistillation": TopKDistillationConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -68,6 +70,9 @@ CHANGED = {
     ),
     "FusedLinearKDLoss": FusedLinearKDConfig(
         ignore_index=3, temperature=2.5, divergence="jsd", beta=0.25, sequence_parallel=True
+    ),
+    "TopKDistillation": TopKDistillationConfig(
+        ignore_index=3, temperature=2.5, fp32_upcast=False, logit_softcapping=30.0, tail=False
     ),
 }
 TYPED = list(REGISTRY.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,7 +178,11 @@ def inputs(
         shape = sizes.shape(argument.dims)
         if argument.optional:
             continue
-        if argument.kind == "float":
+        if argument.draw is not None:
+            drawn = torch.from_numpy(argument.draw(shape, vocab, np.random.default_rng(seed)))
+            floating = argument.kind == "float"
+            made[argument.name] = drawn.to(dtype).requires_grad_(requires_grad) if floating else drawn
+        elif argument.kind == "float":
             made[argument.name] = torch.randn(shape, generator=g).to(dtype).requires_grad_(requires_grad)
         else:
             made[argument.name] = torch.randint(0, max(vocab, 1), shape, generator=g)

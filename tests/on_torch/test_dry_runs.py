@@ -61,18 +61,17 @@ def test_meta_tensors(flag, config):
 @cells(configs(), interpreted=False)
 def test_make_fx(flag, config, mode):
     loss = built(config, flag)
-    arguments = inputs(config)
-    labels, floats = arguments["labels"], {name: x.detach() for name, x in leaves(arguments).items()}
+    arguments = {name: x.detach() for name, x in inputs(config).items()}
 
-    def step(labels, *values):
-        made = {name: x.detach().requires_grad_() for name, x in zip(floats, values, strict=True)}
-        return tuple(run(loss, {**made, "labels": labels}, 1.0).values())
+    def step(*values):
+        made = ((name, x.detach()) for name, x in zip(arguments, values, strict=True))
+        return tuple(run(loss, {name: x.requires_grad_(x.is_floating_point()) for name, x in made}, 1.0).values())
 
     def holds():
-        traced = make_fx(step, tracing_mode=mode)(labels, *floats.values())
+        traced = make_fx(step, tracing_mode=mode)(*arguments.values())
         # Other values than those that were traced.
         others = inputs(config, seed=1)
-        got = traced(others["labels"], *(others[name].detach() for name in floats))
+        got = traced(*(others[name].detach() for name in arguments))
         torch.testing.assert_close(got, tuple(run(loss, others, 1.0).values()))
 
     right_or_names_plain(flag, holds)

@@ -9,7 +9,7 @@ from helpers.torch_calls import DTYPES, assert_same, cells, configs, count_of, i
 
 # A distillation is told by its teacher: labels do not enter its loss.
 DISTILLATIONS = [config for config in configs() if takes(config, "mark")]
-CROSS_ENTROPIES = [config for config in configs() if not takes(config, "mark")]
+CROSS_ENTROPIES = [config for config in configs() if takes(config, "label")]
 # What recipes map padding and special tokens to, and what lies around the classes [0, 11).
 OTHERS = [-1, -2, -101, 11, 12, 50_256, 2**31 - 1, -(2**31), 2**62]
 

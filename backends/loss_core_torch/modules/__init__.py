@@ -5,6 +5,7 @@ from loss_core_torch.modules.distillation import KDLoss
 from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_torch.modules.linear_distillation import FusedLinearKDLoss
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
+from loss_core_torch.modules.top_k_distillation import TopKDistillation
 
 __all__ = [
     "FusedLinearCrossEntropy",
@@ -14,4 +15,5 @@ __all__ = [
     "LogProbs",
     "MaskedCrossEntropy",
     "TEParallelCrossEntropy",
+    "TopKDistillation",
 ]

@@ -196,7 +196,11 @@ def _values(tokens: Tokens) -> Message:
     message: Message = {"count": None if tokens.num_tokens is None else float(tokens.num_tokens)}
     assert tokens.keep_T is not None
     labels_T = torch.where(tokens.keep_T, tokens.labels_T, 0)
-    for name, value in (("labels", labels_T), ("labels and mask", tokens.keep_T), ("loss_weights", tokens.weights_T)):
+    of_tokens = {"labels": labels_T, "labels and mask": tokens.keep_T, "loss_weights": tokens.weights_T}
+    if tokens.teacher is not None:
+        kept = [x.detach().masked_fill(~tokens.keep_T[:, None], 0) for x in tokens.teacher]
+        of_tokens |= {"teacher_indices": kept[0], "teacher_logprobs": kept[1]}
+    for name, value in of_tokens.items():
         if value is not None:
             message[name] = zlib.crc32(value.detach().contiguous().view(torch.uint8).numpy().data)
     if labels_T.numel():
@@ -242,7 +246,7 @@ def _problem_of_values(messages: Sequence[Message], ignore_index: int | None) ->
             if ignore_index is not None and not 0 <= label < total:
                 text = f"labels{position} is {label}, which is neither a class in [0, {total}) nor ignore_index "
                 return _on_rank(rank, f"{text}({ignore_index}).", len(messages))
-    for name in ("labels", "labels and mask", "loss_weights"):
+    for name in ("labels", "labels and mask", "loss_weights", "teacher_indices", "teacher_logprobs"):
         if (other := _first_other([message.get(name) for message in messages])) is not None:
             return (
                 f"{name} must be the same on every rank of the group over which the vocabulary is sharded; those of "

@@ -60,7 +60,10 @@ class Layout:
         return value.to_local() if is_dtensor(value) else value
 
     def token_values(self, name: str, value: Any, local_lead: torch.Size) -> Any:
-        """This rank's part of labels, mask or weights: a DTensor, a plain tensor of its own tokens, or of all of them.
+        """This rank's part of labels, mask, weights or what has more dimensions behind those of the tokens.
+
+        A DTensor, a plain tensor of its own tokens, or of all of them.
+
 
         Raises:
             ValueError: a DTensor that lies elsewhere than the tokens do.
@@ -71,7 +74,8 @@ class Layout:
 
         placed: Any = value
         if not is_dtensor(value):
-            if value.shape == local_lead or tuple(value.shape) != self.lead:
+            lead = value.shape[: len(self.lead)]
+            if lead == local_lead or tuple(lead) != self.lead:
                 return value
             placed = DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         elif placed.device_mesh != self.mesh:

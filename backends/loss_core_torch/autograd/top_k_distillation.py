@@ -1,0 +1,111 @@
+"""Distillation from K log-probabilities of a teacher as autograd functions."""
+
+# T = tokens, K = classes of the teacher, V = vocabulary (of this rank)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loss_core.row_terms import (
+    RowTerms,
+    Sums,
+    TopK,
+    top_k_coefficients,
+    top_k_distillation,
+    top_k_teacher_gradient,
+)
+from loss_core_torch import operators
+from loss_core_torch.autograd.base import LossFunction, check_upstream
+from loss_core_torch.kernels import Into, KernelSet, Rows
+from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.second_derivative import once_differentiable
+
+
+class Call(NamedTuple):
+    """What a call is beside its tensors.
+
+    Attributes:
+        kernels: the set of kernels.
+        tail: whether the other classes together are one more class.
+        softcap: of the logits; 0 is off.
+        vocab_start: first class of these logits.
+        group: over which the vocabulary is sharded, or None.
+        grad_in_forward: the student's gradient is made in the forward; only with coefficients, no group, no trace.
+    """
+
+    kernels: KernelSet
+    tail: bool
+    softcap: float = 0.0
+    vocab_start: int = 0
+    group: Any = None
+    grad_in_forward: bool = False
+
+
+class TopKDistillation(LossFunction):
+    """Divergence of each token from its teacher, or their sum with given coefficients; not times T^2.
+
+    Inputs: logits [..., V] float; labels_TK [T, K] int64 over the whole vocabulary, ascending in each row; log_p_TK
+    [T, K] of them, in the dtype of the arithmetic; keep_T [T] bool or None; inverse_T [T], inverse temperatures in that
+    dtype, or None; coef_T [T] in that dtype, not differentiated, or None; the call.
+    Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
+    arithmetic. Further outputs are what waits for the backward. See `CrossEntropy` on a second backward.
+    """
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        labels_TK: Tensor,
+        log_p_TK: Tensor,
+        keep_T: Tensor | None,
+        inverse_T: Tensor | None,
+        coef_T: Tensor | None,
+        call: Call,
+    ) -> tuple[Tensor, ...]:
+        rows, teacher = _rows(logits, labels_TK, keep_T, inverse_T, call), TopK(log_p_TK, call.tail)
+        made: list[Tensor] = []
+        if call.grad_in_forward:
+            assert coef_T is not None
+            terms, *made = operators.row_terms_and_grad(call.kernels, rows, coef_T, teacher)
+        else:
+            terms = operators.row_terms(call.kernels, rows, Sums())
+        if call.group is not None:
+            terms = collectives.fold(terms, call.group)
+        loss_T = zero_where_ignored(top_k_distillation(torch, terms, teacher), keep_T)
+        return loss_T if coef_T is None else weighted_sum(coef_T, loss_T), *terms[:3], *made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream, call = grads[0], ctx.call
+        check_upstream(upstream)
+        logits, labels_TK, log_p_TK, keep_T, inverse_T, coef_T, *rest = ctx.saved_tensors
+        terms, made, teacher = RowTerms(*rest[:3]), rest[3:], TopK(log_p_TK, call.tail)
+        by_logits: Tensor | None = None
+        with torch.no_grad():
+            upstream_T = upstream.to(terms.s.dtype)
+            upstream_T = upstream_T.expand(terms.s.shape) if coef_T is None else coef_T * upstream_T
+            args = (call.kernels, _rows(logits, labels_TK, keep_T, inverse_T, call), terms)
+            coefficients = top_k_coefficients(torch, terms, upstream_T, teacher)
+            if made and not ctx.spent:
+                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+                ctx.spent = True
+                by_logits = operators.row_grad(*args, coefficients, into=Into(made[0].data, upstream))
+            elif ctx.needs_input_grad[0]:
+                by_logits = operators.row_grad(*args, coefficients)
+            by_log_p = teacher_grad(terms, teacher, upstream_T, keep_T) if ctx.needs_input_grad[2] else None
+        refusing = (once_differentiable(x, logits, log_p_TK, upstream) for x in (by_logits, by_log_p))
+        by_logits, by_log_p = refusing
+        return by_logits, None, by_log_p, None, None, None, None
+
+
+def teacher_grad(terms: RowTerms, teacher: TopK, upstream_T: Tensor, keep_T: Tensor | None) -> Tensor:
+    """The gradient by the teacher's log-probabilities, [T, K]; 0 in ignored rows."""
+    grad_TK = top_k_teacher_gradient(torch, terms, teacher) * upstream_T[:, None]
+    return grad_TK if keep_T is None else grad_TK.masked_fill(~keep_T[:, None], 0.0)
+
+
+def _rows(logits: Tensor, labels_TK: Tensor, keep_T: Tensor | None, inverse_T: Tensor | None, call: Call) -> Rows:
+    return Rows(logits, labels_TK, keep_T, call.vocab_start, call.softcap, inverse_T)

@@ -1,0 +1,179 @@
+"""Distillation from K log-probabilities of a teacher as torch modules. No mathematics here."""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, K = classes of the teacher
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loss_core import BackendUnavailable, TopKDistillationConfig
+from loss_core.row_terms import TopK
+from loss_core_torch import compat, inputs, top_k_teacher
+from loss_core_torch.autograd import top_k_distillation as autograd
+from loss_core_torch.inputs import Tokens
+from loss_core_torch.kernels import Rows, WholeLosses
+from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.reduction import coefficients, reduce_tokens
+from loss_core_torch.tracing import compute_dtype, is_transformed
+
+
+class TopKDistillation(LossModule):
+    """KL(teacher || student) from K log-probabilities of the teacher, times T^2.
+
+    Config: `loss_core.TopKDistillationConfig`.
+    """
+
+    config_class = TopKDistillationConfig
+    _labels_are_classes = False
+    ignore_index: int
+    temperature: float
+    fp32_upcast: bool
+    logit_softcapping: float
+    tail: bool
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_indices: Tensor,
+        teacher_logprobs: Tensor,
+        labels: Tensor,
+        num_batch_labels: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Divergence of the student from the teacher, over the positions that count.
+
+        Args:
+            student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
+                MaskedCrossEntropy.
+            teacher_indices: [..., K] integers: classes in [0, V over all ranks), in any order, that differ in each
+                token; not changed. The same on every rank of the group, as all that follow.
+            teacher_logprobs: [..., K] float: the teacher's log-probabilities of these classes at this temperature; -inf
+                for a probability of 0. Gets a gradient when it requires one, through the tail's probability too.
+            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
+            num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+            loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
+        Returns:
+            Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False. +inf where the teacher
+            has probability for a class, or for all others together, that the student rules out with -inf.
+        Raises:
+            ValueError: shapes that do not fit, no classes, a count that is negative or NaN (on a CPU), or weights
+                without a count; a teacher that is no distribution (on a CPU; elsewhere that token's loss and gradient
+                are NaN), see `top_k_teacher.in_order`; over a group on every rank.
+            TypeError: labels or indices that are no integers, logits or log-probabilities that are no floats.
+        """
+        kernels = self._kernels_for(student_logits, None, teacher_logprobs)
+        given = (teacher_indices, teacher_logprobs, labels, num_batch_labels, loss_weights)
+        if not is_whole(self.tp_group, student_logits, teacher_logprobs):
+            return self._sharded(kernels, student_logits, *given)
+        tokens = self._tokens(student_logits, *given)
+        inputs.not_empty("student_logits", "vocabulary (last dimension)", student_logits)
+        return self._loss(kernels, student_logits, tokens, student_logits.shape[-1])
+
+    # Hosts exchange messages there, which no graph can hold.
+    @compat.outside_of_graphs
+    def _sharded(
+        self, kernels: Kernels, student: Any, indices: Any, logprobs: Any, labels: Any, count: Any, loss_weights: Any
+    ) -> Tensor:
+        from loss_core_torch.parallel import placement
+
+        layout = placement.of_logits("student_logits", student, self.tp_group)
+        student = layout.local(student)
+
+        def check() -> Tokens:
+            lead = inputs.floats("student_logits", student).shape[:-1]
+            of_tokens = {
+                "teacher_indices": indices, "teacher_logprobs": logprobs, "labels": labels, "loss_weights": loss_weights
+            }  # fmt: skip
+            own = [layout.token_values(name, value, lead) for name, value in of_tokens.items()]
+            return self._tokens(student, *own[:3], count, own[3])
+
+        tokens, shards = self._agree(layout.ranks, student, check)
+        if shards is None:
+            inputs.not_empty("student_logits", "vocabulary (last dimension)", student)
+        vocab = student.shape[-1] if shards is None else shards.total
+        return self._loss(kernels, student, tokens, vocab, shards, layout.ranks.tokens)
+
+    def _tokens(self, student: Any, indices: Any, logprobs: Any, labels: Any, count: Any, loss_weights: Any) -> Tokens:
+        lead = inputs.floats("student_logits", student).shape[:-1]
+        return with_teacher(self.ignore_index, "student_logits", lead, student.device, indices, logprobs, labels, count,
+                            loss_weights)  # fmt: skip
+
+    def _loss(
+        self,
+        kernels: Kernels,
+        given: Tensor,
+        tokens: Tokens,
+        vocab: int,
+        shards: Any = None,
+        token_groups: tuple[Any, ...] = (),
+    ) -> Tensor:
+        student, dtype = widened(inputs.floats("student_logits", given), tokens)
+        tokens = top_k_teacher.in_order(inputs.settled(tokens), vocab, dtype)
+        assert tokens.teacher is not None
+        labels_TK, log_p_TK = tokens.teacher
+        temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
+        # Where all classes are the teacher's, there are no others.
+        tail, softcap = self.tail and labels_TK.shape[1] < vocab, float(self.logit_softcapping)
+        inverse_T = inputs.inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
+        if isinstance(kernels, WholeLosses):
+            if shards is not None:
+                raise BackendUnavailable(
+                    f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
+                )
+            rows = Rows(student, labels_TK, tokens.keep_T, 0, softcap, inverse_T)
+            loss_T = kernels.top_k_distillation(rows, TopK(log_p_TK, tail))
+            return cast(
+                reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups), self.fp32_upcast, given
+            )
+        start, group = (0, None) if shards is None else (shards.start, shards.group)
+        call = autograd.Call(kernels, tail, softcap, start, group)
+        args = (student, labels_TK, log_p_TK, tokens.keep_T, inverse_T)
+        weights_T = tokens.weights_T
+        # The factor of each token in the result is known before its loss, so that gradients can be made.
+        if (
+            shards is None
+            and not token_groups
+            and torch.is_grad_enabled()
+            and student.requires_grad
+            # Their gradient is the loss of each token, which may be differentiated again.
+            and not (weights_T is not None and weights_T.requires_grad)
+            # A traced graph can neither hand a buffer over nor be told to compute again.
+            and not is_transformed(student, log_p_TK)
+        ):
+            coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
+            call = call._replace(grad_in_forward=kernels.grad_in_forward(student.device))
+            loss = autograd.TopKDistillation.apply(*args, coef_T, call)[0]
+        else:
+            loss_T = autograd.TopKDistillation.apply(*args, None, call)[0]
+            loss = reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
+        return cast(loss, self.fp32_upcast, given)
+
+
+def with_teacher(
+    ignore_index: int,
+    of: str,
+    lead: torch.Size,
+    device: torch.device,
+    indices: Any,
+    logprobs: Any,
+    labels: Any,
+    count: Any,
+    loss_weights: Any,
+) -> Tokens:
+    """What a call says of its tokens and their teacher, checked against the leading shape of the tensor named `of`."""
+    inputs.check_weights_have_count(loss_weights, count)
+    tokens = inputs.tokens(
+        of, lead, device, "sum", ignore_index, labels, count_name="num_batch_labels", num_tokens=count,
+        loss_weights=loss_weights,
+    )  # fmt: skip
+    return tokens._replace(teacher=top_k_teacher.checked(indices, logprobs, of, lead, device))
+
+
+def widened(like: Tensor, tokens: Tokens) -> tuple[Tensor, torch.dtype]:
+    """Logits or hidden states beside a teacher in float64, and the dtype of the arithmetic."""
+    assert tokens.teacher is not None
+    dtype = torch.promote_types(compute_dtype(like.dtype), compute_dtype(tokens.teacher.log_p_TK.dtype))
+    return like.to(dtype) if dtype == torch.float64 else like, dtype
