@@ -105,11 +105,7 @@ class Problem(NamedTuple):
 
 def check_weights(labels: ArrayLike, count: Any, loss_weights: ArrayLike | None) -> None:
     """Weights have the shape of labels, and come with a count."""
-    if loss_weights is not None and count is None:
-        raise ValueError(
-            "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
-            "tokens that count; pass the number by which the weighted sum is to be divided."
-        )
+    inputs.check_weights_have_count(loss_weights, count)
     inputs.check_reduction_arguments("sum", labels, None, loss_weights)
 
 
