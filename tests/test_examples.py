@@ -37,6 +37,19 @@ def example(folder: Path, name: str, *options: str) -> subprocess.CompletedProce
     return run(folder, str(EXAMPLES / name), *options)
 
 
+# Held-out text is most of what a short run takes.
+LESS_TEXT = """
+import runpy, sys, byte_lm
+byte_lm.MAX_BYTES = 100_000
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def on_less_text(folder: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, "-c", LESS_TEXT, str(EXAMPLES / name), *options)
+
+
 def loss_file(folder: Path, text: str) -> str:
     path = folder / "loss.yaml"
     path.write_text(f"loss: {{{text}}}", encoding="utf-8")
@@ -47,7 +60,7 @@ def test_training_gives_the_same_losses_on_both_backends(tmp_path):
     curves = []
     for flag in ("torch:eager", "jax:xla"):
         out = tmp_path / f"{flag.partition(':')[0]}.json"
-        done = example(tmp_path, "train_byte_lm.py", "--backend", flag, "--steps", "3", "--out", str(out))
+        done = on_less_text(tmp_path, "train_byte_lm.py", "--backend", flag, "--steps", "3", "--out", str(out))
         assert done.returncode == 0, done.stderr
         assert "bits per byte" in done.stdout
         curves.append(json.loads(out.read_text()))
@@ -61,7 +74,7 @@ def test_training_gives_the_same_losses_on_both_backends(tmp_path):
 
 def test_another_loss_by_the_file_alone(tmp_path):
     path = loss_file(tmp_path, "name: MaskedCrossEntropy, ignore_index: -1")
-    done = example(tmp_path, "train_byte_lm.py", "--loss", path, "--steps", "1", "--dtype", "bfloat16")
+    done = on_less_text(tmp_path, "train_byte_lm.py", "--loss", path, "--steps", "1", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
 
 
@@ -110,7 +123,7 @@ def test_ctrl_c_leaves_quietly_with_what_was_trained(tmp_path):
 
 
 def test_demo_writes_its_page_and_says_how_far_apart(tmp_path):
-    done = example(tmp_path, "demo.py", "--steps", "3")
+    done = on_less_text(tmp_path, "demo.py", "--steps", "3")
     assert done.returncode == 0, done.stderr
     assert "Agree: held-out loss" in done.stdout
     page = (tmp_path / "demo.html").read_text()
@@ -125,7 +138,7 @@ def test_demo_fails_when_a_backend_is_wrong(tmp_path):
     broken = f"""
 import runpy, sys
 import torch, byte_lm, loss_core_bridge
-byte_lm.MAX_BYTES = 100_000  # the held-out tokens are the most of such a short run
+byte_lm.MAX_BYTES = 100_000
 build = loss_core_bridge.build_torch_loss
 class Off(torch.nn.Module):
     def __init__(self, loss):
