@@ -250,7 +250,8 @@ class RooflineRunner(MeasuresRates):
         self.products: list[tuple[jax.Array, jax.Array]] = []
         if self.job.definition.products:
             tokens, vocab, hidden = self.job.shape
-            rows, weight = (argument.name for argument in self.job.definition.inputs)
+            # Of the first head, where there are two.
+            rows, weight = (argument.name for argument in self.job.definition.inputs[:2])
             hidden_TH = Tiled(tiles[rows].block, (min(tokens, self._MOST_TOKENS), hidden)).full()
             weight_VH = Tiled(tiles[weight].block, (min(vocab, self._MOST_VOCAB), hidden)).full()
             self.products = [

@@ -249,7 +249,8 @@ class RooflineRunner(MeasuresRates):
         self.products: list[tuple[Tensor, Tensor]] = []
         if job.definition.products:
             tokens, vocab, hidden = job.shape
-            rows, weight = (argument.name for argument in job.definition.inputs)
+            # Of the first head, where there are two.
+            rows, weight = (argument.name for argument in job.definition.inputs[:2])
             hidden_TH = place(Tiled(tiles[rows].block, (min(tokens, self.most_tokens), hidden)),
                                torch.float32, self.device)  # fmt: skip
             weight_VH = place(Tiled(tiles[weight].block, (min(vocab, self.most_vocab), hidden)),

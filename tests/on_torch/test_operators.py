@@ -12,7 +12,7 @@ from loss_core import MaskedCrossEntropyConfig
 from loss_core.dispatch.observed import names, observing
 from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch import kernels, operators
-from loss_core_torch.kernels import Linear, PairCoefficients, Pairs, Rows, Wanted
+from loss_core_torch.kernels import BothWanted, Linear, LinearPairs, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 
 # T = tokens, V = vocabulary, H = hidden
@@ -89,7 +89,34 @@ def _at_once(want):
     return call
 
 
+def _linear_pairs(h_s, h_t, w_s, w_t):
+    return LinearPairs(h_s, h_t, w_s, w_t, h_s.dtype, h_t.dtype, _keep(), 0.5)
+
+
+def _pairs_at_once(beta, *want):
+    def call(kernel_set, *tensors):
+        *heads, upstream_T = tensors
+        both = BothWanted(*want)
+        return operators.linear_pair_loss_and_grads(kernel_set, _linear_pairs(*heads), upstream_T, beta, both)
+
+    return call
+
+
+def _with_terms(h_s, h_t, w_s, w_t):
+    """Linear pairs, and terms of their logits."""
+    student, teacher = h_s.float() @ w_s.float().t(), h_t.float() @ w_t.float().t()
+    return _linear_pairs(h_s, h_t, w_s, w_t), _pair_terms_of(student, teacher)
+
+
+def _linear_pair_grads(kernel_set, *tensors):
+    *heads, upstream_T = tensors
+    linear, terms = _with_terms(*heads)
+    wanted = (PairCoefficients(upstream_T.abs(), upstream_T, of_teacher) for of_teacher in (False, True))
+    return operators.linear_pair_grads(kernel_set, linear, terms, *wanted, BothWanted(*[Wanted(True, True)] * 2))
+
+
 LOGITS, OPERANDS = ((T, V),), ((T, H), (V, H))
+HEADS = ((T, H), (T, H + 2), (V, H), (V, H + 2))
 # Name -> (shapes of the tensors that are drawn, the call).
 CALLS = {
     "row_terms": (LOGITS, lambda kernel_set, z: operators.row_terms(kernel_set, _rows(z), Sums(z_sum=True, e=True))),
@@ -107,7 +134,26 @@ CALLS = {
     "linear_grads of the weight alone": ((*OPERANDS, (T,)), _linear_grads(Wanted(False, True))),
     "linear_terms_and_grads": ((*OPERANDS, (T,)), _at_once(Wanted(True, True))),
     "linear_terms_and_grads of the hidden states alone": ((*OPERANDS, (T,)), _at_once(Wanted(True, False))),
+    "linear_pair_terms": (
+        HEADS,
+        lambda kernel_set, *heads: operators.linear_pair_terms(kernel_set, _linear_pairs(*heads)),
+    ),
+    "linear_pair_mixture": (
+        HEADS,
+        lambda kernel_set, *heads: operators.linear_pair_mixture(kernel_set, *_with_terms(*heads), 0.3),
+    ),
+    "linear_pair_grads": ((*HEADS, (T,)), _linear_pair_grads),
+    "linear_pair_loss_and_grads": (
+        (*HEADS, (T,)),
+        _pairs_at_once(0.3, Wanted(True, True), Wanted(True, True)),
+    ),
+    "linear_pair_loss_and_grads of the student's alone": (
+        (*HEADS, (T,)),
+        _pairs_at_once(0.0, Wanted(True, False), Wanted(False, False)),
+    ),
 }
+# Those that a set has no method for: they go over blocks of its methods.
+OVER_BLOCKS = tuple(name for name in CALLS if name.startswith("linear_pair"))
 SETS = [flag for flag in usable_flags() if flag in ("torch:eager", "torch:compile", "torch:triton")]
 cells = pytest.mark.parametrize(
     ("flag", "name"),
@@ -115,7 +161,7 @@ cells = pytest.mark.parametrize(
         pytest.param(flag, name, id=f"{flag}-{name}", marks=[pytest.mark.slow] if flag == "torch:compile" else [])
         for flag in SETS
         for name in CALLS
-        if hasattr(kernels.find(flag.partition(":")[2]), name.partition(" ")[0])
+        if name in OVER_BLOCKS or hasattr(kernels.find(flag.partition(":")[2]), name.partition(" ")[0])
     ],
 )
 some_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

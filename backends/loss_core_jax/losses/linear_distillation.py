@@ -201,14 +201,13 @@ _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _rows(student: Source, teacher: Source, target: jax.Array, problem: _Problem) -> jax.Array:
     """T^2 times the divergence per row, shape of target, whose sums over the vocabulary are made by several devices."""
-    return _rows_made(student, teacher, target, problem)[0]
+    return _rows_forward(student, teacher, target, problem)[0]
 
 
-def _rows_made(student: Source, teacher: Source, target: jax.Array, problem: _Problem) -> tuple[jax.Array, Any]:
-    """The losses; and whole hidden states with heads, and what else the gradients are made of."""
+def _rows_forward(student: Source, teacher: Source, target: jax.Array, problem: _Problem) -> tuple[jax.Array, Any]:
     whole = [(gathered(hidden, problem.shard, problem.gathers), head) for hidden, head in (student, teacher)]
     loss, found = _losses(whole, target, problem)
-    return loss, (whole, found)
+    return loss, (whole, found, target)
 
 
 def _losses(whole: Sequence[Source], target: jax.Array, problem: _Problem) -> tuple[jax.Array, Any]:
@@ -223,20 +222,13 @@ def _losses(whole: Sequence[Source], target: jax.Array, problem: _Problem) -> tu
     return valid_losses(problem.temperature**2 * divergences, target), (terms, sums)
 
 
-def _rows_forward(student: Any, teacher: Any, target: Any, problem: _Problem) -> tuple[jax.Array, Any]:
-    loss, made = _rows_made(_values(student), _values(teacher), target.value, problem)
-    # Trees say what is static: () for what is wanted.
-    wanted = [[() if x else None for x in _wanted(source)[:2]] for source in (student, teacher)]
-    return loss, (made, target.value, wanted)
-
-
-def _rows_backward(problem: _Problem, residuals: Any, cotangent: Any) -> tuple[Any, ...]:
-    (whole, (terms, sums)), target, marks = residuals
-    shard, wanted = problem.shard, [Wanted(*(x is not None for x in of_source), bias=False) for of_source in marks]
-    cotangent = collectives.whole_cotangent(compat.instantiate(cotangent), shard)
-    upstream = valid_upstream(cotangent, target) * problem.temperature**2
-    how = PairHow(problem.beta, shard, (wanted[0], wanted[1]))
-    gradients: Any = problem.kernels.linear_pair_gradients(problem.rows(*whole, target), terms, sums, upstream, how)
+def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    whole, (terms, sums), target = residuals
+    shard = problem.shard
+    upstream = valid_upstream(collectives.whole_cotangent(cotangent, shard), target) * problem.temperature**2
+    # All are wanted: in `jax.shard_map` JAX does not say which are not, and leaves out what is not used.
+    how, rows = PairHow(problem.beta, shard), problem.rows(*whole, target)
+    gradients = problem.kernels.linear_pair_gradients(rows, terms, sums, upstream, how)
     by_sources = (
         input_gradients(found, hidden, head, shard, problem.gathers)
         for found, (hidden, head) in zip(gradients, whole, strict=True)
@@ -244,7 +236,7 @@ def _rows_backward(problem: _Problem, residuals: Any, cotangent: Any) -> tuple[A
     return *by_sources, None
 
 
-_rows.defvjp(_rows_forward, _rows_backward, symbolic_zeros=True)
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def _values(source: Any) -> Source:

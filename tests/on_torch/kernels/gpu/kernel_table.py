@@ -33,7 +33,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loss_core.row_terms import Coefficients, Objective, Sums
-from loss_core_torch.kernels import Into, Linear, PairCoefficients, Pairs, Rows, Wanted
+from loss_core_torch.kernels import (
+    BothWanted,
+    Into,
+    Linear,
+    LinearPairs,
+    PairCoefficients,
+    Pairs,
+    Rows,
+    Wanted,
+    linear_pairs,
+)
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.sizes import LaunchParameters
@@ -226,6 +236,7 @@ def launches(vocab: int, dtype: str) -> list[Recorded]:
         _launch_all(kernels, apart)
     hidden, weight = (torch.empty(n, 64, dtype=kind, device="meta") for n in (4096, vocab))
     _launch_linear(kernels, hidden, weight)
+    _launch_linear_pairs(kernels, hidden, weight)
     return found
 
 
@@ -274,6 +285,16 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
         coefficients = Coefficients(coef_T, coef_T, coef_T if objective.sums.z_sum else None)
         kernels.linear_grads(linear, terms, coefficients, Wanted(True, True), logits)
     kernels.scaled(torch.empty(weight.shape, dtype=coef_T.dtype, device="meta"), coef_T.sum(), weight.dtype)
+
+
+def _launch_linear_pairs(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """Gradients over the logits, or beside them in the dtype of the products."""
+    coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
+    linear = LinearPairs(hidden, hidden, weight, weight, hidden.dtype, hidden.dtype, None, 0.5)
+    for beta in (0.0, 0.5):
+        for of_teacher in (False, True):
+            want = BothWanted(Wanted(True, True), Wanted(of_teacher, of_teacher))
+            linear_pairs.loss_and_grads(kernels, linear, coef_T, beta, want)
 
 
 def compile_one(what: Recorded, target: str) -> Compiled:
