@@ -290,6 +290,18 @@ def test_table_unknown_field_names_the_closest(name, wrong, right, how):
     assert REGISTRY[name].__name__ in message
 
 
+@pytest.mark.parametrize("how", ["build_loss_config", "from_dict"])
+def test_table_the_peers_name_of_an_implementation_leads_to_the_flag(how):
+    with pytest.raises(TypeError) as error:
+        build_loss_config("FusedLinearCrossEntropy", impl="cce") if how == "build_loss_config" else (
+            LossConfig.from_dict({"name": "FusedLinearCrossEntropy", "impl": "torch_compile"})
+        )
+    message = str(error.value)
+    assert message.startswith("FusedLinearCEConfig has no field 'impl'. The flag names the kernels:")
+    for impl, flag in (("cce", "torch:triton"), ("torch_compile", "torch:eager")):
+        assert f"backend={flag!r} for impl={impl!r}" in message
+
+
 def test_table_unknown_field_with_nothing_close_lists_the_fields():
     with pytest.raises(TypeError, match="'zzz'") as error:
         build_loss_config("KDLoss", zzz=1)
