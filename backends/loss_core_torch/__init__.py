@@ -1,6 +1,7 @@
 """PyTorch backend of loss_core: the losses as `torch.nn.Module`s."""
 
 from loss_core_torch.modules import (
+    ChunkedCrossEntropy,
     FusedLinearCrossEntropy,
     FusedLinearLogProbs,
     KDLoss,
@@ -10,6 +11,7 @@ from loss_core_torch.modules import (
 )
 
 __all__ = [
+    "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",
     "FusedLinearLogProbs",
     "KDLoss",

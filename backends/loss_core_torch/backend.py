@@ -17,6 +17,7 @@ from loss_core_torch.evaluate import evaluate
 from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
 from loss_core_torch.modules import (
+    ChunkedCrossEntropy,
     FusedLinearCrossEntropy,
     FusedLinearLogProbs,
     KDLoss,
@@ -46,6 +47,8 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     KDLoss: ("plain", "eager", "compile", "triton"),
     LogProbs: ("plain", "eager", "compile", "triton"),
     FusedLinearLogProbs: ("plain", "eager", "triton"),
+    # torch:plain makes the logits of all tokens.
+    ChunkedCrossEntropy: ("eager", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

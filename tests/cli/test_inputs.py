@@ -31,6 +31,7 @@ def captured(loss="MaskedCrossEntropy", tokens=6, vocab=11, dtype=np.float32):
                                             "num_label_tokens": np.asarray(4)},
         "LogProbs": lambda: {"logits": floats(tokens, vocab), "temperature": np.abs(floats(tokens)) + 1},
         "FusedLinearLogProbs": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5)},
+        "ChunkedCrossEntropy": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5)},
         "KDLoss": lambda: {"student_logits": floats(tokens, vocab), "teacher_logits": floats(tokens, vocab)},
     }[loss]() | {"labels": labels}  # fmt: skip
 

@@ -20,6 +20,7 @@ import loss_core
 from loss_core import (
     LOSS_CONFIG_REGISTRY,
     BackendUnavailable,
+    ChunkedCEConfig,
     FusedLinearCEConfig,
     FusedLinearLogProbsConfig,
     KDLossConfig,
@@ -41,6 +42,7 @@ PEER = {
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
     KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
     LossFromFactoryConfig: {"factory": None, "kwargs": {}},
+    ChunkedCEConfig: {"chunk_len": 512, "compile": True, "ignore_index": -100, "reduction": "sum"},
 }
 REGISTRY = {
     "MaskedCrossEntropy": MaskedCrossEntropyConfig,
@@ -49,6 +51,7 @@ REGISTRY = {
     "KDLoss": KDLossConfig,
     "LogProbs": LogProbsConfig,
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
+    "ChunkedCrossEntropy": ChunkedCEConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -64,10 +67,11 @@ CHANGED = {
     "FusedLinearLogProbs": FusedLinearLogProbsConfig(
         ignore_index=3, temperature=0.5, logit_softcapping=5.0, entropy=True, sequence_parallel=True
     ),
+    "ChunkedCrossEntropy": ChunkedCEConfig(chunk_len=7, compile=False, ignore_index=3, reduction="none"),
 }
 TYPED = list(REGISTRY.values())
-WITH_GROUP = TYPED
-WITH_REDUCTION = [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig]
+WITH_GROUP = [cls for cls in TYPED if cls is not ChunkedCEConfig]
+WITH_REDUCTION = [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig, ChunkedCEConfig]
 
 by_class = pytest.mark.parametrize("cls", TYPED, ids=lambda cls: cls.__name__)
 by_config = pytest.mark.parametrize("config", CHANGED.values(), ids=CHANGED)
@@ -109,6 +113,8 @@ def test_positional_construction():
     assert (te.ignore_index, te.reduction, te.tp_group) == (5, "mean", group)
     kd = KDLossConfig(5, 2.0, False, group, 64)
     assert (kd.ignore_index, kd.temperature, kd.fp32_upcast, kd.tp_group, kd.chunk_size) == (5, 2.0, False, group, 64)
+    chunked = ChunkedCEConfig(7, False, 5, "mean")
+    assert (chunked.chunk_len, chunked.compile, chunked.ignore_index, chunked.reduction) == (7, False, 5, "mean")
     assert LossFromFactoryConfig(dict, {"a": 1}).build() == {"a": 1}
 
 
@@ -146,6 +152,8 @@ REFUSED = [
         for value in (-1.0, -1e-9, float("nan"), float("inf"), "30", None, False)
     ),
     *((cls, "fp32_upcast", v, "True or False") for cls in (MaskedCrossEntropyConfig, KDLossConfig) for v in (1, "no")),
+    *((ChunkedCEConfig, "chunk_len", value, "an integer >= 1") for value in (0, -1, True, 1.5, "8", None)),
+    *((ChunkedCEConfig, "compile", value, "True or False") for value in (1, "no", None)),
 ]
 
 

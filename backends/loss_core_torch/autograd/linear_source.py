@@ -23,6 +23,7 @@ class Source(NamedTuple):
         vocab_start: first class of this weight.
         group: over which the vocabulary is sharded, or None.
         sequence_dim: dimension of the hidden states that is sharded over the group, or None.
+        block_tokens: as in `Linear`.
     """
 
     softcap: float
@@ -30,6 +31,7 @@ class Source(NamedTuple):
     vocab_start: int = 0
     group: Any = None
     sequence_dim: int | None = None
+    block_tokens: int = 0
 
 
 def gathered(hidden: Tensor, source: Source) -> Tensor:
@@ -57,7 +59,10 @@ def operands(
     elif keep_T is not None:
         # What an ignored token holds must not reach a product, not even times 0.
         h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
-    return Linear(h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V)
+    return Linear(
+        h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V,
+        source.block_tokens,
+    )  # fmt: skip
 
 
 def put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:

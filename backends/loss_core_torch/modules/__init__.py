@@ -2,10 +2,11 @@
 
 from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_torch.modules.distillation import KDLoss
-from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_torch.modules.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
 
 __all__ = [
+    "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",
     "FusedLinearLogProbs",
     "KDLoss",

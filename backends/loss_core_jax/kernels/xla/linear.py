@@ -111,7 +111,7 @@ def _skip(visit: Any) -> Any:
 def _planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, LinearRows]:
     dtype = arithmetic_dtype(rows.hidden, rows.weight_VH)
     partitioned = how.shard.partitioned
-    plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned)
+    plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned, block_rows=how.block_rows)
     whole = functools.partial(_unsharded_last, how=how)
     return plan, rows._replace(hidden=whole(rows.hidden), weight_VH=whole(rows.weight_VH))
 

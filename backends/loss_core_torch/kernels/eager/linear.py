@@ -45,12 +45,13 @@ class LinearKernels:
     def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms of each token; and its logits, where they are to be kept and fit the memory of one block."""
         call = _Call(linear, self.sizes)
-        fits = linear.h_TH.shape[0] * call.vocab * call.dtype.itemsize <= call.bytes
+        num_tokens = linear.h_TH.shape[0]
+        fits = num_tokens * call.vocab * call.dtype.itemsize <= call.bytes and num_tokens == linear.block(num_tokens)
         if not (keep_logits and fits and call.vocab):
             parts = [_terms_by_tile(call, at, sums) for at in call.blocks(call.block)]
             return call.together(parts, sums), call.new(0)
-        buffer, found = call.new(linear.h_TH.shape[0] * call.vocab), []
-        for at in call.blocks(max(linear.h_TH.shape[0], 1)):
+        buffer, found = call.new(num_tokens * call.vocab), []
+        for at in call.blocks(max(num_tokens, 1)):
             found.append(call.logits(buffer, at).fill(call.hidden(at), sums))
         return call.together(found, sums), buffer
 
@@ -101,7 +102,7 @@ class _Call:
         self.vocab, hidden = linear.w_VH.shape
         device = linear.h_TH.device
         self.bytes = sizes.linear_bytes(hidden, device)
-        self.block = sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize)
+        self.block = linear.block(sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize))
         self.tiles = Tiles(linear.w_VH, linear.product_dtype, sizes, linear.bias_V)
         self._column_T = linear.labels_T - linear.vocab_start
 
