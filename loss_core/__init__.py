@@ -15,6 +15,7 @@ from loss_core.build import (
     unregister_loss,
 )
 from loss_core.config import (
+    ChunkedCEConfig,
     FusedLinearCEConfig,
     FusedLinearKDConfig,
     FusedLinearLogProbsConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "LOSS_CONFIG_REGISTRY",
     "BackendFlag",
     "BackendUnavailable",
+    "ChunkedCEConfig",
     "Evaluation",
     "FlagStatus",
     "FusedLinearCEConfig",

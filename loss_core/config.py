@@ -1,7 +1,7 @@
 """Typed configs of the losses: plain dataclasses that hold what a loss is, not how it is computed.
 
 A config names no framework. `config.build(backend="torch" | "jax" | ...)` makes the callable.
-Field names, order and defaults of the first four, and of the last, are those of
+Field names, order and defaults of the first four, and of the last two, are those of
 `nemo_automodel.components.loss.loss` (NVIDIA NeMo AutoModel), so that recipes carry over.
 """
 
@@ -299,6 +299,38 @@ class TopKDistillationConfig(LossConfig):
         check_bool("fp32_upcast", self.fp32_upcast)
         check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
         check_bool("tail", self.tail)
+
+
+@typed_loss("ChunkedCrossEntropy", "linear_cross_entropy")
+@dataclass
+class ChunkedCEConfig(LossConfig):
+    """Cross entropy of `hidden_states @ lm_weight.T`, with a bound on the tokens whose logits exist at a time.
+
+    The fields of `ChunkedCrossEntropy` of NeMo AutoModel and no more: FusedLinearCEConfig has softcap, label smoothing,
+    z-loss and tensor parallel, and lets the kernels choose their blocks.
+
+    Attributes:
+        chunk_len: most tokens whose logits exist at a time, >= 1; kernels may take fewer. The logits' gradient takes no
+            more entries than so many rows have.
+        compile: whether kernels may run that torch.compile or XLA compiles. False: jax can't be used; on torch no
+            kernel of this loss is such a one.
+        ignore_index: label that marks a position to leave out; any integer of 64 bits.
+        reduction: "sum", "mean" (over positions that count) or "none".
+    """
+
+    chunk_len: int = 512
+    compile: bool = True
+    ignore_index: int = -100
+    reduction: str = "sum"
+
+    # No field: what its definition asks for and this loss does not have.
+    logit_softcapping = 0.0
+
+    def validate(self) -> None:
+        check_integer("chunk_len", self.chunk_len, low=1)
+        check_bool("compile", self.compile)
+        check_integer("ignore_index", self.ignore_index)
+        check_reduction(self.reduction)
 
 
 @dataclass

@@ -133,17 +133,25 @@ def fields_of(config_cls: type[Any]) -> tuple[Any, ...]:
     return fields(config_cls) if is_dataclass(config_cls) else ()
 
 
+# Fields of the same loss in NeMo AutoModel -> what stands for them here.
+_INSTEAD = {
+    "impl": "The flag names the kernels: backend='torch:triton' for impl='cce', backend='torch:eager' for "
+    "impl='torch_compile'.",
+}
+
+
 def check_known(config_cls: type[Any], values: Mapping[str, Any]) -> None:
     """Refuse names that are no fields.
 
     Raises:
-        TypeError: names the closest field.
+        TypeError: says what to use instead, or names the closest field.
     """
     known = [f.name for f in fields_of(config_cls) if f.init]
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
             hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = f" {_INSTEAD[name]}" if name in _INSTEAD else hint
             raise TypeError(
                 f"{config_cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(known) or 'none'}."
             )

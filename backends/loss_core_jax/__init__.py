@@ -2,12 +2,13 @@
 
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_jax.losses.distillation import KDLoss
-from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
 from loss_core_jax.losses.top_k_distillation import TopKDistillation
 
 __all__ = [
+    "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",
     "FusedLinearKDLoss",
     "FusedLinearLogProbs",

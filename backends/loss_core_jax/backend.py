@@ -13,7 +13,7 @@ from loss_core_jax.evaluate import evaluate
 from loss_core_jax.losses.base import Loss
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_jax.losses.distillation import KDLoss
-from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
+from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
 from loss_core_jax.losses.top_k_distillation import TopKDistillation
@@ -38,6 +38,7 @@ _LOSSES: tuple[type[Loss], ...] = (
     FusedLinearLogProbs,
     FusedLinearKDLoss,
     TopKDistillation,
+    ChunkedCrossEntropy,
 )
 
 _BUILDERS = {(loss.config_class, "xla"): loss.from_config for loss in _LOSSES}

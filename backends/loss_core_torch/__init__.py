@@ -1,6 +1,7 @@
 """PyTorch backend of loss_core: the losses as `torch.nn.Module`s."""
 
 from loss_core_torch.modules import (
+    ChunkedCrossEntropy,
     FusedLinearCrossEntropy,
     FusedLinearKDLoss,
     FusedLinearLogProbs,
@@ -12,6 +13,7 @@ from loss_core_torch.modules import (
 )
 
 __all__ = [
+    "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",
     "FusedLinearKDLoss",
     "FusedLinearLogProbs",

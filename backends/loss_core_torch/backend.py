@@ -17,6 +17,7 @@ from loss_core_torch.evaluate import evaluate
 from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
 from loss_core_torch.modules import (
+    ChunkedCrossEntropy,
     FusedLinearCrossEntropy,
     FusedLinearKDLoss,
     FusedLinearLogProbs,
@@ -50,6 +51,8 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     FusedLinearLogProbs: ("plain", "eager", "triton"),
     FusedLinearKDLoss: ("plain", "eager", "compile", "triton"),
     TopKDistillation: ("plain", "eager", "compile", "triton"),
+    # torch:plain makes the logits of all tokens.
+    ChunkedCrossEntropy: ("eager", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

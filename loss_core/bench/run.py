@@ -20,6 +20,7 @@ from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchReport, BenchR
 from loss_core.bench.rounds import Progress, Run
 from loss_core.bench.workloads import Workload
 from loss_core.check.calls import distinct_names
+from loss_core.check.sharded import can_be_sharded
 from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dtypes import float_format
@@ -105,6 +106,7 @@ def bench(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
     )  # fmt: skip
     flags = _flags(backends, report)
+    losses = _shardable(losses, tp, report)
     baselines = _baselines(peers, tp, report)
     how: dict[str, Any] = {
         "device": device, "seed": seed, "forward_only": forward_only, "tp": tp, "count_known": count_known
@@ -187,6 +189,17 @@ def _check_ranks(tp: int, device: str) -> None:
     if tp > 1 and ":" in device:
         kind = device.partition(":")[0]
         raise ValueError(f"device {device!r} is one device, and tp={tp} takes {tp}: name the kind alone, {kind!r}.")
+
+
+def _shardable(losses: Sequence[LossConfig], tp: int, report: BenchReport) -> list[LossConfig]:
+    """The losses that so many ranks can share; the others are noted."""
+    kept = []
+    for name, loss in zip(distinct_names(losses), losses, strict=True):
+        if tp == 1 or can_be_sharded(loss):
+            kept.append(loss)
+        else:
+            report.missing.append(Missing(name, "it has no tp_group"))
+    return kept
 
 
 def _check_count(count_known: bool, losses: Sequence[LossConfig], tp: int) -> None:

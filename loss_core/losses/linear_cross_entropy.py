@@ -157,6 +157,14 @@ BIAS = Argument("lm_bias", ("V",), optional=True)
 RECIPES = (
     Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream")),
     Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
+    Recipe("chunks", "a last chunk that is shorter, left out or read twice", {"chunk_len": 5}, ("chunk_len",)),
+    Recipe(
+        "chunks-none",
+        "upstream gradients or terms of another chunk",
+        {"chunk_len": 7, "reduction": "none"},
+        ("chunk_len",),
+        extras=("upstream",),
+    ),
 )
 
 DEFINITION = LossDef(
@@ -173,7 +181,7 @@ DEFINITION = LossDef(
     oracle,
     error_bound,
     RECIPES,
-    random_fields=RANDOM_FIELDS,
+    random_fields=RANDOM_FIELDS | {"chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
     products=1,
     results=results_of,
     sampled_rows=sampled_rows,

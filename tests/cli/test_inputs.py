@@ -35,6 +35,7 @@ def captured(loss="MaskedCrossEntropy", tokens=6, vocab=11, dtype=np.float32):
             "student_hidden_states": floats(tokens, 5), "student_lm_weight": floats(vocab, 5),
             "teacher_hidden_states": floats(tokens, 7), "teacher_lm_weight": floats(vocab, 7),
         },
+        "ChunkedCrossEntropy": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5)},
         "KDLoss": lambda: {"student_logits": floats(tokens, vocab), "teacher_logits": floats(tokens, vocab)},
         "TopKDistillation": lambda: {"student_logits": floats(tokens, vocab), **top_k(floats(tokens, vocab))},
     }[loss]() | {"labels": labels}  # fmt: skip

@@ -20,6 +20,7 @@ import loss_core
 from loss_core import (
     LOSS_CONFIG_REGISTRY,
     BackendUnavailable,
+    ChunkedCEConfig,
     FusedLinearCEConfig,
     FusedLinearKDConfig,
     FusedLinearLogProbsConfig,
@@ -43,6 +44,7 @@ PEER = {
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
     KDLossConfig: {"ignore_index": -100, "temperature": 1.0, "fp32_upcast": True, "tp_group": None, "chunk_size": 0},
     LossFromFactoryConfig: {"factory": None, "kwargs": {}},
+    ChunkedCEConfig: {"chunk_len": 512, "compile": True, "ignore_index": -100, "reduction": "sum"},
 }
 REGISTRY = {
     "MaskedCrossEntropy": MaskedCrossEntropyConfig,
@@ -53,6 +55,7 @@ REGISTRY = {
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
     "FusedLinearKDLoss": FusedLinearKDConfig,
     "TopKDistillation": TopKDistillationConfig,
+    "ChunkedCrossEntropy": ChunkedCEConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -74,11 +77,12 @@ CHANGED = {
     "TopKDistillation": TopKDistillationConfig(
         ignore_index=3, temperature=2.5, fp32_upcast=False, logit_softcapping=30.0, tail=False
     ),
+    "ChunkedCrossEntropy": ChunkedCEConfig(chunk_len=7, compile=False, ignore_index=3, reduction="none"),
 }
 TYPED = list(REGISTRY.values())
-WITH_GROUP = TYPED
+WITH_GROUP = [cls for cls in TYPED if cls is not ChunkedCEConfig]
 DISTILLATIONS = [KDLossConfig, FusedLinearKDConfig]
-WITH_REDUCTION = [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig]
+WITH_REDUCTION = [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig, ChunkedCEConfig]
 
 by_class = pytest.mark.parametrize("cls", TYPED, ids=lambda cls: cls.__name__)
 by_config = pytest.mark.parametrize("config", CHANGED.values(), ids=CHANGED)
@@ -120,6 +124,8 @@ def test_positional_construction():
     assert (te.ignore_index, te.reduction, te.tp_group) == (5, "mean", group)
     kd = KDLossConfig(5, 2.0, False, group, 64)
     assert (kd.ignore_index, kd.temperature, kd.fp32_upcast, kd.tp_group, kd.chunk_size) == (5, 2.0, False, group, 64)
+    chunked = ChunkedCEConfig(7, False, 5, "mean")
+    assert (chunked.chunk_len, chunked.compile, chunked.ignore_index, chunked.reduction) == (7, False, 5, "mean")
     assert LossFromFactoryConfig(dict, {"a": 1}).build() == {"a": 1}
 
 
@@ -163,6 +169,8 @@ REFUSED = [
         for value in (-1.0, -1e-9, float("nan"), float("inf"), "30", None, False)
     ),
     *((cls, "fp32_upcast", v, "True or False") for cls in (MaskedCrossEntropyConfig, KDLossConfig) for v in (1, "no")),
+    *((ChunkedCEConfig, "chunk_len", value, "an integer >= 1") for value in (0, -1, True, 1.5, "8", None)),
+    *((ChunkedCEConfig, "compile", value, "True or False") for value in (1, "no", None)),
 ]
 
 
@@ -305,6 +313,18 @@ def test_table_unknown_field_names_the_closest(name, wrong, right, how):
     assert repr(wrong) in message
     assert f"Did you mean {right!r}?" in message
     assert REGISTRY[name].__name__ in message
+
+
+@pytest.mark.parametrize("how", ["build_loss_config", "from_dict"])
+def test_table_the_peers_name_of_an_implementation_leads_to_the_flag(how):
+    with pytest.raises(TypeError) as error:
+        build_loss_config("FusedLinearCrossEntropy", impl="cce") if how == "build_loss_config" else (
+            LossConfig.from_dict({"name": "FusedLinearCrossEntropy", "impl": "torch_compile"})
+        )
+    message = str(error.value)
+    assert message.startswith("FusedLinearCEConfig has no field 'impl'. The flag names the kernels:")
+    for impl, flag in (("cce", "torch:triton"), ("torch_compile", "torch:eager")):
+        assert f"backend={flag!r} for impl={impl!r}" in message
 
 
 def test_table_unknown_field_with_nothing_close_lists_the_fields():

@@ -20,9 +20,11 @@ from helpers.torch_calls import (
     run,
     weights_of,
 )
-from loss_core import LOSS_CONFIG_REGISTRY
+from loss_core import LOSS_CONFIG_REGISTRY, build_loss_module
 from loss_core.check import check
 
+# All but ChunkedCrossEntropy, whose promise is not to make all logits.
+LOSSES = [loss for loss in LOSS_CONFIG_REGISTRY if loss != "ChunkedCrossEntropy"]
 plain = cells(configs(), flags=[PLAIN])
 variants = cells(
     [*configs(), *configs(logit_softcapping=2.0), *configs(temperature=2.5), *configs(fp32_upcast=False)], flags=[PLAIN]
@@ -38,11 +40,11 @@ def of_floats(config, arguments):
 
 
 def test_it_is_there():
-    for config in configs():
-        assert built(config, PLAIN).kernel_choice.flag == PLAIN
+    for loss in LOSSES:
+        assert build_loss_module(loss, backend=PLAIN).kernel_choice.flag == PLAIN
 
 
-@pytest.mark.parametrize("loss", list(LOSS_CONFIG_REGISTRY))
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_case_against_float64(loss):
     report = check(loss, [PLAIN])
     assert report.passed, "\n".join(map(str, report.failures[:5]))

@@ -115,11 +115,13 @@ class How(NamedTuple):
         sums: which terms are needed.
         softcap: c in c * tanh(logits / c), 0 is off.
         shard: as in `Shard`.
+        block_rows: most linear rows whose logits exist at a time, on all devices together; 0: the set chooses.
     """
 
     sums: Sums = Sums()
     softcap: float = 0.0
     shard: Shard = Shard()
+    block_rows: int = 0
 
 
 class Wanted(NamedTuple):

@@ -29,10 +29,10 @@ TPGroup = str | tuple[str, ...] | None
 
 
 class _Fields:
-    """Fields that every loss has, in the place that its config gives them."""
+    """Fields that losses have in the place that their config gives them; tp_group is None where there is none."""
 
     ignore_index: int
-    tp_group: TPGroup
+    tp_group: TPGroup = None
 
     if TYPE_CHECKING:
         # The fields of the config, which `has_fields_of` adds.

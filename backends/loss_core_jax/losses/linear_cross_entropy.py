@@ -1,4 +1,4 @@
-"""Cross entropy of `hidden_states @ lm_weight.T` that never holds the logits of all tokens: `FusedLinearCrossEntropy`.
+"""Cross entropy of `hidden_states @ lm_weight.T` that never holds the logits of all tokens.
 
 Two derivatives, because what is known in the forward differs:
 
@@ -18,7 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import FusedLinearCEConfig
+from loss_core.config import ChunkedCEConfig, FusedLinearCEConfig
+from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
 from loss_core_jax import compat, inputs, metrics
 from loss_core_jax.inputs import ArrayLike
@@ -43,25 +44,18 @@ from loss_core_jax.reduction import finish_count, row_scale, total, valid_losses
 RowResults = tuple[jax.Array, tuple[jax.Array, ...]]
 
 
-@has_fields_of(FusedLinearCEConfig)
-class FusedLinearCrossEntropy(Loss):
-    """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
+class _LinearCrossEntropy(Loss):
+    """Cross entropy of `hidden_states @ lm_weight.T`; the two public classes differ in their fields alone."""
 
-    Under `jax.grad` the gradients are made in the forward (three products; four for reduction "none"); a call
-    that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
-    A second derivative is right, but keeps the logits of every chunk.
-
-    Fields are those of `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names.
-    Ignored tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None
-    on a CPU, also under jit, up to a chunk of 512 tokens, if a reduced loss is differentiated and no vocabulary is
-    sharded.
-    """
-
-    logit_softcapping: float
     reduction: str
-    sequence_parallel: bool
-    skip_ignored: bool | None
-    metrics: tuple[str, ...]
+    # Where the config has no such field.
+    logit_softcapping: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    sequence_parallel: bool = False
+    skip_ignored: bool | None = None
+    chunk_len: int = 0
+    metrics: tuple[str, ...] = ()
     # Numbers that give arrays their shape: no arrays themselves, for the bridge.
     static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis = ("lm_weight", 0)
@@ -121,7 +115,7 @@ class FusedLinearCrossEntropy(Loss):
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
         objective, names = Objective.of(self, vocab), metrics.of_rows(self.metrics)
-        how = How(objective.sums, float(self.logit_softcapping), layout.shard)
+        how = How(objective.sums, float(self.logit_softcapping), layout.shard, self.chunk_len)
         problem = _Problem(self.kernels, objective, how, gathers, names)
         if not target.size:
             # JAX forgets what empty arrays vary over.
@@ -150,6 +144,40 @@ class FusedLinearCrossEntropy(Loss):
             loss = finish_count(loss, count)
             loss = loss if num_valid_tokens is None else valid_tokens.nan_if_wrong(loss, target, num_valid_tokens)
         return metrics.with_metrics(self.metrics, loss, found, target, reduced)
+
+
+@has_fields_of(FusedLinearCEConfig)
+class FusedLinearCrossEntropy(_LinearCrossEntropy):
+    """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Under `jax.grad` the gradients are made in the forward (three products; four for reduction "none"); a call
+    that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
+    A second derivative is right, but keeps the logits of every chunk.
+
+    Fields are those of `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names.
+    Ignored tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None
+    on a CPU, also under jit, up to a chunk of 512 tokens, if a reduced loss is differentiated and no vocabulary is
+    sharded.
+    """
+
+
+@has_fields_of(ChunkedCEConfig)
+class ChunkedCrossEntropy(_LinearCrossEntropy):
+    """As `FusedLinearCrossEntropy`, with the logits of at most chunk_len tokens at a time, but for second derivatives.
+
+    Fields are those of `loss_core.ChunkedCEConfig`. compile must be True: XLA compiles whatever JAX runs. Where XLA
+    spreads arrays over devices, chunk_len counts the tokens of all devices together.
+    """
+
+    compile: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.compile:
+            raise BackendUnavailable(
+                "ChunkedCrossEntropy on jax got compile=False: XLA compiles whatever JAX runs. Use compile=True, or "
+                "backend='torch:eager' or 'torch:triton', whose kernels no torch.compile makes."
+            )
 
 
 _row_scale = jax.jit(row_scale, static_argnames=("dtype", "mean"))

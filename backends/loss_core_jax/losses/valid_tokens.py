@@ -68,7 +68,7 @@ def refuse_if_sharded(skip_ignored: bool | None, num_valid_tokens: Any) -> None:
     """BackendUnavailable if tokens were to be left out of the products of a sharded vocabulary."""
     if skip_ignored or num_valid_tokens is not None:
         raise BackendUnavailable(
-            f"FusedLinearCrossEntropy got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
+            f"The fused loss got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
             "sharded vocabulary: ignored tokens take part in its products. Use skip_ignored=None and leave out "
             "num_valid_tokens."
         )

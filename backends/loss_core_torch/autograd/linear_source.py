@@ -25,6 +25,7 @@ class Source(NamedTuple):
         vocab_start: first class of this weight.
         group: over which the vocabulary is sharded, or None.
         sequence_dim: dimension of the hidden states that is sharded over the group, or None.
+        block_tokens: as in `Linear`.
     """
 
     softcap: float
@@ -32,6 +33,7 @@ class Source(NamedTuple):
     vocab_start: int = 0
     group: Any = None
     sequence_dim: int | None = None
+    block_tokens: int = 0
 
 
 def gathered(hidden: Tensor, source: Source) -> Tensor:
@@ -65,7 +67,10 @@ def operands(
     if places_N is not None:
         labels_T = labels_T.index_select(0, places_N)
         inverse_T = None if inverse_T is None else inverse_T.index_select(0, places_N)
-    return Linear(h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V)
+    return Linear(
+        h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V,
+        source.block_tokens,
+    )  # fmt: skip
 
 
 def put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:

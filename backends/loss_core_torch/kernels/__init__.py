@@ -80,6 +80,8 @@ class Linear(NamedTuple):
         softcap, inverse_temperature_T: as in `Rows`.
         product_dtype: dtype to which the operands are rounded.
         bias_V: [V] float, added in the dtype of the arithmetic, or None.
+        block_tokens: most tokens whose logits exist at a time, and most rows of logits whose entries their gradient
+            takes; 0: the set chooses.
     """
 
     h_TH: Tensor
@@ -90,6 +92,11 @@ class Linear(NamedTuple):
     product_dtype: torch.dtype
     inverse_temperature_T: Tensor | None = None
     bias_V: Tensor | None = None
+    block_tokens: int = 0
+
+    def block(self, chosen: int) -> int:
+        """Tokens of a block where the set would choose so many."""
+        return min(chosen, self.block_tokens) if self.block_tokens else chosen
 
 
 class LinearPairs(NamedTuple):
@@ -273,8 +280,8 @@ class KernelSet(Protocol):
         """Terms over these rows of the weight; and what `linear_grads` takes as `logits`.
 
         Args:
-            keep_logits: whether `linear_grads` will follow. The logits are kept if they fit the memory of one block,
-                else (or if False) the second result is empty.
+            keep_logits: whether `linear_grads` will follow. The logits are kept if they fit the memory of one block
+                and are no more than `block_tokens` rows, else (or if False) the second result is empty.
         """
         ...
 

@@ -49,11 +49,16 @@ class LinearCall(NamedTuple):
         """The operands for kernels that make a loss whole, zeros in ignored rows.
 
         Raises:
-            BackendUnavailable: the vocabulary is sharded.
+            BackendUnavailable: the vocabulary is sharded, or blocks of tokens are asked for.
         """
         if self.source.group is not None:
             raise BackendUnavailable(
                 f"{self.kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
+            )
+        if self.source.block_tokens:
+            raise BackendUnavailable(
+                f"{self.kernels.flag!r} makes the logits of all tokens, got chunk_len={self.source.block_tokens}: use "
+                "'torch:eager' or 'torch:triton'."
             )
         h_TH, labels_T, keep_T = (
             self.hidden.reshape(-1, self.hidden.shape[-1]),
@@ -73,9 +78,12 @@ class LinearCall(NamedTuple):
 class HeadModule(LossModule):
     """A loss of hidden states and the weights of heads: in which dtype products are made, and of which tokens."""
 
-    sequence_parallel: bool
     ignore_index: int
+    # Where the config has no such field.
+    logit_softcapping: float = 0.0
+    sequence_parallel: bool = False
     skip_ignored: bool | None = None
+    chunk_len: int = 0
     # lm_weight [V, H].
     _vocab_dim = 0
 
@@ -167,7 +175,7 @@ class LinearModule(HeadModule):
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
         tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
         tokens = inputs.settled(inputs.in_range(tokens, weight.shape[0], self.ignore_index))
-        source = Source(float(self.logit_softcapping), product_dtype(hidden, weight))
+        source = Source(float(self.logit_softcapping), product_dtype(hidden, weight), block_tokens=self.chunk_len)
         places_N = self._places(tokens, num_valid)
         return self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, weight.shape[0], ()))
 
@@ -209,8 +217,8 @@ class LinearModule(HeadModule):
         )
         tokens = inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
         hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
-        dtype = product_dtype(hidden, weight)
-        source = Source(float(self.logit_softcapping), dtype, start, group, linear.sequence_dim)
+        dtype, softcap, block_tokens = product_dtype(hidden, weight), float(self.logit_softcapping), self.chunk_len
+        source = Source(softcap, dtype, start, group, linear.sequence_dim, block_tokens)
         places_N, groups = self._places(tokens, num_valid), layout.ranks.tokens
         found = self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, vocab, groups))
         return layout.token_results(found, labels) if self._of_tokens() else found

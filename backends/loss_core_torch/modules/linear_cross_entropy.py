@@ -1,4 +1,4 @@
-"""The fused linear cross entropy as a torch module. No mathematics here."""
+"""The two fused linear cross entropies as torch modules. No mathematics here."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_core import FusedLinearCEConfig
+from loss_core import ChunkedCEConfig, FusedLinearCEConfig
 from loss_core.row_terms import Objective
 from loss_core_torch import inputs, metrics
 from loss_core_torch.autograd.linear_cross_entropy import Call, LinearCrossEntropy
@@ -22,16 +22,14 @@ from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
 
 
-class FusedLinearCrossEntropy(LinearModule):
-    """Cross entropy of hidden_states @ lm_weight.T without the [T, V] logits.
+class _LinearCrossEntropy(LinearModule):
+    """Cross entropy of hidden_states @ lm_weight.T; the two public classes differ in their fields alone."""
 
-    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product;
-    elsewhere so with skip_ignored=True, or where forward is given num_valid_tokens (whole vocabularies).
-    """
-
-    config_class = FusedLinearCEConfig
     reduction: str
-    metrics: tuple[str, ...]
+    # Where the config has no such field.
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    metrics: tuple[str, ...] = ()
     # Numbers that give tensors their shape: no tensors themselves, for the bridge.
     static_arguments = ("num_valid_tokens",)
     _values = ("loss_weights",)
@@ -119,3 +117,23 @@ class FusedLinearCrossEntropy(LinearModule):
         )  # fmt: skip
         found = rest[len(rest) - len(names) :]
         return (reduce_tokens(loss, tokens, self.reduction, call.token_groups) if coef_T is None else loss), found
+
+
+class FusedLinearCrossEntropy(_LinearCrossEntropy):
+    """Cross entropy of hidden_states @ lm_weight.T without the [T, V] logits.
+
+    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product;
+    elsewhere so with skip_ignored=True, or where forward is given num_valid_tokens (whole vocabularies).
+    """
+
+    config_class = FusedLinearCEConfig
+
+
+class ChunkedCrossEntropy(_LinearCrossEntropy):
+    """As FusedLinearCrossEntropy, with the logits of at most chunk_len tokens at a time.
+
+    Config: `loss_core.ChunkedCEConfig`. The field `compile` is an attribute and hides `nn.Module.compile`, as it does
+    in NeMo AutoModel: use `torch.compile(loss)`.
+    """
+
+    config_class = ChunkedCEConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, build_loss_module
+from loss_core import ChunkedCEConfig, FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig, build_loss_module
 
 PAGE = (Path(__file__).parents[3] / "docs" / "coming-from.md").read_text("utf-8")
 T, V, H = 16, 100, 32
@@ -46,7 +46,7 @@ PAIRS = {
         ),
         (
             "ChunkedCrossEntropy(compile=False)(hidden_states, labels, weight)",
-            "FusedLinearCEConfig().build()(hidden_states, labels, weight)",
+            "ChunkedCEConfig(compile=False).build()(hidden_states, labels, weight)",
         ),
     ],
     "liger_kernel": [
@@ -118,6 +118,7 @@ def names(library):
         "F": F, "T": 2.0, "hidden_states": hidden_states, "weight": weight, "logits": hidden_states @ weight.T,
         "labels": labels, "tokens": tokens, "shifted": shifted, "no_padding": tokens, "log_s": log_s, "log_t": log_t,
         "student_logits": student_logits, "teacher_logits": teacher_logits, "KDLossConfig": KDLossConfig,
+        "ChunkedCEConfig": ChunkedCEConfig,
         "MaskedCrossEntropyConfig": MaskedCrossEntropyConfig, "FusedLinearCEConfig": FusedLinearCEConfig,
         "ce": MaskedCrossEntropyConfig(reduction="mean").build(), "kd": KDLossConfig(temperature=2.0).build(),
         "fused": FusedLinearCEConfig(reduction="mean").build(), "build_loss_module": build_loss_module,

@@ -112,7 +112,7 @@ def planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, Linea
     """How rows are cut up; and the rows, as loops over them want them."""
     dtype = arithmetic_dtype(rows.hidden, rows.weight_VH)
     partitioned = how.shard.partitioned
-    plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned)
+    plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned, block_rows=how.block_rows)
     whole = functools.partial(unsharded_last, how=how)
     return plan, rows._replace(hidden=whole(rows.hidden), weight_VH=whole(rows.weight_VH))
 

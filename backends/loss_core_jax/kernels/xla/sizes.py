@@ -63,12 +63,15 @@ CPU = LinearSizes(64 << 20, (128, 512), 2048, is_cpu=True, widened=widened_on_cp
 ACCELERATOR = LinearSizes(256 << 20, (128, 1 << 30), 16384)
 
 
-def plan_for(num_rows: int, weight_VH: jax.Array, dtype: Any, sizes: LinearSizes, *, partitioned: bool) -> Plan:
+def plan_for(
+    num_rows: int, weight_VH: jax.Array, dtype: Any, sizes: LinearSizes, *, partitioned: bool, block_rows: int = 0
+) -> Plan:
     """The plan of a call with at least one row.
 
     Args:
         partitioned: XLA spreads each chunk over the devices of the axes that are its own, and the vocabulary is one
             tile, since slices of it would be moved.
+        block_rows: most rows of a chunk; 0: the sizes alone say.
     """
     vocab, hidden = weight_VH.shape
     least, most = sizes.chunk
@@ -77,6 +80,7 @@ def plan_for(num_rows: int, weight_VH: jax.Array, dtype: Any, sizes: LinearSizes
     chunk = min(max(sizes.logits_bytes // (vocab * dtype.itemsize), least), most)
     if partitioned:
         chunk *= _num_devices()
+    chunk = min(chunk, block_rows or chunk)
     num_chunks = -(-num_rows // chunk)
     num_tiles = 1 if partitioned else -(-vocab // sizes.tile)
     tile = vocab if num_tiles == 1 else _round_up(-(-vocab // num_tiles), _ALIGNED)

@@ -41,12 +41,13 @@ class LinearKernels:
     def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
         """Terms of each token; and its logits, where they are to be kept and fit the memory of one block."""
         call = _Call(linear, self.sizes)
-        fits = linear.h_TH.shape[0] * call.vocab * call.dtype.itemsize <= call.bytes
+        num_tokens = linear.h_TH.shape[0]
+        fits = num_tokens * call.vocab * call.dtype.itemsize <= call.bytes and num_tokens == linear.block(num_tokens)
         if not (keep_logits and fits and call.vocab):
             parts = [_terms_by_tile(call, at, sums) for at in call.blocks(call.block)]
             return call.together(parts, sums), call.new(0)
-        buffer, found = call.new(linear.h_TH.shape[0] * call.vocab), []
-        for at in call.blocks(max(linear.h_TH.shape[0], 1)):
+        buffer, found = call.new(num_tokens * call.vocab), []
+        for at in call.blocks(max(num_tokens, 1)):
             found.append(call.logits(buffer, at).fill(call.hidden(at), sums))
         return call.together(found, sums), buffer
 
@@ -93,7 +94,7 @@ class _Call:
         self.vocab, hidden = linear.w_VH.shape
         device = linear.h_TH.device
         self.bytes = sizes.linear_bytes(hidden, device)
-        self.block = sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize)
+        self.block = linear.block(sizes.linear_tokens(self.vocab, hidden, device, self.dtype.itemsize))
         self.tiles = Tiles(linear.w_VH, linear.product_dtype, sizes, linear.bias_V)
 
     def blocks(self, block: int) -> Iterator[slice]:
@@ -120,8 +121,9 @@ class _Call:
 
     def rows(self, at: slice, start: int = 0) -> BlockRows:
         """What is known of the rows of a block, for the rows of the weight from `start` on."""
-        _, _, labels_T, vocab_start, _, _, inverse_T, _ = self._linear
-        return BlockRows(labels_T[at], vocab_start + start, None if inverse_T is None else inverse_T[at])
+        linear, inverse_T = self._linear, self._linear.inverse_temperature_T
+        inverse_B = None if inverse_T is None else inverse_T[at]
+        return BlockRows(linear.labels_T[at], linear.vocab_start + start, inverse_B)
 
     def together(self, parts: list[RowTerms], sums: Sums) -> RowTerms:
         """Terms of all tokens from those of the blocks; of no class where there is no block."""

@@ -75,12 +75,13 @@ def write_scaled(launcher: Launcher, out: Tensor, x: Tensor, factor: Tensor) -> 
 
 def _sizes(launcher: Launcher, operands: Operands, want: Wanted) -> tuple[int, int]:
     """(tokens of a chunk, those of them whose logits exist at a time)."""
-    w_VH = operands.linear.w_VH
+    linear, w_VH = operands.linear, operands.linear.w_VH
     rounded = want.weight and w_VH.dtype != operands.dtype
     rounded_bytes = w_VH.numel() * w_VH.itemsize if rounded else 0
-    return launcher.chunk_tokens(
+    chunk_tokens, logits_tokens = launcher.chunk_tokens(
         operands.num_tokens, operands.vocab, operands.dtype.itemsize, operands.operand.itemsize, rounded_bytes
     )
+    return linear.block(chunk_tokens), linear.block(logits_tokens)
 
 
 def _new_grads(operands: Operands, want: Wanted) -> LinearGrads:

@@ -21,7 +21,7 @@ from torch import Tensor
 from loss_core.row_terms import Coefficients, RowTerms, Sums, combine
 from loss_core_torch import compat
 from loss_core_torch.kernels import Into, Linear, LinearGrads, Wanted
-from loss_core_torch.kernels.gpu import rows
+from loss_core_torch.kernels.gpu import rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.linear import write_scaled
 from loss_core_torch.kernels.gpu.operands import Operands, Part, slices
@@ -131,9 +131,15 @@ class _Grads:
 
 def _sizes(launcher: Launcher, operands: Operands, together: bool) -> tuple[int, int]:
     """(columns of a tile, tokens whose logits exist at a time)."""
-    return launcher.tiles(
-        operands.num_tokens, operands.vocab, operands.dtype.itemsize, operands.operand.itemsize, together
+    linear, num_tokens, vocab = operands.linear, operands.num_tokens, operands.vocab
+    block = linear.block(num_tokens)
+    columns, tokens = launcher.tiles(
+        num_tokens, vocab, operands.dtype.itemsize, operands.operand.itemsize, together and block == num_tokens
     )
+    if block < num_tokens:
+        # The gradient of all tokens takes as many entries of a tile as the block's rows have in the whole vocabulary.
+        columns = sizes.tile_columns(columns, block * vocab // num_tokens)
+    return columns, linear.block(tokens)
 
 
 def _matrix(buffer: Tensor, at: slice, tile: slice) -> Tensor:

@@ -148,6 +148,11 @@ def tiles(num_tokens: int, vocab: int, logit_bytes: int, grad_bytes: int, togeth
     return columns, _even(num_tokens, _TILE_LOGITS_BYTES // max(columns * logit_bytes, 1))
 
 
+def tile_columns(columns: int, most: int) -> int:
+    """Columns of a tile that is to have at most so many, at least one."""
+    return max(min(columns, most if most < _TILE_MULTIPLE else most // _TILE_MULTIPLE * _TILE_MULTIPLE), 1)
+
+
 def _logits_tokens(num_tokens: int, vocab: int, logit_bytes: int, budget: int) -> int:
     """Tokens whose logits exist at a time."""
     return min(_LOGITS_TOKENS, _even(num_tokens, budget // max(vocab * logit_bytes, 1)))

@@ -80,6 +80,13 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
         torch.testing.assert_close(parts, getattr(grads, name), rtol=1e-4, atol=1e-5)
 
 
+def test_no_more_logits_are_kept_than_a_block_may_have():
+    h_TH, w_VH, labels_T = torch.randn(40, H), torch.randn(50, H), torch.randint(0, 50, (40,))
+    for block_tokens, kept in ((0, True), (39, False), (40, True)):
+        linear = Linear(h_TH, w_VH, labels_T, 0, 0.0, torch.float32, block_tokens=block_tokens)
+        assert KERNELS.linear_terms(linear, Sums(), True)[1].numel() == (40 * 50 if kept else 0)
+
+
 def test_no_token_and_no_class():
     linear = Linear(torch.randn(2, H), torch.empty(0, H), torch.tensor([0, 1]), 5, 0.0, torch.float32)
     empty = KERNELS.linear_terms(linear, Sums(), True)[0]

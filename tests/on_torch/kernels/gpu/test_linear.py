@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.largest_tensor import LargestTensor
 from loss_core.row_terms import Objective, Sums, cross_entropy, cross_entropy_coefficients
 from loss_core_torch.kernels import Linear, Wanted
 from loss_core_torch.kernels.gpu import GpuKernels
@@ -138,6 +139,31 @@ def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
         _, logits = SETS[name].linear_terms(_linear(), Sums(), True)
         assert bool(logits.numel()) == kept
         assert SETS[name].linear_terms(_linear(), Sums(), False)[1].numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag, dtype):
+    # Operands as on a GPU, so that a gradient of 16 bits has memory of its own. Two rows of logits are as large as the
+    # weight's gradient.
+    rows = []
+
+    def start_and_count(kernel, grid, *args, **options):
+        rows.append(grid[0])
+        start(kernel, grid, *args, **options)
+
+    kernels = GpuKernels(Launcher(start=start_and_count, operand_dtype=lambda product_dtype, _: product_dtype))
+    h_TH, w_VH, coef_T = torch.randn(10, 2).to(dtype), torch.randn(V, 2).to(dtype), torch.randn(10)
+    linear = Linear(h_TH, w_VH, torch.randint(0, V, (10,)), 0, 0.0, dtype, block_tokens=2)
+    _, *grads = _expected(linear, coef_T)
+    ways = _both_ways(kernels, linear, coef_T)
+    for _ in range(3):
+        with LargestTensor() as seen:
+            _, *found = next(ways)
+        assert 0 < seen.numel <= 2 * V
+        for got, expected in zip(found, grads, strict=True):
+            step = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(got.double(), expected, rtol=step, atol=step * expected.abs().max().item())
+    assert max(rows) == 2
 
 
 def test_operands_of_16_bits_and_small_coefficients(flag):
