@@ -242,14 +242,17 @@ def test_several_shares_are_several_calls():
     assert BenchReport.from_json(report.to_json()) == report
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_a_count_that_is_known_reaches_our_fused_loss_and_no_peer(tmp_path, monkeypatch, known):
+# That nothing is told unasked is the same for both.
+@pytest.mark.parametrize(
+    ("known", "flags"), [(False, ["jax:xla"]), (True, ["torch:eager", "jax:xla"])], ids=["untold", "told"]
+)
+def test_a_count_that_is_known_reaches_our_fused_loss_and_no_peer(tmp_path, monkeypatch, known, flags):
     # A loss of one's own that counts how often it is told, in place of a time, which shows nothing on a small call.
     (tmp_path / "told_losses.py").write_text(TOLD)
     monkeypatch.syspath_prepend(str(tmp_path))
     told = importlib.import_module("told_losses")
     try:
-        report = bench(told.ToldConfig(reduction="mean"), ["torch:eager", "jax:xla"], shapes=[(300, 50, 8)],
+        report = bench(told.ToldConfig(reduction="mean"), flags, shapes=[(300, 50, 8)],
                        peers=["plain-jax"], ignored=0.5, count_known=known, imports=["told_losses"],
                        rounds=1, threads=1)  # fmt: skip
     finally:
@@ -257,7 +260,7 @@ def test_a_count_that_is_known_reaches_our_fused_loss_and_no_peer(tmp_path, monk
         del sys.modules["told_losses"]
     rows = {row.implementation: row for row in report.rows}
     assert report.settings["count_known"] is known
-    for flag in ("torch:eager", "jax:xla"):
+    for flag in flags:
         assert rows[flag].error == ("" if known else "AssertionError: told None"), flag
         assert not known or ("num_valid_tokens" in rows[flag].note and not rows[flag].wrong)
     assert (rows["plain-jax"].error, rows["plain-jax"].note) == ("", "")
