@@ -146,12 +146,13 @@ class _Problem(NamedTuple):
     num_classes: int
     gathers: bool
 
-    def rows(self, student: Source, teacher: Source, target: jax.Array) -> LinearPairs:
+    def rows(self, sources: Sequence[Source], target: jax.Array) -> LinearPairs:
         """The rows over this device's share of the vocabulary."""
-        dtype = inputs.arithmetic_dtype(student[0], student[1].weight_VH)
+        hidden, head = sources[0]
+        dtype = inputs.arithmetic_dtype(hidden, head.weight_VH)
         inverse = None if self.temperature == 1 else jnp.full(target.shape, 1.0 / self.temperature, dtype)
         return LinearPairs(
-            *(local_rows(*source, target, inverse, self.num_classes, self.shard) for source in (student, teacher))
+            *(local_rows(hidden, head, target, inverse, self.num_classes, self.shard) for hidden, head in sources)
         )
 
 
@@ -173,7 +174,7 @@ def _summed_forward(student: Any, teacher: Any, target: Any, scale: Any, problem
     squared = problem.temperature**2
     upstream = squared * valid_upstream(scale.value, target.value)
     divergences, gradients = problem.kernels.linear_pair_losses_and_gradients(
-        problem.rows(*sources, target.value), upstream, how
+        problem.rows(sources, target.value), upstream, how
     )
     loss = valid_losses(squared * divergences, target.value)
     # Empty arrays carry the dtypes to the backward.
@@ -212,7 +213,7 @@ def _rows_forward(student: Source, teacher: Source, target: jax.Array, problem: 
 
 def _losses(whole: Sequence[Source], target: jax.Array, problem: _Problem) -> tuple[jax.Array, Any]:
     """T^2 times the divergence of each row; terms and sums of the whole rows."""
-    kernels, how, rows = problem.kernels, PairHow(problem.beta, problem.shard), problem.rows(*whole, target)
+    kernels, how, rows = problem.kernels, PairHow(problem.beta, problem.shard), problem.rows(whole, target)
     terms = collectives.fold_pairs(kernels.linear_pair_terms(rows, how), 1.0, problem.shard)
     if problem.beta:
         sums: Any = collectives.added(kernels.linear_pair_mixture(rows, terms, how), problem.shard)
@@ -227,7 +228,7 @@ def _rows_backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> t
     shard = problem.shard
     upstream = valid_upstream(collectives.whole_cotangent(cotangent, shard), target) * problem.temperature**2
     # All are wanted: in `jax.shard_map` JAX does not say which are not, and leaves out what is not used.
-    how, rows = PairHow(problem.beta, shard), problem.rows(*whole, target)
+    how, rows = PairHow(problem.beta, shard), problem.rows(whole, target)
     gradients = problem.kernels.linear_pair_gradients(rows, terms, sums, upstream, how)
     by_sources = (
         input_gradients(found, hidden, head, shard, problem.gathers)

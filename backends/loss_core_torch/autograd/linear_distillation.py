@@ -137,8 +137,9 @@ class LinearDistillation(Function):
                     found = operators.linear_pair_grads(call.kernels, linear, PairTerms(*rest[:5]), *wanted, want)
             by_inputs: list[Tensor | None] = []
             for side, source in enumerate(call.sources):
+                shape, dtype = ctx.like[side]
                 by_hidden, by_weight, _ = input_grads(
-                    found[side], want[side], (weights[side], None), keep_T, places_N, *ctx.like[side], source
+                    found[side], want[side], (weights[side], None), keep_T, places_N, shape, dtype, source
                 )
                 by_inputs += [by_hidden, by_weight]
             by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
@@ -155,6 +156,8 @@ def _operands(
     call: Call,
 ) -> LinearPairs:
     """The operands of the products, without ignored tokens or with zeros for them."""
-    rows = (token_rows(hidden, keep_T, places_N) for hidden in whole)
-    dtypes = (source.product_dtype for source in call.sources)
-    return LinearPairs(*rows, *weights, *dtypes, keep_T if places_N is None else None, 1.0 / call.temperature)
+    student_TH, teacher_TH = (token_rows(hidden, keep_T, places_N) for hidden in whole)
+    student_dtype, teacher_dtype = (source.product_dtype for source in call.sources)
+    if places_N is not None:
+        keep_T = None
+    return LinearPairs(student_TH, teacher_TH, *weights, student_dtype, teacher_dtype, keep_T, 1.0 / call.temperature)

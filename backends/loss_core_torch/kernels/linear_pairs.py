@@ -140,7 +140,7 @@ class _Blocks:
 
     def into(self, side: int, pairs: Pairs, beside: bool) -> Into:
         """Where the gradient by one of the logits goes: over these, unless their dtype is another, or `beside`."""
-        z_BV, operand = pairs[side], self.heads[side].operand
+        z_BV, operand = (pairs.student, pairs.teacher)[side], self.heads[side].operand
         if operand == z_BV.dtype and not beside:
             return Into(z_BV)
         if operand not in self._beside:
@@ -218,7 +218,8 @@ class _Head:
 
 def _rows(numbers: Numbers, at: slice) -> Numbers:
     """Those of some rows."""
-    return numbers._replace(**{name: x[at] for name, x in numbers._asdict().items() if isinstance(x, Tensor)})
+    of_rows: Any = {name: x[at] for name, x in numbers._asdict().items() if isinstance(x, Tensor)}
+    return numbers._replace(**of_rows)
 
 
 def _joined(parts: Iterable[Any]) -> Iterator[Tensor]:

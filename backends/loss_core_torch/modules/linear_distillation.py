@@ -227,6 +227,9 @@ def _product_dtype(head: Head) -> torch.dtype:
 
 def _whole(heads: tuple[Head, Head], tokens: Tokens, temperature: float) -> LinearPairs:
     """The operands for kernels that make a loss whole, zeros in ignored rows."""
-    rows = (token_rows(head.hidden, tokens.keep_T, None) for head in heads)
-    weights, dtypes = (head.weight for head in heads), (_product_dtype(head) for head in heads)
-    return LinearPairs(*rows, *weights, *dtypes, tokens.keep_T, 1.0 / temperature)
+    student, teacher = heads
+    student_TH, teacher_TH = (token_rows(head.hidden, tokens.keep_T, None) for head in heads)
+    return LinearPairs(
+        student_TH, teacher_TH, student.weight, teacher.weight, _product_dtype(student), _product_dtype(teacher),
+        tokens.keep_T, 1.0 / temperature,
+    )  # fmt: skip

@@ -182,7 +182,8 @@ def _chunk_mixture(both: Both, terms_C: PairTerms, kept: Kept, how: PairHow, pla
     """Sums of both distributions of each pair against their mixture."""
 
     def body(sums: MixtureTerms, index_and_kept: Any) -> tuple[MixtureTerms, None]:
-        pair, _ = _tile_pair(both, *index_and_kept, how, plan)
+        index, tiles_kept = index_and_kept
+        pair, _ = _tile_pair(both, index, tiles_kept, how, plan)
         part = pairs.mixture_terms(pair, terms_C, Mixture(how.beta, _TEMPERATURE), _WHOLE, 0)
         return jax.tree.map(jnp.add, sums, part), None
 
@@ -199,7 +200,8 @@ def _chunk_gradients(
         upstream_C = upstream_C * both[0].inverse_C
 
     def body(found: tuple[LinearGradients, ...], index_and_kept: Any) -> tuple[tuple[LinearGradients, ...], None]:
-        pair, tiles = _tile_pair(both, *index_and_kept, how, plan)
+        index, tiles_kept = index_and_kept
+        pair, tiles = _tile_pair(both, index, tiles_kept, how, plan)
         if how.beta:
             by_logits = pairs.mixture_gradients(pair, terms_C, sums_C, upstream_C, Mixture(how.beta, _TEMPERATURE))
         else:
