@@ -17,6 +17,7 @@ from loss_core.build import (
 from loss_core.config import (
     FusedLinearCEConfig,
     FusedLinearLogProbsConfig,
+    FusedLinearTopKDistillationConfig,
     KDLossConfig,
     LogProbsConfig,
     LossFromFactoryConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "FlagStatus",
     "FusedLinearCEConfig",
     "FusedLinearLogProbsConfig",
+    "FusedLinearTopKDistillationConfig",
     "KDLossConfig",
     "KernelChoice",
     "LogProbsConfig",

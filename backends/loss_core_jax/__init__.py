@@ -4,11 +4,12 @@ from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCro
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import TopKDistillation
+from loss_core_jax.losses.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
 __all__ = [
     "FusedLinearCrossEntropy",
     "FusedLinearLogProbs",
+    "FusedLinearTopKDistillation",
     "KDLoss",
     "LogProbs",
     "MaskedCrossEntropy",

@@ -15,7 +15,7 @@ from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCro
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import TopKDistillation
+from loss_core_jax.losses.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 from loss_core_jax.parallel.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
@@ -36,6 +36,7 @@ _LOSSES: tuple[type[Loss], ...] = (
     LogProbs,
     FusedLinearLogProbs,
     TopKDistillation,
+    FusedLinearTopKDistillation,
 )
 
 _BUILDERS = {(loss.config_class, "xla"): loss.from_config for loss in _LOSSES}

@@ -3,6 +3,7 @@
 from loss_core_torch.modules import (
     FusedLinearCrossEntropy,
     FusedLinearLogProbs,
+    FusedLinearTopKDistillation,
     KDLoss,
     LogProbs,
     MaskedCrossEntropy,
@@ -13,6 +14,7 @@ from loss_core_torch.modules import (
 __all__ = [
     "FusedLinearCrossEntropy",
     "FusedLinearLogProbs",
+    "FusedLinearTopKDistillation",
     "KDLoss",
     "LogProbs",
     "MaskedCrossEntropy",

@@ -19,6 +19,7 @@ from loss_core_torch.kernels.compiled import programs
 from loss_core_torch.modules import (
     FusedLinearCrossEntropy,
     FusedLinearLogProbs,
+    FusedLinearTopKDistillation,
     KDLoss,
     LogProbs,
     MaskedCrossEntropy,
@@ -48,6 +49,7 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     LogProbs: ("plain", "eager", "compile", "triton"),
     FusedLinearLogProbs: ("plain", "eager", "triton"),
     TopKDistillation: ("plain", "eager", "compile", "triton"),
+    FusedLinearTopKDistillation: ("plain", "eager", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

@@ -22,6 +22,7 @@ from loss_core import (
     BackendUnavailable,
     FusedLinearCEConfig,
     FusedLinearLogProbsConfig,
+    FusedLinearTopKDistillationConfig,
     KDLossConfig,
     LogProbsConfig,
     LossConfig,
@@ -51,6 +52,7 @@ REGISTRY = {
     "LogProbs": LogProbsConfig,
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
     "TopKDistillation": TopKDistillationConfig,
+    "FusedLinearTopKDistillation": FusedLinearTopKDistillationConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -68,6 +70,9 @@ CHANGED = {
     ),
     "TopKDistillation": TopKDistillationConfig(
         ignore_index=3, temperature=2.5, fp32_upcast=False, logit_softcapping=30.0, tail=False
+    ),
+    "FusedLinearTopKDistillation": FusedLinearTopKDistillationConfig(
+        ignore_index=3, temperature=2.5, logit_softcapping=30.0, tail=False, sequence_parallel=True
     ),
 }
 TYPED = list(REGISTRY.values())

@@ -4,11 +4,12 @@ from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy, TEParallel
 from loss_core_torch.modules.distillation import KDLoss
 from loss_core_torch.modules.linear_cross_entropy import FusedLinearCrossEntropy
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_torch.modules.top_k_distillation import TopKDistillation
+from loss_core_torch.modules.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
 __all__ = [
     "FusedLinearCrossEntropy",
     "FusedLinearLogProbs",
+    "FusedLinearTopKDistillation",
     "KDLoss",
     "LogProbs",
     "MaskedCrossEntropy",

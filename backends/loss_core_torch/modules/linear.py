@@ -116,6 +116,10 @@ class LinearModule(LossModule):
     ) -> Tokens:
         raise NotImplementedError
 
+    def _settled(self, tokens: Tokens, vocab: int) -> Tokens:
+        """The tokens, once what does not fit a vocabulary of this size has been refused."""
+        return inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
+
     def _loss(self, call: LinearCall) -> Any:
         raise NotImplementedError
 
@@ -146,7 +150,7 @@ class LinearModule(LossModule):
         _check_operands(hidden, weight, lm_bias)
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
         tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
-        tokens = inputs.settled(inputs.in_range(tokens, weight.shape[0], self.ignore_index))
+        tokens = self._settled(tokens, weight.shape[0])
         source = Source(float(self.logit_softcapping), _product_dtype(hidden, weight))
         places_N = self._places(tokens, num_valid)
         return self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, weight.shape[0], ()))
@@ -187,7 +191,7 @@ class LinearModule(LossModule):
         start, vocab, group = (
             (0, weight.shape[0], None) if shards is None else (shards.start, shards.total, shards.group)
         )
-        tokens = inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
+        tokens = self._settled(tokens, vocab)
         hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
         product_dtype = _product_dtype(hidden, weight)
         source = Source(float(self.logit_softcapping), product_dtype, start, group, linear.sequence_dim)
