@@ -333,6 +333,35 @@ class ChunkedCEConfig(LossConfig):
         check_reduction(self.reduction)
 
 
+@typed_loss("FusedLinearTopKDistillation", "linear_top_k_distillation")
+@dataclass
+class FusedLinearTopKDistillationConfig(LossConfig):
+    """TopKDistillation of logits `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Attributes:
+        ignore_index: as in KDLossConfig.
+        temperature: as in TopKDistillationConfig.
+        logit_softcapping: as in TopKDistillationConfig.
+        tail: as in TopKDistillationConfig.
+        tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
+        sequence_parallel: as in FusedLinearCEConfig.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    logit_softcapping: float = 0.0
+    tail: bool = True
+    tp_group: Any = field(default=None, repr=False, compare=False)
+    sequence_parallel: bool = False
+
+    def validate(self) -> None:
+        check_integer("ignore_index", self.ignore_index)
+        check_number("temperature", self.temperature, "a finite number > 0")
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
+        check_bool("tail", self.tail)
+        check_bool("sequence_parallel", self.sequence_parallel)
+
+
 @dataclass
 class LossFromFactoryConfig(LossConfig):
     """A loss made by any class or callable: `factory(**kwargs)`.

@@ -5,13 +5,14 @@ from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import TopKDistillation
+from loss_core_jax.losses.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
 __all__ = [
     "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",
     "FusedLinearKDLoss",
     "FusedLinearLogProbs",
+    "FusedLinearTopKDistillation",
     "KDLoss",
     "LogProbs",
     "MaskedCrossEntropy",

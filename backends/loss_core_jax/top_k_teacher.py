@@ -30,11 +30,8 @@ class Teacher(NamedTuple):
     log_p: jax.Array
 
 
-def check_teacher(of: str, rows: Any, indices: ArrayLike, logprobs: ArrayLike, vocab: int) -> None:
-    """Integer indices and floating log-probabilities `[..., K]`, with the leading shape of `rows`.
-
-    Args:
-        of: what the array `rows` is called.
+def check_teacher(labels: ArrayLike, indices: ArrayLike, logprobs: ArrayLike, vocab: int) -> None:
+    """Integer indices and floating log-probabilities `[..., K]`, with the shape of labels in front.
 
     Raises:
         TypeError: other dtypes.
@@ -45,10 +42,10 @@ def check_teacher(of: str, rows: Any, indices: ArrayLike, logprobs: ArrayLike, v
         raise TypeError(f"teacher_indices must be integers of any width, got dtype {indices.dtype}.")
     inputs.check_floating(teacher_logprobs=logprobs)
     for name, value in (("teacher_indices", indices), ("teacher_logprobs", logprobs)):
-        if value.ndim == 0 or value.shape[:-1] != rows.shape[:-1]:
+        if value.ndim == 0 or value.shape[:-1] != labels.shape:
             raise ValueError(
-                f"{name} has shape {value.shape} but {of} has shape {rows.shape}; {name} must be [..., K] with the "
-                f"leading shape {rows.shape[:-1]}."
+                f"{name} has shape {value.shape} but labels has shape {labels.shape}; {name} must be [..., K] with "
+                "that shape in front."
             )
     if indices.shape != logprobs.shape:
         raise ValueError(
@@ -133,8 +130,8 @@ def _message(what: str, at: tuple[int, ...], indices: Any, logprobs: Any, vocab:
         return f"teacher_indices{list(at)} is {int(indices[at])}, which is no class in [0, {vocab})."
     if what == "twice":
         row = sorted(int(i) for i in np.asarray(indices)[at[:-1]])
-        found = next(a for a, b in itertools.pairwise(row) if a == b)
-        return f"teacher_indices{lead} holds {found} twice; the indices of a token must differ."
+        twice = next(a for a, b in itertools.pairwise(row) if a == b)
+        return f"teacher_indices{lead} holds {twice} twice; the indices of a token must differ."
     if what == "above 0":
         found = float(logprobs[at])
         return f"teacher_logprobs{list(at)} is {found:g}; logarithms of probabilities are accepted, which are <= 0."

@@ -21,6 +21,7 @@ from loss_core_torch.modules import (
     FusedLinearCrossEntropy,
     FusedLinearKDLoss,
     FusedLinearLogProbs,
+    FusedLinearTopKDistillation,
     KDLoss,
     LogProbs,
     MaskedCrossEntropy,
@@ -53,6 +54,7 @@ _KERNELS: dict[type[LossModule], tuple[str, ...]] = {
     TopKDistillation: ("plain", "eager", "compile", "triton"),
     # torch:plain makes the logits of all tokens.
     ChunkedCrossEntropy: ("eager", "triton"),
+    FusedLinearTopKDistillation: ("plain", "eager", "triton"),
 }
 
 _BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}

@@ -46,12 +46,11 @@ def checked(indices: Any, logprobs: Any, of: str, lead: torch.Size, device: torc
     return Teacher(index_TK, logprobs.to(device).reshape(-1, count))
 
 
-def in_order(tokens: Tokens, vocab: int, dtype: torch.dtype) -> Tokens:
+def in_order(tokens: Tokens, vocab: int) -> Tokens:
     """The tokens with a teacher whose classes ascend, once what can't be a distribution is refused, or marked in nan_T.
 
     Args:
         vocab: number of classes, of all ranks.
-        dtype: of the arithmetic, in which the log-probabilities come.
     Raises:
         ValueError: more classes than there are; where values may be read, of a token that counts: an index that is no
             class, or stands twice; a log-probability that is NaN or above 0, or a sum of probabilities above 1 by more
@@ -77,7 +76,7 @@ def in_order(tokens: Tokens, vocab: int, dtype: torch.dtype) -> Tokens:
         bad_T = bad_T | wrong_TK.any(-1)
     if not may_read(bad_T):
         tokens = tokens._replace(nan_T=inputs.nan_where(bad_T, tokens.nan_T))
-    return tokens._replace(teacher=Teacher(index_TK, log_p_TK.to(dtype)))
+    return tokens._replace(teacher=Teacher(index_TK, log_p_TK))
 
 
 def _faults(index_TK: Tensor, log_p_TK: Tensor, vocab: int) -> list[tuple[str, Tensor]]:

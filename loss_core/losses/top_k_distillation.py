@@ -204,7 +204,12 @@ def token_errors(
     err_w_TV += p_tail_T[:, None] * finite(of_others.err_p_TV) + err_p_tail_T[:, None] * share_TV
     np.put_along_axis(w_TV, index_TK, p_TK, 1)
     np.put_along_axis(err_w_TV, index_TK, err_p_TK, 1)
-    err_q_TV = sm.err_p_TV + q_TV * (more_T + err_tail_T)[:, None] + q_tail_T[:, None] * finite(of_others.err_p_TV)
+    # Who makes q of the others' share and of exp(log q_tail) has the roundings of logarithms besides; the others' sum
+    # cancels.
+    logs_T = np.abs(sm.lse_T - finite(np.max(z_TV, axis=-1)))
+    logs_T = logs_T + np.abs(of_others.lse_T - finite(np.max(others(z_TV, index_TK), axis=-1)))
+    err_logs_T = u * (LOG_ULPS * logs_T + 2 * np.abs(log_q_tail_T) + 2 * r_T)
+    err_q_TV = sm.err_p_TV + q_TV * (more_T + err_logs_T)[:, None]
     err_dz_TV = sum_T1 * err_q_TV + err_sum_T1 * q_TV + err_w_TV + u * (2 + COEF_ROUNDINGS) * (sum_T1 * q_TV + w_TV)
     # z / T once more, by its reciprocal.
     err_dz_TV = temp * (err_dz_TV + 2 * u * np.abs(sum_T1 * q_TV - w_TV)) + inner.near_zero
@@ -216,7 +221,8 @@ def token_errors(
         err_p_tail_T / np.maximum(p_tail_T - err_p_tail_T, np.finfo(np.float64).tiny) + LOG_ULPS * u * -log_p_tail_T,
         -log_p_tail_T + np.abs(log_q_tail_T) - np.log(u / 2) + 1,
     )
-    err_ratio_TK = err_log_q_TK + (has_tail * (err_tail_T + log_moved_T))[:, None]
+    # With a tail the lse of all classes, which both log-probabilities have been made with, cancels.
+    err_ratio_TK = err_log_q_TK + (log_moved_T + err_tail_T - 2 * err_lse_T if has_tail else 0 * r_T)[:, None]
     sizes_TK = np.abs(ratio_TK) + np.abs(ratio_tail_T)[:, None] + 1
     err_by_teacher_TK = err_p_TK * sizes_TK + p_TK * (err_ratio_TK + u * (2 + COEF_ROUNDINGS) * sizes_TK)
     return err_loss_T, finite(err_by_raw_TV), temp**2 * finite(err_by_teacher_TK) + inner.near_zero
@@ -302,6 +308,12 @@ TEACHER = (
     Argument("teacher_logprobs", ("T", "K"), trained=False, draw=draw_logprobs),
 )
 
+LABELS = Argument("labels", ("T",), "mark", differentiated=False)
+WEIGHTS = (
+    Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
+    Argument("loss_weights", ("T",), optional=True, with_count=True),
+)
+
 RECIPES = (
     Recipe("temperature", "a temperature before the softcap, or a T^2 left out",
            {"temperature": 2.5, "logit_softcapping": 5.0}, extras=("upstream", "loss_weights", "count")),
@@ -330,9 +342,8 @@ DEFINITION = LossDef(
     (
         Argument("student_logits", ("T", "V")),
         *TEACHER,
-        Argument("labels", ("T",), "mark", differentiated=False),
-        Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
-        Argument("loss_weights", ("T",), optional=True, with_count=True),
+        LABELS,
+        *WEIGHTS,
     ),
     oracle,
     error_bound,

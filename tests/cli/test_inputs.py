@@ -37,6 +37,8 @@ def captured(loss="MaskedCrossEntropy", tokens=6, vocab=11, dtype=np.float32):
         },
         "ChunkedCrossEntropy": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5)},
         "KDLoss": lambda: {"student_logits": floats(tokens, vocab), "teacher_logits": floats(tokens, vocab)},
+        "FusedLinearTopKDistillation": lambda: {"hidden_states": floats(tokens, 5), "lm_weight": floats(vocab, 5),
+                                                **top_k(floats(tokens, vocab))},
         "TopKDistillation": lambda: {"student_logits": floats(tokens, vocab), **top_k(floats(tokens, vocab))},
     }[loss]() | {"labels": labels}  # fmt: skip
 

@@ -24,6 +24,7 @@ from loss_core import (
     FusedLinearCEConfig,
     FusedLinearKDConfig,
     FusedLinearLogProbsConfig,
+    FusedLinearTopKDistillationConfig,
     KDLossConfig,
     LogProbsConfig,
     LossConfig,
@@ -56,6 +57,7 @@ REGISTRY = {
     "FusedLinearKDLoss": FusedLinearKDConfig,
     "TopKDistillation": TopKDistillationConfig,
     "ChunkedCrossEntropy": ChunkedCEConfig,
+    "FusedLinearTopKDistillation": FusedLinearTopKDistillationConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {
@@ -78,6 +80,9 @@ CHANGED = {
         ignore_index=3, temperature=2.5, fp32_upcast=False, logit_softcapping=30.0, tail=False
     ),
     "ChunkedCrossEntropy": ChunkedCEConfig(chunk_len=7, compile=False, ignore_index=3, reduction="none"),
+    "FusedLinearTopKDistillation": FusedLinearTopKDistillationConfig(
+        ignore_index=3, temperature=2.5, logit_softcapping=30.0, tail=False, sequence_parallel=True
+    ),
 }
 TYPED = list(REGISTRY.values())
 WITH_GROUP = [cls for cls in TYPED if cls is not ChunkedCEConfig]

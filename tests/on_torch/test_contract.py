@@ -141,7 +141,7 @@ def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
     loss = built(config, flag)(**arguments, **weights_of(config, weights))
     (grad,) = torch.autograd.grad(loss, weights, create_graph=True)
     wanted = list(leaves(arguments).values())
-    if flag == "torch:eager" and over_hidden_states(config):
+    if flag == "torch:eager" and over_hidden_states(config) and not takes(config, "index"):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(grad.sum(), wanted)
         return
@@ -218,7 +218,8 @@ def test_nan_where_ignored_touches_nothing(flag, config):
 @cells([config for config in configs() if over_hidden_states(config)], FLAGS)
 def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
     arguments, loss_fn = inputs(config), built(config, flag)
-    rounded = {k: x.detach().bfloat16().float().requires_grad_() if x.requires_grad else x
+    operands = ("hidden_states", "lm_weight")
+    rounded = {k: x.detach().bfloat16().float().requires_grad_() if k.endswith(operands) else x
                for k, x in arguments.items()}  # fmt: skip
 
     def forward(**arguments):

@@ -1,6 +1,6 @@
 """Distillation from K log-probabilities of a teacher as autograd functions."""
 
-# T = tokens, K = classes of the teacher, V = vocabulary (of this rank)
+# T = tokens, N = tokens in products, K = classes of the teacher, V = vocabulary (of this rank), H = hidden
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from loss_core.row_terms import (
     RowTerms,
@@ -19,7 +20,9 @@ from loss_core.row_terms import (
 )
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream
-from loss_core_torch.kernels import Into, KernelSet, Rows
+from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
+from loss_core_torch.kernels import Into, KernelSet, Rows, Wanted
+from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -43,6 +46,21 @@ class Call(NamedTuple):
     vocab_start: int = 0
     group: Any = None
     grad_in_forward: bool = False
+
+
+class LinearCall(NamedTuple):
+    """What a call over hidden states is beside its tensors.
+
+    Attributes:
+        kernels, tail: as in `Call`.
+        source: where the logits come from.
+        want: which gradients may be asked for.
+    """
+
+    kernels: KernelSet
+    tail: bool
+    source: Source
+    want: Wanted
 
 
 class TopKDistillation(LossFunction):
@@ -99,6 +117,78 @@ class TopKDistillation(LossFunction):
         refusing = (once_differentiable(x, logits, log_p_TK, upstream) for x in (by_logits, by_log_p))
         by_logits, by_log_p = refusing
         return by_logits, None, by_log_p, None, None, None, None
+
+
+class LinearTopKDistillation(Function):
+    """Divergence of each token of softcap(hidden @ W.T + b) from its teacher, not times T^2, without the logits.
+
+    Inputs: as of `LinearCrossEntropy`, with labels_TK and log_p_TK as of `TopKDistillation` in place of the labels, and
+    inverse_T [T] or None in place of the coefficients. Output: loss_T [T], 0 for ignored tokens, in the dtype of the
+    arithmetic. Further outputs are what waits for the backward, which makes the logits again: four products in all.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        w_VH: Tensor,
+        bias_V: Tensor | None,
+        labels_TK: Tensor,
+        log_p_TK: Tensor,
+        keep_T: Tensor | None,
+        places_N: Tensor | None,
+        inverse_T: Tensor | None,
+        call: LinearCall,
+    ) -> tuple[Tensor, ...]:
+        whole = gathered(hidden, call.source)
+        linear = operands(whole, w_VH, labels_TK, keep_T, places_N, call.source, inverse_T, bias_V)
+        keep_logits = call.source.group is not None and any(call.want)
+        terms, logits = operators.linear_terms(call.kernels, linear, Sums(), keep_logits)
+        if call.source.group is not None:
+            terms = collectives.fold(terms, call.source.group)
+        loss_N = top_k_distillation(torch, terms, TopK(_of_rows(log_p_TK, places_N), call.tail))
+        loss_T = zero_where_ignored(put(loss_N, places_N, len(labels_TK)), keep_T)
+        return loss_T, *terms[:3], logits, *([] if whole is hidden else [whole])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, *tensors, ctx.call = inputs
+        ctx.shape, ctx.dtype, ctx.spent = hidden.shape, hidden.dtype, False
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        whole = hidden if ctx.call.source.sequence_dim is None else output[5]
+        ctx.save_for_backward(whole, *tensors, *output[1:5])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream, call = grads[0], ctx.call
+        check_upstream(upstream)
+        whole, w_VH, bias_V, labels_TK, log_p_TK, keep_T, places_N, inverse_T, *saved, logits = ctx.saved_tensors
+        want, terms = Wanted(*ctx.needs_input_grad[:3]), RowTerms(*saved)
+        fresh, ctx.spent = not ctx.spent, True
+        with torch.no_grad():
+            upstream_N = _of_rows(upstream.to(terms.s.dtype), places_N)
+            teacher = TopK(_of_rows(log_p_TK, places_N), call.tail)
+            coefficients = top_k_coefficients(torch, terms, upstream_N, teacher)
+            if keep_T is not None and places_N is None:
+                # Nothing of an ignored token, even where the weight has made its logits NaN.
+                coefficients = kept_coefficients(coefficients, keep_T)
+            linear = operands(whole, w_VH, labels_TK, keep_T, places_N, call.source, inverse_T, bias_V)
+            # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+            kept = logits.data if fresh else logits.new_empty(0)
+            found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, kept)
+            by_inputs = input_grads(found, want, (w_VH, bias_V), keep_T, places_N, ctx.shape, ctx.dtype, call.source)
+            by_log_p = None
+            if ctx.needs_input_grad[4]:
+                of_rows = teacher_grad(terms, teacher, upstream_N, keep_T if places_N is None else None)
+                by_log_p = put(of_rows, places_N, len(labels_TK))
+        sources = (whole, w_VH, bias_V, log_p_TK, upstream)
+        *refusing, by_log_p = (once_differentiable(x, *sources) for x in (*by_inputs, by_log_p))
+        return *refusing, None, by_log_p, None, None, None, None
+
+
+def _of_rows(x_T: Tensor, places_N: Tensor | None) -> Tensor:
+    """Numbers of the tokens in products."""
+    return x_T if places_N is None else x_T[places_N]
 
 
 def teacher_grad(terms: RowTerms, teacher: TopK, upstream_T: Tensor, keep_T: Tensor | None) -> Tensor:

@@ -358,6 +358,10 @@ class WholeLosses:
         """Divergence of each token from a teacher of the row's K labels, not times T^2; else as `cross_entropy`."""
         raise NotImplementedError
 
+    def linear_top_k_distillation(self, linear: Linear, labels_TK: Tensor, teacher: TopK) -> Tensor:
+        """As `top_k_distillation`, of the logits of each token."""
+        raise NotImplementedError
+
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
         """Terms of each row, for metrics; not differentiated. Those of an ignored row are any numbers.
 

@@ -90,6 +90,13 @@ class PlainLosses(WholeLosses):
         loss_T = _top_k(logits_TV, rows.labels_T, rows.inverse_temperature_T, teacher)
         return loss_T if rows.keep_T is None else loss_T.masked_fill(~rows.keep_T, 0.0)
 
+    def linear_top_k_distillation(self, linear: Linear, labels_TK: Tensor, teacher: TopK) -> Tensor:
+        _observe()
+        logits_TV, keep_T = _linear_logits(linear)
+        logits_TV = _capped(logits_TV, linear.softcap)
+        loss_T = _top_k(logits_TV, labels_TK, linear.inverse_temperature_T, teacher)
+        return loss_T.masked_fill(~keep_T, 0.0)
+
 
 def _kl(p_TV: Tensor, log_ratio_TV: Tensor) -> Tensor:
     """Sum of p times the logarithm of its ratio to another distribution."""

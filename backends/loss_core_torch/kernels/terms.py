@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, RowTerms, Sums
+from loss_core_torch.tracing import may_read
 
 
 class Targets(NamedTuple):
@@ -18,47 +19,69 @@ class Targets(NamedTuple):
 
     Attributes:
         column_TK: int64, of the row's own target, or in place of one that is not here of another one of the row.
-        source_TK: int64, which of the K targets that is.
-        owned_TK: bool, whether the target is here.
-        any_T1: bool, whether one of the row is; else its columns are 0.
         is_one: whether rows have one target, and its numbers the shape [T], and not [T, K].
+        elsewhere: what there is to know of targets that are not here; None where it can be seen that all are.
     """
 
     column_TK: Tensor
-    source_TK: Tensor
-    owned_TK: Tensor
-    any_T1: Tensor
     is_one: bool
+    elsewhere: Elsewhere | None = None
 
     @classmethod
     def of(cls, labels_T: Tensor, vocab_start: int, vocab: int) -> Targets:
         """Those of labels [T] or [T, K], as `Rows` has them."""
-        local_TK = (labels_T if labels_T.dim() == 2 else labels_T[:, None]) - vocab_start
+        is_one = labels_T.dim() == 1
+        local_TK = (labels_T[:, None] if is_one else labels_T) - vocab_start
         owned_TK = (local_TK >= 0) & (local_TK < vocab)
+        if may_read(owned_TK) and bool(owned_TK.all()):
+            return cls(local_TK, is_one)
         first_T1, any_T1 = owned_TK.int().argmax(-1, keepdim=True), owned_TK.any(-1, keepdim=True)
-        own_K = torch.arange(local_TK.shape[1], device=local_TK.device)
-        source_TK = torch.where(owned_TK, own_K, first_T1)
+        source_TK = torch.where(owned_TK, torch.arange(local_TK.shape[1], device=local_TK.device), first_T1)
         column_TK = torch.where(any_T1, local_TK.gather(1, source_TK), 0)
-        return cls(column_TK, source_TK, owned_TK, any_T1, labels_T.dim() == 1)
+        return cls(column_TK, is_one, Elsewhere(owned_TK, source_TK, any_T1))
 
     def at(self, rows: slice | Tensor) -> Targets:
         """Those of some rows."""
-        return Targets(*(x[rows] for x in self[:4]), self.is_one)
+        elsewhere = None if self.elsewhere is None else Elsewhere(*(x[rows] for x in self.elsewhere))
+        return Targets(self.column_TK[rows], self.is_one, elsewhere)
 
-    def read(self, x_TV: Tensor, elsewhere: float) -> Tensor:
-        """The numbers of a matrix at the columns, [T] or [T, K]; `elsewhere` for targets that are not here."""
-        found_TK = x_TV.gather(1, self.column_TK).masked_fill(~self.owned_TK, elsewhere)
+    def read(self, x_TV: Tensor, otherwise: float) -> Tensor:
+        """The numbers of a matrix at the columns, [T] or [T, K]; `otherwise` for targets that are not here."""
+        found_TK = x_TV.gather(1, self.column_TK)
+        if self.elsewhere is not None:
+            found_TK = found_TK.masked_fill(~self.elsewhere.owned_TK, otherwise)
         return found_TK[:, 0] if self.is_one else found_TK
 
     def write(self, x_TV: Tensor, values: Tensor | float) -> None:
         """Put numbers, [T] or [T, K] or one, in a matrix at the columns of the targets that are here."""
-        x_TV.scatter_(1, self.column_TK, self.placed(x_TV.gather(1, self.column_TK), values))
+        if self.elsewhere is not None:
+            values = self.placed(x_TV.gather(1, self.column_TK), values)
+        elif isinstance(values, Tensor):
+            values = (values[:, None] if self.is_one else values).to(x_TV.dtype)
+        x_TV.scatter_(1, self.column_TK, values)
 
     def placed(self, old_TK: Tensor, values: Tensor | float) -> Tensor:
         """What to write at the columns, in place of the old: where two of them are one, the same number."""
         if isinstance(values, Tensor):
-            values = (values[:, None] if self.is_one else values).gather(1, self.source_TK).to(old_TK.dtype)
-        return torch.where(self.any_T1, values, old_TK)
+            values = (values[:, None] if self.is_one else values).to(old_TK.dtype)
+        if self.elsewhere is None:
+            return torch.as_tensor(values, dtype=old_TK.dtype, device=old_TK.device).expand(old_TK.shape)
+        _, source_TK, any_T1 = self.elsewhere
+        return torch.where(any_T1, values.gather(1, source_TK) if isinstance(values, Tensor) else values, old_TK)
+
+
+class Elsewhere(NamedTuple):
+    """Which targets are not here.
+
+    Attributes:
+        owned_TK: bool, whether the target is here.
+        source_TK: int64, which of the row's K targets `column_TK` is of.
+        any_T1: bool, whether one of the row is here; else its columns are 0.
+    """
+
+    owned_TK: Tensor
+    source_TK: Tensor
+    any_T1: Tensor
 
 
 def per_row(x_T: Tensor, like: Tensor) -> Tensor:

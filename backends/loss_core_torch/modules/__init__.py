@@ -5,13 +5,14 @@ from loss_core_torch.modules.distillation import KDLoss
 from loss_core_torch.modules.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_torch.modules.linear_distillation import FusedLinearKDLoss
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_torch.modules.top_k_distillation import TopKDistillation
+from loss_core_torch.modules.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
 __all__ = [
     "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",
     "FusedLinearKDLoss",
     "FusedLinearLogProbs",
+    "FusedLinearTopKDistillation",
     "KDLoss",
     "LogProbs",
     "MaskedCrossEntropy",

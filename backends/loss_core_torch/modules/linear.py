@@ -144,6 +144,10 @@ class LinearModule(HeadModule):
     ) -> Tokens:
         raise NotImplementedError
 
+    def _settled(self, tokens: Tokens, vocab: int) -> Tokens:
+        """The tokens, once what does not fit a vocabulary of this size has been refused."""
+        return inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
+
     def _loss(self, call: LinearCall) -> Any:
         raise NotImplementedError
 
@@ -174,7 +178,7 @@ class LinearModule(HeadModule):
         check_operands(hidden, weight, lm_bias)
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
         tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
-        tokens = inputs.settled(inputs.in_range(tokens, weight.shape[0], self.ignore_index))
+        tokens = self._settled(tokens, weight.shape[0])
         source = Source(float(self.logit_softcapping), product_dtype(hidden, weight), block_tokens=self.chunk_len)
         places_N = self._places(tokens, num_valid)
         return self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, weight.shape[0], ()))
@@ -215,7 +219,7 @@ class LinearModule(HeadModule):
         start, vocab, group = (
             (0, weight.shape[0], None) if shards is None else (shards.start, shards.total, shards.group)
         )
-        tokens = inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
+        tokens = self._settled(tokens, vocab)
         hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
         dtype, softcap, block_tokens = product_dtype(hidden, weight), float(self.logit_softcapping), self.chunk_len
         source = Source(softcap, dtype, start, group, linear.sequence_dim, block_tokens)

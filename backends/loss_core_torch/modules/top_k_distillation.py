@@ -4,18 +4,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loss_core import BackendUnavailable, TopKDistillationConfig
+from loss_core import BackendUnavailable, FusedLinearTopKDistillationConfig, TopKDistillationConfig
 from loss_core.row_terms import TopK
 from loss_core_torch import compat, inputs, top_k_teacher
 from loss_core_torch.autograd import top_k_distillation as autograd
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import coefficients, reduce_tokens
 from loss_core_torch.tracing import compute_dtype, is_transformed
 
@@ -87,8 +89,9 @@ class TopKDistillation(LossModule):
             of_tokens = {
                 "teacher_indices": indices, "teacher_logprobs": logprobs, "labels": labels, "loss_weights": loss_weights
             }  # fmt: skip
-            own = [layout.token_values(name, value, lead) for name, value in of_tokens.items()]
-            return self._tokens(student, *own[:3], count, own[3])
+            own = {name: layout.token_values(name, value, lead) for name, value in of_tokens.items()}
+            teacher = own["teacher_indices"], own["teacher_logprobs"]
+            return self._tokens(student, *teacher, own["labels"], count, own["loss_weights"])
 
         tokens, shards = self._agree(layout.ranks, student, check)
         if shards is None:
@@ -110,10 +113,13 @@ class TopKDistillation(LossModule):
         shards: Any = None,
         token_groups: tuple[Any, ...] = (),
     ) -> Tensor:
-        student, dtype = widened(inputs.floats("student_logits", given), tokens)
-        tokens = top_k_teacher.in_order(inputs.settled(tokens), vocab, dtype)
+        student = inputs.floats("student_logits", given)
         assert tokens.teacher is not None
-        labels_TK, log_p_TK = tokens.teacher
+        dtype = torch.promote_types(compute_dtype(student.dtype), compute_dtype(tokens.teacher.log_p_TK.dtype))
+        student = student.to(dtype) if dtype == torch.float64 else student
+        tokens = top_k_teacher.in_order(inputs.settled(tokens), vocab)
+        assert tokens.teacher is not None
+        labels_TK, log_p_TK = tokens.teacher.index_TK, tokens.teacher.log_p_TK.to(dtype)
         temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
         # Where all classes are the teacher's, there are no others.
         tail, softcap = self.tail and labels_TK.shape[1] < vocab, float(self.logit_softcapping)
@@ -152,6 +158,85 @@ class TopKDistillation(LossModule):
         return cast(loss, self.fp32_upcast, given)
 
 
+class FusedLinearTopKDistillation(LinearModule):
+    """TopKDistillation of hidden_states @ lm_weight.T without the [T, V] logits.
+
+    Config: `loss_core.FusedLinearTopKDistillationConfig`. On a CPU, ignored tokens take part in no product.
+    """
+
+    config_class = FusedLinearTopKDistillationConfig
+    _labels_are_classes = False
+    temperature: float
+    tail: bool
+    _values = ("teacher_indices", "teacher_logprobs", "loss_weights")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        lm_weight: Tensor,
+        teacher_indices: Tensor,
+        teacher_logprobs: Tensor,
+        labels: Tensor,
+        num_batch_labels: int | Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        lm_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Divergence of the student from the teacher, over the positions that count.
+
+        Args:
+            hidden_states: as in FusedLinearCrossEntropy.
+            lm_weight: likewise.
+            teacher_indices: as in TopKDistillation.
+            teacher_logprobs: likewise; in the dtype of the arithmetic for the hidden states.
+            labels: likewise.
+            num_batch_labels: likewise.
+            loss_weights: likewise.
+            lm_bias: as in FusedLinearCrossEntropy.
+        Returns:
+            Scalar; float32 (float64 for float64 hidden states).
+        Raises:
+            ValueError, TypeError: as FusedLinearCrossEntropy and TopKDistillation.
+        """
+        given = {
+            "teacher_indices": teacher_indices, "teacher_logprobs": teacher_logprobs,
+            "num_batch_labels": num_batch_labels, "loss_weights": loss_weights,
+        }  # fmt: skip
+        loss: Tensor = self._evaluate(hidden_states, labels, lm_weight, lm_bias, given)
+        return loss
+
+    def _tokens(
+        self, lead: torch.Size, hidden: Tensor, labels: Any, given: Mapping[str, Any], num_valid: Any
+    ) -> Tokens:
+        return with_teacher(
+            self.ignore_index, "hidden_states", lead, hidden.device, given["teacher_indices"],
+            given["teacher_logprobs"], labels, given["num_batch_labels"], given["loss_weights"],
+        )  # fmt: skip
+
+    def _settled(self, tokens: Tokens, vocab: int) -> Tokens:
+        return top_k_teacher.in_order(inputs.settled(tokens), vocab)
+
+    def _of_tokens(self) -> bool:
+        return False
+
+    def _loss(self, call: LinearCall) -> Tensor:
+        kernels, tokens = call.kernels, call.tokens
+        assert tokens.teacher is not None
+        dtype, temperature = compute_dtype(call.hidden.dtype), float(self.temperature)
+        labels_TK, log_p_TK = tokens.teacher.index_TK, tokens.teacher.log_p_TK.to(dtype)
+        tail = self.tail and labels_TK.shape[1] < call.num_classes
+        inverse_T = inputs.inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
+        if isinstance(kernels, WholeLosses):
+            whole = call.whole()._replace(inverse_temperature_T=inverse_T)
+            loss_T = kernels.linear_top_k_distillation(whole, labels_TK, TopK(log_p_TK, tail))
+        else:
+            how = autograd.LinearCall(kernels, tail, call.source, call.wanted())
+            loss_T = autograd.LinearTopKDistillation.apply(
+                call.hidden, call.weight, call.bias, labels_TK, log_p_TK, tokens.keep_T, call.places_N, inverse_T, how,
+            )[0]  # fmt: skip
+        reduction = "mean" if tokens.num_tokens is None else "sum"
+        return reduce_tokens(loss_T * temperature**2, tokens, reduction, call.token_groups)
+
+
 def with_teacher(
     ignore_index: int,
     of: str,
@@ -170,10 +255,3 @@ def with_teacher(
         loss_weights=loss_weights,
     )  # fmt: skip
     return tokens._replace(teacher=top_k_teacher.checked(indices, logprobs, of, lead, device))
-
-
-def widened(like: Tensor, tokens: Tokens) -> tuple[Tensor, torch.dtype]:
-    """Logits or hidden states beside a teacher in float64, and the dtype of the arithmetic."""
-    assert tokens.teacher is not None
-    dtype = torch.promote_types(compute_dtype(like.dtype), compute_dtype(tokens.teacher.log_p_TK.dtype))
-    return like.to(dtype) if dtype == torch.float64 else like, dtype

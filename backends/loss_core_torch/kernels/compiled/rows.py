@@ -178,13 +178,14 @@ class _Targets:
 
     def __init__(self, rows: Rows) -> None:
         self._targets = Targets.of(rows.labels_T, rows.vocab_start, rows.logits.shape[-1])
-        self.keep_T = torch.ones_like(self._targets.any_T1[:, 0]) if rows.keep_T is None else rows.keep_T
+        first_T = self._targets.column_TK[:, 0]
+        self.keep_T = torch.ones_like(first_T, dtype=torch.bool) if rows.keep_T is None else rows.keep_T
         self._softcap, self._inverse_T = rows.softcap, rows.inverse_temperature_T
 
     def logits(self, z_BV: Tensor, at: slice | Tensor) -> Tensor:
         """z of the target of each row of a block, in the dtype of the arithmetic; -inf where there is none."""
         targets = self._targets.at(at)
-        t_B = targets.read(z_BV[: len(targets.any_T1)], -torch.inf).to(compute_dtype(z_BV.dtype))
+        t_B = targets.read(z_BV[: len(targets.column_TK)], -torch.inf).to(compute_dtype(z_BV.dtype))
         if self._softcap:
             t_B = (self._softcap * (t_B / self._softcap).tanh()).masked_fill(t_B == -torch.inf, -torch.inf)
         return t_B if self._inverse_T is None else t_B * self._inverse_T[at]
@@ -192,7 +193,7 @@ class _Targets:
     def take_out(self, z_BV: Tensor, at: slice | Tensor) -> Tensor:
         """z of the targets of each row of a block, where -inf is left."""
         targets = self._targets.at(at)
-        z_BV = z_BV[: len(targets.any_T1)]
+        z_BV = z_BV[: len(targets.column_TK)]
         t_B = targets.read(z_BV, -torch.inf)
         targets.write(z_BV, -torch.inf)
         return t_B
