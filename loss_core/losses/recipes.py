@@ -141,6 +141,14 @@ RECIPES = (
         extras=("upstream",),
     ),
     Recipe(
+        "softcap-vocab-1",
+        "a column that is added to a single one, of which a softcap makes a number",
+        {"logit_softcapping": 2.0, "z_loss": 0.1},
+        ("logit_softcapping",),
+        vocab=1,
+        extras=("upstream",),
+    ),
+    Recipe(
         "z-loss",
         "a z-loss left out of the gradient, or without weights and count",
         {"z_loss": 0.1},

@@ -22,7 +22,7 @@ from loss_core.row_terms import (
     cross_entropy_coefficients,
 )
 from loss_core_torch.kernels import NEW, Into, Rows
-from loss_core_torch.kernels.compiled import formulas
+from loss_core_torch.kernels.compiled import formulas, one_column
 from loss_core_torch.kernels.compiled.approximate_maximum import applies, approximate_maximum, is_accurate
 from loss_core_torch.kernels.compiled.matrices import COPIED_ELEMENTS, matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
@@ -37,6 +37,8 @@ class RowKernels:
 
     def row_terms(self, rows: Rows, sums: Sums) -> RowTerms:
         """Terms of each row."""
+        if one_column.applies(rows):
+            return self.row_terms(one_column.uncapped(rows)[0], sums)
         found, targets = [], _Targets(rows)
         if rows.labels_T.dim() == 2:
             parts = [_others(z_BV, block, rows, targets, sums) for block, z_BV in _small_blocks(rows)]
@@ -52,6 +54,9 @@ class RowKernels:
         out = into.out
         if out is not None and is_one(into.unless_one):
             return out
+        if one_column.applies(rows):
+            uncapped, slope_TV = one_column.uncapped(rows)
+            return one_column.through_softcap(self.row_grad(uncapped, terms, coefficients), slope_TV, rows, into)
         aliased = out is not None and out.data_ptr() == rows.logits.data_ptr()
         out = _result(rows) if out is None else out
         targets, inverse_T = _Targets(rows), rows.inverse_temperature_T
@@ -67,6 +72,10 @@ class RowKernels:
         """Terms, and the gradient of the sum of coef * loss."""
         if isinstance(objective, TopK):
             return _terms_and_grad_of_others(rows, coef_T, objective)
+        if one_column.applies(rows):
+            uncapped, slope_TV = one_column.uncapped(rows)
+            terms, grad_TV = self.row_terms_and_grad(uncapped, coef_T, objective)
+            return terms, one_column.through_softcap(grad_TV, slope_TV, rows, NEW)
         parts, found = list[RowTerms](), list[tuple[Tensor, ...]]()
         out, targets = _result(rows), _Targets(rows)
         for block, (z_BV,) in matrices(rows.logits):
