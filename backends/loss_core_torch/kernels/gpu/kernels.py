@@ -314,7 +314,7 @@ def shaped(z, mask, inverse, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr):
 @triton.jit
 def load_labels(labels_ptr, vocab_start, NUM: tl.constexpr, N: tl.constexpr):
     """[N] columns of a row's targets, -1 behind the last of NUM."""
-    offs_n = tl.arange(0, N)
+    offs_n = tl.arange(0, N).to(tl.int64)
     labels = tl.load(labels_ptr + offs_n, mask=offs_n < NUM, other=0) - vocab_start
     return tl.where(offs_n < NUM, labels, -1)
 
@@ -322,7 +322,7 @@ def load_labels(labels_ptr, vocab_start, NUM: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def load_of_targets(ptr, row, NUM: tl.constexpr, N: tl.constexpr):
     """[N] numbers of a row's targets."""
-    offs_n = tl.arange(0, N)
+    offs_n = tl.arange(0, N).to(tl.int64)
     return tl.load(ptr + row * NUM + offs_n, mask=offs_n < NUM, other=0.0)
 
 
@@ -360,7 +360,7 @@ def row_terms(
     edge = edge_columns(head, body, W)
     z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT)
     z_E = shaped(z_E, edge < vocab, inverse, SOFTCAP, TEMPERED)
-    target = 0
+    target = tl.full([], 0, tl.int64)
     if LEFT_OUT:
         z_E = tl.where(tl.max((edge[:, None] == label[None, :]).to(tl.int32), 1) > 0, float("-inf"), z_E)
     body_ptr = body_start(row_ptr, head, layout, ALIKE)
@@ -392,7 +392,7 @@ def store_terms(
     """Terms of a row; the pointers of those that are not needed are None."""
     tl.store(m_ptr + row, m)
     tl.store(s_ptr + row, s)
-    offs_n = tl.arange(0, N)
+    offs_n = tl.arange(0, N).to(tl.int64)
     tl.store(t_ptr + row * NUM + offs_n, t, mask=offs_n < NUM)
     if z_sum_ptr is not None:
         tl.store(z_sum_ptr + row, z_sum)

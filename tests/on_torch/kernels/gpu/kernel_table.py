@@ -371,7 +371,9 @@ def zip_widths(loops: list[Loop]) -> list[tuple[int, ...]]:
 def flags_of(what: Recorded) -> list[str]:
     """What sets this specialisation apart."""
     names = [parameter.name for parameter in what.kernel.params]
-    flags = [name.lower() for name in ("OF_TEACHER", "MIXTURE", "SOFTCAP") if name in names and what.value(name)]
+    flags = [
+        name.lower() for name in ("OF_TEACHER", "MIXTURE", "SOFTCAP", "LEFT_OUT") if name in names and what.value(name)
+    ]
     # Arguments that may be None, where they are not.
     optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "unless_one_ptr": "unless_one",
                 "e_ptr": "entropy", "slope_ptr": "entropy", "inverse_ptr": "temperature"}  # fmt: skip
