@@ -212,7 +212,8 @@ class Products(Protocol):
         """One of the products of a sum: out = a.T @ b for the first, out += a.T @ b for the others.
 
         Args:
-            first, last: of the sum. Before the last, out holds what belongs to this method.
+            first: whether it is the first of the sum.
+            last: whether it is the last. Before it, out holds what belongs to this method.
         """
         ...
 
