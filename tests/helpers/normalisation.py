@@ -119,7 +119,9 @@ def _config(loss: str, rng: np.random.Generator) -> Any:
     config_cls = LOSS_CONFIG_REGISTRY[loss]
     known = {f.name for f in fields(config_cls)}
     drawn = {name: draw(rng) for name, draw in definition_of(config_cls).random_fields.items() if name in known}
-    return replace(config_cls(), **drawn | ({"reduction": "sum"} if "reduction" in known else {}))
+    # Metrics are reduced as the loss is; what adds up is the loss.
+    fixed = {name: value for name, value in {"reduction": "sum", "metrics": ()}.items() if name in known}
+    return replace(config_cls(), **drawn | fixed)
 
 
 def _whole(config: Any, step: Step) -> dict[str, NDArray[Any]]:
