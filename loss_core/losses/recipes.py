@@ -45,6 +45,12 @@ def _minus_inf(drawn: Drawn) -> None:
     _set_labels(drawn, 0)
 
 
+def _minus_inf_at_labels(drawn: Drawn) -> None:
+    banned = np.arange(drawn.recipe.vocab) < drawn.recipe.vocab // 2
+    for name in drawn.logits:
+        drawn.arrays[name] = np.where(banned, -np.inf, drawn.arrays[name])
+
+
 def _nan_where_ignored(drawn: Drawn) -> None:
     labels = drawn.arrays["labels"]
     junk = np.resize([np.nan, np.inf, -np.inf], labels.shape)
@@ -138,6 +144,15 @@ RECIPES = (
         "a softcap lost when logits are computed again",
         {"logit_softcapping": 2.0, "reduction": "none"},
         ("logit_softcapping",),
+        extras=("upstream",),
+    ),
+    Recipe(
+        "softcap-minus-inf",
+        "a label's logit of -inf, of which a softcap makes a number, taken for one that is not there",
+        {"logit_softcapping": 2.0, "reduction": "none"},
+        ("logit_softcapping",),
+        change=_minus_inf_at_labels,
+        over_logits=True,
         extras=("upstream",),
     ),
     Recipe(

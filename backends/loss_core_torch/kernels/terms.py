@@ -48,9 +48,14 @@ class Targets(NamedTuple):
     def read(self, x_TV: Tensor, otherwise: float) -> Tensor:
         """The numbers of a matrix at the columns, [T] or [T, K]; `otherwise` for targets that are not here."""
         found_TK = x_TV.gather(1, self.column_TK)
-        if self.elsewhere is not None:
-            found_TK = found_TK.masked_fill(~self.elsewhere.owned_TK, otherwise)
-        return found_TK[:, 0] if self.is_one else found_TK
+        return self.here(found_TK[:, 0] if self.is_one else found_TK, otherwise)
+
+    def here(self, values: Tensor, otherwise: float) -> Tensor:
+        """Numbers of targets, [T] or [T, K]; `otherwise` for those that are not here."""
+        if self.elsewhere is None:
+            return values
+        owned_TK = self.elsewhere.owned_TK
+        return values.masked_fill(~(owned_TK[:, 0] if self.is_one else owned_TK), otherwise)
 
     def write(self, x_TV: Tensor, values: Tensor | float) -> None:
         """Put numbers, [T] or [T, K] or one, in a matrix at the columns of the targets that are here."""

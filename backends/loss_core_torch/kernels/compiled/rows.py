@@ -194,10 +194,13 @@ class _Targets:
     def logits(self, z_BV: Tensor, at: slice | Tensor) -> Tensor:
         """z of the target of each row of a block, in the dtype of the arithmetic; -inf where there is none."""
         targets = self._targets.at(at)
-        t_B = targets.read(z_BV[: len(targets.column_TK)], -torch.inf).to(compute_dtype(z_BV.dtype))
+        t_B = targets.read(z_BV[: len(targets.column_TK)], 0.0).to(compute_dtype(z_BV.dtype))
         if self._softcap:
-            t_B = (self._softcap * (t_B / self._softcap).tanh()).masked_fill(t_B == -torch.inf, -torch.inf)
-        return t_B if self._inverse_T is None else t_B * self._inverse_T[at]
+            t_B = self._softcap * (t_B / self._softcap).tanh()
+        if self._inverse_T is not None:
+            t_B = t_B * self._inverse_T[at]
+        # After the softcap, which makes a number of a logit of -inf.
+        return targets.here(t_B, -torch.inf)
 
     def take_out(self, z_BV: Tensor, at: slice | Tensor) -> Tensor:
         """z of the targets of each row of a block, where -inf is left."""
