@@ -3,7 +3,7 @@
 >>> from loss_core import MaskedCrossEntropyConfig
 >>> MaskedCrossEntropyConfig(reduction="mean")  # doctest: +NORMALIZE_WHITESPACE
 MaskedCrossEntropyConfig(fp32_upcast=True, ignore_index=-100, reduction='mean', inplace_grad=False, label_smoothing=0.0,
-    z_loss=0.0, logit_softcapping=0.0)
+    z_loss=0.0, logit_softcapping=0.0, metrics=())
 
 Importing this package loads neither torch nor jax; `config.build(backend=...)` does.
 """
