@@ -49,6 +49,11 @@ def rloo(model: Any, folder: Any, **settings: Any) -> Any:
     return _with_rewards("RLOO", model, folder, **settings)
 
 
+def distillation(model: Any, folder: Any, teacher: Any, **settings: Any) -> Any:
+    sampling = {"max_completion_length": 6, "teacher_model": teacher}
+    return _made("Distillation", model, folder, {"prompt": _texts(4)}, **sampling | settings)
+
+
 def _with_rewards(name: str, model: Any, folder: Any, **settings: Any) -> Any:
     # The reference model comes from where the model says that it came from.
     model.save_pretrained(folder)
@@ -66,7 +71,7 @@ def _made(name: str, model: Any, folder: Any, rows: Any, **given: Any) -> Any:
     import datasets
     import trl
 
-    own = ("ref_model", "reward_funcs", "compute_loss_func")
+    own = ("ref_model", "teacher_model", "reward_funcs", "compute_loss_func")
     arguments = {key: given.pop(key) for key in own if key in given}
     fields = {"output_dir": str(folder), "learning_rate": 1e-3, "per_device_train_batch_size": 2, **SETTINGS, **given}
     config = getattr(trl, f"{name}Config")(**fields)
