@@ -53,7 +53,7 @@ def register_loss(
     own_dataclass = isinstance(config_cls, type) and "__dataclass_fields__" in vars(config_cls)
     if not (own_dataclass and issubclass(config_cls, LossConfig)):
         raise TypeError(f"config_cls must be a dataclass that derives from LossConfig, got {config_cls!r}.")
-    if config_cls.__module__ in (LossConfig.__module__, LossFromFactoryConfig.__module__):
+    if config_cls in (LossConfig, LossFromFactoryConfig) or is_ours(config_cls):
         raise ValueError(f"{config_cls.__name__} belongs to loss_core; derive a class of your own from it.")
     if any(f.name == "name" for f in fields(config_cls)):
         raise ValueError(f"{config_cls.__name__} has a field called 'name', the key that to_dict keeps the loss under.")

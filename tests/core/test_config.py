@@ -51,13 +51,13 @@ REGISTRY = {
     "MaskedCrossEntropy": MaskedCrossEntropyConfig,
     "FusedLinearCrossEntropy": FusedLinearCEConfig,
     "TEParallelCrossEntropy": TEParallelCEConfig,
+    "ChunkedCrossEntropy": ChunkedCEConfig,
     "KDLoss": KDLossConfig,
-    "LogProbs": LogProbsConfig,
-    "FusedLinearLogProbs": FusedLinearLogProbsConfig,
     "FusedLinearKDLoss": FusedLinearKDConfig,
     "TopKDistillation": TopKDistillationConfig,
-    "ChunkedCrossEntropy": ChunkedCEConfig,
     "FusedLinearTopKDistillation": FusedLinearTopKDistillationConfig,
+    "LogProbs": LogProbsConfig,
+    "FusedLinearLogProbs": FusedLinearLogProbsConfig,
 }
 # Every field off its default, so that a round trip that drops one shows.
 CHANGED = {

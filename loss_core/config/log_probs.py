@@ -1,0 +1,69 @@
+"""Configs of log-probabilities and entropies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from loss_core.field_checks import (
+    check_bool,
+    check_integer,
+    check_number,
+)
+from loss_core.loss_config import LossConfig
+from loss_core.registry import typed_loss
+
+
+@typed_loss("LogProbs", "log_probs")
+@dataclass
+class LogProbsConfig(LossConfig):
+    """Log-probability of each label over logits `[..., V]`, and the entropy of its distribution, both differentiable.
+
+    Attributes:
+        ignore_index: label that marks a position to leave out: 0 in the results; any integer of 64 bits.
+        temperature: divides the logits, no unit; 2**-63 to 2**63. A call may bring one of its own.
+        logit_softcapping: as in MaskedCrossEntropyConfig; before the temperature.
+        entropy: whether the entropy is returned as well.
+        tp_group: as in TEParallelCEConfig.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    logit_softcapping: float = 0.0
+    entropy: bool = False
+    tp_group: Any = field(default=None, repr=False, compare=False)
+
+    def validate(self) -> None:
+        check_integer("ignore_index", self.ignore_index)
+        check_number("temperature", self.temperature, "a finite number > 0")
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
+        check_bool("entropy", self.entropy)
+
+
+@typed_loss("FusedLinearLogProbs", "linear_log_probs")
+@dataclass
+class FusedLinearLogProbsConfig(LossConfig):
+    """Log-probability and entropy of logits `hidden_states @ lm_weight.T`, without ever holding all logits.
+
+    Attributes:
+        ignore_index: as in LogProbsConfig.
+        temperature: as in LogProbsConfig.
+        logit_softcapping: as in LogProbsConfig.
+        entropy: as in LogProbsConfig.
+        tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
+        sequence_parallel: as in FusedLinearCEConfig.
+    """
+
+    ignore_index: int = -100
+    temperature: float = 1.0
+    logit_softcapping: float = 0.0
+    entropy: bool = False
+    tp_group: Any = field(default=None, repr=False, compare=False)
+    sequence_parallel: bool = False
+
+    def validate(self) -> None:
+        check_integer("ignore_index", self.ignore_index)
+        check_number("temperature", self.temperature, "a finite number > 0")
+        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
+        check_bool("entropy", self.entropy)
+        check_bool("sequence_parallel", self.sequence_parallel)
