@@ -4,8 +4,9 @@ from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCro
 from loss_core_jax.losses.distillation import KDLoss
 from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
+from loss_core_jax.losses.linear_top_k_distillation import FusedLinearTopKDistillation
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
+from loss_core_jax.losses.top_k_distillation import TopKDistillation
 
 __all__ = [
     "ChunkedCrossEntropy",

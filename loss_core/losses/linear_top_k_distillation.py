@@ -15,17 +15,8 @@ from loss_core.losses.distillation import reduction_of
 from loss_core.losses.linear_cross_entropy import BIAS, bias_of, product_errors, raw_logits
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import finite, result_errors, stored, zero_where_ignored
-from loss_core.losses.top_k_distillation import (
-    LABELS,
-    RANDOM_FIELDS,
-    RECIPES,
-    TEACHER,
-    WEIGHTS,
-    of_teacher,
-    of_tokens,
-    teacher_of,
-    token_errors,
-)
+from loss_core.losses.top_k_cases import RANDOM_FIELDS, RECIPES, of_teacher
+from loss_core.losses.top_k_distillation import LABELS, TEACHER, WEIGHTS, of_tokens, teacher_of, token_errors
 
 
 def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
