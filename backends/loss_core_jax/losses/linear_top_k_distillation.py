@@ -22,6 +22,7 @@ from loss_core_jax.losses.linear_source import Head, gathered, input_gradients, 
 from loss_core_jax.losses.top_k_distillation import Problem, check_weights, gradients, reduced, valid_divergence
 from loss_core_jax.parallel.collectives import fold_rows, local_columns
 from loss_core_jax.parallel.layout import Layout
+from loss_core_jax.temperature import inverse_temperature
 from loss_core_jax.top_k_teacher import Teacher, check_teacher, read_teacher
 
 
@@ -76,7 +77,7 @@ class FusedLinearTopKDistillation(Loss):
         hidden, weight_VH = map(inputs.as_jax, (hidden_states, lm_weight))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         teacher, target = read_teacher(teacher_indices, teacher_logprobs, target, vocab, dtype)
-        inverse = inputs.inverse_temperature(None, self.temperature, labels, dtype)
+        inverse = inverse_temperature(None, self.temperature, labels, dtype)
         tail = self.tail and teacher_indices.shape[-1] < vocab
         how = How(softcap=float(self.logit_softcapping), shard=layout.shard)
         head = Head(weight_VH, None if lm_bias is None else inputs.as_jax(lm_bias))

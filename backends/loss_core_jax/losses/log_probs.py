@@ -32,6 +32,7 @@ from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.collectives import fold_rows, local_target, num_local_classes, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
 from loss_core_jax.reduction import valid_losses, valid_upstream
+from loss_core_jax.temperature import inverse_temperature
 
 Results = tuple[jax.Array, jax.Array | None]
 
@@ -85,7 +86,7 @@ class LogProbs(Loss):
         target = inputs.as_jax(inputs.read_labels(labels, None, self.ignore_index, vocab))
         logits = inputs.as_jax(logits)
         dtype = inputs.arithmetic_dtype(logits)
-        inverse = inputs.inverse_temperature(temperature, self.temperature, labels, dtype)
+        inverse = inverse_temperature(temperature, self.temperature, labels, dtype)
         how = How(Sums(e=self.entropy), float(self.logit_softcapping), layout.shard)
         problem = Problem(self.kernels, vocab, how)
         return _over_logits(logits, target, inverse, problem, layout)
@@ -131,7 +132,7 @@ class FusedLinearLogProbs(Loss):
         target = inputs.as_jax(inputs.read_labels(labels, None, self.ignore_index, vocab))
         hidden, weight_VH = map(inputs.as_jax, (hidden_states, lm_weight))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
-        inverse = inputs.inverse_temperature(temperature, self.temperature, labels, dtype)
+        inverse = inverse_temperature(temperature, self.temperature, labels, dtype)
         how = How(Sums(e=self.entropy), float(self.logit_softcapping), layout.shard)
         head = Head(weight_VH, None if lm_bias is None else inputs.as_jax(lm_bias))
         return _over_hidden(hidden, head, target, inverse, Problem(self.kernels, vocab, how, gathers), layout)

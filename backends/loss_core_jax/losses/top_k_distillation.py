@@ -23,6 +23,7 @@ from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.collectives import fold_rows, local_columns, num_local_classes, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
 from loss_core_jax.reduction import row_scale, total, valid_losses, valid_upstream
+from loss_core_jax.temperature import inverse_temperature
 from loss_core_jax.top_k_teacher import Teacher, check_teacher, read_teacher
 
 
@@ -79,7 +80,7 @@ class TopKDistillation(Loss):
         target = inputs.read_labels(labels, None, self.ignore_index, None)
         dtype = inputs.arithmetic_dtype(inputs.as_jax(student_logits), inputs.as_jax(teacher_logprobs))
         teacher, target = read_teacher(teacher_indices, teacher_logprobs, target, vocab, dtype)
-        inverse = inputs.inverse_temperature(None, self.temperature, labels, dtype)
+        inverse = inverse_temperature(None, self.temperature, labels, dtype)
         # Where all classes are the teacher's, there are no others.
         tail = self.tail and teacher_indices.shape[-1] < vocab
         problem = Problem(self.kernels, vocab, tail, How(softcap=float(self.logit_softcapping), shard=layout.shard))

@@ -18,6 +18,7 @@ from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
 from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import reduce_tokens, zero_where_ignored
+from loss_core_torch.temperature import inverse_temperature
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -154,7 +155,7 @@ class FusedLinearLogProbs(LinearModule):
 
 def _tempered(tokens: Tokens, temperature: Any, default: float, like: Tensor) -> Tokens:
     dtype = compute_dtype(like.dtype)
-    inverse_T = inputs.inverse_temperature(temperature, default, tokens.labels_T, tokens.shape, dtype)
+    inverse_T = inverse_temperature(temperature, default, tokens.labels_T, tokens.shape, dtype)
     return tokens._replace(inverse_temperature_T=inverse_T)
 
 

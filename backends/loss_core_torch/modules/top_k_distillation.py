@@ -19,6 +19,7 @@ from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
 from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import coefficients, reduce_tokens
+from loss_core_torch.temperature import inverse_temperature
 from loss_core_torch.tracing import compute_dtype, is_transformed
 
 
@@ -123,7 +124,7 @@ class TopKDistillation(LossModule):
         temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
         # Where all classes are the teacher's, there are no others.
         tail, softcap = self.tail and labels_TK.shape[1] < vocab, float(self.logit_softcapping)
-        inverse_T = inputs.inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
+        inverse_T = inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
         if isinstance(kernels, WholeLosses):
             if shards is not None:
                 raise BackendUnavailable(
@@ -224,7 +225,7 @@ class FusedLinearTopKDistillation(LinearModule):
         dtype, temperature = compute_dtype(call.hidden.dtype), float(self.temperature)
         labels_TK, log_p_TK = tokens.teacher.index_TK, tokens.teacher.log_p_TK.to(dtype)
         tail = self.tail and labels_TK.shape[1] < call.num_classes
-        inverse_T = inputs.inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
+        inverse_T = inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
         if isinstance(kernels, WholeLosses):
             whole = call.whole()._replace(inverse_temperature_T=inverse_T)
             loss_T = kernels.linear_top_k_distillation(whole, labels_TK, TopK(log_p_TK, tail))
