@@ -29,7 +29,7 @@ from loss_core.losses.cross_entropy import over_logits, token_cross_entropy
 
 @dataclass
 class ZLossConfig(LossConfig):
-    """Cross entropy plus weight * (log Z)^2, summed over the tokens that count.
+    """Cross entropy plus weight * (log Z)^2, summed over valid tokens.
 
     Attributes:
         weight: of the z-loss; a number >= 0.

@@ -258,7 +258,7 @@ def check_weights_have_count(loss_weights: Any, num_batch_labels: Any) -> None:
     if loss_weights is not None and num_batch_labels is None:
         raise ValueError(
             "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
-            "tokens that count; pass the number by which the weighted sum is to be divided."
+            "valid tokens; pass the number by which the weighted sum is to be divided."
         )
 
 

@@ -25,7 +25,7 @@ class MaskedCrossEntropyConfig(LossConfig):
         fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
             False: in the dtype of the logits, as F.cross_entropy gives it.
         ignore_index: label that marks a position to leave out; any integer of 64 bits.
-        reduction: "sum", "mean" (over positions that count) or "none".
+        reduction: "sum", "mean" (over valid positions) or "none".
         tp_group: as in TEParallelCEConfig.
         inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
         label_smoothing: e in [0, 1): (1 - e) * cross entropy, plus e times its mean over all V classes taken as the
@@ -67,7 +67,7 @@ class FusedLinearCEConfig(LossConfig):
     Attributes:
         ignore_index: label that marks a position to leave out; any integer of 64 bits.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; 0 is off, else 2**-63 to 2**63.
-        reduction: "sum", "mean" (over positions that count) or "none".
+        reduction: "sum", "mean" (over valid positions) or "none".
         tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
         sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
             are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
@@ -108,7 +108,7 @@ class TEParallelCEConfig(LossConfig):
 
     Attributes:
         ignore_index: label that marks a position to leave out; any integer of 64 bits.
-        reduction: "sum", "mean" (over positions that count) or "none".
+        reduction: "sum", "mean" (over valid positions) or "none".
         tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax: the
             name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
         inplace_grad: as in MaskedCrossEntropyConfig.
@@ -151,7 +151,7 @@ class ChunkedCEConfig(LossConfig):
         compile: whether kernels may run that torch.compile or XLA compiles. False: jax can't be used; on torch no
             kernel of this loss is such a one.
         ignore_index: label that marks a position to leave out; any integer of 64 bits.
-        reduction: "sum", "mean" (over positions that count) or "none".
+        reduction: "sum", "mean" (over valid positions) or "none".
     """
 
     chunk_len: int = 512

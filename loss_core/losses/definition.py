@@ -175,7 +175,7 @@ class LossDef:
         recipes: cases besides those that every loss gets.
         draw: (definition, sizes, scale, rng) -> the floating arguments that must be given.
         random_fields: config field -> function of a random generator, for random cases.
-        reduction: (config) -> "sum", "mean" (over the tokens that count) or "none", without a count.
+        reduction: (config) -> "sum", "mean" (over valid tokens) or "none", without a count.
         products: matrix products [T, H] x [H, V] of a forward, one for each head; 0 where there is none.
         results: (config) -> how many results there are; those of several are stacked in front, as is their upstream.
         row_numbers: numbers per token that ranks tell each other when they share the vocabulary.

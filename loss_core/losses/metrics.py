@@ -4,7 +4,7 @@ Of each token, with z its logits after the softcap and lse their log-sum-exp,
 
     accuracy = 1(z_y = max_v z_v),  entropy = -sum_v p_v log p_v,  lse,  z_loss = l lse^2
 
-each reduced as the loss is; and the number of tokens that count. For the check they are stacked behind the loss, in the
+each reduced as the loss is; and the number of valid tokens. For the check they are stacked behind the loss, in the
 order of their names, and so is the upstream gradient, of which theirs has no effect.
 """
 

@@ -28,7 +28,7 @@ class Reduction:
     """How the tokens of one call are reduced.
 
     Attributes:
-        kind: "sum", "mean" (over the tokens that count) or "none".
+        kind: "sum", "mean" (over valid tokens) or "none".
         shape: of labels.
         keep_T: which tokens count.
         count: divisor of a sum, None for 1; 0 stands for "no tokens".

@@ -40,7 +40,7 @@ class KDLoss(LossModule):
         num_batch_labels: int | Tensor | None = None,
         loss_weights: Tensor | None = None,
     ) -> Tensor:
-        """Divergence of the student from the teacher, over the positions that count.
+        """Divergence of the student from the teacher, over valid positions.
 
         Args:
             student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
@@ -48,7 +48,7 @@ class KDLoss(LossModule):
             teacher_logits: [..., V] float on the same device, of a dtype of its own if need be; gets a
                 gradient when it requires one. Sharded as the student's.
             labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
-            num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+            num_batch_labels: divides the sum; None: the mean over valid positions. 0 gives 0.
             loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
             Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False.

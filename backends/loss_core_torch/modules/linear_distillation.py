@@ -62,7 +62,7 @@ class FusedLinearKDLoss(HeadModule):
         num_batch_labels: int | Tensor | None = None,
         loss_weights: Tensor | None = None,
     ) -> Tensor:
-        """Divergence of the student from the teacher, over the positions that count.
+        """Divergence of the student from the teacher, over valid positions.
 
         Args:
             student_hidden_states: [..., H] float; as hidden_states in FusedLinearCrossEntropy.
@@ -71,7 +71,7 @@ class FusedLinearKDLoss(HeadModule):
                 when it requires one, for one more product. Over ranks as the student's.
             teacher_lm_weight: [V, H_t]; likewise.
             labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
-            num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+            num_batch_labels: divides the sum; None: the mean over valid positions. 0 gives 0.
             loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
             Scalar; float32 (float64 for float64). Under autocast all operands are rounded to its dtype first.

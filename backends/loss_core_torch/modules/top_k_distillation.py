@@ -46,7 +46,7 @@ class TopKDistillation(LossModule):
         num_batch_labels: int | Tensor | None = None,
         loss_weights: Tensor | None = None,
     ) -> Tensor:
-        """Divergence of the student from the teacher, over the positions that count.
+        """Divergence of the student from the teacher, over valid positions.
 
         Args:
             student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
@@ -56,7 +56,7 @@ class TopKDistillation(LossModule):
             teacher_logprobs: [..., K] float: the teacher's log-probabilities of these classes at this temperature; -inf
                 for a probability of 0. Gets a gradient when it requires one, through the tail's probability too.
             labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
-            num_batch_labels: divides the sum; None: the mean over positions that count. 0 gives 0.
+            num_batch_labels: divides the sum; None: the mean over valid positions. 0 gives 0.
             loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
             Scalar; float32 (float64 for float64), the student's dtype with fp32_upcast=False. +inf where the teacher
@@ -182,7 +182,7 @@ class FusedLinearTopKDistillation(LinearModule):
         loss_weights: Tensor | None = None,
         lm_bias: Tensor | None = None,
     ) -> Tensor:
-        """Divergence of the student from the teacher, over the positions that count.
+        """Divergence of the student from the teacher, over valid positions.
 
         Args:
             hidden_states: as in FusedLinearCrossEntropy.
