@@ -2,15 +2,15 @@
 
 A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
 
-What takes long has two dtypes. `make check`, which CI runs as well, has every loss and case in float32 and bfloat16;
-flags that compile have the others here, so that each of their cells is computed once. Triton's kernels, of which
-`make check` has none without a GPU, have float32 and bfloat16 here.
+What takes long has two dtypes, and each case in one of them, in turn; the rest is marked slow. `make check`, which CI
+runs as well, has every loss and case in float32 and bfloat16; flags that compile have the others here, so that each of
+their cells is computed once. Triton's kernels, of which `make check` has none without a GPU, have float32 and bfloat16
+here.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,17 +36,20 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
         if not flag.startswith(f"{backend}:") or not (flag in interpreted or flag_status(flag).usable):
             continue
         # Those that compile at the first call do so for each kind of input: minutes over all cells.
-        marks = [pytest.mark.slow] if flag in COMPILED_AT_FIRST_CALL else []
-        compiled = backend == "jax" or flag in COMPILED_AT_FIRST_CALL
-        dtypes = INTERPRETED if flag in interpreted else COMPILED if compiled else DTYPES
-        for (loss, case, tokens), dtype in itertools.product(_cases(), dtypes):
+        slow = flag in COMPILED_AT_FIRST_CALL
+        dtypes = INTERPRETED if flag in interpreted else COMPILED if backend == "jax" or slow else DTYPES
+        for number, (loss, case, tokens) in enumerate(_cases()):
             if dtypes is not DTYPES and loss == "TEParallelCrossEntropy":
                 # Computed by what computes MaskedCrossEntropy.
                 continue
             if flag in interpreted and tokens > 100:
                 # Blocks of tokens: tests of the kernels have small ones.
                 continue
-            if flag in interpreted or _serves(flag, loss):
+            if not (flag in interpreted or _serves(flag, loss)):
+                continue
+            for turn, dtype in enumerate(dtypes):
+                later = slow or (dtypes is not DTYPES and (number + turn) % len(dtypes) != 0)
+                marks = [pytest.mark.slow] if later else []
                 made.append(pytest.param(flag, loss, case, dtype, id=f"{flag}-{loss}-{case}-{dtype}", marks=marks))
     return pytest.mark.parametrize(("flag", "loss", "case", "dtype"), made)
 
