@@ -13,6 +13,9 @@ TOOLS := pytest pytest-xdist hypothesis mpmath
 oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | head -n 1).*
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
+# Tests start some two hundred processes; without bytecode each would compile torch and JAX anew, for some seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow setup-integrations test-integrations test-oldest-jax matrix check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
 
