@@ -14,8 +14,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loss_core.baselines import JUDGED
 from loss_core.check.calls import Call
 from loss_core.dispatch.flags import BACKENDS, all_flags, parse_flag
+from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import LossDef, need_definition
 from loss_core.registry import LOSS_CONFIG_REGISTRY, our_losses
@@ -37,6 +39,7 @@ class Implementation:
         options: what follows `loss-core check` to have it judged; "" where only Python can name it.
         config_is_fixed: whether `build` gives the same loss for every config, so that no case may set fields.
         loss: name of the loss that it is taken for where none is asked for; "" for every loss.
+        version: of the package that it is from.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Implementation:
     options: str = ""
     config_is_fixed: bool = False
     loss: str = ""
+    version: str = ""
 
     def reproduce(self, call: Call) -> str:
         """The command, or the line of Python, that judges this call alone."""
@@ -94,17 +98,32 @@ def flag_implementation(flag: str) -> Implementation:
     return Implementation(full, parse_flag(flag).backend, build, f" --implementation {flag}")
 
 
+def baseline_implementation(name: str) -> Implementation:
+    """Another project's losses, by the name of its adapter."""
+
+    def build(config: LossConfig) -> Loss:
+        # Some adapters import torch, which check does not need for the others.
+        loss: Loss = importlib.import_module("loss_core_baselines").build(name, config)
+        return loss
+
+    baseline = JUDGED[name]
+    return Implementation(name, baseline.framework, build, f" --implementation {name}", version=baseline.version())
+
+
 def implementation_named(spec: str, framework: str | None = None) -> Implementation:
-    """An implementation from what the command line takes: a flag, or MODULE:OBJECT.
+    """An implementation from what the command line takes: a flag, a baseline's name, or MODULE:OBJECT.
 
     Raises:
         ImportError, AttributeError, TypeError, ValueError: what is named can't be had, or is none.
     """
     if spec in (*BACKENDS, *all_flags()):
         return flag_implementation(spec)
+    if spec in JUDGED:
+        return baseline_implementation(spec)
     module, colon, path = spec.partition(":")
     if not (module and colon and path):
-        raise ValueError(f"{spec!r} is neither a flag nor MODULE:OBJECT.")
+        known = ", ".join(JUDGED)
+        raise ValueError(f"{spec!r} is neither a flag, nor MODULE:OBJECT, nor one of {known}.")
     found = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)
@@ -129,8 +148,10 @@ class Guarded:
 
 
 def in_words(error: BaseException) -> str:
-    """An error as the user would see it: its type and its message's first line."""
+    """An error as the user would see it: its type and its message's first line; of one of ours, the message."""
     text = str(error).strip().partition("\n")[0]
+    if isinstance(error, BackendUnavailable):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

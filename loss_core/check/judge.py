@@ -227,6 +227,8 @@ def judge_all(
     num_steps = 0
     for implementation, loss in asked:
         report.versions[implementation.framework] = framework_version(implementation.framework)
+        if implementation.version:
+            report.versions[implementation.name] = implementation.version
         total = len(asked) * len(clauses_of(need_definition(config_of(loss))))
 
         def step(label: str, total: int = total) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from loss_core.baselines import JUDGED
 from loss_core.check import Report, check
 from loss_core.check.captured import CapturedCall, read_call
 from loss_core.check.html import report_page
@@ -77,8 +78,9 @@ def check_command(
     implementation: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODULE:OBJECT",
-            help="Judge a loss of your own, a builder of losses, or a flag, clause by clause, in place of the flags.",
+            metavar="NAME",
+            help="Judge clause by clause, in place of the flags: MODULE:OBJECT, a loss or a builder of losses; another "
+            f"project by its name ({', '.join(JUDGED)}); or a flag.",
         ),
     ] = None,
     framework: Annotated[

@@ -100,7 +100,7 @@ def test_tensors_of_the_other_framework_are_a_matter_of_an_option(losses):
         ("nowhere:loss", "ModuleNotFoundError: No module named 'nowhere'"),
         ("judged:absent", "AttributeError: module 'judged' has no attribute 'absent'"),
         ("judged:number", "must be a loss or a builder, got 3"),
-        ("judged", "'judged' is neither a flag nor MODULE:OBJECT"),
+        ("judged", "'judged' is neither a flag, nor MODULE:OBJECT, nor one of cce,"),
     ],
 )
 def test_what_cannot_be_had_exits_2(losses, spec, message):
