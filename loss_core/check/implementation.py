@@ -120,15 +120,26 @@ def implementation_named(spec: str, framework: str | None = None) -> Implementat
         return flag_implementation(spec)
     if spec in JUDGED:
         return baseline_implementation(spec)
+    if ":" not in spec:
+        raise ValueError(f"{spec!r} is neither a flag, nor MODULE:OBJECT, nor one of {', '.join(JUDGED)}.")
+    found = object_at(spec)
+    options = f" --implementation {shlex.quote(spec)}" + (f" --framework {framework}" if framework else "")
+    return implementation_of(spec, found, framework or "torch", options)
+
+
+def object_at(spec: str) -> Any:
+    """What MODULE:OBJECT names; OBJECT may have dots.
+
+    Raises:
+        ImportError, AttributeError, ValueError: there is none.
+    """
     module, colon, path = spec.partition(":")
     if not (module and colon and path):
-        known = ", ".join(JUDGED)
-        raise ValueError(f"{spec!r} is neither a flag, nor MODULE:OBJECT, nor one of {known}.")
+        raise ValueError(f"expected MODULE:OBJECT, got {spec!r}.")
     found = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)
-    options = f" --implementation {shlex.quote(spec)}" + (f" --framework {framework}" if framework else "")
-    return implementation_of(spec, found, framework or "torch", options)
+    return found
 
 
 @dataclass(frozen=True)
