@@ -18,7 +18,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench")
+PACKAGES = (
+    "loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench", "loss_core_baselines",
+)  # fmt: skip
 
 # Each of these runs with -I in a folder of its own, so that nothing of the checkout is on its path.
 LOADS_NEITHER = """
@@ -29,7 +31,9 @@ assert site.name == "site-packages", site
 assert not {"torch", "jax"} & set(sys.modules), "import loss_core loaded a framework"
 for name in ("backends", "tests", "examples"):
     assert not (site / name).exists(), f"the wheel put {name} into site-packages"
-for name in ("loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench"):
+for name in (
+    "loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench", "loss_core_baselines",
+):
     assert (site / name / "py.typed").is_file(), f"{name} has no py.typed"
 """
 REFUSES = """

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loss_core.bench.baselines import BASELINES
+from loss_core.baselines import BASELINES
 from loss_core.bench.job import Job
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
+from loss_core_baselines import build
 
 Loss = Callable[..., jax.Array]
 
@@ -90,20 +91,12 @@ def _optax(config: Any, job: Job) -> Loss:
 
 def _jax_cce(config: Any, job: Job) -> Loss:
     _refuse_ignored(job, "jax-cce")
-    if config.reduction != "mean":
-        raise BackendUnavailable("jax-cce has reduction mean only.")
-    function = importlib.import_module("jax_cce").linear_cross_entropy
-    return lambda hidden_states, lm_weight, labels: function(hidden_states, lm_weight, labels)
+    return build("jax-cce", config)
 
 
 def _tokamax(config: Any, job: Job) -> Loss:
     _refuse_ignored(job, "tokamax")
-    if config.reduction == "none":
-        raise BackendUnavailable("tokamax has no reduction none.")
-    function = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
-    return lambda hidden_states, lm_weight, labels: function(
-        hidden_states, labels, lm_weight.T, reduction=config.reduction
-    )
+    return build("tokamax", config)
 
 
 def _refuse_ignored(job: Job, who: str) -> None:

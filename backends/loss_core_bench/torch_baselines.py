@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from loss_core.bench.baselines import BASELINES
+from loss_core.baselines import BASELINES
 from loss_core.bench.job import Job
 from loss_core.build import build_loss_module
 from loss_core.config import MaskedCrossEntropyConfig
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
+from loss_core_baselines import build, cut_cross_entropy, te, torch_own
 
 Loss = Callable[..., Tensor]
 Candidates = list[tuple[str, Loss]]
@@ -65,19 +66,14 @@ def _compiled(config: Any, job: Job) -> Candidates:
 
 
 def _linear_ce(config: Any, job: Job) -> Candidates:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise BackendUnavailable(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it.")
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return [("", torch_own.linear_cross_entropy(config))]
     options = torch.nn.LinearCrossEntropyOptions
-
-    def with_options(chosen: Any) -> Loss:
-        return lambda hidden_states, lm_weight, labels: F.linear_cross_entropy(
-            hidden_states, lm_weight, labels, reduction=config.reduction, ignore_index=config.ignore_index,
-            options=chosen,
-        )  # fmt: skip
-
     chunks = [chunk for chunk in (256, 512, 1024, 2048, 4096) if chunk < 2 * job.shape[0]]
-    found = [(f"chunk {chunk}", with_options(options(batch_chunk_size=chunk))) for chunk in chunks]
-    return [("its own choice of chunk", with_options(options())), *found]
+    found = [
+        (f"chunk {chunk}", torch_own.linear_cross_entropy(config, options(batch_chunk_size=chunk))) for chunk in chunks
+    ]
+    return [("its own choice of chunk", torch_own.linear_cross_entropy(config)), *found]
 
 
 def _cce(impl: str) -> Callable[[Any, Job], Candidates]:
@@ -86,14 +82,9 @@ def _cce(impl: str) -> Callable[[Any, Job], Candidates]:
             raise BackendUnavailable("cut-cross-entropy's Triton kernels need a GPU.")
         if impl == "cce" and job.dtype not in ("bfloat16", "float16"):
             raise BackendUnavailable(f"cut-cross-entropy's Triton kernels take 16-bit inputs, not {job.dtype}.")
-        function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
         if impl == "torch_compile":
             torch._dynamo.reset()
-        cap = config.logit_softcapping or None
-        return [("", lambda hidden_states, lm_weight, labels: function(
-            hidden_states, lm_weight, labels, ignore_index=config.ignore_index, softcap=cap,
-            reduction=config.reduction, impl=impl,
-        ))]  # fmt: skip
+        return [("", cut_cross_entropy.linear_cross_entropy(impl)(config))]
 
     return adapter
 
@@ -101,16 +92,9 @@ def _cce(impl: str) -> Callable[[Any, Job], Candidates]:
 def _liger(config: Any, job: Job) -> Candidates:
     if job.device == "cpu":
         raise BackendUnavailable("Liger's Triton kernels need a GPU.")
-    module = importlib.import_module("liger_kernel.transformers")
-    softcap = config.logit_softcapping or None
-    options = {"ignore_index": config.ignore_index, "reduction": config.reduction, "softcap": softcap}
-    if not job.definition.products:
-        loss = module.LigerCrossEntropyLoss(**options)
-        # Later calls of a benchmark see what it wrote; its time does not depend on the values. The comparison with
-        # float64 runs on inputs of its own.
-        return [("writes the gradient over the logits", lambda logits, labels: loss(logits, labels))]
-    fused = module.LigerFusedLinearCrossEntropyLoss(**options)
-    return [("", lambda hidden_states, lm_weight, labels: fused(lm_weight, hidden_states, labels))]
+    # Later calls of a benchmark see what it wrote; its time does not depend on the values. The comparison with
+    # float64 runs on inputs of its own.
+    return [("" if job.definition.products else "writes the gradient over the logits", build("liger", config))]
 
 
 def _te(config: Any, job: Job) -> Candidates:
@@ -124,38 +108,17 @@ def _te(config: Any, job: Job) -> Candidates:
         raise BackendUnavailable(
             f"Transformer Engine takes equal parts of the vocabulary, not {', '.join(map(str, job.sizes))}."
         )
-    group = dist.group.WORLD if job.tp > 1 else None
-    function = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        loss_T: Tensor = function(logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, group)[0]
-        if config.reduction == "none":
-            return loss_T
-        return loss_T.sum() / (labels != -100).sum() if config.reduction == "mean" else loss_T.sum()
-
-    return [("", loss)]
+    return [("", te.cross_entropy(replace(config, tp_group=dist.group.WORLD) if job.tp > 1 else config))]
 
 
 def _nemo(config: Any, job: Job) -> Candidates:
-    if job.definition.name == "distillation":
-        module = importlib.import_module("nemo_automodel.components.loss.kd_loss")
-        loss = module.KDLoss(config.ignore_index, config.temperature, config.fp32_upcast)
-        return [("", loss)]
-    if not job.definition.products:
-        if config.logit_softcapping:
-            raise BackendUnavailable("NeMo's MaskedCrossEntropy has no logit_softcapping.")
-        module = importlib.import_module("nemo_automodel.components.loss.masked_ce")
-        masked = module.MaskedCrossEntropy(True, config.ignore_index, config.reduction)
-        return [("", masked)]
-    if job.device == "cpu":
+    if job.definition.products and job.device == "cpu":
         raise BackendUnavailable(
             "NeMo's FusedLinearCrossEntropy runs Triton kernels of cut-cross-entropy: needs a GPU."
         )
-    if config.reduction == "mean":
+    if job.definition.products and config.reduction == "mean":
         raise BackendUnavailable("the same kernels as cce, which is measured by itself.")
-    module = importlib.import_module("nemo_automodel.components.loss.linear_ce")
-    fused = module.FusedLinearCrossEntropy(config.ignore_index, config.logit_softcapping, config.reduction)
-    return [("", fused)]
+    return [("", build("nemo", config))]
 
 
 _ADAPTERS: dict[str, Callable[[Any, Job], Candidates]] = {

@@ -9,7 +9,7 @@ import jax
 
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig
-from loss_core_jax.evaluate import evaluate
+from loss_core_jax.evaluate import evaluate, host_reads
 from loss_core_jax.losses.base import Loss
 from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
 from loss_core_jax.losses.distillation import KDLoss
@@ -25,6 +25,7 @@ __all__ = [
     "choose_kernel",
     "evaluate",
     "evaluate_shards",
+    "host_reads",
     "join_ranks",
     "kernel_status",
     "rank_setup",

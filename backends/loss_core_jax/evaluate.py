@@ -13,6 +13,10 @@ import numpy as np
 from loss_core.dispatch.protocol import Evaluation
 from loss_core_jax.kernels import kernels_in
 
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.NonConcreteBooleanIndexError,
+)  # fmt: skip
+
 
 def evaluate(
     loss: Any,
@@ -22,11 +26,15 @@ def evaluate(
     upstream: np.ndarray | None,
     grad_of: tuple[str, ...],
     device: str | None = None,
+    backwards: int = 1,
+    leaves: bool = True,
 ) -> Evaluation:
     """Run a built loss and its gradient on NumPy inputs; see `loss_core.dispatch.protocol.Backend.evaluate`.
 
     Args:
         device: platform such as "cpu" or "cuda", None for JAX's default.
+        backwards: makes no difference to functions without state.
+        leaves: neither does this, to arrays that nothing can change.
     """
     chosen = None if device is None else jax.devices(device)[0]
     with jax.enable_x64(dtype == "float64"), jax.default_device(chosen):
@@ -48,6 +56,16 @@ def evaluate(
         )
 
 
+def host_reads(loss: Any, arrays: Mapping[str, np.ndarray], *, dtype: str, grad_of: tuple[str, ...]) -> str:
+    """See `loss_core.dispatch.protocol.Backend.host_reads`: the name of JAX's error."""
+    with jax.enable_x64(dtype == "float64"):
+        try:
+            jax.eval_shape(lambda inputs: as_one(loss(**inputs)), {k: to_jax(x, dtype) for k, x in arrays.items()})
+        except _NEEDS_VALUES as error:
+            return type(error).__name__
+    return ""
+
+
 @functools.partial(jax.jit, static_argnames="loss")
 def _value_and_grads(
     loss: Any, varied: dict[str, jax.Array], fixed: dict[str, jax.Array], upstream: jax.Array
@@ -60,6 +78,8 @@ def as_one(result: Any) -> jax.Array:
     """A result as one array: those of several, and metrics by name behind a loss, are stacked in front."""
     if isinstance(result, jax.Array):
         return result
+    if not isinstance(result, tuple | list):
+        raise TypeError(f"A loss must return a jax.Array or a tuple of them, got {type(result).__name__}.")
     first, *others = (x for x in result if x is not None)
     others = [x for other in others for x in _listed(other)]
     return (

@@ -13,7 +13,7 @@ from loss_core.dispatch.flags import install_line
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig
 from loss_core_torch import auto
-from loss_core_torch.evaluate import evaluate
+from loss_core_torch.evaluate import evaluate, host_reads
 from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
 from loss_core_torch.modules import (
@@ -36,6 +36,7 @@ __all__ = [
     "choose_kernel",
     "evaluate",
     "evaluate_shards",
+    "host_reads",
     "join_ranks",
     "kernel_status",
     "rank_setup",

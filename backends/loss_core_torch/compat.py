@@ -276,3 +276,19 @@ _FULL_FLOAT32 = _Settings(
     lambda: [(backend.matmul, "fp32_precision", "ieee") for backend in _BACKENDS if _is_reduced(backend)]
 )
 _FLOAT32_SUMS = _Settings(lambda: [(_CUDA, name, False) for name in _REDUCED_SUMS if getattr(_CUDA, name)])
+
+
+@contextmanager
+def without_values() -> Iterator[list[str]]:
+    """Tensors that are made inside have no values; an operation that would read one ends the block and is named.
+
+    FakeTensorMode and its exceptions are private modules. Seen in torch 2.10, 2.13.
+    """
+    from torch._subclasses import fake_tensor
+
+    reads: list[str] = []
+    try:
+        with fake_tensor.FakeTensorMode():
+            yield reads
+    except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        reads.append(str(error.func))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from loss_core.dispatch.observed import names, observing
 from loss_core.dispatch.protocol import Evaluation
+from loss_core_torch import compat
 from loss_core_torch.modules.linear import HeadModule
 from loss_core_torch.tracing import compute_dtype
 
@@ -30,6 +31,8 @@ def evaluate(
     upstream: NDArray[Any] | None,
     grad_of: tuple[str, ...],
     device: str | None = None,
+    backwards: int = 1,
+    leaves: bool = True,
 ) -> Evaluation:
     """Run a built loss and its gradient on NumPy inputs; see `loss_core.dispatch.protocol.Backend.evaluate`."""
     where = torch.device(device or "cpu")
@@ -37,16 +40,18 @@ def evaluate(
     before = {name: value.detach().clone() for name, value in inputs.items()}
     for name in grad_of:
         inputs[name].requires_grad_()
-    passed = dict(inputs)
-    if getattr(loss, "inplace_grad", False):
-        # No leaf may be overwritten: the loss gets what an operation made of it, with the same strides.
-        leaf = inputs["logits"]
-        passed["logits"] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=where).copy_(leaf)
+    # No leaf may be overwritten: the loss gets what an operation made of it.
+    made = grad_of if not leaves else ("logits",) if getattr(loss, "inplace_grad", False) else ()
+    passed = {name: _copy(value) if name in made else value for name, value in inputs.items()}
     with observing() as seen:
         result = as_one(loss(**passed))
         seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
-        grads = torch.autograd.grad(result, [inputs[name] for name in grad_of], seed, materialize_grads=False)
-    mutated = tuple(name for name, value in inputs.items() if not _same(value.detach(), before[name]))
+        grads: tuple[Any, ...] = ()
+        for _ in range(backwards if grad_of else 0):
+            wanted = [inputs[name] for name in grad_of]
+            grads = torch.autograd.grad(result, wanted, seed, retain_graph=backwards > 1, materialize_grads=False)
+    seen_by_caller = inputs if leaves else passed
+    mutated = tuple(name for name, value in seen_by_caller.items() if not _same(value.detach(), before[name]))
     results = {"loss": result.detach(), **dict(zip(grad_of, grads, strict=True))}
     return Evaluation(
         loss=_to_numpy(result.detach()),
@@ -58,10 +63,32 @@ def evaluate(
     )
 
 
+def _copy(leaf: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, through which gradients reach the leaf."""
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+
+
+def host_reads(loss: Any, arrays: Mapping[str, NDArray[Any]], *, dtype: str, grad_of: tuple[str, ...]) -> str:
+    """See `loss_core.dispatch.protocol.Backend.host_reads`: the operator, such as "aten.nonzero.default"."""
+    # On "meta", since what reads labels on a CPU costs no synchronisation.
+    with compat.without_values() as reads:
+        inputs = {
+            name: torch.empty(value.shape, dtype=_dtype_of(value, _DTYPES[dtype]), device="meta")
+            for name, value in arrays.items()
+        }
+        for name in grad_of:
+            inputs[name].requires_grad_()
+        result = as_one(loss(**inputs))
+        torch.autograd.grad(result, [inputs[name] for name in grad_of], torch.ones_like(result), allow_unused=True)
+    return reads[0] if reads else ""
+
+
 def as_one(result: Any) -> torch.Tensor:
     """A result as one tensor: those of several, and metrics by name behind a loss, are stacked in front."""
     if isinstance(result, torch.Tensor):
         return result
+    if not isinstance(result, tuple | list):
+        raise TypeError(f"A loss must return a torch.Tensor or a tuple of them, got {type(result).__name__}.")
     first, *others = (x for x in result if x is not None)
     others = [x for other in others for x in _listed(other)]
     return torch.stack([first, *(x.to(first.dtype).expand_as(first) for x in others)]) if others else first
@@ -79,10 +106,15 @@ def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str |
     return None if operand == compute_dtype(dtype) else str(operand).removeprefix("torch.")
 
 
+def _dtype_of(value: NDArray[Any], dtype: torch.dtype) -> torch.dtype:
+    """Of the tensor for an array: the tested dtype for floats, its own for others."""
+    return dtype if value.dtype.kind == "f" else torch.from_numpy(np.empty(0, value.dtype)).dtype
+
+
 def _to_tensor(value: NDArray[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     value = np.asarray(value)
     source = torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape)
-    target = dtype if value.dtype.kind == "f" else source.dtype
+    target = _dtype_of(value, dtype)
     if value.flags.c_contiguous:
         return source.to(device=device, dtype=target, copy=True)
     # A sliced NumPy array becomes a tensor with the same strides: kernels must cope with them.

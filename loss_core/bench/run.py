@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loss_core import __version__
-from loss_core.bench.baselines import BASELINES
+from loss_core.baselines import TIMED
 from loss_core.bench.job import Job
 from loss_core.bench.machine import describe_machine
 from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchReport, BenchRow, Missing, call_text
@@ -67,7 +67,7 @@ def bench(
         dtypes: of the inputs, such as "bfloat16".
         device: "cpu", "cuda", "cuda:1".
         ignored: share of labels that are ignore_index, in [0, 1); each of several makes calls of its own.
-        peers: names of `loss_core.bench.baselines.BASELINES`; None for all that are installed, () for none.
+        peers: names of `loss_core.baselines.TIMED`; None for all that are installed, () for none.
         tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
             a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
             A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
@@ -138,9 +138,9 @@ def bench(
 
 def _rows(loss: str, job: Job, flags: Sequence[str], baselines: Sequence[str]) -> list[BenchRow]:
     """An empty row for each implementation of a call, the roofline first."""
-    fitting = [BASELINES[name] for name in baselines if BASELINES[name].fits(job)]
+    fitting = [TIMED[name] for name in baselines if TIMED[name].fits(job.definition.name, job.tp)]
     names = [
-        (ROOFLINE, ROOFLINE, "jax" if BASELINES["compiled-torch"].missing() else "torch"),
+        (ROOFLINE, ROOFLINE, "jax" if TIMED["compiled-torch"].missing() else "torch"),
         *((flag, FLAG, parse_flag(flag).backend) for flag in flags),
         *((baseline.name, BASELINE, baseline.framework) for baseline in fitting),
     ]
@@ -237,11 +237,11 @@ def _usable(flag: str) -> str:
 def _baselines(names: Sequence[str] | None, tp: int, report: BenchReport) -> list[str]:
     """Baselines to run. One that is not installed, or not for so many ranks, is noted; the latter where named."""
     for name in names or ():
-        if name not in BASELINES:
-            raise ValueError(f"Unknown peer {name!r}. Choose among: {', '.join(BASELINES)}.")
+        if name not in TIMED:
+            raise ValueError(f"Unknown peer {name!r}. Choose among: {', '.join(TIMED)}.")
     usable = []
-    for name in BASELINES if names is None else dict.fromkeys(names):
-        baseline = BASELINES[name]
+    for name in TIMED if names is None else dict.fromkeys(names):
+        baseline = TIMED[name]
         if not baseline.fits_ranks(tp):
             if tp > 1 or names is not None:
                 why = "not over tensor parallel" if tp > 1 else "over tensor parallel only"

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loss_core.check.report import Report, framework_version
+from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, flag_status, parse_flag
+from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dtypes import round_to
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, named_cases, random_cases
@@ -119,6 +122,39 @@ def chosen_losses(config: str | LossConfig | Sequence[str | LossConfig] | None) 
     return losses
 
 
+def chosen_flags(backends: Sequence[str] | None, against: str | None, report: Report) -> list[str]:
+    """Flags to run, each naming its kernel or `auto`; notes what can't be used."""
+    if backends is None:
+        statuses = [flag_status(flag) for flag in all_flags()]
+        report.unusable = [status for status in statuses if not status.usable]
+        usable = [status.flag for status in statuses if status.usable]
+        flags = [flag for flag in usable if flag not in COMPILED_AT_FIRST_CALL]
+        report.skipped += [
+            f"{flag}: it compiles for each kind of input, which takes about a minute over all cases; name it to "
+            f"check it (--backend {flag})"
+            for flag in usable
+            if flag not in flags and flag != against
+        ]
+        if not flags:
+            raise BackendUnavailable("; ".join(dict.fromkeys(status.reason for status in report.unusable)))
+    else:
+        flags = [_usable(flag) for flag in backends]
+    if against is not None:
+        flags.append(_usable(against))
+    flags = list(dict.fromkeys(flags))
+    for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
+        report.versions[backend] = framework_version(backend)
+    return flags
+
+
+def _usable(flag: str) -> str:
+    """The flag in full; raises where it names a kernel that can't be used here."""
+    parsed = parse_flag(flag)
+    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
+        raise BackendUnavailable(status.reason)
+    return str(parsed)
+
+
 def config_of(loss: str | LossConfig) -> LossConfig:
     """The config of a registry name, with its defaults; a config as it is."""
     return config_class_for(loss)() if isinstance(loss, str) else loss
@@ -167,9 +203,10 @@ def rounded(call: Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
     for name, value in case.arrays.items():
         value = round_to(value, dtype) if value.dtype.kind == "f" else value
         if name in sliced and value.dtype.kind == "f" and value.ndim > 1:
-            longer = np.zeros((*value.shape[:-2], value.shape[-2] + 1, value.shape[-1]))
-            longer[..., :-1, :] = value
-            value = longer[..., :-1, :]
+            # A slice of the rows of two dimensions would be contiguous: there it is one of the columns.
+            axis = -2 if value.ndim > 2 else -1
+            longer = np.concatenate([value, np.zeros_like(value[..., :1, :] if axis == -2 else value[..., :1])], axis)
+            value = longer[..., :-1, :] if axis == -2 else longer[..., :-1]
         arrays[name] = value
     upstream = case.upstream
     return arrays, None if upstream is None else round_to(upstream, result_dtype(case.config, dtype))

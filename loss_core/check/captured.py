@@ -48,9 +48,7 @@ def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
     Raises:
         UsageProblem: the file can't be read, an argument is missing, unknown, or of a wrong kind or shape.
     """
-    if path.suffix not in (".npz", ".safetensors"):
-        raise UsageProblem(f"--inputs {path}: expected a file that ends in .npz or .safetensors.")
-    found, dtypes = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    found, dtypes = read_arrays(path)
     config = config_class_for(loss)() if isinstance(loss, str) else loss
     definition = definition_of(config)
     if definition is None:
@@ -70,6 +68,17 @@ def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
         for other, d in others.items()
     )
     return CapturedCall(arrays, dtype, notes)
+
+
+def read_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Arrays by name and their dtypes, from .npz or .safetensors.
+
+    Raises:
+        UsageProblem: the file can't be read.
+    """
+    if path.suffix not in (".npz", ".safetensors"):
+        raise UsageProblem(f"--inputs {path}: expected a file that ends in .npz or .safetensors.")
+    return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:

@@ -11,9 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core import __version__
+from loss_core.check.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
-from loss_core.check.text import failures_by_command, reason_without_install, verdict, worst_of, worst_text
+from loss_core.check.text import (
+    failures_by_command,
+    reason_without_install,
+    verdict,
+    worst_of,
+    worst_text,
+)
 from loss_core.page import blank_figure, render_page, svg_of
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
@@ -40,6 +47,9 @@ def report_page(report: Report, command: str) -> str:
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         versions={"loss-core": __version__, **report.versions},
         groups=[(loss, [_cells(row) for row in rows]) for loss, rows in groupby(report.rows, key=lambda row: row.loss)],
+        matrices=list(matrices(report)),
+        broken=[(verdict, verdict.worst) for verdict in report.broken],
+        not_judged=reasons_not_judged(report),
         failures=list(failures_by_command(report)),
         pictures=_pictures(report),
         unusable=[(status.flag, reason_without_install(status), status.install) for status in report.unusable],

@@ -96,12 +96,41 @@ class Row:
         return not self.failures
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a check says of one clause of the contract, for one implementation of one loss.
+
+    Attributes:
+        asserts: what the clause asserts, in words.
+        status: "ok"; "broken"; "unsupported", where every call is refused before it gives a result; or "not seen",
+            where nothing here can show it.
+        calls: how many calls were judged.
+        words: the implementation's own words for what it refuses, or why the clause was not seen.
+        findings: what is wrong.
+    """
+
+    implementation: str
+    loss: str
+    clause: str
+    asserts: str
+    status: str
+    calls: int = 0
+    words: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def worst(self) -> Finding | None:
+        """The finding that is furthest off; one that is no number, where there is no other."""
+        return max(self.findings, key=lambda f: -1.0 if f.problem else f.share, default=None)
+
+
 @dataclass
 class Report:
     """What a check found.
 
     Attributes:
         rows: in the order of the table.
+        verdicts: of implementations that were judged clause by clause.
         unusable: flags that were asked for, or exist, and can't be used here, with reasons.
         skipped: losses and flags that can't be combined, and flags that are to be named, with reasons.
         histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
@@ -110,6 +139,7 @@ class Report:
     """
 
     rows: list[Row] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     unusable: list[FlagStatus] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     histograms: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)
@@ -119,11 +149,18 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether something was run and nothing failed."""
-        return bool(self.rows) and all(row.passed for row in self.rows)
+        ran = bool(self.rows) or any(verdict.calls for verdict in self.verdicts)
+        return ran and all(row.passed for row in self.rows) and not self.broken
+
+    @property
+    def broken(self) -> list[Verdict]:
+        """The clauses that an implementation does not hold."""
+        return [verdict for verdict in self.verdicts if verdict.status == "broken"]
 
     @property
     def failures(self) -> list[Finding]:
-        return [finding for row in self.rows for finding in row.failures]
+        of_rows = [finding for row in self.rows for finding in row.failures]
+        return of_rows + [finding for verdict in self.broken for finding in verdict.findings]
 
     def count(self, flag: str, dtype: str, shares: Sequence[Floats]) -> None:
         """Enter errors, as shares of their allowance, in the histogram of a flag and dtype."""
@@ -141,6 +178,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
             "rows": [_plain(asdict(row) | {"passed": row.passed}) for row in self.rows],
+            "verdicts": [_plain(asdict(verdict)) for verdict in self.verdicts],
             "unusable": [asdict(status) for status in self.unusable],
             "skipped": self.skipped,
         }
@@ -155,6 +193,10 @@ class Report:
                if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
             for row in self.rows
         ]  # fmt: skip
+        lines += [
+            f"{v.implementation} {v.loss} {v.clause}: {v.status}" + (f" ({v.words[0]})" if v.words else "")
+            for v in self.verdicts
+        ]
         return "\n".join([*lines, *(str(finding) for finding in self.failures)])
 
 

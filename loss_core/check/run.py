@@ -18,6 +18,7 @@ from loss_core.check.calls import (
     ORACLE,
     Call,
     chosen_cases,
+    chosen_flags,
     chosen_losses,
     config_of,
     distinct_names,
@@ -25,10 +26,12 @@ from loss_core.check.calls import (
     reproduce_suffix,
     rounded,
 )
-from loss_core.check.report import Finding, Report, Row, add_findings, framework_version
+from loss_core.check.implementation import Implementation, implementations_of
+from loss_core.check.judge import Question, judge_all
+from loss_core.check.report import Finding, Report, Row, add_findings
 from loss_core.check.sharded import EVEN_SHAPE, Evaluate, can_be_sharded, check_ranks, over_ranks, sharded_calls
 from loss_core.dispatch.builders import is_registered
-from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, flag_status, load_backend, parse_flag
+from loss_core.dispatch.flags import AUTO, load_backend, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable, Evaluation
 from loss_core.dtypes import float_format
 from loss_core.loss_config import LossConfig
@@ -58,6 +61,8 @@ def check(
     modules: Sequence[str] = (),
     reproduce_options: str = "",
     progress: Progress | None = None,
+    implementations: Mapping[str, Any] | Sequence[Implementation] = (),
+    framework: str = "torch",
 ) -> Report:
     """Check losses on backends against the float64 oracle, and backends against each other.
 
@@ -80,6 +85,11 @@ def check(
         modules: names of Python modules that register the losses, to be imported by these processes.
         reproduce_options: what reproduce lines need besides, such as " --inputs call.npz".
         progress: called as progress(done, total, label).
+        implementations: by name, each a loss (a callable that takes the forward's arguments by keyword) or a builder
+            (a callable whose one parameter is called config). They are judged against the oracle, clause by clause
+            (`Report.verdicts`); flags then run only where `backends` names them. A loss is judged with the config
+            that is given, or with the defaults of the one that it takes the arguments of.
+        framework: whose tensors the implementations take, "torch" or "jax".
     Returns:
         A Report; `report.passed` says it all. A flag that is named but can't be used raises.
     Raises:
@@ -89,14 +99,20 @@ def check(
     start = time.perf_counter()
     check_ranks(tp, against, device)
     report = Report(versions={"python": platform.python_version(), "numpy": np.__version__})
-    losses = chosen_losses(config)
-    flags = _flags(backends, against, report)
     wanted = tuple(dtypes) if dtypes else DTYPES
     for dtype in wanted:
         float_format(dtype)
     if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
         raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
     suffix = reproduce_suffix(shape, num_random, seed, device) + reproduce_options
+    if implementations:
+        asked = Question("", wanted, shape, only, num_random, seed, inputs, device, suffix)
+        judge_all(config, implementations_of(implementations, framework), asked, report, progress)
+        if backends is None and against is None:
+            report.seconds = time.perf_counter() - start
+            return report
+    losses = chosen_losses(config)
+    flags = chosen_flags(backends, against, report)
     calls, even_calls = [], []
     for loss, name in zip(losses, distinct_names(losses), strict=True):
         if tp and not can_be_sharded(config_of(loss)):
@@ -149,39 +165,6 @@ def assert_backends_agree(
     if not report.passed:
         raise AssertionError("Backends do not agree:\n" + "\n".join(str(finding) for finding in report.failures))
     return report
-
-
-def _flags(backends: Sequence[str] | None, against: str | None, report: Report) -> list[str]:
-    """Flags to run, each naming its kernel or `auto`; notes what can't be used."""
-    if backends is None:
-        statuses = [flag_status(flag) for flag in all_flags()]
-        report.unusable = [status for status in statuses if not status.usable]
-        usable = [status.flag for status in statuses if status.usable]
-        flags = [flag for flag in usable if flag not in COMPILED_AT_FIRST_CALL]
-        report.skipped += [
-            f"{flag}: it compiles for each kind of input, which takes about a minute over all cases; name it to "
-            f"check it (--backend {flag})"
-            for flag in usable
-            if flag not in flags and flag != against
-        ]
-        if not flags:
-            raise BackendUnavailable("; ".join(dict.fromkeys(status.reason for status in report.unusable)))
-    else:
-        flags = [_usable(flag) for flag in backends]
-    if against is not None:
-        flags.append(_usable(against))
-    flags = list(dict.fromkeys(flags))
-    for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
-        report.versions[backend] = framework_version(backend)
-    return flags
-
-
-def _usable(flag: str) -> str:
-    """The flag in full; raises where it names a kernel that can't be used here."""
-    parsed = parse_flag(flag)
-    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
-        raise BackendUnavailable(status.reason)
-    return str(parsed)
 
 
 def _check_case(

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from loss_core import __version__
+from loss_core.check.matrix import matrices, reasons_not_judged
 from loss_core.check.report import Finding, Report, Row
 from loss_core.dispatch.protocol import FlagStatus
 from loss_core.registry import LOSS_CONFIG_REGISTRY
@@ -28,13 +29,24 @@ def verdict(report: Report) -> str:
     values = int(sum(int(counts.sum()) for counts in report.histograms.values()))
     size = f"{losses}, {flags}, {_counted(values, 'value')} in {report.seconds:.0f} s"
     if not report.rows:
-        return "NOTHING CHECKED: no loss could be run on any flag."
+        return _verdict_on_clauses(report)
     if not report.passed:
         bad = [row for row in report.rows if not row.passed]
         return f"FAIL: {len(bad)} of {_counted(len(report.rows), 'row')} beyond what rounding explains ({size})."
     worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.share, default=None)
     close = f"; the largest error is {share_text(worst.share)} of its allowance" if worst else ""
     return f"PASS: everything within what rounding explains ({size}){close}."
+
+
+def _verdict_on_clauses(report: Report) -> str:
+    judged = [verdict for verdict in report.verdicts if verdict.calls or verdict.findings]
+    if not judged:
+        return "NOTHING CHECKED: no loss could be run."
+    size = f"{_counted(sum(v.calls for v in judged), 'judgement')} in {report.seconds:.0f} s"
+    if report.broken:
+        return f"FAIL: {len(report.broken)} of {_counted(len(judged), 'clause')} broken ({size})."
+    rest = len(report.verdicts) - len(judged)
+    return f"PASS: {_counted(len(judged), 'clause')} ok, {rest} unsupported or not seen ({size})."
 
 
 def _counted(number: int, noun: str) -> str:
@@ -68,7 +80,7 @@ def worst_text(finding: Finding | None) -> tuple[str, str]:
 def failures_by_command(report: Report) -> Iterator[tuple[str, list[Finding]]]:
     """Failures of one call together, with the line that reproduces them."""
     by_command: dict[str, list[Finding]] = {}
-    for finding in report.failures:
+    for finding in (finding for row in report.rows for finding in row.failures):
         by_command.setdefault(finding.reproduce, []).append(finding)
     yield from by_command.items()
 
@@ -82,11 +94,14 @@ def reason_without_install(status: FlagStatus) -> str:
 def print_check(console: Console, report: Report) -> None:
     """The whole report as text; lines that are meant to be copied are never wrapped."""
     _print_lines(console, versions_text(report))
-    _print_wrapped(
-        console, "worst: largest error as a share of its allowance; 1 is the most that rounding explains", ""
-    )
-    console.print()
-    _print_rows(console, report.rows)
+    if report.verdicts:
+        print_verdicts(console, report)
+    if report.rows:
+        _print_wrapped(
+            console, "worst: largest error as a share of its allowance; 1 is the most that rounding explains", ""
+        )
+        console.print()
+        _print_rows(console, report.rows)
     if report.unusable:
         _print_lines(console, "", "Can't be used here:")
         print_reasons(console, report.unusable)
@@ -103,6 +118,33 @@ def print_check(console: Console, report: Report) -> None:
         _print_lines(console, f"  {command}")
     console.print()
     console.print(verdict(report), style="bold green" if report.passed else "bold red", markup=False, soft_wrap=True)
+
+
+def print_verdicts(console: Console, report: Report) -> None:
+    """A matrix of clauses and implementations for each loss, and below it what is broken and what is not judged."""
+    from rich.text import Text
+
+    styles = {"ok": "green", "BROKEN": "bold red"}
+    for loss, clauses, names, matrix in matrices(report):
+        cells = [(clause, *(matrix.get((clause, name), "-") for name in names)) for clause in clauses]
+        widths = [max(map(len, column)) for column in zip((loss, *names), *cells, strict=True)]
+        table = _plain_table(console, widths)
+        table.add_row(Text(loss, style="bold"), *(Text(name, style="dim") for name in names))
+        for clause, *marks in cells:
+            table.add_row(clause, *(Text(mark, style=styles.get(mark, "dim")) for mark in marks))
+        console.print()
+        console.print(table)
+    for verdict in report.broken:
+        worst = verdict.worst
+        what = f"{verdict.implementation}, {verdict.loss}, {verdict.clause}"
+        _print_lines(console, "", f"BROKEN {what}: {verdict.asserts}")
+        if worst is not None:
+            _print_wrapped(console, f"{worst.dtype}, case {worst.case}, {worst.where}: {worst.what}", "  ")
+            _print_lines(console, f"  {worst.reproduce}")
+    if reasons := reasons_not_judged(report):
+        _print_lines(console, "", "Unsupported or not seen:")
+    for clauses, text in reasons:
+        _print_wrapped(console, f"{clauses}: {text}", "  ")
 
 
 def _print_lines(console: Console, *lines: str) -> None:

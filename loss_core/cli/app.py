@@ -13,6 +13,7 @@ from loss_core.check.text import print_backends, print_losses
 from loss_core.cli.bench import bench_command
 from loss_core.cli.check import check_command
 from loss_core.cli.common import Modules, command, import_modules
+from loss_core.cli.compare import compare_command
 from loss_core.cli.schema import recipe_schema
 from loss_core.dispatch.flags import all_flags, flag_status
 
@@ -24,6 +25,7 @@ app: typer.Typer = typer.Typer(
 )
 app.command("check")(check_command)
 app.command("bench")(bench_command)
+app.command("compare")(compare_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from loss_core.baselines import TIMED
 from loss_core.bench import bench
-from loss_core.bench.baselines import BASELINES
 from loss_core.bench.html import bench_page
 from loss_core.bench.report import FLAG, BenchReport
 from loss_core.bench.text import print_bench
@@ -59,7 +59,7 @@ def bench_command(
         list[float] | None, typer.Option(metavar="SHARE", help="Share of labels that are ignored. Default: 0.")
     ] = None,
     peers: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(BASELINES)}; all or none. Default: all.")
+        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(TIMED)}; all or none. Default: all.")
     ] = None,
     tp: Annotated[
         int, typer.Option(metavar="N", min=1, help="Ranks that share the vocabulary, started and ended by bench.")
@@ -155,7 +155,7 @@ def _peers(names: Sequence[str]) -> list[str] | None:
         return None
     if wanted == ["none"]:
         return []
-    return [known_word("--peers", name, BASELINES, also=", all, none") for name in wanted]
+    return [known_word("--peers", name, TIMED, also=", all, none") for name in wanted]
 
 
 def _tune(report: BenchReport, err: Console) -> None:

@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from loss_core.baselines import JUDGED
 from loss_core.check import Report, check
 from loss_core.check.captured import CapturedCall, read_call
 from loss_core.check.html import report_page
+from loss_core.check.implementation import Implementation, implementation_named, in_words
 from loss_core.check.text import print_check, print_reasons
 from loss_core.cli.common import (
     Backends,
@@ -29,13 +31,14 @@ from loss_core.cli.common import (
     import_modules,
     known_dtypes,
     known_word,
+    look_in_working_directory,
     note,
     progress_bar,
     read_losses,
     shape_of,
     write_outputs,
 )
-from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
+from loss_core.dispatch.flags import AUTO, BACKENDS, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core.losses.drawing import recipe_names
@@ -72,15 +75,27 @@ def check_command(
     json: Json = None,
     page: Page = None,
     modules: Modules = None,
+    implementation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Judge clause by clause, in place of the flags: MODULE:OBJECT, a loss or a builder of losses; another "
+            f"project by its name ({', '.join(JUDGED)}); or a flag.",
+        ),
+    ] = None,
+    framework: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose tensors MODULE:OBJECT takes: torch (default) or jax.")
+    ] = None,
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
     Without options: every loss, flag, dtype and named case; torch:compile only where --backend names it, since it
     compiles for about a minute.
 
-    May be repeated: --config, --backend, --dtype, --case, --import.
+    May be repeated: --config, --backend, --dtype, --case, --import, --implementation.
 
-    Exit code: 0 all agree, 1 something does not (or a rank of --tp failed), 2 wrong usage, 130 Ctrl-C.
+    Exit code: 0 all agree, 1 something does not (or a clause is broken, or a rank of --tp failed), 2 wrong usage, 130
+    Ctrl-C.
     """
     out, err = Console(), Console(stderr=True)
     import_modules(modules or ())
@@ -88,7 +103,9 @@ def check_command(
     losses = read_losses(config)
     sizes = shape_of(shape) if shape is not None else None
     ranks = _ranks(tp, against, device)
-    _check_flags(backend or [], against, err)
+    judged = _implementations(implementation or (), framework)
+    if not judged or backend:
+        _check_flags(backend or [], against, err)
     dtypes = known_dtypes(dtype)
     _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])
     if inputs is not None and (case or shape or cases):
@@ -114,6 +131,7 @@ def check_command(
                 modules=modules or (),
                 reproduce_options=reproduce + "".join(f" --import {module}" for module in modules or ()),
                 progress=progress,
+                implementations=judged,
             )
         except (BackendUnavailable, ValueError, TypeError) as error:
             raise UsageProblem(str(error)) from error
@@ -137,6 +155,21 @@ def _ranks(tp: str | None, against: str | None, device: str | None) -> tuple[int
         if value is not None and value != "cpu":
             raise UsageProblem(f"{name} {value} can't be used beside --tp: its ranks run on the CPU, against float64.")
     return tuple(int(part) for part in parts)
+
+
+def _implementations(specs: Sequence[str], framework: str | None) -> list[Implementation]:
+    """What is to be judged; the working directory counts as on the path."""
+    if framework is not None:
+        known_word("--framework", framework, BACKENDS)
+    if specs:
+        look_in_working_directory()
+    found = []
+    for spec in specs:
+        try:
+            found.append(implementation_named(spec, framework))
+        except Exception as error:  # whatever a user's module raises is told in one line
+            raise UsageProblem(f"--implementation {spec}: {in_words(error)}") from error
+    return found
 
 
 def _check_flags(backends: Sequence[str], against: str | None, err: Console) -> None:
@@ -189,7 +222,8 @@ def _captured(path: Path | None, losses: Sequence[str | LossConfig]) -> Captured
 
 def _check_ran(report: Report, device: str | None) -> None:
     """Tell a wrong request from a wrong kernel."""
-    if not report.rows:
+    if not (report.rows or any(verdict.calls for verdict in report.verdicts)):
+        report.skipped += [f"{verdict.clause}: {text}" for verdict in report.verdicts for text in verdict.words][:1]
         raise UsageProblem("Nothing could be run: " + "; ".join(report.skipped).rstrip(".") + ".")
     problems = {finding.problem for finding in report.failures}
     runs = sum(row.cases for row in report.rows)

@@ -76,10 +76,16 @@ def command(run: Callable[P, int]) -> Callable[P, None]:
     return told
 
 
-def import_modules(names: Sequence[str]) -> None:
-    """Import the user's modules, which register their losses; the working directory counts as on the path."""
-    if names and os.getcwd() not in sys.path:
+def look_in_working_directory() -> None:
+    """The working directory counts as on the path of imports."""
+    if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import the user's modules, which register their losses."""
+    if names:
+        look_in_working_directory()
     for name in names:
         try:
             importlib.import_module(name)

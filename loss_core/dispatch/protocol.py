@@ -118,6 +118,8 @@ class Backend(Protocol):
         upstream: np.ndarray | None,
         grad_of: tuple[str, ...],
         device: str | None = None,
+        backwards: int = 1,
+        leaves: bool = True,
     ) -> Evaluation:
         """Run a built loss and its gradient on NumPy inputs.
 
@@ -128,6 +130,16 @@ class Backend(Protocol):
             upstream: gradient of the loss result (its shape), None for ones.
             grad_of: names of the arguments to differentiate.
             device: such as "cuda"; None for the backend's default.
+            backwards: how often the gradient is made of the one forward; the last one is returned.
+            leaves: False gives the loss what an operation made of the inputs, as a model does, in place of leaves of
+                the graph, which torch protects from most changes in place.
+        """
+        ...
+
+    def host_reads(self, loss: Any, arrays: Mapping[str, np.ndarray], *, dtype: str, grad_of: tuple[str, ...]) -> str:
+        """What a loss reads on the host, seen on inputs without values: "" for nothing.
+
+        Errors of a loss that can't run without values pass through.
         """
         ...
 

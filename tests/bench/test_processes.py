@@ -9,8 +9,8 @@ import pytest
 from helpers.bench import LOSSES, job
 from helpers.processes import all_gone
 from loss_core import MaskedCrossEntropyConfig
+from loss_core.baselines import TIMED
 from loss_core.bench.accuracy import Judge
-from loss_core.bench.baselines import BASELINES
 from loss_core.bench.job import Job
 from loss_core.bench.processes import Processes, Rates, slowest_rates, slowest_times
 from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchRow
@@ -63,7 +63,7 @@ TORCH = [("torch:eager", FLAG), ("plain-torch", BASELINE), ("torch-loss-parallel
         (loss, name, kind)
         for loss in LOSSES
         for name, kind in TORCH
-        if kind == FLAG or BASELINES[name].fits(job(loss, 301))
+        if kind == FLAG or TIMED[name].fits(job(loss, 301).definition.name, job(loss, 301).tp)
     ],
 )
 def test_torch_over_ranks_is_within_what_rounding_explains(torch_ranks, loss, name, kind):

@@ -12,8 +12,8 @@ import pytest
 from helpers.bench import by_name
 from helpers.processes import workers_of
 from loss_core import unregister_loss
+from loss_core.baselines import TIMED, Baseline
 from loss_core.bench import bench
-from loss_core.bench.baselines import BASELINES, Baseline
 from loss_core.bench.html import bench_page
 from loss_core.bench.report import BenchReport, Missing, best_flag_of
 from loss_core.bench.tables import growth_tables
@@ -169,7 +169,7 @@ def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wron
 def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monkeypatch):
     absent = Baseline("absent", "nowhere", "torch", ("linear_cross_entropy",), ("no_such_package",),
                       "pip install no-such-package")  # fmt: skip
-    monkeypatch.setitem(BASELINES, "absent", absent)
+    monkeypatch.setitem(TIMED, "absent", absent)
     tiny = Workload("tiny", 8, 10, 4, softcap=5.0, source="nobody/tiny")
     report = bench("FusedLinearCrossEntropy", ["torch:eager"], workloads=[tiny], peers=["torch-linear-ce", "absent"],
                    rounds=1, threads=1)  # fmt: skip

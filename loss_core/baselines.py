@@ -1,14 +1,14 @@
-"""The other implementations that a benchmark sets beside ours: what they need and how they are installed.
+"""The other implementations that `bench` sets beside ours and `check` judges: what they need, how they are installed.
 
-None is a dependency. Their adapters are in loss_core_bench, which only worker processes load.
+None is a dependency. Their adapters are in loss_core_baselines, one file a project.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, fields
 
-from loss_core.bench.job import Job
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core.row_terms import OPTIONS
@@ -22,10 +22,11 @@ class Baseline:
         name: on the command line.
         title: what it is.
         framework: "torch" or "jax".
-        losses: that it computes, by the name of their definition.
+        losses: that it computes in a benchmark, by the name of their definition; () where check alone takes it.
         needs: packages to import, by import name.
         install: command that installs them.
         options: of cross entropy that it has: fields that are off at 0.
+        adapter: its file in loss_core_baselines, by which check takes it; "" where the benchmark alone has it.
         ranks: "one": needs the whole vocabulary in one process; "many": exists over tensor parallel only; "any".
     """
 
@@ -37,14 +38,15 @@ class Baseline:
     install: str
     options: tuple[str, ...] = ()
     ranks: str = "one"
+    adapter: str = ""
 
     def fits_ranks(self, tp: int) -> bool:
         """Whether it can share the vocabulary over so many ranks."""
         return self.ranks in ("any", "one" if tp == 1 else "many")
 
-    def fits(self, job: Job) -> bool:
-        """Whether it takes the inputs of a call, over its ranks."""
-        return job.definition.name in self.losses and self.fits_ranks(job.tp)
+    def fits(self, loss: str, tp: int) -> bool:
+        """Whether it takes the inputs of a loss, by the name of its definition, over so many ranks."""
+        return loss in self.losses and self.fits_ranks(tp)
 
     def check(self, config: LossConfig) -> None:
         """Refuse an option that it does not have.
@@ -60,6 +62,11 @@ class Baseline:
     def missing(self) -> tuple[str, ...]:
         """Packages that are not installed; looked up without importing them."""
         return tuple(name for name in self.needs if importlib.util.find_spec(name) is None)
+
+    def version(self) -> str:
+        """Of the package that it is named for; "" where that is not installed."""
+        distributions = importlib.metadata.packages_distributions().get(self.needs[-1])
+        return importlib.metadata.version(distributions[0]) if distributions else ""
 
 
 _TORCH, _JAX = "pip install 'loss-core[torch]'", "pip install 'loss-core[jax]'"
@@ -81,20 +88,35 @@ BASELINES = {
         Baseline("torch-linear-ce", "F.linear_cross_entropy (torch >= 2.13), its fastest chunk", "torch", _FUSED,
                  ("torch",), _TORCH),
         Baseline("cce", "cut-cross-entropy, its Triton kernels", "torch", _FUSED, ("torch", "cut_cross_entropy"),
-                 "pip install cut-cross-entropy", _SOFTCAP),
+                 "pip install cut-cross-entropy", _SOFTCAP, adapter="cut_cross_entropy"),
         Baseline("cce-compile", "cut-cross-entropy, its torch_compile implementation", "torch", _FUSED,
-                 ("torch", "cut_cross_entropy"), "pip install cut-cross-entropy", _SOFTCAP),
+                 ("torch", "cut_cross_entropy"), "pip install cut-cross-entropy", _SOFTCAP,
+                 adapter="cut_cross_entropy_compile"),
         Baseline("liger", "Liger kernel", "torch", _BOTH, ("torch", "liger_kernel"), "pip install liger-kernel",
-                 _SOFTCAP),
+                 _SOFTCAP, adapter="liger"),
         Baseline("te", "Transformer Engine, parallel_cross_entropy", "torch", _LOGITS,
-                 ("torch", "transformer_engine"), "pip install 'transformer-engine[pytorch]'", ranks="any"),
+                 ("torch", "transformer_engine"), "pip install 'transformer-engine[pytorch]'", ranks="any",
+                 adapter="te"),
         Baseline("nemo", "NeMo AutoModel: MaskedCrossEntropy, FusedLinearCrossEntropy, KDLoss", "torch", _ALL,
-                 ("torch", "nemo_automodel"), "pip install nemo-automodel", _SOFTCAP),
+                 ("torch", "nemo_automodel"), "pip install nemo-automodel", _SOFTCAP, adapter="nemo"),
         Baseline("plain-jax", "jax.nn.log_softmax, under jit", "jax", _ALL, ("jax",), _JAX, _SOFTCAP, "any"),
-        Baseline("optax", "optax.losses, under jit", "jax", _ALL, ("jax", "optax"), "pip install optax", _SOFTCAP),
+        Baseline("optax", "optax.losses, under jit", "jax", _ALL, ("jax", "optax"), "pip install optax", _SOFTCAP,
+                 adapter="optax"),
         Baseline("jax-cce", "jax-cce, linear_cross_entropy, under jit", "jax", _FUSED, ("jax", "jax_cce"),
-                 "pip install jax-cce"),
+                 "pip install jax-cce", adapter="jax_cce"),
         Baseline("tokamax", "tokamax, linear_softmax_cross_entropy_loss, under jit", "jax", _FUSED,
-                 ("jax", "tokamax"), "pip install tokamax"),
+                 ("jax", "tokamax"), "pip install tokamax", adapter="tokamax"),
+        Baseline("torch-own", "F.cross_entropy and F.linear_cross_entropy (torch >= 2.13)", "torch", (), ("torch",),
+                 _TORCH, adapter="torch_own"),
+        Baseline("titan", "torchtitan, cross_entropy_loss", "torch", (), ("torch", "torchtitan"),
+                 "pip install torchtitan", adapter="titan"),
+        Baseline("torchtune", "torchtune: chunked cross entropy, forward and reverse KL", "torch", (),
+                 ("torch", "torchtune"), "pip install torchtune torchao", adapter="torchtune"),
+        Baseline("trl", "TRL: selective_log_softmax, generalized_jsd_loss", "torch", (), ("torch", "trl"),
+                 "pip install trl", adapter="trl"),
     )
 }  # fmt: skip
+
+# What a benchmark sets beside ours, and what check takes.
+TIMED = {name: baseline for name, baseline in BASELINES.items() if baseline.losses}
+JUDGED = {name: baseline for name, baseline in BASELINES.items() if baseline.adapter}

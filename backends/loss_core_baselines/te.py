@@ -1,0 +1,25 @@
+"""Transformer Engine's cross entropy; the vocabulary may be sharded over the ranks of a group."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from loss_core_baselines import Loss, Losses
+
+
+def cross_entropy(config: Any) -> Loss:
+    """Its loss per token, summed or averaged over the tokens that count where the config says so."""
+    function = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
+    group = getattr(config, "tp_group", None)
+
+    def loss(logits: Any, labels: Any) -> Any:
+        loss_T = function(logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, group)[0]
+        if config.reduction == "none":
+            return loss_T
+        return loss_T.sum() / (labels != -100).sum() if config.reduction == "mean" else loss_T.sum()
+
+    return loss
+
+
+LOSSES: Losses = {"cross_entropy": (cross_entropy, ("reduction", "tp_group"))}

@@ -1,0 +1,206 @@
+"""Somebody's implementation of a loss: how it is given, what it takes, and what it refuses.
+
+It is given as a loss (a callable or module that takes the forward's arguments by keyword), as a builder (a callable
+whose one parameter is called `config`, which returns such a loss), or as a flag of this library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loss_core.baselines import JUDGED
+from loss_core.check.calls import Call
+from loss_core.dispatch.flags import BACKENDS, all_flags, parse_flag
+from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.loss_config import LossConfig
+from loss_core.losses.definition import LossDef, need_definition
+from loss_core.registry import LOSS_CONFIG_REGISTRY, our_losses
+
+Loss = Callable[..., Any]
+
+
+class Refused(Exception):
+    """A call that an implementation does not take, with its own words: an error that it raises before its result."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation, of a name.
+
+    Attributes:
+        framework: "torch" or "jax", whose tensors it takes.
+        build: the loss for a config.
+        options: what follows `loss-core check` to have it judged; "" where only Python can name it.
+        config_is_fixed: whether `build` gives the same loss for every config, so that no case may set fields.
+        loss: name of the loss that it is taken for where none is asked for; "" for every loss.
+        version: of the package that it is from.
+    """
+
+    name: str
+    framework: str
+    build: Callable[[LossConfig], Loss]
+    options: str = ""
+    config_is_fixed: bool = False
+    loss: str = ""
+    version: str = ""
+
+    def reproduce(self, call: Call) -> str:
+        """The command, or the line of Python, that judges this call alone."""
+        loss, case = call.loss, call.case.name
+        if self.options and (isinstance(loss, str) or type(loss) in LOSS_CONFIG_REGISTRY.values()):
+            config = loss if isinstance(loss, str) else json.dumps(loss.to_dict())
+            only = "" if call.captured else f" --case {case}"
+            return (
+                f"loss-core check{self.options} --config {shlex.quote(config)} --dtype {call.dtype}{only}{call.suffix}"
+            )
+        framework = "" if self.framework == "torch" else f", framework={self.framework!r}"
+        given = f"implementations={{{self.name!r}: ...}}{framework}"
+        return f"check({loss!r}, {given}, dtypes=[{call.dtype!r}], only=[{case!r}])"
+
+
+def implementation_of(name: str, given: Any, framework: str = "torch", options: str = "") -> Implementation:
+    """An implementation from the loss or builder that a user gives.
+
+    Raises:
+        TypeError: it is neither; ValueError: no such framework.
+    """
+    if framework not in BACKENDS:
+        raise ValueError(f"framework must be one of {', '.join(BACKENDS)}, got {framework!r}.")
+    if not callable(given):
+        raise TypeError(f"Implementation {name!r} must be a loss or a builder, got {given!r}.")
+    if list(_parameters(given)) == ["config"]:
+        return Implementation(name, framework, given, options)
+    if isinstance(given, type):
+        raise TypeError(
+            f"Implementation {name!r} is the class {given.__name__}: give an object of it, or a builder, a function "
+            "whose one parameter is called config."
+        )
+    return Implementation(name, framework, lambda config: given, options, True, _first_loss_that_fits(given))
+
+
+def implementations_of(given: Mapping[str, Any] | Sequence[Implementation], framework: str) -> list[Implementation]:
+    """Implementations from what `check` takes: losses and builders by name, or implementations as they are."""
+    if not isinstance(given, Mapping):
+        return list(given)
+    return [implementation_of(name, loss, framework) for name, loss in given.items()]
+
+
+def flag_implementation(flag: str) -> Implementation:
+    """The losses of this library behind a flag."""
+    full = str(parse_flag(flag))
+    build = lambda config: config.build(backend=full)  # noqa: E731
+    return Implementation(full, parse_flag(flag).backend, build, f" --implementation {flag}")
+
+
+def baseline_implementation(name: str) -> Implementation:
+    """Another project's losses, by the name of its adapter."""
+
+    def build(config: LossConfig) -> Loss:
+        # Some adapters import torch, which check does not need for the others.
+        loss: Loss = importlib.import_module("loss_core_baselines").build(name, config)
+        return loss
+
+    baseline = JUDGED[name]
+    return Implementation(name, baseline.framework, build, f" --implementation {name}", version=baseline.version())
+
+
+def implementation_named(spec: str, framework: str | None = None) -> Implementation:
+    """An implementation from what the command line takes: a flag, a baseline's name, or MODULE:OBJECT.
+
+    Raises:
+        ImportError, AttributeError, TypeError, ValueError: what is named can't be had, or is none.
+    """
+    if spec in (*BACKENDS, *all_flags()):
+        return flag_implementation(spec)
+    if spec in JUDGED:
+        return baseline_implementation(spec)
+    if ":" not in spec:
+        raise ValueError(f"{spec!r} is neither a flag, nor MODULE:OBJECT, nor one of {', '.join(JUDGED)}.")
+    found = object_at(spec)
+    options = f" --implementation {shlex.quote(spec)}" + (f" --framework {framework}" if framework else "")
+    return implementation_of(spec, found, framework or "torch", options)
+
+
+def object_at(spec: str) -> Any:
+    """What MODULE:OBJECT names; OBJECT may have dots.
+
+    Raises:
+        ImportError, AttributeError, ValueError: there is none.
+    """
+    module, colon, path = spec.partition(":")
+    if not (module and colon and path):
+        raise ValueError(f"expected MODULE:OBJECT, got {spec!r}.")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A loss whose errors are `Refused`: what fails after its result, in backward, is another matter.
+
+    Equal for the same loss, so that JAX compiles once.
+    """
+
+    loss: Loss
+
+    def __call__(self, **arguments: Any) -> Any:
+        try:
+            return self.loss(**arguments)
+        except Exception as error:
+            raise Refused(in_words(error)) from error
+
+
+def in_words(error: BaseException) -> str:
+    """An error as the user would see it: its type and its message's first line; of one of ours, the message."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, BackendUnavailable):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def accepted(loss: Loss, definition: LossDef, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a call that the loss takes; a hint, which changes no result, may be left out.
+
+    Raises:
+        Refused: it does not take one of the others.
+    """
+    parameters = _parameters(loss)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(arguments)
+    hints = {a.name for a in definition.arguments if a.kind == "hint"}
+    missing = [name for name in arguments if name not in parameters and name not in hints]
+    if missing:
+        raise Refused(f"takes no {' and no '.join(missing)}; its arguments are {', '.join(parameters)}")
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def _parameters(given: Any) -> Mapping[str, inspect.Parameter]:
+    # The forward of a module, whose __call__ takes anything.
+    target = given.forward if not isinstance(given, type) and hasattr(given, "forward") else given
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        # Without a signature, as some built-in functions are: it is found out by calling.
+        return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _first_loss_that_fits(loss: Loss) -> str:
+    """The first loss of the registry whose arguments these are; "" for none."""
+    parameters = _parameters(loss)
+    needed = {
+        n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    for name in our_losses():
+        arguments = need_definition(name).arguments
+        required: Collection[str] = {a.name for a in arguments if not a.optional}
+        if required <= parameters.keys() and needed <= {a.name for a in arguments}:
+            return name
+    return ""
