@@ -226,7 +226,7 @@ def _check_case(
         row.failures += _contract_problems(call, flag, got)
         done[flag] = (got, allowed)
         template = _template(call, flag, ORACLE)
-        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes)
+        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes, rounded=True)
         report.count(flag, call.dtype, shares)
     if call.ranks:
         return

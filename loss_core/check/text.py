@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_HEADINGS = ("", "flag", "against", "dtype", "cases", "worst", "where the worst is")
+_HEADINGS = ("", "flag", "against", "dtype", "cases", "worst", "finds", "where the worst is")
 
 
 def verdict(report: Report) -> str:
@@ -49,6 +49,11 @@ def versions_text(report: Report) -> str:
 def share_text(share: float) -> str:
     """An error as a share of its allowance, short."""
     return f"{share:.3f}" if 0.001 <= share < 100 else f"{share:.2g}"
+
+
+def finds_text(row: Row) -> str:
+    """The smallest relative error that would have been found in whichever tensor, short: 3e-6."""
+    return "-" if row.coarsest is None else f"{row.coarsest:.0e}".replace("e-0", "e-")
 
 
 def worst_of(row: Row) -> Finding | None:
@@ -82,9 +87,11 @@ def reason_without_install(status: FlagStatus) -> str:
 def print_check(console: Console, report: Report) -> None:
     """The whole report as text; lines that are meant to be copied are never wrapped."""
     _print_lines(console, versions_text(report))
-    _print_wrapped(
-        console, "worst: largest error as a share of its allowance; 1 is the most that rounding explains", ""
-    )
+    for meaning in (
+        "worst: largest error as a share of its allowance; 1 is the most that rounding explains",
+        "finds: an error of this relative size, common to a result or a gradient, would have failed",
+    ):
+        _print_wrapped(console, meaning, "")
     console.print()
     _print_rows(console, report.rows)
     if report.unusable:
@@ -137,7 +144,8 @@ def _print_rows(console: Console, rows: list[Row]) -> None:
 
 def _cells(row: Row) -> tuple[str, ...]:
     share, where = worst_text(worst_of(row))
-    return ("ok" if row.passed else "FAIL", row.flag, row.against, row.dtype, str(row.cases), share, where)
+    mark = "ok" if row.passed else "FAIL"
+    return (mark, row.flag, row.against, row.dtype, str(row.cases), share, finds_text(row), where)
 
 
 def _plain_table(console: Console, widths: list[int]) -> Table:
@@ -146,7 +154,7 @@ def _plain_table(console: Console, widths: list[int]) -> Table:
     gap = 2 if console.width >= 90 else 1
     table = Table(box=None, show_header=False, padding=(0, gap, 0, 0), pad_edge=False)
     for i, width in enumerate(widths[:-1]):
-        table.add_column(width=width, no_wrap=True, justify="right" if i in (4, 5) else "left")
+        table.add_column(width=width, no_wrap=True, justify="right" if i in (4, 5, 6) else "left")
     table.add_column(overflow="fold")
     return table
 
