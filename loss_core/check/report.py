@@ -118,6 +118,8 @@ class Report:
         histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
             bin below for smaller and exact ones, and one above).
         versions: of Python, NumPy and the frameworks.
+        calls, total: how many cases were run, over all losses and dtypes, and how many there are.
+        next_first: where the random cases go on after a check that was stopped; None where it has to begin again.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -126,6 +128,14 @@ class Report:
     histograms: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    calls: int = 0
+    total: int = 0
+    next_first: int | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its time limit or Ctrl-C ended the check before all cases were run."""
+        return self.calls < self.total
 
     @property
     def passed(self) -> bool:
@@ -150,6 +160,9 @@ class Report:
         return {
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
+            "calls": self.calls,
+            "total": self.total,
+            "next_first": self.next_first if self.stopped else None,
             "versions": self.versions,
             "rows": [_plain(asdict(row) | {"passed": row.passed, "coarsest": row.coarsest}) for row in self.rows],
             "unusable": [asdict(status) for status in self.unusable],

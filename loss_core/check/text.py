@@ -27,14 +27,17 @@ def verdict(report: Report) -> str:
     flags = _counted(len({row.flag for row in report.rows}), "flag")
     values = int(sum(int(counts.sum()) for counts in report.histograms.values()))
     size = f"{losses}, {flags}, {_counted(values, 'value')} in {report.seconds:.0f} s"
+    if report.stopped:
+        size = f"stopped after {report.calls:,} of {_counted(report.total, 'call')}; {size}"
     if not report.rows:
         return "NOTHING CHECKED: no loss could be run on any flag."
+    so_far = " so far" if report.stopped else ""
     if not report.passed:
-        bad = [row for row in report.rows if not row.passed]
-        return f"FAIL: {len(bad)} of {_counted(len(report.rows), 'row')} beyond what rounding explains ({size})."
+        bad, of = sum(not row.passed for row in report.rows), _counted(len(report.rows), "row")
+        return f"FAIL{so_far}: {bad} of {of} beyond what rounding explains ({size})."
     worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.share, default=None)
     close = f"; the largest error is {share_text(worst.share)} of its allowance" if worst else ""
-    return f"PASS: everything within what rounding explains ({size}){close}."
+    return f"PASS{so_far}: everything within what rounding explains ({size}){close}."
 
 
 def _counted(number: int, noun: str) -> str:
