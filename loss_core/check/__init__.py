@@ -7,8 +7,8 @@ True
 """
 
 from loss_core.check.compare import compare
-from loss_core.check.report import HISTOGRAM_EDGES, Finding, Report, Row
-from loss_core.check.run import DTYPES, Interrupted, assert_backends_agree, check
+from loss_core.check.report import HISTOGRAM_EDGES, Finding, Interrupted, Report, Row
+from loss_core.check.run import DTYPES, assert_backends_agree, check
 
 __all__ = [
     "DTYPES",

@@ -182,6 +182,14 @@ class Report:
         return "\n".join([*lines, *(str(finding) for finding in self.failures)])
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with the report of what was seen until then."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -14,15 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.calls import (
-    ORACLE,
-    Call,
-    chosen_losses,
-    reproduce_suffix,
-    rounded,
-)
+from loss_core.check.calls import ORACLE, Call, chosen_losses, reproduce_suffix, rounded
 from loss_core.check.plan import Cases, plan_calls
-from loss_core.check.report import Finding, Report, Row, add_findings, framework_version
+from loss_core.check.report import Finding, Interrupted, Report, Row, add_findings, framework_version
 from loss_core.check.sharded import Evaluate, check_ranks, over_ranks
 from loss_core.dispatch.builders import is_registered
 from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, flag_status, load_backend, parse_flag
@@ -140,14 +134,6 @@ def check(
     if progress:
         progress(report.calls, plan.total, "done")
     return report
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with the report of what was seen until then."""
-
-    def __init__(self, report: Report) -> None:
-        super().__init__()
-        self.report = report
 
 
 def assert_backends_agree(
