@@ -7,13 +7,14 @@ True
 """
 
 from loss_core.check.compare import compare
-from loss_core.check.report import HISTOGRAM_EDGES, Finding, Report, Row, Verdict
+from loss_core.check.report import HISTOGRAM_EDGES, Finding, Interrupted, Report, Row, Verdict
 from loss_core.check.run import DTYPES, assert_backends_agree, check
 
 __all__ = [
     "DTYPES",
     "HISTOGRAM_EDGES",
     "Finding",
+    "Interrupted",
     "Report",
     "Row",
     "Verdict",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -16,7 +16,7 @@ from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, fl
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dtypes import round_to
 from loss_core.loss_config import LossConfig
-from loss_core.losses import Case, named_cases, random_cases
+from loss_core.losses import Case
 from loss_core.losses.definition import need_definition
 from loss_core.losses.rounding import result_dtype
 from loss_core.registry import LOSS_CONFIG_REGISTRY, config_class_for, our_losses
@@ -36,6 +36,7 @@ class Call:
         captured: whether the inputs are the caller's own.
         ranks: over how many the vocabulary is sharded; 0 where the call runs whole, in this process.
         split: name of the way it is sharded; sizes: classes of each rank's shard.
+        number: of a random case.
     """
 
     loss: str | LossConfig
@@ -48,6 +49,7 @@ class Call:
     ranks: int = 0
     split: str = ""
     sizes: tuple[int, ...] = ()
+    number: int | None = None
 
     @property
     def case_name(self) -> str:
@@ -158,27 +160,6 @@ def _usable(flag: str) -> str:
 def config_of(loss: str | LossConfig) -> LossConfig:
     """The config of a registry name, with its defaults; a config as it is."""
     return config_class_for(loss)() if isinstance(loss, str) else loss
-
-
-def chosen_cases(
-    loss: str | LossConfig,
-    shape: tuple[int, ...] | None,
-    only: Sequence[str] | None,
-    num_random: int,
-    seed: int,
-    inputs: Mapping[str, NDArray[Any]] | None,
-) -> list[Case]:
-    """The named and random cases, or the one captured call."""
-    if inputs is not None:
-        arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        arrays = {name: a.astype(np.float64) if a.dtype.kind not in "iub" else a for name, a in arrays.items()}
-        config = config_of(loss)
-        grad_of = tuple(a.name for a in need_definition(config).arguments if a.differentiated and a.name in arrays)
-        return [Case("captured", config, arrays, None, grad_of)]
-    named = named_cases(loss, shape=shape)
-    random = random_cases(loss, num_random, seed, shape)
-    cases = [*named, *random]
-    return cases if only is None else [case for case in cases if case.name in only]
 
 
 def reproduce_suffix(shape: tuple[int, ...] | None, num_random: int, seed: int, device: str | None) -> str:

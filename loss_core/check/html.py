@@ -14,13 +14,7 @@ from loss_core import __version__
 from loss_core.check.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
-from loss_core.check.text import (
-    failures_by_command,
-    reason_without_install,
-    verdict,
-    worst_of,
-    worst_text,
-)
+from loss_core.check.text import failures_by_command, finds_text, reason_without_install, verdict, worst_of, worst_text
 from loss_core.page import blank_figure, render_page, svg_of
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
@@ -68,6 +62,7 @@ def _cells(row: Row) -> dict[str, Any]:
         "dtype": row.dtype,
         "cases": row.cases,
         "share": share,
+        "finds": finds_text(row),
         "where": where,
         # Length of the bar; an error beyond the allowance fills it.
         "percent": round(100 * min(number, 1.0), 1) if np.isfinite(number) else 100,

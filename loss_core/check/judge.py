@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.calls import ORACLE, Call, chosen_cases, chosen_losses, config_of, distinct_names, rounded
+from loss_core.check.calls import ORACLE, Call, chosen_losses, config_of, distinct_names, rounded
 from loss_core.check.clauses import Clause, NotSeen, clauses_of
 from loss_core.check.implementation import Guarded, Implementation, Loss, Refused, accepted, in_words
+from loss_core.check.plan import Cases
 from loss_core.check.report import Finding, Report, Row, Verdict, add_findings, framework_version
 from loss_core.dispatch.flags import load_backend
 from loss_core.dispatch.protocol import Evaluation
@@ -27,15 +28,11 @@ Progress = Callable[[int, int, str], None]
 
 
 class Question(NamedTuple):
-    """What an implementation is asked: which loss, in which dtypes, on which cases; the arguments of `check`."""
+    """What an implementation is asked: which loss, in which dtypes, on which cases; device and suffix as in `Call`."""
 
     loss: str | LossConfig
     dtypes: Sequence[str]
-    shape: tuple[int, ...] | None = None
-    only: Sequence[str] | None = None
-    num_random: int = 0
-    seed: int = 0
-    inputs: Mapping[str, NDArray[Any]] | None = None
+    cases: Cases
     device: str | None = None
     suffix: str = ""
 
@@ -129,7 +126,7 @@ class Trial:
 
     def _call(self, case: Case) -> Call:
         asked = self.question
-        return Call(asked.loss, self.name, case, self.dtype, asked.suffix, asked.device, asked.inputs is not None)
+        return Call(asked.loss, self.name, case, self.dtype, asked.suffix, asked.device, asked.cases.inputs is not None)
 
     def _evaluated(self, case: Case, backwards: int) -> Run:
         call = self._call(case)
@@ -252,7 +249,7 @@ def judge(
     config = config_of(question.loss)
     # A loss that is made once computes its own config, whatever a case would set.
     of = config if implementation.config_is_fixed else question.loss
-    cases = chosen_cases(of, question.shape, question.only, question.num_random, question.seed, question.inputs)
+    cases = [*question.cases.named(of), *question.cases.random(of)]
     (name,) = distinct_names([question.loss])
     trials = [Trial(implementation, question, name, dtype) for dtype in question.dtypes]
     verdicts = []

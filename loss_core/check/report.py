@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from loss_core.dispatch.flags import all_flags, load_backend, parse_flag
 from loss_core.dispatch.protocol import FlagStatus
-from loss_core.losses import share_of_allowance
+from loss_core.losses.nearest import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
 
 Floats = NDArray[np.float64]
 
@@ -30,6 +30,7 @@ class Finding:
         share: error as a share of its allowance; above 1 is a failure.
         error, allowed, got, expected: at the worst position.
         position: index of the worst element.
+        rounded_to: dtype to which a result was rounded after the error; "" where it is that of the result itself.
         problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
         reproduce: command that runs this case alone.
     """
@@ -48,6 +49,7 @@ class Finding:
     expected: float = float("nan")
     problem: str = ""
     reproduce: str = ""
+    rounded_to: str = ""
 
     @property
     def failed(self) -> bool:
@@ -63,8 +65,9 @@ class Finding:
         """What is wrong there, in words."""
         if self.problem:
             return self.problem
+        before = f" before it was rounded to {self.rounded_to}" if self.rounded_to else ""
         return (
-            f"{self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g} is "
+            f"{self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g}{before} is "
             f"{self.share:.3g} times the allowance of {self.allowed:.3g}"
         )
 
@@ -81,6 +84,8 @@ class Row:
     Attributes:
         worst: the finding with the largest share of its allowance; None when nothing was run.
         cases: how many cases were run; failures: findings that failed.
+        finds: for each tensor, the smallest relative error common to all its elements that would have failed; without
+            those that are 0 throughout.
     """
 
     loss: str
@@ -90,10 +95,16 @@ class Row:
     cases: int = 0
     worst: Finding | None = None
     failures: list[Finding] = field(default_factory=list)
+    finds: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def coarsest(self) -> float | None:
+        """A relative error of this size would have been found in whichever tensor; None where all are 0."""
+        return max(self.finds.values(), default=None)
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,8 @@ class Report:
         histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
             bin below for smaller and exact ones, and one above).
         versions: of Python, NumPy and the frameworks.
+        calls, total: how many cases were run, over all losses and dtypes, and how many there are.
+        next_first: where the random cases go on after a check that was stopped; None where it has to begin again.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -145,6 +158,14 @@ class Report:
     histograms: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    calls: int = 0
+    total: int = 0
+    next_first: int | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its time limit or Ctrl-C ended the check before all cases were run."""
+        return self.calls < self.total
 
     @property
     def passed(self) -> bool:
@@ -176,8 +197,11 @@ class Report:
         return {
             "passed": self.passed,
             "seconds": round(self.seconds, 3),
+            "calls": self.calls,
+            "total": self.total,
+            "next_first": self.next_first if self.stopped else None,
             "versions": self.versions,
-            "rows": [_plain(asdict(row) | {"passed": row.passed}) for row in self.rows],
+            "rows": [_plain(asdict(row) | {"passed": row.passed, "coarsest": row.coarsest}) for row in self.rows],
             "verdicts": [_plain(asdict(verdict)) for verdict in self.verdicts],
             "unusable": [asdict(status) for status in self.unusable],
             "skipped": self.skipped,
@@ -200,6 +224,14 @@ class Report:
         return "\n".join([*lines, *(str(finding) for finding in self.failures)])
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with the report of what was seen until then."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -217,35 +249,41 @@ def add_findings(
     expected: Mapping[str, Floats],
     allowed: Mapping[str, Floats],
     dtypes: Mapping[str, str],
+    rounded: bool = False,
 ) -> list[Floats]:
-    """Compare results by name, note failures and the worst finding in the row; returns the shares.
+    """Compare results by name, note failures, the worst finding, and how small an error would have failed, in the row.
 
     Args:
         template: a finding with everything filled in that is the same for all tensors.
         dtypes: dtype by name, for what overflow may do.
+        rounded: whether results of 16 bits were computed in more and rounded once, to nearest.
+    Returns:
+        The shares of each tensor that could be compared.
     """
-    shares = []
+    shares, errors_of = [], errors_before_rounding if rounded else errors_as_stored
     for tensor, value in got.items():
         if value.shape != expected[tensor].shape:
             problem = f"has shape {value.shape}, not {expected[tensor].shape}"
             row.failures.append(replace(template, tensor=tensor, problem=problem))
             continue
-        share = share_of_allowance(value, expected[tensor], allowed[tensor], dtypes[tensor])
+        error, limit, share = errors_of(value, expected[tensor], allowed[tensor], dtypes[tensor])
         shares.append(share)
         if not share.size:
             continue
+        smallest = smallest_found(expected[tensor], allowed[tensor], dtypes[tensor], rounded)
+        if smallest < np.inf:
+            row.finds[tensor] = min(smallest, row.finds.get(tensor, smallest))
         at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
-        with np.errstate(invalid="ignore"):
-            error = float(abs(value[at] - expected[tensor][at]))
         finding = replace(
             template,
             tensor=tensor,
             share=float(share[at]),
-            error=error,
-            allowed=float(allowed[tensor][at]),
+            error=float(error[at]),
+            allowed=float(limit[at]),
             position=at,
             got=float(value[at]),
             expected=float(expected[tensor][at]),
+            rounded_to=dtypes[tensor] if rounded and is_rounded(dtypes[tensor]) else "",
         )
         if finding.failed:
             row.failures.append(finding)

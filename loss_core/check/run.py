@@ -8,28 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.calls import (
-    ORACLE,
-    Call,
-    chosen_cases,
-    chosen_flags,
-    chosen_losses,
-    config_of,
-    distinct_names,
-    filters_in_words,
-    reproduce_suffix,
-    rounded,
-)
+from loss_core.check.calls import ORACLE, Call, chosen_flags, chosen_losses, reproduce_suffix, rounded
 from loss_core.check.implementation import Implementation, implementations_of
 from loss_core.check.judge import Question, judge_all
-from loss_core.check.report import Finding, Report, Row, add_findings
-from loss_core.check.sharded import EVEN_SHAPE, Evaluate, can_be_sharded, check_ranks, over_ranks, sharded_calls
+from loss_core.check.plan import Cases, plan_calls
+from loss_core.check.report import Finding, Interrupted, Report, Row, add_findings
+from loss_core.check.sharded import Evaluate, check_ranks, over_ranks
 from loss_core.dispatch.builders import is_registered
 from loss_core.dispatch.flags import AUTO, load_backend, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable, Evaluation
@@ -55,6 +45,8 @@ def check(
     only: Sequence[str] | None = None,
     num_random: int = 0,
     seed: int = 0,
+    first: int | None = None,
+    minutes: float | None = None,
     inputs: Mapping[str, NDArray[Any]] | None = None,
     device: str | None = None,
     tp: Sequence[int] = (),
@@ -76,7 +68,9 @@ def check(
         dtypes: of the inputs; None for float32, bfloat16, float16 and float64.
         shape: (T, V) or (T, V, H) in place of the shapes of the named cases.
         only: names of cases; None for all.
-        num_random: random cases on top; seed: theirs.
+        num_random: random cases on top, of each loss in each dtype; seed: theirs.
+        first: number of the random case to begin with, and no named ones; None for all.
+        minutes: after which the check ends with what it has seen; `report.next_first` then says where to go on.
         inputs: arguments of one captured call, in place of the named cases.
         device: such as "cuda"; None for each backend's default.
         tp: numbers of ranks. The calls then run with the vocabulary sharded over so many processes (torch, gloo) or
@@ -95,6 +89,7 @@ def check(
     Raises:
         BackendUnavailable, ValueError, TypeError: for flags, names, dtypes and shapes that don't exist.
         WorkerFailed: a process of `tp` died, or did not answer in time.
+        Interrupted: on Ctrl-C, once something was run; it has the report of that.
     """
     start = time.perf_counter()
     check_ranks(tp, against, device)
@@ -104,52 +99,56 @@ def check(
         float_format(dtype)
     if shape is not None and not (len(shape) in (2, 3) and all(n >= 1 for n in shape)):
         raise ValueError(f"shape must be (T, V) or (T, V, H) with sizes >= 1, got {tuple(shape)}.")
+    if first is not None and not 0 <= first < num_random:
+        raise ValueError(f"first must be the number of a random case, at least 0 and below {num_random}; got {first}.")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}.")
     suffix = reproduce_suffix(shape, num_random, seed, device) + reproduce_options
+    cases = Cases(shape, only, inputs, num_random, seed, first)
     if implementations:
-        asked = Question("", wanted, shape, only, num_random, seed, inputs, device, suffix)
-        judge_all(config, implementations_of(implementations, framework), asked, report, progress)
+        question = Question("", wanted, cases, device, suffix)
+        judge_all(config, implementations_of(implementations, framework), question, report, progress)
         if backends is None and against is None:
             report.seconds = time.perf_counter() - start
             return report
     losses = chosen_losses(config)
     flags = chosen_flags(backends, against, report)
-    calls, even_calls = [], []
-    for loss, name in zip(losses, distinct_names(losses), strict=True):
-        if tp and not can_be_sharded(config_of(loss)):
-            report.skipped.append(f"{name}: it has no tp_group")
-            continue
-        cases = chosen_cases(loss, shape, only, num_random, seed, inputs)
-        if not cases:
-            report.skipped.append(f"{name}: no case{filters_in_words(shape, only)}")
-        even = chosen_cases(loss, EVEN_SHAPE, only, 0, seed, None) if tp and shape is None and inputs is None else []
-        for dtype in wanted:
-            of_dtype = [Call(loss, name, case, dtype, suffix, device, inputs is not None) for case in (*cases, *even)]
-            calls += of_dtype[: len(cases)]
-            even_calls += of_dtype[len(cases) :]
-    if tp:
-        calls = sharded_calls(calls, even_calls, tp)
-    if not calls:
+    plan = plan_calls(losses, wanted, cases, tp, device, suffix)
+    report.skipped += plan.skipped
+    report.total = plan.total
+    if not plan.total:
         raise ValueError(f"Nothing to check: {'; '.join(report.skipped)}.")
     table: dict[tuple[str, str, str, str], Row] = {}
-    done = 0
-    for ranks, group in groupby(calls, key=lambda call: call.ranks):
-        with ExitStack() as stack:
-            pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
-            # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            if progress and ranks:
-                progress(done, len(calls), f"starting {ranks} ranks")
-            backends_used = list(dict.fromkeys(parse_flag(flag).backend for flag in flags))
-            evaluate = stack.enter_context(over_ranks(backends_used, ranks, modules)) if ranks else _in_this_process
-            for call in group:
-                if progress:
-                    progress(done, len(calls), call.flag_name(f"{call.name} {call.dtype} {call.case_name}"))
-                _check_case(call, flags, against, table, report, pool, evaluate)
-                done += 1
+
+    def in_time(call: Call) -> bool:
+        return minutes is None or not report.calls or time.perf_counter() - start < 60 * minutes
+
+    try:
+        for ranks, group in groupby(takewhile(in_time, plan.calls), key=lambda call: call.ranks):
+            with ExitStack() as stack:
+                pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
+                # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+                if progress and ranks:
+                    progress(report.calls, plan.total, f"starting {ranks} ranks")
+                backends_used = list(dict.fromkeys(parse_flag(flag).backend for flag in flags))
+                evaluate = stack.enter_context(over_ranks(backends_used, ranks, modules)) if ranks else _in_this_process
+                for call in group:
+                    report.next_first = None if ranks else call.number
+                    if progress:
+                        label = call.flag_name(f"{call.name} {call.dtype} {call.case_name}")
+                        progress(report.calls, plan.total, label)
+                    _check_case(call, flags, against, table, report, pool, evaluate)
+                    report.calls += 1
+    except KeyboardInterrupt as error:
+        if not report.calls:
+            raise
+        raise Interrupted(report) from error
+    finally:
+        report.rows = list(table.values())
+        report.seconds = time.perf_counter() - start
     if progress:
-        progress(len(calls), len(calls), "done")
-    report.rows = list(table.values())
-    report.seconds = time.perf_counter() - start
+        progress(report.calls, plan.total, "done")
     return report
 
 
@@ -209,7 +208,7 @@ def _check_case(
         row.failures += _contract_problems(call, flag, got)
         done[flag] = (got, allowed)
         template = _template(call, flag, ORACLE)
-        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes)
+        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes, rounded=True)
         report.count(flag, call.dtype, shares)
     if call.ranks:
         return

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_HEADINGS = ("", "flag", "against", "dtype", "cases", "worst", "where the worst is")
+_HEADINGS = ("", "flag", "against", "dtype", "cases", "worst", "finds", "where the worst is")
 
 
 def verdict(report: Report) -> str:
@@ -28,14 +28,17 @@ def verdict(report: Report) -> str:
     flags = _counted(len({row.flag for row in report.rows}), "flag")
     values = int(sum(int(counts.sum()) for counts in report.histograms.values()))
     size = f"{losses}, {flags}, {_counted(values, 'value')} in {report.seconds:.0f} s"
+    if report.stopped:
+        size = f"stopped after {report.calls:,} of {_counted(report.total, 'call')}; {size}"
     if not report.rows:
         return _verdict_on_clauses(report)
+    so_far = " so far" if report.stopped else ""
     if not report.passed:
-        bad = [row for row in report.rows if not row.passed]
-        return f"FAIL: {len(bad)} of {_counted(len(report.rows), 'row')} beyond what rounding explains ({size})."
+        bad, of = sum(not row.passed for row in report.rows), _counted(len(report.rows), "row")
+        return f"FAIL{so_far}: {bad} of {of} beyond what rounding explains ({size})."
     worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.share, default=None)
     close = f"; the largest error is {share_text(worst.share)} of its allowance" if worst else ""
-    return f"PASS: everything within what rounding explains ({size}){close}."
+    return f"PASS{so_far}: everything within what rounding explains ({size}){close}."
 
 
 def _verdict_on_clauses(report: Report) -> str:
@@ -61,6 +64,11 @@ def versions_text(report: Report) -> str:
 def share_text(share: float) -> str:
     """An error as a share of its allowance, short."""
     return f"{share:.3f}" if 0.001 <= share < 100 else f"{share:.2g}"
+
+
+def finds_text(row: Row) -> str:
+    """The smallest relative error that would have been found in whichever tensor, short: 3e-6."""
+    return "-" if row.coarsest is None else f"{row.coarsest:.0e}".replace("e-0", "e-")
 
 
 def worst_of(row: Row) -> Finding | None:
@@ -97,9 +105,11 @@ def print_check(console: Console, report: Report) -> None:
     if report.verdicts:
         print_verdicts(console, report)
     if report.rows:
-        _print_wrapped(
-            console, "worst: largest error as a share of its allowance; 1 is the most that rounding explains", ""
-        )
+        for meaning in (
+            "worst: largest error as a share of its allowance; 1 is the most that rounding explains",
+            "finds: an error of this relative size, common to a result or a gradient, would have failed",
+        ):
+            _print_wrapped(console, meaning, "")
         console.print()
         _print_rows(console, report.rows)
     if report.unusable:
@@ -143,8 +153,8 @@ def print_verdicts(console: Console, report: Report) -> None:
             _print_lines(console, f"  {worst.reproduce}")
     if reasons := reasons_not_judged(report):
         _print_lines(console, "", "Unsupported or not seen:")
-    for clauses, text in reasons:
-        _print_wrapped(console, f"{clauses}: {text}", "  ")
+    for where, text in reasons:
+        _print_wrapped(console, f"{where}: {text}", "  ")
 
 
 def _print_lines(console: Console, *lines: str) -> None:
@@ -179,7 +189,8 @@ def _print_rows(console: Console, rows: list[Row]) -> None:
 
 def _cells(row: Row) -> tuple[str, ...]:
     share, where = worst_text(worst_of(row))
-    return ("ok" if row.passed else "FAIL", row.flag, row.against, row.dtype, str(row.cases), share, where)
+    mark = "ok" if row.passed else "FAIL"
+    return (mark, row.flag, row.against, row.dtype, str(row.cases), share, finds_text(row), where)
 
 
 def _plain_table(console: Console, widths: list[int]) -> Table:
@@ -188,7 +199,7 @@ def _plain_table(console: Console, widths: list[int]) -> Table:
     gap = 2 if console.width >= 90 else 1
     table = Table(box=None, show_header=False, padding=(0, gap, 0, 0), pad_edge=False)
     for i, width in enumerate(widths[:-1]):
-        table.add_column(width=width, no_wrap=True, justify="right" if i in (4, 5) else "left")
+        table.add_column(width=width, no_wrap=True, justify="right" if i in (4, 5, 6) else "left")
     table.add_column(overflow="fold")
     return table
 

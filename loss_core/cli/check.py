@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from loss_core.baselines import JUDGED
-from loss_core.check import Report, check
+from loss_core.check import Interrupted, Report, check
 from loss_core.check.captured import CapturedCall, read_call
 from loss_core.check.html import report_page
 from loss_core.check.implementation import Implementation, implementation_named, in_words
@@ -63,6 +63,12 @@ def check_command(
     case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this named case only.")] = None,
     cases: Annotated[int, typer.Option(metavar="N", min=0, help="Random cases on top of the named ones.")] = 0,
     seed: Seed = 0,
+    first: Annotated[
+        int | None, typer.Option(metavar="K", min=0, help="Begin with random case K, without the named ones.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="M", help="End after M minutes with a report of what was run.")
+    ] = None,
     inputs: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A captured call, .npz or .safetensors with the forward's arguments."),
@@ -94,6 +100,8 @@ def check_command(
 
     May be repeated: --config, --backend, --dtype, --case, --import, --implementation.
 
+    --minutes and Ctrl-C end it with a report of what was run, and with the command that goes on from there.
+
     Exit code: 0 all agree, 1 something does not (or a clause is broken, or a rank of --tp failed), 2 wrong usage, 130
     Ctrl-C.
     """
@@ -114,6 +122,7 @@ def check_command(
     for text in call.notes if call else ():
         note(err, text)
     reproduce = f" --inputs {shlex.quote(str(inputs))}" if inputs else ""
+    stop: Interrupted | None = None
     with progress_bar(err) as progress:
         try:
             report = check(
@@ -125,6 +134,8 @@ def check_command(
                 only=case or None,
                 num_random=cases,
                 seed=seed,
+                first=first,
+                minutes=minutes,
                 inputs=call.arrays if call else None,
                 device=device,
                 tp=ranks,
@@ -135,6 +146,8 @@ def check_command(
             )
         except (BackendUnavailable, ValueError, TypeError) as error:
             raise UsageProblem(str(error)) from error
+        except Interrupted as interrupted:
+            report, stop = interrupted.report, interrupted
         except WorkerFailed as error:
             note(err, f"loss-core: {error}.")
             return 1
@@ -142,7 +155,17 @@ def check_command(
     print_check(out, report)
     typed = ctx.obj or "loss-core check"
     write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: report_page(report, typed))], err)
+    if report.stopped:
+        note(err, _how_to_go_on(report, typed))
+    if stop is not None:
+        raise stop
     return 0 if report.passed else 1
+
+
+def _how_to_go_on(report: Report, typed: str) -> str:
+    if report.next_first is None:
+        return "loss-core: to run the others, begin again with more --minutes; --first 0 leaves out the named cases."
+    return f"loss-core: it goes on from there with:\n{typed} --first {report.next_first}"
 
 
 def _ranks(tp: str | None, against: str | None, device: str | None) -> tuple[int, ...]:

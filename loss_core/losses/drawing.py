@@ -18,6 +18,11 @@ from loss_core.losses.definition import LossDef, Recipe, Sizes, definition_of, n
 from loss_core.losses.recipes import RECIPES, Array, Drawn
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
+# A backend that compiles does so for each kind of random case: 12 take turns, and after every 100 cases a new one
+# replaces the oldest.
+_KINDS_AT_A_TIME = 12
+_CASES_OF_A_KIND = 100
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,34 +92,39 @@ def named_cases(
 
 
 def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] | None = None) -> list[Case]:
-    """Cases with random shapes, values, fields and arguments; the same for the same seed."""
-    made = []
-    for index in range(count):
-        rng = np.random.default_rng([seed, index])
-        config = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
-        definition = need_definition(config)
-        if isinstance(loss, str):
-            known = {f.name for f in fields(config)}
-            values = {name: draw(rng) for name, draw in definition.random_fields.items() if name in known}
-            config = replace(config, **values)
-        lead = tuple(int(n) for n in rng.integers(1, 7, rng.integers(1, 4)))
-        extras = tuple(
-            extra for extra in ("mask", "loss_weights", "count", "lm_bias", "upstream") if rng.random() < 0.4
-        )
-        recipe = Recipe(
-            f"random-{seed}-{index}",
-            "anything",
-            lead=lead,
-            vocab=int(rng.choice([1, 2, 3, 7, 31, 64, 129, 200])),
-            hidden=int(rng.choice([1, 4, 17, 32])),
-            scale=float(rng.choice([0.01, 1.0, 5.0, 100.0])),
-            ignored=float(rng.choice([0.0, 0.3, 0.9])),
-            extras=_accepted(definition, config, extras),
-            strided=bool(rng.random() < 0.3),
-        )
-        sized = recipe if shape is None else _resized(recipe, shape)
-        made.append(make_case(sized, config, seed=int(rng.integers(2**31))))
-    return made
+    """The first random cases of a seed."""
+    return [random_case(loss, index, seed, shape) for index in range(count)]
+
+
+def random_case(loss: str | Any, index: int, seed: int, shape: tuple[int, ...] | None = None) -> Case:
+    """A case with random shape, fields, arguments and values; the same for the same index and seed.
+
+    What a backend compiles for (shape, fields, which arguments there are) is drawn for the kind, so that caches serve;
+    values, their scale, which labels are ignored, and strides are drawn for each index.
+    """
+    number = index % _KINDS_AT_A_TIME + index // _CASES_OF_A_KIND
+    kind, rng = np.random.default_rng([seed, number]), np.random.default_rng([seed, index, 1])
+    config = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
+    definition = need_definition(config)
+    if isinstance(loss, str):
+        known = {f.name for f in fields(config)}
+        values = {name: draw(kind) for name, draw in definition.random_fields.items() if name in known}
+        config = replace(config, **values)
+    lead = tuple(int(n) for n in kind.integers(1, 7, kind.integers(1, 4)))
+    extras = tuple(extra for extra in ("mask", "loss_weights", "count", "lm_bias", "upstream") if kind.random() < 0.4)
+    recipe = Recipe(
+        f"random-{seed}-{index}",
+        "anything",
+        lead=lead,
+        vocab=int(kind.choice([1, 2, 3, 7, 31, 64, 129, 200])),
+        hidden=int(kind.choice([1, 4, 17, 32])),
+        scale=float(rng.choice([0.01, 1.0, 5.0, 100.0])),
+        ignored=float(rng.choice([0.0, 0.3, 0.9])),
+        extras=_accepted(definition, config, extras),
+        strided=bool(rng.random() < 0.3),
+    )
+    sized = recipe if shape is None else _resized(recipe, shape)
+    return make_case(sized, config, seed=int(rng.integers(2**31)))
 
 
 def make_case(recipe: Recipe, config: Any, seed: int) -> Case:

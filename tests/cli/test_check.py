@@ -117,6 +117,51 @@ def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(tmp_path):
     assert interrupted(arguments, ready, cwd=tmp_path) == (130, "", "loss-core: stopped.\n")
 
 
+def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(tmp_path):
+    (tmp_path / "slow_loss.py").write_text(
+        "import pathlib, time\n"
+        "from dataclasses import dataclass\n"
+        "from loss_core import KDLossConfig, register_loss\n"
+        "@dataclass\n"
+        "class SlowConfig(KDLossConfig):\n"
+        "    pass\n"
+        "calls = []\n"
+        "def slow(config):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"
+        "        pathlib.Path('running').touch()\n"
+        "        time.sleep(60)\n"
+        "    return KDLossConfig(**vars(config)).build(backend='torch:eager')\n"
+        "register_loss('Slow', SlowConfig, {'torch:eager': slow})\n"
+    )
+
+    def ready(process):
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "running").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    drawn = ("--backend", "torch:eager", "--dtype", "float32", "--cases", "9", "--first", "0")
+    code, out, err = interrupted(("check", "--config", "Slow", *drawn, "--import", "slow_loss"), ready, cwd=tmp_path)
+    assert code == 130
+    assert "PASS so far: " in out
+    assert "stopped after 2 of 9 calls" in out
+    assert re.search(r"^loss-core check --config Slow .* --first 2$", err, re.MULTILINE)
+    assert err.endswith("loss-core: stopped.\n")
+
+
+def test_a_time_limit_ends_the_check_with_what_it_has(tmp_path):
+    drawn = ("--config", "KDLoss", "--backend", "torch:eager", "--dtype", "float32", "--cases", "1000", "--first", "5")
+    result = run("check", *drawn, "--minutes", "1e-9", "--json", tmp_path / "r.json", obj="loss-core check --typed")
+    assert result.exit_code == 0, result.output
+    assert "PASS so far: " in result.stdout
+    assert "stopped after 1 of 995 calls" in result.stdout
+    assert result.stderr.splitlines()[-1] == "loss-core check --typed --first 5"
+    read = json.loads((tmp_path / "r.json").read_text())
+    assert (read["calls"], read["total"], read["next_first"]) == (1, 995, 5)
+
+
 @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
 def test_without_the_libraries_of_the_page_it_says_so_before_the_check(library, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, library, None)
@@ -151,6 +196,8 @@ def test_a_users_loss_without_a_definition_is_refused():
         (("--shape", "4"), "expected T,V or T,V,H"),
         (("--shape", "4,0"), "expected T,V or T,V,H"),
         (("--cases", "-1"), "greater than or equal to 0"),
+        (("--cases", "3", "--first", "3"), "at least 0 and below 3; got 3"),
+        (("--case", "basic", "--minutes", "0"), "minutes must be above 0"),
         (("--backend", "torch:eager", "--against", "torch:eager"), "is the only flag"),
         (("--json", "/absent/report.json"), "there is no folder /absent"),
         (("--report", "."), "is a folder"),

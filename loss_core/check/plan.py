@@ -1,0 +1,119 @@
+"""Which calls a check makes, in which order: named cases first, then random ones, drawn as they are needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.check.calls import Call, config_of, distinct_names, filters_in_words
+from loss_core.check.sharded import EVEN_SHAPE, can_be_sharded, sharded_calls
+from loss_core.loss_config import LossConfig
+from loss_core.losses import Case, named_cases
+from loss_core.losses.definition import need_definition
+from loss_core.losses.drawing import random_case
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Which cases of each loss.
+
+    Attributes:
+        shape: in place of those of the cases; only: their names, None for all.
+        inputs: arguments of one captured call, in place of all cases.
+        num_random: random cases of a seed; first: the number of the first one to run, without named ones; None for all.
+    """
+
+    shape: tuple[int, ...] | None
+    only: Sequence[str] | None
+    inputs: Mapping[str, NDArray[Any]] | None
+    num_random: int
+    seed: int
+    first: int | None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of the random cases."""
+        numbers = range(self.first or 0, self.num_random if self.inputs is None else 0)
+        return numbers if self.only is None else [n for n in numbers if f"random-{self.seed}-{n}" in self.only]
+
+    def named(self, loss: str | LossConfig, *, even: bool = False) -> list[Case]:
+        """The named cases, or the one captured call.
+
+        Args:
+            even: at a shape that can be shared evenly, unless they have one of their own.
+        """
+        if self.inputs is not None:
+            return [] if even else [_captured(loss, self.inputs)]
+        if self.first is not None or (even and self.shape is not None):
+            return []
+        cases = named_cases(loss, shape=EVEN_SHAPE if even else self.shape)
+        return [case for case in cases if self.only is None or case.name in self.only]
+
+    def random(self, loss: str | LossConfig) -> Iterator[Case]:
+        """The random cases, drawn as they are needed."""
+        return (random_case(loss, number, self.seed, self.shape) for number in self.numbers)
+
+
+def _captured(loss: str | LossConfig, inputs: Mapping[str, NDArray[Any]]) -> Case:
+    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    arrays = {name: a.astype(np.float64) if a.dtype.kind not in "iub" else a for name, a in arrays.items()}
+    config = config_of(loss)
+    grad_of = tuple(a.name for a in need_definition(config).arguments if a.differentiated and a.name in arrays)
+    return Case("captured", config, arrays, None, grad_of)
+
+
+class Plan(NamedTuple):
+    """Calls, in groups of the same number of ranks.
+
+    Attributes:
+        total: how many; skipped: losses that have none, with reasons.
+    """
+
+    calls: Iterable[Call]
+    total: int
+    skipped: list[str]
+
+
+def plan_calls(
+    losses: Sequence[str | LossConfig], dtypes: Sequence[str], cases: Cases, tp: Sequence[int], device: str | None,
+    suffix: str,
+) -> Plan:  # fmt: skip
+    """Every loss, dtype and case.
+
+    Args:
+        tp: numbers of ranks, see `check`.
+        suffix: options that reproduce lines need besides.
+    """
+    named, even, chosen, skipped = list[Call](), list[Call](), [], []
+    for loss, name in zip(losses, distinct_names(losses), strict=True):
+        if tp and not can_be_sharded(config_of(loss)):
+            skipped.append(f"{name}: it has no tp_group")
+            continue
+        of_loss, even_of_loss = cases.named(loss), cases.named(loss, even=True) if tp else []
+        if not of_loss and not cases.numbers:
+            skipped.append(f"{name}: no case{filters_in_words(cases.shape, cases.only)}")
+        for dtype in dtypes:
+            captured = cases.inputs is not None
+            both = [Call(loss, name, case, dtype, suffix, device, captured) for case in (*of_loss, *even_of_loss)]
+            named += both[: len(of_loss)]
+            even += both[len(of_loss) :]
+        chosen.append((loss, name))
+
+    def random() -> Iterator[Call]:
+        # The first case of every loss, then the second: a check that is stopped has seen each.
+        for number in cases.numbers:
+            for loss, name in chosen:
+                case = random_case(loss, number, cases.seed, cases.shape)
+                for dtype in dtypes:
+                    yield Call(loss, name, case, dtype, suffix, device, captured=False, number=number)
+
+    if tp:
+        sharded = sharded_calls([*named, *random()], even, tp)
+        return Plan(sharded, len(sharded), skipped)
+    total = len(named) + len(cases.numbers) * len(chosen) * len(dtypes)
+    return Plan(itertools.chain(named, random()), total, skipped)
