@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.dispatch.flags import install_line
+from loss_core.array_files import read_arrays
 from loss_core.dtypes import FORMATS
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Argument, LossDef, definition_of
@@ -48,7 +47,7 @@ def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
     Raises:
         UsageProblem: the file can't be read, an argument is missing, unknown, or of a wrong kind or shape.
     """
-    found, dtypes = read_arrays(path)
+    found, dtypes = read_arrays(path, "--inputs")
     config = config_class_for(loss)() if isinstance(loss, str) else loss
     definition = definition_of(config)
     if definition is None:
@@ -68,76 +67,6 @@ def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
         for other, d in others.items()
     )
     return CapturedCall(arrays, dtype, notes)
-
-
-def read_arrays(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Arrays by name and their dtypes, from .npz or .safetensors.
-
-    Raises:
-        UsageProblem: the file can't be read.
-    """
-    if path.suffix not in (".npz", ".safetensors"):
-        raise UsageProblem(f"--inputs {path}: expected a file that ends in .npz or .safetensors.")
-    return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-
-
-def _read_npz(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    try:
-        # Opened here: np.load leaves a file open that it then finds broken.
-        with path.open("rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageProblem(f"--inputs {path}: holds a single array; store arguments by name, with numpy.savez.")
-            arrays = {name: np.asarray(file[name]) for name in file.files}
-    except OSError as error:
-        raise UsageProblem(f"--inputs {path} can't be read: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageProblem(f"--inputs {path} is no .npz file of plain arrays: {error}.") from error
-    for name, array in arrays.items():
-        if array.dtype.kind == "V":
-            raise UsageProblem(
-                f"--inputs {path}: {name} has the type {array.dtype}, which NumPy can't read back "
-                "(bfloat16, it may be); store such tensors as .safetensors."
-            )
-    native = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
-    return native, {name: array.dtype.name for name, array in native.items()}
-
-
-_SAFETENSORS = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-}  # fmt: skip
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    try:
-        from safetensors import SafetensorError, deserialize
-    except ImportError as error:
-        raise UsageProblem(f"--inputs {path} needs safetensors ({error}): {install_line('cli')}") from error
-    try:
-        entries: list[tuple[str, Any]] = list(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise UsageProblem(f"--inputs {path} can't be read: {error.strerror or error}.") from error
-    except SafetensorError as error:
-        raise UsageProblem(f"--inputs {path} is no .safetensors file: {error}.") from error
-    arrays: dict[str, Array] = {}
-    dtypes: dict[str, str] = {}
-    for name, entry in entries:
-        stored = entry["dtype"]
-        if stored not in _SAFETENSORS:
-            known = ", ".join(_SAFETENSORS)
-            raise UsageProblem(f"--inputs {path}: {name} has the dtype {stored}; accepted are {known}.")
-        dtypes[name] = _SAFETENSORS[stored]
-        arrays[name] = _from_bytes(entry["data"], dtypes[name]).reshape(entry["shape"])
-    return arrays, dtypes
-
-
-def _from_bytes(data: bytes, dtype: str) -> Array:
-    if dtype != "bfloat16":
-        return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).astype(dtype)
-    # A bfloat16 is the upper half of a float32.
-    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 def _check_names(loss: str, definition: LossDef, arrays: Mapping[str, Array]) -> None:

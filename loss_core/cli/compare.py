@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from loss_core.array_files import read_arrays
 from loss_core.check import compare
-from loss_core.check.captured import read_arrays
 from loss_core.check.implementation import in_words, object_at
 from loss_core.check.text import print_check
 from loss_core.cli.common import Json, check_outputs, command, known_dtypes, look_in_working_directory, write_outputs
@@ -49,7 +49,7 @@ def compare_command(
     named = tuple(frameworks.split(","))
     if len(named) != 2 or not set(named) <= set(BACKENDS):
         raise UsageProblem(f"--frameworks {frameworks!r}: expected two of {', '.join(BACKENDS)}, such as torch,jax.")
-    arrays, _ = read_arrays(inputs)
+    arrays, _ = read_arrays(inputs, "--inputs")
     one, other = _function(first), _function(second)
     try:
         report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=(named[0], named[1]))
