@@ -7,7 +7,18 @@ True
 """
 
 from loss_core.check.compare import compare
+from loss_core.check.invariance import check_invariance
 from loss_core.check.report import HISTOGRAM_EDGES, Finding, Report, Row
 from loss_core.check.run import DTYPES, assert_backends_agree, check
 
-__all__ = ["DTYPES", "HISTOGRAM_EDGES", "Finding", "Report", "Row", "assert_backends_agree", "check", "compare"]
+__all__ = [
+    "DTYPES",
+    "HISTOGRAM_EDGES",
+    "Finding",
+    "Report",
+    "Row",
+    "assert_backends_agree",
+    "check",
+    "check_invariance",
+    "compare",
+]

@@ -35,6 +35,7 @@ from loss_core.cli.common import (
     shape_of,
     write_outputs,
 )
+from loss_core.cli.invariance import refuse_beside_invariance, run_invariance
 from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
@@ -72,6 +73,10 @@ def check_command(
     json: Json = None,
     page: Page = None,
     modules: Modules = None,
+    invariance: Annotated[
+        bool,
+        typer.Option("--invariance", help="Check instead that no token's result depends on the others, bitwise."),
+    ] = False,
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
@@ -90,6 +95,13 @@ def check_command(
     ranks = _ranks(tp, against, device)
     _check_flags(backend or [], against, err)
     dtypes = known_dtypes(dtype)
+    again = "".join(f" --import {module}" for module in modules or ())
+    if invariance:
+        refuse_beside_invariance(
+            {"--against": against, "--case": case, "--cases": cases, "--inputs": inputs, "--tp": tp, "--report": page}
+        )
+        options = {"shape": sizes, "seed": seed, "device": device, "reproduce_options": again}
+        return run_invariance(losses or None, backend or None, json, dtypes=dtypes, **options)
     _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])
     if inputs is not None and (case or shape or cases):
         raise UsageProblem("--case, --cases and --shape choose generated inputs; leave them out beside --inputs.")
@@ -112,7 +124,7 @@ def check_command(
                 device=device,
                 tp=ranks,
                 modules=modules or (),
-                reproduce_options=reproduce + "".join(f" --import {module}" for module in modules or ()),
+                reproduce_options=reproduce + again,
                 progress=progress,
             )
         except (BackendUnavailable, ValueError, TypeError) as error:
