@@ -111,8 +111,8 @@ class InvarianceReport:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1] if cells else []
         for loss, group in groupby(zip(self.rows, cells, strict=True), key=lambda pair: pair[0].loss):
             yield loss
-            for _, row in group:
-                yield " ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
+            for _, line in group:
+                yield " ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
         if self.skipped:
             yield from ("", "Skipped:", *(f"  {note}" for note in self.skipped))
         for row in self.failures:
