@@ -21,12 +21,14 @@ class FloatFormat:
         u: unit roundoff, half the distance from 1 to the next number.
         tiny: smallest normal number.
         max: largest finite number.
+        itemsize: bytes of a number.
     """
 
     name: str
     u: float
     tiny: float
     max: float
+    itemsize: int
 
     @property
     def near_zero(self) -> float:
@@ -41,10 +43,10 @@ class FloatFormat:
 FORMATS = {
     f.name: f
     for f in (
-        FloatFormat("float64", 2.0**-53, 2.0**-1022, float(np.finfo(np.float64).max)),
-        FloatFormat("float32", 2.0**-24, 2.0**-126, float(np.finfo(np.float32).max)),
-        FloatFormat("bfloat16", 2.0**-8, 2.0**-126, float.fromhex("0x1.fep127")),
-        FloatFormat("float16", 2.0**-11, 2.0**-14, 65504.0),
+        FloatFormat("float64", 2.0**-53, 2.0**-1022, float(np.finfo(np.float64).max), 8),
+        FloatFormat("float32", 2.0**-24, 2.0**-126, float(np.finfo(np.float32).max), 4),
+        FloatFormat("bfloat16", 2.0**-8, 2.0**-126, float.fromhex("0x1.fep127"), 2),
+        FloatFormat("float16", 2.0**-11, 2.0**-14, 65504.0, 2),
     )
 }
 
@@ -82,3 +84,25 @@ def round_to(values: NDArray[Any], name: str) -> NDArray[np.float64]:
         rounded = np.ldexp(np.round(np.ldexp(values, 8 - exponent)), exponent - 8)
         rounded = np.where(np.abs(rounded) > FORMATS["bfloat16"].max, np.copysign(np.inf, values), rounded)
         return np.where(np.isfinite(values), rounded, values)
+
+
+def ordered(values: NDArray[Any], name: str) -> NDArray[np.int64]:
+    """Integers that count the numbers of a format in their order: those of neighbours differ by 1.
+
+    -0 is the neighbour of 0, and all NaN are one number.
+
+    >>> ordered(np.array([-0.0, 0.0, 1.0, 1.0 + 2**-7]), "bfloat16")
+    array([   -1,     0, 16256, 16257])
+
+    Args:
+        values: that are exact in the format.
+    """
+    float_format(name)
+    kind = {"float64": np.float64, "float16": np.float16}.get(name, np.float32)
+    held = np.asarray(values, kind)
+    bits = np.where(np.isnan(held), np.array(np.nan, kind), held).view(f"i{held.itemsize}").astype(np.int64)
+    if name == "bfloat16":
+        # Its bits are the upper half of a float32's.
+        bits = bits >> 16
+    width = 8 * float_format(name).itemsize
+    return np.where(bits < 0, bits ^ ((1 << width - 1) - 1), bits)

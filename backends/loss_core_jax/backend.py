@@ -21,6 +21,7 @@ from loss_core_jax.losses.top_k_distillation import TopKDistillation
 from loss_core_jax.parallel.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
+    "batch_invariant",
     "builders",
     "choose_kernel",
     "evaluate",
@@ -60,3 +61,8 @@ def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
     """What `auto` takes among the kernels that are built and usable."""
     return KernelChoice(f"jax:{candidates[0]}", "the only kernel on jax")
+
+
+def batch_invariant(kernel: str, row_bytes: int) -> bool:
+    """No promise: XLA compiles a program for each shape, and may order the sum of a row in another way in each."""
+    return False

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from loss_core.dispatch.flags import install_line
+from loss_core.dispatch.flags import AUTO, install_line
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig
 from loss_core_torch import auto
+from loss_core_torch import kernels as kernel_sets
 from loss_core_torch.evaluate import evaluate, host_reads
 from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
@@ -32,6 +33,7 @@ from loss_core_torch.modules.base import LossModule
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
+    "batch_invariant",
     "builders",
     "choose_kernel",
     "evaluate",
@@ -98,3 +100,8 @@ def _triton_status(flag: str) -> FlagStatus:
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
     """What `auto` takes until it sees a tensor; see `loss_core_torch.auto`."""
     return auto.by_rule("cuda" if torch.cuda.is_available() else "cpu", candidates)
+
+
+def batch_invariant(kernel: str, row_bytes: int) -> bool:
+    """Whether a kernel promises that results of a row of logits do not depend on the other rows, bitwise."""
+    return kernel != AUTO and kernel_sets.find(kernel).batch_invariant(row_bytes)

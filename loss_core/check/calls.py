@@ -63,18 +63,18 @@ class Call:
     def reproduce(self, flag: str, against: str) -> str:
         """The command that runs this call alone; a line of Python for a class that no registry knows."""
         other = "" if against == ORACLE else f" --against {against}"
-        if isinstance(self.loss, str):
-            config = self.loss
-        elif type(self.loss) in LOSS_CONFIG_REGISTRY.values():
-            config = json.dumps(self.loss.to_dict())
-        else:
+        if (config := config_option(self.loss)) is None:
             return f"check({self.loss!r}, [{flag!r}], dtypes=[{self.dtype!r}], only=[{self.case.name!r}])"
         case = "" if self.captured else f" --case {self.case.name}"
         case += f" --tp {self.ranks}" if self.ranks else ""
-        return (
-            f"loss-core check --config {shlex.quote(config)} --backend {flag}{other} --dtype {self.dtype}"
-            f"{case}{self.suffix}"
-        )
+        return f"loss-core check --config {config} --backend {flag}{other} --dtype {self.dtype}{case}{self.suffix}"
+
+
+def config_option(loss: str | LossConfig) -> str | None:
+    """What a command line has behind --config; None for a class that no registry knows."""
+    if isinstance(loss, str):
+        return shlex.quote(loss)
+    return shlex.quote(json.dumps(loss.to_dict())) if type(loss) in LOSS_CONFIG_REGISTRY.values() else None
 
 
 def _name(loss: str | LossConfig) -> str:

@@ -38,6 +38,7 @@ from loss_core.cli.common import (
     shape_of,
     write_outputs,
 )
+from loss_core.cli.invariance import refuse_beside_invariance, run_invariance
 from loss_core.dispatch.flags import AUTO, BACKENDS, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
@@ -92,6 +93,10 @@ def check_command(
     framework: Annotated[
         str | None, typer.Option(metavar="NAME", help="Whose tensors MODULE:OBJECT takes: torch (default) or jax.")
     ] = None,
+    invariance: Annotated[
+        bool,
+        typer.Option("--invariance", help="Check instead that no token's result depends on the others, bitwise."),
+    ] = False,
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
@@ -115,6 +120,22 @@ def check_command(
     if not judged or backend:
         _check_flags(backend or [], against, err)
     dtypes = known_dtypes(dtype)
+    again = "".join(f" --import {module}" for module in modules or ())
+    if invariance:
+        refuse_beside_invariance(
+            {
+                "--against": against,
+                "--case": case,
+                "--cases": cases,
+                "--minutes": minutes,
+                "--inputs": inputs,
+                "--tp": tp,
+                "--report": page,
+                "--implementation": implementation,
+            }
+        )
+        options = {"shape": sizes, "seed": seed, "device": device, "reproduce_options": again}
+        return run_invariance(losses or None, backend or None, json, dtypes=dtypes, **options)
     _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])
     if inputs is not None and (case or shape or cases):
         raise UsageProblem("--case, --cases and --shape choose generated inputs; leave them out beside --inputs.")
@@ -140,7 +161,7 @@ def check_command(
                 device=device,
                 tp=ranks,
                 modules=modules or (),
-                reproduce_options=reproduce + "".join(f" --import {module}" for module in modules or ()),
+                reproduce_options=reproduce + again,
                 progress=progress,
                 implementations=judged,
             )

@@ -109,6 +109,15 @@ class Backend(Protocol):
         """What `auto` takes among the kernels that are built and usable."""
         ...
 
+    def batch_invariant(self, kernel: str, row_bytes: int) -> bool:
+        """Whether a kernel promises that results of a row of logits do not depend on the other rows, bitwise.
+
+        Args:
+            kernel: as in the flag; `auto` chooses by the size of a call and promises nothing.
+            row_bytes: of a row of logits.
+        """
+        ...
+
     def evaluate(
         self,
         loss: Any,

@@ -88,6 +88,10 @@ class KernelSet(Protocol):
 
     flag: str
 
+    def batch_invariant(self, row_bytes: int) -> bool:
+        """Whether terms and gradient of a row of logits, of so many bytes, do not depend on the other rows, bitwise."""
+        ...
+
     def grad_in_forward(self, device: torch.device) -> bool:
         """Whether terms and gradient of a row are better made together than in two visits."""
         ...
@@ -183,6 +187,10 @@ class WholeLosses:
     """
 
     flag: str
+
+    def batch_invariant(self, row_bytes: int) -> bool:
+        """As of `KernelSet`. No promise: PyTorch shares one long row among its threads, of several it does not."""
+        return False
 
     def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
         """Loss of each token, [T] in the dtype of the arithmetic; 0 for ignored ones.

@@ -23,6 +23,9 @@ class CompiledKernels(RowKernels, PairKernels, ProductKernels):
     flag = "torch:compile"
     sizes = SIZES
 
+    def batch_invariant(self, row_bytes: int) -> bool:
+        return True
+
     def grad_in_forward(self, device: torch.device) -> bool:
         """As in `torch:eager`."""
         return device.type == "cpu"

@@ -23,6 +23,10 @@ class EagerKernels(RowKernels, PairKernels, LinearKernels, ProductKernels):
     def __init__(self, sizes: Sizes = SIZES) -> None:
         self.sizes = sizes
 
+    def batch_invariant(self, row_bytes: int) -> bool:
+        """Blocks hold whole rows, and what is decided by values is decided by those of the row."""
+        return True
+
     def grad_in_forward(self, device: torch.device) -> bool:
         """On a CPU a block of rows stays in cache between its terms and its gradient."""
         return device.type == "cpu"

@@ -33,17 +33,30 @@ def log2_exp(z_BC: Tensor, factor: float, m_B: Tensor, out_BC: Tensor) -> Tensor
         m_B: largest value of factor z in each row.
         out_BC: receives y.
     Returns:
-        The row's number n, with exp(factor z - m) = 2^(y - n); None where it is 0.
+        The row's number n, with exp(factor z - m) = 2^(y - n); None where it is 0 in all rows.
     """
+    if not may_read(m_B):
+        shifted(z_BC, factor, m_B, out_BC).mul_(_LOG2_E)
+        return None
     # NaN and infinities fail the comparison.
-    if may_read(m_B) and float(torch.linalg.vector_norm(m_B, torch.inf)) < _MODERATE:
-        # One fused multiply-add, rounded once. What rounding moves `shift` by is the same for the whole row: it
-        # is the number that is returned.
-        shift_B = m_B * -_LOG2_E
-        torch.add(shift_B[:, None], z_BC, alpha=factor * _LOG2_E, out=out_BC)
-        return torch.add(shift_B, m_B, alpha=_LOG2_E)
-    shifted(z_BC, factor, m_B, out_BC).mul_(_LOG2_E)
-    return None
+    if float(torch.linalg.vector_norm(m_B, torch.inf)) < _MODERATE:
+        return _multiply_add(z_BC, factor, m_B, out_BC)
+    # Each row by its own maximum: its rounding must not depend on the rows beside it.
+    huge_N = (~(m_B.abs() < _MODERATE)).nonzero()[:, 0]
+    z_NC = z_BC[huge_N]
+    y_NC = shifted(z_NC, factor, m_B[huge_N], z_NC).mul_(_LOG2_E)
+    number_B = _multiply_add(z_BC, factor, m_B, out_BC)
+    out_BC.index_copy_(0, huge_N, y_NC)
+    return number_B.index_fill_(0, huge_N, 0.0)
+
+
+def _multiply_add(z_BC: Tensor, factor: float, m_B: Tensor, out_BC: Tensor) -> Tensor:
+    """`log2_exp` where each row's maximum is moderate."""
+    # One fused multiply-add, rounded once. What rounding moves `shift` by is the same for the whole row: it is the
+    # number that is returned.
+    shift_B = m_B * -_LOG2_E
+    torch.add(shift_B[:, None], z_BC, alpha=factor * _LOG2_E, out=out_BC)
+    return torch.add(shift_B, m_B, alpha=_LOG2_E)
 
 
 def shifted(z_BC: Tensor, factor: float, m_B: Tensor, out_BC: Tensor) -> Tensor:

@@ -165,13 +165,15 @@ class _Walk:
         e_s_BV, e_t_BV = self.powers(s, t)
         sum_s_B, sum_t_B = row_sums(e_s_BV), row_sums(e_t_BV)
         a_B = row_dots(e_t_BV, gap_BV)
-        if may_read(a_B) and bool(torch.isfinite(a_B).all()):
-            a_B += sum_t_B * ((0.0 if s.number_B is None else s.number_B) - (0.0 if t.number_B is None else t.number_B))
-            a_B *= _LN_2 / GAP_UNIT
-        else:
+        finite_B = torch.isfinite(a_B) if may_read(a_B) else torch.zeros_like(a_B, dtype=torch.bool)
+        a_B += sum_t_B * ((0.0 if s.number_B is None else s.number_B) - (0.0 if t.number_B is None else t.number_B))
+        a_B *= _LN_2 / GAP_UNIT
+        if not (may_read(a_B) and bool(finite_B.all())):
             gap_BV = self.natural_gap(block, m_s_B, m_t_B)
             # A probability of 0 weighs nothing, even if its gap is inf or NaN.
-            a_B = row_sums(gap_BV.masked_fill_(e_t_BV == 0, 0.0).mul_(1.0 / GAP_UNIT).mul_(e_t_BV))
+            natural_B = row_sums(gap_BV.masked_fill_(e_t_BV == 0, 0.0).mul_(1.0 / GAP_UNIT).mul_(e_t_BV))
+            # Each row by its own sum: its rounding must not depend on the rows beside it.
+            a_B = torch.where(finite_B, a_B, natural_B)
         s_s_B, s_t_B = without(s.number_B, sum_s_B), without(t.number_B, sum_t_B)
         found = PairTerms(m_t_B, s_t_B, without(t.number_B, a_B), m_s_B, s_s_B)
         return found, (e_s_BV, e_t_BV, sum_s_B, sum_t_B)

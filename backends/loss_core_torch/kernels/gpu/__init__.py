@@ -30,7 +30,7 @@ from loss_core_torch.kernels import (
     Rows,
     Wanted,
 )
-from loss_core_torch.kernels.gpu import linear, linear_tiles, pairs, products, rows
+from loss_core_torch.kernels.gpu import linear, linear_tiles, pairs, products, rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.tracing import compute_dtype
 
@@ -42,6 +42,10 @@ class GpuKernels:
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self._launcher = launcher or Launcher()
+
+    def batch_invariant(self, row_bytes: int) -> bool:
+        """Where each row begins at a whole vector; else the order of its sum depends on where it begins."""
+        return row_bytes % sizes.VECTOR_BYTES == 0
 
     def grad_in_forward(self, device: torch.device) -> bool:
         """The second read of a row finds it in the L2 cache."""

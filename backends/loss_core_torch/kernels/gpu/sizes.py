@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 # A load or store of one thread.
-_VECTOR_BYTES = 16
+VECTOR_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def launch_parameters(vocab: int, dtype: torch.dtype, kind: str, stored: torch.d
     if vocab * dtype.itemsize > _LONG_ROW_BYTES:
         block_v, num_warps = _LONG_ROW.get((kind, dtype.itemsize), (block_v, num_warps))
     # The narrower of the two dtypes has whole vectors, else values would go from thread to thread.
-    vector = _VECTOR_BYTES // min(dtype.itemsize, (stored or dtype).itemsize)
+    vector = VECTOR_BYTES // min(dtype.itemsize, (stored or dtype).itemsize)
     # A small vocabulary is one block, of no more warps than have something to do.
     block_v = min(block_v, max(_power_of_2_from(vocab), vector))
     while num_warps > 1 and block_v < num_warps * 32 * vector:
