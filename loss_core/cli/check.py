@@ -35,6 +35,7 @@ from loss_core.cli.common import (
     shape_of,
     write_outputs,
 )
+from loss_core.cli.logprobs import explain_logprobs
 from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
@@ -72,6 +73,10 @@ def check_command(
     json: Json = None,
     page: Page = None,
     modules: Modules = None,
+    logprobs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Explain a trainer that differs from its engine; .npz or .safetensors."),
+    ] = None,
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
@@ -80,8 +85,12 @@ def check_command(
 
     May be repeated: --config, --backend, --dtype, --case, --import.
 
-    Exit code: 0 all agree, 1 something does not (or a rank of --tp failed), 2 wrong usage, 130 Ctrl-C.
+    Exit code: 0 all agree, 1 something does not (or a rank of --tp failed), 2 wrong usage, 130 Ctrl-C. With
+    --logprobs: 0 where one computation explains both systems (without a head in the dump: every ratio of
+    probabilities is within 1e-3 of 1), else 1.
     """
+    if logprobs is not None:
+        return explain_logprobs(ctx, logprobs, seed, json, page)
     out, err = Console(), Console(stderr=True)
     import_modules(modules or ())
     check_outputs(json, page)
