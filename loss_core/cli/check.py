@@ -39,6 +39,7 @@ from loss_core.cli.common import (
     write_outputs,
 )
 from loss_core.cli.invariance import refuse_beside_invariance, run_invariance
+from loss_core.cli.logprobs import explain_logprobs
 from loss_core.dispatch.flags import AUTO, BACKENDS, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
@@ -97,6 +98,10 @@ def check_command(
         bool,
         typer.Option("--invariance", help="Check instead that no token's result depends on the others, bitwise."),
     ] = False,
+    logprobs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Explain a trainer that differs from its engine; .npz or .safetensors."),
+    ] = None,
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
@@ -109,7 +114,12 @@ def check_command(
 
     Exit code: 0 all agree, 1 something does not (or a clause is broken, or a rank of --tp failed), 2 wrong usage, 130
     Ctrl-C.
+
+    With --logprobs: 0 where one computation explains both systems (without a head in the dump: every ratio of
+    probabilities is within 1e-3 of 1), else 1.
     """
+    if logprobs is not None:
+        return explain_logprobs(ctx, logprobs, seed, json, page)
     out, err = Console(), Console(stderr=True)
     import_modules(modules or ())
     check_outputs(json, page)

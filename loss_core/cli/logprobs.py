@@ -1,0 +1,46 @@
+"""`loss-core check --logprobs`: a trainer and its inference engine, explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from loss_core.cli.common import check_outputs, write_outputs
+from loss_core.mismatch import explain, read_dump
+from loss_core.mismatch.html import mismatch_page
+from loss_core.mismatch.text import print_mismatch
+from loss_core.usage import UsageProblem
+
+# Parameters of the command that mean something here.
+_TAKEN = ("logprobs", "seed", "json", "page")
+
+
+def explain_logprobs(ctx: typer.Context, dump: Path, seed: int, json: Path | None, page: Path | None) -> int:
+    """Print, and write, why the two systems of a dump differ.
+
+    Returns:
+        0 where one computation explains both systems, else 1.
+    """
+    _check_options(ctx)
+    out, err = Console(), Console(stderr=True)
+    check_outputs(json, page)
+    report = explain(read_dump(dump), seed=seed)
+    print_mismatch(out, report)
+    typed = ctx.obj or "loss-core check --logprobs"
+    write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: mismatch_page(report, typed))], err)
+    return 0 if report.agree else 1
+
+
+def _check_options(ctx: typer.Context) -> None:
+    """Options that would be ignored are wrong usage."""
+    given = []
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(str(parameter.name))
+        if parameter.name not in _TAKEN and source is not None and source.name == "COMMANDLINE":
+            given.append(parameter.opts[0])
+    if given:
+        raise UsageProblem(
+            f"{', '.join(given)} can't be used beside --logprobs, which takes --seed, --json and --report."
+        )

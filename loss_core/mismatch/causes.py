@@ -1,0 +1,154 @@
+"""What may be different in the formula, apart from its precision: one function for each cause.
+
+The formula is log softmax(softcap(scale (h W' + b)) / temperature) at the label.
+"""
+
+# T = tokens, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loss_core.mismatch.dump import Dump
+
+# Sizes to a multiple of which inference engines and trainers pad a vocabulary.
+PAD_MULTIPLES = (64, 128, 256, 512)
+
+# Softcaps of logits that models use (Gemma 2 and Grok-1: 30). Where logits are small or rounded coarsely, a softcap
+# can't be estimated, but these can be told from none.
+USUAL_SOFTCAPS = (15.0, 30.0, 50.0)
+
+
+class Formula(NamedTuple):
+    """What is computed from the product of hidden states and head.
+
+    Attributes:
+        temperature, logit_softcapping, logit_scale: 1, 0 and 1 change nothing.
+        bias: whether lm_bias is added, where there is one.
+        extra_columns: zeros that take part in the softmax beside the V logits; negative: the last columns left out.
+        label_shift: the log-probability is that of the label so many positions later.
+        position_shift: the log-probability stands so many positions later in the array.
+    """
+
+    temperature: float = 1.0
+    logit_softcapping: float = 0.0
+    logit_scale: float = 1.0
+    bias: bool = True
+    extra_columns: int = 0
+    label_shift: int = 0
+    position_shift: int = 0
+
+
+class Cause(NamedTuple):
+    """A formula that is tried.
+
+    Attributes:
+        name: what is different from what was recorded, in reports.
+        advice: what to do about it; "" for the recorded formula.
+    """
+
+    name: str
+    advice: str
+    formula: Formula
+
+
+RECORDED = "as recorded"
+
+
+def recorded(dump: Dump) -> Formula:
+    """The formula as the dump records it."""
+    return Formula(dump.temperature, dump.logit_softcapping, dump.logit_scale)
+
+
+def causes_of(dump: Dump) -> list[Cause]:
+    """The recorded formula, and each that differs from it in one thing that is known beforehand."""
+    formula = recorded(dump)
+    found = [Cause(RECORDED, "", formula)]
+    for variations in (_left_out, _usual_softcaps, _shifted, _other_columns):
+        found += variations(dump, formula)
+    return found
+
+
+def _left_out(dump: Dump, formula: Formula) -> Iterator[Cause]:
+    """Each recorded number, not applied."""
+    for name in ("temperature", "logit_softcapping", "logit_scale"):
+        value, neutral = getattr(formula, name), Formula._field_defaults[name]
+        if value != neutral:
+            without = with_number(formula, name, neutral)
+            yield Cause(f"without {name} {value:g}", f"apply {name} {value:g} here, or drop it elsewhere", without)
+    if formula.logit_scale != 1:
+        inverse = 1 / formula.logit_scale
+        yield Cause(
+            f"logits divided by logit_scale {formula.logit_scale:g}",
+            "multiply the logits by logit_scale",
+            formula._replace(logit_scale=inverse),
+        )
+    if dump.lm_bias is not None:
+        yield Cause("without lm_bias", "add lm_bias to the logits", formula._replace(bias=False))
+
+
+def with_number(formula: Formula, name: str, value: float) -> Formula:
+    """The formula with another value of the number of this name."""
+    replaced: dict[str, Any] = {name: value}
+    return formula._replace(**replaced)
+
+
+def changed(formula: Formula, name: str, value: float) -> Cause:
+    """The formula with another value of one number."""
+    recorded = getattr(formula, name)
+    was = f"{recorded:g}" if recorded else "none"
+    also = ""
+    if name == "temperature" and not formula.logit_softcapping:
+        also = f" (the same as a logit_scale of {formula.logit_scale / value * formula.temperature:.4g})"
+    return Cause(
+        f"{name} {value:.6g} instead of {was}{also}",
+        f"use one {name} in both systems: here it is {value:.6g}, recorded is {was}",
+        with_number(formula, name, value),
+    )
+
+
+def _usual_softcaps(dump: Dump, formula: Formula) -> Iterator[Cause]:
+    """Softcaps that are not the recorded one."""
+    for cap in USUAL_SOFTCAPS:
+        if cap != formula.logit_softcapping:
+            yield changed(formula, "logit_softcapping", cap)
+
+
+def _shifted(dump: Dump, formula: Formula) -> Iterator[Cause]:
+    """Labels, or the results themselves, one position off along the sequence."""
+    if dump.labels.shape[-1] == 1:
+        return
+    for shift, word in ((1, "later"), (-1, "earlier")):
+        yield Cause(
+            f"labels of one position {word}",
+            "align the labels with the hidden states: labels[t] is the token that hidden_states[t] predicts",
+            formula._replace(label_shift=shift),
+        )
+        yield Cause(
+            f"log-probabilities written one position {word}",
+            "align the log-probabilities with the labels",
+            formula._replace(position_shift=shift),
+        )
+
+
+def _other_columns(dump: Dump, formula: Formula) -> Iterator[Cause]:
+    """A vocabulary with more or fewer columns in the softmax."""
+    weight = np.asarray(dump.lm_weight)
+    for extra in dict.fromkeys(-len(weight) % multiple for multiple in PAD_MULTIPLES):
+        if extra:
+            yield Cause(
+                f"{extra} columns of zeros take part in the softmax (a vocabulary padded to {len(weight) + extra:,})",
+                "mask the padded columns with -inf before the log-softmax",
+                formula._replace(extra_columns=extra),
+            )
+    used = np.flatnonzero(weight.any(axis=1))
+    padding = len(weight) - (int(used[-1]) + 1 if used.size else 0)
+    if 0 < padding < len(weight):
+        yield Cause(
+            f"without the last {padding} rows of lm_weight, which are zeros",
+            f"decide in both systems whether the last {padding} columns take part in the softmax",
+            formula._replace(extra_columns=-padding),
+        )

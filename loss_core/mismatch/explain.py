@@ -1,0 +1,116 @@
+"""Explain a trainer whose log-probabilities differ from its inference engine's.
+
+Every hypothesis (a precision and a cause) is tried on a few tokens; those that explain them, and the nearest others, on
+all tokens of a sample. Only where nothing explains a system are numbers of its formula estimated.
+"""
+
+# T = tokens of the dump, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.mismatch.causes import Formula, causes_of, recorded
+from loss_core.mismatch.dump import SYSTEMS, Dump
+from loss_core.mismatch.estimate import estimated
+from loss_core.mismatch.evidence import weigh
+from loss_core.mismatch.hypotheses import Hypothesis, Outcome, System, outcomes_of
+from loss_core.mismatch.precision import PRECISIONS
+from loss_core.mismatch.report import Explanation, MismatchReport
+from loss_core.mismatch.statistics import compared, statistics_of, worst_rows
+
+# A sample has at most so many logits (12 bytes each), and so many products for one format of
+# operands (some seconds on two cores).
+MOST_LOGITS = 2**25
+MOST_PRODUCTS = 2**36
+# Every hypothesis is tried on the fewest tokens, and what is left of them on more; with at most so many logits.
+FIRST_TOKENS = (4, 32)
+FIRST_LOGITS = 2**20
+# Hypotheses that fail there, and are reported nevertheless: the nearest.
+NUM_NEAREST = 4
+
+
+def explain(dump: Dump, *, seed: int = 0, most_logits: int = MOST_LOGITS) -> MismatchReport:
+    """How far the two systems are apart, and, where the dump has a head, what explains each of them.
+
+    Args:
+        dump: of `read_dump` or `dump_of`.
+        seed: of the sample, where the dump has more tokens than `most_logits` allows.
+        most_logits: of the sample, tokens times vocabulary.
+    """
+    statistics, keep_T, notes = statistics_of(dump), compared(dump), []
+    if dump.lm_weight is None or not keep_T.any():
+        return MismatchReport(statistics, shares_hidden_states=dump.shares_hidden_states)
+    notes += _not_finite(dump)
+    for name in SYSTEMS:
+        keep_T &= np.isfinite(np.asarray(dump.hidden_states(name))).all(axis=1)
+    rows = _sample(dump, keep_T, seed, most_logits)
+    if not rows.size:
+        notes.append("No token has finite hidden states, so nothing can be computed from them.")
+        return MismatchReport(statistics, notes=notes, shares_hidden_states=dump.shares_hidden_states)
+    if rows.size < keep_T.sum():
+        notes.append(
+            f"Explained on a sample of {rows.size:,} of {int(keep_T.sum()):,} tokens (seed {seed}), with those that "
+            "differ most among them."
+        )
+    explanations = {name: _explain(System.of(dump, name), dump, rows) for name in SYSTEMS}
+    return MismatchReport(statistics, explanations, dump.shares_hidden_states, notes)
+
+
+def _not_finite(dump: Dump) -> list[str]:
+    arrays = {"lm_weight": dump.lm_weight, "lm_bias": dump.lm_bias}
+    arrays |= {f"{name}_hidden_states": dump.hidden_states(name) for name in SYSTEMS}
+    counts = {name: int((~np.isfinite(a)).sum()) for name, a in arrays.items() if a is not None}
+    return [f"{name}: {count:,} numbers are NaN or infinite." for name, count in counts.items() if count]
+
+
+def _sample(dump: Dump, keep_T: NDArray[np.bool_], seed: int, most_logits: int) -> NDArray[np.intp]:
+    """Tokens in random order, and last those that differ most."""
+    vocab, hidden = np.asarray(dump.lm_weight).shape
+    most = max(1, min(most_logits // vocab, MOST_PRODUCTS // (vocab * hidden)))
+    worst = worst_rows(dump, keep_T)[:most]
+    others = np.setdiff1d(np.flatnonzero(keep_T), worst)
+    drawn = np.random.default_rng(seed).permutation(others)[: most - worst.size]
+    return np.concatenate([drawn, worst])
+
+
+def _explain(system: System, dump: Dump, rows: NDArray[np.intp]) -> Explanation:
+    most = max(1, FIRST_LOGITS // len(system.weight_VH))
+    stages = [*(rows[: min(tokens, most)] for tokens in FIRST_TOKENS), rows]
+    tried = [Hypothesis(precision, cause) for cause in causes_of(dump) for precision in PRECISIONS]
+    outcomes = _tried_on(system, tried, stages)
+    if not any(outcome.explains for outcome in outcomes):
+        guesses = _guesses(system, recorded(dump), stages[-2])
+        outcomes += _tried_on(system, guesses, stages[-2:])
+        tried += guesses
+    evidence = weigh(outcomes)
+    others = _nearest(outcomes)
+    return Explanation(system.name, len(rows), len(tried), evidence.causes, evidence.same, evidence.refuted, others)
+
+
+def _tried_on(system: System, tried: Sequence[Hypothesis], stages: Sequence[NDArray[np.intp]]) -> list[Outcome]:
+    """Outcomes on the last stage's rows, in the order of `tried`, of those that are left after the stages before.
+
+    After each stage, what explains its rows and the nearest others go on.
+    """
+    for rows in stages:
+        outcomes = [outcome for outcome in outcomes_of(system, tried, rows) if outcome.tokens]
+        chosen = {o.hypothesis for o in outcomes if o.explains} | {o.hypothesis for o in _nearest(outcomes)}
+        tried = [hypothesis for hypothesis in tried if hypothesis in chosen]
+    return [outcome for outcome in outcomes if outcome.hypothesis in chosen]
+
+
+def _nearest(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return sorted((o for o in outcomes if not o.explains), key=lambda o: (-o.share, o.rms))[:NUM_NEAREST]
+
+
+def _guesses(system: System, formula: Formula, rows: NDArray[np.intp]) -> list[Hypothesis]:
+    """Of each number that was estimated: the roundest value that explains these rows, or else the exact one."""
+    chosen = []
+    for hypotheses in estimated(system, formula, rows):
+        found = outcomes_of(system, hypotheses, rows)
+        chosen.append(next((o.hypothesis for o in found if o.explains), hypotheses[-1]))
+    return chosen

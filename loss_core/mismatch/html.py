@@ -1,0 +1,72 @@
+"""The report on a trainer and its engine as one self-contained page."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import numpy as np
+
+from loss_core import __version__
+from loss_core.mismatch.report import MismatchReport, rows_of
+from loss_core.mismatch.statistics import BANDS, HISTOGRAM_EDGES, Statistics
+from loss_core.mismatch.text import (
+    HYPOTHESIS_HEADINGS,
+    LEGEND,
+    TOKEN_HEADINGS,
+    explanation_heading,
+    hypothesis_cells,
+    statistics_lines,
+    token_cells,
+)
+from loss_core.page import blank_figure, render_page, svg_of
+
+# Colour-blind safe (Okabe & Ito).
+_BLUE, _RED = "#0072b2", "#c62828"
+
+
+def mismatch_page(report: MismatchReport, command: str) -> str:
+    """The page.
+
+    Args:
+        report: of `explain`.
+        command: what was typed to get it.
+    Returns:
+        HTML; everything that comes from the report is escaped.
+    """
+    state, _, summary = report.conclusion.partition(": ")
+    return render_page(
+        "mismatch/page.html.j2",
+        agree=report.agree,
+        state=state,
+        summary=summary[:1].upper() + summary[1:],
+        command=command,
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=__version__,
+        lines=statistics_lines(report.statistics),
+        picture=_picture(report.statistics),
+        token_headings=TOKEN_HEADINGS,
+        tokens=[token_cells(token) for token in report.statistics.worst],
+        headings=HYPOTHESIS_HEADINGS,
+        systems=[
+            (explanation_heading(e), [(word, hypothesis_cells(word, outcome)) for word, outcome in rows_of(e)])
+            for e in report.explanations.values()
+        ],
+        legend=LEGEND,
+        notes=report.notes,
+    )
+
+
+def _picture(statistics: Statistics) -> str:
+    """Histogram of log10 |difference|, with the bands as lines, as an SVG element."""
+    width = float(HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0])
+    edges = np.concatenate([[HISTOGRAM_EDGES[0] - width], HISTOGRAM_EDGES, [HISTOGRAM_EDGES[-1] + width]])
+    with blank_figure(6.2, 2.4) as figure:
+        axes = figure.subplots()
+        axes.stairs(statistics.histogram, edges, color=_BLUE, fill=True, alpha=0.5)
+        for band in BANDS:
+            axes.axvline(np.log10(band), color=_RED, linewidth=1.2)
+        axes.set_xlabel("|difference|, in nats, as a power of ten")
+        axes.set_ylabel("tokens")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        return svg_of(figure)

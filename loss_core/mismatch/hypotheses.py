@@ -1,0 +1,183 @@
+"""A hypothesis is a precision and a cause; its outcome, how far a system is from what it predicts."""
+
+# T = tokens of the dump, N = tokens of a sample, V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.mismatch.causes import RECORDED, Cause, Formula
+from loss_core.mismatch.dump import Array, Dump
+from loss_core.mismatch.interval import Floats, Interval
+from loss_core.mismatch.precision import Precision
+from loss_core.mismatch.predict import Products, log_probs, products, stored_logits
+
+# Logits that are predicted at a time.
+_CHUNK = 2**21
+
+
+class Hypothesis(NamedTuple):
+    """A way in which a system may have computed its log-probabilities."""
+
+    precision: Precision
+    cause: Cause
+
+    @property
+    def name(self) -> str:
+        """Such as "bfloat16 logits, without temperature 0.9"; the recorded formula goes without saying."""
+        return self.precision.name if self.is_recorded else f"{self.precision.name}, {self.cause.name}"
+
+    @property
+    def is_recorded(self) -> bool:
+        return self.cause.name == RECORDED
+
+
+@dataclass(frozen=True)
+class System:
+    """One of the two systems, with the head that both share.
+
+    Attributes:
+        name: "trainer" or "engine".
+        observed_T, labels_T: flattened; sequence: length of labels' last dimension, along which positions shift.
+        hidden_TH, weight_VH, bias_V: of the head.
+    """
+
+    name: str
+    observed_T: Floats
+    labels_T: NDArray[np.int64]
+    ignore_index: int
+    sequence: int
+    hidden_TH: Array
+    weight_VH: Array
+    bias_V: Array | None
+
+    @classmethod
+    def of(cls, dump: Dump, name: str) -> System:
+        """Of a dump that has a head."""
+        hidden_TH = dump.hidden_states(name)
+        if hidden_TH is None or dump.lm_weight is None:
+            raise ValueError("The dump has no hidden_states and lm_weight.")
+        labels_T = dump.labels.reshape(-1).astype(np.int64)
+        sequence = dump.labels.shape[-1]
+        return cls(
+            name, dump.logprobs(name), labels_T, dump.ignore_index, sequence, hidden_TH, dump.lm_weight, dump.lm_bias
+        )
+
+    def targets(self, formula: Formula, rows: NDArray[np.intp]) -> tuple[NDArray[np.int64], Floats]:
+        """Label and observed log-probability that belong to these rows of hidden states; NaN where there is none."""
+        labels = self._later(self.labels_T, formula.label_shift, self.ignore_index)[rows]
+        observed = self._later(self.observed_T, formula.position_shift, np.nan)[rows]
+        used = formula.extra_columns if formula.extra_columns < 0 else 0
+        usable = (labels != self.ignore_index) & (labels < len(self.weight_VH) + used)
+        return np.where(usable, labels, 0), np.where(usable, observed, np.nan)
+
+    def _later(self, values_T: NDArray[Any], shift: int, missing: float) -> NDArray[Any]:
+        """The value so many positions later in the same sequence."""
+        if not shift:
+            return values_T
+        moved = np.roll(values_T.reshape(-1, self.sequence), -shift, axis=1)
+        moved[:, -1 if shift > 0 else 0] = missing
+        return moved.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a hypothesis predicts for a sample of tokens, beside what was observed.
+
+    Attributes:
+        predicted: [N].
+        observed_N: NaN for tokens that the hypothesis says nothing of.
+    """
+
+    hypothesis: Hypothesis
+    predicted: Interval
+    observed_N: Floats
+
+    @property
+    def tokens(self) -> int:
+        return int(np.isfinite(self.observed_N).sum())
+
+    @property
+    def residual(self) -> Floats:
+        return self.observed_N - self.predicted.value
+
+    @property
+    def ratio(self) -> Floats:
+        """Error over allowance of each token; up to 1 is explained, NaN stays NaN."""
+        above = self.observed_N > self.predicted.value
+        allowed_N = np.where(above, self.predicted.high, self.predicted.low) - self.predicted.value
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.where(self.residual == 0, 0.0, np.abs(self.residual) / np.abs(allowed_N)))
+
+    @property
+    def within(self) -> int:
+        """How many tokens are explained."""
+        return int((self.ratio <= 1).sum())
+
+    @property
+    def share(self) -> float:
+        return self.within / self.tokens if self.tokens else 0.0
+
+    @property
+    def explains(self) -> bool:
+        return self.within == self.tokens > 0
+
+    @property
+    def worst(self) -> float:
+        """Largest error ratio; infinite where a prediction is not finite."""
+        ratio_N = self.ratio[np.isfinite(self.observed_N)]
+        return float(np.max(np.where(np.isnan(ratio_N), np.inf, ratio_N), initial=0.0))
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square of observed - predicted."""
+        residual = self.residual[np.isfinite(self.observed_N)]
+        return float(np.sqrt(np.mean(residual**2))) if residual.size else np.inf
+
+
+def each_product(
+    system: System, precisions: Iterable[Precision], rows: NDArray[np.intp]
+) -> Iterator[tuple[Precision, Products]]:
+    """Each precision with its product for these rows; those with the same operands share one."""
+    ordered = sorted(dict.fromkeys(precisions), key=lambda precision: precision.operands)
+    for operands, group in groupby(ordered, key=lambda precision: precision.operands):
+        raw = products(system.hidden_TH[rows], system.weight_VH, system.bias_V, operands)
+        for precision in group:
+            yield precision, raw
+
+
+def outcomes_of(system: System, hypotheses: Sequence[Hypothesis], rows: NDArray[np.intp]) -> list[Outcome]:
+    """What comes of each hypothesis for these rows, in the order of the hypotheses."""
+    found: dict[Hypothesis, Outcome] = {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        for precision, raw in each_product(system, (h.precision for h in hypotheses), rows):
+            mine = [h for h in hypotheses if h.precision == precision]
+            found |= zip(mine, _predict(system, mine, raw, rows), strict=True)
+    return [found[h] for h in hypotheses]
+
+
+def _predict(
+    system: System, hypotheses: Sequence[Hypothesis], raw: Products, rows: NDArray[np.intp]
+) -> Iterator[Outcome]:
+    """Outcomes of hypotheses of one precision, some tokens at a time."""
+    targets = [system.targets(h.cause.formula, rows) for h in hypotheses]
+    parts: list[list[Interval]] = [[] for _ in hypotheses]
+    vocab, hidden = system.weight_VH.shape
+    step = max(1, _CHUNK // vocab)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        logits: dict[bool, Interval] = {}
+        for (precision, cause), (labels, _), done in zip(hypotheses, targets, parts, strict=True):
+            bias = cause.formula.bias
+            if bias not in logits:
+                logits[bias] = stored_logits(raw.rows(part), precision, bias, hidden)
+            done.append(log_probs(logits[bias], labels[part], precision, cause.formula))
+    for hypothesis, (_, observed), done in zip(hypotheses, targets, parts, strict=True):
+        joined = Interval(*(np.concatenate([getattr(p, end) for p in done]) for end in ("low", "value", "high")))
+        yield Outcome(hypothesis, joined, observed)
