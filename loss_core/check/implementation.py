@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,7 @@ def _first_loss_that_fits(loss: Loss) -> str:
     }
     for name in our_losses():
         arguments = need_definition(name).arguments
-        required: Collection[str] = {a.name for a in arguments if not a.optional}
+        required = {a.name for a in arguments if not a.optional}
         if required <= parameters.keys() and needed <= {a.name for a in arguments}:
             return name
     return ""

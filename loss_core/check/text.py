@@ -143,8 +143,8 @@ def print_verdicts(console: Console, report: Report) -> None:
             _print_lines(console, f"  {worst.reproduce}")
     if reasons := reasons_not_judged(report):
         _print_lines(console, "", "Unsupported or not seen:")
-    for clauses, text in reasons:
-        _print_wrapped(console, f"{clauses}: {text}", "  ")
+    for which, text in reasons:
+        _print_wrapped(console, f"{which}: {text}", "  ")
 
 
 def _print_lines(console: Console, *lines: str) -> None:

@@ -50,9 +50,9 @@ def compare_command(
     if len(named) != 2 or not set(named) <= set(BACKENDS):
         raise UsageProblem(f"--frameworks {frameworks!r}: expected two of {', '.join(BACKENDS)}, such as torch,jax.")
     arrays, _ = read_arrays(inputs)
-    functions = [_function(spec) for spec in (first, second)]
+    one, other = _function(first), _function(second)
     try:
-        report = compare(*functions, arrays, dtype=dtype, grad_of=grad_of, frameworks=(named[0], named[1]))
+        report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=(named[0], named[1]))
     except Exception as error:  # what a user's function raises is told in one line
         raise UsageProblem(in_words(error)) from error
     print_check(out, report)
