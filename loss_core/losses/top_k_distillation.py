@@ -176,7 +176,8 @@ def token_errors(
 
     # exp(0) is 1, and of one number the sum is itself.
     rel_p_TK = np.where(log_p_TK == 0, 0.0, u * (EXP_ULPS + EXP_ARGUMENT_ROUNDINGS * np.abs(finite(log_p_TK))))
-    err_p_TK, count = p_TK * rel_p_TK, p_TK.shape[1]
+    # Below the normal range p may be flushed to 0, before a ratio makes a normal number of it.
+    err_p_TK, count = p_TK * rel_p_TK + np.where(log_p_TK == 0, 0.0, inner.near_zero), p_TK.shape[1]
     growth = sum_growth(count) if count > 1 else 0.0
     err_sum_T = np.sum(err_p_TK, axis=-1) + u * growth * np.sum(p_TK, axis=-1)
     has_tail = config.tail and count < z_TV.shape[1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loss_core import MaskedCrossEntropyConfig
+from loss_core import MaskedCrossEntropyConfig, TopKDistillationConfig
 from loss_core.dtypes import FORMATS, float_format, round_to
 from loss_core.losses import allowances, named_cases, share_of_allowance
 from loss_core.losses.oracle import evaluate
@@ -92,6 +92,18 @@ def test_a_probability_flushed_to_zero_before_its_coefficient_is_rounding():
     allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float32", upstream=upstream)
     assert expected.grads["logits"][0, 1] > float_format("float32").tiny
     assert allowed["logits"][0, 1] > expected.grads["logits"][0, 1]
+
+
+def test_a_teachers_probability_flushed_to_zero_before_its_ratio_is_rounding():
+    # p = exp(-87.75) is below float32's normal range; its gradient p (log p - log q + 1) is not.
+    log_p = np.array([[0.0, -87.75]])
+    arrays = {"student_logits": np.array([[0.0, -30.0, 1.0]]), "teacher_indices": np.array([[0, 1]])}
+    arrays |= {"teacher_logprobs": log_p, "labels": np.array([0])}
+    config = TopKDistillationConfig(tail=False)
+    expected = evaluate(config, arrays)
+    allowed = allowances(config, arrays, expected, "float32")["teacher_logprobs"]
+    got = np.abs(expected.grads["teacher_logprobs"][0, 1])
+    assert float_format("float32").tiny < got < allowed[0, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
