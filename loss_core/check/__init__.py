@@ -7,7 +7,7 @@ True
 """
 
 from loss_core.check.compare import compare
-from loss_core.check.invariance import check_invariance
+from loss_core.check.invariance.batches import check_invariance
 from loss_core.check.report import HISTOGRAM_EDGES, Finding, Interrupted, Report, Row, Verdict
 from loss_core.check.run import DTYPES, assert_backends_agree, check
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core import __version__
-from loss_core.check.matrix import matrices, reasons_not_judged
+from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
 from loss_core.check.text import failures_by_command, finds_text, reason_without_install, verdict, worst_of, worst_text

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.calls import ORACLE, Call, chosen_flags, chosen_losses, reproduce_suffix, rounded
-from loss_core.check.implementation import Implementation, implementations_of
-from loss_core.check.judge import Question, judge_all
+from loss_core.check.judge.implementation import Implementation, implementations_of
+from loss_core.check.judge.trial import Question, judge_all
 from loss_core.check.plan import Cases, plan_calls
 from loss_core.check.report import Finding, Interrupted, Report, Row, add_findings
 from loss_core.check.sharded import Evaluate, check_ranks, over_ranks

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from loss_core import __version__
-from loss_core.check.matrix import matrices, reasons_not_judged
+from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import Finding, Report, Row
 from loss_core.dispatch.protocol import FlagStatus
 from loss_core.registry import LOSS_CONFIG_REGISTRY

@@ -14,7 +14,7 @@ from loss_core.baselines import JUDGED
 from loss_core.check import Interrupted, Report, check
 from loss_core.check.captured import CapturedCall, read_call
 from loss_core.check.html import report_page
-from loss_core.check.implementation import Implementation, implementation_named, in_words
+from loss_core.check.judge.implementation import Implementation, implementation_named, in_words
 from loss_core.check.text import print_check, print_reasons
 from loss_core.cli.common import (
     Backends,

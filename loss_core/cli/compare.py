@@ -10,7 +10,7 @@ from rich.console import Console
 
 from loss_core.array_files import read_arrays
 from loss_core.check import compare
-from loss_core.check.implementation import in_words, object_at
+from loss_core.check.judge.implementation import in_words, object_at
 from loss_core.check.text import print_check
 from loss_core.cli.common import Json, check_outputs, command, known_dtypes, look_in_working_directory, write_outputs
 from loss_core.dispatch.flags import BACKENDS

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from loss_core.check.invariance import check_invariance
+from loss_core.check.invariance.batches import check_invariance
 from loss_core.cli.common import note, write_outputs
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.usage import UsageProblem

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from loss_core import KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.check import check
-from loss_core.check.clauses import CLAUSES
-from loss_core.check.implementation import flag_implementation
+from loss_core.check.judge.clauses import CLAUSES
+from loss_core.check.judge.implementation import flag_implementation
 
 # One case for each circumstance, so that a verdict takes a second.
 CASES = ("basic", "mean", "none", "all-ignored", "nan-where-ignored", "strided")

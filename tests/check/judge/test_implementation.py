@@ -9,7 +9,7 @@ import torch
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.baselines import BASELINES, JUDGED, TIMED, Baseline
 from loss_core.check import check
-from loss_core.check.implementation import baseline_implementation, implementation_named
+from loss_core.check.judge.implementation import baseline_implementation, implementation_named
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_baselines import build
 

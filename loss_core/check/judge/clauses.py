@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loss_core.check.implementation import Refused
+from loss_core.check.judge.implementation import Refused
 from loss_core.dtypes import round_to
 from loss_core.losses import Case, LossDef
 from loss_core.losses.definition import need_definition
 from loss_core.losses.reduction import kept_tokens
 
 if TYPE_CHECKING:
-    from loss_core.check.judge import Trial
+    from loss_core.check.judge.trial import Trial
     from loss_core.check.report import Finding
 
 

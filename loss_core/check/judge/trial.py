@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.calls import ORACLE, Call, chosen_losses, config_of, distinct_names, rounded
-from loss_core.check.clauses import Clause, NotSeen, clauses_of
-from loss_core.check.implementation import Guarded, Implementation, Loss, Refused, accepted, in_words
+from loss_core.check.judge.clauses import Clause, NotSeen, clauses_of
+from loss_core.check.judge.implementation import Guarded, Implementation, Loss, Refused, accepted, in_words
 from loss_core.check.plan import Cases
 from loss_core.check.report import Finding, Report, Row, Verdict, add_findings, framework_version
 from loss_core.dispatch.flags import load_backend

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.calls import chosen_losses, config_of, config_option, distinct_names
-from loss_core.check.invariance_report import InvarianceReport, InvarianceRow
+from loss_core.check.invariance.report import InvarianceReport, InvarianceRow
 from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status, load_backend, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable, Evaluation
 from loss_core.dtypes import FORMATS, float_format, ordered, round_to
