@@ -112,7 +112,9 @@ def expected_rows(job: Job) -> NDArray[np.float64]:
             weights.append(rounded)
     # A mean is over the tokens of the whole call, not over those at hand.
     valid = np.count_nonzero(labels[tokens] != getattr(config, "ignore_index", -100))
-    upstream = np.asarray(valid / job.num_kept) if definition.reduction(config) == "mean" else None
+    results = definition.results(config)
+    share = np.full(() if results == 1 else (results,), valid / job.num_kept)
+    upstream = share if definition.reduction(config) == "mean" else None
     first = job.trained[0]
     if definition.sampled_rows is None:
         return evaluate(config, arrays, upstream).grads[first]

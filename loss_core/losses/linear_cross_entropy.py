@@ -68,7 +68,7 @@ def sampled_rows(
     z_nV, slope_nV = softcap(np.concatenate([h_nH @ part.T for part in parts], axis=1), config.logit_softcapping)
     reduction = reduction_of(config, arrays)
     _, dz_nV = token_cross_entropy(config, z_nV, np.asarray(arrays["labels"]).reshape(-1), reduction.keep_T)
-    draw_nV = times_rows(reduction.coefficients(upstream), dz_nV * slope_nV)
+    draw_nV = times_rows(reduction.coefficients(upstream_of_loss(config, upstream)), dz_nV * slope_nV)
     dh_nH, start = np.zeros_like(h_nH), 0
     for part in parts:
         dh_nH += draw_nV[:, start : start + len(part)] @ part

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.bench import job, row
-from loss_core import FusedLinearCEConfig, KDLossConfig
+from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.bench.accuracy import Judge, relative
 from loss_core.bench.job import Job, make_inputs, sampled_tokens
 from loss_core.losses import evaluate
@@ -35,6 +35,18 @@ def test_a_weight_gradient_that_misses_a_block_of_tokens_is_found():
     judge.judge(rows[1], [whole], [sample | {"inner": np.array([of_hidden, 0.75 * of_weight])}])
     assert rows[0].grad_error < 1e-12
     assert rows[1].grad_error == pytest.approx(0.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("config", [MaskedCrossEntropyConfig, FusedLinearCEConfig])
+def test_metrics_leave_the_gradient_as_it_is(config, reduction):
+    shape = (64, 40, 8) if config is FusedLinearCEConfig else (64, 40)
+    plain, with_metrics = (
+        Judge(Job(config(reduction=reduction, metrics=metrics).to_dict(), shape, "float32")).expected_rows
+        for metrics in ((), ("entropy", "lse"))
+    )
+    assert np.abs(plain).max() > 0
+    np.testing.assert_array_equal(with_metrics, plain)
 
 
 def test_a_loss_of_the_full_call_that_stands_alone_is_an_error():
