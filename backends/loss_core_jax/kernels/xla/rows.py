@@ -15,7 +15,8 @@ from loss_core_jax.inputs import IGNORED, arithmetic_dtype
 from loss_core_jax.kernels import How, Rows
 from loss_core_jax.kernels.xla.chunks import finite, map_chunks, rows_within, without_ignored, zero_if_ignored
 
-# XLA for CPU writes a cast of the logits out before it sums over it; chunks bound this temporary, and keep it in cache.
+# XLA for CPU writes a cast of the logits out before it sums over it, and z - m before the sums of exp(z - m) and of
+# exp(z - m) (z - m); chunks bound these temporaries, and keep them in cache.
 TEMPORARY_BYTES = 8 << 20
 
 
@@ -23,8 +24,9 @@ def terms(rows: Rows, how: How, temporary_bytes: int) -> RowTerms:
     """Terms of each row; two passes over the logits."""
     logits, target, num_classes, inverse, columns = rows
     dtype, vocab = arithmetic_dtype(logits), logits.shape[-1]
-    # Without a cast or a softcap XLA sums exp(z - m) straight from the logits: no temporaries, so no chunks.
-    if (logits.dtype == dtype and not how.softcap and columns is None) or how.shard.partitioned:
+    # Without a cast, a softcap or an entropy XLA sums exp(z - m) straight from the logits: no temporaries, no chunks.
+    plain = logits.dtype == dtype and not how.softcap and not how.sums.e and columns is None
+    if plain or how.shard.partitioned:
         return _terms(rows, how)
 
     def of_chunk(logits_CV: jax.Array, target_C: jax.Array, *rest: jax.Array) -> RowTerms:
