@@ -106,6 +106,8 @@ def check(
     suffix = reproduce_suffix(shape, num_random, seed, device) + reproduce_options
     cases = Cases(shape, only, inputs, num_random, seed, first)
     if implementations:
+        if tp or minutes is not None:
+            raise ValueError(f"{'tp' if tp else 'minutes'} is for flags: implementations run whole, in this process.")
         question = Question("", wanted, cases, device, suffix)
         judge_all(config, implementations_of(implementations, framework), question, report, progress)
         if backends is None and against is None:

@@ -33,12 +33,13 @@ from loss_core.cli.common import (
     known_word,
     look_in_working_directory,
     note,
+    only_options,
     progress_bar,
     read_losses,
     shape_of,
     write_outputs,
 )
-from loss_core.cli.invariance import refuse_beside_invariance, run_invariance
+from loss_core.cli.invariance import run_invariance
 from loss_core.cli.logprobs import explain_logprobs
 from loss_core.dispatch.flags import AUTO, BACKENDS, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
@@ -120,6 +121,10 @@ def check_command(
     """
     if logprobs is not None:
         return explain_logprobs(ctx, logprobs, seed, json, page)
+    if invariance:
+        only_options(ctx, "invariance", ("config", "backend", "dtype", "shape", "seed", "device", "json", "modules"))
+    if framework is not None and not implementation:
+        raise UsageProblem(f"--framework {framework} says whose tensors an --implementation takes; name one.")
     out, err = Console(), Console(stderr=True)
     import_modules(modules or ())
     check_outputs(json, page)
@@ -132,18 +137,6 @@ def check_command(
     dtypes = known_dtypes(dtype)
     again = "".join(f" --import {module}" for module in modules or ())
     if invariance:
-        refuse_beside_invariance(
-            {
-                "--against": against,
-                "--case": case,
-                "--cases": cases,
-                "--minutes": minutes,
-                "--inputs": inputs,
-                "--tp": tp,
-                "--report": page,
-                "--implementation": implementation,
-            }
-        )
         options = {"shape": sizes, "seed": seed, "device": device, "reproduce_options": again}
         return run_invariance(losses or None, backend or None, json, dtypes=dtypes, **options)
     _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])

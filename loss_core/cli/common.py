@@ -99,6 +99,23 @@ def read_losses(sources: Iterable[str] | None) -> list[str | LossConfig]:
     return [loss for i, loss in enumerate(losses) if loss not in losses[:i]]
 
 
+def only_options(ctx: typer.Context, mode: str, taken: Sequence[str]) -> None:
+    """Refuse options of a command that were given and that one of them, the mode, would ignore.
+
+    Args:
+        mode: parameter of the command.
+        taken: parameters that mean something beside it.
+    """
+    options = {str(parameter.name): parameter.opts[0] for parameter in ctx.command.params}
+    sources = {name: ctx.get_parameter_source(name) for name in options if name not in (mode, *taken)}
+    given = [options[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        *most, last = (options[name] for name in taken)
+        raise UsageProblem(
+            f"{', '.join(given)} can't be used beside {options[mode]}, which takes {', '.join(most)} and {last}."
+        )
+
+
 def check_outputs(json: Path | None, page: Path | None) -> None:
     """Find out before the work, which takes a while, that its results can be written."""
     for name, path in (("--json", json), ("--report", page)):

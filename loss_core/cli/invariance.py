@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,3 @@ def run_invariance(
     note(out, str(report))
     write_outputs([(json, lambda: report.to_json() + "\n")], err)
     return 0 if report.passed else 1
-
-
-def refuse_beside_invariance(options: Mapping[str, object]) -> None:
-    """Refuse options, by name, that were given and that belong to the check against float64."""
-    if given := [name for name, value in options.items() if value]:
-        raise UsageProblem(
-            f"{', '.join(given)} can't be used beside --invariance, which draws batches of its own and compares a flag "
-            "with itself: it takes --config, --backend, --dtype, --shape, --seed, --device, --json and --import."
-        )

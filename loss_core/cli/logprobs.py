@@ -7,14 +7,10 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from loss_core.cli.common import check_outputs, write_outputs
+from loss_core.cli.common import check_outputs, only_options, write_outputs
 from loss_core.mismatch import explain, read_dump
 from loss_core.mismatch.html import mismatch_page
 from loss_core.mismatch.text import print_mismatch
-from loss_core.usage import UsageProblem
-
-# Parameters of the command that mean something here.
-_TAKEN = ("logprobs", "seed", "json", "page")
 
 
 def explain_logprobs(ctx: typer.Context, dump: Path, seed: int, json: Path | None, page: Path | None) -> int:
@@ -23,7 +19,7 @@ def explain_logprobs(ctx: typer.Context, dump: Path, seed: int, json: Path | Non
     Returns:
         0 where one computation explains both systems, else 1.
     """
-    _check_options(ctx)
+    only_options(ctx, "logprobs", ("seed", "json", "page"))
     out, err = Console(), Console(stderr=True)
     check_outputs(json, page)
     report = explain(read_dump(dump), seed=seed)
@@ -31,16 +27,3 @@ def explain_logprobs(ctx: typer.Context, dump: Path, seed: int, json: Path | Non
     typed = ctx.obj or "loss-core check --logprobs"
     write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: mismatch_page(report, typed))], err)
     return 0 if report.agree else 1
-
-
-def _check_options(ctx: typer.Context) -> None:
-    """Options that would be ignored are wrong usage."""
-    given = []
-    for parameter in ctx.command.params:
-        source = ctx.get_parameter_source(str(parameter.name))
-        if parameter.name not in _TAKEN and source is not None and source.name == "COMMANDLINE":
-            given.append(parameter.opts[0])
-    if given:
-        raise UsageProblem(
-            f"{', '.join(given)} can't be used beside --logprobs, which takes --seed, --json and --report."
-        )

@@ -107,3 +107,17 @@ def test_what_cannot_be_had_exits_2(losses, spec, message):
     result = run("check", "--implementation", spec)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--implementation", "torch:eager", "--tp", 2), "tp is for flags"),
+        (("--implementation", "torch:eager", "--minutes", 1), "minutes is for flags"),
+        (("--framework", "jax"), "--framework jax says whose tensors an --implementation takes; name one."),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message):
+    result = run("check", "--config", "KDLoss", "--dtype", "float32", "--case", "basic", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -63,7 +63,7 @@ def test_a_promise_that_is_broken_exits_1_and_its_line_reproduces_it(dependent, 
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--against", "torch:plain"), ("--case", "basic"), ("--cases", 3), ("--inputs", "call.npz"), ("--tp", 2),
-     ("--report", "page.html")],
+     ("--report", "page.html"), ("--minutes", 1), ("--first", 0), ("--framework", "jax"), ("--implementation", "a:b")],
 )  # fmt: skip
 def test_options_of_the_other_check_are_refused(option, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
