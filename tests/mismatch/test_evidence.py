@@ -10,19 +10,18 @@ from loss_core.mismatch.hypotheses import Hypothesis, Outcome
 from loss_core.mismatch.interval import Interval
 from loss_core.mismatch.precision import FLOAT32, PRECISIONS
 
-RNG = np.random.default_rng(0)
-
 
 def outcome(precision, predicted, observed, cause=RECORDED, width=1.0):
     hypothesis = Hypothesis(precision, Cause(cause, "", Formula()))
     return Outcome(hypothesis, Interval(predicted - width, predicted, predicted + width), observed)
 
 
-def weighed(num_tokens, noise, width_of_b=1.0):
-    a = RNG.standard_normal(num_tokens)
-    b = a + 1e-2 * RNG.standard_normal(num_tokens)
-    observed = a + noise * RNG.standard_normal(num_tokens)
-    return weigh([outcome(FLOAT32, b, observed, width=width_of_b), outcome(PRECISIONS[1], a, observed)])
+def weighed(num_tokens, noise, seed=0):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal(num_tokens)
+    b = a + 1e-2 * rng.standard_normal(num_tokens)
+    observed = a + noise * rng.standard_normal(num_tokens)
+    return weigh([outcome(FLOAT32, b, observed), outcome(PRECISIONS[1], a, observed)])
 
 
 def test_a_residual_that_follows_another_prediction_refutes():
@@ -32,29 +31,31 @@ def test_a_residual_that_follows_another_prediction_refutes():
 
 
 def test_few_tokens_and_large_noise_refute_nothing():
-    for evidence in (weighed(20, 1e-4), weighed(200, 0.3)):
+    for evidence in (weighed(20, 1e-4), weighed(200, 0.1)):
         assert len(evidence.causes) == 2
         assert evidence.refuted == []
 
 
 def test_no_hypothesis_is_refuted_wrongly_in_many_draws():
     # B is true, with noise from far below to far above the difference to A.
-    for noise in np.geomspace(1e-6, 0.1, 400):
-        kept = weighed(150, noise).causes
+    for seed, noise in enumerate(np.geomspace(1e-6, 0.1, 400)):
+        kept = weighed(150, noise, seed=seed).causes
         assert PRECISIONS[1] in [o.hypothesis.precision for o in kept]
 
 
 def test_a_wide_bound_does_not_win_over_what_is_closer():
-    observed = RNG.standard_normal(50)
-    near, far = observed + 1e-3, observed + 1e-1 * RNG.standard_normal(50)
+    rng = np.random.default_rng(0)
+    observed = rng.standard_normal(50)
+    near, far = observed + 1e-3, observed + 1e-1 * rng.standard_normal(50)
     evidence = weigh([outcome(FLOAT32, near, observed, width=1e-4), outcome(PRECISIONS[1], far, observed)])
     assert evidence.causes == []
     assert len(evidence.refuted) == 1
 
 
 def test_the_same_bits_and_what_changes_nothing_visible_are_one_cause():
-    predicted = RNG.standard_normal(100)
-    observed = predicted + 1e-4 * RNG.standard_normal(100)
+    rng = np.random.default_rng(0)
+    predicted = rng.standard_normal(100)
+    observed = predicted + 1e-4 * rng.standard_normal(100)
     evidence = weigh([
         outcome(FLOAT32, predicted, observed),
         outcome(PRECISIONS[1], predicted, observed),
@@ -62,3 +63,17 @@ def test_the_same_bits_and_what_changes_nothing_visible_are_one_cause():
     ])  # fmt: skip
     assert len(evidence.causes) == 1
     assert [o.hypothesis.cause.name for o in evidence.same[0]] == [RECORDED, "padded"]
+
+
+def test_two_that_refute_each_other_are_left_beside_one_that_they_refute():
+    # Both equally far from what was observed, on either side of it; the third much further.
+    rng = np.random.default_rng(0)
+    observed, apart = rng.standard_normal(1000), 1e-3 * rng.standard_normal(1000)
+    far = observed + 0.1 * rng.standard_normal(1000)
+    below, above, third = (
+        outcome(precision, predicted, observed)
+        for precision, predicted in zip(PRECISIONS, (observed - apart, observed + apart, far), strict=False)
+    )
+    evidence = weigh([below, above, third])
+    assert evidence.causes == [below, above]
+    assert evidence.refuted == [third]
