@@ -28,7 +28,10 @@ import typer
 from typer.testing import CliRunner
 
 from loss_core import LOSS_CONFIG_REGISTRY, unregister_loss
+from loss_core.baselines import JUDGED
 from loss_core.cli.app import app
+from loss_core.cli.common import read_losses
+from loss_core.losses.drawing import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 # One process imports both frameworks for all pages.
@@ -120,3 +123,25 @@ def test_commands_exist(path, page, tmp_path):
             if block.mark == "run":
                 done = CliRunner().invoke(app, [name, *arguments])
                 assert done.exit_code == 0, f"{path}:{block.line}: {name}\n{done.output}"
+
+
+RECORD = ROOT / "docs" / "defects.md"
+RECORDED = re.findall(r"\| `(--implementation [^`]+)`", RECORD.read_text(encoding="utf-8"))
+
+
+def test_the_record_names_projects_losses_and_cases_that_exist():
+    assert len(RECORDED) > 20
+    for words in map(shlex.split, RECORDED):
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        assert given["--implementation"] in JUDGED
+        assert given["--case"] in recipe_names()
+        assert read_losses([given["--config"]])
+
+
+@pytest.mark.parametrize("command", [words for words in RECORDED if " torch-own " in words])
+def test_the_record_of_torch_itself_is_reproduced(command):
+    torch = pytest.importorskip("torch")
+    if not torch.__version__.startswith("2.13.0"):
+        pytest.skip("the record is of torch 2.13.0")
+    done = CliRunner().invoke(app, ["check", *shlex.split(command)])
+    assert (done.exit_code, "BROKEN" in done.output) == (1, True), done.output
