@@ -23,18 +23,22 @@ _HEADINGS = ("", "flag", "against", "dtype", "cases", "worst", "finds", "where t
 
 
 def verdict(report: Report) -> str:
-    """The check in one line: passed or failed, on what, and how close it was."""
+    """The check in one line: passed or failed, on what, and how close it was; clauses come first."""
+    sentences = [_verdict_on_clauses(report)] if any(v.calls or v.findings for v in report.verdicts) else []
+    sentences += [_verdict_on_rows(report)] if report.rows else []
+    return " ".join(sentences) or "NOTHING CHECKED: no loss could be run."
+
+
+def _verdict_on_rows(report: Report) -> str:
     losses = _counted(len({row.loss for row in report.rows}), "config")
     flags = _counted(len({row.flag for row in report.rows}), "flag")
     values = int(sum(int(counts.sum()) for counts in report.histograms.values()))
     size = f"{losses}, {flags}, {_counted(values, 'value')} in {report.seconds:.0f} s"
     if report.stopped:
         size = f"stopped after {report.calls:,} of {_counted(report.total, 'call')}; {size}"
-    if not report.rows:
-        return _verdict_on_clauses(report)
     so_far = " so far" if report.stopped else ""
-    if not report.passed:
-        bad, of = sum(not row.passed for row in report.rows), _counted(len(report.rows), "row")
+    if bad := sum(not row.passed for row in report.rows):
+        of = _counted(len(report.rows), "row")
         return f"FAIL{so_far}: {bad} of {of} beyond what rounding explains ({size})."
     worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.share, default=None)
     close = f"; the largest error is {share_text(worst.share)} of its allowance" if worst else ""
@@ -43,8 +47,6 @@ def verdict(report: Report) -> str:
 
 def _verdict_on_clauses(report: Report) -> str:
     judged = [verdict for verdict in report.verdicts if verdict.calls or verdict.findings]
-    if not judged:
-        return "NOTHING CHECKED: no loss could be run."
     size = f"{_counted(sum(v.calls for v in judged), 'judgement')} in {report.seconds:.0f} s"
     if report.broken:
         return f"FAIL: {len(report.broken)} of {_counted(len(judged), 'clause')} broken ({size})."

@@ -121,3 +121,13 @@ def test_options_that_would_be_ignored_are_refused(options, message):
     result = run("check", "--config", "KDLoss", "--dtype", "float32", "--case", "basic", *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_broken_clause_beside_a_flag_that_passes_is_the_first_thing_said(losses):
+    named = ("--implementation", "judged:doubled", "--config", "MaskedCrossEntropy")
+    result = run("check", *named, "--backend", "torch:eager", *QUICK)
+    assert result.exit_code == 1
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("FAIL: ")
+    assert " clauses broken (" in last
+    assert ". PASS: everything within what rounding explains (1 config, 1 flag" in last
