@@ -45,7 +45,7 @@ from loss_core.dispatch.flags import flag_status
 GIB = 2**30
 
 _LOGITS, _FUSED, _KD = MaskedCrossEntropyConfig(reduction="mean"), FusedLinearCEConfig(reduction="mean"), KDLossConfig()
-_TORCH_BASELINES = ("compiled-torch", "torch-linear-ce", "cce", "liger", "te", "nemo")
+_TORCH_BASELINES = ("compiled-torch", "torch-linear-ce", "cce", "liger", "te", "nemo", "quack")
 _JAX_BASELINES = ("plain-jax", "optax", "jax-cce", "tokamax")
 
 

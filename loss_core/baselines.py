@@ -99,6 +99,8 @@ BASELINES = {
                  adapter="te"),
         Baseline("nemo", "NeMo AutoModel: MaskedCrossEntropy, FusedLinearCrossEntropy, KDLoss", "torch", _ALL,
                  ("torch", "nemo_automodel"), "pip install nemo-automodel", _SOFTCAP, adapter="nemo"),
+        Baseline("quack", "QuACK: cross_entropy, chunked_linear_cross_entropy", "torch", _BOTH, ("torch", "quack"),
+                 "pip install quack-kernels", adapter="quack"),
         Baseline("plain-jax", "jax.nn.log_softmax, under jit", "jax", _ALL, ("jax",), _JAX, _SOFTCAP, "any"),
         Baseline("optax", "optax.losses, under jit", "jax", _ALL, ("jax", "optax"), "pip install optax", _SOFTCAP,
                  adapter="optax"),
@@ -112,6 +114,8 @@ BASELINES = {
                  "pip install torchtitan", adapter="titan"),
         Baseline("torchtune", "torchtune: chunked cross entropy, forward and reverse KL", "torch", (),
                  ("torch", "torchtune"), "pip install torchtune torchao", adapter="torchtune"),
+        Baseline("megatron", "Megatron-core, vocab_parallel_cross_entropy on one rank", "torch", (),
+                 ("torch", "megatron"), "pip install megatron-core", adapter="megatron"),
         Baseline("trl", "TRL: selective_log_softmax, generalized_jsd_loss", "torch", (), ("torch", "trl"),
                  "pip install trl", adapter="trl"),
     )

@@ -37,3 +37,10 @@ def build(name: str, config: Any) -> Loss:
         if field.name not in options and field.compare and getattr(config, field.name) != field.default:
             raise BackendUnavailable(f"{name} has no {field.name}={getattr(config, field.name)!r}.")
     return builder(config)
+
+
+def reduced(loss_T: Any, labels: Any, config: Any) -> Any:
+    """The result of a project that gives the loss of each token alone; its labels of ignored tokens are -100."""
+    if config.reduction == "none":
+        return loss_T
+    return loss_T.sum() / (labels != -100).sum() if config.reduction == "mean" else loss_T.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from loss_core_baselines import Loss, Losses
+from loss_core_baselines import Loss, Losses, reduced
 
 
 def cross_entropy(config: Any) -> Loss:
@@ -14,10 +14,7 @@ def cross_entropy(config: Any) -> Loss:
     group = getattr(config, "tp_group", None)
 
     def loss(logits: Any, labels: Any) -> Any:
-        loss_T = function(logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, group)[0]
-        if config.reduction == "none":
-            return loss_T
-        return loss_T.sum() / (labels != -100).sum() if config.reduction == "mean" else loss_T.sum()
+        return reduced(function(logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, group)[0], labels, config)
 
     return loss
 

@@ -121,6 +121,12 @@ def _nemo(config: Any, job: Job) -> Candidates:
     return [("", build("nemo", config))]
 
 
+def _quack(config: Any, job: Job) -> Candidates:
+    if job.device == "cpu":
+        raise BackendUnavailable("QuACK's CuTe kernels need a Hopper or Blackwell GPU.")
+    return [("", build("quack", config))]
+
+
 _ADAPTERS: dict[str, Callable[[Any, Job], Candidates]] = {
     "plain-torch": _gathered,
     "torch-loss-parallel": _loss_parallel,
@@ -131,4 +137,5 @@ _ADAPTERS: dict[str, Callable[[Any, Job], Candidates]] = {
     "liger": _liger,
     "te": _te,
     "nemo": _nemo,
+    "quack": _quack,
 }

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from helpers.largest_tensor import LargestTensor
 from helpers.process_group import over_processes
 from loss_core import FusedLinearCEConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core.check import check
+from loss_core.check.judge.implementation import implementation_named
 from loss_core_torch.integrations.megatron import language_model_loss
 
 B, S, V = 3, 10, 96
@@ -99,3 +101,12 @@ def test_in_place_of_a_models_own(world):
         torch.testing.assert_close(*results)
     finally:
         parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_its_own_loss_is_judged_by_name():
+    judged = [implementation_named("megatron")]
+    report = check("MaskedCrossEntropy", implementations=judged, dtypes=["float32"], only=["basic"])
+    broken = {verdict.clause for verdict in report.broken}
+    assert {"inputs left alone", "backward twice", "labels that are no class"} <= broken
+    assert not {"values", "gradient of logits", "strided columns"} & broken

@@ -1,0 +1,32 @@
+"""Megatron-core's cross entropy over a vocabulary that may be sharded; here with the whole of it on one rank."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from loss_core_baselines import Loss, Losses, reduced
+
+
+def _cross_entropy(config: Any) -> Loss:
+    module = importlib.import_module("megatron.core.tensor_parallel.cross_entropy")
+    _start_group_of_one()
+
+    def loss(logits: Any, labels: Any) -> Any:
+        return reduced(module.vocab_parallel_cross_entropy(logits, labels, config.label_smoothing), labels, config)
+
+    return loss
+
+
+def _start_group_of_one() -> None:
+    """The group over which it reduces: this process alone, where the program has set up none."""
+    import torch.distributed as dist
+
+    state = importlib.import_module("megatron.core.parallel_state")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not state.model_parallel_is_initialized():
+        state.initialize_model_parallel()
+
+
+LOSSES: Losses = {"cross_entropy": (_cross_entropy, ("reduction", "label_smoothing"))}
