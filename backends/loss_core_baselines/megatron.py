@@ -20,9 +20,7 @@ def _cross_entropy(config: Any) -> Loss:
 
 def _start_group_of_one() -> None:
     """The group over which it reduces: this process alone, where the program has set up none."""
-    import torch.distributed as dist
-
-    state = importlib.import_module("megatron.core.parallel_state")
+    dist, state = (importlib.import_module(name) for name in ("torch.distributed", "megatron.core.parallel_state"))
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not state.model_parallel_is_initialized():
