@@ -39,7 +39,8 @@ Dtypes = Annotated[
 _SHAPE = typer.Option("--shape", metavar="T,V[,H]", help="Tokens, vocabulary and hidden size.")
 Shape = Annotated[str | None, _SHAPE]
 Shapes = Annotated[list[str] | None, _SHAPE]
-Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="Such as cpu or cuda.")]
+# With its name spelled out: typer 0.27 has no --device without.
+Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="Such as cpu or cuda.")]
 Seed = Annotated[int, typer.Option(metavar="S", min=0, help="Seed of what is random.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")]
 Page = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write the report as an HTML page.")]
