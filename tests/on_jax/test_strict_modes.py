@@ -20,8 +20,8 @@ MODES = {
     "jax_enable_checks": True,
     "jax_check_tracer_leaks": True,
 }
-PIECES = CPU._replace(logits_bytes=0, chunk=(4, 4), tile=16)
-SMALL = XlaKernels(row_bytes=0, pair_bytes=0, cpu=PIECES, accelerator=PIECES)
+PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=16)
+SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES)
 
 RNG = np.random.default_rng(0)
 B, S, V, H = 2, 20, 37, 8

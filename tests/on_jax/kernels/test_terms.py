@@ -15,8 +15,8 @@ from loss_core_jax.kernels import How, LinearRows, Rows, Shard
 from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 T, V, H = 13, 37, 5
-PIECES = CPU._replace(logits_bytes=0, chunk=(4, 4), tile=16)
-KERNELS = XlaKernels(row_bytes=0, pair_bytes=0, cpu=PIECES, accelerator=PIECES)
+PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=16)
+KERNELS = XlaKernels(cpu=PIECES, accelerator=PIECES)
 RNG = np.random.default_rng(0)
 TARGET = RNG.integers(0, 30, T).astype(np.int32)
 TARGET[::4] = IGNORED

@@ -17,8 +17,8 @@ from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 # Chunks of 16 tokens and tiles of 128 classes, neither a divisor.
 T, V, H = 37, 507, 16
-PIECES = CPU._replace(logits_bytes=0, chunk=(16, 16), tile=128)
-SMALL = XlaKernels(row_bytes=0, pair_bytes=0, cpu=PIECES, accelerator=PIECES._replace(is_cpu=False))
+PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(16, 16), tile=128)
+SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES._replace(is_cpu=False))
 FIELDS: dict[str, dict[str, Any]] = {
     "forward_kl": {"temperature": 2.0},
     "reverse_kl": {"divergence": "reverse_kl", "temperature": 0.5},

@@ -21,8 +21,8 @@ IGNORE = -100
 
 
 # Chunks of 16 tokens and tiles of 128 classes, so that small inputs go through every loop.
-PIECES = CPU._replace(logits_bytes=0, chunk=(16, 16), tile=128)
-SMALL = XlaKernels(row_bytes=0, pair_bytes=0, cpu=PIECES, accelerator=PIECES._replace(is_cpu=False))
+PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(16, 16), tile=128)
+SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES._replace(is_cpu=False))
 
 
 class Case(NamedTuple):

@@ -27,8 +27,8 @@ from loss_core.losses import allowances, named_cases, oracle, share_of_allowance
 from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 # Chunks of 4 or 16 tokens and tiles of 8 classes, so that small inputs go through every loop.
-PIECES = CPU._replace(logits_bytes=0, chunk=(4, 4), tile=8)
-SMALL = XlaKernels(row_bytes=0, pair_bytes=0, cpu=PIECES, accelerator=PIECES)
+PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=8)
+SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES)
 
 WITH_VOCAB_LAST = ("logits", "student_logits", "teacher_logits")
 

@@ -22,7 +22,7 @@ from loss_core_jax.kernels import (
     recorded,
 )
 from loss_core_jax.kernels.xla import linear, linear_pairs, pairs, rows
-from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, LinearSizes, by_platform
+from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, Sizes, by_platform
 
 FLAG = "jax:xla"
 
@@ -32,19 +32,16 @@ class XlaKernels:
     """The kernel set of `jax:xla`.
 
     Attributes:
-        row_bytes: most bytes of a temporary of logits that need a cast.
-        pair_bytes: most bytes of each of the three temporaries of pairs.
-        cpu, accelerator: how linear rows are cut up, by what the program is compiled for.
+        cpu, accelerator: how rows are cut up, by what the program is compiled for.
     """
 
-    row_bytes: int = rows.TEMPORARY_BYTES
-    pair_bytes: int = pairs.TEMPORARY_BYTES
-    cpu: LinearSizes = CPU
-    accelerator: LinearSizes = ACCELERATOR
+    cpu: Sizes = CPU
+    accelerator: Sizes = ACCELERATOR
 
     @recorded(FLAG)
     def row_terms(self, these: Rows, how: How) -> RowTerms:
-        return rows.terms(these, how, self.row_bytes)
+        found: RowTerms = by_platform(rows.terms, (how,), self.cpu, self.accelerator, these)
+        return found
 
     @recorded(FLAG)
     def row_gradient(self, these: Rows, terms: RowTerms, coefficients: Coefficients, how: How) -> jax.Array:
@@ -52,7 +49,9 @@ class XlaKernels:
 
     @recorded(FLAG)
     def pair_terms(self, these: Pairs, temperature: float, chunk_size: int, shard: Shard) -> PairTerms:
-        return pairs.terms(these, temperature, chunk_size, shard, self.pair_bytes)
+        how = (temperature, chunk_size, shard)
+        found: PairTerms = by_platform(pairs.terms, how, self.cpu, self.accelerator, these)
+        return found
 
     @recorded(FLAG)
     def pair_gradients(
@@ -62,7 +61,9 @@ class XlaKernels:
 
     @recorded(FLAG)
     def pair_mixture(self, these: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard) -> MixtureTerms:
-        return pairs.mixture_terms(these, terms, mixture, shard, self.pair_bytes)
+        how = (mixture, shard)
+        found: MixtureTerms = by_platform(pairs.mixture_terms, how, self.cpu, self.accelerator, these, terms)
+        return found
 
     @recorded(FLAG)
     def mixture_gradients(

@@ -17,11 +17,11 @@ from loss_core.row_terms import IGNORED_ROW, Coefficients, Objective, RowTerms, 
 from loss_core_jax.inputs import IGNORED, arithmetic_dtype
 from loss_core_jax.kernels import How, LinearGradients, LinearRows, Wanted
 from loss_core_jax.kernels.xla.chunks import behind_barrier, joined, split, zero_if_ignored, zeros_for_loop
-from loss_core_jax.kernels.xla.sizes import LinearSizes, Plan, plan_for
+from loss_core_jax.kernels.xla.sizes import Plan, Sizes, plan_for
 from loss_core_jax.kernels.xla.tiles import Chunk, chunk_gradients, chunk_terms
 
 
-def terms(how: How, sizes: LinearSizes, rows: LinearRows) -> RowTerms:
+def terms(how: How, sizes: Sizes, rows: LinearRows) -> RowTerms:
     """Terms of each row, shape of target."""
     plan, rows = planned(rows, how, sizes)
 
@@ -32,9 +32,7 @@ def terms(how: How, sizes: LinearSizes, rows: LinearRows) -> RowTerms:
     return _of_rows(found, rows.target, how)
 
 
-def gradients(
-    how: How, sizes: LinearSizes, rows: LinearRows, terms: RowTerms, coefficients: Coefficients
-) -> LinearGradients:
+def gradients(how: How, sizes: Sizes, rows: LinearRows, terms: RowTerms, coefficients: Coefficients) -> LinearGradients:
     """Gradients of all rows, given their terms and coefficients."""
 
     def of_chunk(chunk: Chunk, plan: Plan, given: Any) -> tuple[RowTerms, Coefficients, None]:
@@ -44,7 +42,7 @@ def gradients(
 
 
 def terms_and_gradients(
-    how: How, objective: Objective, wanted: Wanted, sizes: LinearSizes, rows: LinearRows, upstream: jax.Array
+    how: How, objective: Objective, wanted: Wanted, sizes: Sizes, rows: LinearRows, upstream: jax.Array
 ) -> tuple[RowTerms, LinearGradients]:
     """Terms, and gradients of upstream * cross entropy, of all rows."""
 
@@ -56,7 +54,7 @@ def terms_and_gradients(
 
 
 def _sweep(
-    how: How, wanted: Wanted, sizes: LinearSizes, rows: LinearRows, given: Any, of_chunk: Callable[..., Any]
+    how: How, wanted: Wanted, sizes: Sizes, rows: LinearRows, given: Any, of_chunk: Callable[..., Any]
 ) -> tuple[RowTerms, LinearGradients]:
     """Terms and gradients of all rows in one visit of each chunk.
 
@@ -108,7 +106,7 @@ def _skip(visit: Any) -> Any:
     return skip
 
 
-def planned(rows: LinearRows, how: How, sizes: LinearSizes) -> tuple[Plan, LinearRows]:
+def planned(rows: LinearRows, how: How, sizes: Sizes) -> tuple[Plan, LinearRows]:
     """How rows are cut up; and the rows, as loops over them want them."""
     dtype = arithmetic_dtype(rows.hidden, rows.weight_VH)
     partitioned = how.shard.partitioned

@@ -21,7 +21,7 @@ from loss_core_jax.kernels import BothGradients, How, LinearGradients, LinearPai
 from loss_core_jax.kernels.xla import pairs
 from loss_core_jax.kernels.xla.chunks import zeros_for_loop
 from loss_core_jax.kernels.xla.linear import chunk_of, joined_rows, pieces_of, planned, split_rows, unsharded_last
-from loss_core_jax.kernels.xla.sizes import LinearSizes, Plan
+from loss_core_jax.kernels.xla.sizes import Plan, Sizes
 from loss_core_jax.kernels.xla.tiles import (
     Chunk,
     Tile,
@@ -50,7 +50,7 @@ class _Gradient(NamedTuple):
     kept: Kept = (None, None)
 
 
-def terms(how: PairHow, sizes: LinearSizes, rows: LinearPairs) -> PairTerms:
+def terms(how: PairHow, sizes: Sizes, rows: LinearPairs) -> PairTerms:
     """Terms of each pair, shape of target."""
 
     def of_chunk(both: Both, plan: Plan, given: Any) -> tuple[PairTerms, None]:
@@ -60,7 +60,7 @@ def terms(how: PairHow, sizes: LinearSizes, rows: LinearPairs) -> PairTerms:
     return found
 
 
-def mixture_terms(how: PairHow, sizes: LinearSizes, rows: LinearPairs, terms: PairTerms) -> MixtureTerms:
+def mixture_terms(how: PairHow, sizes: Sizes, rows: LinearPairs, terms: PairTerms) -> MixtureTerms:
     """Sums of both distributions against their mixture, shape of target."""
 
     def of_chunk(both: Both, plan: Plan, terms_C: PairTerms) -> tuple[MixtureTerms, None]:
@@ -72,7 +72,7 @@ def mixture_terms(how: PairHow, sizes: LinearSizes, rows: LinearPairs, terms: Pa
 
 def gradients(
     how: PairHow,
-    sizes: LinearSizes,
+    sizes: Sizes,
     rows: LinearPairs,
     terms: PairTerms,
     sums: jax.Array | MixtureTerms,
@@ -87,7 +87,7 @@ def gradients(
 
 
 def losses_and_gradients(
-    how: PairHow, sizes: LinearSizes, rows: LinearPairs, upstream: jax.Array
+    how: PairHow, sizes: Sizes, rows: LinearPairs, upstream: jax.Array
 ) -> tuple[jax.Array, BothGradients]:
     """Divergence of each row, and the gradients of upstream * divergence."""
 
@@ -103,9 +103,7 @@ def losses_and_gradients(
     return found
 
 
-def _sweep(
-    how: PairHow, sizes: LinearSizes, rows: LinearPairs, given: Any, of_chunk: Callable[..., Any]
-) -> tuple[Any, Any]:
+def _sweep(how: PairHow, sizes: Sizes, rows: LinearPairs, given: Any, of_chunk: Callable[..., Any]) -> tuple[Any, Any]:
     """Numbers and gradients of all rows in one visit of each chunk.
 
     Args:
@@ -165,7 +163,7 @@ def _chunk_terms(both: Both, how: PairHow, plan: Plan, *, keep: bool) -> tuple[P
 
     def body(found: PairTerms, index: jax.Array) -> tuple[PairTerms, Kept]:
         pair, _ = _tile_pair(both, index, (None, None), how, plan)
-        part = pairs.terms(pair, _TEMPERATURE, 0, _WHOLE, 0)
+        part = pairs.terms(_TEMPERATURE, 0, _WHOLE, plan.sizes, pair)
         return combine_pairs(jnp, found, part), (pair.student, pair.teacher) if keep else (None, None)
 
     empty = PairTerms(*(_zeros(both, plan) + x for x in EMPTY_PAIR))
@@ -184,7 +182,7 @@ def _chunk_mixture(both: Both, terms_C: PairTerms, kept: Kept, how: PairHow, pla
     def body(sums: MixtureTerms, index_and_kept: Any) -> tuple[MixtureTerms, None]:
         index, tiles_kept = index_and_kept
         pair, _ = _tile_pair(both, index, tiles_kept, how, plan)
-        part = pairs.mixture_terms(pair, terms_C, Mixture(how.beta, _TEMPERATURE), _WHOLE, 0)
+        part = pairs.mixture_terms(Mixture(how.beta, _TEMPERATURE), _WHOLE, plan.sizes, pair, terms_C)
         return jax.tree.map(jnp.add, sums, part), None
 
     zeros = MixtureTerms(_zeros(both, plan), _zeros(both, plan))

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,28 +24,25 @@ from loss_core.row_terms import (
 from loss_core_jax.inputs import arithmetic_dtype
 from loss_core_jax.kernels import Mixture, Pairs, Shard
 from loss_core_jax.kernels.xla.chunks import Arrays, behind_barrier, finite, map_chunks, rows_within, zero_if_ignored
-
-# Of each temporary, of which there are three: XLA for CPU writes terms out before it sums them. They stay in the L2
-# caches of the cores when there is 1 MiB for each: measured a fifth faster than 4 MiB for each.
-TEMPORARY_BYTES = (os.cpu_count() or 1) << 20
+from loss_core_jax.kernels.xla.sizes import Sizes
 
 
-def terms(pairs: Pairs, temperature: float, chunk_size: int, shard: Shard, temporary_bytes: int) -> PairTerms:
+def terms(temperature: float, chunk_size: int, shard: Shard, sizes: Sizes, pairs: Pairs) -> PairTerms:
     """Terms of each pair; two passes over each of the logits."""
     dtype = arithmetic_dtype(pairs.student, pairs.teacher)
     of_rows = functools.partial(_terms, temperature=temperature, dtype=dtype)
-    return PairTerms(*_by_chunks(of_rows, pairs, (), chunk_size, shard, temporary_bytes))
+    return PairTerms(*_by_chunks(of_rows, pairs, (), chunk_size, shard, sizes))
 
 
 def _by_chunks(
-    of_rows: Callable[..., Arrays], pairs: Pairs, numbers: Arrays, chunk_size: int, shard: Shard, temporary_bytes: int
+    of_rows: Callable[..., Arrays], pairs: Pairs, numbers: Arrays, chunk_size: int, shard: Shard, sizes: Sizes
 ) -> Arrays:
     """`of_rows(*pairs, *numbers)`, one number for each row, by chunks of rows; of all at once where none may be cut."""
     if shard.partitioned:
         return of_rows(*pairs, *numbers)
     dtype, vocab = arithmetic_dtype(pairs.student, pairs.teacher), pairs.student.shape[-1]
     logits = (pairs.student.reshape(-1, vocab), pairs.teacher.reshape(-1, vocab))
-    chunk = chunk_size or rows_within(temporary_bytes, vocab * dtype.itemsize, at_least=16)
+    chunk = chunk_size or rows_within(sizes.pair_bytes, vocab * dtype.itemsize, at_least=16)
     found = map_chunks(of_rows, (*logits, *(x.reshape(-1) for x in (pairs.target, *numbers))), chunk)
     return tuple(x.reshape(pairs.target.shape) for x in found)
 
@@ -104,14 +100,14 @@ def _teacher_gradient(
     return zero_if_ignored(p_t * excess * upstream[..., None], pairs.target).astype(pairs.teacher.dtype)
 
 
-def mixture_terms(pairs: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard, temporary_bytes: int) -> MixtureTerms:
+def mixture_terms(mixture: Mixture, shard: Shard, sizes: Sizes, pairs: Pairs, terms: PairTerms) -> MixtureTerms:
     """Sums of both distributions against their mixture; one pass over each of the logits."""
 
     def of_rows(student: jax.Array, teacher: jax.Array, target: jax.Array, *numbers: jax.Array) -> Arrays:
         of_both = _against_mixture(Pairs(student, teacher, target), PairTerms(*numbers), mixture)
         return tuple(jnp.sum(p * log, -1) for p, log in of_both)
 
-    return MixtureTerms(*_by_chunks(of_rows, pairs, terms, mixture.chunk_size, shard, temporary_bytes))
+    return MixtureTerms(*_by_chunks(of_rows, pairs, terms, mixture.chunk_size, shard, sizes))
 
 
 def mixture_gradients(

@@ -14,13 +14,10 @@ from loss_core.row_terms import Coefficients, RowTerms
 from loss_core_jax.inputs import IGNORED, arithmetic_dtype
 from loss_core_jax.kernels import How, Rows
 from loss_core_jax.kernels.xla.chunks import finite, map_chunks, rows_within, without_ignored, zero_if_ignored
-
-# XLA for CPU writes a cast of the logits out before it sums over it, and z - m before the sums of exp(z - m) and of
-# exp(z - m) (z - m); chunks bound these temporaries, and keep them in cache.
-TEMPORARY_BYTES = 8 << 20
+from loss_core_jax.kernels.xla.sizes import Sizes
 
 
-def terms(rows: Rows, how: How, temporary_bytes: int) -> RowTerms:
+def terms(how: How, sizes: Sizes, rows: Rows) -> RowTerms:
     """Terms of each row; two passes over the logits."""
     logits, target, num_classes, inverse, columns = rows
     dtype, vocab = arithmetic_dtype(logits), logits.shape[-1]
@@ -38,7 +35,7 @@ def terms(rows: Rows, how: How, temporary_bytes: int) -> RowTerms:
     found = map_chunks(
         of_chunk,
         (logits.reshape(-1, vocab), target.reshape(-1), *of_rows),
-        rows_within(temporary_bytes, vocab * dtype.itemsize, at_least=16),
+        rows_within(sizes.row_bytes, vocab * dtype.itemsize, at_least=16),
     )
     return RowTerms(*(None if x is None else x.reshape(*target.shape, *x.shape[1:]) for x in found))
 
