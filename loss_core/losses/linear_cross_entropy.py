@@ -23,6 +23,7 @@ from loss_core.losses.cross_entropy import (
 from loss_core.losses.cross_entropy import oracle as oracle_of_logits
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
 from loss_core.losses.heads import Head, over_heads
+from loss_core.losses.lower import lower_products
 from loss_core.losses.metrics import results_of, upstream_of_loss
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import (
@@ -171,6 +172,7 @@ DEFINITION = LossDef(
     RECIPES,
     random_fields=RANDOM_FIELDS | {"chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
     products=1,
+    lower=lower_products(oracle_of_logits, HEADS),
     results=results_of,
     sampled_rows=sampled_rows,
 )

@@ -21,6 +21,7 @@ from loss_core.losses.distillation import (
 from loss_core.losses.distillation import oracle as oracle_of_logits
 from loss_core.losses.heads import Head, over_heads
 from loss_core.losses.linear_cross_entropy import product_errors, raw_logits
+from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import TokenResult, times_rows
 from loss_core.losses.rounding import SoftmaxErrors, finite, result_errors
 
@@ -163,5 +164,6 @@ DEFINITION = LossDef(
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",
     products=2,
+    lower=lower_products(oracle_of_logits, HEADS),
     row_numbers=5,
 )

@@ -23,6 +23,7 @@ from loss_core.losses.log_probs import (
     token_errors,
 )
 from loss_core.losses.log_probs import oracle as oracle_of_logits
+from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import kept_tokens
 from loss_core.losses.rounding import finite, stored
 
@@ -51,5 +52,6 @@ DEFINITION = LossDef(
     reduction=lambda config: "none",
     results=results_of,
     products=1,
+    lower=lower_products(oracle_of_logits, HEADS),
     row_numbers=4,
 )

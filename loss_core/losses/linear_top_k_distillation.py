@@ -13,6 +13,7 @@ from loss_core.dtypes import compute_format, float_format
 from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Recipe, Sizes, draw_floats
 from loss_core.losses.heads import Head, over_heads
 from loss_core.losses.linear_cross_entropy import BIAS, product_errors, raw_logits
+from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import TokenResult, times_rows
 from loss_core.losses.rounding import finite, result_errors, stored, zero_where_ignored
 from loss_core.losses.top_k_cases import RANDOM_FIELDS, RECIPES, of_teacher
@@ -69,5 +70,6 @@ DEFINITION = LossDef(
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",
     products=1,
+    lower=lower_products(oracle_of_logits, HEADS),
     row_numbers=2 + TOP_K,
 )

@@ -21,7 +21,7 @@ from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, allowances
 from loss_core.losses import evaluate as oracle
 from loss_core.losses.definition import need_definition
-from loss_core.losses.rounding import result_dtype
+from loss_core.losses.rounding import result_dtypes
 
 Floats = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
@@ -166,7 +166,7 @@ class Trial:
 
 
 def _promised_dtypes(call: Call, got: Evaluation) -> dict[str, str]:
-    return dict.fromkeys(got.grads, call.dtype) | {"loss": result_dtype(call.case.config, call.dtype)}
+    return result_dtypes(call.case.config, call.dtype, got.grads)
 
 
 def _operand_dtype(call: Call) -> str | None:
