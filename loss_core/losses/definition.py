@@ -115,6 +115,11 @@ class OracleResult:
     loss: Floats
     grads: dict[str, Floats]
 
+    def size(self, upstream: NDArray[Any] | None) -> float:
+        """Sum of |upstream x result| over all that the gradients are of."""
+        up = 1.0 if upstream is None else np.asarray(upstream, np.float64)
+        return float(np.sum(np.abs(up * self.loss)))
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.calls import ORACLE, Call, chosen_losses, config_of, distinct_names, rounded
+from loss_core.check.findings import add_findings
 from loss_core.check.judge.clauses import Clause, NotSeen, clauses_of
 from loss_core.check.judge.implementation import Guarded, Implementation, Loss, Refused, accepted, in_words
 from loss_core.check.plan import Cases
-from loss_core.check.report import Finding, Report, Row, Verdict, add_findings, framework_version
+from loss_core.check.report import Finding, Report, Row, Verdict, framework_version
 from loss_core.dispatch.flags import load_backend
 from loss_core.dispatch.protocol import Evaluation
 from loss_core.dtypes import FORMATS, compute_format, float_format
