@@ -226,6 +226,7 @@ class Report:
             f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
             + (f"worst {row.worst.share:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
                if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
+            + (f", insensitive to {' and '.join(row.insensitive)}" if row.insensitive else "")
             for row in self.rows
         ]  # fmt: skip
         lines += [

@@ -114,6 +114,7 @@ def test_a_row_in_which_nothing_can_be_seen_says_so(dtype):
     assert report.passed
     assert row.insensitive == list(row.lower)
     assert set(row.lower.values()) == {0}
+    assert str(report).endswith(f", insensitive to {' and '.join(row.lower)}")
     (read,) = json.loads(report.to_json())["rows"]
     assert (read["lower"], read["insensitive"]) == (row.lower, row.insensitive)
 

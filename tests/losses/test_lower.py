@@ -18,6 +18,7 @@ from loss_core import (
 from loss_core.check.calls import Call, rounded
 from loss_core.dtypes import FORMATS, TF32_BITS, round_bits, round_to
 from loss_core.losses import LABELS, Argument, LossDef, allowances, evaluate, named_cases
+from loss_core.losses.definition import need_definition
 from loss_core.losses.linear_cross_entropy import oracle as linear_oracle
 from loss_core.losses.lower import lower_results
 from loss_core.losses.nearest import errors_before_rounding
@@ -34,11 +35,11 @@ def results(config, arrays, upstream=None):
     return {"loss": found.loss, **found.grads}
 
 
-def unseen(case, loss, dtype):
+def unseen(case, loss, dtype, product_dtype=None):
     """Names of the lower arithmetics that a comparison with float64 would let pass, and of all."""
     arrays, upstream = rounded(Call(loss, loss, case, dtype, "", None, captured=False))
     expected = evaluate(case.config, arrays, upstream)
-    allowed = allowances(case.config, arrays, expected, dtype, upstream=upstream)
+    allowed = allowances(case.config, arrays, expected, dtype, upstream=upstream, product_dtype=product_dtype)
     exact, dtypes = results(case.config, arrays, upstream), result_dtypes(case.config, dtype, expected.grads)
     found = lower_results(case.config, arrays, dtype, upstream)
     for got in found.values():
@@ -60,6 +61,17 @@ def test_every_row_of_the_standard_cases_sees_every_lower_arithmetic(loss, dtype
     assert blind <= NOTHING_TO_SEE | IN_SOME_DTYPES
     for arithmetic in set.union(*(names for _, names in cases.values())):
         assert any(arithmetic not in passes for passes, _ in cases.values()), arithmetic
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSS_CONFIG_REGISTRY if need_definition(loss).products])
+def test_kernels_that_hand_16_bit_operands_to_matrix_engines_have_sensitive_rows_too(loss, dtype):
+    left = {f"{dtype} logits", f"{dtype} accumulator"}
+    for case in named_cases(loss, shape=(24, 507, 24)):
+        left &= unseen(case, loss, dtype, product_dtype=dtype)[0]
+        if not left:
+            return
+    pytest.fail(f"no case sees {left}")
 
 
 def test_a_softmax_takes_rounded_distances_from_the_largest_logit():
