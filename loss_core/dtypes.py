@@ -51,6 +51,10 @@ FORMATS = {
 }
 
 
+# Of an operand of NVIDIA's TF32, which is stored as float32: 10 and the leading one.
+TF32_BITS = 11
+
+
 def float_format(name: str) -> FloatFormat:
     """The format of a name; a ValueError lists the known ones."""
     if name not in FORMATS:
@@ -78,12 +82,23 @@ def round_to(values: NDArray[Any], name: str) -> NDArray[np.float64]:
             return values.astype(np.float32).astype(np.float64)
         if name == "float16":
             return values.astype(np.float16).astype(np.float64)
-        # frexp gives |mantissa| in [0.5, 1): 8 bits of it are a bfloat16, rounded once from float64.
-        _, exponent = np.frexp(values)
-        exponent = np.maximum(exponent, -125)  # below the normal range the spacing stays constant
-        rounded = np.ldexp(np.round(np.ldexp(values, 8 - exponent)), exponent - 8)
+        rounded = round_bits(values, 8)
         rounded = np.where(np.abs(rounded) > FORMATS["bfloat16"].max, np.copysign(np.inf, values), rounded)
         return np.where(np.isfinite(values), rounded, values)
+
+
+def round_bits(values: NDArray[Any], bits: int) -> NDArray[np.float64]:
+    """Round to nearest even to numbers of so many bits, with the exponents of float32 and no largest number.
+
+    >>> round_bits(np.array([1 + 2**-11, 1 + 3 * 2**-11]), TF32_BITS).tolist() == [1, 1 + 2**-9]
+    True
+    """
+    values = np.asarray(values, np.float64)
+    # frexp gives |mantissa| in [0.5, 1): 8 bits of it are a bfloat16, rounded once from float64.
+    _, exponent = np.frexp(values)
+    exponent = np.maximum(exponent, -125)  # below the normal range the spacing stays constant
+    rounded = np.ldexp(np.round(np.ldexp(values, bits - exponent)), exponent - bits)
+    return np.where(np.isfinite(values), rounded, values)
 
 
 def ordered(values: NDArray[Any], name: str) -> NDArray[np.int64]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.report import Finding, Report, Row, add_findings, framework_version
+from loss_core.check.findings import add_findings
+from loss_core.check.report import Finding, Report, Row, framework_version
 from loss_core.dispatch.flags import load_backend, parse_flag
 from loss_core.dispatch.protocol import Evaluation
 from loss_core.dtypes import compute_format, float_format, round_to

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core import __version__
+from loss_core.check.cells import condition_text, finds_text, lower_text, worst_of, worst_text
 from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
-from loss_core.check.text import failures_by_command, finds_text, reason_without_install, verdict, worst_of, worst_text
+from loss_core.check.text import failures_by_command, insensitive_notes, reason_without_install, verdict
 from loss_core.page import blank_figure, render_page, svg_of
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
@@ -44,6 +45,7 @@ def report_page(report: Report, command: str) -> str:
         matrices=list(matrices(report)),
         broken=[(verdict, verdict.worst) for verdict in report.broken],
         not_judged=reasons_not_judged(report),
+        insensitive=insensitive_notes(report),
         failures=list(failures_by_command(report)),
         pictures=_pictures(report),
         unusable=[(status.flag, reason_without_install(status), status.install) for status in report.unusable],
@@ -61,6 +63,9 @@ def _cells(row: Row) -> dict[str, Any]:
         "against": row.against,
         "dtype": row.dtype,
         "cases": row.cases,
+        "lower": lower_text(row),
+        "insensitive": bool(row.insensitive),
+        "condition": condition_text(row),
         "share": share,
         "finds": finds_text(row),
         "where": where,

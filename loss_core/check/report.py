@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from loss_core.dispatch.flags import all_flags, load_backend, parse_flag
 from loss_core.dispatch.protocol import FlagStatus
-from loss_core.losses.nearest import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
 
 Floats = NDArray[np.float64]
 
@@ -31,6 +30,7 @@ class Finding:
         error, allowed, got, expected: at the worst position.
         position: index of the worst element.
         rounded_to: dtype to which a result was rounded after the error; "" where it is that of the result itself.
+        condition: of the loss in this call, see `loss_core.losses.condition`; NaN where it has none.
         problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
         reproduce: command that runs this case alone.
     """
@@ -50,6 +50,7 @@ class Finding:
     problem: str = ""
     reproduce: str = ""
     rounded_to: str = ""
+    condition: float = float("nan")
 
     @property
     def failed(self) -> bool:
@@ -86,6 +87,7 @@ class Row:
         cases: how many cases were run; failures: findings that failed.
         finds: for each tensor, the smallest relative error common to all its elements that would have failed; without
             those that are 0 throughout.
+        lower: for each lower arithmetic (`loss_core.losses.lower`), how many of the cases would have failed in it.
     """
 
     loss: str
@@ -96,10 +98,16 @@ class Row:
     worst: Finding | None = None
     failures: list[Finding] = field(default_factory=list)
     finds: dict[str, float] = field(default_factory=dict)
+    lower: dict[str, int] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def insensitive(self) -> list[str]:
+        """The lower arithmetics that every case would have let pass."""
+        return [name for name, seen in self.lower.items() if not seen]
 
     @property
     def coarsest(self) -> float | None:
@@ -201,7 +209,10 @@ class Report:
             "total": self.total,
             "next_first": self.next_first if self.stopped else None,
             "versions": self.versions,
-            "rows": [_plain(asdict(row) | {"passed": row.passed, "coarsest": row.coarsest}) for row in self.rows],
+            "rows": [
+                _plain(asdict(row) | {name: getattr(row, name) for name in ("passed", "coarsest", "insensitive")})
+                for row in self.rows
+            ],
             "verdicts": [_plain(asdict(verdict)) for verdict in self.verdicts],
             "unusable": [asdict(status) for status in self.unusable],
             "skipped": self.skipped,
@@ -215,6 +226,7 @@ class Report:
             f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
             + (f"worst {row.worst.share:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
                if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
+            + (f", insensitive to {' and '.join(row.insensitive)}" if row.insensitive else "")
             for row in self.rows
         ]  # fmt: skip
         lines += [
@@ -240,56 +252,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
     return value
-
-
-def add_findings(
-    row: Row,
-    template: Finding,
-    got: Mapping[str, Floats],
-    expected: Mapping[str, Floats],
-    allowed: Mapping[str, Floats],
-    dtypes: Mapping[str, str],
-    rounded: bool = False,
-) -> list[Floats]:
-    """Compare results by name, note failures, the worst finding, and how small an error would have failed, in the row.
-
-    Args:
-        template: a finding with everything filled in that is the same for all tensors.
-        dtypes: dtype by name, for what overflow may do.
-        rounded: whether results of 16 bits were computed in more and rounded once, to nearest.
-    Returns:
-        The shares of each tensor that could be compared.
-    """
-    shares, errors_of = [], errors_before_rounding if rounded else errors_as_stored
-    for tensor, value in got.items():
-        if value.shape != expected[tensor].shape:
-            problem = f"has shape {value.shape}, not {expected[tensor].shape}"
-            row.failures.append(replace(template, tensor=tensor, problem=problem))
-            continue
-        error, limit, share = errors_of(value, expected[tensor], allowed[tensor], dtypes[tensor])
-        shares.append(share)
-        if not share.size:
-            continue
-        smallest = smallest_found(expected[tensor], allowed[tensor], dtypes[tensor], rounded)
-        if smallest < np.inf:
-            row.finds[tensor] = min(smallest, row.finds.get(tensor, smallest))
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
-        finding = replace(
-            template,
-            tensor=tensor,
-            share=float(share[at]),
-            error=float(error[at]),
-            allowed=float(limit[at]),
-            position=at,
-            got=float(value[at]),
-            expected=float(expected[tensor][at]),
-            rounded_to=dtypes[tensor] if rounded and is_rounded(dtypes[tensor]) else "",
-        )
-        if finding.failed:
-            row.failures.append(finding)
-        if row.worst is None or finding.share > row.worst.share:
-            row.worst = finding
-    return shares
 
 
 def framework_version(backend: str) -> str:

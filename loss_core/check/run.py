@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.calls import ORACLE, Call, chosen_flags, chosen_losses, reproduce_suffix, rounded
+from loss_core.check.findings import add_findings, add_lower
 from loss_core.check.judge.implementation import Implementation, implementations_of
 from loss_core.check.judge.trial import Question, judge_all
 from loss_core.check.plan import Cases, plan_calls
-from loss_core.check.report import Finding, Interrupted, Report, Row, add_findings
+from loss_core.check.report import Finding, Interrupted, Report, Row
 from loss_core.check.sharded import Evaluate, check_ranks, over_ranks
 from loss_core.dispatch.builders import is_registered
 from loss_core.dispatch.flags import AUTO, load_backend, parse_flag
@@ -27,7 +28,9 @@ from loss_core.dtypes import float_format
 from loss_core.loss_config import LossConfig
 from loss_core.losses import OracleResult, allowances
 from loss_core.losses import evaluate as oracle
-from loss_core.losses.rounding import result_dtype
+from loss_core.losses.condition import condition_number
+from loss_core.losses.lower import lower_results
+from loss_core.losses.rounding import result_dtypes
 from loss_core.workers.pool import RequestFailed, WorkerFailed
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -179,10 +182,13 @@ def _check_case(
 ) -> None:
     arrays, upstream = rounded(call)
     running = {flag: pool.submit(evaluate, call, flag, arrays, upstream) for flag in flags}
-    expected = oracle(call.case.config, arrays, upstream)
+    config, dtype = call.case.config, call.dtype
+    expected = oracle(config, arrays, upstream)
+    lower = lower_results(config, arrays, dtype, upstream)
+    condition = condition_number(arrays, expected, upstream)
     done: dict[str, tuple[Evaluation, dict[str, NDArray[np.float64]]]] = {}
     for flag, future in running.items():
-        key = (call.name, call.flag_name(flag), ORACLE, call.dtype)
+        key = (call.name, call.flag_name(flag), ORACLE, dtype)
         row = table.setdefault(key, Row(*key))
         try:
             got = future.result()
@@ -204,25 +210,25 @@ def _check_case(
         if got is None:
             continue
         row.cases += 1
-        allowed = allowances(
-            call.case.config, arrays, expected, call.dtype, upstream=upstream, product_dtype=got.product_dtype
-        )
+        allowed = allowances(config, arrays, expected, dtype, upstream=upstream, product_dtype=got.product_dtype)
         row.failures += _contract_problems(call, flag, got)
         done[flag] = (got, allowed)
-        template = _template(call, flag, ORACLE)
+        template = replace(_template(call, flag, ORACLE), condition=condition)
         shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes, rounded=True)
-        report.count(flag, call.dtype, shares)
+        report.count(flag, dtype, shares)
+        add_lower(row, lower, _expected(expected), allowed, _promised_dtypes(call, got), rounded=True)
     if call.ranks:
         return
     for flag, other in _pairs(list(done), against):
-        key = (call.name, flag, other, call.dtype)
+        key = (call.name, flag, other, dtype)
         row = table.setdefault(key, Row(*key))
         row.cases += 1
         (got, allowed), (reference, allowed_too) = done[flag], done[other]
         # Each may be off by its own allowance.
         both = {name: allowed[name] + allowed_too[name] for name in allowed}
-        template = _template(call, flag, other)
+        template = replace(_template(call, flag, other), condition=condition)
         add_findings(row, template, _results(got), _results(reference), both, got.dtypes)
+        add_lower(row, lower, _expected(expected), both, _promised_dtypes(call, got))
 
 
 def _in_this_process(
@@ -253,11 +259,14 @@ def _expected(expected: OracleResult) -> dict[str, NDArray[np.float64]]:
     return {"loss": expected.loss, **expected.grads}
 
 
+def _promised_dtypes(call: Call, got: Evaluation) -> dict[str, str]:
+    return result_dtypes(call.case.config, call.dtype, got.grads)
+
+
 def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
     """What is wrong besides the numbers: dtypes, inputs that were changed, another kernel than the flag's."""
     problems = []
-    wanted = dict.fromkeys(got.grads, call.dtype) | {"loss": result_dtype(call.case.config, call.dtype)}
-    for name, dtype in wanted.items():
+    for name, dtype in _promised_dtypes(call, got).items():
         if got.dtypes[name] != dtype:
             problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
     for name in got.mutated:

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from loss_core import __version__
+from loss_core.check.cells import condition_text, finds_text, lower_text, share_text, worst_of, worst_text
 from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import Finding, Report, Row
 from loss_core.dispatch.protocol import FlagStatus
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_HEADINGS = ("", "flag", "against", "dtype", "cases", "worst", "finds", "where the worst is")
+_HEADINGS = ("", "flag", "against", "dtype", "cases", "lower", "worst", "cond", "finds", "where the worst is")
+_NUMBERS = range(4, 9)
 
 
 def verdict(report: Report) -> str:
@@ -42,7 +44,9 @@ def _verdict_on_rows(report: Report) -> str:
         return f"FAIL{so_far}: {bad} of {of} beyond what rounding explains ({size})."
     worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.share, default=None)
     close = f"; the largest error is {share_text(worst.share)} of its allowance" if worst else ""
-    return f"PASS{so_far}: everything within what rounding explains ({size}){close}."
+    blind = sum(bool(row.insensitive) for row in report.rows)
+    told = f"; {_counted(blind, 'row')} insensitive to a lower arithmetic" if blind else ""
+    return f"PASS{so_far}: everything within what rounding explains ({size}){close}{told}."
 
 
 def _verdict_on_clauses(report: Report) -> str:
@@ -63,36 +67,22 @@ def versions_text(report: Report) -> str:
     return " · ".join(f"{name} {version}" for name, version in {"loss-core": __version__, **report.versions}.items())
 
 
-def share_text(share: float) -> str:
-    """An error as a share of its allowance, short."""
-    return f"{share:.3f}" if 0.001 <= share < 100 else f"{share:.2g}"
-
-
-def finds_text(row: Row) -> str:
-    """The smallest relative error that would have been found in whichever tensor, short: 3e-6."""
-    return "-" if row.coarsest is None else f"{row.coarsest:.0e}".replace("e-0", "e-")
-
-
-def worst_of(row: Row) -> Finding | None:
-    """What the table names for a row: its worst failure, or else its largest error."""
-    numbers = [finding for finding in row.failures if not finding.problem]
-    return max(numbers, key=lambda finding: finding.share, default=row.failures[0] if row.failures else row.worst)
-
-
-def worst_text(finding: Finding | None) -> tuple[str, str]:
-    """Share of the allowance, and where."""
-    if finding is None:
-        return "-", "nothing to compare"
-    share = "-" if finding.problem else share_text(finding.share)
-    return share, f"{finding.case}, {finding.where}"
-
-
 def failures_by_command(report: Report) -> Iterator[tuple[str, list[Finding]]]:
     """Failures of one call together, with the line that reproduces them."""
     by_command: dict[str, list[Finding]] = {}
     for finding in (finding for row in report.rows for finding in row.failures):
         by_command.setdefault(finding.reproduce, []).append(finding)
     yield from by_command.items()
+
+
+def insensitive_notes(report: Report) -> list[str]:
+    """The rows of which a lower arithmetic would have passed every case, and what to do."""
+    return [
+        f"{row.loss} {row.flag} against {row.against}, {row.dtype}: {' and '.join(row.insensitive)} would have passed "
+        "in every case; more rows, larger logits or more cases (--shape, --cases) tell more"
+        for row in report.rows
+        if row.insensitive
+    ]
 
 
 def reason_without_install(status: FlagStatus) -> str:
@@ -108,12 +98,18 @@ def print_check(console: Console, report: Report) -> None:
         print_verdicts(console, report)
     if report.rows:
         for meaning in (
+            "lower: how many cases would fail in the next lower arithmetic (TF32, bfloat16)",
             "worst: largest error as a share of its allowance; 1 is the most that rounding explains",
+            "cond: condition number of the loss there",
             "finds: an error of this relative size, common to a result or a gradient, would have failed",
         ):
             _print_wrapped(console, meaning, "")
         console.print()
         _print_rows(console, report.rows)
+    if notes := insensitive_notes(report):
+        _print_lines(console, "", "Insensitive:")
+    for note in notes:
+        _print_wrapped(console, note, "  ")
     if report.unusable:
         _print_lines(console, "", "Can't be used here:")
         print_reasons(console, report.unusable)
@@ -192,7 +188,8 @@ def _print_rows(console: Console, rows: list[Row]) -> None:
 def _cells(row: Row) -> tuple[str, ...]:
     share, where = worst_text(worst_of(row))
     mark = "ok" if row.passed else "FAIL"
-    return (mark, row.flag, row.against, row.dtype, str(row.cases), share, finds_text(row), where)
+    numbers = (str(row.cases), lower_text(row), share, condition_text(row), finds_text(row))
+    return (mark, row.flag, row.against, row.dtype, *numbers, where)
 
 
 def _plain_table(console: Console, widths: list[int]) -> Table:
@@ -201,7 +198,7 @@ def _plain_table(console: Console, widths: list[int]) -> Table:
     gap = 2 if console.width >= 90 else 1
     table = Table(box=None, show_header=False, padding=(0, gap, 0, 0), pad_edge=False)
     for i, width in enumerate(widths[:-1]):
-        table.add_column(width=width, no_wrap=True, justify="right" if i in (4, 5, 6) else "left")
+        table.add_column(width=width, no_wrap=True, justify="right" if i in _NUMBERS else "left")
     table.add_column(overflow="fold")
     return table
 

@@ -125,6 +125,9 @@ def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | 
     return oracle
 
 
+oracle = over_logits(token_cross_entropy)
+
+
 def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
 ) -> dict[str, Floats]:
@@ -230,7 +233,7 @@ RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
 DEFINITION = LossDef(
     "cross_entropy",
     (Argument("logits", ("T", "V")), LABELS, MASK, COUNT, LOSS_WEIGHTS),
-    over_logits(token_cross_entropy),
+    oracle,
     error_bound,
     random_fields=RANDOM_FIELDS,
     results=results_of,

@@ -115,6 +115,11 @@ class OracleResult:
     loss: Floats
     grads: dict[str, Floats]
 
+    def size(self, upstream: NDArray[Any] | None) -> float:
+        """Sum of |upstream x result| over all that the gradients are of."""
+        up = 1.0 if upstream is None else np.asarray(upstream, np.float64)
+        return float(np.sum(np.abs(up * self.loss)))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -177,6 +182,7 @@ class LossDef:
         random_fields: config field -> function of a random generator, for random cases.
         reduction: (config) -> "sum", "mean" (over valid tokens) or "none", without a count.
         products: matrix products [T, H] x [H, V] of a forward, one for each head; 0 where there is none.
+        lower: what the next lower arithmetic would give, see `loss_core.losses.lower`; None: what the arguments tell.
         results: (config) -> how many results there are; those of several are stacked in front, as is their upstream.
         row_numbers: numbers per token that ranks tell each other when they share the vocabulary.
         sampled_rows: (config, [n, H] rows, [V, H] weight in blocks, arguments of the n rows) -> the gradient of the
@@ -192,6 +198,7 @@ class LossDef:
     random_fields: Mapping[str, Callable[[np.random.Generator], Any]] = field(default_factory=dict)
     reduction: Callable[[Any], str] = lambda config: str(getattr(config, "reduction", "sum"))
     products: int = 0
+    lower: Callable[..., dict[str, OracleResult]] | None = None
     results: Callable[[Any], int] = lambda config: 1
     row_numbers: int = 3
     sampled_rows: Callable[..., Floats] | None = None

@@ -20,8 +20,11 @@ from loss_core.losses.cross_entropy import (
     through_softcap,
     token_cross_entropy,
 )
+from loss_core.losses.cross_entropy import oracle as oracle_of_logits
 from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
-from loss_core.losses.metrics import results_of, upstream_of_loss, with_metrics
+from loss_core.losses.heads import Head, over_heads
+from loss_core.losses.lower import lower_products
+from loss_core.losses.metrics import results_of, upstream_of_loss
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 from loss_core.losses.rounding import (
     TANH_ULPS,
@@ -31,23 +34,9 @@ from loss_core.losses.rounding import (
     zero_where_ignored,
 )
 
+HEADS = (Head("hidden_states", "lm_weight", "logits"),)
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
-    """Loss, and the gradients of hidden states, weight and loss weights."""
-    reduction = reduction_of(config, arrays)
-    keep_T = reduction.keep_T
-    h_TH, weight_VH = head_of(arrays, keep_T)
-    z_TV, slope_TV = softcap(h_TH @ weight_VH.T + bias_of(arrays), config.logit_softcapping)
-    labels_T, upstream = np.asarray(arrays["labels"]).reshape(-1), upstream_of_loss(config, upstream)
-    loss_T, dz_TV = token_cross_entropy(config, z_TV, labels_T, keep_T)
-    coef_T = reduction.coefficients(upstream)
-    grads = reduction.weights_grad(loss_T, upstream)
-    draw_TV = times_rows(coef_T, dz_TV * slope_TV)
-    grads["hidden_states"] = (draw_TV @ weight_VH).reshape(np.shape(arrays["hidden_states"]))
-    grads["lm_weight"] = draw_TV.T @ h_TH
-    if "lm_bias" in arrays:
-        grads["lm_bias"] = draw_TV.sum(0)
-    return with_metrics(config, TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction), z_TV, labels_T)
+oracle = over_heads(oracle_of_logits, HEADS)
 
 
 def bias_of(arrays: Arrays) -> Floats:
@@ -183,6 +172,7 @@ DEFINITION = LossDef(
     RECIPES,
     random_fields=RANDOM_FIELDS | {"chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
     products=1,
+    lower=lower_products(oracle_of_logits, HEADS),
     results=results_of,
     sampled_rows=sampled_rows,
 )

@@ -15,30 +15,21 @@ from loss_core.losses.distillation import (
     RANDOM_FIELDS,
     beta_of,
     divergence_errors,
-    reduction_of,
     side,
     token_divergence,
 )
-from loss_core.losses.linear_cross_entropy import head_of, product_errors, raw_logits
+from loss_core.losses.distillation import oracle as oracle_of_logits
+from loss_core.losses.heads import Head, over_heads
+from loss_core.losses.linear_cross_entropy import product_errors, raw_logits
+from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import TokenResult, times_rows
 from loss_core.losses.rounding import SoftmaxErrors, finite, result_errors
 
-_HEADS = ("student_", "teacher_")
+_SIDES = ("student_", "teacher_")
 
+HEADS = tuple(Head(f"{of}hidden_states", f"{of}lm_weight", f"{of}logits") for of in _SIDES)
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
-    """Loss, and the gradients of both hidden states, both weights, and of the weights of the tokens."""
-    temp, reduction = float(config.temperature), reduction_of(config, arrays)
-    heads = [head_of(arrays, reduction.keep_T, of) for of in _HEADS]
-    d_T, *by_z = token_divergence(beta_of(config), *(h_TH @ w_VH.T / temp for h_TH, w_VH in heads))
-    loss_T = np.where(reduction.keep_T, temp**2 * d_T, 0.0)
-    coef_T = reduction.coefficients(upstream)
-    grads = reduction.weights_grad(loss_T, upstream)
-    for of, (h_TH, w_VH), by_z_TV in zip(_HEADS, heads, by_z, strict=True):
-        draw_TV = times_rows(coef_T, temp * by_z_TV)
-        grads[f"{of}hidden_states"] = (draw_TV @ w_VH).reshape(np.shape(arrays[f"{of}hidden_states"]))
-        grads[f"{of}lm_weight"] = draw_TV.T @ h_TH
-    return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+oracle = over_heads(oracle_of_logits, HEADS)
 
 
 def error_bound(
@@ -53,7 +44,7 @@ def error_bound(
     inner, temp, beta = compute_format(dtype), float(config.temperature), beta_of(config)
     keep_T = expected.reduction.keep_T
     u, sides, moves = inner.u, [], []
-    for of in _HEADS:
+    for of in _SIDES:
         raw_TV, err_raw_TV = raw_logits(arrays, keep_T, u, of)
         z_TV = raw_TV / temp
         scaled_T = (2 * u if temp != 1 else 0.0) * np.max(np.abs(finite(z_TV)), axis=-1)
@@ -71,7 +62,7 @@ def error_bound(
     err_T = np.where(keep_T, temp**2 * (err_d_T + 3 * u * d_T), 0.0)
     result = result_errors(config, expected, err_T, dtype, upstream)
     coef_T = np.abs(expected.coef_T) * temp
-    for of, by_z_TV, err_TV in zip(_HEADS, by_z, err_by_z, strict=True):
+    for of, by_z_TV, err_TV in zip(_SIDES, by_z, err_by_z, strict=True):
         draw_TV = finite(times_rows(coef_T, by_z_TV))
         err_draw_TV = finite(times_rows(coef_T, err_TV)) + np.where(coef_T == 0, 0.0, inner.near_zero)[:, None]
         result |= product_errors(arrays, expected, draw_TV, err_draw_TV, keep_T, dtype, product_dtype, of)
@@ -173,5 +164,6 @@ DEFINITION = LossDef(
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",
     products=2,
+    lower=lower_products(oracle_of_logits, HEADS),
     row_numbers=5,
 )

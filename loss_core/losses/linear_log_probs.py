@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
 from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
-from loss_core.losses.linear_cross_entropy import BIAS, bias_of, product_errors, raw_logits
+from loss_core.losses.heads import over_heads
+from loss_core.losses.linear_cross_entropy import BIAS, HEADS, product_errors, raw_logits
 from loss_core.losses.log_probs import (
     RANDOM_FIELDS,
     RECIPES,
@@ -21,22 +22,12 @@ from loss_core.losses.log_probs import (
     results_of,
     token_errors,
 )
-from loss_core.losses.reduction import kept_rows, kept_tokens
+from loss_core.losses.log_probs import oracle as oracle_of_logits
+from loss_core.losses.lower import lower_products
+from loss_core.losses.reduction import kept_tokens
 from loss_core.losses.rounding import finite, stored
 
-
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> OracleResult:
-    """Log-probabilities, entropies, and the gradients of hidden states and weight."""
-    keep_T = kept_tokens(arrays, config.ignore_index)
-    h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
-    found = of_tokens(config, h_TH @ w_VH.T + bias_of(arrays), arrays, upstream)
-    grads = {
-        "hidden_states": (found.grad_TV @ w_VH).reshape(np.shape(arrays["hidden_states"])),
-        "lm_weight": found.grad_TV.T @ h_TH,
-    }
-    if "lm_bias" in arrays:
-        grads["lm_bias"] = found.grad_TV.sum(0)
-    return OracleResult(reshaped(config, found.result_RT, arrays), grads)
+oracle = over_heads(oracle_of_logits, HEADS)
 
 
 def error_bound(
@@ -61,5 +52,6 @@ DEFINITION = LossDef(
     reduction=lambda config: "none",
     results=results_of,
     products=1,
+    lower=lower_products(oracle_of_logits, HEADS),
     row_numbers=4,
 )

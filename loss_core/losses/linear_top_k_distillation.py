@@ -11,29 +11,18 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
 from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Recipe, Sizes, draw_floats
-from loss_core.losses.distillation import reduction_of
-from loss_core.losses.linear_cross_entropy import BIAS, bias_of, product_errors, raw_logits
-from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
+from loss_core.losses.heads import Head, over_heads
+from loss_core.losses.linear_cross_entropy import BIAS, product_errors, raw_logits
+from loss_core.losses.lower import lower_products
+from loss_core.losses.reduction import TokenResult, times_rows
 from loss_core.losses.rounding import finite, result_errors, stored, zero_where_ignored
 from loss_core.losses.top_k_cases import RANDOM_FIELDS, RECIPES, of_teacher
 from loss_core.losses.top_k_distillation import LABELS, TEACHER, WEIGHTS, of_tokens, teacher_of, token_errors
+from loss_core.losses.top_k_distillation import oracle as oracle_of_logits
 
+HEADS = (Head("hidden_states", "lm_weight", "student_logits"),)
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
-    """Loss, and the gradients of hidden states, weight, bias, teacher's log-probabilities and weights."""
-    reduction = reduction_of(config, arrays)
-    keep_T = reduction.keep_T
-    h_TH, w_VH = kept_rows(arrays["hidden_states"], keep_T), np.asarray(arrays["lm_weight"], np.float64)
-    found = of_tokens(config, h_TH @ w_VH.T + bias_of(arrays), teacher_of(config, arrays, keep_T, len(w_VH)))
-    loss_T, coef_T = np.where(keep_T, found.loss_T, 0.0), reduction.coefficients(upstream)
-    grads = reduction.weights_grad(loss_T, upstream)
-    by_raw_TV = times_rows(coef_T, found.by_raw_TV)
-    grads["hidden_states"] = (by_raw_TV @ w_VH).reshape(np.shape(arrays["hidden_states"]))
-    grads["lm_weight"] = by_raw_TV.T @ h_TH
-    grads["teacher_logprobs"] = times_rows(coef_T, found.by_teacher_TK).reshape(np.shape(arrays["teacher_logprobs"]))
-    if "lm_bias" in arrays:
-        grads["lm_bias"] = by_raw_TV.sum(0)
-    return TokenResult(reduction.loss(loss_T), grads, loss_T, coef_T, reduction)
+oracle = over_heads(oracle_of_logits, HEADS)
 
 
 def error_bound(
@@ -81,5 +70,6 @@ DEFINITION = LossDef(
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",
     products=1,
+    lower=lower_products(oracle_of_logits, HEADS),
     row_numbers=2 + TOP_K,
 )

@@ -97,6 +97,10 @@ class TokenResult(OracleResult):
     coef_T: Floats
     reduction: Reduction
 
+    def size(self, upstream: NDArray[Any] | None) -> float:
+        """Sum over the tokens; metrics, of which there is no gradient, are none of it."""
+        return float(np.sum(np.abs(self.coef_T * self.token_loss_T)))
+
 
 def times_rows(coef_T: Floats, grad_TV: Floats) -> Floats:
     """coef * grad, with a coefficient of 0 giving exactly 0."""

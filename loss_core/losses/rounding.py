@@ -13,6 +13,7 @@ enters only where a result is stored in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,11 @@ COEF_ROUNDINGS = 4.0
 def result_dtype(config: Any, dtype: str) -> str:
     """Dtype in which the loss comes back."""
     return dtype if not getattr(config, "fp32_upcast", True) else compute_format(dtype).name
+
+
+def result_dtypes(config: Any, dtype: str, grads: Iterable[str]) -> dict[str, str]:
+    """Dtype in which "loss" and each of these gradients come back."""
+    return dict.fromkeys(grads, dtype) | {"loss": result_dtype(config, dtype)}
 
 
 def log_softmax(z_TV: Floats) -> Floats:

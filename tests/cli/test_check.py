@@ -32,6 +32,23 @@ def test_a_good_check_exits_0_with_table_and_verdict():
     assert result.stdout.strip().splitlines()[-1].startswith("PASS: ")
 
 
+def test_a_row_that_sees_no_lower_arithmetic_is_told_and_is_no_failure():
+    result = run("check", "--config", "MaskedCrossEntropy", *QUICK[:-1], "all-ignored")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ok torch:eager float64 float32 +1 insensitive ", result.stdout, re.MULTILINE)
+    told = "MaskedCrossEntropy torch:eager against float64, float32: bfloat16 softmax would have passed in every case"
+    assert told in " ".join(result.stdout.split())
+    assert result.stdout.strip().splitlines()[-1].endswith("; 1 row insensitive to a lower arithmetic.")
+    assert "insensitive" not in run("check", "--config", "MaskedCrossEntropy", *QUICK).stdout
+
+
+def test_the_condition_of_the_loss_stands_beside_the_worst_error():
+    result = run("check", "--config", "MaskedCrossEntropy", *QUICK[:-1], "offset")
+    heading = next(line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["flag"])
+    row = next(line.split() for line in result.stdout.splitlines() if line.startswith("ok"))
+    assert float(row[heading.index("cond") + 1]) > 1e3
+
+
 def reproduce_lines(result):
     return [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("loss-core check")]
 

@@ -78,6 +78,16 @@ def test_the_page_marks_failures_and_tells_what_could_not_run():
     assert "pip install &#39;loss-core[jax]&#39;" in text
 
 
+def test_the_page_marks_a_row_that_sees_no_lower_arithmetic():
+    report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"], only=["all-ignored"])
+    text, page = page_of(report)
+    assert page.rows[2][4:6] == ["1", "insensitive"]
+    assert "float32: bfloat16 softmax would have passed in every case" in text
+    seen, page = page_of(check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"], only=["basic"]))
+    assert page.rows[2][4:6] == ["1", "1"]
+    assert "would have passed" not in seen
+
+
 def test_hostile_names_are_escaped():
     evil = "<script>alert('x')</script>"
     finding = Finding(evil, "torch:eager", "float64", "float32", evil, evil, 2.0, 1.0, 0.5, (0,), 1.0, 0.0, evil, evil)
@@ -97,4 +107,4 @@ def test_a_report_with_infinite_and_missing_numbers_is_shown():
     rows = [Row("L", "torch:eager", "float64", "float32", 1, finding, [finding]), Row("L", "x", "float64", "float32")]
     _, page = page_of(Report(rows=rows))
     assert [row[0] for row in page.rows[2:]] == ["FAIL", "ok"]
-    assert page.rows[2][5] == "inf"
+    assert page.rows[2][5:8] == ["-", "inf", ""]

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.calls import ORACLE, Call, chosen_losses, config_of, distinct_names, rounded
+from loss_core.check.findings import add_findings
 from loss_core.check.judge.clauses import Clause, NotSeen, clauses_of
 from loss_core.check.judge.implementation import Guarded, Implementation, Loss, Refused, accepted, in_words
 from loss_core.check.plan import Cases
-from loss_core.check.report import Finding, Report, Row, Verdict, add_findings, framework_version
+from loss_core.check.report import Finding, Report, Row, Verdict, framework_version
 from loss_core.dispatch.flags import load_backend
 from loss_core.dispatch.protocol import Evaluation
 from loss_core.dtypes import FORMATS, compute_format, float_format
@@ -21,7 +22,7 @@ from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, allowances
 from loss_core.losses import evaluate as oracle
 from loss_core.losses.definition import need_definition
-from loss_core.losses.rounding import result_dtype
+from loss_core.losses.rounding import result_dtypes
 
 Floats = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]
@@ -166,7 +167,7 @@ class Trial:
 
 
 def _promised_dtypes(call: Call, got: Evaluation) -> dict[str, str]:
-    return dict.fromkeys(got.grads, call.dtype) | {"loss": result_dtype(call.case.config, call.dtype)}
+    return result_dtypes(call.case.config, call.dtype, got.grads)
 
 
 def _operand_dtype(call: Call) -> str | None:

@@ -1,0 +1,42 @@
+"""What the columns of a check's table hold, in text and on the page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from loss_core.check.report import Finding, Row
+
+
+def share_text(share: float) -> str:
+    """An error as a share of its allowance, short."""
+    return f"{share:.3f}" if 0.001 <= share < 100 else f"{share:.2g}"
+
+
+def finds_text(row: Row) -> str:
+    """The smallest relative error that would have been found in whichever tensor, short: 3e-6."""
+    return "-" if row.coarsest is None else f"{row.coarsest:.0e}".replace("e-0", "e-")
+
+
+def condition_text(row: Row) -> str:
+    """Condition of the loss in the call that is the row's worst, short."""
+    worst = worst_of(row)
+    return "-" if worst is None or np.isnan(worst.condition) else f"{worst.condition:.2g}".replace("e+0", "e")
+
+
+def lower_text(row: Row) -> str:
+    """In how many cases each lower arithmetic would have failed: the least of these; or that one never would have."""
+    return "-" if not row.lower else "insensitive" if row.insensitive else str(min(row.lower.values()))
+
+
+def worst_of(row: Row) -> Finding | None:
+    """What the table names for a row: its worst failure, or else its largest error."""
+    numbers = [finding for finding in row.failures if not finding.problem]
+    return max(numbers, key=lambda finding: finding.share, default=row.failures[0] if row.failures else row.worst)
+
+
+def worst_text(finding: Finding | None) -> tuple[str, str]:
+    """Share of the allowance, and where."""
+    if finding is None:
+        return "-", "nothing to compare"
+    share = "-" if finding.problem else share_text(finding.share)
+    return share, f"{finding.case}, {finding.where}"

@@ -1,0 +1,81 @@
+"""Results of a call compared with what is expected, and what a row of the report notes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from loss_core.check.report import Finding, Floats, Row
+from loss_core.losses.nearest import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
+
+
+def add_findings(
+    row: Row,
+    template: Finding,
+    got: Mapping[str, Floats],
+    expected: Mapping[str, Floats],
+    allowed: Mapping[str, Floats],
+    dtypes: Mapping[str, str],
+    rounded: bool = False,
+) -> list[Floats]:
+    """Compare results by name, note failures, the worst finding, and how small an error would have failed, in the row.
+
+    Args:
+        template: a finding with everything filled in that is the same for all tensors.
+        dtypes: dtype by name, for what overflow may do.
+        rounded: whether results of 16 bits were computed in more and rounded once, to nearest.
+    Returns:
+        The shares of each tensor that could be compared.
+    """
+    shares, errors_of = [], errors_before_rounding if rounded else errors_as_stored
+    for tensor, value in got.items():
+        if value.shape != expected[tensor].shape:
+            problem = f"has shape {value.shape}, not {expected[tensor].shape}"
+            row.failures.append(replace(template, tensor=tensor, problem=problem))
+            continue
+        error, limit, share = errors_of(value, expected[tensor], allowed[tensor], dtypes[tensor])
+        shares.append(share)
+        if not share.size:
+            continue
+        smallest = smallest_found(expected[tensor], allowed[tensor], dtypes[tensor], rounded)
+        if smallest < np.inf:
+            row.finds[tensor] = min(smallest, row.finds.get(tensor, smallest))
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+        finding = replace(
+            template,
+            tensor=tensor,
+            share=float(share[at]),
+            error=float(error[at]),
+            allowed=float(limit[at]),
+            position=at,
+            got=float(value[at]),
+            expected=float(expected[tensor][at]),
+            rounded_to=dtypes[tensor] if rounded and is_rounded(dtypes[tensor]) else "",
+        )
+        if finding.failed:
+            row.failures.append(finding)
+        if row.worst is None or finding.share > row.worst.share:
+            row.worst = finding
+    return shares
+
+
+def add_lower(
+    row: Row,
+    lower: Mapping[str, Mapping[str, Floats]],
+    expected: Mapping[str, Floats],
+    allowed: Mapping[str, Floats],
+    dtypes: Mapping[str, str],
+    rounded: bool = False,
+) -> None:
+    """Compare as `add_findings` what lower arithmetics would give, and note in the row those that would have failed.
+
+    Args:
+        lower: see `loss_core.losses.lower.lower_results`.
+        dtypes: of the results that are compared, by name.
+    """
+    errors_of = errors_before_rounding if rounded else errors_as_stored
+    for name, results in lower.items():
+        fails = any(np.any(errors_of(results[t], expected[t], allowed[t], dtypes[t]).share > 1) for t in dtypes)
+        row.lower[name] = row.lower.get(name, 0) + fails

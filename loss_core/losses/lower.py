@@ -1,0 +1,120 @@
+"""The next lower arithmetic: what a call would give in it, rounded to the dtypes that are promised.
+
+A comparison that this result passes says nothing of the arithmetic. Each result is the oracle's, with one step computed
+in fewer bits and all else exact, so that it is the least that the arithmetic does:
+
+    inputs      over logits                           products
+    float64     z - max z rounded to float32          operands rounded to float32
+    float32     z - max z rounded to bfloat16         operands rounded to TF32
+    16 bits     z - max z rounded to these 16 bits    the logits in these 16 bits; the weight's gradient summed in them
+
+z - max z is what a softmax computes first. A `LossDef` may say otherwise with `lower`.
+"""
+
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loss_core.dtypes import TF32_BITS, round_bits, round_to
+from loss_core.losses.definition import Arrays, Floats, LossDef, OracleResult, need_definition
+from loss_core.losses.heads import Head, Oracle, Products, over_heads
+from loss_core.losses.rounding import result_dtypes
+
+# (definition, config, arrays, dtype, upstream) -> results by the name of the arithmetic.
+Lower = Callable[[LossDef, Any, Arrays, str, NDArray[Any] | None], dict[str, OracleResult]]
+
+# Of dtypes in which the arithmetic inside is that of the inputs.
+_LOWER = {"float64": "float32", "float32": "bfloat16"}
+
+# Tokens whose products a weight's gradient takes at a time: few, since cases have few.
+_BLOCK = 8
+
+
+def lower_results(
+    config: Any, arrays: Arrays, dtype: str, upstream: NDArray[Any] | None = None
+) -> dict[str, dict[str, Floats]]:
+    """Loss and gradients in the next lower arithmetic.
+
+    Args:
+        config, arrays, upstream: as for `evaluate`.
+        dtype: of the floating inputs.
+    Returns:
+        For each arithmetic, by name such as "TF32 products": "loss" and each gradient, rounded to its promised dtype.
+    """
+    definition = need_definition(config)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        found = (definition.lower or lower_inputs)(definition, config, arrays, dtype, upstream)
+        return {name: _as_promised(config, result, dtype) for name, result in found.items()}
+
+
+def _as_promised(config: Any, result: OracleResult, dtype: str) -> dict[str, Floats]:
+    promised = result_dtypes(config, dtype, result.grads)
+    return {name: round_to(value, promised[name]) for name, value in {"loss": result.loss, **result.grads}.items()}
+
+
+def lower_inputs(
+    definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: NDArray[Any] | None
+) -> dict[str, OracleResult]:
+    """What the declared arguments tell: a softmax over logits, or else products of all floating inputs.
+
+    16-bit operands are exact in any product: of a loss that declares no more, the result is rounded to 16 bits.
+    """
+    if logits := [a.name for a in definition.inputs if a.dims == ("T", "V")]:
+        fmt = _LOWER.get(dtype, dtype)
+        changed = {name: _about_maximum(arrays[name], fmt) for name in logits}
+        return {f"{fmt} softmax": definition.oracle(config, {**arrays, **changed}, upstream)}
+    if dtype in _LOWER:
+        name, changed = _operands(arrays, [a.name for a in definition.inputs], dtype)
+        return {name: definition.oracle(config, {**arrays, **changed}, upstream)}
+    exact = definition.oracle(config, arrays, upstream)
+    return {f"{dtype} result": OracleResult(round_to(exact.loss, dtype), exact.grads)}
+
+
+def lower_products(of_logits: Oracle[OracleResult], heads: Sequence[Head]) -> Lower:
+    """`LossDef.lower` of a loss behind products; arguments as of `over_heads`."""
+
+    def lower(
+        definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: NDArray[Any] | None
+    ) -> dict[str, OracleResult]:
+        if dtype in _LOWER:
+            name, changed = _operands(arrays, [name for head in heads for name in (head.hidden, head.weight)], dtype)
+            return {name: definition.oracle(config, {**arrays, **changed}, upstream)}
+        steps = {
+            f"{dtype} logits": Products(logits=lambda h_TH, w_VH: round_to(h_TH @ w_VH.T, dtype)),
+            f"{dtype} accumulator": Products(weight_grad=lambda dz_TV, h_TH: _summed_in(dtype, dz_TV, h_TH)),
+        }
+        return {
+            name: over_heads(of_logits, heads, products)(config, arrays, upstream) for name, products in steps.items()
+        }
+
+    return lower
+
+
+def _about_maximum(z: NDArray[Any], fmt: str) -> Floats:
+    """Logits [..., V] of which each one's distance from the largest of its row is a number of the format."""
+    top = np.max(z, axis=-1, keepdims=True)
+    # -inf - (-inf) is no number; and what ignored rows hold does not matter.
+    top = np.where(np.isfinite(top), top, 0.0)
+    return np.asarray(top + round_to(z - top, fmt))
+
+
+def _operands(arrays: Arrays, names: Iterable[str], dtype: str) -> tuple[str, dict[str, Floats]]:
+    """The arithmetic's name, and these arguments as its products take them."""
+    if dtype == "float64":
+        return "float32 products", {name: round_to(arrays[name], "float32") for name in names}
+    return "TF32 products", {name: round_bits(arrays[name], TF32_BITS) for name in names}
+
+
+def _summed_in(fmt: str, dz_TV: Floats, h_TH: Floats) -> Floats:
+    """dz.T @ h [V, H], with a sum over blocks of tokens that is rounded after each."""
+    sum_VH = np.zeros((dz_TV.shape[1], h_TH.shape[1]))
+    for start in range(0, len(h_TH), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        sum_VH = round_to(sum_VH + dz_TV[block].T @ h_TH[block], fmt)
+    return sum_VH
