@@ -1,18 +1,30 @@
-"""`loss-core compare`: two implementations of any loss on inputs from a file, without a definition of it."""
+"""`loss-core compare`: two implementations of any loss on given or drawn inputs, without a definition of it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 
 from loss_core.array_files import read_arrays
 from loss_core.check import compare
 from loss_core.check.judge.implementation import in_words, object_at
 from loss_core.check.text import print_check
-from loss_core.cli.common import Json, check_outputs, command, known_dtypes, look_in_working_directory, write_outputs
+from loss_core.cli.common import (
+    Json,
+    Seed,
+    check_outputs,
+    command,
+    known_dtypes,
+    look_in_working_directory,
+    write_outputs,
+)
 from loss_core.dispatch.flags import BACKENDS
 from loss_core.usage import UsageProblem
 
@@ -22,8 +34,17 @@ def compare_command(
     first: Annotated[str, typer.Argument(metavar="MODULE:FN", help="The reference: it must run in float64, too.")],
     second: Annotated[str, typer.Argument(metavar="MODULE:FN", help="What is compared with it.")],
     inputs: Annotated[
-        Path, typer.Option(metavar="FILE", help=".npz or .safetensors with the arguments of both, by name.")
-    ],
+        Path | None, typer.Option(metavar="FILE", help=".npz or .safetensors with the arguments of both, by name.")
+    ] = None,
+    draw: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SIZES[:N]",
+            help="In place of a file, an argument to draw: logits=16,507 for normal numbers, labels=16:507 for "
+            "integers below 507.",
+        ),
+    ] = None,
+    seed: Seed = 0,
     frameworks: Annotated[
         str, typer.Option(metavar="A,B", help="Whose tensors the two take: torch,torch or torch,jax or …")
     ] = "torch,jax",
@@ -37,27 +58,44 @@ def compare_command(
 ) -> int:
     """Compare value and gradients of two functions on the same inputs, in one dtype and in float64.
 
-    Both take the arrays of FILE as keyword arguments and return one tensor.
+    Both take the arrays as keyword arguments and return one tensor.
 
-    May be repeated: --grad-of.
+    May be repeated: --draw, --grad-of.
 
     Exit code: 0 they agree within what rounding explains, 1 they do not, 2 wrong usage, 130 Ctrl-C.
     """
     out, err = Console(), Console(stderr=True)
     check_outputs(json, None)
     known_dtypes([dtype])
-    named = tuple(frameworks.split(","))
-    if len(named) != 2 or not set(named) <= set(BACKENDS):
+    named = (frameworks.partition(",")[0], frameworks.partition(",")[2])
+    if not set(named) <= set(BACKENDS):
         raise UsageProblem(f"--frameworks {frameworks!r}: expected two of {', '.join(BACKENDS)}, such as torch,jax.")
-    arrays, _ = read_arrays(inputs, "--inputs")
+    if (inputs is None) == (not draw):
+        raise UsageProblem("give the arguments of both: either --inputs FILE, or --draw NAME=SIZES for each.")
+    arrays = _drawn(draw or (), seed) if inputs is None else read_arrays(inputs, "--inputs")[0]
     one, other = _function(first), _function(second)
     try:
-        report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=(named[0], named[1]))
+        report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=named, seed=seed)
     except Exception as error:  # what a user's function raises is told in one line
         raise UsageProblem(in_words(error)) from error
     print_check(out, report)
     write_outputs([(json, lambda: report.to_json() + "\n")], err)
     return 0 if report.passed else 1
+
+
+_DRAWN = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<sizes>\d+(,\d+)*)(:(?P<below>[1-9]\d*))?")
+
+
+def _drawn(specs: Sequence[str], seed: int) -> dict[str, NDArray[Any]]:
+    """Arguments by name: normal numbers, or integers below N."""
+    rng, arrays = np.random.default_rng(seed), {}
+    for spec in specs:
+        if (found := _DRAWN.fullmatch(spec)) is None:
+            raise UsageProblem(f"--draw {spec!r}: expected NAME=SIZES[:N], such as logits=16,507 or labels=16:507.")
+        sizes = tuple(map(int, found["sizes"].split(",")))
+        below = found["below"]
+        arrays[found["name"]] = rng.integers(0, int(below), sizes) if below else rng.standard_normal(sizes)
+    return arrays
 
 
 def _function(spec: str) -> Any:

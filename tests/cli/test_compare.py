@@ -1,4 +1,4 @@
-"""`loss-core compare`: two functions of the user's, on inputs from a file."""
+"""`loss-core compare`: two functions of the user's, on inputs from a file, or drawn."""
 
 import sys
 
@@ -65,5 +65,30 @@ def test_what_cannot_be_compared_exits_2(folder, words, message):
     result = run(
         "compare", *words, "--inputs", "call.npz", *(() if "--frameworks" in words else ("--frameworks", "torch,torch"))
     )
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_arguments_are_drawn_by_their_sizes(folder):
+    options = ("--draw", "x=6,31", "--draw", "y=6:31", "--frameworks", "torch,torch")
+    result = run("compare", "compared:first", "compared:second", *options, "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert run("compare", "compared:first", "compared:off", *options).exit_code == 1
+    # Labels that are no class of the logits.
+    result = run("compare", "compared:first", "compared:second", *options[:2], "--draw", "y=6:9999", *options[4:])
+    assert (result.exit_code, "IndexError" in result.stderr) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "either --inputs FILE, or --draw"),
+        (("--inputs", "call.npz", "--draw", "x=6,31"), "either --inputs FILE, or --draw"),
+        (("--draw", "x=6;31"), "--draw 'x=6;31': expected NAME=SIZES[:N]"),
+        (("--draw", "y=6:0"), "--draw 'y=6:0': expected NAME=SIZES[:N]"),
+    ],
+)
+def test_arguments_that_cannot_be_had_exit_2(folder, options, message):
+    result = run("compare", "compared:first", "compared:second", *options, "--frameworks", "torch,torch")
     assert result.exit_code == 2
     assert message in result.stderr
