@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loss_core.dtypes import float_format
-from loss_core.losses import allowances, oracle, share_of_allowance
+from loss_core.losses import allowances, error_ratio, oracle
 
 if TYPE_CHECKING:
     from byte_lm import ByteLM
@@ -52,7 +52,7 @@ class GradientGap:
         allowed: what rounding allows for `between`, for the loss's arguments.
         allowed_loss: what it allows the losses to differ, in nats.
         from_float64: of each backend from the float64 oracle, over the loss's arguments together.
-        share: the worst element of loss and gradients, of either backend against float64, as a share
+        error_ratio: the worst element of loss and gradients, of either backend against float64, as a ratio
             of its allowance; above 1 no rounding explains it.
     """
 
@@ -61,7 +61,7 @@ class GradientGap:
     allowed: dict[str, float]
     allowed_loss: float
     from_float64: dict[str, float]
-    share: float
+    error_ratio: float
 
 
 @dataclass
@@ -104,8 +104,8 @@ class GradientProbe:
         exact = oracle.evaluate(self.config, arrays)
         expected = {"loss": exact.loss, **exact.grads}
         allowed = allowances(self.config, arrays, exact, "float32")
-        shares = [
-            share_of_allowance(result[name], expected[name], allowed[name], "float32").max()
+        ratios = [
+            error_ratio(result[name], expected[name], allowed[name], "float32").max()
             for result in results
             for name in expected
         ]
@@ -123,7 +123,7 @@ class GradientProbe:
                 )
                 for flag, result in zip(self.losses, results, strict=True)
             },
-            share=float(max(shares)),
+            error_ratio=float(max(ratios)),
         )
 
 
@@ -156,9 +156,9 @@ class Result:
         return max(self.gaps, key=lambda gap: max(gap.between.values()))
 
     @property
-    def share(self) -> float:
+    def error_ratio(self) -> float:
         """The worst element of all, as a share of its allowance."""
-        return max(gap.share for gap in self.gaps)
+        return max(gap.error_ratio for gap in self.gaps)
 
     @property
     def apart(self) -> float:
@@ -174,7 +174,7 @@ class Result:
     def agree(self) -> bool:
         """Whether rounding explains every difference at the same parameters, and no run broke."""
         finite = np.isfinite([*self.first.losses, *self.second.losses]).all()
-        return bool(finite) and all(gap.share <= 1.0 for gap in self.gaps)  # a NaN fails, too
+        return bool(finite) and all(gap.error_ratio <= 1.0 for gap in self.gaps)  # a NaN fails, too
 
     def line(self) -> str:
         """How far apart they ended, in one line."""
@@ -184,7 +184,7 @@ class Result:
             f"{'Agree' if self.agree else 'DISAGREE'}: held-out loss {first.valid_loss:.6f} on {first.kernel} and "
             f"{second.valid_loss:.6f} on {second.kernel} nats per byte, {self.apart:.1e} apart (control "
             f"{self.apart_control:.1e}); largest relative gradient difference {gap:.1e} = {gap / U:.1f} u at step "
-            f"{self.worst.step + 1}; worst element at {self.share:.0%} of its allowance."
+            f"{self.worst.step + 1}; worst element at {self.error_ratio:.0%} of its allowance."
         )
 
 

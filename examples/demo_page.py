@@ -82,9 +82,10 @@ def write_page(path: Path, result: Result, steps: int) -> None:
     gap = max(result.worst.between.values())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numpy"))
     verdict = (
-        f"At every step looked at the gradients agree: no element is beyond {result.share:.0%} of what rounding allows."
+        f"At every step looked at the gradients agree: no element is beyond {result.error_ratio:.0%} of what rounding "
+        "allows."
         if result.agree
-        else f"The backends DISAGREE: the worst element is {result.share:.3g} times what rounding allows."
+        else f"The backends DISAGREE: the worst element is {result.error_ratio:.3g} times what rounding allows."
     )
     cards = "".join(
         f'<div class="card {kind}"><b>{value}</b><span>{label}</span></div>'
@@ -92,7 +93,7 @@ def write_page(path: Path, result: Result, steps: int) -> None:
             (f"{first.valid_loss:.4f}", f"nats per held-out byte ({second.kernel}: {second.valid_loss:.4f})", ""),
             (_power(result.apart), f"between the two held-out losses (control: {_power(result.apart_control)})", ""),
             (_power(gap), f"largest relative gradient difference: {gap / U:.1f} unit roundoffs of float32", ""),
-            (f"{result.share:.0%}", "of its allowance: the worst element, against float64",
+            (f"{result.error_ratio:.0%}", "of its allowance: the worst element, against float64",
              "good" if result.agree else "bad"),
         )
     )  # fmt: skip
@@ -121,7 +122,7 @@ add up to.
 <div class="scroll">{_table(result)}</div>
 <p class="note">2-norms, relative to the gradient. The first three columns are the first backend minus the second; the
 next two are each backend minus float64, over the gradients of the loss's own arguments together.
-u = 2<sup>−24</sup> = {_power(U)} is the unit roundoff of float32. The share is that of the worst single element of
+u = 2<sup>−24</sup> = {_power(U)} is the unit roundoff of float32. The ratio is that of the worst single element of
 loss and gradients, of either backend against float64; above 100% rounding does not explain it.</p>
 <h2>Why curves may drift while gradients agree</h2>
 <p>Training in float32 is chaotic: a difference in the last bit can grow from step to step, so two correct backends may
@@ -161,13 +162,13 @@ def _settings(result: Result, steps: int) -> str:
 def _table(result: Result) -> str:
     names = list(result.gaps[0].between)
     flags = list(result.gaps[0].from_float64)
-    head = ["step", *(f"{escape(name)}" for name in names), *(f"{escape(flag)} − float64" for flag in flags), "share"]
+    head = ["step", *(f"{escape(name)}" for name in names), *(f"{escape(flag)} − float64" for flag in flags), "ratio"]
     rows = [
         [
             str(gap.step + 1),
             *(f"{gap.between[name]:.1e}" for name in names),
             *(f"{gap.from_float64[flag]:.1e}" for flag in flags),
-            f"{gap.share:.0%}",
+            f"{gap.error_ratio:.0%}",
         ]
         for gap in result.gaps
     ]

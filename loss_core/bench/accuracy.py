@@ -25,7 +25,7 @@ from loss_core.bench.job import Job, Tiled, make_inputs, sampled_tokens
 from loss_core.bench.report import WRONG, BenchRow
 from loss_core.bench.shards import Arrays, views
 from loss_core.dtypes import round_to
-from loss_core.losses import allowances, evaluate, share_of_allowance
+from loss_core.losses import allowances, error_ratio, evaluate
 from loss_core.losses.definition import Floats
 
 # Rows of a weight at a time.
@@ -140,7 +140,7 @@ def _apart(inner: NDArray[np.float64]) -> float:
 def _ratio(got: NDArray[Any], expected: NDArray[Any], allowed: NDArray[Any], dtype: str) -> float:
     if got.shape != expected.shape:
         return float("inf")
-    return float(np.max(share_of_allowance(got, expected, allowed, dtype), initial=0.0))
+    return float(np.max(error_ratio(got, expected, allowed, dtype), initial=0.0))
 
 
 def relative(got: NDArray[np.float64], expected: NDArray[np.float64]) -> float:

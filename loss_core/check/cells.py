@@ -7,9 +7,9 @@ import numpy as np
 from loss_core.check.report import Finding, Row
 
 
-def share_text(share: float) -> str:
-    """An error as a share of its allowance, short."""
-    return f"{share:.3f}" if 0.001 <= share < 100 else f"{share:.2g}"
+def ratio_text(ratio: float) -> str:
+    """An error ratio, short."""
+    return f"{ratio:.3f}" if 0.001 <= ratio < 100 else f"{ratio:.2g}"
 
 
 def finds_text(row: Row) -> str:
@@ -31,12 +31,12 @@ def lower_text(row: Row) -> str:
 def worst_of(row: Row) -> Finding | None:
     """What the table names for a row: its worst failure, or else its largest error."""
     numbers = [finding for finding in row.failures if not finding.problem]
-    return max(numbers, key=lambda finding: finding.share, default=row.failures[0] if row.failures else row.worst)
+    return max(numbers, key=lambda finding: finding.error_ratio, default=row.failures[0] if row.failures else row.worst)
 
 
 def worst_text(finding: Finding | None) -> tuple[str, str]:
     """Share of the allowance, and where."""
     if finding is None:
         return "-", "nothing to compare"
-    share = "-" if finding.problem else share_text(finding.share)
-    return share, f"{finding.case}, {finding.where}"
+    ratio = "-" if finding.problem else ratio_text(finding.error_ratio)
+    return ratio, f"{finding.case}, {finding.where}"

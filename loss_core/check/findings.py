@@ -27,26 +27,26 @@ def add_findings(
         dtypes: dtype by name, for what overflow may do.
         rounded: whether results of 16 bits were computed in more and rounded once, to nearest.
     Returns:
-        The shares of each tensor that could be compared.
+        The error ratios of each tensor that could be compared.
     """
-    shares, errors_of = [], errors_before_rounding if rounded else errors_as_stored
+    ratios, errors_of = [], errors_before_rounding if rounded else errors_as_stored
     for tensor, value in got.items():
         if value.shape != expected[tensor].shape:
             problem = f"has shape {value.shape}, not {expected[tensor].shape}"
             row.failures.append(replace(template, tensor=tensor, problem=problem))
             continue
-        error, limit, share = errors_of(value, expected[tensor], allowed[tensor], dtypes[tensor])
-        shares.append(share)
-        if not share.size:
+        error, limit, ratio = errors_of(value, expected[tensor], allowed[tensor], dtypes[tensor])
+        ratios.append(ratio)
+        if not ratio.size:
             continue
         smallest = smallest_found(expected[tensor], allowed[tensor], dtypes[tensor], rounded)
         if smallest < np.inf:
             row.finds[tensor] = min(smallest, row.finds.get(tensor, smallest))
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(share)), share.shape))
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
         finding = replace(
             template,
             tensor=tensor,
-            share=float(share[at]),
+            error_ratio=float(ratio[at]),
             error=float(error[at]),
             allowed=float(limit[at]),
             position=at,
@@ -56,9 +56,9 @@ def add_findings(
         )
         if finding.failed:
             row.failures.append(finding)
-        if row.worst is None or finding.share > row.worst.share:
+        if row.worst is None or finding.error_ratio > row.worst.error_ratio:
             row.worst = finding
-    return shares
+    return ratios
 
 
 def add_lower(
@@ -77,5 +77,5 @@ def add_lower(
     """
     errors_of = errors_before_rounding if rounded else errors_as_stored
     for name, results in lower.items():
-        fails = any(np.any(errors_of(results[t], expected[t], allowed[t], dtypes[t]).share > 1) for t in dtypes)
+        fails = any(np.any(errors_of(results[t], expected[t], allowed[t], dtypes[t]).ratio > 1) for t in dtypes)
         row.lower[name] = row.lower.get(name, 0) + fails

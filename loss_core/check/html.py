@@ -55,8 +55,8 @@ def report_page(report: Report, command: str) -> str:
 
 def _cells(row: Row) -> dict[str, Any]:
     worst = worst_of(row)
-    share, where = worst_text(worst)
-    number = worst.share if worst is not None and not worst.problem else 0.0
+    ratio, where = worst_text(worst)
+    number = worst.error_ratio if worst is not None and not worst.problem else 0.0
     return {
         "passed": row.passed,
         "flag": row.flag,
@@ -66,7 +66,7 @@ def _cells(row: Row) -> dict[str, Any]:
         "lower": lower_text(row),
         "insensitive": bool(row.insensitive),
         "condition": condition_text(row),
-        "share": share,
+        "ratio": ratio,
         "finds": finds_text(row),
         "where": where,
         # Length of the bar; an error beyond the allowance fills it.

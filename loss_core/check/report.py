@@ -15,7 +15,7 @@ from loss_core.dispatch.protocol import FlagStatus
 
 Floats = NDArray[np.float64]
 
-# Edges of the histogram of errors, as powers of ten of their share of the allowance.
+# Edges of the histogram of errors, as powers of ten of the error ratio.
 HISTOGRAM_EDGES = np.linspace(-6, 2, 33)
 
 
@@ -26,7 +26,7 @@ class Finding:
     Attributes:
         loss, flag, against, dtype, case: what was run; against is "float64" or another flag.
         tensor: "loss" or the argument whose gradient it is.
-        share: error as a share of its allowance; above 1 is a failure.
+        error_ratio: error over allowance; above 1 is a failure.
         error, allowed, got, expected: at the worst position.
         position: index of the worst element.
         rounded_to: dtype to which a result was rounded after the error; "" where it is that of the result itself.
@@ -41,7 +41,7 @@ class Finding:
     dtype: str
     case: str
     tensor: str = ""
-    share: float = float("inf")
+    error_ratio: float = float("inf")
     error: float = float("nan")
     allowed: float = float("nan")
     position: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Finding:
 
     @property
     def failed(self) -> bool:
-        return bool(self.problem) or not self.share <= 1.0
+        return bool(self.problem) or not self.error_ratio <= 1.0
 
     @property
     def where(self) -> str:
@@ -69,7 +69,7 @@ class Finding:
         before = f" before it was rounded to {self.rounded_to}" if self.rounded_to else ""
         return (
             f"{self.got:.9g} where {self.expected:.9g} was expected; error {self.error:.3g}{before} is "
-            f"{self.share:.3g} times the allowance of {self.allowed:.3g}"
+            f"{self.error_ratio:.3g} times the allowance of {self.allowed:.3g}"
         )
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Row:
     """One line of the table: all cases of one loss, flag and dtype.
 
     Attributes:
-        worst: the finding with the largest share of its allowance; None when nothing was run.
+        worst: the finding with the largest error ratio; None when nothing was run.
         cases: how many cases were run; failures: findings that failed.
         finds: for each tensor, the smallest relative error common to all its elements that would have failed; without
             those that are 0 throughout.
@@ -140,7 +140,7 @@ class Verdict:
     @property
     def worst(self) -> Finding | None:
         """The finding that is furthest off; one that is no number, where there is no other."""
-        return max(self.findings, key=lambda f: -1.0 if f.problem else f.share, default=None)
+        return max(self.findings, key=lambda f: -1.0 if f.problem else f.error_ratio, default=None)
 
 
 @dataclass
@@ -191,13 +191,13 @@ class Report:
         of_rows = [finding for row in self.rows for finding in row.failures]
         return of_rows + [finding for verdict in self.broken for finding in verdict.findings]
 
-    def count(self, flag: str, dtype: str, shares: Sequence[Floats]) -> None:
-        """Enter errors, as shares of their allowance, in the histogram of a flag and dtype."""
+    def count(self, flag: str, dtype: str, ratios: Sequence[Floats]) -> None:
+        """Enter error ratios in the histogram of a flag and dtype."""
         edges = np.concatenate([[-np.inf], HISTOGRAM_EDGES, [np.inf]])
         counts = self.histograms.setdefault((flag, dtype), np.zeros(len(edges) - 1, np.int64))
-        for share in shares:
+        for ratio in ratios:
             with np.errstate(divide="ignore"):
-                logs = np.log10(share.reshape(-1))
+                logs = np.log10(ratio.reshape(-1))
             counts += np.histogram(np.clip(logs, -1e9, 1e9), bins=np.clip(edges, -2e9, 2e9))[0]
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
-            + (f"worst {row.worst.share:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
+            + (f"worst {row.worst.error_ratio:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
                if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
             + (f", insensitive to {' and '.join(row.insensitive)}" if row.insensitive else "")
             for row in self.rows

@@ -214,8 +214,8 @@ def _check_case(
         row.failures += _contract_problems(call, flag, got)
         done[flag] = (got, allowed)
         template = replace(_template(call, flag, ORACLE), condition=condition)
-        shares = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes, rounded=True)
-        report.count(flag, dtype, shares)
+        ratios = add_findings(row, template, _results(got), _expected(expected), allowed, got.dtypes, rounded=True)
+        report.count(flag, dtype, ratios)
         add_lower(row, lower, _expected(expected), allowed, _promised_dtypes(call, got), rounded=True)
     if call.ranks:
         return

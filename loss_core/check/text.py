@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from loss_core import __version__
-from loss_core.check.cells import condition_text, finds_text, lower_text, share_text, worst_of, worst_text
+from loss_core.check.cells import condition_text, finds_text, lower_text, ratio_text, worst_of, worst_text
 from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import Finding, Report, Row
 from loss_core.dispatch.protocol import FlagStatus
@@ -42,8 +42,8 @@ def _verdict_on_rows(report: Report) -> str:
     if bad := sum(not row.passed for row in report.rows):
         of = _counted(len(report.rows), "row")
         return f"FAIL{so_far}: {bad} of {of} beyond what rounding explains ({size})."
-    worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.share, default=None)
-    close = f"; the largest error is {share_text(worst.share)} of its allowance" if worst else ""
+    worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.error_ratio, default=None)
+    close = f"; the largest error is {ratio_text(worst.error_ratio)} of its allowance" if worst else ""
     blind = sum(bool(row.insensitive) for row in report.rows)
     told = f"; {_counted(blind, 'row')} insensitive to a lower arithmetic" if blind else ""
     return f"PASS{so_far}: everything within what rounding explains ({size}){close}{told}."
@@ -99,7 +99,7 @@ def print_check(console: Console, report: Report) -> None:
     if report.rows:
         for meaning in (
             "lower: how many cases would fail in the next lower arithmetic (TF32, bfloat16)",
-            "worst: largest error as a share of its allowance; 1 is the most that rounding explains",
+            "worst: largest error ratio, error over allowance; 1 is the most that rounding explains",
             "cond: condition number of the loss there",
             "finds: an error of this relative size, common to a result or a gradient, would have failed",
         ):
@@ -186,9 +186,9 @@ def _print_rows(console: Console, rows: list[Row]) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    share, where = worst_text(worst_of(row))
+    ratio, where = worst_text(worst_of(row))
     mark = "ok" if row.passed else "FAIL"
-    numbers = (str(row.cases), lower_text(row), share, condition_text(row), finds_text(row))
+    numbers = (str(row.cases), lower_text(row), ratio, condition_text(row), finds_text(row))
     return (mark, row.flag, row.against, row.dtype, *numbers, where)
 
 

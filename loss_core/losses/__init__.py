@@ -12,7 +12,7 @@ from loss_core.losses.definition import (
     definition_of,
 )
 from loss_core.losses.drawing import Case, named_cases, random_cases
-from loss_core.losses.oracle import allowances, evaluate, share_of_allowance
+from loss_core.losses.oracle import allowances, error_ratio, evaluate
 
 __all__ = [
     "LABELS",
@@ -26,8 +26,8 @@ __all__ = [
     "Sizes",
     "allowances",
     "definition_of",
+    "error_ratio",
     "evaluate",
     "named_cases",
     "random_cases",
-    "share_of_allowance",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format, round_to
 from loss_core.losses.definition import Floats
-from loss_core.losses.oracle import share_of_allowance
+from loss_core.losses.oracle import error_ratio
 
 
 class Errors(NamedTuple):
@@ -27,12 +27,12 @@ class Errors(NamedTuple):
 
     Attributes:
         error, allowed: of the value before it was rounded, if it was; else of the result.
-        share: error / allowed; above 1 is a failure, inf where one is not a number.
+        ratio: error / allowed; above 1 is a failure, inf where one is not a number.
     """
 
     error: Floats
     allowed: Floats
-    share: Floats
+    ratio: Floats
 
 
 def is_rounded(dtype: str) -> bool:
@@ -43,7 +43,7 @@ def is_rounded(dtype: str) -> bool:
 def errors_as_stored(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Errors:
     """|got - expected|: for results of which it is not known how they were rounded."""
     with np.errstate(invalid="ignore"):
-        return Errors(np.abs(got - expected), allowed, share_of_allowance(got, expected, allowed, dtype))
+        return Errors(np.abs(got - expected), allowed, error_ratio(got, expected, allowed, dtype))
 
 
 def errors_before_rounding(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Errors:
@@ -58,10 +58,10 @@ def errors_before_rounding(got: Floats, expected: Floats, allowed: Floats, dtype
         # Both signs at once: where got is not positive, the interval is mirrored, and around 0 it is symmetric.
         value = np.where(got > 0, expected, np.where(got < 0, -expected, np.abs(expected)))
         error = np.maximum(np.maximum(np.where(got == 0, 0.0, low - value), value - high), 0.0)
-        share = np.where(error == 0, 0.0, error / inside)
+        ratio = np.where(error == 0, 0.0, error / inside)
     # What is equal, no number, or beyond the range of the dtype has been judged.
-    known = (stored.share == 0) | np.isinf(stored.share)
-    return Errors(np.where(known, stored.error, error), inside, np.where(known, stored.share, share))
+    known = (stored.ratio == 0) | np.isinf(stored.ratio)
+    return Errors(np.where(known, stored.error, error), inside, np.where(known, stored.ratio, ratio))
 
 
 def smallest_found(expected: Floats, allowed: Floats, dtype: str, rounded: bool) -> float:

@@ -83,13 +83,13 @@ def _estimated(
     return allowed
 
 
-def share_of_allowance(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Floats:
+def error_ratio(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Floats:
     """|got - expected| / allowed, elementwise: above 1 is a failure, inf where one is not a number."""
     top = float_format(dtype).max
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(got - expected)
-        share = np.where(error == 0, 0.0, error / allowed)
+        ratio = np.where(error == 0, 0.0, error / allowed)
         same = (np.isnan(got) & np.isnan(expected)) | (got == expected)
         # A result beyond the format's range may be stored as infinity.
         overflow = np.isinf(got) & (np.sign(got) == np.sign(expected)) & (np.abs(expected) + allowed >= top)
-        return np.where(same | overflow, 0.0, np.where(np.isnan(share), np.inf, share))
+        return np.where(same | overflow, 0.0, np.where(np.isnan(ratio), np.inf, ratio))

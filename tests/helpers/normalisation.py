@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from loss_core import LOSS_CONFIG_REGISTRY
-from loss_core.losses import Sizes, allowances, definition_of, evaluate, share_of_allowance
+from loss_core.losses import Sizes, allowances, definition_of, error_ratio, evaluate
 from loss_core.losses.reduction import kept_tokens
 
 B, S, V, H = 4, 8, 11, 5
@@ -111,7 +111,7 @@ def assert_adds_up(loss: str, step: Step, call: Call) -> None:
             # Of the call, and of the product, the quotient and the sum around it.
             allowed[name][at] += limits[name] + 3 * 2.0**-53 * (np.abs(part) + np.abs(found[name][at]))
     for name, total in found.items():
-        share = share_of_allowance(total, expected[name], allowed[name], "float64")
+        share = error_ratio(total, expected[name], allowed[name], "float64")
         assert share.max(initial=0.0) <= 1.0, (name, config, share.max())
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from loss_core.dtypes import round_to
-from loss_core.losses import allowances, named_cases, oracle, share_of_allowance
+from loss_core.losses import allowances, error_ratio, named_cases, oracle
 
 CASES = ("basic", "mean", "none", "all-ignored", "ragged", "huge-logits", "minus-inf", "mask", "count", "loss-weights",
          "edge-labels", "nan-where-ignored", "temperature", "softcap", "softcap-none", "ignore-index-0", "reverse",
@@ -45,7 +45,7 @@ class Problem:
         whole, limit = part(whole), part(self.allowed[name])
         assert tuple(got.shape) == whole.shape, (self.case.name, name, tuple(got.shape), whole.shape)
         kind = str(got.dtype).removeprefix("torch.")
-        share = share_of_allowance(got.detach().double().numpy(), whole, limit, kind)
+        share = error_ratio(got.detach().double().numpy(), whole, limit, kind)
         assert share.max(initial=0) <= 1, (self.case.name, name, share.max())
 
 

@@ -48,7 +48,7 @@ def unseen(case, loss, dtype, product_dtype=None):
     return {
         arithmetic
         for arithmetic, got in found.items()
-        if all(np.all(errors_before_rounding(got[t], exact[t], allowed[t], dtypes[t]).share <= 1) for t in exact)
+        if all(np.all(errors_before_rounding(got[t], exact[t], allowed[t], dtypes[t]).ratio <= 1) for t in exact)
     }, set(found)
 
 

@@ -31,8 +31,8 @@ def test_whatever_the_arithmetic_may_give_is_within_its_allowance_when_rounded(d
     off = error * rng.choice([-1, 1, 0.5, 0, -0.99], expected.size)
     allowed = stored(expected, error, float_format(dtype))
     found = errors_before_rounding(round_to(expected + off, dtype), expected, allowed, dtype)
-    assert np.max(found.share) <= 1 + 1e-9
-    assert np.all((found.error <= np.abs(off) * (1 + 1e-9)) | (found.share == 0))
+    assert np.max(found.ratio) <= 1 + 1e-9
+    assert np.all((found.error <= np.abs(off) * (1 + 1e-9)) | (found.ratio == 0))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -48,14 +48,14 @@ def test_what_no_number_within_the_error_rounds_to_fails(dtype):
         # What numbers near 0 may lose is nothing beside these.
         large = (np.abs(edge) > 1e6 * float_format(dtype).near_zero) & np.isfinite(got)
         assert np.sum(large) > 500
-        assert np.min(errors_before_rounding(got, expected, allowed, dtype).share[large]) > 1
+        assert np.min(errors_before_rounding(got, expected, allowed, dtype).ratio[large]) > 1
 
 
 def test_a_wide_result_is_judged_as_it_is_stored():
     got, expected, allowed = np.array([1.0, 2.5]), np.array([1.0, 2.0]), np.array([0.1, 0.1])
     for dtype in ("float32", "float64"):
         for errors_of in (errors_before_rounding, errors_as_stored):
-            np.testing.assert_allclose(errors_of(got, expected, allowed, dtype).share, [0, 5])
+            np.testing.assert_allclose(errors_of(got, expected, allowed, dtype).ratio, [0, 5])
 
 
 def test_special_values_are_judged_as_ever():
@@ -63,8 +63,8 @@ def test_special_values_are_judged_as_ever():
     got = np.array([nan, inf, 1.0, nan, inf, -inf, 0.0, 1e-30])
     expected = np.array([nan, inf, nan, 1.0, 70000.0, 70000.0, 0.0, 0.0])
     allowed = np.array([1, 1, 1, 1, 40, 40, 0, 0])
-    share = errors_before_rounding(got, expected, allowed, "float16").share
-    np.testing.assert_array_equal(share, [0, 0, inf, inf, 0, inf, 0, inf])
+    ratio = errors_before_rounding(got, expected, allowed, "float16").ratio
+    np.testing.assert_array_equal(ratio, [0, 0, inf, inf, 0, inf, 0, inf])
 
 
 @pytest.mark.parametrize("dtype", list(FORMATS))
@@ -80,7 +80,7 @@ def test_the_smallest_error_that_is_found_is_found_and_a_smaller_one_is_not(dtyp
         def worst(d, expected=expected, allowed=allowed):
             got = expected * (1 + d)
             got = round_to(got, dtype) if rounded and is_rounded(dtype) else got
-            return float(np.max(errors_of(got, expected, allowed, dtype).share))
+            return float(np.max(errors_of(got, expected, allowed, dtype).ratio))
 
         assert min(worst(1.001 * least), worst(-1.001 * least)) > 1
         assert min(worst(0.999 * least), worst(-0.999 * least)) <= 1

@@ -5,7 +5,7 @@ import pytest
 
 from loss_core import MaskedCrossEntropyConfig, TopKDistillationConfig
 from loss_core.dtypes import FORMATS, float_format, round_to
-from loss_core.losses import allowances, named_cases, share_of_allowance
+from loss_core.losses import allowances, error_ratio, named_cases
 from loss_core.losses.oracle import evaluate
 from loss_core.losses.rounding import EXP_ARGUMENT_ROUNDINGS, sum_growth
 from loss_core.registry import our_losses
@@ -72,16 +72,16 @@ def test_ignored_rows_have_no_allowance_at_all():
     assert not allowed["logits"][1].any()
     got = expected.grads["logits"].copy()
     got[1, 0] = 1e-30
-    share = share_of_allowance(got, expected.grads["logits"], allowed["logits"], "float32")
-    assert np.isinf(share[1, 0])
+    ratio = error_ratio(got, expected.grads["logits"], allowed["logits"], "float32")
+    assert np.isinf(ratio[1, 0])
 
 
-def test_share_of_special_values():
+def test_error_ratio_of_special_values():
     nan, inf = np.nan, np.inf
     got = np.array([nan, inf, 1.0, nan, 70000.0, inf, -inf])
     expected = np.array([nan, inf, nan, 1.0, 70000.0, 70000.0, 70000.0])
-    share = share_of_allowance(got, expected, np.ones(7), "float16")
-    np.testing.assert_array_equal(share, [0, 0, inf, inf, 0, 0, inf])
+    ratio = error_ratio(got, expected, np.ones(7), "float16")
+    np.testing.assert_array_equal(ratio, [0, 0, inf, inf, 0, 0, inf])
 
 
 def test_a_probability_flushed_to_zero_before_its_coefficient_is_rounding():
@@ -135,7 +135,7 @@ def test_a_probability_by_way_of_exp2_is_within_its_allowance():
     e = np.exp2(product.astype(np.float64))
     e *= 1 + 4 * 2.0**-24 * np.sign(e / (1 + e) - got[:, 1])
     got[:, 1] = e / (1 + e)
-    assert np.max(share_of_allowance(got, expected.grads["logits"], allowed, "float32")) <= 1
+    assert np.max(error_ratio(got, expected.grads["logits"], allowed, "float32")) <= 1
 
 
 def test_float16_keeps_its_subnormals():

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from loss_core import BackendUnavailable
 from loss_core.dtypes import round_to
-from loss_core.losses import allowances, named_cases, oracle, share_of_allowance
+from loss_core.losses import allowances, error_ratio, named_cases, oracle
 from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 # Chunks of 4 or 16 tokens and tiles of 8 classes, so that small inputs go through every loop.
@@ -69,7 +69,7 @@ def hold(case, dtype, exact, value, grads):
     got = {"loss": (value, expected.loss), **{name: (grads[name], expected.grads[name]) for name in grads}}
     for name, (actual, want) in got.items():
         actual = np.asarray(actual)
-        share = share_of_allowance(actual.astype(np.float64), want, allowed[name], str(actual.dtype))
+        share = error_ratio(actual.astype(np.float64), want, allowed[name], str(actual.dtype))
         assert share.max(initial=0) <= 1, (type(case.config).__name__, case.name, dtype, name, share.max())
 
 
