@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from loss_core_torch import compat
+from loss_core_torch.kernels import NEW, Into
+from loss_core_torch.tracing import may_read
 
 
 class LossFunction(Function):
@@ -37,3 +40,19 @@ def check_upstream(upstream: Tensor) -> None:
             "This kernel of loss_core has no batching rule for its backward (torch.func.vmap, jacrev, "
             "is_grads_batched=True). Build the loss with backend='torch:plain' there."
         )
+
+
+def taken(ctx: Any, made: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor | None, Into]:
+    """(the gradient, where it is known; else where it is to go) of a backward that may have been made in the forward.
+
+    What was made is right for an upstream gradient of 1, which the host can see on a CPU; elsewhere a kernel looks. It
+    is handed on in its own memory, once.
+    """
+    if not made or ctx.spent:
+        return None, NEW
+    ctx.spent = True
+    # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+    gradient = made[0].data
+    if may_read(upstream) and float(upstream.detach()) == 1.0:
+        return gradient, NEW
+    return None, Into(gradient, upstream)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
 from loss_core_torch import inplace, operators
-from loss_core_torch.autograd.base import LossFunction, check_upstream
+from loss_core_torch.autograd.base import LossFunction, check_upstream, taken
 from loss_core_torch.kernels import Into, KernelSet, Rows
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
@@ -79,19 +79,15 @@ class CrossEntropy(LossFunction):
         check_upstream(upstream)
         logits, labels_T, keep_T, coef_T, m_T, s_T, t_T, *rest = ctx.saved_tensors
         made = rest[: len(rest) - len(call.metrics)]
-        terms = RowTerms(m_T, s_T, t_T)
-        with torch.no_grad():
-            upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
-            coefficients = cross_entropy_coefficients(torch, terms, upstream_T, call.objective)
-            rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap)
-            args = (call.kernels, rows, terms, coefficients)
-            if call.overwrite:
-                operators.row_grad(*args, into=Into(logits.detach()))
-                grad = inplace.overwritten(ctx, logits)
-            elif made and not ctx.spent:
-                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-                ctx.spent = True
-                grad = operators.row_grad(*args, into=Into(made[0].data, upstream))
-            else:
-                grad = operators.row_grad(*args)
+        grad, into = taken(ctx, made, upstream)
+        if grad is None:
+            terms = RowTerms(m_T, s_T, t_T)
+            with torch.no_grad():
+                upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
+                coefficients = cross_entropy_coefficients(torch, terms, upstream_T, call.objective)
+                rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap)
+                if call.overwrite:
+                    into = Into(logits.detach())
+                grad = operators.row_grad(call.kernels, rows, terms, coefficients, into=into)
+                grad = inplace.overwritten(ctx, logits) if call.overwrite else grad
         return once_differentiable(grad, logits, upstream), None, None, None, None

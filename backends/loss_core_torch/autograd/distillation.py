@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loss_core.row_terms import PairTerms, jensen_shannon, kl_divergence
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import LossFunction, check_upstream
-from loss_core_torch.kernels import Into, KernelSet, Pairs
+from loss_core_torch.autograd.base import LossFunction, check_upstream, taken
+from loss_core_torch.kernels import KernelSet, Pairs
 from loss_core_torch.kernels.linear_pairs import both_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
@@ -92,12 +92,9 @@ class Distillation(LossFunction):
             pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
             args = (call.kernels, pairs, terms)
             of_student, of_teacher = both_coefficients(divergences, upstream_T / call.temperature, call.beta)
-            if made and not ctx.spent:
-                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-                ctx.spent = True
-                found[0] = operators.pair_grad(*args, of_student, into=Into(made[0].data, upstream))
-            elif want_student:
-                found[0] = operators.pair_grad(*args, of_student)
+            found[0], into = taken(ctx, made, upstream)
+            if found[0] is None and want_student:
+                found[0] = operators.pair_grad(*args, of_student, into=into)
             if want_teacher:
                 found[1] = operators.pair_grad(*args, of_teacher)
         return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)

@@ -19,9 +19,9 @@ from loss_core.row_terms import (
     top_k_teacher_gradient,
 )
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import LossFunction, check_upstream
+from loss_core_torch.autograd.base import LossFunction, check_upstream, taken
 from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
-from loss_core_torch.kernels import Into, KernelSet, Rows, Wanted
+from loss_core_torch.kernels import KernelSet, Rows, Wanted
 from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
@@ -101,18 +101,14 @@ class TopKDistillation(LossFunction):
         check_upstream(upstream)
         logits, labels_TK, log_p_TK, keep_T, inverse_T, coef_T, *rest = ctx.saved_tensors
         terms, made, teacher = RowTerms(*rest[:3]), rest[3:], TopK(log_p_TK, call.tail)
-        by_logits: Tensor | None = None
         with torch.no_grad():
             upstream_T = upstream.to(terms.s.dtype)
             upstream_T = upstream_T.expand(terms.s.shape) if coef_T is None else coef_T * upstream_T
             args = (call.kernels, _rows(logits, labels_TK, keep_T, inverse_T, call), terms)
             coefficients = top_k_coefficients(torch, terms, upstream_T, teacher)
-            if made and not ctx.spent:
-                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-                ctx.spent = True
-                by_logits = operators.row_grad(*args, coefficients, into=Into(made[0].data, upstream))
-            elif ctx.needs_input_grad[0]:
-                by_logits = operators.row_grad(*args, coefficients)
+            by_logits, into = taken(ctx, made, upstream)
+            if by_logits is None and ctx.needs_input_grad[0]:
+                by_logits = operators.row_grad(*args, coefficients, into=into)
             by_log_p = teacher_grad(terms, teacher, upstream_T, keep_T) if ctx.needs_input_grad[2] else None
         refusing = (once_differentiable(x, logits, log_p_TK, upstream) for x in (by_logits, by_log_p))
         by_logits, by_log_p = refusing

@@ -167,7 +167,8 @@ class Into(NamedTuple):
 
     Attributes:
         out: [..., V]; may be the logits themselves. None: a new contiguous tensor.
-        unless_one: scalar; where it is exactly 1, `out` holds the result already and nothing is done.
+        unless_one: scalar on a device that the host does not wait for; where it is exactly 1, `out` holds the result
+            already, and a kernel may leave it.
     """
 
     out: Tensor | None = None

@@ -15,7 +15,6 @@ from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
-from loss_core_torch.kernels.eager.row_blocks import is_one
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -49,8 +48,6 @@ class PairKernels:
         With beta: p (log(p / M) - KL) of either.
         """
         out, of_teacher = into.out, wanted.of_teacher
-        if out is not None and is_one(into.unless_one):
-            return out
         like = pairs.teacher if of_teacher else pairs.student
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
         program: Callable[..., None] = formulas.pair_teacher_grad if of_teacher else formulas.pair_student_grad

@@ -26,7 +26,7 @@ from loss_core_torch.kernels.compiled import formulas, one_column
 from loss_core_torch.kernels.compiled.approximate_maximum import applies, approximate_maximum, is_accurate
 from loss_core_torch.kernels.compiled.matrices import COPIED_ELEMENTS, matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
-from loss_core_torch.kernels.eager.row_blocks import Block, is_one
+from loss_core_torch.kernels.eager.row_blocks import Block
 from loss_core_torch.kernels.eager.sizes import SIZES
 from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, joined_terms, per_row
 from loss_core_torch.tracing import compute_dtype
@@ -52,8 +52,6 @@ class RowKernels:
     def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
         """Gradient by the logits."""
         out = into.out
-        if out is not None and is_one(into.unless_one):
-            return out
         if one_column.applies(rows):
             uncapped, slope_TV = one_column.uncapped(rows)
             return one_column.through_softcap(self.row_grad(uncapped, terms, coefficients), slope_TV, rows, into)

@@ -28,7 +28,7 @@ from loss_core.row_terms import (
 )
 from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
 from loss_core_torch.kernels.eager.exponentials import log2_exp, row_dots, row_sums, shifted, without
-from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
+from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.tracing import compute_dtype, may_read
 
@@ -75,8 +75,6 @@ class PairKernels:
         With beta: p (log(p / M) - KL) of either.
         """
         out, of_teacher = into.out, wanted.of_teacher
-        if out is not None and is_one(into.unless_one):
-            return out
         like = pairs.teacher if of_teacher else pairs.student
         out, walk = _result(like, pairs, out), _Walk(pairs, self.sizes)
         if wanted.beta:

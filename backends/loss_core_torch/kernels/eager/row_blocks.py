@@ -131,8 +131,3 @@ def clear_ignored(out: Tensor, keep_T: Tensor | None) -> None:
     out_TV = matrix(out) if out.numel() else None
     if keep_T is not None and out_TV is not None and may_read(keep_T):
         out_TV.index_fill_(0, (~keep_T).nonzero()[:, 0], 0.0)
-
-
-def is_one(unless_one: Tensor | None) -> bool:
-    """Whether there is a scalar, on the CPU, of exactly 1."""
-    return unless_one is not None and may_read(unless_one) and float(unless_one) == 1.0

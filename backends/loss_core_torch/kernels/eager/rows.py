@@ -34,7 +34,7 @@ from loss_core_torch.kernels.eager.exponentials import (
     to_gradient,
     without,
 )
-from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored, is_one
+from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms
 from loss_core_torch.tracing import compute_dtype
@@ -54,10 +54,7 @@ class RowKernels:
 
     def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
         """Gradient by the logits."""
-        out = into.out
-        if out is not None and is_one(into.unless_one):
-            return out
-        out, walk = _result(rows, out), _Walk(rows, self.sizes)
+        out, walk = _result(rows, into.out), _Walk(rows, self.sizes)
         for block in walk:
             kept_BV, slope_BV = walk.read(block, for_gradient=True)
             powers = walk.powers(block, kept_BV, terms.m[block.at], with_x=coefficients.slope is not None)
