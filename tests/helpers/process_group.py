@@ -155,7 +155,7 @@ def _body(file, name):
 def _serve(rank, ranks, port, flag):
     torch.set_num_threads(1)
     if flag == interpreter.FLAG:
-        interpreter.list_builtins_once()
+        interpreter.patch_once()
     timeout = timedelta(seconds=_GROUP)
     store = dist.TCPStore("localhost", port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
