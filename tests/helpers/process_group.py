@@ -61,8 +61,12 @@ def over_processes(*ranks, flag="torch:eager"):
         test.__signature__ = inspect.Signature([inspect.Parameter(name, keyword) for name in ("team", *given)])
         test.body = body
         settings = [
-            pytest.param((number, flag), id=f"{number} ranks", marks=pytest.mark.xdist_group(f"{flag} {number}"))
+            pytest.param(
+                (number, flag), id=f"{number} ranks", marks=[pytest.mark.xdist_group(f"{flag} {number}"), *later]
+            )
             for number in ranks
+            # Three ranks go where two and four go, and each is a process that imports torch.
+            for later in [[pytest.mark.slow] if number == 3 and len(ranks) > 1 else []]
         ]
         # Indirect: pytest then runs all tests of one team together, and starts its processes once.
         return pytest.mark.parametrize("team", settings, indirect=True)(test)
