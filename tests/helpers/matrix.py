@@ -2,10 +2,10 @@
 
 A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
 
-What takes long has some dtypes, and each case in one of them, in turn; the rest is marked slow. `make check`, which CI
-runs as well, has every loss and case in float32, and torch's in bfloat16; flags that compile have the others here, so
-that each of their cells is computed once. Triton's kernels, of which `make check` has none without a GPU, have float32
-and bfloat16 here.
+Each case has half of the dtypes, in turn, and one of them where it takes long; the rest is marked slow. `make check`,
+which CI runs as well, has every loss and case in float32, and torch's in bfloat16; flags that compile have the others
+here, so that each of their cells is computed once. Triton's kernels, of which `make check` has none without a GPU, have
+float32 and bfloat16 here.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
                 continue
             if not (flag in interpreted or _serves(flag, loss)):
                 continue
+            turns = 2 if dtypes is DTYPES else len(dtypes)
             for turn, dtype in enumerate(dtypes):
-                later = slow or (dtypes is not DTYPES and (number + turn) % len(dtypes) != 0)
+                later = slow or (number + turn) % turns != 0
                 marks = [pytest.mark.slow] if later else []
                 made.append(pytest.param(flag, loss, case, dtype, id=f"{flag}-{loss}-{case}-{dtype}", marks=marks))
     return pytest.mark.parametrize(("flag", "loss", "case", "dtype"), made)
