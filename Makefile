@@ -37,7 +37,7 @@ demo: ## check the losses on this machine, then train a small model on torch and
 test: setup ## run all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-slow: setup ## run what `make test` leaves out: cells of torch.compile, and of the other dtypes; half an hour
+test-slow: setup ## run what `make test` leaves out: torch.compile, the other dtypes, paths that it has met once; an hour
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 # An environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
