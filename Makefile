@@ -37,7 +37,7 @@ demo: ## check the losses on this machine, then train a small model on torch and
 test: setup ## run all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-slow: setup ## run what `make test` leaves out: cells of torch.compile, and of the other dtypes; half an hour
+test-slow: setup ## run what `make test` leaves out: torch.compile, the other dtypes, paths that it has met once; an hour
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
 # An environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
@@ -63,9 +63,11 @@ matrix: test-oldest-jax ## the tests with the oldest and the newest versions of 
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
 # The dtypes that tests/helpers/matrix.py leaves to it for what compiles; `loss-core check` by itself has all four.
-check: setup ## every loss on both backends and on torch:compile against float64, in float32 and bfloat16
-	$(VENV)/bin/loss-core check --backend torch:plain --backend torch:eager --backend torch:compile --backend jax:xla \
-	  --dtype float32 --dtype bfloat16
+ON_TORCH := --backend torch:plain --backend torch:eager --backend torch:compile
+
+check: setup ## every loss on both backends and on torch:compile against float64, in float32; on torch in bfloat16
+	$(VENV)/bin/loss-core check $(ON_TORCH) --backend jax:xla --dtype float32
+	$(VENV)/bin/loss-core check $(ON_TORCH) --dtype bfloat16
 
 lint: setup ## ruff and the import rules
 	$(PY) -m ruff check .

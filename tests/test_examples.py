@@ -244,7 +244,10 @@ def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
     return expected
 
 
-@pytest.mark.parametrize(("backend", "processes"), [("torch:eager", 2), ("torch:eager", 4), ("jax:xla", 1)])
+@pytest.mark.parametrize(
+    ("backend", "processes"),
+    [("torch:eager", 2), pytest.param("torch:eager", 4, marks=pytest.mark.slow), ("jax:xla", 1)],
+)
 def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, backend, processes):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     command = (str(EXAMPLES / "tensor_parallel.py"), "--backend", backend, "--seed", "3")

@@ -44,7 +44,7 @@ def evaluate(
         # Under jit labels have no value to check; an abstract call with the real ones refuses what an eager call would.
         result = jax.eval_shape(lambda floats: as_one(loss(**floats, **fixed)), varied)
         ones = np.ones(result.shape) if upstream is None else np.asarray(upstream)
-        arguments = (varied, fixed, jnp.asarray(ones, result.dtype))
+        arguments = (varied, fixed, jnp.asarray(ones.astype(result.dtype)))
         program = _value_and_grads.lower(loss, *arguments).compile()
         value, grads = program(*arguments)
         return Evaluation(
@@ -93,7 +93,9 @@ def _listed(result: Any) -> list[Any]:
 
 def to_jax(array: np.ndarray, dtype: str) -> Any:
     """Floats in the tested dtype; integers and booleans as they are."""
-    return jnp.asarray(array, dtype) if np.issubdtype(np.asarray(array).dtype, np.floating) else np.asarray(array)
+    array = np.asarray(array)
+    # NumPy casts: JAX would compile a program for each shape.
+    return jnp.asarray(array.astype(jnp.dtype(dtype))) if np.issubdtype(array.dtype, np.floating) else array
 
 
 def to_float64(array: jax.Array) -> np.ndarray:

@@ -79,6 +79,22 @@ def test_one_backend_does_not_load_the_other(framework, module, foreign):
     assert tops(loaded_by(f"import {module}")) & foreign == set()
 
 
+# Over one rank, a sharded loss.
+SHARDED = """
+import torch, torch.distributed as dist, loss_core
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+loss = loss_core.MaskedCrossEntropyConfig(tp_group=dist.group.WORLD).build(backend="torch:eager")
+loss(torch.randn(2, 3, requires_grad=True), torch.tensor([0, 1])).backward()
+"""
+
+
+def test_a_call_over_ranks_loads_no_compiler():
+    pytest.importorskip("torch")
+    loaded = loaded_by(f"exec({SHARDED!r})")
+    assert "loss_core_torch.parallel.agreement" in loaded
+    assert "torch._dynamo" not in loaded
+
+
 def test_a_loss_may_be_registered_before_check_is_imported():
     register = (
         "from dataclasses import dataclass; import loss_core; "

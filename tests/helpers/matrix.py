@@ -2,10 +2,10 @@
 
 A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
 
-What takes long has two dtypes, and each case in one of them, in turn; the rest is marked slow. `make check`, which CI
-runs as well, has every loss and case in float32 and bfloat16; flags that compile have the others here, so that each of
-their cells is computed once. Triton's kernels, of which `make check` has none without a GPU, have float32 and bfloat16
-here.
+Each case has half of the dtypes, in turn, and one of them where it takes long; the rest is marked slow. `make check`,
+which CI runs as well, has every loss and case in float32, and torch's in bfloat16; flags that compile have the others
+here, so that each of their cells is computed once. Triton's kernels, of which `make check` has none without a GPU, have
+float32 and bfloat16 here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from loss_core.check import DTYPES, check
 from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status
 from loss_core.losses.drawing import named_cases
 
-INTERPRETED, COMPILED = ("float32", "bfloat16"), ("float16", "float64")
+INTERPRETED = ("float32", "bfloat16")
+COMPILED = {"torch": ("float16", "float64"), "jax": ("bfloat16", "float16", "float64")}
 
 
 def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
@@ -37,7 +38,8 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
             continue
         # Those that compile at the first call do so for each kind of input: minutes over all cells.
         slow = flag in COMPILED_AT_FIRST_CALL
-        dtypes = INTERPRETED if flag in interpreted else COMPILED if backend == "jax" or slow else DTYPES
+        compiled = COMPILED[backend] if backend == "jax" or slow else DTYPES
+        dtypes = INTERPRETED if flag in interpreted else compiled
         for number, (loss, case, tokens) in enumerate(_cases()):
             if dtypes is not DTYPES and loss == "TEParallelCrossEntropy":
                 # Computed by what computes MaskedCrossEntropy.
@@ -47,8 +49,9 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
                 continue
             if not (flag in interpreted or _serves(flag, loss)):
                 continue
+            turns = 2 if dtypes is DTYPES else len(dtypes)
             for turn, dtype in enumerate(dtypes):
-                later = slow or (dtypes is not DTYPES and (number + turn) % len(dtypes) != 0)
+                later = slow or (number + turn) % turns != 0
                 marks = [pytest.mark.slow] if later else []
                 made.append(pytest.param(flag, loss, case, dtype, id=f"{flag}-{loss}-{case}-{dtype}", marks=marks))
     return pytest.mark.parametrize(("flag", "loss", "case", "dtype"), made)

@@ -33,8 +33,11 @@ LOGITS = HIDDEN @ WEIGHT.T
 TEACHER = LOGITS[..., ::-1]
 LABELS = RNG.integers(0, V, (B, S))
 LABELS[0, :2] = -100
-LOSSES = ("masked", "te", "fused", "kd")
-CLASSES = ("masked", "te", "fused")  # whose labels are classes
+# TEParallelCrossEntropy is computed by what computes MaskedCrossEntropy.
+LOSSES = ("masked", "fused", "kd")
+CLASSES = ("masked", "fused")  # whose labels are classes
+# KL(student || teacher) is KL(teacher || student) with the roles exchanged.
+REVERSE_KL = pytest.param("reverse_kl", marks=pytest.mark.slow)
 
 
 def call(name: str, x: Any, labels: Any, reduction: str = "sum", **more: Any) -> jax.Array:
@@ -42,8 +45,6 @@ def call(name: str, x: Any, labels: Any, reduction: str = "sum", **more: Any) ->
     match name:
         case "masked":
             return MaskedCrossEntropy(reduction=reduction)(x, labels, **more)
-        case "te":
-            return TEParallelCrossEntropy(reduction=reduction)(x, labels, **more)
         case "fused":
             return FusedLinearCrossEntropy(reduction=reduction)(x, labels, WEIGHT, **more)
     teacher = jnp.broadcast_to(TEACHER[0, 0], x.shape).astype(x.dtype)
@@ -113,7 +114,7 @@ def test_labels_must_be_integers(name: str, dtype: str) -> None:
 def test_shapes_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=r"\(3, 5\).*\(3, 6, ") as error:
         call(name, first(name), LABELS[:, :5])
-    if name in ("masked", "te"):
+    if name == "masked":
         assert "logits.shape[:-1] == labels.shape" in str(error.value)
 
 
@@ -145,7 +146,7 @@ def test_other_refusals() -> None:
         kd(LOGITS, TEACHER, LABELS, 4, np.ones(S))
 
 
-@pytest.mark.parametrize("name", ["masked", "te", "fused"])
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_sum_only_arguments(name: str, reduction: str) -> None:
     for more in ({"num_label_tokens": 3}, {"loss_weights": np.ones((B, S))}):
@@ -293,7 +294,7 @@ def test_upstream_scales_and_pull_back_twice(name: str) -> None:
     np.testing.assert_allclose(pull_back(jnp.full_like(value, -0.5))[0], -0.5 * once, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["masked", "te", "fused"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_upstream_scales_the_gradient_of_loss_weights(name: str) -> None:
     weights = jnp.ones((B, S))
     rows = call(name, first(name), LABELS, "none")
@@ -380,7 +381,7 @@ def test_second_derivatives_are_right(name: str) -> None:
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", REVERSE_KL, "jsd"])
 def test_second_derivatives_where_both_rule_a_class_out(divergence: str) -> None:
     loss = KDLoss(divergence=divergence)
 
@@ -428,7 +429,7 @@ def test_memory_of_the_fused_loss(reduction: str, dtype: str) -> None:
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="XLA of JAX 0.8 writes the exponentials of all logits out")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["masked", "softcap", "entropy", "kd", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", ["masked", "softcap", "entropy", "kd", REVERSE_KL, "jsd"])
 def test_memory_of_the_losses_over_logits(kind: str, dtype: str) -> None:
     tokens, vocab = 4096, 8192
     logits, labels = struct((tokens, vocab), dtype), struct((tokens,), "int32")
@@ -476,7 +477,7 @@ for loss in (FusedLinearCrossEntropy(), none, MaskedCrossEntropy(), KDLoss(chunk
         mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P(),
     )
     got = jax.jit(jax.value_and_grad(sharded, argnums=(0, 2)))(h, y, w)
-    want = jax.value_and_grad(local, argnums=(0, 2))(h, y, w)
+    want = jax.jit(jax.value_and_grad(local, argnums=(0, 2)))(h, y, w)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 print("sharded ok")
@@ -486,8 +487,9 @@ print("sharded ok")
 def test_under_shard_map_the_gradient_of_a_replicated_weight_is_summed() -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "backends")])
-    env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    env["JAX_PLATFORMS"] = "cpu"
+    # As in conftest.py, LLVM does not optimise.
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "sharded ok", done.stderr[-3000:]
 

@@ -9,7 +9,7 @@ from helpers import interpreter
 _FOLDER = pytest.StashKey()
 
 if interpreter.ON:
-    interpreter.list_builtins_once()
+    interpreter.patch_once()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,28 +21,31 @@ WAYS = {"set_default_device": default_device, "with torch.device": torch.device}
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
-def calls(config):
-    """Ordinary arguments; some ignored; every optional argument."""
-    yield inputs(config, ignored=0)
-    yield inputs(config)
-    yield inputs(config, ignored=1)
+def every_argument(config):
     arguments = inputs(config) | count_of(config, 3)
     for name in ("mask", "loss_weights"):
         if takes(config, name):
             arguments[name] = torch.linspace(0.5, 1.5, 6).view(2, 3)
-    yield arguments
-    yield inputs(config) | count_of(config, torch.tensor(3))
+    return arguments
+
+
+CALLS = {
+    "every argument": every_argument,
+    "none ignored": lambda config: inputs(config, ignored=0),
+    "all ignored": lambda config: inputs(config, ignored=1),
+    "a tensor as count": lambda config: inputs(config) | count_of(config, torch.tensor(3)),
+}
 
 
 @every_way
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @cells(configs())
-def test_calls_on_a_cpu(flag, config, way):
-    for arguments in calls(config):
-        loss = built(config, flag)
-        expected = run(loss, arguments, 1.0)
-        with way("meta"):
-            got = run(loss, arguments, 1.0)
-        assert_same(got, expected, rtol=0, atol=0)
+def test_calls_on_a_cpu(flag, config, call, way):
+    arguments, loss = call(config), built(config, flag)
+    expected = run(loss, arguments, 1.0)
+    with way("meta"):
+        got = run(loss, arguments, 1.0)
+    assert_same(got, expected, rtol=0, atol=0)
 
 
 @every_way

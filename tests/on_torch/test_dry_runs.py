@@ -57,7 +57,8 @@ def test_meta_tensors(flag, config):
     right_or_names_plain(flag, holds)
 
 
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+# "fake" is "symbolic" with sizes that are numbers.
+@pytest.mark.parametrize("mode", ["real", pytest.param("fake", marks=pytest.mark.slow), "symbolic"])
 @cells(configs(), interpreted=False)
 def test_make_fx(flag, config, mode):
     loss = built(config, flag)

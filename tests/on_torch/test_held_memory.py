@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.torch_calls import assert_same, built, cells, configs, inputs, leaves, run
 
-LEAD, VOCAB, HIDDEN = (2, 8), 512, 64
+LEAD, VOCAB, HIDDEN = (2, 4), 512, 64
 # Values per token (labels, row terms, losses) may stay: far less than one row of logits or hidden states for each.
 PER_TOKEN = 512
 every_reentrance = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])

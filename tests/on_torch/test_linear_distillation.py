@@ -12,7 +12,7 @@ from loss_core import BackendUnavailable, FusedLinearKDConfig, KDLossConfig
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 
-T, V, H, K = 48, 160, 32, 64
+T, V, H, K = 12, 160, 32, 64
 CONFIGS = [
     FusedLinearKDConfig(temperature=2.0),
     FusedLinearKDConfig(divergence="reverse_kl", temperature=0.5),

@@ -36,19 +36,25 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("config_cls", CALLS, ids=lambda config_cls: config_cls.__name__)
-def test_an_explicit_axis_of_one_device(config_cls: Any) -> None:
+# Without jit each operation compiles a program: one loss of each kind shows that the axes are met there as well.
+@pytest.mark.parametrize(
+    ("config_cls", "compiled"),
+    [(config_cls, config_cls in (KDLossConfig, FusedLinearKDConfig)) for config_cls in CALLS],
+    ids=[config_cls.__name__ for config_cls in CALLS],
+)
+def test_an_explicit_axis_of_one_device(config_cls: Any, compiled: bool) -> None:
     names, floats, axes = CALLS[config_cls]
 
     def pulled_back(loss: Any, *arrays: Any) -> Any:
         value, pull = jax.vjp(lambda *xs: loss(labels=LABELS, **dict(zip(names, xs, strict=True))), *arrays)
         return value, *pull(value)
 
-    expected = pulled_back(config_cls().build(backend="jax"), *floats)
+    program = jax.jit(pulled_back, static_argnums=0)
+    expected = program(config_cls().build(backend="jax"), *floats)
     mesh = jax.make_mesh((1,), ("tp",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         loss = replace(config_cls(), tp_group="tp").build(backend="jax")
         arrays = [jax.device_put(x, NamedSharding(mesh, axis)) for x, axis in zip(floats, axes, strict=True)]
-        got = pulled_back(loss, *arrays)
+        got = (program if compiled else pulled_back)(loss, *arrays)
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

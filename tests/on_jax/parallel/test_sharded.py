@@ -11,11 +11,11 @@ import jax
 import pytest
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
-SCENARIOS = {
-    "sharded_worker.py": (
+SCENARIOS = [
+    (
+        "sharded_worker.py",
         "oracle_float32",
         "oracle_shards",
-        "oracle_dtypes",
         "where_the_gradient_is_taken",
         "sequence_parallel",
         "hidden_states_that_vary",
@@ -25,17 +25,21 @@ SCENARIOS = {
         "bad_use",
         "second_derivatives",
     ),
-    "sharded_hlo_worker.py": ("inside_shard_map", "no_logits_move", "what_would_be_wrong_is_seen"),
-}
+    ("sharded_hlo_worker.py", "inside_shard_map", "no_logits_move", "what_would_be_wrong_is_seen"),
+    pytest.param(
+        ("sharded_worker.py", "oracle_dtypes", "second_derivatives_of_linear_distillation"), marks=pytest.mark.slow
+    ),
+]
 
 
-@pytest.mark.parametrize("worker", SCENARIOS)
-def test_on_four_devices(worker: str) -> None:
+@pytest.mark.parametrize("scenarios", SCENARIOS, ids=["values", "what is moved", "other dtypes and both heads"])
+def test_on_four_devices(scenarios: tuple[str, ...]) -> None:
+    worker, *names = scenarios
     if worker == "sharded_hlo_worker.py" and jax.__version_info__ < (0, 9):
         pytest.skip("what XLA of JAX 0.8 moves is another thing")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(HERE / worker), *SCENARIOS[worker]],
+        [sys.executable, str(HERE / worker), *names],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -43,4 +47,4 @@ def test_on_four_devices(worker: str) -> None:
         check=False,
     )
     held = [line.removeprefix("held: ") for line in done.stdout.splitlines()]
-    assert held == list(SCENARIOS[worker]), done.stderr[-4000:]
+    assert held == names, done.stderr[-4000:]

@@ -35,7 +35,7 @@ def load():
     module = enter()
     _lift_cuda_check(module)
     _round_to_bfloat16()
-    interpreter.list_builtins_once()
+    interpreter.patch_once()
     return module
 
 

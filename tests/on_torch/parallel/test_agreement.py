@@ -117,7 +117,7 @@ def test_a_rank_that_does_not_come(world):
         assert loss_fn(torch.randn(3, 5), torch.tensor([0, 1, 2])).isfinite()
 
 
-@over_processes(3)
+@over_processes(4)
 def test_a_rank_whose_placements_are_refused(world):
     """It raises before it could tell the others, who do not wait beyond the timeout."""
     store = compat.group_store(world.group)
