@@ -1,0 +1,25 @@
+"""Error bounds of log-probabilities and entropies against roundings counted by hand."""
+
+import numpy as np
+import pytest
+
+from helpers.roundings import log_probs, stored
+from loss_core import LogProbsConfig
+from loss_core.losses import allowances, evaluate
+
+RAW_V, LABEL, UPSTREAM = np.array([0.5, -1.0, 2.25]), 1, (-0.8, 1.3)
+
+
+@pytest.mark.parametrize("temp", [1.0, 2.5])
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_rounding_is_left_out_and_none_counted_twice(entropy, cap, temp):
+    config = LogProbsConfig(entropy=entropy, logit_softcapping=cap, temperature=temp)
+    arrays, upstream_RT = {"logits": RAW_V[None], "labels": np.array([LABEL])}, np.array(UPSTREAM)[: 1 + entropy, None]
+    upstream = upstream_RT if entropy else upstream_RT[0]
+    expected = evaluate(config, arrays, upstream)
+    allowed = allowances(config, arrays, expected, "float32", upstream=upstream)
+    found, errors, err_V = log_probs(RAW_V, 0.0, LABEL, upstream_RT[:, 0], cap, temp)
+    np.testing.assert_allclose(expected.loss.ravel(), found, rtol=1e-12)
+    np.testing.assert_allclose(allowed["loss"].ravel(), stored(found, errors), rtol=1e-10)
+    np.testing.assert_allclose(allowed["logits"][0], stored(expected.grads["logits"][0], err_V), rtol=1e-10)
