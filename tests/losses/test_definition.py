@@ -1,6 +1,6 @@
 """`LossDef`: what check, bench and the rest ask of a loss, for ours and for a user's own."""
 
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 
 import numpy as np
 import pytest
@@ -93,6 +93,27 @@ def test_arguments_have_the_shapes_that_their_dimensions_say(name):
     for argument in definition.arguments:
         if argument.name in case.arrays:
             assert case.arrays[argument.name].shape == sizes.shape(argument.dims)
+
+
+@pytest.mark.parametrize(("vocab", "classes"), [(1, 1), (2, 1), (7, 3), (129, 64), (507, 64)])
+def test_a_teacher_knows_half_of_the_classes_but_no_more_than_engines_return(vocab, classes):
+    assert Sizes((2, 3), vocab, 5).shape(("T", "K")) == (2, 3, classes)
+    assert Sizes((2, 3), vocab, 5).shape(("V", "H_t")) == (vocab, 10)
+
+
+@pytest.mark.parametrize(
+    ("dims", "axis", "spread"), [(("T", "V"), -1, 3), (("V", "H"), 0, 3 / 4), (("V",), 0, None), (("T", "H"), None, 1)]
+)
+def test_the_axis_over_the_vocabulary_and_the_spread_that_gives_logits_their_scale(dims, axis, spread):
+    argument = Argument("x", dims)
+    assert argument.vocab_axis == axis
+    assert spread is None or argument.spread(Sizes((2, 3), 9, 16), 3.0) == spread
+
+
+@pytest.mark.parametrize("shared", [LABELS, HALF, random_cases("KDLoss", 1, seed=0)[0], named_cases("KDLoss")[0]])
+def test_what_all_callers_share_can_not_be_changed(shared):
+    with pytest.raises(FrozenInstanceError):
+        shared.name = "another"
 
 
 def test_a_class_has_the_definition_of_what_it_derives_from():
