@@ -175,6 +175,15 @@ def test_log_probability_and_entropy_are_those_of_the_definition(name):
     assert row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), None).slope is None
 
 
+@pytest.mark.parametrize(("roundings", "accuracy"), [(0, 1), (4, 1), (5, 0)])
+@pytest.mark.parametrize("m", [8.0, -8.0])
+def test_a_target_within_two_roundings_of_the_maximum_is_the_maximum(m, roundings, accuracy):
+    # In float64, in which numbers around 8 are 8 eps apart.
+    t = m - roundings * 8 * np.finfo(np.float64).eps
+    terms = RowTerms(*(np.asarray([x]) for x in (m, 1.0, t)))
+    assert row_terms.token_metrics(np, terms, OBJECTIVE, ["accuracy"])[0] == accuracy
+
+
 def test_target_that_nobody_owns_is_loud():
     terms = _row_terms(_logits()[0], np.full(6, 99))
     assert np.all(np.isposinf(row_terms.cross_entropy(np, terms, OBJECTIVE)))
