@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 U, NEAR_ZERO = 2.0**-24, 2.0**-126
+# An upstream gradient with which a gradient is mostly what may be flushed to 0.
+TINY = 2.0**-120
 EXP, EXP_ARGUMENT, LOG, TANH, COEFFICIENT = 6, 2.25, 4, 6, 4
 
 

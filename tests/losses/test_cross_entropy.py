@@ -3,23 +3,24 @@
 import numpy as np
 import pytest
 
-from helpers.roundings import COEFFICIENT, NEAR_ZERO, U, scaled_loss, softcapped, softmax, stored
+from helpers.roundings import COEFFICIENT, NEAR_ZERO, TINY, U, scaled_loss, softcapped, softmax, stored
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.losses import allowances, evaluate
 
-LABEL, WEIGHT, COUNT, UPSTREAM = 1, 1.7, 3, -0.8
+LABEL, WEIGHT, COUNT = 1, 1.7, 3
 
 
+@pytest.mark.parametrize("upstream", [-0.8, -0.8 * TINY])
 @pytest.mark.parametrize("raw_V", [[0.5, -1.0, 2.25], [-3.0, -1.25, -2.5]], ids=["", "negative"])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_no_rounding_is_left_out_and_none_counted_twice(raw_V, cap, z_loss, smoothing):
+def test_no_rounding_is_left_out_and_none_counted_twice(raw_V, cap, z_loss, smoothing, upstream):
     config = MaskedCrossEntropyConfig(label_smoothing=smoothing, z_loss=z_loss, logit_softcapping=cap)
     arrays = {"logits": np.array([raw_V]), "labels": np.array([LABEL])}
     arrays |= {"loss_weights": np.array([WEIGHT]), "num_label_tokens": np.array(COUNT)}
-    expected = evaluate(config, arrays, np.array(UPSTREAM))
-    allowed = allowances(config, arrays, expected, "float32", upstream=np.array(UPSTREAM))
+    expected = evaluate(config, arrays, np.array(upstream))
+    allowed = allowances(config, arrays, expected, "float32", upstream=np.array(upstream))
 
     raw_V, one_hot_V = np.array(raw_V), np.arange(3) == LABEL
     z_V, slope_V, err_z, err_slope = softcapped(raw_V, 0.0, cap)
@@ -32,11 +33,11 @@ def test_no_rounding_is_left_out_and_none_counted_twice(raw_V, cap, z_loss, smoo
     # Of z_loss: l, the square, the product, and the sum.
     err += z_loss * abs(sm.lse) * (2 * sm.err_lse + 4 * U * abs(sm.lse))
     assert allowed["loss"] == pytest.approx(scaled_loss(loss, err, WEIGHT / COUNT), rel=1e-10)
-    by_weight = UPSTREAM * loss / COUNT
-    err_by_weight = abs(UPSTREAM) * err / COUNT + COEFFICIENT * U * abs(by_weight)
+    by_weight = upstream * loss / COUNT
+    err_by_weight = abs(upstream) * err / COUNT + COEFFICIENT * U * abs(by_weight)
     assert allowed["loss_weights"] == pytest.approx(stored(by_weight, err_by_weight), rel=1e-10)
 
-    factor, coefficient = 1 + 2 * z_loss * sm.lse, UPSTREAM * WEIGHT / COUNT
+    factor, coefficient = 1 + 2 * z_loss * sm.lse, upstream * WEIGHT / COUNT
     dz_V = factor * sm.p_V - smoothing / 3 - (1 - smoothing) * one_hot_V
     err_V = abs(factor) * sm.err_p_V + (1 + COEFFICIENT) * U * np.abs(dz_V)
     if z_loss:

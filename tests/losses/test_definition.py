@@ -155,6 +155,39 @@ def test_the_least_work_of_a_call(config, shape, counted, moved, operations):
     assert (least_work(job).moved, least_work(job).operations) == (4 * moved, operations)
 
 
+@pytest.mark.parametrize(
+    ("name", "terms", "products"),
+    # m, s and t; with an entropy e; of a pair of distributions m and s of both, and a; of K targets m, s and K of t.
+    [
+        ("MaskedCrossEntropy", 3, 0),
+        ("FusedLinearCrossEntropy", 3, 1),
+        ("LogProbs", 4, 0),
+        ("FusedLinearLogProbs", 4, 1),
+        ("KDLoss", 5, 0),
+        ("FusedLinearKDLoss", 5, 2),
+        ("TopKDistillation", 2 + 64, 0),
+        ("FusedLinearTopKDistillation", 2 + 64, 1),
+    ],
+)
+def test_a_loss_has_a_product_for_each_head_and_ranks_tell_each_other_the_terms_of_a_row(name, terms, products):
+    assert (definition_of(name).row_numbers, definition_of(name).products) == (terms, products)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bound_that_is_read_off_allows_for_the_rounding_of_a_probability_near_1(half, dtype):
+    # p - 1 is 0, and so is what any disturbance of the logits moves it by.
+    arrays, upstream = (
+        {"logits": np.array([[[800.0, 0.0], [1.0, 2.0]]]), "labels": np.array([[0, -100]])},
+        np.array(-3.0),
+    )
+    expected = evaluate(half(), arrays, upstream)
+    allowed = allowances(half(), arrays, expected, dtype, upstream=upstream)
+    assert not expected.grads["logits"].any()
+    np.testing.assert_allclose(allowed["logits"], [[[3 * 6 * 2.0**-24] * 2, [2.0**-126] * 2]])
+    # In the dtype of the arithmetic.
+    assert allowed["loss"].tolist() == 2.0**-126
+
+
 def test_a_users_loss_is_checked(half):
     assert definition_of("Half") is HALF
     report = check(half(), ["torch"], dtypes=["float32"], num_random=2)

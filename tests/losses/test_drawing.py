@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, LogProbsConfig, MaskedCrossEntropyConfig
+from loss_core import FusedLinearCEConfig, FusedLinearKDConfig, KDLossConfig, LogProbsConfig, MaskedCrossEntropyConfig
 from loss_core.losses.definition import Recipe
 from loss_core.losses.drawing import make_case, named_cases, random_case, recipe_names, recipes_of
 
@@ -24,6 +24,7 @@ def test_extras_are_there_when_asked_for_and_not_else():
     shapes = {"mask": (4, 6), "loss_weights": (4, 6), "num_label_tokens": ()}
     assert {name: more.arrays[name].shape for name in set(more.arrays) - set(plain.arrays)} == shapes
     assert set(np.unique(more.arrays["mask"])) == {0, 1}
+    assert 1 < np.max(more.arrays["loss_weights"]) < 2
     assert more.grad_of == ("logits", "loss_weights")
     bias = drawn(FusedLinearCEConfig(), "lm_bias").arrays
     assert (bias["lm_bias"].shape, bias["lm_weight"].shape, bias["hidden_states"].shape) == ((7,), (7, 5), (4, 6, 5))
@@ -49,6 +50,22 @@ def test_as_many_labels_are_ignored_as_the_recipe_says(ignored, least, most):
     labels = drawn(MaskedCrossEntropyConfig(ignore_index=-7), ignored=ignored).arrays["labels"]
     assert least <= np.sum(labels == -7) <= most
     assert set(np.unique(labels)) <= {-7, *range(7)}
+
+
+@pytest.mark.parametrize(
+    ("config", "of_head"), [(KDLossConfig(), False), (FusedLinearKDConfig(), True)], ids=["logits", "head"]
+)
+def test_a_teacher_is_the_student_disturbed_by_half_of_its_size(config, of_head):
+    arrays = drawn(config, lead=(64,), vocab=501, hidden=64, scale=3.0).arrays
+    if of_head:
+        student, teacher = (
+            arrays[f"{of}_hidden_states"] @ arrays[f"{of}_lm_weight"].T for of in ("student", "teacher")
+        )
+    else:
+        student, teacher = arrays["student_logits"], arrays["teacher_logits"]
+    assert np.std(student) == pytest.approx(3, rel=0.05)
+    assert np.std(teacher - student) == pytest.approx(1.5, rel=0.05)
+    assert np.corrcoef((teacher - student).ravel(), student.ravel())[0, 1] == pytest.approx(0, abs=0.05)
 
 
 def test_logits_have_the_scale_of_the_recipe_from_a_head_too():

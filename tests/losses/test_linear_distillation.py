@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.roundings import NEAR_ZERO, U, jensen_shannon, kl_divergence, scaled_loss, softmax, stored
+from helpers.roundings import NEAR_ZERO, TINY, U, jensen_shannon, kl_divergence, scaled_loss, softmax, stored
 from loss_core import FusedLinearKDConfig
 from loss_core.losses import allowances, evaluate
 
@@ -11,7 +11,7 @@ from loss_core.losses import allowances, evaluate
 HIDDEN = {"student": np.array([0.5, -1.5]), "teacher": np.array([0.5, -1.5, 1.0])}
 WEIGHT = {"student": np.array([[1.0, 0.5], [-0.75, 1.25], [0.5, -1.0]])}
 WEIGHT["teacher"] = np.column_stack([WEIGHT["student"], [0.5, 1.25, -0.25]])
-TOKEN_WEIGHT, COUNT, UPSTREAM, BETA = 1.7, 3, -0.8, 0.3
+TOKEN_WEIGHT, COUNT, BETA = 1.7, 3, 0.3
 
 
 def moved_centred(p_V, x_V, factor_V, move_V):
@@ -20,15 +20,16 @@ def moved_centred(p_V, x_V, factor_V, move_V):
     return p_V * (moved_V + (1 + factor_V) * (p_V @ moved_V))
 
 
+@pytest.mark.parametrize("upstream", [-0.8, -0.8 * TINY])
 @pytest.mark.parametrize("temp", [1.0, 2.5])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_no_rounding_is_left_out_and_none_counted_twice(divergence, temp):
+def test_no_rounding_is_left_out_and_none_counted_twice(divergence, temp, upstream):
     config = FusedLinearKDConfig(divergence=divergence, beta=BETA, temperature=temp)
     arrays = {f"{side}_hidden_states": HIDDEN[side][None] for side in HIDDEN}
     arrays |= {f"{side}_lm_weight": WEIGHT[side] for side in WEIGHT}
     arrays |= {"labels": np.array([0]), "loss_weights": np.array([TOKEN_WEIGHT]), "num_batch_labels": np.array(COUNT)}
-    expected = evaluate(config, arrays, np.array(UPSTREAM))
-    allowed = allowances(config, arrays, expected, "float32", upstream=np.array(UPSTREAM))
+    expected = evaluate(config, arrays, np.array(upstream))
+    allowed = allowances(config, arrays, expected, "float32", upstream=np.array(upstream))
 
     sides, moves, tops, err_z = [], [], [], []
     for side, h_H in HIDDEN.items():
@@ -63,7 +64,7 @@ def test_no_rounding_is_left_out_and_none_counted_twice(divergence, temp):
     err = temp**2 * (err + 3 * U * loss)
     assert allowed["loss"] == pytest.approx(scaled_loss(temp**2 * loss, err, TOKEN_WEIGHT / COUNT), rel=1e-9)
 
-    coefficient = abs(UPSTREAM) * TOKEN_WEIGHT / COUNT * temp
+    coefficient = abs(upstream) * TOKEN_WEIGHT / COUNT * temp
     for side, by_z_V, error_V in zip(HIDDEN, by_z, errors, strict=True):
         dz_V, err_V = coefficient * np.abs(by_z_V), coefficient * error_V + NEAR_ZERO
         err_h = (err_V + 3 * U * dz_V) @ np.abs(WEIGHT[side]) + 3 * NEAR_ZERO

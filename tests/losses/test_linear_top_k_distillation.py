@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.roundings import Head, scaled_loss, stored, top_k
+from helpers.roundings import TINY, Head, scaled_loss, stored, top_k
 from loss_core import FusedLinearTopKDistillationConfig
 from loss_core.losses import allowances, evaluate
 
@@ -14,19 +14,20 @@ HEAD = Head(
     np.array([0.3, -0.2, 0.1, 0.4, -0.3]),
 )
 CLASSES_K, LOG_P_K = np.array([3, 0]), np.log([0.5, 0.2])
-WEIGHT, COUNT, UPSTREAM = 1.7, 3, -0.8
+WEIGHT, COUNT = 1.7, 3
 
 
+@pytest.mark.parametrize("upstream", [-0.8, -0.8 * TINY])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
-def test_no_rounding_is_left_out_and_none_counted_twice(cap):
+def test_no_rounding_is_left_out_and_none_counted_twice(cap, upstream):
     config = FusedLinearTopKDistillationConfig(logit_softcapping=cap, temperature=2.5)
     arrays = HEAD.arrays() | {"teacher_indices": CLASSES_K[None], "teacher_logprobs": LOG_P_K[None]}
     arrays |= {"labels": np.array([0]), "loss_weights": np.array([WEIGHT]), "num_batch_labels": np.array(COUNT)}
-    expected = evaluate(config, arrays, np.array(UPSTREAM))
-    allowed = allowances(config, arrays, expected, "float32", upstream=np.array(UPSTREAM))
+    expected = evaluate(config, arrays, np.array(upstream))
+    allowed = allowances(config, arrays, expected, "float32", upstream=np.array(upstream))
     found, coefficient = (
         top_k(HEAD.logits, HEAD.err, CLASSES_K, LOG_P_K, config.tail, cap, 2.5),
-        UPSTREAM * WEIGHT / COUNT,
+        upstream * WEIGHT / COUNT,
     )
     assert allowed["loss"] == pytest.approx(scaled_loss(found.loss, found.err, WEIGHT / COUNT), rel=1e-9)
     errors = HEAD.gradient_errors(coefficient * found.by_raw_V, abs(coefficient) * found.err_raw_V)

@@ -3,19 +3,20 @@
 import numpy as np
 import pytest
 
-from helpers.roundings import log_probs, stored
+from helpers.roundings import TINY, log_probs, stored
 from loss_core import LogProbsConfig
 from loss_core.losses import allowances, evaluate
 
-RAW_V, LABEL, UPSTREAM = np.array([0.5, -1.0, 2.25]), 1, (-0.8, 1.3)
+RAW_V, LABEL, UPSTREAM_R = np.array([0.5, -1.0, 2.25]), 1, np.array([-0.8, 1.3])
 
 
+@pytest.mark.parametrize("size", [1.0, TINY])
 @pytest.mark.parametrize("temp", [1.0, 2.5])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_no_rounding_is_left_out_and_none_counted_twice(entropy, cap, temp):
+def test_no_rounding_is_left_out_and_none_counted_twice(entropy, cap, temp, size):
     config = LogProbsConfig(entropy=entropy, logit_softcapping=cap, temperature=temp)
-    arrays, upstream_RT = {"logits": RAW_V[None], "labels": np.array([LABEL])}, np.array(UPSTREAM)[: 1 + entropy, None]
+    arrays, upstream_RT = {"logits": RAW_V[None], "labels": np.array([LABEL])}, size * UPSTREAM_R[: 1 + entropy, None]
     upstream = upstream_RT if entropy else upstream_RT[0]
     expected = evaluate(config, arrays, upstream)
     allowed = allowances(config, arrays, expected, "float32", upstream=upstream)
