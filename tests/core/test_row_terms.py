@@ -5,6 +5,7 @@ import pytest
 
 from loss_core import row_terms
 from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK
+from loss_core.row_terms.guarded import log
 
 # T = rows, V = vocabulary, K = targets of a row
 
@@ -103,6 +104,11 @@ def test_any_split_gives_the_whole(name, cuts):
         folded = _fold(xp, asarray, row_terms.combine, order)
         for got, expected in zip(folded, whole, strict=True):
             np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol)
+
+
+def test_a_logarithm_of_0_is_minus_infinity_and_of_less_no_number():
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(log(np, np.array([0.0, 1.0, -1.0])), [-np.inf, 0, np.nan])
 
 
 def test_associative():
