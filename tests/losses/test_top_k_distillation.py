@@ -28,3 +28,21 @@ def test_no_rounding_is_left_out_and_none_counted_twice(tail, cap, temp, upstrea
     for name, error in (("student_logits", found.err_raw_V), ("teacher_logprobs", found.err_K)):
         bound = stored(expected.grads[name][0], abs(coefficient) * error)
         np.testing.assert_allclose(allowed[name][0], bound, rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_class_that_the_teacher_rules_out_weighs_nothing(tail):
+    raw_V = RAW_V.copy()
+    raw_V[0] = -np.inf  # by the student, too
+    arrays = {"student_logits": raw_V[None], "teacher_indices": CLASSES_K[None], "labels": np.array([0])}
+    arrays |= {"teacher_logprobs": np.array([[np.log(0.5), -np.inf]])}
+    found = evaluate(TopKDistillationConfig(tail=tail), arrays)
+    q_V = np.exp(raw_V) / np.sum(np.exp(raw_V))
+    rest = 0.5 * np.log(0.5 / (1 - q_V[3])) if tail else 0.0
+    assert found.loss == pytest.approx(0.5 * np.log(0.5 / q_V[3]) + rest)
+    of_tail = np.log(0.5 / (1 - q_V[3])) if tail else -1.0
+    by_teacher_K = [0.5 * (np.log(0.5 / q_V[3]) - of_tail), 0]
+    np.testing.assert_allclose(found.grads["teacher_logprobs"][0], by_teacher_K)
+    w_V = np.where(raw_V == -np.inf, 0.0, 0.5 * q_V / (1 - q_V[3]) if tail else 0.0)
+    w_V[3] = 0.5
+    np.testing.assert_allclose(found.grads["student_logits"][0], np.sum(w_V) * q_V - w_V, atol=1e-15)
