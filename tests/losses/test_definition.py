@@ -1,6 +1,6 @@
 """`LossDef`: what check, bench and the rest ask of a loss, for ours and for a user's own."""
 
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from loss_core.losses import (
     named_cases,
     random_cases,
 )
-from loss_core.losses.cross_entropy import over_logits, token_cross_entropy
+from loss_core.losses.cross_entropy import COUNT, over_logits, token_cross_entropy
 from loss_core.losses.definition import need_definition
 
 by_loss = pytest.mark.parametrize("name", LOSS_CONFIG_REGISTRY)
@@ -186,6 +186,17 @@ def test_a_bound_that_is_read_off_allows_for_the_rounding_of_a_probability_near_
     np.testing.assert_allclose(allowed["logits"], [[[3 * 6 * 2.0**-24] * 2, [2.0**-126] * 2]])
     # In the dtype of the arithmetic.
     assert allowed["loss"].tolist() == 2.0**-126
+
+
+def test_a_bound_that_is_read_off_takes_a_count_for_exact(half):
+    arrays = {"logits": np.array([[0.5, -1.0, 2.25]]), "labels": np.array([1])}
+    alone = allowances(half(), arrays, evaluate(half(), arrays), "float32")
+    unregister_loss("Half")
+    register_loss("Half", half, {}, definition=replace(HALF, arguments=(*HALF.arguments, COUNT)))
+    arrays |= {"num_label_tokens": np.array(4)}
+    counted = allowances(half(), arrays, evaluate(half(), arrays), "float32")
+    for name, allowed in counted.items():
+        np.testing.assert_allclose(4 * allowed, alone[name], rtol=1e-9)
 
 
 def test_a_users_loss_is_checked(half):
