@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loss_core_torch import inputs
 from loss_core_torch.inputs import Tokens
@@ -176,8 +177,6 @@ def test_what_fits_is_accepted():
 
 
 def test_under_a_trace_a_wrong_number_of_valid_tokens_makes_every_token_nan():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode() as mode:
         fake = SOME._replace(labels_T=mode.from_tensor(SOME.labels_T), keep_T=mode.from_tensor(SOME.keep_T))
         assert inputs.with_number(fake, 3, None).nan_T.shape == (3,)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loss_core.losses.reduction import Reduction
 from loss_core_torch.inputs import Tokens, settled
@@ -93,3 +94,8 @@ def test_a_mean_over_no_tokens_at_all_is_0():
     tokens = Tokens(torch.Size([0]), LABELS_T[:0], None)
     assert reduce_tokens(LOSS_T[:0], tokens, "mean") == 0
     assert coefficients(tokens, "mean", torch.float32).shape == (0,)
+
+
+def test_under_a_trace_no_value_of_a_sum_is_read():
+    with FakeTensorMode() as mode:
+        assert weighted_sum(mode.from_tensor(WEIGHTS_T), mode.from_tensor(LOSS_T)).shape == ()
