@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loss_core_jax import inputs
-from loss_core_jax.inputs import IGNORED, INVALID
+from loss_core_jax.inputs import ELSEWHERE, IGNORED, INVALID
 
 LOGITS, LABELS = np.zeros((2, 3, 5), np.float32), np.zeros((2, 3), np.int32)
 HIDDEN, WEIGHT = np.zeros((2, 3, 4), np.float32), np.zeros((5, 4), np.float32)
@@ -35,6 +35,10 @@ def test_labels_of_any_width_become_classes_and_marks(dtype, labels, ignore_inde
     assert inputs.classify(np, labels, None, ignore_index, vocab).tolist() == expected
     if dtype != "int64":
         assert inputs.classify(jnp, jnp.asarray(labels), None, ignore_index, vocab).tolist() == expected
+
+
+def test_marks_are_no_classes_and_not_each_other():
+    assert sorted({IGNORED, INVALID, ELSEWHERE}) == [-3, -2, -1]
 
 
 @pytest.mark.parametrize("mask", [[[True, False, True]], [[2, 0, -1]], [[0.5, 0.0, np.nan]]])
