@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from loss_core import row_terms
-from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK
-from loss_core.row_terms.guarded import log
+from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK, guarded
 
 # T = rows, V = vocabulary, K = targets of a row
 
@@ -108,7 +107,12 @@ def test_any_split_gives_the_whole(name, cuts):
 
 def test_a_logarithm_of_0_is_minus_infinity_and_of_less_no_number():
     with np.errstate(invalid="ignore"):
-        np.testing.assert_array_equal(log(np, np.array([0.0, 1.0, -1.0])), [-np.inf, 0, np.nan])
+        np.testing.assert_array_equal(guarded.log(np, np.array([0.0, 1.0, -1.0])), [-np.inf, 0, np.nan])
+
+
+def test_only_a_weight_of_0_takes_an_infinite_value_out():
+    found = guarded.weighted(np, np.array([0.0, 0.0, -2.0, 0.5]), np.array([np.inf, np.nan, 3.0, -np.inf]))
+    np.testing.assert_array_equal(found, [0, 0, -6, -np.inf])
 
 
 def test_associative():

@@ -99,6 +99,7 @@ def test_arguments_have_the_shapes_that_their_dimensions_say(name):
 def test_a_teacher_knows_half_of_the_classes_but_no_more_than_engines_return(vocab, classes):
     assert Sizes((2, 3), vocab, 5).shape(("T", "K")) == (2, 3, classes)
     assert Sizes((2, 3), vocab, 5).shape(("V", "H_t")) == (vocab, 10)
+    assert Sizes((2, 3), vocab).hidden == 0
 
 
 @pytest.mark.parametrize(

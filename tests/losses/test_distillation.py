@@ -57,3 +57,11 @@ def test_no_rounding_of_a_divergence_is_left_out_and_none_counted_twice(divergen
 def test_no_rounding_of_a_mixture_is_left_out_and_none_counted_twice(temp, upstream):
     config = KDLossConfig(temperature=temp, divergence="jsd", beta=0.3)
     assert_bounds(config, upstream, *jensen_shannon(*sides(temp), 0.3))
+
+
+def test_a_class_of_probability_0_has_no_gradient_even_of_an_infinite_divergence():
+    arrays = {"student_logits": np.array([[-np.inf, 0.0, 0.0]]), "teacher_logits": np.array([[0.0, 0.0, -np.inf]])}
+    found = evaluate(KDLossConfig(), arrays | {"labels": np.array([0])})
+    assert found.loss == np.inf
+    np.testing.assert_array_equal(found.grads["teacher_logits"], [[np.nan, -np.inf, 0]])
+    np.testing.assert_array_equal(found.grads["student_logits"], [[-0.5, 0, 0.5]])
