@@ -120,6 +120,20 @@ def test_a_random_case_is_made_again_from_its_seed_and_index():
     assert str(random_case("KDLoss", 5, 4).arrays) != str(first.arrays)
 
 
+def test_twelve_kinds_take_turns_and_after_a_hundred_cases_one_is_new():
+    def kind(index):
+        case = random_case("MaskedCrossEntropy", index, 0)
+        return str(case.config), {name: x.shape for name, x in case.arrays.items()}
+
+    first = [kind(index) for index in range(12)]
+    assert all(first.count(each) == 1 for each in first)
+    assert [kind(index) for index in range(12, 24)] == first
+    assert kind(99) == first[3]
+    assert kind(100) == first[5]
+    assert kind(107) not in first
+    assert kind(203) not in [*first, kind(107)]
+
+
 def test_random_cases_keep_a_shape_and_a_config_that_are_given():
     config = FusedLinearCEConfig(label_smoothing=0.125)
     for index in range(12):
