@@ -83,12 +83,15 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
 
 
 def left_out(node: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where what means nothing begins and ends: data, annotations, and axes: -1 of a matrix is 1, another an error."""
+    """Where what means nothing begins and ends.
+
+    Data; annotations; axes, as -1 of a matrix is 1 and another an error; zip's strict=True, which no call violates.
+    """
     targets = getattr(node, "targets", [getattr(node, "target", node)])
     names = {getattr(target, "id", getattr(target, "name", None)) for target in targets}
     if names & set(DATA) or (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "choice"):
         parts = [node]
-    elif isinstance(node, ast.keyword) and node.arg == "axis":
+    elif isinstance(node, ast.keyword) and node.arg in ("axis", "strict"):
         parts = [node.value]
     else:
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
