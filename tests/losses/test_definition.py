@@ -189,9 +189,11 @@ def test_a_bound_that_is_read_off_allows_for_the_rounding_of_a_probability_near_
     assert allowed["loss"].tolist() == 2.0**-126
 
 
-def test_a_bound_that_is_read_off_takes_a_count_for_exact(half):
+def test_a_bound_that_is_read_off_takes_labels_and_count_for_exact(half):
     arrays = {"logits": np.array([[0.5, -1.0, 2.25]]), "labels": np.array([1])}
     alone = allowances(half(), arrays, evaluate(half(), arrays), "float32")
+    # Labels are no numbers: a disturbed one would be another class.
+    assert 0 < alone["loss"] < 1e-5
     unregister_loss("Half")
     register_loss("Half", half, {}, definition=replace(HALF, arguments=(*HALF.arguments, COUNT)))
     arrays |= {"num_label_tokens": np.array(4)}
