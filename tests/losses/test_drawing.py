@@ -1,13 +1,35 @@
 """Cases hold what their recipe and the caller ask for; what only tests of backends would miss by their passing."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from loss_core import FusedLinearCEConfig, FusedLinearKDConfig, KDLossConfig, LogProbsConfig, MaskedCrossEntropyConfig
-from loss_core.losses.definition import Recipe
+from loss_core import (
+    FusedLinearCEConfig,
+    FusedLinearKDConfig,
+    KDLossConfig,
+    LogProbsConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    register_loss,
+    unregister_loss,
+)
+from loss_core.losses.definition import Recipe, definition_of
 from loss_core.losses.drawing import make_case, named_cases, random_case, recipe_names, recipes_of
+
+
+@dataclass
+class PlainConfig(LossConfig):
+    """Without any field."""
+
+
+@pytest.fixture
+def plain():
+    register_loss("Plain", PlainConfig, {}, definition=replace(definition_of("MaskedCrossEntropy"), name="plain"))
+    yield PlainConfig()
+    unregister_loss("Plain")
+
 
 RECIPE = Recipe("own", "nothing", lead=(4, 6), vocab=7, hidden=5, ignored=0.5)
 
@@ -66,6 +88,10 @@ def test_a_teacher_is_the_student_disturbed_by_half_of_its_size(config, of_head)
     assert np.std(student) == pytest.approx(3, rel=0.05)
     assert np.std(teacher - student) == pytest.approx(1.5, rel=0.05)
     assert np.corrcoef((teacher - student).ravel(), student.ravel())[0, 1] == pytest.approx(0, abs=0.05)
+
+
+def test_labels_of_a_config_without_an_ignore_index_are_ignored_as_torch_does_it(plain):
+    assert set(np.unique(drawn(plain, ignored=1.0).arrays["labels"])) == {-100}
 
 
 def test_logits_have_the_scale_of_the_recipe_from_a_head_too():
