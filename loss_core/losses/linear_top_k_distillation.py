@@ -72,10 +72,7 @@ DEFINITION = LossDef(
     ),
     oracle,
     error_bound,
-    (
-        *(recipe for recipe in RECIPES if not recipe.over_logits),
-        Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream")),
-    ),
+    (*RECIPES, Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))),
     draw=draw,
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",

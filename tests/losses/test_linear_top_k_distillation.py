@@ -5,7 +5,7 @@ import pytest
 
 from helpers.roundings import TINY, Head, scaled_loss, stored, top_k
 from loss_core import FusedLinearTopKDistillationConfig
-from loss_core.losses import allowances, evaluate
+from loss_core.losses import allowances, definition_of, evaluate, named_cases
 
 # V = 5, H = 2, K = 2: classes 3 and 0 have the probabilities 0.5 and 0.2 of the teacher
 HEAD = Head(
@@ -36,3 +36,11 @@ def test_no_rounding_is_left_out_and_none_counted_twice(cap, upstream):
     for name, error in errors.items():
         grad = expected.grads[name]
         np.testing.assert_allclose(allowed[name], stored(grad, error), rtol=1e-9, err_msg=name)
+
+
+def test_a_head_gets_the_cases_of_logits_but_those_about_logits_that_are_an_argument():
+    recipes = definition_of("TopKDistillation").recipes
+    names = {case.name for case in named_cases("FusedLinearTopKDistillation")}
+    assert {recipe.name for recipe in recipes if not recipe.over_logits} <= names
+    assert not {recipe.name for recipe in recipes if recipe.over_logits} & names
+    assert "bias" in names

@@ -32,6 +32,7 @@ def test_whatever_the_arithmetic_may_give_is_within_its_allowance_when_rounded(d
     allowed = stored(expected, error, float_format(dtype))
     found = errors_before_rounding(round_to(expected + off, dtype), expected, allowed, dtype)
     assert np.max(found.share) <= 1 + 1e-9
+    assert np.min(found.share) == 0
     assert np.all((found.error <= np.abs(off) * (1 + 1e-9)) | (found.share == 0))
 
 
