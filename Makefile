@@ -17,7 +17,7 @@ PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow setup-integrations test-integrations test-oldest-jax matrix check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
+.PHONY: help setup demo test test-slow setup-integrations test-integrations test-oldest-jax matrix mutants check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
 
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ matrix: test-oldest-jax ## the tests with the oldest and the newest versions of 
 	.venv-oldest-torch/bin/python -m pytest $(PYTEST_ARGS) tests/core tests/losses tests/check tests/on_torch
 	@$(MAKE) --no-print-directory setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
+
+mutants: ## whether the tests notice a changed operator or number in what a loss is; MUTANTS_ARGS='--only rounding --count 40'
+	@$(MAKE) --no-print-directory setup VENV=.venv-mutants \
+	  INSTALL="--editable .[torch,jax,cli] cosmic-ray $(TOOLS) --constraint constraints.txt"
+	.venv-mutants/bin/python tests/mutants.py $(MUTANTS_ARGS)
 
 # The dtypes that tests/helpers/matrix.py leaves to it for what compiles; `loss-core check` by itself has all four.
 ON_TORCH := --backend torch:plain --backend torch:eager --backend torch:compile

@@ -20,3 +20,5 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Programs that tests start in processes of their own: importing one here would set its environment for every test.
 collect_ignore_glob = ["*_worker.py"]
+# Imports what `make mutants` alone installs.
+collect_ignore = ["mutants.py"]

@@ -184,7 +184,7 @@ def _jsd_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Fl
     err_logs_T1 = 2 * _err_log_ratio(student, teacher, u)[:, None]
     err_T, err_by_TV = np.zeros(len(log_m_TV)), []
     for (sm, *_), share in ((student, 1 - beta), (teacher, beta)):
-        x_TV = finite(np.where(sm.p_TV == 0, 0.0, sm.log_p_TV - log_m_TV))
+        x_TV = finite(sm.log_p_TV - log_m_TV)
         kl_T = np.sum(sm.p_TV * x_TV, axis=-1)
         err_x_TV = err_logs_T1 + u * (fixed + 2 * np.abs(x_TV))
         summed = (2 + sum_growth(x_TV.shape[-1])) * u

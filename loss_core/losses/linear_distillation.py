@@ -96,7 +96,7 @@ def moved_gradients(beta: float, both: tuple[SoftmaxErrors, SoftmaxErrors], move
 
 def _moved_centred(p_TV: Floats, x_TV: Floats, factor_TV: Floats, move_x_TV: Floats) -> Floats:
     """How far p (x - sum p x) moves when p does by at most p * factor, and x by at most move_x."""
-    x_TV = finite(np.where(p_TV == 0, 0.0, x_TV))
+    x_TV = finite(x_TV)
     centred_TV = np.abs(x_TV - np.sum(p_TV * x_TV, axis=-1, keepdims=True))
     moved_TV = factor_TV * centred_TV + (1 + factor_TV) * move_x_TV
     move_centre_T1 = np.sum(p_TV * moved_TV, axis=-1, keepdims=True)

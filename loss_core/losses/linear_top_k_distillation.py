@@ -38,8 +38,7 @@ def error_bound(
     allowed = stored(finite(grad), finite(coef_T1 * err_TK).reshape(grad.shape), float_format(dtype))
     result["teacher_logprobs"] = zero_where_ignored(allowed, keep_T)
     by_raw_TV = times_rows(expected.coef_T, of_tokens(config, raw_TV, teacher).by_raw_TV)
-    err_raw_TV = np.where(coef_T1 == 0, 0.0, coef_T1 * err_raw_TV)
-    return result | product_errors(arrays, expected, by_raw_TV, err_raw_TV, keep_T, dtype, product_dtype)
+    return result | product_errors(arrays, expected, by_raw_TV, coef_T1 * err_raw_TV, keep_T, dtype, product_dtype)
 
 
 def draw(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -62,10 +61,7 @@ DEFINITION = LossDef(
     ),
     oracle,
     error_bound,
-    (
-        *(recipe for recipe in RECIPES if not recipe.over_logits),
-        Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream")),
-    ),
+    (*RECIPES, Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))),
     draw=draw,
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",

@@ -59,7 +59,7 @@ def of_tokens(config: Any, raw_TV: Floats, arrays: Arrays, upstream: NDArray[Any
     dz_TV = -p_TV * up_RT[0, :, None]
     dz_TV[rows, labels] += up_RT[0, rows]
     if config.entropy:
-        weighted_TV = np.where(p_TV == 0, 0.0, p_TV * np.where(p_TV == 0, 0.0, log_p_TV))
+        weighted_TV = p_TV * np.where(p_TV == 0, 0.0, log_p_TV)
         entropy_T = -np.sum(weighted_TV, axis=-1)
         result_RT[1] = np.where(keep_T, entropy_T, 0.0)
         dz_TV -= up_RT[1, :, None] * (weighted_TV + p_TV * entropy_T[:, None])

@@ -97,7 +97,7 @@ def _of_tokens(config: Any, name: str, z_TV: Floats, labels_T: NDArray[Any]) -> 
     log_p_TV = log_softmax(z_TV)
     if name == "entropy":
         p_TV = np.exp(log_p_TV)
-        weighted_TV = np.where(p_TV == 0, 0.0, p_TV * np.where(p_TV == 0, 0.0, log_p_TV))
+        weighted_TV = p_TV * np.where(p_TV == 0, 0.0, log_p_TV)
         return np.asarray(-np.sum(weighted_TV, axis=-1))
     lse_T = np.asarray(np.max(z_TV, axis=-1) - np.max(log_p_TV, axis=-1))
     return lse_T if name == "lse" else float(config.z_loss) * lse_T**2

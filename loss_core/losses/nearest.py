@@ -104,6 +104,7 @@ def _rounding_to(size: Floats, fmt: FloatFormat) -> tuple[Floats, Floats]:
     From 2^k on numbers are 2 u 2^k apart, and below 2^k half of that; below the normal range they stay 2 u tiny apart.
     """
     fraction, exponent = np.frexp(size)
-    step = np.maximum(np.ldexp(fmt.u, exponent), 2 * fmt.u * fmt.tiny)
+    # frexp gives 0 the exponent of 1.
+    step = np.maximum(np.where(size == 0, 0.0, np.ldexp(fmt.u, exponent)), 2 * fmt.u * fmt.tiny)
     step_below = np.where(fraction == 0.5, np.maximum(step / 2, 2 * fmt.u * fmt.tiny), step)
     return size - step_below / 2, size + step / 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loss_core import row_terms
-from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK
+from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK, guarded
 
 # T = rows, V = vocabulary, K = targets of a row
 
@@ -105,6 +105,16 @@ def test_any_split_gives_the_whole(name, cuts):
             np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol)
 
 
+def test_a_logarithm_of_0_is_minus_infinity_and_of_less_no_number():
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(guarded.log(np, np.array([0.0, 1.0, -1.0])), [-np.inf, 0, np.nan])
+
+
+def test_only_a_weight_of_0_takes_an_infinite_value_out():
+    found = guarded.weighted(np, np.array([0.0, 0.0, -2.0, 0.5]), np.array([np.inf, np.nan, 3.0, -np.inf]))
+    np.testing.assert_array_equal(found, [0, 0, -6, -np.inf])
+
+
 def test_associative():
     z_TV, column_T = _logits()
     a, b, c = _pieces(_row_terms, (4, 9, 13), z_TV, column_T)
@@ -173,6 +183,37 @@ def test_log_probability_and_entropy_are_those_of_the_definition(name):
     expected_TV -= of_entropy_T[:, None] * (weighted + np.exp(log_p) * entropy_T[:, None])
     np.testing.assert_allclose(grad_TV, expected_TV, **tolerance)
     assert row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), None).slope is None
+
+
+@pytest.mark.parametrize(("roundings", "accuracy"), [(0, 1), (4, 1), (5, 0)])
+@pytest.mark.parametrize("m", [8.0, -8.0])
+def test_a_target_within_two_roundings_of_the_maximum_is_the_maximum(m, roundings, accuracy):
+    # In float64, in which numbers around 8 are 8 eps apart.
+    t = m - roundings * 8 * np.finfo(np.float64).eps
+    terms = RowTerms(*(np.asarray([x]) for x in (m, 1.0, t)))
+    assert row_terms.token_metrics(np, terms, OBJECTIVE, ["accuracy"])[0] == accuracy
+
+
+def test_metrics_of_a_token_are_those_of_the_definition():
+    z_TV, column_T = _logits()
+    terms, objective, log_p = RowTerms(*_row_terms(z_TV, column_T)), Objective(13, z_loss=0.25), _log_softmax(z_TV)
+    lse_T = z_TV.max(-1) - log_p.max(-1)
+    expected = {
+        "accuracy": z_TV.argmax(-1) == column_T,
+        "entropy": -(np.exp(log_p) * np.where(np.isneginf(log_p), 0.0, log_p)).sum(-1),
+        "lse": lse_T,
+        "z_loss": 0.25 * lse_T**2,
+    }
+    found = row_terms.token_metrics(np, terms, objective, list(expected))
+    for name, metric_T in zip(expected, found, strict=True):
+        np.testing.assert_allclose(metric_T, expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_only_the_sums_that_are_needed_are_asked_for():
+    assert TopK(np.zeros((1, 2)), tail=True).sums == (False, False)
+    assert Objective(13).sums == Objective(13, z_loss=0.5).sums == (False, False)
+    assert Objective(13, label_smoothing=0.1).sums == (True, False)
+    assert Objective(13, metrics=True).sums == (False, True)
 
 
 def test_target_that_nobody_owns_is_loud():
@@ -288,6 +329,25 @@ def _fold_present(xp, asarray, pieces):
         terms = RowTerms(*(None if part is None else asarray(part) for part in terms))
         total = terms if total is None else row_terms.combine(xp, total, terms)
     return total
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (6, 1)], ids=str)
+@pytest.mark.parametrize("tail", [True, False])
+def test_top_k_of_rows_with_any_leading_dimensions(tail, lead):
+    z_TV, column_TK, log_p_TK = _top_k()
+
+    def found(shape):
+        terms = _top_k_terms(z_TV, column_TK)
+        terms = RowTerms(terms.m.reshape(shape), terms.s.reshape(shape), terms.t.reshape(*shape, -1))
+        teacher, upstream = TopK(log_p_TK.reshape(*shape, -1), tail), np.linspace(0.5, 2.0, 6).reshape(shape)
+        coefficients = row_terms.top_k_coefficients(np, terms, upstream, teacher)
+        loss = row_terms.top_k_distillation(np, terms, teacher)
+        by_teacher = row_terms.top_k_teacher_gradient(np, terms, teacher)
+        return loss, coefficients.scale, coefficients.target, by_teacher
+
+    for one, other in zip(found(lead), found((6,)), strict=True):
+        assert one.shape[: len(lead)] == lead
+        np.testing.assert_array_equal(one.reshape(other.shape), other)
 
 
 def test_what_is_left_beside_the_targets_may_be_far_below_rounding():

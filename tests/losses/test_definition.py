@@ -1,6 +1,6 @@
 """`LossDef`: what check, bench and the rest ask of a loss, for ours and for a user's own."""
 
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from loss_core.losses import (
     named_cases,
     random_cases,
 )
-from loss_core.losses.cross_entropy import over_logits, token_cross_entropy
+from loss_core.losses.cross_entropy import COUNT, over_logits, token_cross_entropy
 from loss_core.losses.definition import need_definition
 
 by_loss = pytest.mark.parametrize("name", LOSS_CONFIG_REGISTRY)
@@ -95,6 +95,28 @@ def test_arguments_have_the_shapes_that_their_dimensions_say(name):
             assert case.arrays[argument.name].shape == sizes.shape(argument.dims)
 
 
+@pytest.mark.parametrize(("vocab", "classes"), [(1, 1), (2, 1), (7, 3), (129, 64), (507, 64)])
+def test_a_teacher_knows_half_of_the_classes_but_no_more_than_engines_return(vocab, classes):
+    assert Sizes((2, 3), vocab, 5).shape(("T", "K")) == (2, 3, classes)
+    assert Sizes((2, 3), vocab, 5).shape(("V", "H_t")) == (vocab, 10)
+    assert Sizes((2, 3), vocab).hidden == 0
+
+
+@pytest.mark.parametrize(
+    ("dims", "axis", "spread"), [(("T", "V"), -1, 3), (("V", "H"), 0, 3 / 4), (("V",), 0, None), (("T", "H"), None, 1)]
+)
+def test_the_axis_over_the_vocabulary_and_the_spread_that_gives_logits_their_scale(dims, axis, spread):
+    argument = Argument("x", dims)
+    assert argument.vocab_axis == axis
+    assert spread is None or argument.spread(Sizes((2, 3), 9, 16), 3.0) == spread
+
+
+@pytest.mark.parametrize("shared", [LABELS, HALF, random_cases("KDLoss", 1, seed=0)[0], named_cases("KDLoss")[0]])
+def test_what_all_callers_share_can_not_be_changed(shared):
+    with pytest.raises(FrozenInstanceError):
+        shared.name = "another"
+
+
 def test_a_class_has_the_definition_of_what_it_derives_from():
     @dataclass
     class Own(KDLossConfig):
@@ -132,6 +154,52 @@ def test_the_least_work_of_a_call(config, shape, counted, moved, operations):
     job = Job(config.to_dict(), shape, "float32", ignored=0.25)
     assert words(job) == counted
     assert (least_work(job).moved, least_work(job).operations) == (4 * moved, operations)
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "products"),
+    # m, s and t; with an entropy e; of a pair of distributions m and s of both, and a; of K targets m, s and K of t.
+    [
+        ("MaskedCrossEntropy", 3, 0),
+        ("FusedLinearCrossEntropy", 3, 1),
+        ("LogProbs", 4, 0),
+        ("FusedLinearLogProbs", 4, 1),
+        ("KDLoss", 5, 0),
+        ("FusedLinearKDLoss", 5, 2),
+        ("TopKDistillation", 2 + 64, 0),
+        ("FusedLinearTopKDistillation", 2 + 64, 1),
+    ],
+)
+def test_a_loss_has_a_product_for_each_head_and_ranks_tell_each_other_the_terms_of_a_row(name, terms, products):
+    assert (definition_of(name).row_numbers, definition_of(name).products) == (terms, products)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bound_that_is_read_off_allows_for_the_rounding_of_a_probability_near_1(half, dtype):
+    # p - 1 is 0, and so is what any disturbance of the logits moves it by.
+    arrays, upstream = (
+        {"logits": np.array([[[800.0, 0.0], [1.0, 2.0]]]), "labels": np.array([[0, -100]])},
+        np.array(-3.0),
+    )
+    expected = evaluate(half(), arrays, upstream)
+    allowed = allowances(half(), arrays, expected, dtype, upstream=upstream)
+    assert not expected.grads["logits"].any()
+    np.testing.assert_allclose(allowed["logits"], [[[3 * 6 * 2.0**-24] * 2, [2.0**-126] * 2]])
+    # In the dtype of the arithmetic.
+    assert allowed["loss"].tolist() == 2.0**-126
+
+
+def test_a_bound_that_is_read_off_takes_labels_and_count_for_exact(half):
+    arrays = {"logits": np.array([[0.5, -1.0, 2.25]]), "labels": np.array([1])}
+    alone = allowances(half(), arrays, evaluate(half(), arrays), "float32")
+    # Labels are no numbers: a disturbed one would be another class.
+    assert 0 < alone["loss"] < 1e-5
+    unregister_loss("Half")
+    register_loss("Half", half, {}, definition=replace(HALF, arguments=(*HALF.arguments, COUNT)))
+    arrays |= {"num_label_tokens": np.array(4)}
+    counted = allowances(half(), arrays, evaluate(half(), arrays), "float32")
+    for name, allowed in counted.items():
+        np.testing.assert_allclose(4 * allowed, alone[name], rtol=1e-9)
 
 
 def test_a_users_loss_is_checked(half):

@@ -32,6 +32,7 @@ def test_whatever_the_arithmetic_may_give_is_within_its_allowance_when_rounded(d
     allowed = stored(expected, error, float_format(dtype))
     found = errors_before_rounding(round_to(expected + off, dtype), expected, allowed, dtype)
     assert np.max(found.ratio) <= 1 + 1e-9
+    assert np.min(found.ratio) == 0
     assert np.all((found.error <= np.abs(off) * (1 + 1e-9)) | (found.ratio == 0))
 
 
@@ -55,7 +56,26 @@ def test_a_wide_result_is_judged_as_it_is_stored():
     got, expected, allowed = np.array([1.0, 2.5]), np.array([1.0, 2.0]), np.array([0.1, 0.1])
     for dtype in ("float32", "float64"):
         for errors_of in (errors_before_rounding, errors_as_stored):
-            np.testing.assert_allclose(errors_of(got, expected, allowed, dtype).ratio, [0, 5])
+            found = errors_of(got, expected, allowed, dtype)
+            np.testing.assert_allclose(found.ratio, [0, 5])
+            np.testing.assert_array_equal(found.error, [0, 0.5])
+            np.testing.assert_array_equal(found.allowed, allowed)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_is_lost_is_off_by_all_of_it(sign, dtype):
+    got, expected = np.zeros(2), sign * np.array([1.0, 0.25])
+    fmt = float_format(dtype)
+    allowed = stored(expected, np.array([0.5, 0.5]), fmt)
+    found = errors_before_rounding(got, expected, allowed, dtype)
+    np.testing.assert_allclose(found.error, [1, 0.25], rtol=1e-4)
+    np.testing.assert_allclose(found.ratio, [2, 0.5], rtol=1e-4)
+
+
+def test_where_no_error_is_allowed_none_is_before_rounding():
+    found = errors_before_rounding(np.array([0.0, 1e-30]), np.zeros(2), np.zeros(2), "bfloat16")
+    assert (found.allowed.tolist(), found.ratio.tolist()) == ([0, 0], [0, np.inf])
 
 
 def test_special_values_are_judged_as_ever():

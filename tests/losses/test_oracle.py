@@ -11,7 +11,7 @@ from loss_core import (
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
-from loss_core.losses import named_cases, random_cases
+from loss_core.losses import error_ratio, named_cases, random_cases
 from loss_core.losses.oracle import evaluate
 from loss_core.registry import our_losses
 
@@ -152,6 +152,28 @@ def test_against_high_precision(scale):
         assert got_jsd == pytest.approx(float(jsd), rel=1e-13)
         assert got_ce == pytest.approx(float(ce), rel=1e-14)
         assert got_kl == pytest.approx(float(kl), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "allowed", "share"),
+    [
+        (np.inf, 65000.0, 504.0, 0),
+        (np.inf, 65000.0, 503.0, np.inf),
+        (-np.inf, -65000.0, 504.0, 0),
+        (np.inf, -65000.0, 504.0, np.inf),
+        (65000.0, 65000.0, 0.0, 0),
+        (2.0, 1.0, 4.0, 0.25),
+        (1.0, 2.0, 0.25, 4),
+        (1.0, 2.0, 0.0, np.inf),
+        (np.nan, np.nan, 0.0, 0),
+        (np.nan, 1.0, 1.0, np.inf),
+        (1.0, np.nan, 1.0, np.inf),
+    ],
+)
+def test_the_share_of_an_error_and_infinity_for_what_the_format_can_not_hold(got, expected, allowed, share):
+    # float16, whose largest number is 65504
+    found = error_ratio(np.array([got]), np.array([expected]), np.array([allowed]), "float16")
+    assert found.tolist() == [share]
 
 
 def test_no_definition():

@@ -1,0 +1,37 @@
+"""Error bounds of log-probabilities and entropies against roundings counted by hand."""
+
+import numpy as np
+import pytest
+
+from helpers.roundings import TINY, log_probs, stored
+from loss_core import LogProbsConfig
+from loss_core.losses import allowances, evaluate
+
+RAW_V, LABEL, UPSTREAM_R = np.array([0.5, -1.0, 2.25]), 1, np.array([-0.8, 1.3])
+
+
+@pytest.mark.parametrize("size", [1.0, TINY])
+@pytest.mark.parametrize("temp", [1.0, 2.5])
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_no_rounding_is_left_out_and_none_counted_twice(entropy, cap, temp, size):
+    config = LogProbsConfig(entropy=entropy, logit_softcapping=cap, temperature=temp)
+    arrays, upstream_RT = {"logits": RAW_V[None], "labels": np.array([LABEL])}, size * UPSTREAM_R[: 1 + entropy, None]
+    upstream = upstream_RT if entropy else upstream_RT[0]
+    expected = evaluate(config, arrays, upstream)
+    allowed = allowances(config, arrays, expected, "float32", upstream=upstream)
+    found, errors, err_V = log_probs(RAW_V, 0.0, LABEL, upstream_RT[:, 0], cap, temp)
+    np.testing.assert_allclose(expected.loss.ravel(), found, rtol=1e-12)
+    np.testing.assert_allclose(allowed["loss"].ravel(), stored(found, errors), rtol=1e-10)
+    np.testing.assert_allclose(allowed["logits"][0], stored(expected.grads["logits"][0], err_V), rtol=1e-10)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3, 2**40])
+def test_an_ignored_label_is_no_class_whatever_its_number(ignore_index):
+    config = LogProbsConfig(ignore_index=ignore_index)
+    arrays = {"logits": np.array([[0.5, -1.0, 2.25], [1.0, 2.0, 3.0]]), "labels": np.array([1, ignore_index])}
+    expected = evaluate(config, arrays)
+    allowed = allowances(config, arrays, expected, "float32")
+    for found in (expected.grads["logits"], allowed["logits"]):
+        assert found[0].all()
+        assert not found[1].any()
