@@ -39,7 +39,7 @@ TESTS = {
     "loss_core/losses/*.py": ["tests/losses", "loss_core/losses", "-k", "not users_loss and not with_torch"],
     "backends/loss_core_torch/reduction.py": [
         "tests/on_torch/test_reduction.py",
-        "tests/on_torch/test_normalisation.py",
+        "tests/on_torch/parallel/test_reduction.py",
     ],
     "backends/loss_core_torch/inputs.py": ["tests/on_torch/test_inputs.py", "tests/on_torch/test_labels.py"],
     "backends/loss_core_jax/reduction.py": ["tests/on_jax/test_reduction.py"],
