@@ -7,8 +7,8 @@ import torch
 from helpers.operations import Operations
 from helpers.torch_calls import DTYPES, assert_same, built, configs, inputs, name_of, run
 from loss_core import MaskedCrossEntropyConfig
-from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums, combine, cross_entropy_coefficients
-from loss_core_torch.kernels import Into, Rows
+from loss_core.row_terms import Objective, RowTerms, Sums, combine, cross_entropy_coefficients
+from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.eager import KERNELS
 from loss_core_torch.kernels.eager.sizes import SIZES
 
@@ -158,14 +158,3 @@ def test_an_empty_piece_of_the_vocabulary_is_the_identity():
         others = ([0.0] * 2 if is_wanted else None for is_wanted in sums)
         expected = RowTerms([-torch.inf] * 2, [0.0] * 2, [-torch.inf] * 2, *others)
         assert RowTerms(*(None if x is None else x.tolist() for x in terms)) == expected
-
-
-def test_a_gradient_that_exists_is_left_alone_where_the_upstream_is_one():
-    rows = Rows(torch.randn(3, 5), torch.tensor([0, 1, 2]), None)
-    terms = KERNELS.row_terms(rows, Sums())
-    coefficients = Coefficients(2.0 / terms.s, torch.full((3,), -2.0))
-    wanted = KERNELS.row_grad(rows, terms, coefficients)
-    for one, expected in ((torch.tensor(1.0), torch.full((3, 5), 7.0)), (torch.tensor(2.0), wanted), (None, wanted)):
-        out = torch.full((3, 5), 7.0)
-        assert KERNELS.row_grad(rows, terms, coefficients, Into(out, one)) is out
-        assert torch.equal(out, expected)
