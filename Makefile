@@ -15,6 +15,8 @@ PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
 # Tests start some two hundred processes; without bytecode each would compile torch and JAX anew, for some seconds.
 unexport PYTHONDONTWRITEBYTECODE
+# NumPy multiplies small matrices here, beside as many processes as there are cores: a second thread of it only waits.
+export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow setup-integrations test-integrations test-oldest-jax matrix mutants check lint format types public-types docs kernels gpu growth benchmarks check-wheel clean
