@@ -17,7 +17,15 @@ from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import TokenResult, times_rows
 from loss_core.losses.rounding import finite, result_errors, stored, zero_where_ignored
 from loss_core.losses.top_k_cases import RANDOM_FIELDS, RECIPES, of_teacher
-from loss_core.losses.top_k_distillation import LABELS, TEACHER, WEIGHTS, of_tokens, teacher_of, token_errors
+from loss_core.losses.top_k_distillation import (
+    LABELS,
+    TEACHER,
+    WEIGHTS,
+    of_tokens,
+    teacher_of,
+    token_errors,
+    with_coefficient,
+)
 from loss_core.losses.top_k_distillation import oracle as oracle_of_logits
 
 HEADS = (Head("hidden_states", "lm_weight", "student_logits"),)
@@ -34,11 +42,12 @@ def error_bound(
     teacher = teacher_of(config, arrays, keep_T, raw_TV.shape[1])
     err_T, err_raw_TV, err_TK = token_errors(config, raw_TV, np.max(err_sum_TV, axis=-1), teacher, inner)
     result = result_errors(config, expected, np.where(keep_T, err_T, 0.0), dtype, upstream)
-    coef_T1, grad = np.abs(expected.coef_T)[:, None], expected.grads["teacher_logprobs"]
-    allowed = stored(finite(grad), finite(coef_T1 * err_TK).reshape(grad.shape), float_format(dtype))
+    coef_T, grad = np.abs(expected.coef_T), expected.grads["teacher_logprobs"]
+    allowed = stored(finite(grad), finite(coef_T[:, None] * err_TK).reshape(grad.shape), float_format(dtype))
     result["teacher_logprobs"] = zero_where_ignored(allowed, keep_T)
     by_raw_TV = times_rows(expected.coef_T, of_tokens(config, raw_TV, teacher).by_raw_TV)
-    return result | product_errors(arrays, expected, by_raw_TV, coef_T1 * err_raw_TV, keep_T, dtype, product_dtype)
+    error_TV = with_coefficient(config, err_raw_TV, coef_T, inner)
+    return result | product_errors(arrays, expected, by_raw_TV, error_TV, keep_T, dtype, product_dtype)
 
 
 def draw(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def token_errors(
         err_centred_TV = err_d_T1 + err_RT[1, :, None] + u * (3 + COEF_ROUNDINGS) * (d_TV + spread_T[:, None])
         err_dz_TV += up_RT[1, :, None] * (sm.err_p_TV * centred_TV + sm.p_TV * err_centred_TV)
         dz_TV += up_RT[1, :, None] * sm.p_TV * centred_TV
-    err_dz_TV = (err_dz_TV + scaled_T[:, None] * dz_TV) / tau_T[:, None] + inner.near_zero
+    # Below the normal range it may be flushed to 0, before 1 / temperature makes a normal number of it.
+    flushed_T = inner.near_zero / np.minimum(tau_T, 1.0)
+    err_dz_TV = (err_dz_TV + scaled_T[:, None] * dz_TV) / tau_T[:, None] + flushed_T[:, None]
     _, err_TV = through_softcap(dz_TV / tau_T[:, None], err_dz_TV, slope_TV, cap, err_raw_T, u)
     return np.where(keep_T, finite(err_RT), 0.0), np.where(keep_T[:, None], finite(err_TV), 0.0)
 

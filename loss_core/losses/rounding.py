@@ -39,8 +39,9 @@ EXP_ULPS = 6.0
 EXP_ARGUMENT_ROUNDINGS = 2.25
 LOG_ULPS = 4.0
 
-# tanh likewise (CUDA: 2 ulp), plus the division by c before and the product with c after it.
-TANH_ULPS = 6.0
+# tanh likewise, plus the division by c before and the product with c after it. CUDA's is within 2 ulp = 4 u, XLA's on a
+# CPU within 4.6 u in float32 and 7.0 u in float64 (near |x| = 20; against long double at 800,000 points, JAX 0.10.2).
+TANH_ULPS = 9.0
 
 # A token's coefficient is upstream * weight / count: three roundings, and one for applying it.
 COEF_ROUNDINGS = 4.0

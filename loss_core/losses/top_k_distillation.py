@@ -139,11 +139,22 @@ def error_bound(
     teacher = teacher_of(config, arrays, keep_T, raw_TV.shape[1])
     err_T, err_raw_TV, err_TK = token_errors(config, raw_TV, np.zeros(len(raw_TV)), teacher, inner)
     result = result_errors(config, expected, np.where(keep_T, err_T, 0.0), dtype, upstream)
-    for name, error in (("student_logits", err_raw_TV), ("teacher_logprobs", err_TK)):
+    coef_T = np.abs(expected.coef_T)
+    errors = {"student_logits": with_coefficient(config, err_raw_TV, coef_T, inner)}
+    errors["teacher_logprobs"] = finite(coef_T[:, None] * err_TK)
+    for name, error in errors.items():
         grad = expected.grads[name]
-        allowed = finite(np.abs(expected.coef_T)[:, None] * error).reshape(grad.shape)
-        result[name] = zero_where_ignored(stored(finite(grad), allowed, fmt), keep_T)
+        result[name] = zero_where_ignored(stored(finite(grad), error.reshape(grad.shape), fmt), keep_T)
     return result
+
+
+def with_coefficient(config: Any, err_raw_TV: Floats, coef_T: Floats, inner: FloatFormat) -> Floats:
+    """Errors of the gradient by raw logits, of those of a coefficient of 1.
+
+    Below the normal range it may be flushed to 0, before 1 / temperature makes a normal number of it.
+    """
+    flushed_T = np.where(coef_T == 0, 0.0, inner.near_zero / min(float(config.temperature), 1.0))
+    return finite(coef_T[:, None] * err_raw_TV) + flushed_T[:, None]
 
 
 def token_errors(
@@ -214,7 +225,7 @@ def token_errors(
     err_q_TV = sm.err_p_TV + q_TV * (more_T + err_logs_T)[:, None]
     err_dz_TV = sum_T1 * err_q_TV + err_sum_T1 * q_TV + err_w_TV + u * (2 + COEF_ROUNDINGS) * (sum_T1 * q_TV + w_TV)
     # z / T once more, by its reciprocal.
-    err_dz_TV = temp * (err_dz_TV + 2 * u * np.abs(sum_T1 * q_TV - w_TV)) + inner.near_zero
+    err_dz_TV = temp * (err_dz_TV + 2 * u * np.abs(sum_T1 * q_TV - w_TV))
     _, err_by_raw_TV = through_softcap(temp * (sum_T1 * q_TV - w_TV), err_dz_TV, slope_TV, cap, err_raw_T, u)
 
     # By log p. What is within rounding of 0 may be found to be 0, or as small as rounding leaves it.

@@ -12,7 +12,7 @@ import numpy as np
 U, NEAR_ZERO = 2.0**-24, 2.0**-126
 # An upstream gradient with which a gradient is mostly what may be flushed to 0.
 TINY = 2.0**-120
-EXP, EXP_ARGUMENT, LOG, TANH, COEFFICIENT = 6, 2.25, 4, 6, 4
+EXP, EXP_ARGUMENT, LOG, TANH, COEFFICIENT = 6, 2.25, 4, 9, 4
 
 
 class Softmax(NamedTuple):
@@ -103,7 +103,8 @@ def log_probs(raw_V, err_raw, label, upstream_R, cap, temp):
         err_V += size * sm.err_p_V * centred_V
         err_V += size * sm.p_V * (err_d + err_h + (3 + COEFFICIENT) * U * (d_V + sm.p_V @ d_V))
         dz_V = dz_V + size * sm.p_V * centred_V
-    err_V = (err_V + scaled * dz_V) / temp + NEAR_ZERO
+    # It may be flushed to 0 before 1 / temp makes it larger.
+    err_V = (err_V + scaled * dz_V) / temp + NEAR_ZERO / min(temp, 1)
     return np.array(found), np.array(errors), err_V * slope_V + dz_V / temp * err_slope
 
 
@@ -121,6 +122,7 @@ class TopK(NamedTuple):
     err: float
     by_raw_V: np.ndarray
     err_raw_V: np.ndarray
+    flushed: float  # of the gradient by raw logits, whatever its coefficient
     err_K: np.ndarray
 
 
@@ -163,7 +165,7 @@ def top_k(raw_V, err_raw, classes_K, log_p_K, tail, cap, temp):
     err_q_V = sm.err_p_V + sm.p_V * (more + U * (LOG * logs + 2 * abs(log_q_rest) + 2 * r))
     dz_V, size_V = total * sm.p_V - w_V, total * sm.p_V + w_V
     err_V = total * err_q_V + err_total * sm.p_V + err_w_V + (2 + COEFFICIENT) * U * size_V
-    err_V = (temp * (err_V + u2 * np.abs(dz_V)) + NEAR_ZERO) * slope_V + temp * np.abs(dz_V) * err_slope
+    err_V = temp * (err_V + u2 * np.abs(dz_V)) * slope_V + temp * np.abs(dz_V) * err_slope
 
     err_ratio_K = err_log_q_K
     if tail:
@@ -173,7 +175,9 @@ def top_k(raw_V, err_raw, classes_K, log_p_K, tail, cap, temp):
     sizes_K = np.abs(ratio_K) + abs(ratio) + 1
     err_K = err_p_K * sizes_K + p_K * (err_ratio_K + (2 + COEFFICIENT) * U * sizes_K)
     err = temp**2 * (err + 3 * U * abs(divergence))
-    return TopK(temp**2 * divergence, err, temp * dz_V * slope_V, err_V, temp**2 * err_K + NEAR_ZERO)
+    return TopK(
+        temp**2 * divergence, err, temp * dz_V * slope_V, err_V, NEAR_ZERO / min(temp, 1), temp**2 * err_K + NEAR_ZERO
+    )
 
 
 class Head(NamedTuple):

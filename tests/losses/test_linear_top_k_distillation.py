@@ -30,7 +30,7 @@ def test_no_rounding_is_left_out_and_none_counted_twice(cap, upstream):
         upstream * WEIGHT / COUNT,
     )
     assert allowed["loss"] == pytest.approx(scaled_loss(found.loss, found.err, WEIGHT / COUNT), rel=1e-9)
-    errors = HEAD.gradient_errors(coefficient * found.by_raw_V, abs(coefficient) * found.err_raw_V)
+    errors = HEAD.gradient_errors(coefficient * found.by_raw_V, abs(coefficient) * found.err_raw_V + found.flushed)
     errors |= {"teacher_logprobs": abs(coefficient) * found.err_K}
     assert set(errors) | {"loss_weights"} == set(expected.grads)
     for name, error in errors.items():
