@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,7 +190,8 @@ def check_command(
 def _how_to_go_on(report: Report, typed: str) -> str:
     if report.next_first is None:
         return "loss-core: to run the others, begin again with more --minutes; --first 0 leaves out the named cases."
-    return f"loss-core: it goes on from there with:\n{typed} --first {report.next_first}"
+    begun = re.sub(r" --first[ =]\d+", "", typed)
+    return f"loss-core: it goes on from there with:\n{begun} --first {report.next_first}"
 
 
 def _ranks(tp: str | None, against: str | None, device: str | None) -> tuple[int, ...]:

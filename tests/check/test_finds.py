@@ -1,13 +1,11 @@
 """How fine a check is: errors far below the rounding of 16 bits turn their row red, and right kernels none."""
 
 import json
-from dataclasses import fields, make_dataclass
 
 import numpy as np
 import pytest
 import torch
 
-from loss_core import LOSS_CONFIG_REGISTRY, register_loss, unregister_loss
 from loss_core.check import check
 from loss_core.registry import our_losses
 
@@ -47,30 +45,6 @@ def tile_dropped_from_one_row(right, config, logits, labels):
     lse = logits.float().masked_fill(dropped, -torch.inf).logsumexp(-1)
     target = logits.float().gather(-1, torch.where(keep, labels, 0)[..., None])[..., 0]
     return torch.where(keep, lse - target, 0.0).sum()
-
-
-@pytest.fixture
-def inject():
-    """Registers a loss "Wrong" that is the right one but for a bug."""
-
-    def register(loss, wrong, **changed):
-        right_cls = LOSS_CONFIG_REGISTRY[loss]
-
-        def build(config):
-            right = right_cls(**{f.name: getattr(config, f.name) for f in fields(config)}).build(backend="torch:eager")
-
-            class Wrong(torch.nn.Module):
-                def forward(self, **call):
-                    return wrong(right, config, **call)
-
-            return Wrong()
-
-        config_cls = make_dataclass("WrongConfig", (), bases=(right_cls,))
-        register_loss("Wrong", config_cls, {"torch": build})
-        return config_cls(**changed)
-
-    yield register
-    unregister_loss("Wrong")
 
 
 def failed(report):

@@ -1,14 +1,12 @@
 """Each gate can fail: kernels that compute in the next lower arithmetic turn their row red, as the row has said."""
 
 import json
-from dataclasses import fields, make_dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from loss_core import LOSS_CONFIG_REGISTRY, register_loss, unregister_loss
 from loss_core.check import check, compare
 from loss_core.losses import evaluate, named_cases
 from loss_core.losses.condition import condition_number
@@ -71,28 +69,6 @@ LOWER = [
     ("FusedLinearCrossEntropy", "bfloat16", "bfloat16 logits", bfloat16_logits),
     ("FusedLinearCrossEntropy", "bfloat16", "bfloat16 accumulator", bfloat16_accumulator),
 ]
-
-
-@pytest.fixture
-def inject():
-    """Registers a loss "Wrong" that computes as it is told."""
-
-    def register(loss, wrong):
-        right_cls = LOSS_CONFIG_REGISTRY[loss]
-
-        def build(config):
-            right = right_cls(**{f.name: getattr(config, f.name) for f in fields(config)}).build(backend="torch:eager")
-
-            class Wrong(torch.nn.Module):
-                def forward(self, **call):
-                    return wrong(right, config, **call)
-
-            return Wrong()
-
-        register_loss("Wrong", make_dataclass("WrongConfig", (), bases=(right_cls,)), {"torch": build})
-
-    yield register
-    unregister_loss("Wrong")
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,11 @@ class TopKDistillation(LossFunction):
         with torch.no_grad():
             upstream_T = upstream.to(terms.s.dtype)
             upstream_T = upstream_T.expand(terms.s.shape) if coef_T is None else coef_T * upstream_T
-            args = (call.kernels, _rows(logits, labels_TK, keep_T, inverse_T, call), terms)
-            coefficients = top_k_coefficients(torch, terms, upstream_T, teacher)
             by_logits, into = taken(ctx, made, upstream)
             if by_logits is None and ctx.needs_input_grad[0]:
-                by_logits = operators.row_grad(*args, coefficients, into=into)
+                rows = _rows(logits, labels_TK, keep_T, inverse_T, call)
+                coefficients = top_k_coefficients(torch, terms, upstream_T, teacher)
+                by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, into=into)
             by_log_p = teacher_grad(terms, teacher, upstream_T, keep_T) if ctx.needs_input_grad[2] else None
         refusing = (once_differentiable(x, logits, log_p_TK, upstream) for x in (by_logits, by_log_p))
         by_logits, by_log_p = refusing
