@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from loss_core.dispatch.protocol import Evaluation
+from loss_core_jax import compat
 from loss_core_jax.kernels import kernels_in
 
+_MOST_PROGRAMS = 1000
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.NonConcreteBooleanIndexError,
 )  # fmt: skip
@@ -37,6 +39,7 @@ def evaluate(
         leaves: neither does this, to arrays that nothing can change.
     """
     chosen = None if device is None else jax.devices(device)[0]
+    compat.forget_programs(_MOST_PROGRAMS)
     with jax.enable_x64(dtype == "float64"), jax.default_device(chosen):
         inputs = {name: to_jax(array, dtype) for name, array in arrays.items()}
         before = {name: _bits(x) for name, x in inputs.items()}
