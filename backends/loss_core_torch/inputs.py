@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
         weights_T: factor of each token's loss, or None.
         inverse_temperature_T: factor of each token's logits, in the dtype of the arithmetic, or None.
         teacher: of K classes per token, or None.
-        nan_T: 1 for each token, NaN where it was seen too late for an error that its arguments are wrong; or None.
+        wrong_T: bool, which tokens' arguments were seen to be wrong too late for an error, or None: they are NaN.
     """
 
     shape: torch.Size
@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     weights_T: Tensor | None = None
     inverse_temperature_T: Tensor | None = None
     teacher: Teacher | None = None
-    nan_T: Tensor | None = None
+    wrong_T: Tensor | None = None
 
 
 class Teacher(NamedTuple):
@@ -155,12 +155,12 @@ def settled(tokens: Tokens) -> Tokens:
 
 def all_alike(tokens: Tokens) -> bool:
     """Whether no token is ignored, weighted, counted otherwise or wrong: their sum or mean is the result."""
-    plain = tokens.keep_T is None and tokens.num_tokens is None and tokens.weights_T is None and tokens.nan_T is None
-    return plain and tokens.labels_T.numel() > 0
+    others = (tokens.keep_T, tokens.num_tokens, tokens.weights_T, tokens.wrong_T)
+    return tokens.labels_T.numel() > 0 and all(x is None for x in others)
 
 
 def in_range(tokens: Tokens, vocab: int, ignore_index: int) -> Tokens:
-    """The tokens, once a label that counts but is no class has been refused, or marked in nan_T.
+    """The tokens, once a label that counts but is no class has been refused, or marked in wrong_T.
 
     Raises:
         ValueError: where values may be read; elsewhere the token is NaN.
@@ -170,7 +170,7 @@ def in_range(tokens: Tokens, vocab: int, ignore_index: int) -> Tokens:
         return tokens
     bad_T = keep_T & (labels_T.clamp(0, vocab - 1) != labels_T)
     if not may_read(labels_T):
-        return tokens._replace(nan_T=nan_where(bad_T, tokens.nan_T))
+        return with_wrong(tokens, bad_T)
     if not bool(bad_T.any()):
         return tokens
     first, shape = int(bad_T.nonzero()[0, 0]), tokens.shape
@@ -189,11 +189,9 @@ def _all_classes(labels_T: Tensor, vocab: int) -> bool:
     return int(low) >= 0 and int(high) < vocab
 
 
-def nan_where(bad: Tensor, factor_T: Tensor | None) -> Tensor:
-    """The factor of each token, or 1, but NaN where `bad` (a bool tensor [T] or []) is True."""
-    if factor_T is not None:
-        return factor_T.masked_fill(bad, torch.nan)
-    return torch.ones_like(bad, dtype=torch.float32).masked_fill_(bad, torch.nan)
+def with_wrong(tokens: Tokens, wrong_T: Tensor) -> Tokens:
+    """The tokens, of which those of a bool tensor [T] are wrong as well."""
+    return tokens._replace(wrong_T=wrong_T if tokens.wrong_T is None else tokens.wrong_T | wrong_T)
 
 
 def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
@@ -242,8 +240,7 @@ def with_number(tokens: Tokens, value: Any, skip_ignored: bool | None) -> Tokens
     if not 0 <= number <= keep_T.numel():
         raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {number}.")
     if not may_read(keep_T):
-        wrong = (keep_T.sum() != number).expand(keep_T.shape)
-        return tokens._replace(nan_T=nan_where(wrong, tokens.nan_T))
+        return with_wrong(tokens, (keep_T.sum() != number).expand(keep_T.shape))
     found = int(keep_T.sum())
     if found != number:
         raise ValueError(

@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import EMPTY_ROW, Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import EMPTY_ROW, Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
 from loss_core_torch import compat
 from loss_core_torch.kernels import (
     BothGrads,
     BothWanted,
-    Into,
     KernelSet,
     Linear,
     LinearGrads,
@@ -47,7 +46,7 @@ _SCHEMA = {
 
 
 class _Method:
-    """A method of kernel sets. Called with a set and the method's arguments, of which `into` is for calls as it is.
+    """A method of kernel sets. Called with a set and the method's arguments, of which `out` is for calls as it is.
 
     Args:
         name: of the method and of the operator.
@@ -75,21 +74,25 @@ class _Method:
         operator.register_autograd(_refuse)
         self._operator = operator
 
-    def __call__(self, kernels: KernelSet, *args: Any, into: Into | None = None) -> Any:
+    def __call__(self, kernels: KernelSet, *args: Any, out: Tensor | None = None) -> Any:
         if is_traced(*args[0][:2]):
             return self._result(self._operator(kernels.flag.partition(":")[2], *_flat(args)), *args)
-        return self._run(kernels, *args, *([] if into is None else [into]))
+        return self._run(kernels, *args, *([] if out is None else [out]))
 
     def _run(self, kernels: KernelSet, *args: Any) -> Any:
-        """The set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
-        record(kernels.flag)
-        exact = compat.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
-        with exact, no_autocast(args[0][0]):
-            return compat.on_each_rank(partial(self._function, kernels), *args)
+        return _run(kernels, partial(self._function, kernels), *args)
 
     def _operate(self, kernel: str, *flat: Any) -> list[Tensor]:
         found = self._run(find(kernel), *_nested(self._types, iter(flat)))  # type: ignore[arg-type]
         return [x for x in _flat([found]) if x is not None]
+
+
+def _run(kernels: KernelSet, method: Callable[..., Any], *args: Any) -> Any:
+    """A set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
+    record(kernels.flag)
+    exact = compat.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
+    with exact, no_autocast(args[0][0]):
+        return compat.on_each_rank(method, *args)
 
 
 def _schema(arguments: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -169,11 +172,12 @@ row_terms = _Method(
 )
 row_grad = _Method(
     "row_grad",
-    lambda rows, terms, coefficients: [rows.logits.new_empty(rows.logits.shape)],
+    lambda rows, *args: [rows.logits.new_empty(rows.logits.shape)],
     lambda found, *args: found[0],
     rows=Rows,
     terms=RowTerms,
     coefficients=Coefficients,
+    factor=Tensor | None,
 )
 pair_terms = _Method("pair_terms", _new_pair_terms, lambda found, *args: PairTerms(*found), pairs=Pairs)
 pair_mixture = _Method(
@@ -186,11 +190,12 @@ pair_mixture = _Method(
 )
 pair_grad = _Method(
     "pair_grad",
-    lambda pairs, terms, wanted: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],
+    lambda pairs, terms, wanted, _: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],
     lambda found, *args: found[0],
     pairs=Pairs,
     terms=PairTerms,
     coefficients=PairCoefficients,
+    factor=Tensor | None,
 )
 linear_terms = _Method(
     "linear_terms",
@@ -256,22 +261,20 @@ linear_pair_loss_and_grads = _Method(
     beta=float,
     want=BothWanted,
 )
-# For calls that are not traced alone: a graph can't hand a gradient on.
-row_terms_and_grad = _Method(
-    "row_terms_and_grad",
-    lambda rows, coef_T, objective: [*_new_row_terms(rows, objective.sums), rows.logits.new_empty(rows.logits.shape)],
-    lambda found, rows, coef_T, objective: (_row_terms(found[:-1], objective.sums), found[-1]),
-    rows=Rows,
-    coef_T=Tensor,
-    objective=Objective,
-)
-pair_terms_and_grad = _Method(
-    "pair_terms_and_grad",
-    lambda pairs, coef_T: [*_new_pair_terms(pairs), pairs.student.new_empty(pairs.student.shape)],
-    lambda found, *args: (PairTerms(*found[:-1]), found[-1]),
-    pairs=Pairs,
-    coef_T=Tensor,
-)
+
+
+def row_terms_and_grad(
+    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+) -> tuple[RowTerms, Tensor, Coefficients]:
+    """As of `KernelSet`. Not for traced calls: a graph can't hand a gradient on."""
+    found: tuple[RowTerms, Tensor, Coefficients] = _run(kernels, kernels.row_terms_and_grad, rows, coef_T, objective)
+    return found
+
+
+def pair_terms_and_grad(kernels: KernelSet, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
+    """As of `KernelSet`. Not for traced calls."""
+    found: tuple[PairTerms, Tensor] = _run(kernels, kernels.pair_terms_and_grad, pairs, coef_T)
+    return found
 
 
 def _count_products(operator: Any, products: Callable[[tuple[Any, ...]], int]) -> None:

@@ -20,9 +20,9 @@ def reduce_tokens(loss_T: Tensor, tokens: Tokens, reduction: str, groups: tuple[
     Args:
         groups: process groups over which the tokens are sharded; their sums and numbers are added up.
     """
-    if tokens.nan_T is not None:
+    if tokens.wrong_T is not None:
         # A product, so that the gradient is NaN as well.
-        loss_T = loss_T * tokens.nan_T.to(loss_T.dtype)
+        loss_T = loss_T * torch.ones_like(loss_T).masked_fill_(tokens.wrong_T, torch.nan)
     if reduction == "none":
         return loss_T.view(tokens.shape)
     if reduction == "mean":
@@ -50,8 +50,8 @@ def coefficients(tokens: Tokens, reduction: str, dtype: torch.dtype) -> Tensor:
         coef_T = keep_T.to(compute)
     else:
         coef_T = torch.ones_like(tokens.labels_T, dtype=compute)
-    if tokens.nan_T is not None:
-        coef_T = coef_T * tokens.nan_T.to(compute)
+    if tokens.wrong_T is not None:
+        coef_T = coef_T.masked_fill(tokens.wrong_T, torch.nan)
     if reduction == "mean":
         number = _number(tokens)
         return coef_T / (number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1))

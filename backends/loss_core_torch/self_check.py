@@ -57,7 +57,7 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     coef_T = torch.linspace(0.5, 1.0, _TOKENS, dtype=compute_dtype(dtype), device=device)
     keep_T = torch.arange(_TOKENS, device=device) != 3
     objective = Objective(_VOCAB)
-    row_terms, row_grad = kernels.row_terms_and_grad(Rows(student, labels_T, keep_T), coef_T, objective)
+    row_terms, row_grad, _ = kernels.row_terms_and_grad(Rows(student, labels_T, keep_T), coef_T, objective)
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)

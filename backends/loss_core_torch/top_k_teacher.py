@@ -47,7 +47,7 @@ def checked(indices: Any, logprobs: Any, of: str, lead: torch.Size, device: torc
 
 
 def in_order(tokens: Tokens, vocab: int) -> Tokens:
-    """The tokens with a teacher whose classes ascend, once what can't be a distribution is refused, or marked in nan_T.
+    """The tokens with a teacher whose classes ascend, once what can't be a distribution is refused, or marked wrong.
 
     Args:
         vocab: number of classes, of all ranks.
@@ -75,7 +75,7 @@ def in_order(tokens: Tokens, vocab: int) -> Tokens:
             raise ValueError(_message(what, wrong_TK, Teacher(index_TK, log_p_TK), order_TK, tokens.shape, vocab))
         bad_T = bad_T | wrong_TK.any(-1)
     if not may_read(bad_T):
-        tokens = tokens._replace(nan_T=inputs.nan_where(bad_T, tokens.nan_T))
+        tokens = inputs.with_wrong(tokens, bad_T)
     return tokens._replace(teacher=Teacher(index_TK, log_p_TK))
 
 

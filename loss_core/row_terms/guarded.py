@@ -10,8 +10,8 @@ Namespace = Any
 
 def relative(xp: Namespace, m: Array, new_m: Array) -> Array:
     """m - new_m, of maxima or logits; -inf where both are."""
-    # -inf minus -inf is NaN: an empty piece must stay the identity.
-    return m - xp.where(new_m == -float("inf"), xp.zeros_like(new_m), new_m)
+    # -inf minus -inf is NaN, and minus the least finite number -inf: an empty piece must stay the identity.
+    return m - xp.clip(new_m, xp.finfo(new_m.dtype).min, None)
 
 
 def weighted(xp: Namespace, weight: Array, value: Array) -> Array:

@@ -78,7 +78,7 @@ def test_tokens_are_alike_only_where_nothing_tells_them_apart():
     plain = Tokens(torch.Size([2]), torch.tensor([1, 2]), None)
     assert inputs.all_alike(plain)
     ones_T = torch.ones(2)
-    for change in ({"keep_T": ones_T}, {"num_tokens": 2}, {"weights_T": ones_T}, {"nan_T": ones_T}):
+    for change in ({"keep_T": ones_T}, {"num_tokens": 2}, {"weights_T": ones_T}, {"wrong_T": ones_T}):
         assert not inputs.all_alike(plain._replace(**change))
     assert not inputs.all_alike(plain._replace(labels_T=torch.tensor([], dtype=torch.int64)))
 
@@ -100,12 +100,11 @@ def test_the_first_label_that_is_no_class_is_named(labels, text):
     assert inputs.in_range(ignored, 5, -100) is ignored
 
 
-def test_a_factor_is_nan_where_a_token_is_wrong():
-    bad_T = torch.tensor([False, True])
-    found = inputs.nan_where(bad_T, None)
-    assert (found.dtype, found.tolist()[0], bool(found[1].isnan())) == (torch.float32, 1, True)
-    found = inputs.nan_where(bad_T, torch.tensor([torch.nan, 1.0]))
-    assert found.isnan().tolist() == [True, True]
+def test_a_token_is_wrong_by_any_of_its_arguments():
+    plain = Tokens(torch.Size([3]), torch.tensor([1, 2, 3]), None)
+    given = inputs.with_wrong(plain, torch.tensor([False, True, False]))
+    assert given.wrong_T.tolist() == [False, True, False]
+    assert inputs.with_wrong(given, torch.tensor([True, False, False])).wrong_T.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("count", [0, 3, 2.5, torch.tensor(3), torch.tensor(0.0)])
@@ -179,5 +178,5 @@ def test_what_fits_is_accepted():
 def test_under_a_trace_a_wrong_number_of_valid_tokens_makes_every_token_nan():
     with FakeTensorMode() as mode:
         fake = SOME._replace(labels_T=mode.from_tensor(SOME.labels_T), keep_T=mode.from_tensor(SOME.keep_T))
-        assert inputs.with_number(fake, 3, None).nan_T.shape == (3,)
-        assert inputs.in_range(fake, 5, -100).nan_T.shape == (3,)
+        assert inputs.with_number(fake, 3, None).wrong_T.shape == (3,)
+        assert inputs.in_range(fake, 5, -100).wrong_T.shape == (3,)

@@ -52,7 +52,7 @@ def test_coefficients_have_the_dtype_of_the_arithmetic(weights_T, kept, given, a
 
 @pytest.mark.parametrize("kind", ["sum", "mean", "none"])
 def test_a_token_that_was_wrong_makes_loss_and_gradient_nan(kind):
-    tokens = tokens_of("some", nan_T=torch.tensor([1.0, 1.0, torch.nan]))
+    tokens = tokens_of("some", wrong_T=torch.tensor([False, False, True]))
     loss_T = zero_where_ignored(LOSS_T, tokens.keep_T).clone().requires_grad_()
     result = reduce_tokens(loss_T, tokens, kind)
     assert result.isnan().tolist() == ([False, False, True] if kind == "none" else True)

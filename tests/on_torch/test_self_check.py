@@ -133,8 +133,8 @@ def test_triton_agrees(flag, dtype):
 def test_triton_made_wrong_does_not(flag):
     class Wrong(type(kernels.find("triton"))):
         def row_terms_and_grad(self, *args):
-            terms, grad = super().row_terms_and_grad(*args)
-            return terms, grad * 1.01
+            terms, grad, coefficients = super().row_terms_and_grad(*args)
+            return terms, grad * 1.01, coefficients
 
     found = disagreement(Wrong(), EAGER, CPU, torch.float32)
     assert found.startswith("the gradient of the logits of torch:triton and torch:eager in torch.float32 is")

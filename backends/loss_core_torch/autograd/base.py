@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core_torch import compat
-from loss_core_torch.kernels import NEW, Into
+from loss_core.row_terms import Coefficients, Objective, RowTerms, TopK
+from loss_core_torch import compat, operators
+from loss_core_torch.kernels import KernelSet, Rows
 from loss_core_torch.tracing import may_read
 
 
@@ -42,17 +43,33 @@ def check_upstream(upstream: Tensor) -> None:
         )
 
 
-def taken(ctx: Any, made: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor | None, Into]:
-    """(the gradient, where it is known; else where it is to go) of a backward that may have been made in the forward.
+def taken(ctx: Any, made: Tensor, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(the gradient, where it is known; else its memory, where it is free), from the gradient for an upstream of 1.
 
-    What was made is right for an upstream gradient of 1, which the host can see on a CPU; elsewhere a kernel looks. It
-    is handed on in its own memory, once.
+    Whether the upstream gradient is 1, the host can see on a CPU; elsewhere a kernel looks. What was made is handed on
+    in its own memory, once.
     """
-    if not made or ctx.spent:
-        return None, NEW
+    if ctx.spent:
+        return None, None
     ctx.spent = True
     # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-    gradient = made[0].data
-    if may_read(upstream) and float(upstream.detach()) == 1.0:
-        return gradient, NEW
-    return None, Into(gradient, upstream)
+    gradient = made.data
+    return (gradient, None) if may_read(upstream) and float(upstream.detach()) == 1.0 else (None, gradient)
+
+
+def made_with_terms(
+    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+) -> tuple[RowTerms, list[Tensor]]:
+    """Terms, and what `gradient_of_sum` takes: the gradient of the sum of coef * loss, and its coefficients."""
+    terms, grad, coefficients = operators.row_terms_and_grad(kernels, rows, coef_T, objective)
+    return terms, [grad, *(c_T for c_T in coefficients if c_T is not None)]
+
+
+def gradient_of_sum(
+    ctx: Any, kernels: KernelSet, rows: Rows, terms: RowTerms, made: Sequence[Tensor], upstream: Tensor
+) -> Tensor:
+    """Gradient of a sum by the logits, from what the forward has made."""
+    grad, out = taken(ctx, made[0], upstream)
+    if grad is None:
+        grad = operators.row_grad(kernels, rows, terms, Coefficients(*made[1:]), upstream, out=out)
+    return grad

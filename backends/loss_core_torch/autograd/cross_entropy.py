@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
 from loss_core_torch import inplace, operators
-from loss_core_torch.autograd.base import LossFunction, check_upstream, taken
-from loss_core_torch.kernels import Into, KernelSet, Rows
+from loss_core_torch.autograd.base import LossFunction, check_upstream, gradient_of_sum, made_with_terms
+from loss_core_torch.kernels import KernelSet, Rows
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -62,7 +62,7 @@ class CrossEntropy(LossFunction):
         made: list[Tensor] = []
         if call.grad_in_forward:
             assert coef_T is not None
-            terms, *made = operators.row_terms_and_grad(call.kernels, rows, coef_T, call.objective)
+            terms, made = made_with_terms(call.kernels, rows, coef_T, call.objective)
         else:
             terms = operators.row_terms(call.kernels, rows, call.objective.sums)
         if call.group is not None:
@@ -78,16 +78,15 @@ class CrossEntropy(LossFunction):
         inplace.claim(ctx)
         check_upstream(upstream)
         logits, labels_T, keep_T, coef_T, m_T, s_T, t_T, *rest = ctx.saved_tensors
-        made = rest[: len(rest) - len(call.metrics)]
-        grad, into = taken(ctx, made, upstream)
-        if grad is None:
-            terms = RowTerms(m_T, s_T, t_T)
-            with torch.no_grad():
+        made, terms = rest[: len(rest) - len(call.metrics)], RowTerms(m_T, s_T, t_T)
+        rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap)
+        with torch.no_grad():
+            if made:
+                grad = gradient_of_sum(ctx, call.kernels, rows, terms, made, upstream)
+            else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
                 coefficients = cross_entropy_coefficients(torch, terms, upstream_T, call.objective)
-                rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap)
-                if call.overwrite:
-                    into = Into(logits.detach())
-                grad = operators.row_grad(call.kernels, rows, terms, coefficients, into=into)
+                out = logits.detach() if call.overwrite else None
+                grad = operators.row_grad(call.kernels, rows, terms, coefficients, None, out=out)
                 grad = inplace.overwritten(ctx, logits) if call.overwrite else grad
         return once_differentiable(grad, logits, upstream), None, None, None, None

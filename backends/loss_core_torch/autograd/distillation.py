@@ -87,14 +87,14 @@ class Distillation(LossFunction):
         want_student, want_teacher = ctx.needs_input_grad[:2]
         found: list[Tensor | None] = [None, None]
         with torch.no_grad():
-            upstream_T = upstream.to(terms.s_t.dtype)
-            upstream_T = upstream_T if coef_T is None else coef_T * upstream_T
+            # A sum has one upstream gradient, which is a factor of all coefficients.
+            coef_T, factor = (upstream.to(terms.s_t.dtype), None) if coef_T is None else (coef_T, upstream)
+            of_student, of_teacher = both_coefficients(divergences, coef_T / call.temperature, call.beta)
             pairs = Pairs(student, teacher, keep_T, 1.0 / call.temperature, call.chunk_size)
             args = (call.kernels, pairs, terms)
-            of_student, of_teacher = both_coefficients(divergences, upstream_T / call.temperature, call.beta)
-            found[0], into = taken(ctx, made, upstream)
+            found[0], out = taken(ctx, made[0], upstream) if made else (None, None)
             if found[0] is None and want_student:
-                found[0] = operators.pair_grad(*args, of_student, into=into)
+                found[0] = operators.pair_grad(*args, of_student, factor, out=out)
             if want_teacher:
-                found[1] = operators.pair_grad(*args, of_teacher)
+                found[1] = operators.pair_grad(*args, of_teacher, factor)
         return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)

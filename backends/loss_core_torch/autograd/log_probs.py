@@ -94,7 +94,7 @@ class LogProbabilities(Function):
             terms, call = _terms(saved), ctx.call
             coefficients = _coefficients(terms, grads[:2])
             rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap, inverse_T)
-            grad = operators.row_grad(call.kernels, rows, terms, coefficients)
+            grad = operators.row_grad(call.kernels, rows, terms, coefficients, None)
         return once_differentiable(grad, logits, *grads[:2]), None, None, None, None
 
 

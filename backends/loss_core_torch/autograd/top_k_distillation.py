@@ -19,7 +19,7 @@ from loss_core.row_terms import (
     top_k_teacher_gradient,
 )
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import LossFunction, check_upstream, taken
+from loss_core_torch.autograd.base import LossFunction, check_upstream, gradient_of_sum, made_with_terms
 from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
 from loss_core_torch.kernels import KernelSet, Rows, Wanted
 from loss_core_torch.kernels.terms import kept_coefficients
@@ -87,7 +87,7 @@ class TopKDistillation(LossFunction):
         made: list[Tensor] = []
         if call.grad_in_forward:
             assert coef_T is not None
-            terms, *made = operators.row_terms_and_grad(call.kernels, rows, coef_T, teacher)
+            terms, made = made_with_terms(call.kernels, rows, coef_T, teacher)
         else:
             terms = operators.row_terms(call.kernels, rows, Sums())
         if call.group is not None:
@@ -101,14 +101,16 @@ class TopKDistillation(LossFunction):
         check_upstream(upstream)
         logits, labels_TK, log_p_TK, keep_T, inverse_T, coef_T, *rest = ctx.saved_tensors
         terms, made, teacher = RowTerms(*rest[:3]), rest[3:], TopK(log_p_TK, call.tail)
+        rows = _rows(logits, labels_TK, keep_T, inverse_T, call)
         with torch.no_grad():
             upstream_T = upstream.to(terms.s.dtype)
             upstream_T = upstream_T.expand(terms.s.shape) if coef_T is None else coef_T * upstream_T
-            by_logits, into = taken(ctx, made, upstream)
-            if by_logits is None and ctx.needs_input_grad[0]:
-                rows = _rows(logits, labels_TK, keep_T, inverse_T, call)
+            by_logits = None
+            if made:
+                by_logits = gradient_of_sum(ctx, call.kernels, rows, terms, made, upstream)
+            elif ctx.needs_input_grad[0]:
                 coefficients = top_k_coefficients(torch, terms, upstream_T, teacher)
-                by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, into=into)
+                by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, None)
             by_log_p = teacher_grad(terms, teacher, upstream_T, keep_T) if ctx.needs_input_grad[2] else None
         refusing = (once_differentiable(x, logits, log_p_TK, upstream) for x in (by_logits, by_log_p))
         by_logits, by_log_p = refusing

@@ -18,11 +18,9 @@ from torch import Tensor
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
 from loss_core_torch.kernels.arguments import (
-    NEW,
     Blocks,
     BothGrads,
     BothWanted,
-    Into,
     Linear,
     LinearGrads,
     LinearPairs,
@@ -35,11 +33,9 @@ from loss_core_torch.kernels.arguments import (
 
 __all__ = [
     "IGNORED",
-    "NEW",
     "Blocks",
     "BothGrads",
     "BothWanted",
-    "Into",
     "KernelSet",
     "Linear",
     "LinearGrads",
@@ -100,12 +96,27 @@ class KernelSet(Protocol):
         """Terms of each row over these columns."""
         ...
 
-    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
-        """Gradient by the logits, from terms and coefficients over the whole vocabulary."""
+    def row_grad(
+        self,
+        rows: Rows,
+        terms: RowTerms,
+        coefficients: Coefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient by the logits, from terms and coefficients over the whole vocabulary.
+
+        Args:
+            factor: scalar, of all coefficients; None for 1.
+            out: [..., V], where the gradient goes, which may be over the logits; None: into a new contiguous tensor.
+                With a factor, it holds what the gradient is for a factor of 1.
+        """
         ...
 
-    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
-        """Terms, and the gradient of the sum of coef * loss, in one visit of each row."""
+    def row_terms_and_grad(
+        self, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+    ) -> tuple[RowTerms, Tensor, Coefficients]:
+        """Terms, the gradient of the sum of coef * loss, and its coefficients, in one visit of each row."""
         ...
 
     def pair_terms(self, pairs: Pairs) -> PairTerms:
@@ -120,14 +131,24 @@ class KernelSet(Protocol):
         """
         ...
 
-    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
+    def pair_grad(
+        self,
+        pairs: Pairs,
+        terms: PairTerms,
+        wanted: PairCoefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Gradient by the student's logits or by the teacher's, given terms over the whole vocabulary.
 
         Of the sum of coef * KL; with beta: coef * p * (log(p / M) - kl) for the distribution p of these logits.
+
+        Args:
+            factor, out: as of `row_grad`.
         """
         ...
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, out: Tensor | None = None) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient, in one visit of each pair of rows."""
         ...
 

@@ -161,21 +161,9 @@ class PairCoefficients(NamedTuple):
     of_teacher: bool
     beta: float = 0.0
 
-
-class Into(NamedTuple):
-    """Where a gradient goes.
-
-    Attributes:
-        out: [..., V]; may be the logits themselves. None: a new contiguous tensor.
-        unless_one: scalar on a device that the host does not wait for; where it is exactly 1, `out` holds the result
-            already, and a kernel may leave it.
-    """
-
-    out: Tensor | None = None
-    unless_one: Tensor | None = None
-
-
-NEW = Into()
+    def scaled(self, factor: Tensor | None) -> PairCoefficients:
+        """Those of a gradient that is larger by a scalar; None for 1."""
+        return self if factor is None else self._replace(coef_T=self.coef_T * factor)
 
 
 class Blocks(NamedTuple):

@@ -19,7 +19,6 @@ from loss_core.row_terms import MixtureTerms, PairTerms, jensen_shannon, kl_dive
 from loss_core_torch.kernels import (
     BothGrads,
     BothWanted,
-    Into,
     KernelSet,
     LinearGrads,
     LinearPairs,
@@ -72,7 +71,7 @@ def loss_and_grads(
     in_one_visit = not beta and any(want.student) and not any(want.teacher)
     for at, pairs in blocks:
         if in_one_visit and pairs.student.numel():
-            terms_B, e_BV = kernels.pair_terms_and_grad(pairs, coef_T[at], blocks.into(0, pairs, beside=False))
+            terms_B, e_BV = kernels.pair_terms_and_grad(pairs, coef_T[at], blocks.out(0, pairs, beside=False))
             losses.append(kl_divergence(torch, terms_B))
             blocks.heads[0].add(at, e_BV)
             continue
@@ -138,22 +137,22 @@ class _Blocks:
         """The sums over all blocks so far."""
         return BothGrads(self.heads[0].grads, self.heads[1].grads)
 
-    def into(self, side: int, pairs: Pairs, beside: bool) -> Into:
+    def out(self, side: int, pairs: Pairs, beside: bool) -> Tensor:
         """Where the gradient by one of the logits goes: over these, unless their dtype is another, or `beside`."""
         z_BV, operand = (pairs.student, pairs.teacher)[side], self.heads[side].operand
         if operand == z_BV.dtype and not beside:
-            return Into(z_BV)
+            return z_BV
         if operand not in self._beside:
             self._beside[operand] = self.heads[side].new_logits(self._tokens, operand)
-        return Into(self._beside[operand][: len(z_BV)])
+        return self._beside[operand][: len(z_BV)]
 
     def add(self, at: slice, pairs: Pairs, terms: PairTerms, wanted: tuple[PairCoefficients, PairCoefficients]) -> None:
         """What a block adds; its logits are overwritten."""
         for side, (wanted_grad, want) in enumerate(zip(wanted, self._want, strict=True)):
             if any(want) and pairs.student.numel():
                 # The teacher's gradient is made of the student's logits as well.
-                into = self.into(side, pairs, beside=side == 0 and any(self._want.teacher))
-                self.heads[side].add(at, self._kernels.pair_grad(pairs, terms, wanted_grad, into))
+                out = self.out(side, pairs, beside=side == 0 and any(self._want.teacher))
+                self.heads[side].add(at, self._kernels.pair_grad(pairs, terms, wanted_grad, out=out))
 
 
 class _Head:

@@ -99,6 +99,13 @@ def times(coefficients: Coefficients, factor_T: Tensor) -> Coefficients:
     return Coefficients(*(None if c_T is None else c_T * per_row(factor_T, c_T) for c_T in coefficients))
 
 
+def scaled(coefficients: Coefficients, factor: Tensor | None) -> Coefficients:
+    """Coefficients of a gradient that is larger by a scalar; None for 1."""
+    if factor is None:
+        return coefficients
+    return Coefficients(*(None if c_T is None else c_T * factor for c_T in coefficients))
+
+
 def by_logits(
     coefficients: Coefficients, t_T: Tensor, softcap: float, inverse_temperature_T: Tensor | None
 ) -> Coefficients:
@@ -125,6 +132,13 @@ def filled_terms(values: RowTerms, sums: Sums, labels_T: Tensor, dtype: torch.dt
     wanted = zip((m, s, *rest), (True, True, *sums), strict=True)
     m_T, s_T, *rest_T = (torch.full_like(row_T, x, dtype=dtype) if is_wanted else None for x, is_wanted in wanted)
     return RowTerms(m_T, s_T, torch.full_like(labels_T, t, dtype=dtype), *rest_T)
+
+
+def no_coefficients(sums: Sums, labels_T: Tensor, dtype: torch.dtype) -> Coefficients:
+    """Coefficients of 0 for every row with these labels, those that the gradient of a sum of losses has."""
+    row_T = labels_T if labels_T.dim() == 1 else labels_T[:, 0]
+    scale_T, uniform_T = (torch.zeros_like(row_T, dtype=dtype) if has else None for has in (True, sums.z_sum))
+    return Coefficients(scale_T, torch.zeros_like(labels_T, dtype=dtype), uniform_T)
 
 
 def joined_terms(parts: Sequence[RowTerms]) -> RowTerms:

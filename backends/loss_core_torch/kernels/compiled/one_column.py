@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core_torch.kernels import Into, Rows, whole_rows
+from loss_core_torch.kernels import Rows, whole_rows
 
 
 def applies(rows: Rows) -> bool:
@@ -25,11 +25,11 @@ def uncapped(rows: Rows) -> tuple[Rows, Tensor]:
     return rows._replace(logits=z_TV, softcap=0.0, inverse_temperature_T=None), slope_TV
 
 
-def through_softcap(grad_TV: Tensor, slope_TV: Tensor, rows: Rows, into: Into) -> Tensor:
+def through_softcap(grad_TV: Tensor, slope_TV: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """Gradient by the logits, from that by the rows that `uncapped` gives."""
     grad_TV = grad_TV * slope_TV
     if rows.keep_T is not None:
         # The slope of an ignored row may be NaN.
         grad_TV = torch.where(rows.keep_T[:, None], grad_TV, 0.0)
     found = grad_TV.to(rows.logits.dtype).view(rows.logits.shape)
-    return found if into.out is None else into.out.copy_(found)
+    return found if out is None else out.copy_(found)

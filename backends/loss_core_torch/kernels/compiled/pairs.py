@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_PAIR, MixtureTerms, PairTerms, log_shares
-from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
+from loss_core_torch.kernels import PairCoefficients, Pairs
 from loss_core_torch.kernels.compiled import formulas
 from loss_core_torch.kernels.compiled.matrices import matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
@@ -42,12 +42,19 @@ class PairKernels:
                 kl_T[block.at] = part_B[: block.length()]
         return found
 
-    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
+    def pair_grad(
+        self,
+        pairs: Pairs,
+        terms: PairTerms,
+        wanted: PairCoefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL).
 
         With beta: p (log(p / M) - KL) of either.
         """
-        out, of_teacher = into.out, wanted.of_teacher
+        wanted, of_teacher = wanted.scaled(factor), wanted.of_teacher
         like = pairs.teacher if of_teacher else pairs.student
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
         program: Callable[..., None] = formulas.pair_teacher_grad if of_teacher else formulas.pair_student_grad
@@ -61,9 +68,9 @@ class PairKernels:
             write(out, block, _is_read(out, pairs), partial(run, program, *args))
         return out
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, out: Tensor | None = None) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient of the sum of coef * KL."""
-        student, out = pairs.student, into.out
+        student = pairs.student
         out = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
         factor, keep_T, found = _factor(pairs), _keep(pairs), []
         for block, both in matrices(pairs.student, pairs.teacher):

@@ -19,16 +19,15 @@ from loss_core.row_terms import (
     Sums,
     TopK,
     coefficients_of,
-    cross_entropy_coefficients,
 )
-from loss_core_torch.kernels import NEW, Into, Rows
+from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.compiled import formulas, one_column
 from loss_core_torch.kernels.compiled.approximate_maximum import applies, approximate_maximum, is_accurate
 from loss_core_torch.kernels.compiled.matrices import COPIED_ELEMENTS, matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
 from loss_core_torch.kernels.eager.row_blocks import Block
 from loss_core_torch.kernels.eager.sizes import SIZES
-from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, joined_terms, per_row
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, joined_terms, per_row, scaled
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -49,16 +48,22 @@ class RowKernels:
             found.append(_found(block, rows, t_B, _terms(z_BV, inverse_B, padded_rows(t_B), rows.softcap, sums), sums))
         return _together(found, rows, sums)
 
-    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
+    def row_grad(
+        self,
+        rows: Rows,
+        terms: RowTerms,
+        coefficients: Coefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Gradient by the logits."""
-        out = into.out
         if one_column.applies(rows):
             uncapped, slope_TV = one_column.uncapped(rows)
-            return one_column.through_softcap(self.row_grad(uncapped, terms, coefficients), slope_TV, rows, into)
+            return one_column.through_softcap(self.row_grad(uncapped, terms, coefficients, factor), slope_TV, rows, out)
         aliased = out is not None and out.data_ptr() == rows.logits.data_ptr()
         out = _result(rows) if out is None else out
         targets, inverse_T = _Targets(rows), rows.inverse_temperature_T
-        coefficients = by_logits(coefficients, terms.t, rows.softcap, inverse_T)
+        coefficients = by_logits(scaled(coefficients, factor), terms.t, rows.softcap, inverse_T)
         of_rows = (targets.keep_T, terms.m, coefficients.scale, coefficients.uniform, coefficients.slope)
         for block, (z_BV,) in matrices(rows.logits, most=COPIED_ELEMENTS if aliased else None):
             args = [z_BV, _padded(inverse_T, block), *(_padded(x_T, block) for x_T in of_rows)]
@@ -66,14 +71,16 @@ class RowKernels:
         targets.write(out, coefficients.target)
         return out
 
-    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
-        """Terms, and the gradient of the sum of coef * loss."""
+    def row_terms_and_grad(
+        self, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+    ) -> tuple[RowTerms, Tensor, Coefficients]:
+        """Terms, the gradient of the sum of coef * loss, and its coefficients."""
         if isinstance(objective, TopK):
             return _terms_and_grad_of_others(rows, coef_T, objective)
         if one_column.applies(rows):
             uncapped, slope_TV = one_column.uncapped(rows)
-            terms, grad_TV = self.row_terms_and_grad(uncapped, coef_T, objective)
-            return terms, one_column.through_softcap(grad_TV, slope_TV, rows, NEW)
+            terms, grad_TV, coefficients = self.row_terms_and_grad(uncapped, coef_T, objective)
+            return terms, one_column.through_softcap(grad_TV, slope_TV, rows), coefficients
         parts, found = list[RowTerms](), list[tuple[Tensor, ...]]()
         out, targets = _result(rows), _Targets(rows)
         for block, (z_BV,) in matrices(rows.logits):
@@ -88,10 +95,10 @@ class RowKernels:
             write(out, block, False, program)
             parts.append(_found(block, rows, t_B, found.pop(), objective.sums))
         terms = _together(parts, rows, objective.sums)
-        coefficients = cross_entropy_coefficients(torch, terms, coef_T, objective)
-        coefficients = by_logits(coefficients, terms.t, rows.softcap, rows.inverse_temperature_T)
-        targets.write(out, coefficients.target)
-        return terms, out
+        coefficients = coefficients_of(torch, terms, coef_T, objective)
+        target_T = by_logits(coefficients, terms.t, rows.softcap, rows.inverse_temperature_T).target
+        targets.write(out, target_T)
+        return terms, out, coefficients
 
 
 def _small_blocks(rows: Rows) -> Iterator[tuple[Block, Tensor]]:
@@ -111,8 +118,8 @@ def _others(z_BV: Tensor, block: Block, rows: Rows, targets: _Targets, sums: Sum
     return _found(block, rows, t_B, run(formulas.row_terms, z_BV, None, static=(0.0, *sums)), sums)
 
 
-def _terms_and_grad_of_others(rows: Rows, coef_T: Tensor, objective: TopK) -> tuple[RowTerms, Tensor]:
-    """Terms and gradient of rows with K targets, by two programs while a block is in cache."""
+def _terms_and_grad_of_others(rows: Rows, coef_T: Tensor, objective: TopK) -> tuple[RowTerms, Tensor, Coefficients]:
+    """Terms, gradient and its coefficients of rows with K targets, by two programs while a block is in cache."""
     out, targets, inverse_T = _result(rows), _Targets(rows), rows.inverse_temperature_T
     parts, of_targets = list[RowTerms](), list[Tensor]()
     for block, z_BV in _small_blocks(rows):
@@ -127,7 +134,8 @@ def _terms_and_grad_of_others(rows: Rows, coef_T: Tensor, objective: TopK) -> tu
         of_targets.append(coefficients.target)
     if parts:
         targets.write(out, torch.cat(of_targets))
-    return _together(parts, rows, objective.sums), out
+    terms = _together(parts, rows, objective.sums)
+    return terms, out, coefficients_of(torch, terms, coef_T, objective)
 
 
 def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, sums: Sums) -> tuple[Tensor, ...]:

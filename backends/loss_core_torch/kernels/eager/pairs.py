@@ -26,7 +26,7 @@ from loss_core.row_terms import (
     log_shares,
     mixture_logs,
 )
-from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
+from loss_core_torch.kernels import PairCoefficients, Pairs
 from loss_core_torch.kernels.eager.exponentials import log2_exp, row_dots, row_sums, shifted, without
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
@@ -50,9 +50,9 @@ class PairKernels:
             _put_terms(found, block, walk.block_terms(block)[0])
         return found
 
-    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
+    def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, out: Tensor | None = None) -> tuple[PairTerms, Tensor]:
         """Terms, and the student's gradient of the sum of coef * KL."""
-        found, out, walk = _empty_terms(pairs), _result(pairs.student, pairs, into.out), _Walk(pairs, self.sizes)
+        found, out, walk = _empty_terms(pairs), _result(pairs.student, pairs, out), _Walk(pairs, self.sizes)
         for block in walk:
             part, (e_s_BV, e_t_BV, sum_s_B, sum_t_B) = walk.block_terms(block)
             _put_terms(found, block, part)
@@ -69,12 +69,19 @@ class PairKernels:
                 kl_T[block.at] = row_sums(log_BV.mul_(e_BV)) * scale_B
         return found
 
-    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
+    def pair_grad(
+        self,
+        pairs: Pairs,
+        terms: PairTerms,
+        wanted: PairCoefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL).
 
         With beta: p (log(p / M) - KL) of either.
         """
-        out, of_teacher = into.out, wanted.of_teacher
+        wanted, of_teacher = wanted.scaled(factor), wanted.of_teacher
         like = pairs.teacher if of_teacher else pairs.student
         out, walk = _result(like, pairs, out), _Walk(pairs, self.sizes)
         if wanted.beta:

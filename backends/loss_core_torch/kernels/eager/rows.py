@@ -24,7 +24,7 @@ from loss_core.row_terms import (
     TopK,
     coefficients_of,
 )
-from loss_core_torch.kernels import NEW, Into, Rows
+from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.eager.exponentials import (
     exponents,
     log2_exp,
@@ -36,7 +36,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 )
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, no_coefficients, scaled
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -49,12 +49,19 @@ class RowKernels:
         """Terms of each row."""
         found, walk = _empty_terms(rows, sums), _Walk(rows, self.sizes)
         for block in walk:
-            _put_terms(found, block, walk.terms(block, sums)[0])
+            _put(found, block, walk.terms(block, sums)[0])
         return found
 
-    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
+    def row_grad(
+        self,
+        rows: Rows,
+        terms: RowTerms,
+        coefficients: Coefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Gradient by the logits."""
-        out, walk = _result(rows, into.out), _Walk(rows, self.sizes)
+        out, walk, coefficients = _result(rows, out), _Walk(rows, self.sizes), scaled(coefficients, factor)
         for block in walk:
             kept_BV, slope_BV = walk.read(block, for_gradient=True)
             powers = walk.powers(block, kept_BV, terms.m[block.at], with_x=coefficients.slope is not None)
@@ -62,15 +69,19 @@ class RowKernels:
             walk.store(block, out, powers, slope_BV, part, terms.t[block.at])
         return out
 
-    def row_terms_and_grad(self, rows: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
-        """Terms, and the gradient of the sum of coef * loss."""
+    def row_terms_and_grad(
+        self, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+    ) -> tuple[RowTerms, Tensor, Coefficients]:
+        """Terms, the gradient of the sum of coef * loss, and its coefficients."""
         found, out, walk = _empty_terms(rows, objective.sums), _result(rows, None), _Walk(rows, self.sizes)
+        coefficients = no_coefficients(objective.sums, rows.labels_T, compute_dtype(rows.logits.dtype))
         for block in walk:
             part, powers, slope_BV = walk.terms(block, objective.sums, for_gradient=True)
-            _put_terms(found, block, part)
-            coefficients = coefficients_of(torch, part, coef_T[block.at], objective.of_rows(block.at))
-            walk.store(block, out, powers, slope_BV, coefficients, part.t)
-        return found, out
+            of_block = coefficients_of(torch, part, coef_T[block.at], objective.of_rows(block.at))
+            walk.store(block, out, powers, slope_BV, of_block, part.t)
+            _put(found, block, part)
+            _put(coefficients, block, of_block)
+        return found, out, coefficients
 
 
 class _Powers(NamedTuple):
@@ -172,7 +183,7 @@ def _empty_terms(rows: Rows, sums: Sums) -> RowTerms:
     return filled_terms(values, sums, rows.labels_T, dtype)
 
 
-def _put_terms(found: RowTerms, block: Block, part: RowTerms) -> None:
+def _put(found: RowTerms | Coefficients, block: Block, part: RowTerms | Coefficients) -> None:
     for whole_T, part_B in zip(found, part, strict=True):
         if whole_T is not None:
             whole_T[block.at] = part_B

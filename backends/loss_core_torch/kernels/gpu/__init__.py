@@ -19,9 +19,7 @@ from loss_core.row_terms import (
     coefficients_of,
 )
 from loss_core_torch.kernels import (
-    NEW,
     Blocks,
-    Into,
     Linear,
     LinearGrads,
     LinearPairs,
@@ -54,13 +52,23 @@ class GpuKernels:
     def row_terms(self, rows_: Rows, sums: Sums) -> RowTerms:
         return rows.terms(self._launcher, rows_, sums)
 
-    def row_grad(self, rows_: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
-        return rows.grad(self._launcher, rows_, terms, coefficients, into)
+    def row_grad(
+        self,
+        rows_: Rows,
+        terms: RowTerms,
+        coefficients: Coefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return rows.grad(self._launcher, rows_, terms, coefficients, factor, out)
 
-    def row_terms_and_grad(self, rows_: Rows, coef_T: Tensor, objective: Objective | TopK) -> tuple[RowTerms, Tensor]:
+    def row_terms_and_grad(
+        self, rows_: Rows, coef_T: Tensor, objective: Objective | TopK
+    ) -> tuple[RowTerms, Tensor, Coefficients]:
         if isinstance(objective, TopK):
             terms = rows.terms(self._launcher, rows_, objective.sums)
-            return terms, rows.grad(self._launcher, rows_, terms, coefficients_of(torch, terms, coef_T, objective))
+            coefficients = coefficients_of(torch, terms, coef_T, objective)
+            return terms, rows.grad(self._launcher, rows_, terms, coefficients), coefficients
         return rows.terms_and_grad(self._launcher, rows_, coef_T, objective)
 
     def pair_terms(self, pairs_: Pairs) -> PairTerms:
@@ -69,11 +77,18 @@ class GpuKernels:
     def pair_mixture(self, pairs_: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
         return pairs.mixture(self._launcher, pairs_, terms, beta)
 
-    def pair_grad(self, pairs_: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
-        return pairs.grad(self._launcher, pairs_, terms, wanted, into)
+    def pair_grad(
+        self,
+        pairs_: Pairs,
+        terms: PairTerms,
+        wanted: PairCoefficients,
+        factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return pairs.grad(self._launcher, pairs_, terms, wanted, factor, out)
 
-    def pair_terms_and_grad(self, pairs_: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
-        return pairs.terms_and_grad(self._launcher, pairs_, coef_T, into)
+    def pair_terms_and_grad(self, pairs_: Pairs, coef_T: Tensor, out: Tensor | None = None) -> tuple[PairTerms, Tensor]:
+        return pairs.terms_and_grad(self._launcher, pairs_, coef_T, out)
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return self._launcher.operand_dtype(product_dtype, device)

@@ -265,13 +265,23 @@ def is_ignored(keep_ptr, row):
 
 
 @triton.jit
-def is_one(ptr):
-    """Whether a scalar in memory is exactly 1: never where ptr is None."""
+def load_factor(ptr, dtype: tl.constexpr):
+    """A scalar in memory, 1 where ptr is None."""
     if ptr is None:
-        one = tl.full([], False, tl.int1)
+        factor = tl.full([], 1.0, dtype)
     else:
-        one = tl.load(ptr) == 1
-    return one
+        factor = tl.load(ptr).to(dtype)
+    return factor
+
+
+@triton.jit
+def is_there(factor, HELD: tl.constexpr):
+    """Whether a gradient is to be left as it lies: where it is HELD for a factor of 1, and the factor is 1."""
+    if HELD:
+        there = factor == 1
+    else:
+        there = tl.full([], False, tl.int1)
+    return there
 
 
 @triton.jit
@@ -508,13 +518,15 @@ def row_grad_kernel(
     scale_ptr,  # [T]
     target_ptr,  # [T, NUM]
     uniform_ptr, slope_ptr,  # [T], or None
-    unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
+    factor_ptr,  # scalar, of all coefficients, or None
     vocab_start, vocab, grad_layout, layout,
-    SOFTCAP: tl.constexpr, NUM: tl.constexpr, N: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    ALIKE: tl.constexpr,
+    SOFTCAP: tl.constexpr, NUM: tl.constexpr, N: tl.constexpr, HELD: tl.constexpr, BLOCK_V: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one row: program (row)."""
-    if is_one(unless_one_ptr):
+    dtype: tl.constexpr = m_ptr.dtype.element_ty
+    factor = load_factor(factor_ptr, dtype)
+    if is_there(factor, HELD):
         return
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_start(row, layout)
@@ -528,15 +540,15 @@ def row_grad_kernel(
         inverse = tl.load(inverse_ptr + row)
     uniform = 0.0
     if uniform_ptr is not None:
-        uniform = tl.load(uniform_ptr + row)
+        uniform = tl.load(uniform_ptr + row) * factor
     slope = 0.0
     if slope_ptr is not None:
-        slope = tl.load(slope_ptr + row)
+        slope = tl.load(slope_ptr + row) * factor
     write_row_grad(
         grad_ptr, row_ptr, vocab, label, grad_layout, layout, inverse, tl.load(m_ptr + row),
-        load_of_targets(t_ptr, row, NUM, N), tl.load(scale_ptr + row), load_of_targets(target_ptr, row, NUM, N),
-        uniform, slope, m_ptr.dtype.element_ty, SOFTCAP, inverse_ptr is not None, uniform_ptr is not None,
-        slope_ptr is not None, BLOCK_V, W, ALIKE,
+        load_of_targets(t_ptr, row, NUM, N), tl.load(scale_ptr + row) * factor,
+        load_of_targets(target_ptr, row, NUM, N) * factor, uniform, slope, dtype, SOFTCAP, inverse_ptr is not None,
+        uniform_ptr is not None, slope_ptr is not None, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -550,12 +562,17 @@ def row_kernel(
     coef_ptr,  # [T] factor of each row's loss
     m_ptr, s_ptr, t_ptr,  # [T]
     z_sum_ptr, e_ptr,  # [T], or None
+    scale_ptr, target_ptr,  # [T]
+    uniform_ptr,  # [T], or None
     num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
     SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_V: tl.constexpr,
     L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Terms and gradient of one row: program (row). A coefficient of 0 gives a gradient of 0, whatever it holds."""
+    """Terms and gradient of one row, and the gradient's coefficients: program (row).
+
+    A coefficient of 0 gives a gradient of 0, whatever the row holds.
+    """
     row = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
     ignored = is_ignored(keep_ptr, row)
@@ -571,10 +588,14 @@ def row_kernel(
         z_sum_ptr is not None, e_ptr is not None, "evict_last", 1, 1, False, BLOCK_V, L, W, ALIKE,
     )  # fmt: skip
     store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, 1, 1)
+    scale, target, uniform = cross_entropy_coefficients(m, s, t, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
+    tl.store(scale_ptr + row, scale)
+    tl.store(target_ptr + row, only(target))
+    if uniform_ptr is not None:
+        tl.store(uniform_ptr + row, uniform)
     if ignored | (coef == 0):
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
-    scale, target, uniform = cross_entropy_coefficients(m, s, t, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
     write_row_grad(
         grad_ptr, row_ptr, vocab, load_labels(labels_ptr + row, vocab_start, 1, 1), grad_layout, layout, inverse, m, t,
         scale, target, uniform, 0.0, dtype, SOFTCAP, inverse_ptr is not None, LABEL_SMOOTHING != 0, False, BLOCK_V, W,
@@ -753,31 +774,32 @@ def pair_grad_kernel(
     student_ptr, teacher_ptr,  # [T, V]
     keep_ptr,  # [T] bool, or None
     m_t_ptr, s_t_ptr, m_s_ptr, s_s_ptr, kl_ptr, coef_ptr,  # [T]
-    unless_one_ptr,  # scalar, or None; where it is 1, the gradient is there already
+    factor_ptr,  # scalar, of all coefficients, or None
     inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
     log_share_t: "fp64", log_share_s: "fp64",  # type: ignore[name-defined]  # noqa: F821
     vocab, grad_layout, s_layout, t_layout,
-    OF_TEACHER: tl.constexpr, MIXTURE: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
-    ALIKE: tl.constexpr,
+    OF_TEACHER: tl.constexpr, MIXTURE: tl.constexpr, HELD: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """`pair_grad` for one pair of rows: program (row)."""
-    if is_one(unless_one_ptr):
+    dtype: tl.constexpr = m_t_ptr.dtype.element_ty
+    factor = load_factor(factor_ptr, dtype)
+    if is_there(factor, HELD):
         return
     row = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = m_t_ptr.dtype.element_ty
     grad_ptr += row_start(row, grad_layout)
     if is_ignored(keep_ptr, row):
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
         return
     student_ptr += row_start(row, s_layout)
     teacher_ptr += row_start(row, t_layout)
-    factor = tl.full([], inverse_temperature, dtype)
+    inverse = tl.full([], inverse_temperature, dtype)
     rate = tl.full([], inverse_temperature * LOG2_E, dtype)
     write_pair_grad(
         grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout,
-        tl.load(m_t_ptr + row) / factor, tl.load(s_t_ptr + row), tl.load(m_s_ptr + row) / factor,
-        tl.load(s_s_ptr + row), tl.load(kl_ptr + row), tl.load(coef_ptr + row), tl.full([], log_share_t, dtype),
-        tl.full([], log_share_s, dtype), dtype, OF_TEACHER, MIXTURE, BLOCK_V, W, ALIKE,
+        tl.load(m_t_ptr + row) / inverse, tl.load(s_t_ptr + row), tl.load(m_s_ptr + row) / inverse,
+        tl.load(s_s_ptr + row), tl.load(kl_ptr + row), tl.load(coef_ptr + row) * factor,
+        tl.full([], log_share_t, dtype), tl.full([], log_share_s, dtype), dtype, OF_TEACHER, MIXTURE, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def terms_and_grads(
                 z_BV = logits[: at.stop - at.start]
                 block = operands.make_logits(z_BV, operands.part(at), w_VH)
                 e_BV = e_CV[at.start - chunk.start : at.stop - chunk.start]
-                terms_B, _ = rows.terms_and_grad(launcher, block, coef_T[at], objective, e_BV)
+                terms_B, *_ = rows.terms_and_grad(launcher, block, coef_T[at], objective, e_BV)
                 found_terms.append(terms_B)
             if e_CV.numel():
                 _add(found, want, operands, chunk, e_CV, w_VH)

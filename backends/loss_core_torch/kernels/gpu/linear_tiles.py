@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loss_core.row_terms import Coefficients, RowTerms, Sums, combine
 from loss_core_torch import compat
-from loss_core_torch.kernels import Into, Linear, LinearGrads, Wanted
+from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.gpu import rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.linear import write_scaled
@@ -69,7 +69,7 @@ def grads(
                 e_BC = e_TC[part.at]
                 z_BC = e_BC if over_logits else _matrix(buffer, part.at, tile)
                 block = operands.rows(z_BC, part, tile) if kept else operands.make_logits(z_BC, part, w_CH, tile)
-                rows.grad(launcher, block._replace(keep_T=keep_B), terms_B, coefficients_B, Into(e_BC))
+                rows.grad(launcher, block._replace(keep_T=keep_B), terms_B, coefficients_B, out=e_BC)
             if e_TC.numel():
                 found.add(tile, e_TC, w_CH)
     return found.whole()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_PAIR, MixtureTerms, PairTerms, log_shares
-from loss_core_torch.kernels import NEW, Into, PairCoefficients, Pairs
+from loss_core_torch.kernels import PairCoefficients, Pairs
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
 from loss_core_torch.tracing import compute_dtype
@@ -52,29 +52,35 @@ def mixture(launcher: Launcher, pairs: Pairs, terms: PairTerms, beta: float) -> 
     return found
 
 
-def grad(launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, into: Into = NEW) -> Tensor:
+def grad(
+    launcher: Launcher, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, factor: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient by the student's logits, or by the teacher's; see `KernelSet.pair_grad`."""
     student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
     num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
-    out = _new_grad(teacher if wanted.of_teacher else student) if into.out is None else into.out
+    held = factor is not None and out is not None
+    out = _new_grad(teacher if wanted.of_teacher else student) if out is None else out
     if student.numel() == 0:
         return out
     size = launcher.parameters(vocab, student.dtype, "pair_grad", out.dtype)
     vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, wanted.kl_T, wanted.coef_T))
     shares = log_shares(wanted.beta) if wanted.beta else (0.0, 0.0)
     launcher.start(
-        kernels.pair_grad_kernel, (num_rows,), out, student, teacher, dense(keep_T), *vectors, into.unless_one,
+        kernels.pair_grad_kernel, (num_rows,), out, student, teacher, dense(keep_T), *vectors, factor,
         pairs.inverse_temperature, *shares, vocab, layout(out), layout(student), layout(teacher), size=size,
-        OF_TEACHER=wanted.of_teacher, MIXTURE=wanted.beta != 0, **columns(size, out, student, teacher),
+        OF_TEACHER=wanted.of_teacher, MIXTURE=wanted.beta != 0, HELD=held, **columns(size, out, student, teacher),
     )  # fmt: skip
     return out
 
 
-def terms_and_grad(launcher: Launcher, pairs: Pairs, coef_T: Tensor, into: Into = NEW) -> tuple[PairTerms, Tensor]:
+def terms_and_grad(
+    launcher: Launcher, pairs: Pairs, coef_T: Tensor, out: Tensor | None = None
+) -> tuple[PairTerms, Tensor]:
     """Terms and the student's gradient, as `rows.terms_and_grad`; see `KernelSet.pair_terms_and_grad`."""
     student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
     num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
-    out = _new_grad(student) if into.out is None else into.out
+    out = _new_grad(student) if out is None else out
     if student.numel() == 0:
         return terms(launcher, pairs), out
     found = _new_terms(pairs)

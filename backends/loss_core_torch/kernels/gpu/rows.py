@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, Sums
-from loss_core_torch.kernels import NEW, Into, Rows
+from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
-from loss_core_torch.kernels.terms import filled_terms
+from loss_core_torch.kernels.terms import filled_terms, no_coefficients
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -35,29 +35,32 @@ def terms(launcher: Launcher, rows: Rows, sums: Sums) -> RowTerms:
     return found
 
 
-def grad(launcher: Launcher, rows: Rows, terms: RowTerms, coefficients: Coefficients, into: Into = NEW) -> Tensor:
+def grad(
+    launcher: Launcher, rows: Rows, terms: RowTerms, coefficients: Coefficients, factor: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient by the logits, softcap's slope included; see `KernelSet.row_grad`.
 
-    A kernel looks at `into.unless_one`, so that the host need not wait for it.
+    The kernel looks at the factor, so that the host need not wait for it.
     """
     logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab = len(labels_T), logits.shape[-1]
-    out = _new_grad(logits) if into.out is None else into.out
+    num_rows, vocab, held = len(labels_T), logits.shape[-1], factor is not None and out is not None
+    out = _new_grad(logits) if out is None else out
     if logits.numel() == 0:
         return out
     size = launcher.parameters(vocab, logits.dtype, "grad", out.dtype)
     launcher.start(
         kernels.row_grad_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
-        dense(terms.m), dense(terms.t), *map(dense, coefficients), into.unless_one, vocab_start, vocab, layout(out),
-        layout(logits), size=size, SOFTCAP=softcap, **_num_targets(labels_T), **columns(size, out, logits),
+        dense(terms.m), dense(terms.t), *map(dense, coefficients), factor, vocab_start, vocab, layout(out),
+        layout(logits), size=size, SOFTCAP=softcap, HELD=held, **_num_targets(labels_T), **columns(size, out, logits),
     )  # fmt: skip
     return out
 
 
 def terms_and_grad(
     launcher: Launcher, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
-) -> tuple[RowTerms, Tensor]:
-    """Terms and gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
+) -> tuple[RowTerms, Tensor, Coefficients]:
+    """Terms, gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
 
     A row is read a second time at once after the first, from the cache as far as it holds it. A coefficient of 0 gives
     a gradient of 0, whatever the row holds.
@@ -66,16 +69,18 @@ def terms_and_grad(
     num_rows, vocab = len(labels_T), logits.shape[-1]
     out = _new_grad(logits) if out is None else out
     if logits.numel() == 0:
-        return filled_terms(EMPTY_ROW, objective.sums, labels_T, compute_dtype(logits.dtype)), out
-    found = _new_terms(rows, objective.sums)
+        dtype = compute_dtype(logits.dtype)
+        empty = filled_terms(EMPTY_ROW, objective.sums, labels_T, dtype)
+        return empty, out, no_coefficients(objective.sums, labels_T, dtype)
+    found, coefficients = _new_terms(rows, objective.sums), _new_coefficients(coef_T, objective.sums)
     kind = "full_row" if softcap or any(objective.sums) else "row"
     size = launcher.parameters(vocab, logits.dtype, kind, out.dtype)
     launcher.start(
         kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T), dense(coef_T),
-        *found, objective.num_classes, vocab_start, vocab, layout(out), layout(logits), size=size, SOFTCAP=softcap,
-        **columns(size, out, logits), **_constants(objective),
+        *found, *coefficients[:3], objective.num_classes, vocab_start, vocab, layout(out), layout(logits), size=size,
+        SOFTCAP=softcap, **columns(size, out, logits), **_constants(objective),
     )  # fmt: skip
-    return found, out
+    return found, out, coefficients
 
 
 def with_effect(coefficients: Coefficients) -> Tensor:
@@ -101,6 +106,15 @@ def _new_terms(rows: Rows, sums: Sums) -> RowTerms:
     shape = rows.labels_T.shape[:1]
     found = {name: torch.empty(shape, dtype=dtype, device=device) for is_wanted, name in wanted if is_wanted}
     return RowTerms(t=torch.empty(rows.labels_T.shape, dtype=dtype, device=device), **found)
+
+
+def _new_coefficients(coef_T: Tensor, sums: Sums) -> Coefficients:
+    """Memory for those of a gradient without a slope."""
+    scale_T, target_T, uniform_T = (
+        torch.empty(coef_T.shape, dtype=coef_T.dtype, device=coef_T.device) if has else None
+        for has in (True, True, sums.z_sum)
+    )
+    return Coefficients(scale_T, target_T, uniform_T)
 
 
 def _new_grad(logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loss_core.row_terms import kl_divergence
-from loss_core_torch.kernels import Into, PairCoefficients, Pairs
+from loss_core_torch.kernels import PairCoefficients, Pairs
 from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
@@ -143,15 +143,17 @@ def test_a_student_of_the_least_finite_number_gives_the_loss_of_plain_float32(fl
 
 
 @each_set
-def test_nothing_is_done_where_the_upstream_is_one(flag, name):
-    pairs = Pairs(torch.randn(3, V), torch.randn(3, V), None, 1.0)
-    terms = SETS[name].pair_terms(pairs)
-    for upstream, written in ((1.0, False), (0.5, True)):
-        out = torch.full((3, V), 7.0)
-        wanted = PairCoefficients(kl_divergence(torch, terms), torch.full((3,), upstream), False)
-        got = SETS[name].pair_grad(pairs, terms, wanted, Into(out, torch.tensor(upstream)))
-        assert got is out
+def test_a_factor_of_all_coefficients(flag, name):
+    """Where it is 1, a gradient that was handed in is left as it lies."""
+    pairs, coef_T = Pairs(torch.randn(3, V), torch.randn(3, V), None, 1.0), torch.randn(3)
+    terms, made = SETS[name].pair_terms_and_grad(pairs, coef_T)
+    wanted = PairCoefficients(kl_divergence(torch, terms), coef_T, False)
+    for factor, written in ((1.0, False), (0.5, True)):
+        out, scalar = torch.full((3, V), 7.0), torch.tensor(factor)
+        assert SETS[name].pair_grad(pairs, terms, wanted, scalar, out) is out
         assert bool((out != 7.0).all()) == written
+        for got in (SETS[name].pair_grad(pairs, terms, wanted, scalar), *([out] if written else [])):
+            torch.testing.assert_close(got, made * factor, rtol=1e-5, atol=1e-6)
 
 
 def test_no_vocabulary_is_an_empty_piece(flag):

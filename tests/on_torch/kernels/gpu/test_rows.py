@@ -14,7 +14,7 @@ from loss_core.row_terms import (
     cross_entropy_coefficients,
     log_probability_coefficients,
 )
-from loss_core_torch.kernels import Into, Rows, whole_rows
+from loss_core_torch.kernels import Rows, whole_rows
 from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
 
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
@@ -81,7 +81,7 @@ def test_terms_and_gradient(flag, name, dtype, ignored):
     _same_terms(rows, found, terms)
     coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
     _close(kernels.row_grad(rows, found, coefficients), grad, dtype)
-    at_once, made = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+    at_once, made, _ = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
     _same_terms(rows, at_once, terms)
     _close(made, grad, dtype)
     assert made.dtype == dtype
@@ -114,7 +114,7 @@ def test_entropy_softcap_and_temperature(flag, name, softcap, temperature):
     _same_terms(rows, found, terms)
     coefficients = log_probability_coefficients(torch, found, upstream_T, of_entropy_T)
     _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
-    found, made = kernels.row_terms_and_grad(rows, upstream_T, Objective(V))
+    found, made, _ = kernels.row_terms_and_grad(rows, upstream_T, Objective(V))
     _same_terms(rows, found, terms)
     _close(made, _expected(rows, upstream_T)[1], torch.float32)
 
@@ -126,7 +126,7 @@ def test_the_column_of_the_label_is_rounded_once(flag, name):
     logits[:, 20] = 12.0
     rows, coef_T = Rows(logits, torch.tensor([20, 20, 20]), None), torch.ones(3)
     _, grad = _expected(rows, coef_T)
-    terms, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    terms, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
     coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
     for got in (made, SETS[name].row_grad(rows, terms, coefficients)):
         torch.testing.assert_close(got[:, 20].double(), grad[:, 20], rtol=2**-8, atol=0)
@@ -138,7 +138,7 @@ def test_what_an_ignored_row_holds_is_not_read(flag, name):
     logits[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None]
     rows = Rows(logits, torch.arange(6), torch.arange(6) % 2 == 0)
     coef_T = torch.tensor([1.0, torch.nan, 2.0, torch.inf, 0.5, 1.0])
-    terms, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    terms, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
     coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
     for grad in (made, SETS[name].row_grad(rows, terms, coefficients)):
         assert not grad[1::2].any()
@@ -152,7 +152,7 @@ def test_minus_infinity_and_huge_logits(flag, name):
     logits[0, ::2], logits[3, 1:] = -torch.inf, -torch.inf
     rows, coef_T = Rows(logits, torch.tensor([1, 2, 3, 0]), None), torch.ones(4)
     terms, grad = _expected(rows, coef_T)
-    found, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    found, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
     _close(made, grad, torch.float32)
     expected = cross_entropy(torch, terms._replace(z_sum=None), Objective(V))
     torch.testing.assert_close(cross_entropy(torch, found, Objective(V)).double(), expected, rtol=1e-5, atol=1e-5)
@@ -163,7 +163,7 @@ def test_any_layout(flag, layout):
     kernels, rows = SETS["tiny-blocks"], _rows(layouts()[layout])
     coef_T = torch.randn(rows.labels_T.shape)
     grad = _expected(rows, coef_T)[1] if rows.logits.numel() else rows.logits.double()
-    found, made = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+    found, made, _ = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
     coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
     for got in (made, kernels.row_grad(rows, found, coefficients)):
         assert got.is_contiguous()
@@ -171,7 +171,7 @@ def test_any_layout(flag, layout):
     # The gradient may lie as the logits do.
     whole = torch.full((*rows.logits.shape[:-1], 2 * rows.logits.shape[-1]), 7.0)
     out = whole.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
-    assert kernels.row_grad(rows, found, coefficients, Into(out)) is out
+    assert kernels.row_grad(rows, found, coefficients, out=out) is out
     _close(out, grad, torch.float32)
 
 
@@ -194,26 +194,41 @@ def test_over_the_logits_themselves(flag, layout):
     terms = kernels.row_terms(rows, Sums())
     coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
     expected = kernels.row_grad(rows, terms, coefficients)
-    assert kernels.row_grad(rows, terms, coefficients, Into(logits)) is logits
+    assert kernels.row_grad(rows, terms, coefficients, out=logits) is logits
     assert torch.equal(logits, expected)
 
 
 @each_set
-def test_nothing_is_done_where_the_upstream_is_one(flag, name):
-    kernels, rows = SETS[name], _rows(torch.randn(4, V))
-    terms = kernels.row_terms(rows, Sums())
-    for upstream, written in ((1.0, False), (1.0 + 2**-20, True), (torch.nan, True)):
-        coefficients = cross_entropy_coefficients(torch, terms, torch.full((4,), upstream), Objective(V))
-        out = torch.full((4, V), 7.0)
-        assert kernels.row_grad(rows, terms, coefficients, Into(out, torch.tensor(upstream))) is out
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_coefficients_of_the_gradient_that_was_made(flag, name, smoothing):
+    rows, coef_T, objective = _rows(torch.randn(7, V)), torch.randn(7), Objective(V, smoothing, z_loss=0.1)
+    terms, _, found = SETS[name].row_terms_and_grad(rows, coef_T, objective)
+    expected = cross_entropy_coefficients(torch, terms, coef_T, objective)
+    for got_T, want_T in zip(found, expected, strict=True):
+        assert (got_T is None) == (want_T is None)
+        if got_T is not None:
+            torch.testing.assert_close(got_T[rows.keep_T], want_T[rows.keep_T], rtol=1e-5, atol=1e-6)
+
+
+@each_set
+def test_a_factor_of_all_coefficients(flag, name):
+    """Where it is 1, a gradient that was handed in is left as it lies."""
+    kernels, rows, coef_T = SETS[name], _rows(torch.randn(4, V)), torch.randn(4)
+    terms, made, coefficients = kernels.row_terms_and_grad(rows, coef_T, Objective(V, 0.1))
+    for factor, written in ((1.0, False), (1.0 + 2**-20, True), (3.0, True), (torch.nan, True)):
+        out, scalar = torch.full((4, V), 7.0), torch.tensor(factor)
+        assert kernels.row_grad(rows, terms, coefficients, scalar, out) is out
         assert bool((out != 7.0).all()) == written
+        expected = torch.where(rows.keep_T[:, None], made * factor, 0.0)
+        for got in (kernels.row_grad(rows, terms, coefficients, scalar), *([out] if written else [])):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 def test_labels_and_coefficients_of_any_stride(flag):
     logits, labels_T = torch.randn(8, V), torch.arange(24).view(8, 3)[:, 1]
     rows, coef_T = Rows(logits, labels_T, None), torch.tensor(0.5).expand(8)
     _, grad = _expected(rows, coef_T)
-    terms, made = SETS["own-sizes"].row_terms_and_grad(rows, coef_T, Objective(V))
+    terms, made, _ = SETS["own-sizes"].row_terms_and_grad(rows, coef_T, Objective(V))
     _close(made, grad, torch.float32)
     coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
     coefficients = Coefficients(coefficients.scale, torch.stack([coefficients.target] * 2, 1)[:, 0])
@@ -225,7 +240,7 @@ def test_more_columns_than_a_block_of_the_real_sizes(flag):
         kernels, seen = counted()
         rows, coef_T = _rows(torch.randn(3, vocab).to(torch.bfloat16)), torch.ones(3)
         terms, grad = _expected(rows, coef_T)
-        found, made = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+        found, made, _ = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
         _same_terms(rows, found, terms)
         _close(made, grad, torch.bfloat16)
         assert seen == ["row_kernel"]
@@ -239,7 +254,7 @@ def test_rows_that_begin_between_vectors(flag, name):
         rows = _rows(memory[start : start + 3 * vocab].view(3, vocab))
         coef_T = torch.randn(3)
         terms, grad = _expected(rows, coef_T)
-        found, made = SETS[name].row_terms_and_grad(rows, coef_T, Objective(vocab))
+        found, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(vocab))
         _same_terms(rows, found, terms)
         coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(vocab))
         for got in (made, SETS[name].row_grad(rows, found, coefficients)):
@@ -250,10 +265,10 @@ def test_rows_that_begin_between_vectors(flag, name):
 def test_a_row_does_not_depend_on_the_others(flag, name):
     """Bitwise, alone and among others, where a vocabulary is a whole number of vectors."""
     logits, labels_T, coef_T = torch.randn(7, 104).to(torch.bfloat16), torch.randint(0, 104, (7,)), torch.randn(7)
-    found, grad = SETS[name].row_terms_and_grad(Rows(logits, labels_T, None), coef_T, Objective(104))
+    found, grad, _ = SETS[name].row_terms_and_grad(Rows(logits, labels_T, None), coef_T, Objective(104))
     for at in (slice(3, 4), slice(2, 6)):
         alone = Rows(logits[at].clone(), labels_T[at], None)
-        terms, made = SETS[name].row_terms_and_grad(alone, coef_T[at], Objective(104))
+        terms, made, _ = SETS[name].row_terms_and_grad(alone, coef_T[at], Objective(104))
         assert torch.equal(terms.m, found.m[at])
         assert torch.equal(terms.s, found.s[at])
         assert torch.equal(made, grad[at])
@@ -270,7 +285,7 @@ def test_offsets_beyond_32_bits(flag):
         found = SETS["own-sizes"].row_terms(rows, Sums())
         _same_terms(rows, found, terms)
         coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
-        _close(SETS["own-sizes"].row_grad(rows, found, coefficients, Into(far)), grad, torch.bfloat16)
+        _close(SETS["own-sizes"].row_grad(rows, found, coefficients, out=far), grad, torch.bfloat16)
 
 
 def test_no_vocabulary_is_an_empty_piece(flag):
