@@ -17,8 +17,8 @@ from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dtypes import round_to
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Case
+from loss_core.losses.bounds.rounding import result_dtype
 from loss_core.losses.definition import need_definition
-from loss_core.losses.rounding import result_dtype
 from loss_core.registry import LOSS_CONFIG_REGISTRY, config_class_for, our_losses
 
 # What a finding is "against" when it is the oracle.

@@ -45,7 +45,7 @@ from loss_core.cli.logprobs import explain_logprobs
 from loss_core.dispatch.flags import AUTO, BACKENDS, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
-from loss_core.losses.drawing import recipe_names
+from loss_core.losses.cases.drawing import recipe_names
 from loss_core.usage import UsageProblem
 from loss_core.workers.pool import WorkerFailed
 

@@ -123,7 +123,7 @@ class OracleResult:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is special about a test case; `loss_core.losses.drawing` turns it into arrays.
+    """What is special about a test case; `loss_core.losses.cases.drawing` turns it into arrays.
 
     Attributes:
         name: id in tables and on the command line.
@@ -176,7 +176,7 @@ class LossDef:
             definition, dense, in float64 NumPy. It shares no code with what it judges.
         error_bound: (config, arrays, expected, dtype, upstream, product_dtype) -> largest error that rounding
             explains, elementwise, for "loss" and each gradient; see `loss_core.losses.allowances`. None: it is
-            estimated from the oracle, see `loss_core.losses.probing`.
+            estimated from the oracle, see `loss_core.losses.bounds.sensitivity`.
         recipes: cases besides those that every loss gets.
         draw: (definition, sizes, scale, rng) -> the floating arguments that must be given.
         random_fields: config field -> function of a random generator, for random cases.

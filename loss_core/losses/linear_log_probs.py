@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
+from loss_core.losses.bounds.products import product_errors, raw_logits
+from loss_core.losses.bounds.rounding import finite, stored
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult
 from loss_core.losses.heads import over_heads
-from loss_core.losses.linear_cross_entropy import BIAS, HEADS, product_errors, raw_logits
+from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE, HEADS
 from loss_core.losses.log_probs import (
     RANDOM_FIELDS,
     RECIPES,
@@ -25,7 +27,6 @@ from loss_core.losses.log_probs import (
 from loss_core.losses.log_probs import oracle as oracle_of_logits
 from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import kept_tokens
-from loss_core.losses.rounding import finite, stored
 
 oracle = over_heads(oracle_of_logits, HEADS)
 
@@ -47,7 +48,7 @@ DEFINITION = LossDef(
     (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS, TEMPERATURE, BIAS),
     oracle,
     error_bound,
-    (*RECIPES, Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))),
+    (*RECIPES, BIAS_RECIPE),
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "none",
     results=results_of,

@@ -17,10 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
-from loss_core.losses.cross_entropy import softcap, through_softcap
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
-from loss_core.losses.reduction import kept_rows, kept_tokens
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     COEF_ROUNDINGS,
     TANH_ULPS,
     distances,
@@ -29,8 +26,12 @@ from loss_core.losses.rounding import (
     log_softmax,
     softmax_errors,
     stored,
+    through_softcap,
     zero_where_ignored,
 )
+from loss_core.losses.cross_entropy import softcap
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
+from loss_core.losses.reduction import kept_rows, kept_tokens
 
 
 class Tokens(NamedTuple):

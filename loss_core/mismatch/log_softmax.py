@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import round_to
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     EXP_ARGUMENT_ROUNDINGS,
     EXP_ULPS,
     LOG_ULPS,

@@ -1,7 +1,7 @@
 """The log-probabilities that a head gives if it is computed in a given precision by a given formula, as intervals.
 
 Every system that computes in that way lies within them, whatever the order of its sums: each rounding that is known is
-carried out, and the others are bounded with the pieces of `loss_core.losses.rounding`.
+carried out, and the others are bounded with the pieces of `loss_core.losses.bounds.rounding`.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.losses.rounding import SUM_GROWTH, TANH_ULPS, finite, sum_growth
+from loss_core.losses.bounds.rounding import SUM_GROWTH, TANH_ULPS, finite, sum_growth
 from loss_core.mismatch.causes import Formula
 from loss_core.mismatch.dump import Array
 from loss_core.mismatch.interval import FLOAT32, Floats, Interval

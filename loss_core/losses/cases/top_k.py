@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loss_core.losses.bounds.rounding import log_softmax
 from loss_core.losses.definition import Floats, LossDef, Recipe, Sizes
-from loss_core.losses.rounding import log_softmax
 
 
 def near_student(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Any]:

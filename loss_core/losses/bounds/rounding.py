@@ -129,6 +129,19 @@ def distances(sm: SoftmaxErrors) -> Floats:
     return np.maximum(np.abs(finite(sm.log_p_TV)), finite(np.max(z_TV, axis=-1)[:, None] - z_TV))
 
 
+def through_softcap(
+    dz_TV: Floats, err_dz_TV: Floats, slope_TV: Floats, cap: float, err_raw_T: Floats | float, u: float
+) -> tuple[Floats, Floats]:
+    """Gradient by the raw logits from that by z = softcap(raw), and its error.
+
+    The slope 1 - tanh^2 is off by twice the error of the tanh, and by 2 err / c for raw logits that are off by err.
+    """
+    if cap == 0:
+        return dz_TV, err_dz_TV
+    err_slope_TV = 2 * np.reshape(err_raw_T, (-1, 1)) / cap + 2 * TANH_ULPS * u
+    return dz_TV * slope_TV, err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV
+
+
 def stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
     """Adds the one rounding of a stored result, and what is lost near 0."""
     return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.near_zero)

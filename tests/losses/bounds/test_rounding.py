@@ -6,8 +6,8 @@ import pytest
 from loss_core import MaskedCrossEntropyConfig, TopKDistillationConfig
 from loss_core.dtypes import FORMATS, float_format, round_to
 from loss_core.losses import allowances, error_ratio, named_cases
+from loss_core.losses.bounds.rounding import EXP_ARGUMENT_ROUNDINGS, sum_growth
 from loss_core.losses.oracle import evaluate
-from loss_core.losses.rounding import EXP_ARGUMENT_ROUNDINGS, sum_growth
 from loss_core.registry import our_losses
 
 

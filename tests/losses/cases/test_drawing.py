@@ -15,8 +15,8 @@ from loss_core import (
     register_loss,
     unregister_loss,
 )
+from loss_core.losses.cases.drawing import make_case, named_cases, random_case, recipe_names, recipes_of
 from loss_core.losses.definition import Recipe, definition_of
-from loss_core.losses.drawing import make_case, named_cases, random_case, recipe_names, recipes_of
 
 
 @dataclass

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from loss_core.losses.cases.recipes import RECIPES, Array, Drawn
 from loss_core.losses.definition import LossDef, Recipe, Sizes, definition_of, need_definition
-from loss_core.losses.recipes import RECIPES, Array, Drawn
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
 # A backend that compiles does so for each kind of random case: 12 take turns, and after every 100 cases a new one

@@ -7,7 +7,7 @@ import pytest
 
 from loss_core import LOSS_CONFIG_REGISTRY, FusedLinearCEConfig
 from loss_core.dispatch.protocol import Evaluation
-from loss_core.losses.vocab_split import merge, shard, splits, vocab_axes
+from loss_core.workers.vocab_split import merge, shard, splits, vocab_axes
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 504, 507])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from loss_core.dtypes import FORMATS, float_format, round_to
-from loss_core.losses.nearest import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
-from loss_core.losses.rounding import stored
+from loss_core.losses.bounds.errors import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
+from loss_core.losses.bounds.rounding import stored
 
 NARROW = [name for name in FORMATS if is_rounded(name)]
 

@@ -1,0 +1,1 @@
+"""Which errors rounding explains: pieces of bounds, an estimate where a loss has none, and errors set against them."""
