@@ -14,10 +14,10 @@ import numpy as np
 
 from loss_core import __version__
 from loss_core.baselines import TIMED
-from loss_core.bench.job import Job
-from loss_core.bench.machine import describe_machine
+from loss_core.bench.measure.job import Job
+from loss_core.bench.measure.machine import describe_machine
+from loss_core.bench.measure.rounds import Progress, Run
 from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchReport, BenchRow, Missing, call_text
-from loss_core.bench.rounds import Progress, Run
 from loss_core.bench.workloads import Workload
 from loss_core.check.calls import distinct_names
 from loss_core.check.sharded import can_be_sharded

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.bench.job import Job, Tiled, make_inputs, sampled_tokens
+from loss_core.bench.measure.job import Job, Tiled, make_inputs, sampled_tokens
+from loss_core.bench.measure.shards import Arrays, views
 from loss_core.bench.report import WRONG, BenchRow
-from loss_core.bench.shards import Arrays, views
 from loss_core.dtypes import round_to
 from loss_core.losses import allowances, error_ratio, evaluate
 from loss_core.losses.definition import Floats
@@ -61,7 +61,7 @@ class Judge:
 
         Args:
             got: of each process, loss and gradients of the reduced call.
-            sample: of each process, `loss_core.bench.processes.Prepared.sample` of the full call.
+            sample: of each process, `loss_core.bench.measure.processes.Prepared.sample` of the full call.
         """
         axes = self.job.definition.vocab_axes
         reduced, full = (views(parts, axes, self._names) for parts in (got, sample))

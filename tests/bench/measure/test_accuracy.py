@@ -7,8 +7,8 @@ import pytest
 
 from helpers.bench import job, row
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core.bench.accuracy import Judge, relative
-from loss_core.bench.job import Job, make_inputs, sampled_tokens
+from loss_core.bench.measure.accuracy import Judge, relative
+from loss_core.bench.measure.job import Job, make_inputs, sampled_tokens
 from loss_core.losses import evaluate
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.bench.shards import rank_sizes
+from loss_core.bench.measure.shards import rank_sizes
 from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import LossDef, Sizes, need_definition
 

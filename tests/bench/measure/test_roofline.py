@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core.bench.job import Job, input_bytes
-from loss_core.bench.roofline import least_work, left_out, words
+from loss_core.bench.measure.job import Job, input_bytes
+from loss_core.bench.measure.roofline import least_work, left_out, words
 
 
 def test_the_roofline_counts_what_must_be_done():

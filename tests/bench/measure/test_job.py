@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core.bench.job import BLOCK, Job, Tiled, gradient_bytes, input_bytes, make_inputs
+from loss_core.bench.measure.job import BLOCK, Job, Tiled, gradient_bytes, input_bytes, make_inputs
 
 
 def test_inputs_are_equal_everywhere_and_ignored_labels_are_counted():

@@ -10,9 +10,9 @@ from helpers.bench import LOSSES, job
 from helpers.processes import all_gone
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.baselines import TIMED
-from loss_core.bench.accuracy import Judge
-from loss_core.bench.job import Job
-from loss_core.bench.processes import Processes, Rates, slowest_rates, slowest_times
+from loss_core.bench.measure.accuracy import Judge
+from loss_core.bench.measure.job import Job
+from loss_core.bench.measure.processes import Processes, Rates, slowest_rates, slowest_times
 from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchRow
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.workers.pool import RequestFailed

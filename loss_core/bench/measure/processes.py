@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loss_core.bench.job import Job
-from loss_core.bench.shards import Arrays
+from loss_core.bench.measure.job import Job
+from loss_core.bench.measure.shards import Arrays
 from loss_core.workers.pool import Pool, Start
 
 

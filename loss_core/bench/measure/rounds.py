@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from loss_core.bench.accuracy import Judge
-from loss_core.bench.job import Job, gradient_bytes, input_bytes
-from loss_core.bench.machine import free_memory
-from loss_core.bench.processes import Processes, Rates
+from loss_core.bench.measure.accuracy import Judge
+from loss_core.bench.measure.job import Job, gradient_bytes, input_bytes
+from loss_core.bench.measure.machine import free_memory
+from loss_core.bench.measure.processes import Processes, Rates
+from loss_core.bench.measure.roofline import least_work, left_out, words
 from loss_core.bench.report import BASELINE, ROOFLINE, BenchReport, BenchRow, Missing, call_text
-from loss_core.bench.roofline import least_work, left_out, words
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.workers.pool import RequestFailed, WorkerFailed
 

@@ -30,7 +30,7 @@ def views(of_ranks: Sequence[Arrays], axes: Mapping[str, int], trained: Sequence
 
     Args:
         of_ranks: of each process, in rank order: loss and gradients by argument name, "rows" and "inner" as
-            `loss_core.bench.processes.Prepared.sample` has them.
+            `loss_core.bench.measure.processes.Prepared.sample` has them.
         axes: axis over the vocabulary, by name of the arguments that are sharded.
         trained: arguments with a gradient, in the order of "inner"; "rows" are those of the first.
     """

@@ -7,8 +7,8 @@ import importlib
 import numpy as np
 import pytest
 
-from loss_core.bench.job import Tiled
-from loss_core.bench.shards import rank_sizes, views
+from loss_core.bench.measure.job import Tiled
+from loss_core.bench.measure.shards import rank_sizes, views
 
 
 def test_ranks_share_the_vocabulary_as_torch_does():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loss_core.bench.job import BYTES, Job
+from loss_core.bench.measure.job import BYTES, Job
 
 
 @dataclass(frozen=True)
