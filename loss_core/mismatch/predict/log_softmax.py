@@ -16,7 +16,7 @@ from loss_core.losses.bounds.rounding import (
     softmax_errors,
     sum_growth,
 )
-from loss_core.mismatch.interval import FLOAT32, Interval
+from loss_core.mismatch.predict.interval import FLOAT32, Interval
 
 
 def log_softmax_at(z: Interval, labels_T: NDArray[np.int64], fmt: str, stored: tuple[str, ...]) -> Interval:

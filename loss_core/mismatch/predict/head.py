@@ -1,5 +1,7 @@
 """The log-probabilities that a head gives if it is computed in a given precision by a given formula, as intervals.
 
+The formula is log softmax(softcap(scale (h W' + b)) / temperature) at the label.
+
 Every system that computes in that way lies within them, whatever the order of its sums: each rounding that is known is
 carried out, and the others are bounded with the pieces of `loss_core.losses.bounds.rounding`.
 """
@@ -8,20 +10,46 @@ carried out, and the others are bounded with the pieces of `loss_core.losses.bou
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.losses.bounds.rounding import SUM_GROWTH, TANH_ULPS, finite, sum_growth
-from loss_core.mismatch.causes import Formula
-from loss_core.mismatch.dump import Array
-from loss_core.mismatch.interval import FLOAT32, Floats, Interval
-from loss_core.mismatch.log_softmax import log_softmax_at
-from loss_core.mismatch.precision import Precision, rounded_operand
+from loss_core.mismatch.predict.interval import FLOAT32, Floats, Interval
+from loss_core.mismatch.predict.log_softmax import log_softmax_at
+from loss_core.mismatch.predict.precision import Precision, rounded_operand
 
 # Numbers of lm_weight that are held in float64 at a time.
 _BLOCK = 2**24
+
+Array = NDArray[Any]
+
+
+class Formula(NamedTuple):
+    """What is computed from the product of hidden states and head.
+
+    Attributes:
+        temperature, logit_softcapping, logit_scale: 1, 0 and 1 change nothing.
+        bias: whether lm_bias is added, where there is one.
+        extra_columns: zeros that take part in the softmax beside the V logits; negative: the last columns left out.
+        label_shift: the log-probability is that of the label so many positions later.
+        position_shift: the log-probability stands so many positions later in the array.
+    """
+
+    temperature: float = 1.0
+    logit_softcapping: float = 0.0
+    logit_scale: float = 1.0
+    bias: bool = True
+    extra_columns: int = 0
+    label_shift: int = 0
+    position_shift: int = 0
+
+
+def with_number(formula: Formula, name: str, value: float) -> Formula:
+    """The formula with another value of the number of this name."""
+    replaced: dict[str, Any] = {name: value}
+    return formula._replace(**replaced)
 
 
 class Products(NamedTuple):

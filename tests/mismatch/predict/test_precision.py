@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from loss_core.dtypes import round_to
-from loss_core.mismatch.interval import Interval
-from loss_core.mismatch.log_softmax import log_softmax_at
-from loss_core.mismatch.precision import SOFTMAX_STEPS, STORED_STEPS, rounded_operand
+from loss_core.mismatch.predict.interval import Interval
+from loss_core.mismatch.predict.log_softmax import log_softmax_at
+from loss_core.mismatch.predict.precision import SOFTMAX_STEPS, STORED_STEPS, rounded_operand
 
 
 def test_operands_are_rounded_as_float_formats_are():
