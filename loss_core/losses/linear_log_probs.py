@@ -38,7 +38,7 @@ def error_bound(
     keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)
     raw_TV, err_raw_TV = raw_logits(arrays, keep_T, inner.u)
     err_RT, err_TV = token_errors(config, raw_TV, np.max(err_raw_TV, axis=-1), arrays, upstream, inner)
-    grad_TV = of_tokens(config, raw_TV, arrays, upstream).grad_TV
+    grad_TV = finite(of_tokens(config, raw_TV, arrays, upstream).grad_TV)
     result = {"loss": stored(finite(expected.loss), reshaped(config, err_RT, arrays), inner)}
     return result | product_errors(arrays, expected, grad_TV, err_TV, keep_T, dtype, product_dtype)
 
