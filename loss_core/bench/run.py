@@ -41,7 +41,7 @@ def bench(
     dtypes: Sequence[str] = ("float32",),
     device: str = "cpu",
     ignored: float | Sequence[float] = 0.0,
-    peers: Sequence[str] | None = None,
+    baselines: Sequence[str] | None = None,
     tp: int = 1,
     count_known: bool = False,
     forward_only: bool = False,
@@ -67,7 +67,7 @@ def bench(
         dtypes: of the inputs, such as "bfloat16".
         device: "cpu", "cuda", "cuda:1".
         ignored: share of labels that are ignore_index, in [0, 1); each of several makes calls of its own.
-        peers: names of `loss_core.baselines.TIMED`; None for all that are installed, () for none.
+        baselines: names of `loss_core.baselines.TIMED`; None for all that are installed, () for none.
         tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
             a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
             A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
@@ -107,7 +107,7 @@ def bench(
     )  # fmt: skip
     flags = _flags(backends, report)
     losses = _shardable(losses, tp, report)
-    baselines = _baselines(peers, tp, report)
+    usable = _baselines(baselines, tp, report)
     how: dict[str, Any] = {
         "device": device, "seed": seed, "forward_only": forward_only, "tp": tp, "count_known": count_known
     }  # fmt: skip
@@ -125,7 +125,7 @@ def bench(
                 call = call_text(name, job.shape, job.dtype, job.ignored)
                 report.missing.append(Missing(call, "the time limit was reached"))
                 continue
-            run.group(_rows(name, job, flags, baselines), job, rounds)
+            run.group(_rows(name, job, flags, usable), job, rounds)
             report.seconds = time.perf_counter() - start
             if save:
                 save(report)
@@ -238,7 +238,7 @@ def _baselines(names: Sequence[str] | None, tp: int, report: BenchReport) -> lis
     """Baselines to run. One that is not installed, or not for so many ranks, is noted; the latter where named."""
     for name in names or ():
         if name not in TIMED:
-            raise ValueError(f"Unknown peer {name!r}. Choose among: {', '.join(TIMED)}.")
+            raise ValueError(f"Unknown baseline {name!r}. Choose among: {', '.join(TIMED)}.")
     usable = []
     for name in TIMED if names is None else dict.fromkeys(names):
         baseline = TIMED[name]
