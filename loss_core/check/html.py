@@ -23,7 +23,7 @@ _COLOURS = {"float32": "#0072b2", "bfloat16": "#d55e00", "float16": "#009e73", "
 _BAD = "#c62828"
 
 
-def report_page(report: Report, command: str) -> str:
+def check_page(report: Report, command: str) -> str:
     """The page.
 
     Args:
