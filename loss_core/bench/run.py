@@ -21,8 +21,7 @@ from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchReport, BenchR
 from loss_core.bench.workloads import Workload
 from loss_core.check.calls import distinct_names
 from loss_core.check.sharded import can_be_sharded
-from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
-from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.dispatch.flags import all_flags, flag_status, parse_flag, usable_flag
 from loss_core.dtypes import float_format
 from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import need_definition
@@ -221,17 +220,10 @@ def _num_cores() -> int:
 def _flags(backends: Sequence[str] | None, report: BenchReport) -> list[str]:
     """Flags in full. What can't be used is noted where all were asked for, and raises where it was named."""
     if backends is not None:
-        return list(dict.fromkeys(_usable(flag) for flag in backends))
+        return list(dict.fromkeys(usable_flag(flag) for flag in backends))
     statuses = [flag_status(flag) for flag in all_flags()]
     report.missing += [Missing(s.flag, s.reason, s.install) for s in statuses if not s.usable]
     return [status.flag for status in statuses if status.usable]
-
-
-def _usable(flag: str) -> str:
-    parsed = parse_flag(flag)
-    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
-        raise BackendUnavailable(status.reason)
-    return str(parsed)
 
 
 def _baselines(names: Sequence[str] | None, tp: int, report: BenchReport) -> list[str]:
