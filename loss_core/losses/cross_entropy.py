@@ -33,8 +33,8 @@ from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Ar
 from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
-# (config, logits [T, V], labels [T], which tokens count [T]) -> loss of each token [T], its derivative by the logits
-# [T, V]. Rows that are ignored hold zeros, and what is returned for them is not used.
+# (config, logits [T, V], labels [T], valid tokens [T]) -> loss of each token [T], its derivative by the logits [T, V].
+# Rows that are ignored hold zeros, and what is returned for them is not used.
 TokenLoss = Callable[[Any, Floats, NDArray[Any], NDArray[np.bool_]], tuple[Floats, Floats]]
 
 

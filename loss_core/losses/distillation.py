@@ -225,7 +225,7 @@ def _no_classes(drawn: Any) -> None:
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, others)
 
 
-# Arguments of every distillation: which tokens count, and how much.
+# Arguments of every distillation beside student and teacher.
 OF_TOKENS = (
     Argument("labels", ("T",), "mark", differentiated=False),
     Argument("num_batch_labels", (), "count", differentiated=False, optional=True),

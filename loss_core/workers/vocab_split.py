@@ -1,4 +1,4 @@
-"""A call cut over ranks that share the vocabulary, and what the ranks found, merged."""
+"""A call split over ranks by its vocabulary, and the results of the ranks, merged."""
 
 # V = vocabulary, R = tensor-parallel ranks
 

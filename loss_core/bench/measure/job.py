@@ -96,7 +96,7 @@ class Job:
         return rank_sizes(self.shape[1], self.tp)
 
     def of_largest_rank(self) -> Job:
-        """The part of the call that the first rank has, which no other exceeds, as a call of its own."""
+        """The call on the shard of the first rank, the largest."""
         return replace(self, shape=(self.shape[0], self.sizes[0], *self.shape[2:]), tp=1)
 
     def reduced(self) -> Job:

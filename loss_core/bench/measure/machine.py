@@ -1,4 +1,4 @@
-"""What a time depends on besides the code: processor, accelerators with their clocks, and who else is at work."""
+"""What a time depends on besides the code: processor, accelerators with their clocks, other processes."""
 
 from __future__ import annotations
 

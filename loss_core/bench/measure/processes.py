@@ -68,7 +68,7 @@ class Processes:
         environment = _environment(each, device, folder, ranks if framework == "jax" else 1)
         arguments = {
             "framework": framework, "device": device, "imports": tuple(imports), "ranks": ranks,
-            # The ranks meet over it; a folder, because its name must be new.
+            # For the rendezvous of the ranks; a folder, because its name must be new.
             "meet": tempfile.mkdtemp(dir=folder),
         }  # fmt: skip
         self.pool: Pool = Pool(

@@ -1,7 +1,7 @@
 """The roofline: the least work that a loss must do, over the rates that the same run measured.
 
 Over ranks that share the vocabulary it is the work of the largest part, at the rates that one rank has while all of
-them are busy. What they tell each other is not counted.
+them are busy. Communication is not counted.
 
 Each input is read once, of arguments with a row per token the rows that are not ignored, and each gradient written
 once, at the rate of a large copy; a loss over hidden states must make its matrix products over the tokens that are
@@ -57,10 +57,10 @@ def words(job: Job) -> str:
 
 
 def left_out(job: Job) -> str:
-    """What it does not count, though every implementation has to do it: empty for one rank.
+    """What the roofline does not count though it has to be done: communication of ranks; "" for one rank.
 
-    How little of what ranks tell each other can't hide behind other work is not known: of each row the statistics of a
-    rank's own classes, and the gradients of what all ranks hold whole, which are sums over the classes.
+    Ranks exchange the statistics of each row over their own classes, and the gradients of what all of them hold whole,
+    which are sums over the classes. How much of that can overlap with other work is not known.
     """
     if job.tp == 1:
         return ""

@@ -1,4 +1,4 @@
-"""How a benchmark goes on: every implementation prepared, then rounds in random order, then the next call.
+"""The course of a benchmark: every implementation prepared, then rounds in random order, then the next call.
 
 The processes live through the whole run; one works at a time.
 """
@@ -103,7 +103,7 @@ class Run:
             if job.device != "cpu" and row.framework == "jax":
                 self._end(row)
             elif not row.error:
-                with self._told(row):
+                with self._noted(row):
                     self.running[row.implementation].drop()
 
     def late(self) -> bool:
@@ -119,7 +119,7 @@ class Run:
             )
         for row in new:
             self._step(f"{_label(row)} import")
-            with self._told(row):
+            with self._noted(row):
                 about = self.running[row.implementation].started(max(self.timeout, _IMPORT_SECONDS))
                 self.report.versions |= about["versions"]
                 self.report.machine.setdefault("device", about["device"])
@@ -130,7 +130,7 @@ class Run:
         """Do something with a row that has not failed, and give its inputs' memory back where not all fit."""
         if row.error:
             return
-        with self._told(row):
+        with self._noted(row):
             action()
             # On a CPU all processes may keep their inputs between rounds, where they fit.
             if job.device != "cpu" or input_bytes(job) * len(self.running) >= free_memory() / 2:
@@ -161,7 +161,7 @@ class Run:
             row.calls += len(times)
 
     @contextlib.contextmanager
-    def _told(self, row: BenchRow) -> Iterator[None]:
+    def _noted(self, row: BenchRow) -> Iterator[None]:
         """What goes wrong in a row's processes becomes the row's error; what can't run here is listed apart."""
         try:
             yield

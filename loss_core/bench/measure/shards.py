@@ -1,4 +1,4 @@
-"""A benchmark's call over ranks that share the vocabulary: who holds what, and what they found, joined."""
+"""A benchmark's call over ranks that share the vocabulary: which rank holds what, and their results, merged."""
 
 # T = tokens, V = vocabulary, H = hidden, R = tensor-parallel ranks, n = sampled tokens
 
@@ -25,7 +25,7 @@ def rank_sizes(vocab: int, ranks: int) -> tuple[int, ...]:
 def views(of_ranks: Sequence[Arrays], axes: Mapping[str, int], trained: Sequence[str]) -> list[Arrays]:
     """The results of the whole call as each rank sees them; one entry where all see the same.
 
-    Parts of gradients by the vocabulary are joined, and of inner products with them the sum is taken. Of what every
+    Parts of gradients by the vocabulary are concatenated, and inner products with them summed. Of what every
     rank holds whole, each entry has another rank's copy: one that is wrong on a single rank must be found.
 
     Args:

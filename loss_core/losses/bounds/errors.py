@@ -1,4 +1,4 @@
-"""What a stored result says about its value before rounding, and how small an error a comparison finds.
+"""The errors of a result, before it was rounded where that is known, and how small an error a comparison finds.
 
 A gradient for 16-bit inputs is computed in float32 and rounded to nearest once, where it is stored. That rounding is
 far larger than the errors of the arithmetic, and hides them if it is allowed for as an error. But it is known: the

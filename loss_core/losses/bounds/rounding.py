@@ -81,7 +81,7 @@ class SoftmaxErrors:
 
 
 def finite(values: Floats) -> Floats:
-    """0 in the place of what is no finite number."""
+    """The values, with 0 for those that are not finite."""
     return np.where(np.isfinite(values), values, 0.0)
 
 

@@ -1,9 +1,4 @@
-"""What small changes of its inputs do to a loss: its condition number, and a bound where none is derived.
-
-A rounding anywhere in the chain acts like a disturbance of an input by u times its size (or by u, where exp turns
-absolute into relative errors). So the inputs are disturbed by that much, with random signs, in float64, and the
-largest change seen is scaled by how roundings add up over the longest axis.
-"""
+"""What small changes of its inputs do to a loss: its condition number, and a bound where none is derived."""
 
 from __future__ import annotations
 
@@ -26,7 +21,11 @@ _OTHER_ROUNDINGS = 16.0
 
 
 class Sensitivity:
-    """What disturbing its inputs does to the results of a call.
+    """How far rounding may move the results of a call, estimated from disturbances of its inputs.
+
+    A rounding anywhere in the chain acts like a disturbance of an input by u times its size (or by u, where exp turns
+    absolute into relative errors). So the inputs are disturbed by that much, with random signs, in float64, and the
+    largest change seen is scaled by how roundings add up over the longest axis.
 
     Args:
         run: arrays -> results by name, in float64.

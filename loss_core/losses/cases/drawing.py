@@ -99,8 +99,8 @@ def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] 
 def random_case(loss: str | Any, index: int, seed: int, shape: tuple[int, ...] | None = None) -> Case:
     """A case with random shape, fields, arguments and values; the same for the same index and seed.
 
-    What a backend compiles for (shape, fields, which arguments there are) is drawn for the kind, so that caches serve;
-    values, their scale, which labels are ignored, and strides are drawn for each index.
+    What a backend compiles for (shape, fields, which arguments there are) is drawn for the kind, so that its caches
+    serve; values, their scale, which labels are ignored, and strides are drawn for each index.
     """
     number = index % _KINDS_AT_A_TIME + index // _CASES_OF_A_KIND
     kind, rng = np.random.default_rng([seed, number]), np.random.default_rng([seed, index, 1])
