@@ -108,7 +108,7 @@ gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goal
 # Each size over a factor of 16, the others fixed: small enough for two cores, and with the fewest tokens torch's block of
 # 48 MiB of logits is full, so that its memory has nothing left to grow by. Logits are larger than the caches from the
 # start, and their gradients than what malloc keeps.
-GROWTH := $(VENV)/bin/loss-core bench --peers none --rounds 3
+GROWTH := $(VENV)/bin/loss-core bench --baselines none --rounds 3
 BOTH := --backend torch:eager --backend jax:xla
 FUSED := --config FusedLinearCrossEntropy
 LOGITS := --config MaskedCrossEntropy --config KDLoss

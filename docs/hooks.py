@@ -19,8 +19,8 @@ from mkdocs.structure.files import File
 # Pages, pictures and sources that pages link to; each lies under this folder as it lies in the repository.
 FOLDER = "repository"
 COPIED = ("BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/benchmarks/*.md", "examples/benchmarks/*.svg",
-          "examples/*.py", "examples/*.yaml", "loss_core/row_terms/*.py", "loss_core/losses/*.py",
-          "loss_core/mismatch/*.py", "backends/loss_core_torch/auto.py",
+          "examples/*.py", "examples/*.yaml", "loss_core/row_terms/*.py", "loss_core/losses/**/*.py",
+          "loss_core/mismatch/**/*.py", "backends/loss_core_torch/auto.py",
           "backends/loss_core_torch/kernels/__init__.py", "tests/on_torch/kernels/gpu/predicted.py")  # fmt: skip
 
 # A link to this folder, which has no page.

@@ -11,7 +11,7 @@ in the last bit of one gradient grows from step to step, through Adam's division
 above all, so curves of two correct backends drift apart. The control shows by how much: it is the
 first backend again, each initial parameter moved to the next float32. At the same parameters
 there is nothing to drift, and every element must be within the allowance that
-`loss_core.losses.rounding` derives from the rounding of each operation.
+`loss_core.losses.bounds.rounding` derives from the rounding of each operation.
 
 Exit code: 0; 1 when an element is beyond its allowance or a loss is not finite; 2 when a backend
 can't be used here; 130 after Ctrl-C.

@@ -227,7 +227,7 @@ def run_step(
         dtypes=["bfloat16"],
         device=device,
         ignored=step.ignored,
-        peers=_TORCH_BASELINES if step.framework == "torch" else _JAX_BASELINES,
+        baselines=_TORCH_BASELINES if step.framework == "torch" else _JAX_BASELINES,
         rounds=rounds,
         timeout=seconds,
         time_limit=seconds,

@@ -1,4 +1,4 @@
-"""Arrays by name, from .npz or .safetensors, in NumPy's own dtypes."""
+"""Arrays that a user has stored by name in .npz or .safetensors, in NumPy's own dtypes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ def read_arrays(path: Path, option: str) -> tuple[dict[str, Array], dict[str, st
     if path.suffix not in (".npz", ".safetensors"):
         raise UsageProblem(f"{option} {path}: expected a file that ends in .npz or .safetensors.")
     return _read_npz(path, option) if path.suffix == ".npz" else _read_safetensors(path, option)
+
+
+def outside_vocab(labels: Array, keep: NDArray[np.bool_], vocab: int | None, ignore_index: int) -> str:
+    """What is wrong with the first of the labels to keep that is no class of [0, vocab); "" where all are.
+
+    Args:
+        vocab: None where it is not known: then labels below 0 are none.
+    """
+    above = False if vocab is None else labels >= vocab
+    wrong = np.argwhere(keep & ((labels < 0) | above))
+    if not wrong.size:
+        return ""
+    at = tuple(int(i) for i in wrong[0])
+    place, end = "".join(f"[{i}]" for i in at), "..." if vocab is None else vocab
+    return f"labels{place} is {int(labels[at])}, which is outside [0, {end}) and not ignore_index ({ignore_index})."
 
 
 def _read_npz(path: Path, option: str) -> tuple[dict[str, Array], dict[str, str]]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -45,11 +46,11 @@ def _note(name: str, **keywords: Any) -> None:
         noted[name] = keywords
 
 
-def check_reduction(value: object) -> None:
+def check_reduction(name: str, value: object) -> None:
     """Refuse what is no reduction."""
-    _note("reduction", enum=list(REDUCTIONS))
+    _note(name, enum=list(REDUCTIONS))
     if not isinstance(value, str) or value not in REDUCTIONS:
-        raise ValueError(f"Invalid reduction: {value!r}. reduction must be one of {', '.join(map(repr, REDUCTIONS))}.")
+        raise ValueError(f"Invalid reduction: {value!r}. {name} must be one of {', '.join(map(repr, REDUCTIONS))}.")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -114,6 +115,35 @@ def check_fraction(name: str, value: object) -> None:
     # NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
+
+
+_OFF_AT_0 = "a finite number >= 0 (0 is off)"
+
+# What a field accepts, in every loss that has it.
+_CHECKS: Mapping[str, Callable[[str, object], None]] = {
+    "reduction": check_reduction,
+    "ignore_index": check_integer,
+    "chunk_len": partial(check_integer, low=1),
+    "chunk_size": partial(check_integer, low=0),
+    "temperature": partial(check_number, accepted="a finite number > 0"),
+    "logit_softcapping": partial(check_number, accepted=_OFF_AT_0, zero=True),
+    "z_loss": partial(check_number, accepted=_OFF_AT_0, zero=True),
+    "label_smoothing": partial(check_number, accepted="a number in [0, 1)", zero=True, below=1.0),
+    "divergence": partial(check_choice, choices=DIVERGENCES),
+    "beta": check_fraction,
+    "compile": check_bool,
+    "entropy": check_bool,
+    "fp32_upcast": check_bool,
+    "inplace_grad": check_bool,
+    "sequence_parallel": check_bool,
+    "tail": check_bool,
+}
+
+
+def check_fields(config: Any, *names: str) -> None:
+    """Refuse values of these fields that no loss accepts."""
+    for name in names:
+        _CHECKS[name](name, getattr(config, name))
 
 
 def plain_value(value: Any) -> Any:

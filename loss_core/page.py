@@ -1,4 +1,4 @@
-"""What the pages of check and bench share: one self-contained HTML file, with pictures as SVG inside."""
+"""What the pages of check, bench and mismatch have in common: one self-contained HTML file, pictures as SVG inside."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def blank_figure(width: float, height: float) -> Iterator[Any]:
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure
+
+
+def without_frame(axes: Any) -> None:
+    """Leave out the lines above and to the right of a picture."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def svg_of(figure: Any, *, file: bool = False) -> str:

@@ -62,7 +62,7 @@ def config_class_for(name: object) -> type[LossConfig]:
     """The config class of a registry name.
 
     Raises:
-        TypeError: not a registry name (the type is the peer's).
+        TypeError: not a registry name (as from NeMo AutoModel's).
     """
     config_cls = LOSS_CONFIG_REGISTRY.get(name) if isinstance(name, str) else None
     if config_cls is None:

@@ -36,7 +36,8 @@ KNOWN = (ROOT / "tests" / "mutants.md").read_text()
 TESTS = {
     # The same code over NumPy, torch and JAX.
     "loss_core/row_terms/*.py": ["tests/core/test_row_terms.py", "-k", "not torch and not jax"],
-    "loss_core/losses/*.py": ["tests/losses", "loss_core/losses", "-k", "not users_loss and not with_torch"],
+    "loss_core/losses/**/*.py": ["tests/losses", "loss_core/losses", "-k", "not users_loss and not with_torch"],
+    "loss_core/workers/vocab_split.py": ["tests/workers/test_vocab_split.py"],
     "backends/loss_core_torch/reduction.py": [
         "tests/on_torch/test_reduction.py",
         "tests/on_torch/parallel/test_reduction.py",
@@ -46,7 +47,7 @@ TESTS = {
     "backends/loss_core_jax/inputs.py": ["tests/on_jax/test_inputs.py"],
 }
 # Data: another size of a case, or share of its ignored labels, makes as good a case. So is what `rng.choice` takes.
-DATA = ("loss_core/losses/recipes.py", "loss_core/losses/top_k_cases.py", "Recipe", "RECIPES", "RANDOM_FIELDS")
+DATA = ("loss_core/losses/cases/recipes.py", "loss_core/losses/cases/top_k.py", "Recipe", "RECIPES", "RANDOM_FIELDS")
 
 # A shift of a float is an error in any test, and a remainder never near; `is` and == are the same for None and names.
 NO_TEST = re.compile(
@@ -137,8 +138,8 @@ def judge(pattern: str, args: argparse.Namespace) -> str:
     limit = 4 * (time.perf_counter() - start) + 30
     known, found = 0, []
     for mutant in sample:
-        named = Path(tests[0], f"test_{mutant.path.name}")
-        if change := survivor(mutant, [str(named)] * named.exists() + tests, limit):
+        named = [str(path) for path in Path(tests[0]).rglob(f"test_{mutant.path.name}")]
+        if change := survivor(mutant, named + tests, limit):
             known += change in KNOWN
             found += [] if change in KNOWN else [f"{mutant.path}:{mutant.line}\n{change}"]
             print(f"\n{mutant.path}:{mutant.line}\n{change}")

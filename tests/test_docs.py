@@ -31,7 +31,7 @@ from loss_core import LOSS_CONFIG_REGISTRY, unregister_loss
 from loss_core.baselines import JUDGED
 from loss_core.cli.app import app
 from loss_core.cli.common import read_losses
-from loss_core.losses.drawing import recipe_names
+from loss_core.losses.cases.drawing import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 # One process imports both frameworks for all pages.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from loss_core.baselines import BASELINES
-from loss_core.bench.job import Job
+from loss_core.bench.measure.job import Job
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core_baselines import build

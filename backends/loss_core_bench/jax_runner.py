@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from loss_core.bench.job import Job, Tiled, known_count
-from loss_core.bench.processes import Prepared, Rates
+from loss_core.bench.measure.job import Job, Tiled, known_count
+from loss_core.bench.measure.processes import Prepared, Rates
+from loss_core.bench.measure.shards import Arrays
 from loss_core.bench.report import BASELINE, ROOFLINE
-from loss_core.bench.shards import Arrays
 from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import jax_baselines

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.bench.job import Tiled
-from loss_core.bench.processes import Prepared, Rates
-from loss_core.bench.shards import Arrays
+from loss_core.bench.measure.job import Tiled
+from loss_core.bench.measure.processes import Prepared, Rates
+from loss_core.bench.measure.shards import Arrays
 
 
 class Runner(Protocol):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loss_core.baselines import BASELINES
-from loss_core.bench.job import Job
+from loss_core.bench.measure.job import Job
 from loss_core.build import build_loss_module
 from loss_core.config import MaskedCrossEntropyConfig
 from loss_core.dispatch.protocol import BackendUnavailable

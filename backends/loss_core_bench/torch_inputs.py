@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loss_core.bench.job import Tiled
+from loss_core.bench.measure.job import Tiled
 
 DTYPES = {
     "float32": torch.float32,

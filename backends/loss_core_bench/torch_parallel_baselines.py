@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from loss_core.bench.job import Job
+from loss_core.bench.measure.job import Job
 
 Loss = Callable[..., Tensor]
 

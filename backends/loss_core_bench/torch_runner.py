@@ -18,10 +18,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_core.bench.job import Job, Tiled, known_count
-from loss_core.bench.processes import Prepared, Rates
+from loss_core.bench.measure.job import Job, Tiled, known_count
+from loss_core.bench.measure.processes import Prepared, Rates
+from loss_core.bench.measure.shards import Arrays
 from loss_core.bench.report import BASELINE, ROOFLINE
-from loss_core.bench.shards import Arrays
 from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import torch_baselines

@@ -7,9 +7,9 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loss_core.bench.job import Job, make_inputs, sampled_tokens
-from loss_core.bench.processes import Prepared, Rates
-from loss_core.bench.shards import Arrays
+from loss_core.bench.measure.job import Job, make_inputs, sampled_tokens
+from loss_core.bench.measure.processes import Prepared, Rates
+from loss_core.bench.measure.shards import Arrays
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench.runner import Runner
 
@@ -18,7 +18,7 @@ _RUNNERS = {"torch": "loss_core_bench.torch_runner", "jax": "loss_core_bench.jax
 
 
 class Worker:
-    """Serves `loss_core.bench.processes.Processes`; its methods are described there.
+    """Serves `loss_core.bench.measure.processes.Processes`; its methods are described there.
 
     Raises:
         BackendUnavailable: there is no such device or module, or fewer devices than ranks.

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from loss_core.dispatch.protocol import Evaluation, RankSetup
-from loss_core.losses.vocab_split import shard, vocab_axes
 from loss_core.workers.ranks import Request
+from loss_core.workers.vocab_split import shard, vocab_axes
 from loss_core_torch.evaluate import evaluate
 
 

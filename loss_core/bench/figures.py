@@ -11,7 +11,7 @@ from typing import Any
 from loss_core.bench.growth import Series, series_of, size_of
 from loss_core.bench.report import FLAG, ROOFLINE, BenchReport, BenchRow, roofline_of
 from loss_core.bench.tables import series_heading, size_text, time_text
-from loss_core.page import blank_figure, svg_of
+from loss_core.page import blank_figure, svg_of, without_frame
 
 # Colour-blind safe (Okabe & Ito). Ours is blue, a baseline grey: the eye finds what the page is about.
 _OURS, _BASELINE, _WRONG = "#0072b2", "#8a94a6", "#c62828"
@@ -62,7 +62,7 @@ def _time_picture(rows: Sequence[BenchRow], roofline: float | None, file: bool) 
     with blank_figure(6.2, 0.9 + 0.34 * len(rows)) as figure:
         axes = figure.subplots()
         lengths = [(row.seconds or 0.0) / unit for row in rows]
-        # One that is ten times slower must not press the others together.
+        # Of one that is ten times slower the end is cut off, so that the others can be told apart.
         limit = min(max(lengths), 6 * lengths[0]) * 1.28
         axes.barh(range(len(rows)), lengths, color=[_colour(row) for row in rows], height=0.66)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -170,7 +170,6 @@ def _number_axis(line: Any) -> None:
 
 
 def _plain(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    without_frame(axes)
     axes.grid(color="#e4e7ec", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -13,7 +13,7 @@ from typing import Any
 # Kinds of rows.
 ROOFLINE, FLAG, BASELINE = "roofline", "flag", "baseline"
 
-# What everybody writes; on torch over ranks a baseline, on one the flag. Times are told as a share of its time.
+# The plain implementation of a framework: on torch the flag, or over ranks a baseline; on JAX a baseline.
 PLAIN = ("torch:plain", "plain-torch", "plain-jax")
 
 # Relative error beyond which a result is none: 16-bit arithmetic throughout stays below it. Such a row is shown, and

@@ -14,15 +14,14 @@ import numpy as np
 
 from loss_core import __version__
 from loss_core.baselines import TIMED
-from loss_core.bench.job import Job
-from loss_core.bench.machine import describe_machine
+from loss_core.bench.measure.job import Job
+from loss_core.bench.measure.machine import describe_machine
+from loss_core.bench.measure.rounds import Progress, Run
 from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchReport, BenchRow, Missing, call_text
-from loss_core.bench.rounds import Progress, Run
 from loss_core.bench.workloads import Workload
 from loss_core.check.calls import distinct_names
 from loss_core.check.sharded import can_be_sharded
-from loss_core.dispatch.flags import AUTO, all_flags, flag_status, parse_flag
-from loss_core.dispatch.protocol import BackendUnavailable
+from loss_core.dispatch.flags import all_flags, flag_status, parse_flag, usable_flag
 from loss_core.dtypes import float_format
 from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import need_definition
@@ -41,7 +40,7 @@ def bench(
     dtypes: Sequence[str] = ("float32",),
     device: str = "cpu",
     ignored: float | Sequence[float] = 0.0,
-    peers: Sequence[str] | None = None,
+    baselines: Sequence[str] | None = None,
     tp: int = 1,
     count_known: bool = False,
     forward_only: bool = False,
@@ -67,7 +66,7 @@ def bench(
         dtypes: of the inputs, such as "bfloat16".
         device: "cpu", "cuda", "cuda:1".
         ignored: share of labels that are ignore_index, in [0, 1); each of several makes calls of its own.
-        peers: names of `loss_core.baselines.TIMED`; None for all that are installed, () for none.
+        baselines: names of `loss_core.baselines.TIMED`; None for all that are installed, () for none.
         tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
             a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
             A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
@@ -107,7 +106,7 @@ def bench(
     )  # fmt: skip
     flags = _flags(backends, report)
     losses = _shardable(losses, tp, report)
-    baselines = _baselines(peers, tp, report)
+    usable = _baselines(baselines, tp, report)
     how: dict[str, Any] = {
         "device": device, "seed": seed, "forward_only": forward_only, "tp": tp, "count_known": count_known
     }  # fmt: skip
@@ -125,7 +124,7 @@ def bench(
                 call = call_text(name, job.shape, job.dtype, job.ignored)
                 report.missing.append(Missing(call, "the time limit was reached"))
                 continue
-            run.group(_rows(name, job, flags, baselines), job, rounds)
+            run.group(_rows(name, job, flags, usable), job, rounds)
             report.seconds = time.perf_counter() - start
             if save:
                 save(report)
@@ -221,24 +220,17 @@ def _num_cores() -> int:
 def _flags(backends: Sequence[str] | None, report: BenchReport) -> list[str]:
     """Flags in full. What can't be used is noted where all were asked for, and raises where it was named."""
     if backends is not None:
-        return list(dict.fromkeys(_usable(flag) for flag in backends))
+        return list(dict.fromkeys(usable_flag(flag) for flag in backends))
     statuses = [flag_status(flag) for flag in all_flags()]
     report.missing += [Missing(s.flag, s.reason, s.install) for s in statuses if not s.usable]
     return [status.flag for status in statuses if status.usable]
-
-
-def _usable(flag: str) -> str:
-    parsed = parse_flag(flag)
-    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
-        raise BackendUnavailable(status.reason)
-    return str(parsed)
 
 
 def _baselines(names: Sequence[str] | None, tp: int, report: BenchReport) -> list[str]:
     """Baselines to run. One that is not installed, or not for so many ranks, is noted; the latter where named."""
     for name in names or ():
         if name not in TIMED:
-            raise ValueError(f"Unknown peer {name!r}. Choose among: {', '.join(TIMED)}.")
+            raise ValueError(f"Unknown baseline {name!r}. Choose among: {', '.join(TIMED)}.")
     usable = []
     for name in TIMED if names is None else dict.fromkeys(names):
         baseline = TIMED[name]

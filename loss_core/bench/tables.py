@@ -57,11 +57,11 @@ def lines_of(group: Sequence[BenchRow]) -> list[Line]:
     """The rows of a group: the roofline, then ours and the baselines from fast to slow, then what failed."""
     roofline = roofline_of(group)
     ours = best_flag_of(group)
-    ordered = sorted(group, key=lambda row: (row.kind != "roofline", row.seconds is None, row.seconds or 0.0))
+    ordered = sorted(group, key=lambda row: (row.kind != ROOFLINE, row.seconds is None, row.seconds or 0.0))
     made = []
     for row in ordered:
-        # Whose time is a share of whose: the roofline's is of nobody's.
-        compared = [other for other in group if row.kind != "roofline"]
+        # The roofline's time is compared with nothing.
+        compared = [other for other in group if row.kind != ROOFLINE]
         plain, baseline = plain_of(compared, row.framework), best_baseline_of(compared, row.framework)
         style = "failed" if row.seconds is None else "wrong" if row.wrong else "best" if row is ours else row.kind
         cells = (
@@ -71,8 +71,8 @@ def lines_of(group: Sequence[BenchRow]) -> list[Line]:
             _ratio(row.seconds, plain.seconds if plain else None),
             _ratio(row.seconds, baseline.seconds if baseline else None),
             _percent(roofline, row.seconds),
-            "" if row.kind == "roofline" else memory_text(row.peak),
-            "" if row.kind == "roofline" else time_text(row.first_call),
+            "" if row.kind == ROOFLINE else memory_text(row.peak),
+            "" if row.kind == ROOFLINE else time_text(row.first_call),
             error_text(row.loss_error),
             error_text(row.grad_error),
         )
@@ -205,7 +205,7 @@ def warnings_of(report: BenchReport) -> list[str]:
     load, cores = report.machine.get("load"), report.machine.get("cores") or 1
     if load is not None and load > cores / 2:
         found.append(f"The machine was busy: load {load} on {cores} cores when the run began. Times are uncertain.")
-    spreads = [row.spread for row in report.rows if row.kind != "roofline" and row.spread is not None]
+    spreads = [row.spread for row in report.rows if row.kind != ROOFLINE and row.spread is not None]
     if spreads and median(spreads) > 0.25:
         found.append(f"The rounds differ by {median(spreads):.0%} in the median: run it again on a quiet machine.")
     if others := report.machine.get("accelerator_processes"):

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.check.report import Report, framework_version
-from loss_core.dispatch.flags import AUTO, COMPILED_AT_FIRST_CALL, all_flags, flag_status, parse_flag
+from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status, parse_flag, usable_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dtypes import round_to
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Case
+from loss_core.losses.bounds.rounding import result_dtype
 from loss_core.losses.definition import need_definition
-from loss_core.losses.rounding import result_dtype
 from loss_core.registry import LOSS_CONFIG_REGISTRY, config_class_for, our_losses
 
 # What a finding is "against" when it is the oracle.
@@ -140,21 +140,13 @@ def chosen_flags(backends: Sequence[str] | None, against: str | None, report: Re
         if not flags:
             raise BackendUnavailable("; ".join(dict.fromkeys(status.reason for status in report.unusable)))
     else:
-        flags = [_usable(flag) for flag in backends]
+        flags = [usable_flag(flag) for flag in backends]
     if against is not None:
-        flags.append(_usable(against))
+        flags.append(usable_flag(against))
     flags = list(dict.fromkeys(flags))
     for backend in dict.fromkeys(parse_flag(flag).backend for flag in flags):
         report.versions[backend] = framework_version(backend)
     return flags
-
-
-def _usable(flag: str) -> str:
-    """The flag in full; raises where it names a kernel that can't be used here."""
-    parsed = parse_flag(flag)
-    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
-        raise BackendUnavailable(status.reason)
-    return str(parsed)
 
 
 def config_of(loss: str | LossConfig) -> LossConfig:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.array_files import read_arrays
+from loss_core.array_files import outside_vocab, read_arrays
 from loss_core.dtypes import FORMATS
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Argument, LossDef, definition_of
@@ -112,7 +112,10 @@ def _checked(definition: LossDef, config: LossConfig, found: Mapping[str, Array]
         if argument.name in arrays and argument.kind in ("count", "hint"):
             arrays[argument.name] = _count(argument.name, arrays[argument.name])
     if definition.find("label") is not None:
-        _check_labels(arrays, vocab, int(getattr(config, "ignore_index", -100)))
+        ignore_index = int(getattr(config, "ignore_index", -100))
+        keep = kept_tokens(arrays, ignore_index).reshape(labels.shape)
+        if problem := outside_vocab(labels, keep, vocab, ignore_index):
+            raise UsageProblem(problem)
     return arrays
 
 
@@ -155,15 +158,3 @@ def _count(name: str, value: Array) -> Array:
     if value.size != 1 or value.dtype.kind not in "iuf" or not float(value.reshape(())).is_integer():
         raise UsageProblem(f"{name} must be one whole number, got {value.dtype} of shape {value.shape}.")
     return np.asarray(int(value.reshape(())))
-
-
-def _check_labels(arrays: Mapping[str, Array], vocab: int, ignore_index: int) -> None:
-    labels = arrays["labels"]
-    keep = kept_tokens(arrays, ignore_index).reshape(labels.shape)
-    wrong = np.argwhere(keep & ((labels < 0) | (labels >= vocab)))
-    if wrong.size:
-        at = tuple(int(i) for i in wrong[0])
-        place = "".join(f"[{i}]" for i in at)
-        raise UsageProblem(
-            f"labels{place} is {int(labels[at])}, which is outside [0, {vocab}) and not ignore_index ({ignore_index})."
-        )

@@ -1,8 +1,8 @@
 """Compare two implementations of any loss, without a definition of it: for someone who ports his own.
 
-The reference is the first implementation run in float64; how far rounding may move a result is estimated from it, as
-`loss_core.losses.probing` says. The two float64 results must agree too: they find a wrong formula however coarse the
-dtype is.
+The reference is the first implementation run in float64; how far rounding may move a result is estimated from it
+(`loss_core.losses.bounds.sensitivity`). The two float64 results must agree too: they find a wrong formula however
+coarse the dtype is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loss_core.check.report import Finding, Report, Row, framework_version
 from loss_core.dispatch.flags import load_backend, parse_flag
 from loss_core.dispatch.protocol import Evaluation
 from loss_core.dtypes import compute_format, float_format, round_to
-from loss_core.losses.probing import Sensitivity
+from loss_core.losses.bounds.sensitivity import Sensitivity
 
 Floats = NDArray[np.float64]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from loss_core.check.report import Finding, Floats, Row
-from loss_core.losses.nearest import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
+from loss_core.losses.bounds.errors import errors_as_stored, errors_before_rounding, is_rounded, smallest_found
 
 
 def add_findings(

@@ -16,14 +16,14 @@ from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
 from loss_core.check.text import failures_by_command, insensitive_notes, reason_without_install, verdict
-from loss_core.page import blank_figure, render_page, svg_of
+from loss_core.page import blank_figure, render_page, svg_of, without_frame
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
 _COLOURS = {"float32": "#0072b2", "bfloat16": "#d55e00", "float16": "#009e73", "float64": "#4d4d4d"}
 _BAD = "#c62828"
 
 
-def report_page(report: Report, command: str) -> str:
+def check_page(report: Report, command: str) -> str:
     """The page.
 
     Args:
@@ -125,8 +125,7 @@ def _draw(axes: Any, counts: NDArray[np.int64], colour: str) -> None:
     axes.tick_params(axis="y", which="minor", left=False)
     axes.tick_params(axis="y", labelsize=9)
     axes.set_xlim(_BINS[0], _BINS[-1])
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    without_frame(axes)
     axes.grid(axis="y", color="#e4e7ec", linewidth=0.8)
     axes.set_axisbelow(True)
 

@@ -14,8 +14,8 @@ from loss_core.check.calls import Call, config_of, distinct_names, filters_in_wo
 from loss_core.check.sharded import EVEN_SHAPE, can_be_sharded, sharded_calls
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, named_cases
+from loss_core.losses.cases.drawing import random_case
 from loss_core.losses.definition import need_definition
-from loss_core.losses.drawing import random_case
 
 
 @dataclass(frozen=True)

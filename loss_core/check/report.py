@@ -30,7 +30,7 @@ class Finding:
         error, allowed, got, expected: at the worst position.
         position: index of the worst element.
         rounded_to: dtype to which a result was rounded after the error; "" where it is that of the result itself.
-        condition: of the loss in this call, see `loss_core.losses.condition`; NaN where it has none.
+        condition: of the loss in this call, see `loss_core.losses.bounds.sensitivity`; NaN where it has none.
         problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
         reproduce: command that runs this case alone.
     """

@@ -28,9 +28,9 @@ from loss_core.dtypes import float_format
 from loss_core.loss_config import LossConfig
 from loss_core.losses import OracleResult, allowances
 from loss_core.losses import evaluate as oracle
-from loss_core.losses.condition import condition_number
+from loss_core.losses.bounds.rounding import result_dtypes
+from loss_core.losses.bounds.sensitivity import condition_number
 from loss_core.losses.lower import lower_results
-from loss_core.losses.rounding import result_dtypes
 from loss_core.workers.pool import RequestFailed, WorkerFailed
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -14,8 +14,8 @@ from loss_core.check.calls import Call
 from loss_core.dispatch.flags import parse_flag
 from loss_core.dispatch.protocol import Evaluation
 from loss_core.loss_config import LossConfig
-from loss_core.losses.vocab_split import splits, vocab_size
 from loss_core.workers.ranks import Ranks, Request, without_runtime_fields
+from loss_core.workers.vocab_split import splits, vocab_size
 
 # Runs a call: (call, flag, arrays, upstream) -> results; None where the flag's backend can't hold the split.
 Evaluate = Callable[[Call, str, Mapping[str, NDArray[Any]], NDArray[Any] | None], Evaluation | None]

@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 
 from loss_core import __version__
-from loss_core.check.text import print_backends, print_losses
 from loss_core.cli.bench import bench_command
 from loss_core.cli.check import check_command
 from loss_core.cli.common import Modules, command, import_modules
 from loss_core.cli.compare import compare_command
+from loss_core.cli.listing import print_backends, print_losses
 from loss_core.cli.schema import recipe_schema
 from loss_core.dispatch.flags import all_flags, flag_status
 

@@ -58,7 +58,7 @@ def bench_command(
     ignored: Annotated[
         list[float] | None, typer.Option(metavar="SHARE", help="Share of labels that are ignored. Default: 0.")
     ] = None,
-    peers: Annotated[
+    baselines: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(TIMED)}; all or none. Default: all.")
     ] = None,
     tp: Annotated[
@@ -84,12 +84,13 @@ def bench_command(
     page: Page = None,
     modules: Modules = None,
 ) -> int:
-    """Measure losses beside the peers that are installed: time, memory, error.
+    """Measure losses beside the baselines that are installed: time, memory, error.
 
     Without options: every loss and flag (also --backend all), 2,048 tokens, vocabulary 32,000, hidden size 512,
     float32. A loss by its bare name has reduction mean.
 
-    May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --peers, --import.
+    May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --baselines,
+    --import.
 
     Exit code: 0, or 1 when no flag ran, one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
     """
@@ -100,7 +101,7 @@ def bench_command(
     shapes = [shape_of(text) for text in shape or ()]
     workloads = _workloads(workload or (), tokens)
     dtypes = known_dtypes(dtype)
-    named = _peers(peers or ())
+    named = _baselines(baselines or ())
     for why, clash in (
         ("keeps choices for training steps; leave out --forward-only", forward_only),
         ("keeps one choice for each shape; give --ignored once", len(ignored or ()) > 1),
@@ -118,7 +119,7 @@ def bench_command(
                 dtypes=dtypes or ["float32"],
                 device=device or "cpu",
                 ignored=ignored or (),
-                peers=named,
+                baselines=named,
                 tp=tp,
                 count_known=count_known,
                 forward_only=forward_only,
@@ -148,14 +149,14 @@ def _workloads(names: Sequence[str], tokens: int | None) -> list[Workload]:
     return [replace(load, tokens=tokens or load.tokens) for load in found]
 
 
-def _peers(names: Sequence[str]) -> list[str] | None:
+def _baselines(names: Sequence[str]) -> list[str] | None:
     """None for all; each option may name several, with commas."""
     wanted = [name for text in names for name in text.split(",") if name]
     if not wanted or "all" in wanted:
         return None
     if wanted == ["none"]:
         return []
-    return [known_word("--peers", name, TIMED, also=", all, none") for name in wanted]
+    return [known_word("--baselines", name, TIMED, also=", all, none") for name in wanted]
 
 
 def _tune(report: BenchReport, err: Console) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from loss_core.baselines import JUDGED
 from loss_core.check import Interrupted, Report, check
 from loss_core.check.captured import CapturedCall, read_call
-from loss_core.check.html import report_page
+from loss_core.check.html import check_page
 from loss_core.check.judge.implementation import Implementation, implementation_named, in_words
 from loss_core.check.text import print_check, print_reasons
 from loss_core.cli.common import (
@@ -45,7 +45,7 @@ from loss_core.cli.logprobs import explain_logprobs
 from loss_core.dispatch.flags import AUTO, BACKENDS, all_flags, flag_status, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
-from loss_core.losses.drawing import recipe_names
+from loss_core.losses.cases.drawing import recipe_names
 from loss_core.usage import UsageProblem
 from loss_core.workers.pool import WorkerFailed
 
@@ -179,7 +179,7 @@ def check_command(
     _check_ran(report, device)
     print_check(out, report)
     typed = ctx.obj or "loss-core check"
-    write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: report_page(report, typed))], err)
+    write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: check_page(report, typed))], err)
     if report.stopped:
         note(err, _how_to_go_on(report, typed))
     if stop is not None:

@@ -6,7 +6,7 @@ import types
 from dataclasses import MISSING, Field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from loss_core.check.text import described
+from loss_core.cli.listing import described
 from loss_core.dispatch.builders import flags_for
 from loss_core.field_checks import accepted_values, fields_of, is_runtime_field, plain_value
 from loss_core.loss_config import LossConfig

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from loss_core.field_checks import (
-    check_bool,
-    check_integer,
-    check_metrics,
-    check_number,
-    check_reduction,
-)
+from loss_core.field_checks import check_fields, check_metrics
 from loss_core.loss_config import LossConfig
 from loss_core.registry import typed_loss
+
+# Fields of all cross entropies but the chunked one.
+_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "z_loss", "logit_softcapping")
 
 
 @typed_loss("MaskedCrossEntropy", "cross_entropy")
@@ -49,13 +46,7 @@ class MaskedCrossEntropyConfig(LossConfig):
     metrics: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        check_bool("fp32_upcast", self.fp32_upcast)
-        check_integer("ignore_index", self.ignore_index)
-        check_reduction(self.reduction)
-        check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
-        check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("inplace_grad", self.inplace_grad)
+        check_fields(self, *_OPTIONS, "fp32_upcast", "inplace_grad")
         self.metrics = check_metrics(self.metrics)
 
 
@@ -90,12 +81,7 @@ class FusedLinearCEConfig(LossConfig):
     metrics: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_reduction(self.reduction)
-        check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
-        check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("sequence_parallel", self.sequence_parallel)
+        check_fields(self, *_OPTIONS, "sequence_parallel")
         self.metrics = check_metrics(self.metrics)
         if self.skip_ignored is not None and not isinstance(self.skip_ignored, bool):
             raise ValueError(f"skip_ignored must be True, False or None, got {self.skip_ignored!r}.")
@@ -128,12 +114,7 @@ class TEParallelCEConfig(LossConfig):
     metrics: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_reduction(self.reduction)
-        check_number("label_smoothing", self.label_smoothing, "a number in [0, 1)", zero=True, below=1.0)
-        check_number("z_loss", self.z_loss, "a finite number >= 0 (0 is off)", zero=True)
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("inplace_grad", self.inplace_grad)
+        check_fields(self, *_OPTIONS, "inplace_grad")
         self.metrics = check_metrics(self.metrics)
 
 
@@ -163,7 +144,4 @@ class ChunkedCEConfig(LossConfig):
     logit_softcapping = 0.0
 
     def validate(self) -> None:
-        check_integer("chunk_len", self.chunk_len, low=1)
-        check_bool("compile", self.compile)
-        check_integer("ignore_index", self.ignore_index)
-        check_reduction(self.reduction)
+        check_fields(self, "chunk_len", "compile", "ignore_index", "reduction")

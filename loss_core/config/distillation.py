@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from loss_core.field_checks import (
-    DIVERGENCES,
-    check_bool,
-    check_choice,
-    check_fraction,
-    check_integer,
-    check_number,
-)
+from loss_core.field_checks import check_fields
 from loss_core.loss_config import LossConfig
 from loss_core.registry import typed_loss
 
@@ -46,12 +39,7 @@ class KDLossConfig(LossConfig):
     beta: float = 0.5
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("temperature", self.temperature, "a finite number > 0")
-        check_bool("fp32_upcast", self.fp32_upcast)
-        check_integer("chunk_size", self.chunk_size, low=0)
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        check_fraction("beta", self.beta)
+        check_fields(self, "ignore_index", "temperature", "fp32_upcast", "chunk_size", "divergence", "beta")
 
 
 @typed_loss("FusedLinearKDLoss", "linear_distillation")
@@ -76,11 +64,7 @@ class FusedLinearKDConfig(LossConfig):
     sequence_parallel: bool = False
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("temperature", self.temperature, "a finite number > 0")
-        check_choice("divergence", self.divergence, DIVERGENCES)
-        check_fraction("beta", self.beta)
-        check_bool("sequence_parallel", self.sequence_parallel)
+        check_fields(self, "ignore_index", "temperature", "divergence", "beta", "sequence_parallel")
 
 
 @typed_loss("TopKDistillation", "top_k_distillation")
@@ -110,11 +94,7 @@ class TopKDistillationConfig(LossConfig):
     tail: bool = True
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("temperature", self.temperature, "a finite number > 0")
-        check_bool("fp32_upcast", self.fp32_upcast)
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("tail", self.tail)
+        check_fields(self, "ignore_index", "temperature", "fp32_upcast", "logit_softcapping", "tail")
 
 
 @typed_loss("FusedLinearTopKDistillation", "linear_top_k_distillation")
@@ -139,8 +119,4 @@ class FusedLinearTopKDistillationConfig(LossConfig):
     sequence_parallel: bool = False
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("temperature", self.temperature, "a finite number > 0")
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("tail", self.tail)
-        check_bool("sequence_parallel", self.sequence_parallel)
+        check_fields(self, "ignore_index", "temperature", "logit_softcapping", "tail", "sequence_parallel")

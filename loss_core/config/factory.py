@@ -28,10 +28,10 @@ class LossFromFactoryConfig(LossConfig):
         """Call the factory.
 
         Raises:
-            AssertionError: factory is not callable (the type is the peer's).
+            AssertionError: factory is not callable (as NeMo AutoModel's).
             ValueError: a backend flag was given.
         """
-        # An AssertionError is what callers of the peer's class catch; raised by hand so that
+        # An AssertionError is what callers of NeMo AutoModel's class catch; raised by hand so that
         # `python -O` keeps it.
         if not callable(self.factory):
             raise AssertionError(f"LossFromFactoryConfig.factory must be a callable, got {self.factory!r}.")

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from loss_core.field_checks import (
-    check_bool,
-    check_integer,
-    check_number,
-)
+from loss_core.field_checks import check_fields
 from loss_core.loss_config import LossConfig
 from loss_core.registry import typed_loss
 
@@ -34,10 +30,7 @@ class LogProbsConfig(LossConfig):
     tp_group: Any = field(default=None, repr=False, compare=False)
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("temperature", self.temperature, "a finite number > 0")
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("entropy", self.entropy)
+        check_fields(self, "ignore_index", "temperature", "logit_softcapping", "entropy")
 
 
 @typed_loss("FusedLinearLogProbs", "linear_log_probs")
@@ -62,8 +55,4 @@ class FusedLinearLogProbsConfig(LossConfig):
     sequence_parallel: bool = False
 
     def validate(self) -> None:
-        check_integer("ignore_index", self.ignore_index)
-        check_number("temperature", self.temperature, "a finite number > 0")
-        check_number("logit_softcapping", self.logit_softcapping, "a finite number >= 0 (0 is off)", zero=True)
-        check_bool("entropy", self.entropy)
-        check_bool("sequence_parallel", self.sequence_parallel)
+        check_fields(self, "ignore_index", "temperature", "logit_softcapping", "entropy", "sequence_parallel")

@@ -18,7 +18,6 @@ BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "jax": ("loss_core_jax.backend", ("xla",)),
 }
 
-
 # Compiled at its first call for each kind of input: seconds, which over all cases and dtypes add up to a minute.
 COMPILED_AT_FIRST_CALL = frozenset({"torch:compile"})
 
@@ -82,3 +81,15 @@ def flag_status(flag: str) -> FlagStatus:
     except BackendUnavailable as error:
         return FlagStatus(str(parsed), False, str(error), "", install_line(parsed.backend))
     return backend.kernel_status(parsed.kernel)
+
+
+def usable_flag(flag: str) -> str:
+    """A flag in full, such as "torch:auto" for "torch".
+
+    Raises:
+        BackendUnavailable: it names a kernel that can't be used here.
+    """
+    parsed = parse_flag(flag)
+    if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:
+        raise BackendUnavailable(status.reason)
+    return str(parsed)

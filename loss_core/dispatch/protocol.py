@@ -86,7 +86,7 @@ class RankSetup:
     Attributes:
         processes: one for each rank, or one that holds them all.
         environment: variables that must be set before the framework is imported.
-        splits: which of the ways in `loss_core.losses.vocab_split.splits` it can share a vocabulary.
+        splits: which of the ways in `loss_core.workers.vocab_split.splits` it can share a vocabulary.
     """
 
     processes: int

@@ -1,5 +1,7 @@
 """What a loss is, apart from its kernels: `LossDef`, and the definitions of the losses of this library."""
 
+from loss_core.losses.bounds.errors import error_ratio
+from loss_core.losses.cases.drawing import Case, named_cases, random_cases
 from loss_core.losses.definition import (
     LABELS,
     LOSS_WEIGHTS,
@@ -11,8 +13,7 @@ from loss_core.losses.definition import (
     Sizes,
     definition_of,
 )
-from loss_core.losses.drawing import Case, named_cases, random_cases
-from loss_core.losses.oracle import allowances, error_ratio, evaluate
+from loss_core.losses.oracle import allowances, evaluate
 
 __all__ = [
     "LABELS",

@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.field_checks import METRICS
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Arrays, Floats, LossDef
-from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
-from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     COEF_ROUNDINGS,
     TANH_ULPS,
     SoftmaxErrors,
@@ -29,11 +26,15 @@ from loss_core.losses.rounding import (
     softmax_errors,
     stored,
     sum_growth,
+    through_softcap,
     zero_where_ignored,
 )
+from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Arrays, Floats, LossDef
+from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
+from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
-# (config, logits [T, V], labels [T], which tokens count [T]) -> loss of each token [T], its derivative by the logits
-# [T, V]. Rows that are ignored hold zeros, and what is returned for them is not used.
+# (config, logits [T, V], labels [T], valid tokens [T]) -> loss of each token [T], its derivative by the logits [T, V].
+# Rows that are ignored hold zeros, and what is returned for them is not used.
 TokenLoss = Callable[[Any, Floats, NDArray[Any], NDArray[np.bool_]], tuple[Floats, Floats]]
 
 
@@ -71,19 +72,6 @@ def softcap(z_TV: Floats, cap: float) -> tuple[Floats, Floats]:
         return z_TV, np.ones_like(z_TV)
     tanh = np.tanh(z_TV / cap)
     return cap * tanh, 1 - tanh**2
-
-
-def through_softcap(
-    dz_TV: Floats, err_dz_TV: Floats, slope_TV: Floats, cap: float, err_raw_T: Floats | float, u: float
-) -> tuple[Floats, Floats]:
-    """Gradient by the raw logits from that by z = softcap(raw), and its error.
-
-    The slope 1 - tanh^2 is off by twice the error of the tanh, and by 2 err / c for raw logits that are off by err.
-    """
-    if cap == 0:
-        return dz_TV, err_dz_TV
-    err_slope_TV = 2 * np.reshape(err_raw_T, (-1, 1)) / cap + 2 * TANH_ULPS * u
-    return dz_TV * slope_TV, err_dz_TV * slope_TV + np.abs(dz_TV) * err_slope_TV
 
 
 def _option(config: Any, name: str) -> float:

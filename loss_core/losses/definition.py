@@ -65,13 +65,13 @@ class Argument:
         name: keyword of the forward.
         dims: "T" (any number of leading dimensions), "V", "H", "H_t", "K"; () for a scalar.
         kind: "float"; "label" (integers, class or ignore_index), "mark" (integers that say only what is ignored),
-            "index" (integers, classes), "mask", "count" (an integer that divides a sum), or "hint" (how many tokens
-            count, given for speed).
+            "index" (integers, classes), "mask", "count" (an integer that divides a sum), or "hint" (the number
+            of valid tokens, given for speed).
         differentiated: whether it has a gradient; trained: whether training needs that gradient.
         optional: whether it may be left out.
         sum_only: whether it is refused with another reduction than "sum".
         with_count: whether it is refused without the argument of kind "count".
-        draw: (shape, V, random generator) -> numbers, where not any will do; None: normal ones, or any classes.
+        draw: (shape, V, random generator) -> numbers; None: normal ones, or random classes.
     """
 
     name: str
@@ -123,7 +123,7 @@ class OracleResult:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is special about a test case; `loss_core.losses.drawing` turns it into arrays.
+    """What is special about a test case; `loss_core.losses.cases.drawing` turns it into arrays.
 
     Attributes:
         name: id in tables and on the command line.
@@ -176,7 +176,7 @@ class LossDef:
             definition, dense, in float64 NumPy. It shares no code with what it judges.
         error_bound: (config, arrays, expected, dtype, upstream, product_dtype) -> largest error that rounding
             explains, elementwise, for "loss" and each gradient; see `loss_core.losses.allowances`. None: it is
-            estimated from the oracle, see `loss_core.losses.probing`.
+            estimated from the oracle, see `loss_core.losses.bounds.sensitivity`.
         recipes: cases besides those that every loss gets.
         draw: (definition, sizes, scale, rng) -> the floating arguments that must be given.
         random_fields: config field -> function of a random generator, for random cases.
@@ -184,7 +184,7 @@ class LossDef:
         products: matrix products [T, H] x [H, V] of a forward, one for each head; 0 where there is none.
         lower: what the next lower arithmetic would give, see `loss_core.losses.lower`; None: what the arguments tell.
         results: (config) -> how many results there are; those of several are stacked in front, as is their upstream.
-        row_numbers: numbers per token that ranks tell each other when they share the vocabulary.
+        row_numbers: numbers per token that ranks exchange when they share the vocabulary.
         sampled_rows: (config, [n, H] rows, [V, H] weight in blocks, arguments of the n rows) -> the gradient of the
             rows, for a call too large for the oracle; None where all floating arguments have the dimension T.
     """
@@ -243,7 +243,7 @@ def definition_of(loss: Any) -> LossDef | None:
 
 
 def need_definition(loss: Any) -> LossDef:
-    """As `definition_of`, for those who can't do without.
+    """As `definition_of`, where there must be one.
 
     Raises:
         TypeError: there is none; says what to do.

@@ -23,9 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
-from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     COEF_ROUNDINGS,
     EXP_ARGUMENT_ROUNDINGS,
     EXP_ULPS,
@@ -39,6 +37,8 @@ from loss_core.losses.rounding import (
     sum_growth,
     zero_where_ignored,
 )
+from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
+from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
 
 def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
@@ -225,7 +225,14 @@ def _no_classes(drawn: Any) -> None:
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, others)
 
 
-# Of every distillation.
+# Arguments of every distillation beside student and teacher.
+OF_TOKENS = (
+    Argument("labels", ("T",), "mark", differentiated=False),
+    Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
+    Argument("loss_weights", ("T",), optional=True, with_count=True),
+)
+
+# Of both that have all of the teacher's logits.
 RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
     "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
     "temperature": lambda rng: float(rng.choice([0.5, 1.0, 2.0, 4.0])),
@@ -273,9 +280,7 @@ DEFINITION = LossDef(
     (
         Argument("student_logits", ("T", "V")),
         Argument("teacher_logits", ("T", "V"), trained=False),
-        Argument("labels", ("T",), "mark", differentiated=False),
-        Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
-        Argument("loss_weights", ("T",), optional=True, with_count=True),
+        *OF_TOKENS,
     ),
     oracle,
     error_bound,

@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
+from loss_core.losses.bounds.products import product_errors, raw_logits
+from loss_core.losses.bounds.rounding import SoftmaxErrors, finite, result_errors
 from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
 from loss_core.losses.distillation import (
+    OF_TOKENS,
     RANDOM_FIELDS,
     beta_of,
     divergence_errors,
@@ -20,10 +23,8 @@ from loss_core.losses.distillation import (
 )
 from loss_core.losses.distillation import oracle as oracle_of_logits
 from loss_core.losses.heads import Head, over_heads
-from loss_core.losses.linear_cross_entropy import product_errors, raw_logits
 from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import TokenResult, times_rows
-from loss_core.losses.rounding import SoftmaxErrors, finite, result_errors
 
 _SIDES = ("student_", "teacher_")
 
@@ -153,9 +154,7 @@ DEFINITION = LossDef(
         Argument("student_lm_weight", ("V", "H")),
         Argument("teacher_hidden_states", ("T", "H_t"), trained=False),
         Argument("teacher_lm_weight", ("V", "H_t"), trained=False),
-        Argument("labels", ("T",), "mark", differentiated=False),
-        Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
-        Argument("loss_weights", ("T",), optional=True, with_count=True),
+        *OF_TOKENS,
     ),
     oracle,
     error_bound,

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
+from loss_core.losses.bounds.products import product_errors, raw_logits
+from loss_core.losses.bounds.rounding import finite, stored
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult
 from loss_core.losses.heads import over_heads
-from loss_core.losses.linear_cross_entropy import BIAS, HEADS, product_errors, raw_logits
+from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE, HEADS
 from loss_core.losses.log_probs import (
     RANDOM_FIELDS,
     RECIPES,
@@ -25,7 +27,6 @@ from loss_core.losses.log_probs import (
 from loss_core.losses.log_probs import oracle as oracle_of_logits
 from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import kept_tokens
-from loss_core.losses.rounding import finite, stored
 
 oracle = over_heads(oracle_of_logits, HEADS)
 
@@ -37,7 +38,7 @@ def error_bound(
     keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)
     raw_TV, err_raw_TV = raw_logits(arrays, keep_T, inner.u)
     err_RT, err_TV = token_errors(config, raw_TV, np.max(err_raw_TV, axis=-1), arrays, upstream, inner)
-    grad_TV = of_tokens(config, raw_TV, arrays, upstream).grad_TV
+    grad_TV = finite(of_tokens(config, raw_TV, arrays, upstream).grad_TV)
     result = {"loss": stored(finite(expected.loss), reshaped(config, err_RT, arrays), inner)}
     return result | product_errors(arrays, expected, grad_TV, err_TV, keep_T, dtype, product_dtype)
 
@@ -47,7 +48,7 @@ DEFINITION = LossDef(
     (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS, TEMPERATURE, BIAS),
     oracle,
     error_bound,
-    (*RECIPES, Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))),
+    (*RECIPES, BIAS_RECIPE),
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "none",
     results=results_of,

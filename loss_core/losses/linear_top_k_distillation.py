@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
-from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Recipe, Sizes, draw_floats
+from loss_core.losses.bounds.products import product_errors, raw_logits
+from loss_core.losses.bounds.rounding import finite, result_errors, stored, zero_where_ignored
+from loss_core.losses.cases.top_k import RANDOM_FIELDS, RECIPES, of_teacher
+from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Sizes, draw_floats
+from loss_core.losses.distillation import OF_TOKENS
 from loss_core.losses.heads import Head, over_heads
-from loss_core.losses.linear_cross_entropy import BIAS, product_errors, raw_logits
+from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE
 from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import TokenResult, times_rows
-from loss_core.losses.rounding import finite, result_errors, stored, zero_where_ignored
-from loss_core.losses.top_k_cases import RANDOM_FIELDS, RECIPES, of_teacher
 from loss_core.losses.top_k_distillation import (
-    LABELS,
     TEACHER,
-    WEIGHTS,
     of_tokens,
     teacher_of,
     token_errors,
@@ -64,13 +64,12 @@ DEFINITION = LossDef(
         Argument("hidden_states", ("T", "H")),
         Argument("lm_weight", ("V", "H")),
         *TEACHER,
-        LABELS,
-        *WEIGHTS,
+        *OF_TOKENS,
         BIAS,
     ),
     oracle,
     error_bound,
-    (*RECIPES, Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))),
+    (*RECIPES, BIAS_RECIPE),
     draw=draw,
     random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",

@@ -17,10 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
-from loss_core.losses.cross_entropy import softcap, through_softcap
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
-from loss_core.losses.reduction import kept_rows, kept_tokens
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     COEF_ROUNDINGS,
     TANH_ULPS,
     distances,
@@ -29,16 +26,20 @@ from loss_core.losses.rounding import (
     log_softmax,
     softmax_errors,
     stored,
+    through_softcap,
     zero_where_ignored,
 )
+from loss_core.losses.cross_entropy import softcap
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
+from loss_core.losses.reduction import kept_rows, kept_tokens
 
 
 class Tokens(NamedTuple):
     """What the oracle makes of raw logits.
 
     Attributes:
-        result_RT: log-probabilities, and entropies where they are asked for; 0 where ignored.
-        grad_TV: of the objective by the raw logits; 0 where ignored.
+        result_RT: log-probabilities, and entropies where they are asked for.
+        grad_TV: of the objective by the raw logits.
     """
 
     result_RT: Floats
@@ -46,14 +47,16 @@ class Tokens(NamedTuple):
 
 
 def of_tokens(config: Any, raw_TV: Floats, arrays: Arrays, upstream: NDArray[Any] | None) -> Tokens:
-    """Results of tokens, and the gradient by their raw logits."""
+    """Results of tokens, and the gradient by their raw logits; 0 where ignored, NaN for a label outside [0, V)."""
     keep_T, up_RT = kept_tokens(arrays, config.ignore_index), upstream_of(config, arrays, upstream)
     tau_T1 = temperature_of(config, arrays)[:, None]
     z_TV, slope_TV = softcap(raw_TV, config.logit_softcapping)
-    log_p_TV = log_softmax(z_TV / tau_T1)
+    labels_T, vocab = np.asarray(arrays["labels"]).reshape(-1).astype(np.int64), z_TV.shape[1]
+    is_class_T = (labels_T >= 0) & (labels_T < vocab)
+    log_p_TV = np.where((is_class_T | ~keep_T)[:, None], log_softmax(z_TV / tau_T1), np.nan)
     p_TV = np.exp(log_p_TV)
     rows = np.flatnonzero(keep_T)
-    labels = np.asarray(arrays["labels"]).reshape(-1)[rows].astype(np.int64)
+    labels = np.where(is_class_T, labels_T, 0)[rows]
     result_RT = np.zeros(up_RT.shape)
     result_RT[0, rows] = log_p_TV[rows, labels]
     dz_TV = -p_TV * up_RT[0, :, None]

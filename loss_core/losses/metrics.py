@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
 from loss_core.field_checks import NUM_VALID
-from loss_core.losses.definition import Floats
-from loss_core.losses.reduction import TokenResult
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     SoftmaxErrors,
     entropy_errors,
     finite,
@@ -31,6 +29,8 @@ from loss_core.losses.rounding import (
     result_errors,
     stored,
 )
+from loss_core.losses.definition import Floats
+from loss_core.losses.reduction import TokenResult
 
 
 def names_of(config: Any) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from loss_core.losses.definition import Arrays, Floats, OracleResult
 
 
 def kept_tokens(arrays: Arrays, ignore_index: int) -> NDArray[np.bool_]:
-    """Which tokens count [T]: label is not ignore_index, and mask is not 0 there."""
+    """Valid tokens [T]: their label is not ignore_index, and their mask, if there is one, is not 0."""
     labels = np.asarray(arrays["labels"])
     keep = labels != ignore_index
     mask = arrays.get("mask")
@@ -30,7 +30,7 @@ class Reduction:
     Attributes:
         kind: "sum", "mean" (over valid tokens) or "none".
         shape: of labels.
-        keep_T: which tokens count.
+        keep_T: valid tokens.
         count: divisor of a sum, None for 1; 0 stands for "no tokens".
         weights: of the tokens, shape of labels; None for ones.
     """
@@ -43,7 +43,7 @@ class Reduction:
 
     @property
     def scale(self) -> float:
-        """What the weighted sum of the tokens' losses is multiplied with."""
+        """Factor of the weighted sum of the tokens' losses."""
         kept = int(self.keep_T.sum())
         if self.kind == "mean":
             return 1.0 / kept if kept else 0.0
@@ -85,7 +85,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class TokenResult(OracleResult):
-    """What the error bounds of this library need besides.
+    """An oracle's result, with what the error bounds of this library need besides.
 
     Attributes:
         token_loss_T: loss of each token before reduction, 0 where ignored.

@@ -23,11 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
-from loss_core.losses.cross_entropy import softcap, through_softcap
-from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef
-from loss_core.losses.distillation import reduction_of
-from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
-from loss_core.losses.rounding import (
+from loss_core.losses.bounds.rounding import (
     COEF_ROUNDINGS,
     EXP_ARGUMENT_ROUNDINGS,
     EXP_ULPS,
@@ -39,9 +35,14 @@ from loss_core.losses.rounding import (
     softmax_errors,
     stored,
     sum_growth,
+    through_softcap,
     zero_where_ignored,
 )
-from loss_core.losses.top_k_cases import RANDOM_FIELDS, RECIPES, draw_indices, draw_logprobs, near_student
+from loss_core.losses.cases.top_k import RANDOM_FIELDS, RECIPES, draw_indices, draw_logprobs, near_student
+from loss_core.losses.cross_entropy import softcap
+from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef
+from loss_core.losses.distillation import OF_TOKENS, reduction_of
+from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 
 
 class Tokens(NamedTuple):
@@ -246,20 +247,9 @@ TEACHER = (
     Argument("teacher_logprobs", ("T", "K"), trained=False, draw=draw_logprobs),
 )
 
-LABELS = Argument("labels", ("T",), "mark", differentiated=False)
-WEIGHTS = (
-    Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
-    Argument("loss_weights", ("T",), optional=True, with_count=True),
-)
-
 DEFINITION = LossDef(
     "top_k_distillation",
-    (
-        Argument("student_logits", ("T", "V")),
-        *TEACHER,
-        LABELS,
-        *WEIGHTS,
-    ),
+    (Argument("student_logits", ("T", "V")), *TEACHER, *OF_TOKENS),
     oracle,
     error_bound,
     RECIPES,

@@ -1,18 +1,16 @@
-"""What may be different in the formula, apart from its precision: one function for each cause.
-
-The formula is log softmax(softcap(scale (h W' + b)) / temperature) at the label.
-"""
+"""What may be different in the formula, apart from its precision: one function for each cause."""
 
 # T = tokens, V = vocabulary, H = hidden
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from loss_core.mismatch.dump import Dump
+from loss_core.mismatch.predict.head import Formula, with_number
 
 # Sizes to a multiple of which inference engines and trainers pad a vocabulary.
 PAD_MULTIPLES = (64, 128, 256, 512)
@@ -20,26 +18,6 @@ PAD_MULTIPLES = (64, 128, 256, 512)
 # Softcaps of logits that models use (Gemma 2 and Grok-1: 30). Where logits are small or rounded coarsely, a softcap
 # can't be estimated, but these can be told from none.
 USUAL_SOFTCAPS = (15.0, 30.0, 50.0)
-
-
-class Formula(NamedTuple):
-    """What is computed from the product of hidden states and head.
-
-    Attributes:
-        temperature, logit_softcapping, logit_scale: 1, 0 and 1 change nothing.
-        bias: whether lm_bias is added, where there is one.
-        extra_columns: zeros that take part in the softmax beside the V logits; negative: the last columns left out.
-        label_shift: the log-probability is that of the label so many positions later.
-        position_shift: the log-probability stands so many positions later in the array.
-    """
-
-    temperature: float = 1.0
-    logit_softcapping: float = 0.0
-    logit_scale: float = 1.0
-    bias: bool = True
-    extra_columns: int = 0
-    label_shift: int = 0
-    position_shift: int = 0
 
 
 class Cause(NamedTuple):
@@ -88,12 +66,6 @@ def _left_out(dump: Dump, formula: Formula) -> Iterator[Cause]:
         )
     if dump.lm_bias is not None:
         yield Cause("without lm_bias", "add lm_bias to the logits", formula._replace(bias=False))
-
-
-def with_number(formula: Formula, name: str, value: float) -> Formula:
-    """The formula with another value of the number of this name."""
-    replaced: dict[str, Any] = {name: value}
-    return formula._replace(**replaced)
 
 
 def changed(formula: Formula, name: str, value: float) -> Cause:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.array_files import read_arrays
+from loss_core.array_files import outside_vocab, read_arrays
 from loss_core.usage import UsageProblem, closest
 
 Array = NDArray[Any]
@@ -135,8 +135,11 @@ def dump_of(arrays: Mapping[str, Array]) -> Dump:
     numbers = {name: _number(name, arrays.get(name, np.asarray(default))) for name, default in _NUMBERS.items()}
     head = _head_of(arrays, labels.shape) if "lm_weight" in arrays else {}
     ignore_index = int(numbers.pop("ignore_index"))
-    vocab = len(head["lm_weight"]) if head else None
-    _check_labels(labels, vocab, ignore_index)
+    keep = labels != ignore_index
+    if problem := outside_vocab(labels, keep, len(head["lm_weight"]) if head else None, ignore_index):
+        raise ValueError(problem)
+    if not keep.any():
+        raise ValueError(f"every label is ignore_index ({ignore_index}), so there is nothing to compare.")
     values: dict[str, Any] = {name: arrays[name] for name in _REQUIRED} | head | numbers
     return Dump(**values, ignore_index=ignore_index)
 
@@ -194,17 +197,3 @@ def _number(name: str, value: Array) -> float:
     if name == "ignore_index" and not number.is_integer():
         raise ValueError(f"{name} must be a whole number, got {number:g}.")
     return number
-
-
-def _check_labels(labels: Array, vocab: int | None, ignore_index: int) -> None:
-    keep = labels != ignore_index
-    wrong = np.argwhere(keep & ((labels < 0) | (labels >= vocab if vocab is not None else False)))
-    if wrong.size:
-        at = tuple(int(i) for i in wrong[0])
-        place = "".join(f"[{i}]" for i in at)
-        end = vocab if vocab is not None else "..."
-        raise ValueError(
-            f"labels{place} is {int(labels[at])}, which is outside [0, {end}) and not ignore_index ({ignore_index})."
-        )
-    if not keep.any():
-        raise ValueError(f"every label is ignore_index ({ignore_index}), so there is nothing to compare.")

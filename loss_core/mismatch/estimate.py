@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.mismatch.causes import Formula, changed, with_number
+from loss_core.mismatch.causes import changed
 from loss_core.mismatch.hypotheses import Hypothesis, System, each_product
-from loss_core.mismatch.interval import Floats
-from loss_core.mismatch.precision import FLOAT32, PRECISIONS, Precision
-from loss_core.mismatch.predict import Products, log_probs, stored_logits
+from loss_core.mismatch.predict.head import Formula, Products, log_probs, stored_logits, with_number
+from loss_core.mismatch.predict.interval import Floats
+from loss_core.mismatch.predict.precision import FLOAT32, PRECISIONS, Precision
 
 # Steps of the search: of a grid over two or three powers of ten, then of Gauss-Newton in the number's logarithm.
 _GRID = 25

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loss_core.losses.rounding import SUM_GROWTH
+from loss_core.losses.bounds.rounding import SUM_GROWTH
 from loss_core.mismatch.hypotheses import Outcome
 
 

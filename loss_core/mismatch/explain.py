@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.mismatch.causes import Formula, causes_of, recorded
+from loss_core.mismatch.causes import causes_of, recorded
 from loss_core.mismatch.dump import SYSTEMS, Dump
 from loss_core.mismatch.estimate import estimated
 from loss_core.mismatch.evidence import weigh
 from loss_core.mismatch.hypotheses import Hypothesis, Outcome, System, outcomes_of
-from loss_core.mismatch.precision import PRECISIONS
+from loss_core.mismatch.predict.head import Formula
+from loss_core.mismatch.predict.precision import PRECISIONS
 from loss_core.mismatch.report import Explanation, MismatchReport
 from loss_core.mismatch.statistics import compared, statistics_of, worst_rows
 

@@ -18,7 +18,7 @@ from loss_core.mismatch.text import (
     statistics_lines,
     token_cells,
 )
-from loss_core.page import blank_figure, render_page, svg_of
+from loss_core.page import blank_figure, render_page, svg_of, without_frame
 
 # Colour-blind safe (Okabe & Ito).
 _BLUE, _RED = "#0072b2", "#c62828"
@@ -67,6 +67,5 @@ def _picture(statistics: Statistics) -> str:
             axes.axvline(np.log10(band), color=_RED, linewidth=1.2)
         axes.set_xlabel("|difference|, in nats, as a power of ten")
         axes.set_ylabel("tokens")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        without_frame(axes)
         return svg_of(figure)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.mismatch.causes import RECORDED, Cause, Formula
+from loss_core.mismatch.causes import RECORDED, Cause
 from loss_core.mismatch.dump import Array, Dump
-from loss_core.mismatch.interval import Floats, Interval
-from loss_core.mismatch.precision import Precision
-from loss_core.mismatch.predict import Products, log_probs, products, stored_logits
+from loss_core.mismatch.predict.head import Formula, Products, log_probs, products, stored_logits
+from loss_core.mismatch.predict.interval import Floats, Interval
+from loss_core.mismatch.predict.precision import Precision
 
 # Logits that are predicted at a time.
 _CHUNK = 2**21

@@ -11,7 +11,7 @@ import numpy as np
 from loss_core import __version__
 from loss_core.mismatch.dump import SYSTEMS
 from loss_core.mismatch.hypotheses import Hypothesis, Outcome
-from loss_core.mismatch.precision import FLOAT32
+from loss_core.mismatch.predict.precision import FLOAT32
 from loss_core.mismatch.statistics import BANDS, Statistics
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loss_core import __version__
+from loss_core.console import print_lines, print_wrapped
 from loss_core.mismatch.hypotheses import Outcome
 from loss_core.mismatch.report import Explanation, MismatchReport, rows_of
 from loss_core.mismatch.statistics import Statistics, Token
@@ -72,27 +72,24 @@ def explanation_heading(explanation: Explanation) -> str:
 
 def print_mismatch(console: Console, report: MismatchReport) -> None:
     """The whole report as text."""
-    _print(console, [f"loss-core {__version__}", *statistics_lines(report.statistics)])
+    for line in (f"loss-core {__version__}", *statistics_lines(report.statistics)):
+        print_wrapped(console, line)
     if report.statistics.worst:
-        _print(console, ["", "The largest differences:"])
+        print_lines(console, "", "The largest differences:")
         _print_table(console, TOKEN_HEADINGS, map(token_cells, report.statistics.worst), left=())
     for explanation in report.explanations.values():
-        _print(console, ["", explanation_heading(explanation)])
+        console.print()
+        print_wrapped(console, explanation_heading(explanation))
         rows = [hypothesis_cells(word, outcome) for word, outcome in rows_of(explanation)]
         _print_table(console, HYPOTHESIS_HEADINGS, rows, left=(0, 4))
-    if report.explanations:
-        _print(console, ["", LEGEND])
-    _print(console, ["", *report.notes] if report.notes else [])
+    for paragraph in ([LEGEND] if report.explanations else [], report.notes):
+        if paragraph:
+            console.print()
+        for line in paragraph:
+            print_wrapped(console, line)
     style = "bold green" if report.agree else "bold red"
     console.print()
     console.print(report.conclusion, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        wrapped = textwrap.wrap(line, console.width - 1, subsequent_indent="  ", break_long_words=False) or [""]
-        for part in wrapped:
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_table(console: Console, headings: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int]) -> None:

@@ -19,8 +19,8 @@ from loss_core.dispatch.flags import load_backend
 from loss_core.dispatch.protocol import Backend, Evaluation
 from loss_core.field_checks import is_runtime_field
 from loss_core.loss_config import LossConfig
-from loss_core.losses.vocab_split import merge
 from loss_core.workers.pool import Pool, RequestFailed, Start, WorkerFailed
+from loss_core.workers.vocab_split import merge
 
 # Seconds to answer one call.
 CALL_LIMIT = 60.0

@@ -37,7 +37,7 @@ def report():
         "KDLoss",
         ["torch:plain", "torch:eager", "jax:xla"],
         shapes=[(64, 1000)],
-        peers=["plain-jax"],
+        baselines=["plain-jax"],
         ignored=0.25,
         **SMALL,
     )
@@ -142,7 +142,7 @@ def wrong_losses(tmp_path, monkeypatch):
 
 def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wrong_losses):
     # The deadly one last, so that the process of the others serves it, too.
-    report = bench(["Twice", "Forgets", "Dies"], ["torch:eager"], shapes=[(300, 100)], peers=[],
+    report = bench(["Twice", "Forgets", "Dies"], ["torch:eager"], shapes=[(300, 100)], baselines=[],
                    imports=[wrong_losses], rounds=1, threads=1)  # fmt: skip
     twice, forgets, dies = report.groups()
     rows = {row.implementation: row for row in twice}
@@ -166,13 +166,13 @@ def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wron
     assert "SIGKILL" in bench_text(report)
 
 
-def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monkeypatch):
+def test_a_workload_brings_its_softcap_and_baselines_that_cannot_run_are_listed(monkeypatch):
     absent = Baseline("absent", "nowhere", "torch", ("linear_cross_entropy",), ("no_such_package",),
                       "pip install no-such-package")  # fmt: skip
     monkeypatch.setitem(TIMED, "absent", absent)
     tiny = Workload("tiny", 8, 10, 4, softcap=5.0, source="nobody/tiny")
-    report = bench("FusedLinearCrossEntropy", ["torch:eager"], workloads=[tiny], peers=["torch-linear-ce", "absent"],
-                   rounds=1, threads=1)  # fmt: skip
+    report = bench("FusedLinearCrossEntropy", ["torch:eager"], workloads=[tiny],
+                   baselines=["torch-linear-ce", "absent"], rounds=1, threads=1)  # fmt: skip
     rows = by_name(report)
     assert list(rows) == ["roofline", "torch:eager"]
     ours = rows["torch:eager"]
@@ -189,7 +189,7 @@ def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monk
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"peers": ["nobody"]}, ValueError, "Unknown peer 'nobody'"),
+        ({"baselines": ["nobody"]}, ValueError, "Unknown baseline 'nobody'"),
         ({"config": "NoLoss"}, ValueError, "Unknown loss 'NoLoss'"),
         ({"backends": ["torch:fast"]}, ValueError, "Unknown backend flag 'torch:fast'"),
         ({"backends": ["torch:te"], "config": "MaskedCrossEntropy"}, BackendUnavailable, "torch:te"),
@@ -209,7 +209,7 @@ def test_a_workload_brings_its_softcap_and_peers_that_cannot_run_are_listed(monk
 )
 def test_a_wrong_request_is_refused_before_anything_is_started(options, error, text):
     with pytest.raises(error, match=text):
-        bench(**{"config": "KDLoss", "shapes": [(8, 10)], "peers": []} | options)
+        bench(**{"config": "KDLoss", "shapes": [(8, 10)], "baselines": []} | options)
 
 
 def test_the_page_holds_every_table_and_escapes_what_it_shows(report):
@@ -228,8 +228,8 @@ def test_markdown_has_a_row_for_each_implementation(report):
 
 
 def test_several_shares_are_several_calls():
-    report = bench("MaskedCrossEntropy", ["torch:eager"], shapes=[(64, 100)], ignored=[0.0, 0.5, 0.75, 0.5], peers=[],
-                   rounds=1, threads=1)  # fmt: skip
+    report = bench("MaskedCrossEntropy", ["torch:eager"], shapes=[(64, 100)], ignored=[0.0, 0.5, 0.75, 0.5],
+                   baselines=[], rounds=1, threads=1)  # fmt: skip
     assert [(r.implementation, r.ignored) for r in report.rows] == [
         (name, share) for share in (0.0, 0.5, 0.75) for name in ("roofline", "torch:eager")
     ]
@@ -246,14 +246,14 @@ def test_several_shares_are_several_calls():
 @pytest.mark.parametrize(
     ("known", "flags"), [(False, ["jax:xla"]), (True, ["torch:eager", "jax:xla"])], ids=["untold", "told"]
 )
-def test_a_count_that_is_known_reaches_our_fused_loss_and_no_peer(tmp_path, monkeypatch, known, flags):
+def test_a_count_that_is_known_reaches_our_fused_loss_and_no_baseline(tmp_path, monkeypatch, known, flags):
     # A loss of one's own that counts how often it is told, in place of a time, which shows nothing on a small call.
     (tmp_path / "told_losses.py").write_text(TOLD)
     monkeypatch.syspath_prepend(str(tmp_path))
     told = importlib.import_module("told_losses")
     try:
         report = bench(told.ToldConfig(reduction="mean"), flags, shapes=[(300, 50, 8)],
-                       peers=["plain-jax"], ignored=0.5, count_known=known, imports=["told_losses"],
+                       baselines=["plain-jax"], ignored=0.5, count_known=known, imports=["told_losses"],
                        rounds=1, threads=1)  # fmt: skip
     finally:
         unregister_loss("Told")

@@ -40,7 +40,7 @@ def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_it
     __import__("deadly")
     try:
         report = bench(["FusedLinearCrossEntropy", "Dies"], ["torch:eager"], shapes=[(40, 301, 16)], tp=2, rounds=2,
-                       threads=2, imports=["deadly"], peers=["compiled-torch", "torch-linear-ce"])  # fmt: skip
+                       threads=2, imports=["deadly"], baselines=["compiled-torch", "torch-linear-ce"])  # fmt: skip
     finally:
         unregister_loss("Dies")
         del sys.modules["deadly"]
@@ -63,7 +63,7 @@ def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_it
 
 
 def test_a_loss_that_ranks_can_not_share_is_left_out_and_listed():
-    report = bench("ChunkedCrossEntropy", ["torch:eager"], shapes=[(8, 10, 4)], tp=2, peers=[])
+    report = bench("ChunkedCrossEntropy", ["torch:eager"], shapes=[(8, 10, 4)], tp=2, baselines=[])
     assert report.rows == []
     assert [(missing.name, missing.reason) for missing in report.missing] == [
         ("ChunkedCrossEntropy", "it has no tp_group")
@@ -73,4 +73,4 @@ def test_a_loss_that_ranks_can_not_share_is_left_out_and_listed():
 @pytest.mark.parametrize("options", [{"tp": 0}, {"tp": True}, {"tp": 2, "device": "cuda:1"}])
 def test_a_wrong_number_of_ranks_is_refused_before_anything_is_started(options):
     with pytest.raises(ValueError, match=r"tp must be a whole number >= 1|name the kind alone, 'cuda'"):
-        bench("KDLoss", ["torch:eager"], shapes=[(8, 10)], peers=[], **options)
+        bench("KDLoss", ["torch:eager"], shapes=[(8, 10)], baselines=[], **options)

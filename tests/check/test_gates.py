@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from loss_core.check import check, compare
 from loss_core.losses import evaluate, named_cases
-from loss_core.losses.condition import condition_number
+from loss_core.losses.bounds.sensitivity import condition_number
 
 
 def in_bfloat16(loss_of):

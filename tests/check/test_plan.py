@@ -8,7 +8,7 @@ import pytest
 from loss_core import KDLossConfig, register_loss, unregister_loss
 from loss_core.check import Interrupted, check
 from loss_core.check.plan import Cases, plan_calls
-from loss_core.losses.drawing import random_case
+from loss_core.losses.cases.drawing import random_case
 
 LOSSES = ["MaskedCrossEntropy", "KDLoss"]
 DTYPES = ["float32", "bfloat16"]

@@ -15,7 +15,7 @@ from helpers.command import environment, run, spawn
 from loss_core import (
     __version__,
 )
-from loss_core.check.text import described
+from loss_core.cli.listing import described
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
 

@@ -14,7 +14,7 @@ from loss_core.dispatch.tuned import tuned_choice
 
 
 def test_a_device_that_is_not_there_is_told_and_no_success():
-    done = spawn("bench", "--config", "KDLoss", "--backend", "torch:eager", "--shape", "8,10", "--peers", "none",
+    done = spawn("bench", "--config", "KDLoss", "--backend", "torch:eager", "--shape", "8,10", "--baselines", "none",
                    "--device", "cuda:99")  # fmt: skip
     assert done.returncode == 1
     assert "torch has no device 'cuda:99' here" in " ".join(done.stdout.split())
@@ -25,7 +25,7 @@ def test_the_command_prints_writes_and_tunes(tmp_path, monkeypatch):
     monkeypatch.setenv("LOSS_CORE_CACHE", str(tmp_path))
     done = spawn("bench",
         "--config", "FusedLinearCrossEntropy", "--shape", "8,50,4", "--backend", "torch:eager",
-        "--peers", "none", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16", "--tune",
+        "--baselines", "none", "--rounds", "1", "--threads", "1", "--dtype", "bfloat16", "--tune",
         "--json", str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def test_the_command_prints_writes_and_tunes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--peers", "ligr"], "--peers 'ligr' is unknown; did you mean 'liger'?"),
+        (["--baselines", "ligr"], "--baselines 'ligr' is unknown; did you mean 'liger'?"),
         (["--workload", "qwen3"], "--workload 'qwen3' is unknown; did you mean 'qwen3-8b'?"),
         (["--tokens", "5"], "--tokens goes with --workload"),
         (["--shape", "5"], "--shape '5': expected T,V or T,V,H"),
@@ -77,7 +77,7 @@ def test_ctrl_c_stops_every_worker_and_leaves_quietly():
         workers.extend(wait_for_workers(process.pid, 4))
         time.sleep(2)
 
-    arguments = ("bench", "--config", "KDLoss", "--shape", "64,1000", "--rounds", "100000", "--peers", "none",
+    arguments = ("bench", "--config", "KDLoss", "--shape", "64,1000", "--rounds", "100000", "--baselines", "none",
                  "--backend", "torch:eager", "--tp", "2")  # fmt: skip
     assert interrupted(arguments, ready) == (130, "", "loss-core: stopped.\n")
     assert all_gone(workers)

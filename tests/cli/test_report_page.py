@@ -11,7 +11,7 @@ import pytest
 from helpers.command import QUICK, run
 from loss_core import LOSS_CONFIG_REGISTRY
 from loss_core.check import Finding, Report, Row, check
-from loss_core.check.html import report_page
+from loss_core.check.html import check_page
 
 
 class Page(html.parser.HTMLParser):
@@ -41,7 +41,7 @@ class Page(html.parser.HTMLParser):
 
 
 def page_of(report, typed="loss-core check"):
-    text = report_page(report, typed)
+    text = check_page(report, typed)
     page = Page(text)
     assert page.loads == []
     assert "http" not in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core.bench.job import Job
+from loss_core.bench.measure.job import Job
 from loss_core.bench.report import FLAG, ROOFLINE, BenchReport, BenchRow
 
 LOSSES = {

@@ -19,7 +19,7 @@ import pytest
 from loss_core import LOSS_CONFIG_REGISTRY, BackendUnavailable
 from loss_core.check import DTYPES, check
 from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_status
-from loss_core.losses.drawing import named_cases
+from loss_core.losses.cases.drawing import named_cases
 
 INTERPRETED = ("float32", "bfloat16")
 COMPILED = {"torch": ("float16", "float64"), "jax": ("bfloat16", "float16", "float64")}

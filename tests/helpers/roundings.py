@@ -1,6 +1,6 @@
 """Roundings counted by hand for one token of a few classes in float32: what error bounds are compared with.
 
-The counts are those that loss_core.losses.rounding derives, written down again, so that none changes unseen.
+The counts are those that loss_core.losses.bounds.rounding derives, written down again, so that none changes unseen.
 """
 
 # V = classes, at most 36: until then a sum of n terms is off by n u

@@ -15,8 +15,8 @@ from loss_core import (
     register_loss,
     unregister_loss,
 )
-from loss_core.bench.job import Job, make_inputs
-from loss_core.bench.roofline import least_work, words
+from loss_core.bench.measure.job import Job, make_inputs
+from loss_core.bench.measure.roofline import least_work, words
 from loss_core.check import check
 from loss_core.losses import (
     LABELS,

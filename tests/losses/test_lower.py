@@ -18,11 +18,11 @@ from loss_core import (
 from loss_core.check.calls import Call, rounded
 from loss_core.dtypes import FORMATS, TF32_BITS, round_bits, round_to
 from loss_core.losses import LABELS, Argument, LossDef, allowances, evaluate, named_cases
+from loss_core.losses.bounds.errors import errors_before_rounding
+from loss_core.losses.bounds.rounding import result_dtypes
 from loss_core.losses.definition import need_definition
 from loss_core.losses.linear_cross_entropy import oracle as linear_oracle
 from loss_core.losses.lower import lower_results
-from loss_core.losses.nearest import errors_before_rounding
-from loss_core.losses.rounding import result_dtypes
 
 # Nothing to see: no loss, one class, equal distributions; or differences of logits that 16 bits hold exactly, or that
 # are as small as what rounding may do.

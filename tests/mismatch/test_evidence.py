@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from loss_core.mismatch.causes import RECORDED, Cause, Formula
+from loss_core.mismatch.causes import RECORDED, Cause
 from loss_core.mismatch.evidence import weigh
 from loss_core.mismatch.hypotheses import Hypothesis, Outcome
-from loss_core.mismatch.interval import Interval
-from loss_core.mismatch.precision import FLOAT32, PRECISIONS
+from loss_core.mismatch.predict.head import Formula
+from loss_core.mismatch.predict.interval import Interval
+from loss_core.mismatch.predict.precision import FLOAT32, PRECISIONS
 
 
 def outcome(precision, predicted, observed, cause=RECORDED, width=1.0):

@@ -17,7 +17,7 @@ from helpers.command import command, environment
 from helpers.processes import all_gone, wait_for_workers
 from loss_core import BackendUnavailable, unregister_loss
 from loss_core.check import check
-from loss_core.losses.drawing import named_cases
+from loss_core.losses.cases.drawing import named_cases
 from loss_core.workers.pool import RequestFailed, WorkerFailed
 from loss_core.workers.ranks import Ranks, Request
 

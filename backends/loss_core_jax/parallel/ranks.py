@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from loss_core.dispatch.protocol import Evaluation, RankSetup
-from loss_core.losses.vocab_split import shard, vocab_axes
 from loss_core.workers.ranks import Request
+from loss_core.workers.vocab_split import shard, vocab_axes
 from loss_core_jax.evaluate import as_one, to_float64, to_jax
 from loss_core_jax.kernels import kernels_in
 

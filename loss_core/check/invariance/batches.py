@@ -23,9 +23,9 @@ from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_sta
 from loss_core.dispatch.protocol import BackendUnavailable, Evaluation
 from loss_core.dtypes import FORMATS, float_format, ordered, round_to
 from loss_core.loss_config import LossConfig
+from loss_core.losses.bounds.rounding import result_dtype
+from loss_core.losses.cases.drawing import Case, make_case
 from loss_core.losses.definition import LossDef, Recipe, need_definition
-from loss_core.losses.drawing import Case, make_case
-from loss_core.losses.rounding import result_dtype
 
 DTYPES = ("float32", "bfloat16")
 

@@ -21,8 +21,8 @@ from loss_core.dtypes import FORMATS, compute_format, float_format
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, allowances
 from loss_core.losses import evaluate as oracle
+from loss_core.losses.bounds.rounding import result_dtypes
 from loss_core.losses.definition import need_definition
-from loss_core.losses.rounding import result_dtypes
 
 Floats = NDArray[np.float64]
 Progress = Callable[[int, int, str], None]

@@ -21,7 +21,7 @@ from loss_core import BackendUnavailable, MaskedCrossEntropyConfig, TEParallelCE
 from loss_core.check import check
 from loss_core.dispatch.flags import flag_status
 from loss_core.dispatch.observed import observing
-from loss_core.losses.drawing import named_cases, random_cases
+from loss_core.losses.cases.drawing import named_cases, random_cases
 from loss_core.row_terms import Objective
 from loss_core_torch.kernels import Rows, te
 from on_torch.kernels import te_on_cpu

@@ -35,8 +35,8 @@ def approximate_maximum(z_BV: Tensor, t_B: Tensor) -> Tensor:
 def is_accurate(s_B: Tensor, keep_B: Tensor | None = None) -> bool:
     """Whether the sums are those of rows with no logit more than 30 above m; rows to ignore are not asked.
 
-    Up to there the rounding of z - m moves its exp by 16 u at most. The bound of `loss_core.losses.rounding` for rows
-    of n > 256 logits is 6 sqrt(n) u, 96 u at least, and sums in vectors of 8 need no more than 6 sqrt(n / 8) u of that.
+    Up to there the rounding of z - m moves its exp by 16 u at most. The bound of `losses/bounds/rounding.py`, for rows
+    of n > 256 logits, is 6 sqrt(n) u, at least 96 u; sums in vectors of 8 need no more than 6 sqrt(n / 8) u of that.
     """
     accurate_B = (s_B > 1e-13) & (s_B < 1e13)
     return bool((accurate_B if keep_B is None else accurate_B | ~keep_B).all())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.operations import Operations
-from loss_core.losses.rounding import sum_growth
+from loss_core.losses.bounds.rounding import sum_growth
 from loss_core_torch import compat
 from loss_core_torch.kernels.eager.products import Products
 

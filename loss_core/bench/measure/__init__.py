@@ -1,0 +1,1 @@
+"""How one call is measured on every implementation: its inputs, least work and accuracy; processes and rounds."""
