@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
 from loss_core.row_terms import EMPTY_ROW, Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
-from loss_core_torch import compat
+from loss_core_torch import compat, precision
 from loss_core_torch.kernels import (
     BothGrads,
     BothWanted,
@@ -53,6 +53,8 @@ class _Method:
         fake: the results of the operator, without values, from the method's arguments.
         result: what the method returns, from a list of the operator's results and the method's arguments.
         function: of any set, which comes first, in place of a method.
+        products: how many matrix products it makes with each head, from the method's arguments behind the first; None:
+            none at all.
         arguments: types of the method's arguments, by name.
     """
 
@@ -62,6 +64,7 @@ class _Method:
         fake: Callable[..., list[Tensor]],
         result: Callable[..., Any],
         function: Callable[..., Any] | None = None,
+        products: Callable[..., tuple[int, ...]] | None = None,
         **arguments: Any,
     ) -> None:
         self._fake, self._result, self._types = fake, result, tuple(arguments.values())
@@ -72,6 +75,8 @@ class _Method:
         )
         operator.register_fake(lambda kernel, *flat: self._fake(*_nested(self._types, iter(flat))))
         operator.register_autograd(_refuse)
+        if products is not None:
+            register_flop_formula(getattr(torch.ops.loss_core, name))(partial(self._flops, products))
         self._operator = operator
 
     def __call__(self, kernels: KernelSet, *args: Any, out: Tensor | None = None) -> Any:
@@ -86,11 +91,17 @@ class _Method:
         found = self._run(find(kernel), *_nested(self._types, iter(flat)))  # type: ignore[arg-type]
         return [x for x in _flat([found]) if x is not None]
 
+    def _flops(self, products: Callable[..., tuple[int, ...]], kernel: str, *flat: Any, **kwargs: Any) -> int:
+        """For PyTorch's FLOP counter, which gives shapes in place of tensors."""
+        source, *args = _nested(self._types, iter(flat))
+        heads = zip(source.heads, products(*args), strict=True)
+        return sum(2 * int(h_TH[0] * h_TH[1] * w_VH[0]) * number for (h_TH, w_VH), number in heads)
+
 
 def _run(kernels: KernelSet, method: Callable[..., Any], *args: Any) -> Any:
     """A set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
     record(kernels.flag)
-    exact = compat.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
+    exact = precision.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
     with exact, no_autocast(args[0][0]):
         return compat.on_each_rank(method, *args)
 
@@ -201,6 +212,7 @@ linear_terms = _Method(
     "linear_terms",
     lambda linear, sums, keep_logits: [*_new_row_terms(linear, sums), *_new_grads(linear, Wanted(False, False))[:1]],
     lambda found, linear, sums, keep_logits: (_row_terms(found[:-1], sums), found[-1]),
+    products=lambda *args: (1,),
     linear=Linear,
     sums=Sums,
     keep_logits=bool,
@@ -209,6 +221,7 @@ linear_grads = _Method(
     "linear_grads",
     lambda linear, terms, coefficients, want, logits: _new_rounded_grads(linear, want),
     lambda found, *args: LinearGrads(*found),
+    products=lambda terms, coefficients, want, logits: (want.products,),
     linear=Linear,
     terms=RowTerms,
     coefficients=Coefficients,
@@ -219,6 +232,7 @@ linear_terms_and_grads = _Method(
     "linear_terms_and_grads",
     lambda linear, coef_T, objective, want: [*_new_row_terms(linear, objective.sums), *_new_grads(linear, want)],
     lambda found, linear, coef_T, objective, want: (_row_terms(found[:-3], objective.sums), LinearGrads(*found[-3:])),
+    products=lambda coef_T, objective, want: (want.products,),
     linear=Linear,
     coef_T=Tensor,
     objective=Objective,
@@ -229,6 +243,7 @@ linear_pair_terms = _Method(
     lambda linear: _new_terms(linear.student_TH, linear.student_TH[:, 0], 5),
     lambda found, *args: PairTerms(*found),
     linear_pairs.terms,
+    products=lambda: (1, 1),
     linear=LinearPairs,
 )
 linear_pair_mixture = _Method(
@@ -236,6 +251,7 @@ linear_pair_mixture = _Method(
     lambda linear, terms, beta: _new_terms(linear.student_TH, terms.s_t, 2),
     lambda found, *args: MixtureTerms(*found),
     linear_pairs.mixture,
+    products=lambda *args: (1, 1),
     linear=LinearPairs,
     terms=PairTerms,
     beta=float,
@@ -245,6 +261,7 @@ linear_pair_grads = _Method(
     lambda linear, terms, of_student, of_teacher, want: _new_both_grads(linear, want),
     lambda found, *args: _both_grads(found),
     linear_pairs.grads,
+    products=lambda *args: (args[-1].student.products, args[-1].teacher.products),
     linear=LinearPairs,
     terms=PairTerms,
     of_student=PairCoefficients,
@@ -256,6 +273,7 @@ linear_pair_loss_and_grads = _Method(
     lambda linear, coef_T, beta, want: [*_new_terms(linear.student_TH, coef_T, 1), *_new_both_grads(linear, want)],
     lambda found, *args: (found[0], _both_grads(found[1:])),
     linear_pairs.loss_and_grads,
+    products=lambda *args: (args[-1].student.products, args[-1].teacher.products),
     linear=LinearPairs,
     coef_T=Tensor,
     beta=float,
@@ -275,37 +293,3 @@ def pair_terms_and_grad(kernels: KernelSet, pairs: Pairs, coef_T: Tensor) -> tup
     """As of `KernelSet`. Not for traced calls."""
     found: tuple[PairTerms, Tensor] = _run(kernels, kernels.pair_terms_and_grad, pairs, coef_T)
     return found
-
-
-def _count_products(operator: Any, products: Callable[[tuple[Any, ...]], int]) -> None:
-    """Tell PyTorch's FLOP counter how many products [T, H] x [H, V] an operator makes."""
-
-    def flops(kernel: str, h_shape: Any, w_shape: Any, *rest: Any, **kwargs: Any) -> int:
-        return 2 * int(h_shape[0] * h_shape[1] * w_shape[0]) * products(rest)
-
-    register_flop_formula(operator)(flops)
-
-
-_count_products(torch.ops.loss_core.linear_terms, lambda rest: 1)
-# One for the logits, and one for each gradient that is wanted and needs one: flags before the bias's, which is last, or
-# before the logits.
-_count_products(torch.ops.loss_core.linear_grads, lambda rest: 1 + sum(rest[-4:-2]))
-_count_products(torch.ops.loss_core.linear_terms_and_grads, lambda rest: 1 + sum(rest[-3:-1]))
-
-
-def _count_pair_products(operator: Any, with_gradients: bool) -> None:
-    """As `_count_products`, for two heads: one each for the logits, and with gradients one for each that is wanted."""
-
-    def flops(kernel: str, *args: Any, **kwargs: Any) -> int:
-        student_TH, _, student_VH, teacher_VH = args[:4]
-        wanted = (args[-6:-4], args[-3:-1]) if with_gradients else ((), ())
-        products = ((x[1], 1 + sum(want)) for x, want in zip((student_VH, teacher_VH), wanted, strict=True))
-        return 2 * int(student_TH[0] * student_VH[0]) * int(sum(hidden * number for hidden, number in products))
-
-    register_flop_formula(operator)(flops)
-
-
-_count_pair_products(torch.ops.loss_core.linear_pair_terms, False)
-_count_pair_products(torch.ops.loss_core.linear_pair_mixture, False)
-_count_pair_products(torch.ops.loss_core.linear_pair_grads, True)
-_count_pair_products(torch.ops.loss_core.linear_pair_loss_and_grads, True)

@@ -74,11 +74,13 @@ class Teacher(NamedTuple):
 
 
 def teacher_of(config: Any, arrays: Arrays, keep_T: NDArray[np.bool_], vocab: int) -> Teacher:
-    """The teacher of a call."""
+    """The teacher of a call; NaN for a token with an index outside [0, V)."""
     log_p_TK = kept_rows(arrays["teacher_logprobs"], keep_T)
     index_TK = kept_rows(arrays["teacher_indices"], keep_T).astype(np.int64)
+    is_class_TK = (index_TK >= 0) & (index_TK < vocab)
+    log_p_TK = np.where(is_class_TK.all(-1, keepdims=True), log_p_TK, np.nan)
     # All of an ignored row would be class 0.
-    index_TK = np.where(keep_T[:, None], index_TK, np.arange(index_TK.shape[1]))
+    index_TK = np.where(keep_T[:, None] & is_class_TK, index_TK, np.arange(index_TK.shape[1]))
     p_TK = np.exp(log_p_TK)
     with_tail = config.tail and p_TK.shape[1] < vocab
     p_tail_T = np.maximum(1 - p_TK.sum(-1), 0.0) if with_tail else np.zeros(len(p_TK))

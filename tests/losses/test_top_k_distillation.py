@@ -47,3 +47,20 @@ def test_a_class_that_the_teacher_rules_out_weighs_nothing(tail):
     w_V = np.where(raw_V == -np.inf, 0.0, 0.5 * q_V / (1 - q_V[3]) if tail else 0.0)
     w_V[3] = 0.5
     np.testing.assert_allclose(found.grads["student_logits"][0], np.sum(w_V) * q_V - w_V, atol=1e-15)
+
+
+@pytest.mark.parametrize("index", [3, -1, 2**40])
+def test_an_index_that_is_no_class_makes_its_own_token_nan(index):
+    arrays = {
+        "student_logits": np.array([[0.5, -1.0, 2.25], [1.0, 2.0, 3.0]]),
+        "teacher_indices": np.array([[0, 1], [2, index]]),
+        "teacher_logprobs": np.log([[0.5, 0.25], [0.5, 0.25]]),
+        "labels": np.array([0, 0]),
+    }
+    expected = evaluate(TopKDistillationConfig(), arrays | {"num_batch_labels": np.float64(1.0)})
+    assert np.isnan(expected.loss)
+    for found in expected.grads.values():
+        assert np.isfinite(found[0]).all()
+        assert np.isnan(found[1]).all()
+    ignored = evaluate(TopKDistillationConfig(), arrays | {"labels": np.array([0, -100])})
+    assert np.isfinite(ignored.loss)

@@ -85,6 +85,11 @@ class Linear(NamedTuple):
     bias_V: Tensor | None = None
     block_tokens: int = 0
 
+    @property
+    def heads(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Hidden states and weight."""
+        return ((self.h_TH, self.w_VH),)
+
     def block(self, chosen: int) -> int:
         """Tokens of a block where the set would choose so many."""
         return min(chosen, self.block_tokens) if self.block_tokens else chosen
@@ -109,6 +114,11 @@ class LinearPairs(NamedTuple):
     keep_T: Tensor | None
     inverse_temperature: float
 
+    @property
+    def heads(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Hidden states and weight of student and teacher."""
+        return (self.student_TH, self.student_VH), (self.teacher_TH, self.teacher_VH)
+
 
 class Wanted(NamedTuple):
     """Which gradients of a fused loss are made."""
@@ -116,6 +126,11 @@ class Wanted(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool = False
+
+    @property
+    def products(self) -> int:
+        """Matrix products: one for the logits, and one for each gradient that needs one."""
+        return 1 + self.hidden + self.weight
 
 
 class LinearGrads(NamedTuple):

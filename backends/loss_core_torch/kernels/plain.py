@@ -17,7 +17,7 @@ from torch import Tensor
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import Objective, RowTerms, Sums, TopK, log_shares
-from loss_core_torch import compat
+from loss_core_torch import precision
 from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
 
@@ -202,7 +202,7 @@ def _rounded(x: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Tenso
 def _product(h_TH: Tensor, w_VH: Tensor) -> Tensor:
     """h @ W.T in full precision, forward and backward."""
     # In a graph of torch.compile the product is the compiler's, and so is its precision.
-    if torch.compiler.is_dynamo_compiling() or compat.float32_products_are_full() or h_TH.dtype != torch.float32:
+    if torch.compiler.is_dynamo_compiling() or precision.float32_products_are_full() or h_TH.dtype != torch.float32:
         return F.linear(h_TH, w_VH)
     product: Tensor = _FullProduct.apply(h_TH, w_VH.t())
     return product
@@ -215,7 +215,7 @@ class _FullProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-        with compat.full_float32_products():
+        with precision.full_float32_products():
             return a_MK @ b_KN
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Objective, RowTerms
-from loss_core_torch import compat
+from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.gpu import kernels, rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
@@ -39,7 +39,7 @@ def terms_and_grads(
     if operands.operand != operands.dtype:
         e = operands.new(chunk_tokens, operands.vocab, dtype=operands.operand)
     w_VH, found, found_terms = operands.weight(), _new_grads(operands, want), []
-    with compat.full_float32_products():
+    with precision.full_float32_products():
         for chunk in slices(0, operands.num_tokens, chunk_tokens):
             e_CV = e[: chunk.stop - chunk.start]
             for at in slices(chunk.start, chunk.stop, logits_tokens):

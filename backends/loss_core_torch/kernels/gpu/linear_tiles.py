@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, RowTerms, Sums, combine
-from loss_core_torch import compat
+from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.gpu import rows, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
@@ -35,7 +35,7 @@ def terms(launcher: Launcher, linear: Linear, sums: Sums, keep_logits: bool) -> 
     columns, tokens = _sizes(launcher, operands, keep_logits)
     buffer, found = operands.new(tokens * columns), None
     parts = [operands.part(at) for at in slices(0, operands.num_tokens, tokens)]
-    with compat.full_float32_products():
+    with precision.full_float32_products():
         for tile in slices(0, operands.vocab, columns):
             w_CH, of_parts = operands.weight(tile), []
             for part in parts:
@@ -62,7 +62,7 @@ def grads(
     e = buffer if over_logits else operands.new(operands.num_tokens * columns, dtype=operands.operand)
     every = slice(0, operands.num_tokens)
     parts = [_known(operands, at, terms, coefficients) for at in slices(0, operands.num_tokens, tokens)]
-    with compat.full_float32_products(), compat.float32_sums():
+    with precision.full_float32_products(), precision.float32_sums():
         for tile in slices(0, operands.vocab, columns):
             w_CH, e_TC = operands.weight(tile), _matrix(e, every, tile)
             for part, terms_B, coefficients_B, keep_B in parts:

@@ -1,0 +1,88 @@
+"""Switches of PyTorch that let matrix products have fewer bits, off while a loss is computed.
+
+PyTorch has no such choice for one product, so the settings of the whole process are changed, and restored by the last
+call to leave.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def float32_products_are_full() -> bool:
+    """Whether nothing else than float32 was asked for float32 products. Seen in torch 2.10, 2.13."""
+    return not any(map(_is_reduced, _BACKENDS))
+
+
+@contextmanager
+def full_float32_products() -> Iterator[None]:
+    """Matrix products of float32 are in float32 while this lasts. Seen in torch 2.10, 2.13."""
+    _FULL_FLOAT32.enter()
+    try:
+        yield
+    finally:
+        _FULL_FLOAT32.leave()
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Products of 16-bit matrices on CUDA are added up in float32 while this lasts, also where a product is split.
+
+    Seen in torch 2.10, 2.13.
+    """
+    _FLOAT32_SUMS.enter()
+    try:
+        yield
+    finally:
+        _FLOAT32_SUMS.leave()
+
+
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+_CUDA: Any = torch.backends.cuda.matmul
+_REDUCED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+def _is_reduced(backend: Any) -> bool:
+    """Whether float32 products of a backend are made in another precision; "none" means: as the next setting says."""
+    chain = (backend.matmul, backend, torch.backends)
+    found = (getattr(setting, "fp32_precision", "none") for setting in chain)
+    return next((precision for precision in found if precision != "none"), "none") not in ("none", "ieee")
+
+
+class _Settings:
+    """Settings of the process that calls want changed; the last of them to leave restores what was before.
+
+    Args:
+        changes: owner, name and wanted value of each setting that is another now.
+    """
+
+    def __init__(self, changes: Callable[[], list[tuple[Any, str, Any]]]) -> None:
+        self._changes, self._lock, self._calls = changes, threading.Lock(), 0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._calls == 0:
+                changes = self._changes()
+                self._before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+                for owner, name, value in changes:
+                    setattr(owner, name, value)
+            self._calls += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            if self._calls == 0:
+                for owner, name, value in self._before:
+                    setattr(owner, name, value)
+
+
+_FULL_FLOAT32 = _Settings(
+    lambda: [(backend.matmul, "fp32_precision", "ieee") for backend in _BACKENDS if _is_reduced(backend)]
+)
+_FLOAT32_SUMS = _Settings(lambda: [(_CUDA, name, False) for name in _REDUCED_SUMS if getattr(_CUDA, name)])
