@@ -19,7 +19,13 @@ from typing import Any
 
 import pytest
 
-from loss_core import LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core import (
+    ChunkedCEConfig,
+    FusedLinearCEConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
 
 FLAG = "torch:triton"
 # One process of pytest-xdist takes all cells, so that no other waits for their results.
@@ -39,13 +45,13 @@ def patch_once() -> None:
     """Let Triton's interpreter patch triton.language once for each launch of a kernel.
 
     It replaces the built-in functions of its modules at each call of a jitted function, also within a kernel, and looks
-    for them among all members each time (seen in Triton 3.9): four fifths of what a call takes. Another version is left
-    as it is.
+    for them among all members each time (seen in Triton 3.9): four fifths of what a call takes. Of the rest a tenth is
+    a table of dtypes that it makes at each operation. Another version is left as it is.
     """
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    needed = ("_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope", "tl")
+    needed = ("_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope", "_get_np_dtype", "tl")
     if not all(hasattr(interpreter, name) for name in needed):
         return
 
@@ -65,6 +71,15 @@ def patch_once() -> None:
         patched = not any(is_builtin(module.load) for module in (interpreter.tl, interpreter.tl.core))
         return interpreter._LangPatchScope() if patched else patch_lang(fn)
 
+    get_np_dtype = interpreter._get_np_dtype
+    of_scalar = functools.cache(get_np_dtype)
+
+    def get_np_dtype_once(dtype: Any) -> Any:
+        dtype = dtype.element_ty if isinstance(dtype, interpreter.tl.block_type) else dtype
+        # Types of pointers have no hash.
+        return get_np_dtype(dtype) if isinstance(dtype, interpreter.tl.pointer_type) else of_scalar(dtype)
+
+    interpreter._get_np_dtype = get_np_dtype_once
     interpreter._patch_builtin = patch_builtin
     interpreter._patch_lang = patch_lang_once
 
@@ -114,9 +129,9 @@ def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """Tests that a process does not run.
 
-    A call takes the interpreter some tenths of a second: of each test it runs one cell for each config that the kernels
-    can tell apart, the first, whatever the other parameters. In the interpreter's process, only what the session wants
-    is run.
+    A call takes the interpreter some tenths of a second: of each test it runs one cell for each loss, the first,
+    whatever its options and the other parameters. The cells of test_matrix.py have every option, and those of
+    torch:eager every one of these tests. In the interpreter's process, only what the session wants is run.
     """
     if _WANTED in os.environ:
         wanted = set(json.loads(Path(os.environ[_WANTED]).read_text()))
@@ -124,7 +139,7 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     seen, left = set(), set()
     for item in filter(is_interpreted, items):
         parameters = item.callspec.params
-        cell_of = _for_kernels(parameters["config"]) if "config" in parameters else item.nodeid
+        cell_of = _autograd_of(parameters["config"]) if "config" in parameters else item.nodeid
         key = (item.nodeid.partition("[")[0], cell_of)
         if key in seen:
             left.add(item)
@@ -132,14 +147,13 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     return left
 
 
-def _for_kernels(config: LossConfig) -> str:
-    """What is left of a config where kernels are called.
+def _autograd_of(config: LossConfig) -> type[LossConfig]:
+    """Class of the loss that has the same autograd function, whatever the options.
 
-    A mean is the visit of a sum with other coefficients; TEParallelCrossEntropy is MaskedCrossEntropy less a field.
+    TEParallelCrossEntropy is MaskedCrossEntropy less a field, ChunkedCrossEntropy FusedLinearCrossEntropy with a bound.
     """
-    if isinstance(config, TEParallelCEConfig):
-        config = MaskedCrossEntropyConfig(**vars(config))
-    return repr(config).replace("reduction='mean'", "reduction='sum'")
+    same = {TEParallelCEConfig: MaskedCrossEntropyConfig, ChunkedCEConfig: FusedLinearCEConfig}
+    return same.get(type(config), type(config))
 
 
 def store(nodeid: str, report: Any) -> None:
