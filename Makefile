@@ -49,8 +49,8 @@ setup-integrations: ## create .venv-integrations, with the libraries that the ad
 	  INSTALL="--editable .[integrations] --constraint constraints.txt"
 
 test-integrations: setup-integrations ## the adapters beside their libraries
-	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/on_torch/integrations tests/on_jax/integrations \
-	  tests/test_docs.py -k 'integrations or recipes'
+	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup \
+	  tests/on_torch/integrations tests/on_jax/integrations tests/test_docs.py -k 'integrations or recipes'
 
 test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
 	@$(MAKE) --no-print-directory setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] $(call oldest,jax) $(TOOLS)"
