@@ -40,7 +40,7 @@ def example(folder: Path, name: str, *options: str) -> subprocess.CompletedProce
 # Held-out text is most of what a short run takes.
 LESS_TEXT = """
 import runpy, sys, byte_lm
-byte_lm.MAX_BYTES = 100_000
+byte_lm.MAX_BYTES = 30_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -138,7 +138,7 @@ def test_demo_fails_when_a_backend_is_wrong(tmp_path):
     broken = f"""
 import runpy, sys
 import torch, byte_lm, loss_core_bridge
-byte_lm.MAX_BYTES = 100_000
+byte_lm.MAX_BYTES = 30_000
 build = loss_core_bridge.build_torch_loss
 class Off(torch.nn.Module):
     def __init__(self, loss):

@@ -51,8 +51,8 @@ class Cases:
             return [] if even else [_captured(loss, self.inputs)]
         if self.first is not None or (even and self.shape is not None):
             return []
-        cases = named_cases(loss, shape=EVEN_SHAPE if even else self.shape)
-        return [case for case in cases if self.only is None or case.name in self.only]
+        only = None if self.only is None else tuple(self.only)
+        return named_cases(loss, shape=EVEN_SHAPE if even else self.shape, only=only)
 
     def random(self, loss: str | LossConfig) -> Iterator[Case]:
         """The random cases, drawn as they are needed."""

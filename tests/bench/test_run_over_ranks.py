@@ -39,7 +39,7 @@ def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_it
     monkeypatch.syspath_prepend(str(tmp_path))
     __import__("deadly")
     try:
-        report = bench(["FusedLinearCrossEntropy", "Dies"], ["torch:eager"], shapes=[(40, 301, 16)], tp=2, rounds=2,
+        report = bench(["FusedLinearCrossEntropy", "Dies"], ["torch:eager"], shapes=[(40, 301, 16)], tp=2, rounds=1,
                        threads=2, imports=["deadly"], baselines=["compiled-torch", "torch-linear-ce"])  # fmt: skip
     finally:
         unregister_loss("Dies")
@@ -50,8 +50,8 @@ def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_it
     assert "not counted: what the ranks tell each other, at least 3 numbers per token" in roofline.note
     assert ours.error == ""
     assert ours.error_ratio <= 1
-    assert len(ours.rounds) == 2
-    assert ours.calls >= 2
+    assert len(ours.rounds) == 1
+    assert ours.calls >= 1
     assert report.settings["tp"] == 2
     assert dead.error.startswith("rank 1 of 2: its process was ended by SIGKILL")
     assert dead.seconds is None

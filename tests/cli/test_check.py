@@ -88,7 +88,6 @@ def test_a_long_reproduce_line_is_one_line_in_a_pipe(forgetful, tmp_path):
     line = next(line for line in result.stdout.splitlines() if "loss-core check" in line).strip()
     assert len(line) > 120
     assert line.endswith("--case basic --import forgetful_loss")
-    assert spawn(*shlex.split(line)[1:], cwd=tmp_path).returncode == 1
     table = [row for row in result.stdout.splitlines() if row.startswith(("ok ", "FAIL ", "   flag"))]
     assert table
     assert max(map(len, table)) <= 80

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from helpers.command import run, spawn
+from helpers.command import run
 
 QUICK = ("--dtype", "float32", "--case", "basic", "--case", "none")
 
@@ -68,8 +68,8 @@ def test_a_broken_clause_exits_1_and_its_command_reproduces_it(losses):
     assert line == (
         "loss-core check --implementation judged:doubled --config MaskedCrossEntropy --dtype float32 --case basic"
     )
-    again = spawn(*shlex.split(line)[1:], cwd=losses)
-    assert again.returncode == 1, again.stderr
+    again = run(*shlex.split(line)[1:])
+    assert again.exit_code == 1, again.stderr
     assert "BROKEN judged:doubled, MaskedCrossEntropy, values" in again.stdout
     page = (losses / "page.html").read_text()
     assert '<td class="broken">BROKEN</td>' in page

@@ -19,7 +19,13 @@ from typing import Any
 
 import pytest
 
-from loss_core import LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core import (
+    ChunkedCEConfig,
+    FusedLinearCEConfig,
+    LossConfig,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
 
 FLAG = "torch:triton"
 # One process of pytest-xdist takes all cells, so that no other waits for their results.
@@ -114,9 +120,9 @@ def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """Tests that a process does not run.
 
-    A call takes the interpreter some tenths of a second: of each test it runs one cell for each config that the kernels
-    can tell apart, the first, whatever the other parameters. In the interpreter's process, only what the session wants
-    is run.
+    A call takes the interpreter some tenths of a second: of each test it runs one cell for each loss, the first,
+    whatever its options and the other parameters. The cells of test_matrix.py have every option, and those of
+    torch:eager every one of these tests. In the interpreter's process, only what the session wants is run.
     """
     if _WANTED in os.environ:
         wanted = set(json.loads(Path(os.environ[_WANTED]).read_text()))
@@ -124,7 +130,7 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     seen, left = set(), set()
     for item in filter(is_interpreted, items):
         parameters = item.callspec.params
-        cell_of = _for_kernels(parameters["config"]) if "config" in parameters else item.nodeid
+        cell_of = _autograd_of(parameters["config"]) if "config" in parameters else item.nodeid
         key = (item.nodeid.partition("[")[0], cell_of)
         if key in seen:
             left.add(item)
@@ -132,14 +138,13 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     return left
 
 
-def _for_kernels(config: LossConfig) -> str:
-    """What is left of a config where kernels are called.
+def _autograd_of(config: LossConfig) -> type[LossConfig]:
+    """Class of the loss that has the same autograd function, whatever the options.
 
-    A mean is the visit of a sum with other coefficients; TEParallelCrossEntropy is MaskedCrossEntropy less a field.
+    TEParallelCrossEntropy is MaskedCrossEntropy less a field, ChunkedCrossEntropy FusedLinearCrossEntropy with a bound.
     """
-    if isinstance(config, TEParallelCEConfig):
-        config = MaskedCrossEntropyConfig(**vars(config))
-    return repr(config).replace("reduction='mean'", "reduction='sum'")
+    same = {TEParallelCEConfig: MaskedCrossEntropyConfig, ChunkedCEConfig: FusedLinearCEConfig}
+    return same.get(type(config), type(config))
 
 
 def store(nodeid: str, report: Any) -> None:

@@ -3,8 +3,8 @@
 A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
 
 Each case has half of the dtypes, in turn, and one of them where it takes long; the rest is marked slow. `make check`,
-which CI runs as well, has every loss and case in float32, and torch's in bfloat16; flags that compile have the others
-here, so that each of their cells is computed once. Triton's kernels, of which `make check` has none without a GPU, have
+which CI runs as well, has every loss and case in float32, and in bfloat16 on the flags of torch that do not compile;
+those that compile have the other dtypes here. Triton's kernels, of which `make check` has none without a GPU, have
 float32 and bfloat16 here.
 """
 
@@ -22,7 +22,7 @@ from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL, all_flags, flag_sta
 from loss_core.losses.cases.drawing import named_cases
 
 INTERPRETED = ("float32", "bfloat16")
-COMPILED = {"torch": ("float16", "float64"), "jax": ("bfloat16", "float16", "float64")}
+COMPILED = {"torch": ("bfloat16", "float16", "float64"), "jax": ("bfloat16", "float16", "float64")}
 
 
 def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:

@@ -487,8 +487,7 @@ print("sharded ok")
 def test_under_shard_map_the_gradient_of_a_replicated_weight_is_summed() -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "backends")])
-    # As in conftest.py, LLVM does not optimise.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "sharded ok", done.stderr[-3000:]

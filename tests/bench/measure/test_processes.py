@@ -37,6 +37,14 @@ def torch_ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def torch_process(tmp_path_factory):
+    """One process that holds everything whole."""
+    processes = started("torch", 1, tmp_path_factory.mktemp("whole"))
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
 def jax_devices(tmp_path_factory):
     """One process with two devices."""
     processes = started("jax", 2, tmp_path_factory.mktemp("jax"))
@@ -117,13 +125,12 @@ def test_an_error_on_every_rank_is_raised_and_the_ranks_go_on(torch_ranks):
     assert len(torch_ranks.times(0.0, 1)) == 1
 
 
-def test_a_call_before_its_setup_and_a_module_that_is_missing_are_told(tmp_path):
-    processes = started("torch", 1, tmp_path)
-    try:
-        with pytest.raises(RequestFailed, match="AssertionError: setup comes first"):
-            processes.drop()
-    finally:
-        processes.stop()
+def test_a_call_before_its_setup_and_a_module_that_is_missing_are_told(torch_process, tmp_path):
+    # Of a setup that fails, nothing is left.
+    with pytest.raises(RequestFailed, match=r"^KeyError"):
+        torch_process.setup(job("cross_entropy", 300), BASELINE, "nobody")
+    with pytest.raises(RequestFailed, match="AssertionError: setup comes first"):
+        torch_process.drop()
     absent = Processes("jax", 1, 1, "cpu", ["no_such_module"], tmp_path, limit=120)
     with pytest.raises(BackendUnavailable, match="no_such_module"):
         absent.started(180)
@@ -139,17 +146,13 @@ def test_too_few_devices_are_told():
         importlib.import_module("loss_core_bench.jax_runner").join(0, 99, "", "cpu")
 
 
-def test_memory_is_that_of_the_gradient_and_more(tmp_path):
+def test_memory_is_that_of_the_gradient_and_more(torch_process):
     # 16 MiB of logits: the gradient takes as much, and a plain implementation a multiple of it.
     call = Job(MaskedCrossEntropyConfig(reduction="mean").to_dict(), (512, 8192), "float32")
     size = 512 * 8192 * 4
-    processes = started("torch", 1, tmp_path)
-    try:
-        for name, kind, least in (("torch:eager", FLAG, 0.9), ("torch:plain", FLAG, 1.9)):
-            processes.setup(call, kind, name)
-            assert size * least <= processes.prepare()[0].peak <= size * 6, name
-    finally:
-        processes.stop()
+    for name, kind, least in (("torch:eager", FLAG, 0.9), ("torch:plain", FLAG, 1.9)):
+        torch_process.setup(call, kind, name)
+        assert size * least <= torch_process.prepare()[0].peak <= size * 6, name
 
 
 def test_a_call_is_as_slow_as_its_slowest_rank():
