@@ -19,11 +19,19 @@ from torch.autograd import Function
 from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put, scaled
+from loss_core_torch.autograd.linear_source import (
+    Given,
+    Source,
+    gathered,
+    grads_from_terms,
+    input_grads,
+    keep_for_backward,
+    logits_once,
+    scaled,
+)
 from loss_core_torch.kernels import KernelSet, Wanted
-from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
-from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.reduction import weighted_sum
 from loss_core_torch.second_derivative import once_differentiable
 
 
@@ -68,10 +76,11 @@ class LinearCrossEntropy(Function):
         call: Call,
     ) -> tuple[Tensor, ...]:
         whole = gathered(hidden, call.source)
-        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, bias_V=bias_V)
+        given = Given(whole, w_VH, bias_V, labels_T, keep_T, places_N)
+        linear = given.linear(call.source)
         made: list[Tensor] = []
         if coef_T is not None and call.source.group is None and any(call.want):
-            coef_N = coef_T if places_N is None else coef_T[places_N]
+            coef_N = given.of_rows(coef_T)
             terms, grads = operators.linear_terms_and_grads(call.kernels, linear, coef_N, call.objective, call.want)
             made = list(grads)
         else:
@@ -80,49 +89,34 @@ class LinearCrossEntropy(Function):
             made = [logits] if logits.numel() else []
         if call.source.group is not None:
             terms = collectives.fold(terms, call.source.group)
-        loss_N = cross_entropy(torch, terms, call.objective)
-        loss_T = zero_where_ignored(put(loss_N, places_N, labels_T.numel()), keep_T)
+        loss_T = given.of_tokens(cross_entropy(torch, terms, call.objective))
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
-        metrics = token_metrics(torch, terms, call.objective, call.metrics)
-        metrics = [zero_where_ignored(put(x_N, places_N, labels_T.numel()), keep_T) for x_N in metrics]
-        return result, loss_T, *terms[:3], *([] if whole is hidden else [whole]), *made, *metrics
+        metrics = [given.of_tokens(x_N) for x_N in token_metrics(torch, terms, call.objective, call.metrics)]
+        return result, loss_T, *terms[:3], *made, *([] if whole is hidden else [whole]), *metrics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, *tensors, ctx.call = inputs
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        ctx.mark_non_differentiable(*output[1:])
-        # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
-        ctx.set_materialize_grads(False)
-        rest = list(output[1 : len(output) - len(ctx.call.metrics)])
-        whole = hidden if ctx.call.source.sequence_dim is None else rest.pop(4)
-        ctx.save_for_backward(whole, *tensors, *rest)
-        ctx.spent = False
+        keep_for_backward(ctx, inputs, output, metrics=len(inputs[-1].metrics))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
         whole, w_VH, bias_V, labels_T, keep_T, places_N, coef_T, loss_T, m_T, s_T, t_T, *made = ctx.saved_tensors
-        want = Wanted(*ctx.needs_input_grad[:3])
-        fresh, ctx.spent = made and not ctx.spent, True
+        given, want = Given(whole, w_VH, bias_V, labels_T, keep_T, places_N), Wanted(*ctx.needs_input_grad[:3])
         with torch.no_grad():
-            if fresh and call.source.group is None:
-                coef_N = coef_T if places_N is None else coef_T[places_N]
-                found = scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
+            if made and call.source.group is None and not ctx.spent:
+                ctx.spent = True
+                found = scaled(call.kernels, made, upstream, given.of_rows(coef_T), w_VH.dtype)
+                head = (w_VH, bias_V)
+                by_inputs = input_grads(found, want, head, keep_T, places_N, ctx.shape, ctx.dtype, call.source)
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
-                upstream_N = upstream_T if places_N is None else upstream_T[places_N]
-                # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-                logits = made[0].data if fresh else m_T.new_empty(0)
-                linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, bias_V=bias_V)
                 terms = RowTerms(m_T, s_T, t_T)
-                coefficients = cross_entropy_coefficients(torch, terms, upstream_N, call.objective)
-                if keep_T is not None and places_N is None:
-                    # Nothing of an ignored token, even where the weight has made its logits NaN.
-                    coefficients = kept_coefficients(coefficients, keep_T)
-                found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, logits)
-            by_inputs = input_grads(found, want, (w_VH, bias_V), keep_T, places_N, ctx.shape, ctx.dtype, call.source)
+                coefficients = cross_entropy_coefficients(torch, terms, given.of_rows(upstream_T), call.objective)
+                kept = made and call.source.group is not None
+                logits = logits_once(ctx, made[0]) if kept else m_T.new_empty(0)
+                by_inputs = grads_from_terms(ctx, given, want, terms, coefficients, logits)
             by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
         sources = (whole, w_VH, bias_V, coef_T, upstream)
         refusing = (once_differentiable(x, *sources) for x in by_inputs)

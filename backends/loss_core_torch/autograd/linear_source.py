@@ -11,8 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loss_core.row_terms import Coefficients, RowTerms
+from loss_core_torch import operators
 from loss_core_torch.kernels import KernelSet, Linear, LinearGrads, Wanted
+from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
+from loss_core_torch.reduction import zero_where_ignored
 from loss_core_torch.tracing import is_traced, may_read
 
 
@@ -52,25 +56,78 @@ def token_rows(whole: Tensor, keep_T: Tensor | None, places_N: Tensor | None) ->
     return h_TH if keep_T is None else h_TH.masked_fill(~keep_T[:, None], 0.0)
 
 
-def operands(
-    whole: Tensor,
-    w_VH: Tensor,
-    labels_T: Tensor,
-    keep_T: Tensor | None,
-    places_N: Tensor | None,
-    source: Source,
-    inverse_T: Tensor | None = None,
-    bias_V: Tensor | None = None,
-) -> Linear:
-    """The operands of the products, without ignored tokens or with zeros for them."""
-    h_TH = token_rows(whole, keep_T, places_N)
-    if places_N is not None:
-        labels_T = labels_T.index_select(0, places_N)
-        inverse_T = None if inverse_T is None else inverse_T.index_select(0, places_N)
-    return Linear(
-        h_TH, w_VH, labels_T, source.vocab_start, source.softcap, source.product_dtype, inverse_T, bias_V,
-        source.block_tokens,
-    )  # fmt: skip
+class Given(NamedTuple):
+    """The tensors of a call.
+
+    Attributes:
+        whole: hidden states of the whole sequence [..., H]; w_VH, bias_V: the head.
+        labels_T: [T] or [T, K]; keep_T: as in `Rows`.
+        places_N: the tokens that take part in products, or None for all, ignored ones as zeros.
+        inverse_T: inverse temperatures, or None.
+    """
+
+    whole: Tensor
+    w_VH: Tensor
+    bias_V: Tensor | None
+    labels_T: Tensor
+    keep_T: Tensor | None
+    places_N: Tensor | None
+    inverse_T: Tensor | None = None
+
+    def of_rows(self, x_T: Tensor) -> Tensor:
+        """Numbers of the tokens in products."""
+        return x_T if self.places_N is None else x_T[self.places_N]
+
+    def of_tokens(self, x_N: Tensor) -> Tensor:
+        """Numbers of all tokens from those in products; 0 for ignored ones."""
+        return zero_where_ignored(put(x_N, self.places_N, len(self.labels_T)), self.keep_T)
+
+    def linear(self, source: Source) -> Linear:
+        """The operands of the products, without ignored tokens or with zeros for them."""
+        h_TH = token_rows(self.whole, self.keep_T, self.places_N)
+        inverse_N = None if self.inverse_T is None else self.of_rows(self.inverse_T)
+        return Linear(
+            h_TH, self.w_VH, self.of_rows(self.labels_T), source.vocab_start, source.softcap, source.product_dtype,
+            inverse_N, self.bias_V, source.block_tokens,
+        )  # fmt: skip
+
+
+def keep_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], results: int = 1, metrics: int = 0
+) -> None:
+    """The `setup_context` of a function of hidden states, other tensors and its call.
+
+    Args:
+        output: results, then what waits for the backward, of which the gathered hidden states are last, then metrics.
+    """
+    hidden, *tensors, ctx.call = inputs
+    ctx.shape, ctx.dtype, ctx.spent = hidden.shape, hidden.dtype, False
+    ctx.mark_non_differentiable(*output[results:])
+    # Else autograd makes zeros of the weight's size for the outputs that have no gradient.
+    ctx.set_materialize_grads(False)
+    waiting = list(output[results : len(output) - metrics])
+    whole = hidden if ctx.call.source.sequence_dim is None else waiting.pop()
+    ctx.save_for_backward(whole, *tensors, *waiting)
+
+
+def logits_once(ctx: Any, logits: Tensor) -> Tensor:
+    """The logits that the forward has kept, for the first backward, which overwrites them; empty for another."""
+    fresh, ctx.spent = not ctx.spent, True
+    # `data`: the saved tensor's version must stay, for a second backward to get at the others.
+    return logits.data if fresh else logits.new_empty(0)
+
+
+def grads_from_terms(
+    ctx: Any, given: Given, want: Wanted, terms: RowTerms, coefficients: Coefficients, logits: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden states, weight and bias, from terms and coefficients of the tokens in products."""
+    if given.keep_T is not None and given.places_N is None:
+        # Nothing of an ignored token, even where the weight has made its logits NaN.
+        coefficients = kept_coefficients(coefficients, given.keep_T)
+    call, linear = ctx.call, given.linear(ctx.call.source)
+    found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, logits)
+    head = (given.w_VH, given.bias_V)
+    return input_grads(found, want, head, given.keep_T, given.places_N, ctx.shape, ctx.dtype, call.source)
 
 
 def put(x_N: Tensor, places_N: Tensor | None, num_tokens: int) -> Tensor:

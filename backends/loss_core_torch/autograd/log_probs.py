@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,15 @@ from loss_core.row_terms import (
 )
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
+from loss_core_torch.autograd.linear_source import (
+    Given,
+    Source,
+    gathered,
+    grads_from_terms,
+    keep_for_backward,
+    logits_once,
+)
 from loss_core_torch.kernels import KernelSet, Rows, Wanted
-from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -78,7 +85,7 @@ class LogProbabilities(Function):
         terms = operators.row_terms(call.kernels, rows, Sums(e=call.entropy))
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
-        return *_results(terms, keep_T), *_saved(terms)
+        return *_results(terms, lambda x_T: zero_where_ignored(x_T, keep_T)), *_saved(terms)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,55 +124,38 @@ class LinearLogProbabilities(Function):
         call: LinearCall,
     ) -> tuple[Tensor, ...]:
         whole = gathered(hidden, call.source)
-        linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T, bias_V)
+        given = Given(whole, w_VH, bias_V, labels_T, keep_T, places_N, inverse_T)
         keep_logits = call.source.group is not None and any(call.want)
-        terms, logits = operators.linear_terms(call.kernels, linear, Sums(e=call.entropy), keep_logits)
+        sums = Sums(e=call.entropy)
+        terms, logits = operators.linear_terms(call.kernels, given.linear(call.source), sums, keep_logits)
         if call.source.group is not None:
             terms = collectives.fold(terms, call.source.group)
-        results = _results(terms, keep_T, places_N, labels_T.numel())
+        results = _results(terms, given.of_tokens)
         return *results, *_saved(terms), logits, *([] if whole is hidden else [whole])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, *tensors, ctx.call = inputs
-        ctx.shape, ctx.dtype, ctx.spent = hidden.shape, hidden.dtype, False
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-        whole = hidden if ctx.call.source.sequence_dim is None else output[7]
-        ctx.save_for_backward(whole, *tensors, *output[2:7])
+        keep_for_backward(ctx, inputs, output, results=2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        whole, w_VH, bias_V, labels_T, keep_T, places_N, inverse_T, *saved, logits = ctx.saved_tensors
-        call, want = ctx.call, Wanted(*ctx.needs_input_grad[:3])
-        fresh, ctx.spent = not ctx.spent, True
+        *tensors, m_T, s_T, t_T, e_T, logits = ctx.saved_tensors
+        given, want, terms = Given(*tensors), Wanted(*ctx.needs_input_grad[:3]), _terms([m_T, s_T, t_T, e_T])
         with torch.no_grad():
-            terms = _terms(saved)
-            given = [x_T if x_T is None or places_N is None else x_T[places_N] for x_T in grads[:2]]
-            coefficients = _coefficients(terms, given)
-            if keep_T is not None and places_N is None:
-                # Nothing of an ignored token, even where the weight has made its logits NaN.
-                coefficients = kept_coefficients(coefficients, keep_T)
-            linear = operands(whole, w_VH, labels_T, keep_T, places_N, call.source, inverse_T, bias_V)
-            # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-            kept = logits.data if fresh else logits.new_empty(0)
-            found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, kept)
-            by_inputs = input_grads(found, want, (w_VH, bias_V), keep_T, places_N, ctx.shape, ctx.dtype, call.source)
-        refusing = (once_differentiable(x, whole, w_VH, bias_V, *grads[:2]) for x in by_inputs)
+            coefficients = _coefficients(terms, [None if x_T is None else given.of_rows(x_T) for x_T in grads[:2]])
+            by_inputs = grads_from_terms(ctx, given, want, terms, coefficients, logits_once(ctx, logits))
+        refusing = (once_differentiable(x, given.whole, given.w_VH, given.bias_V, *grads[:2]) for x in by_inputs)
         return *refusing, None, None, None, None, None
 
 
-def _results(
-    terms: RowTerms, keep_T: Tensor | None, places_N: Tensor | None = None, num_tokens: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, and entropies or nothing, of all tokens; 0 for ignored ones.
+def _results(terms: RowTerms, of_tokens: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and entropies or nothing, of all tokens.
 
     Args:
-        places_N: of the rows among num_tokens tokens; None: rows are tokens.
+        of_tokens: numbers of all tokens from those of the rows; 0 for ignored ones.
     """
-    found = [log_probability(torch, terms), *([] if terms.e is None else [entropy(torch, terms)])]
-    logprobs_T, *entropies = (zero_where_ignored(put(x_N, places_N, num_tokens), keep_T) for x_N in found)
-    return logprobs_T, entropies[0] if entropies else terms.s.new_empty(0)
+    entropies = terms.s.new_empty(0) if terms.e is None else of_tokens(entropy(torch, terms))
+    return of_tokens(log_probability(torch, terms)), entropies
 
 
 def _saved(terms: RowTerms) -> tuple[Tensor, ...]:

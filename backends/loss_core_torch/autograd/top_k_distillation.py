@@ -20,9 +20,16 @@ from loss_core.row_terms import (
 )
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream, gradient_of_sum, made_with_terms
-from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, operands, put
+from loss_core_torch.autograd.linear_source import (
+    Given,
+    Source,
+    gathered,
+    grads_from_terms,
+    keep_for_backward,
+    logits_once,
+    put,
+)
 from loss_core_torch.kernels import KernelSet, Rows, Wanted
-from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -138,43 +145,29 @@ class LinearTopKDistillation(Function):
         call: LinearCall,
     ) -> tuple[Tensor, ...]:
         whole = gathered(hidden, call.source)
-        linear = operands(whole, w_VH, labels_TK, keep_T, places_N, call.source, inverse_T, bias_V)
+        given = Given(whole, w_VH, bias_V, labels_TK, keep_T, places_N, inverse_T)
         keep_logits = call.source.group is not None and any(call.want)
-        terms, logits = operators.linear_terms(call.kernels, linear, Sums(), keep_logits)
+        terms, logits = operators.linear_terms(call.kernels, given.linear(call.source), Sums(), keep_logits)
         if call.source.group is not None:
             terms = collectives.fold(terms, call.source.group)
-        loss_N = top_k_distillation(torch, terms, TopK(_of_rows(log_p_TK, places_N), call.tail))
-        loss_T = zero_where_ignored(put(loss_N, places_N, len(labels_TK)), keep_T)
+        loss_T = given.of_tokens(top_k_distillation(torch, terms, TopK(given.of_rows(log_p_TK), call.tail)))
         return loss_T, *terms[:3], logits, *([] if whole is hidden else [whole])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        hidden, *tensors, ctx.call = inputs
-        ctx.shape, ctx.dtype, ctx.spent = hidden.shape, hidden.dtype, False
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        whole = hidden if ctx.call.source.sequence_dim is None else output[5]
-        ctx.save_for_backward(whole, *tensors, *output[1:5])
+        keep_for_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
         whole, w_VH, bias_V, labels_TK, log_p_TK, keep_T, places_N, inverse_T, *saved, logits = ctx.saved_tensors
+        given = Given(whole, w_VH, bias_V, labels_TK, keep_T, places_N, inverse_T)
         want, terms = Wanted(*ctx.needs_input_grad[:3]), RowTerms(*saved)
-        fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
-            upstream_N = _of_rows(upstream.to(terms.s.dtype), places_N)
-            teacher = TopK(_of_rows(log_p_TK, places_N), call.tail)
+            upstream_N, teacher = given.of_rows(upstream.to(terms.s.dtype)), TopK(given.of_rows(log_p_TK), call.tail)
             coefficients = top_k_coefficients(torch, terms, upstream_N, teacher)
-            if keep_T is not None and places_N is None:
-                # Nothing of an ignored token, even where the weight has made its logits NaN.
-                coefficients = kept_coefficients(coefficients, keep_T)
-            linear = operands(whole, w_VH, labels_TK, keep_T, places_N, call.source, inverse_T, bias_V)
-            # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-            kept = logits.data if fresh else logits.new_empty(0)
-            found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, kept)
-            by_inputs = input_grads(found, want, (w_VH, bias_V), keep_T, places_N, ctx.shape, ctx.dtype, call.source)
+            by_inputs = grads_from_terms(ctx, given, want, terms, coefficients, logits_once(ctx, logits))
             by_log_p = None
             if ctx.needs_input_grad[4]:
                 of_rows = teacher_grad(terms, teacher, upstream_N, keep_T if places_N is None else None)
@@ -182,11 +175,6 @@ class LinearTopKDistillation(Function):
         sources = (whole, w_VH, bias_V, log_p_TK, upstream)
         *refusing, by_log_p = (once_differentiable(x, *sources) for x in (*by_inputs, by_log_p))
         return *refusing, None, by_log_p, None, None, None, None
-
-
-def _of_rows(x_T: Tensor, places_N: Tensor | None) -> Tensor:
-    """Numbers of the tokens in products."""
-    return x_T if places_N is None else x_T[places_N]
 
 
 def teacher_grad(terms: RowTerms, teacher: TopK, upstream_T: Tensor, keep_T: Tensor | None) -> Tensor:

@@ -144,7 +144,8 @@ class KernelSet(Protocol):
         Of the sum of coef * KL; with beta: coef * p * (log(p / M) - kl) for the distribution p of these logits.
 
         Args:
-            factor, out: as of `row_grad`.
+            factor: as of `row_grad`.
+            out: as of `row_grad`.
         """
         ...
 

@@ -18,7 +18,7 @@ from loss_core_torch import compat
 from loss_core_torch import kernels as kernel_sets
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import KernelSet, WholeLosses
-from loss_core_torch.tracing import is_traced
+from loss_core_torch.tracing import is_traced, is_transformed
 
 Kernels = KernelSet | WholeLosses
 
@@ -164,6 +164,29 @@ def _outside_of_graphs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 def is_whole(tp_group: Any, *tensors: Any) -> bool:
     """Whether a call concerns this process alone: no group, no DTensors."""
     return tp_group is None and not any(hasattr(x, "full_tensor") for x in tensors)
+
+
+def has_known_factors(
+    tokens: Tokens, group: Any, token_groups: tuple[Any, ...], logits: Tensor, *others: Tensor
+) -> bool:
+    """Whether the factor of each token in a sum or mean is known before its loss: then gradients can be made with it.
+
+    Args:
+        group: over which the vocabulary is sharded, or None.
+        token_groups: over which the tokens are.
+        others: floating arguments beside the logits.
+    """
+    weights_T = tokens.weights_T
+    return (
+        group is None
+        and not token_groups
+        and torch.is_grad_enabled()
+        and logits.requires_grad
+        # Their gradient is the loss of each token, which may be differentiated again.
+        and not (weights_T is not None and weights_T.requires_grad)
+        # A traced graph can neither hand a buffer over nor be told to compute again.
+        and not is_transformed(logits, *others)
+    )
 
 
 def cast(loss: Tensor, fp32_upcast: bool, like: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loss_core import BackendUnavailable, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
@@ -17,9 +16,8 @@ from loss_core_torch.autograd.cross_entropy import Call, CrossEntropy
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import KernelSet, Rows, WholeLosses
 from loss_core_torch.metrics import Result
-from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.modules.base import Kernels, LossModule, cast, has_known_factors, is_whole
 from loss_core_torch.reduction import coefficients, reduce_tokens
-from loss_core_torch.tracing import is_transformed
 
 
 class _LogitsCrossEntropy(LossModule):
@@ -174,27 +172,12 @@ class _LogitsCrossEntropy(LossModule):
         overwrite = self.inplace_grad and inplace.applies(logits)
         call = Call(kernels, objective, rows.softcap, rows.vocab_start, group, overwrite, metrics=names)
         coef_T = None
-        if self._sums_itself(logits, tokens, group, token_groups):
+        if self.reduction != "none" and has_known_factors(tokens, group, token_groups, logits):
             call = call._replace(grad_in_forward=not overwrite and kernels.grad_in_forward(logits.device))
             coef_T = coefficients(tokens, self.reduction, logits.dtype)
         loss, *rest = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)
         found = rest[len(rest) - len(names) :]
         return (reduce_tokens(loss, tokens, self.reduction, token_groups) if coef_T is None else loss), found
-
-    def _sums_itself(self, logits: Tensor, tokens: Tokens, group: Any, token_groups: tuple[Any, ...]) -> bool:
-        """Whether the factor of each token in the result is known before its loss, so that gradients can be made."""
-        weights_T = tokens.weights_T
-        return (
-            self.reduction != "none"
-            and group is None
-            and not token_groups
-            and torch.is_grad_enabled()
-            and logits.requires_grad
-            # Their gradient is the loss of each token, which may be differentiated again.
-            and not (weights_T is not None and weights_T.requires_grad)
-            # A traced graph can neither hand a buffer over nor be told to compute again.
-            and not is_transformed(logits)
-        )
 
 
 class MaskedCrossEntropy(_LogitsCrossEntropy):

@@ -15,9 +15,9 @@ from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.distillation import Call, Distillation
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Pairs, WholeLosses
-from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.modules.base import Kernels, LossModule, cast, has_known_factors, is_whole
 from loss_core_torch.reduction import coefficients, reduce_tokens
-from loss_core_torch.tracing import compute_dtype, is_transformed
+from loss_core_torch.tracing import compute_dtype
 
 
 class KDLoss(LossModule):
@@ -132,18 +132,7 @@ class KDLoss(LossModule):
             )
         group = None if shards is None else shards.group
         call = Call(kernels, temperature, self.chunk_size, group, beta=beta)
-        weights_T = tokens.weights_T
-        # The factor of each token in the result is known before its divergence, so that gradients can be made.
-        if (
-            shards is None
-            and not token_groups
-            and torch.is_grad_enabled()
-            and student.requires_grad
-            # Their gradient is the loss of each token, which may be differentiated again.
-            and not (weights_T is not None and weights_T.requires_grad)
-            # A traced graph can neither hand a buffer over nor be told to compute again.
-            and not is_transformed(student, teacher)
-        ):
+        if has_known_factors(tokens, group, token_groups, student, teacher):
             coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
             call = call._replace(grad_in_forward=not beta and kernels.grad_in_forward(student.device))
             loss = Distillation.apply(student, teacher, keep_T, coef_T, call)[0]

@@ -16,11 +16,11 @@ from loss_core_torch import compat, inputs, top_k_teacher
 from loss_core_torch.autograd import top_k_distillation as autograd
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Rows, WholeLosses
-from loss_core_torch.modules.base import Kernels, LossModule, cast, is_whole
+from loss_core_torch.modules.base import Kernels, LossModule, cast, has_known_factors, is_whole
 from loss_core_torch.modules.linear import LinearCall, LinearModule
 from loss_core_torch.reduction import coefficients, reduce_tokens
 from loss_core_torch.temperature import inverse_temperature
-from loss_core_torch.tracing import compute_dtype, is_transformed
+from loss_core_torch.tracing import compute_dtype
 
 
 class TopKDistillation(LossModule):
@@ -138,18 +138,7 @@ class TopKDistillation(LossModule):
         start, group = (0, None) if shards is None else (shards.start, shards.group)
         call = autograd.Call(kernels, tail, softcap, start, group)
         args = (student, labels_TK, log_p_TK, tokens.keep_T, inverse_T)
-        weights_T = tokens.weights_T
-        # The factor of each token in the result is known before its loss, so that gradients can be made.
-        if (
-            shards is None
-            and not token_groups
-            and torch.is_grad_enabled()
-            and student.requires_grad
-            # Their gradient is the loss of each token, which may be differentiated again.
-            and not (weights_T is not None and weights_T.requires_grad)
-            # A traced graph can neither hand a buffer over nor be told to compute again.
-            and not is_transformed(student, log_p_TK)
-        ):
+        if has_known_factors(tokens, group, token_groups, student, log_p_TK):
             coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
             call = call._replace(grad_in_forward=kernels.grad_in_forward(student.device))
             loss = autograd.TopKDistillation.apply(*args, coef_T, call)[0]
