@@ -14,7 +14,8 @@ from loss_core.dispatch.protocol import Evaluation
 from loss_core_jax import compat
 from loss_core_jax.kernels import kernels_in
 
-_MOST_PROGRAMS = 1000
+# More than what the kinds of random cases need of all losses and dtypes, some 1,600: else each would be compiled anew.
+_MOST_PROGRAMS = 2500
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.NonConcreteBooleanIndexError,
 )  # fmt: skip
