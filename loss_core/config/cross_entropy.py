@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from loss_core.field_checks import check_fields, check_metrics
 from loss_core.loss_config import LossConfig
@@ -141,7 +141,7 @@ class ChunkedCEConfig(LossConfig):
     reduction: str = "sum"
 
     # No field: what its definition asks for and this loss does not have.
-    logit_softcapping = 0.0
+    logit_softcapping: ClassVar[float] = 0.0
 
     def validate(self) -> None:
         check_fields(self, "chunk_len", "compile", "ignore_index", "reduction")

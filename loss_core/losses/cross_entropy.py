@@ -29,7 +29,17 @@ from loss_core.losses.bounds.rounding import (
     through_softcap,
     zero_where_ignored,
 )
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, MASK, Argument, Arrays, Floats, LossDef
+from loss_core.losses.definition import (
+    LABELS,
+    LOSS_WEIGHTS,
+    MASK,
+    Argument,
+    Arrays,
+    Floats,
+    LossDef,
+    Oracle,
+    RandomFields,
+)
 from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
@@ -90,7 +100,7 @@ def reduction_of(config: Any, arrays: Arrays) -> Reduction:
     )
 
 
-def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | None], TokenResult]:
+def over_logits(token_loss: TokenLoss) -> Oracle[TokenResult]:
     """The oracle of a loss over `logits` and `labels` from its loss per token.
 
     Labels, mask, loss_weights, num_label_tokens, ignore_index, reduction and logit_softcapping mean what they mean for
@@ -113,7 +123,7 @@ def over_logits(token_loss: TokenLoss) -> Callable[[Any, Arrays, NDArray[Any] | 
     return oracle
 
 
-oracle = over_logits(token_cross_entropy)
+oracle: Oracle[TokenResult] = over_logits(token_cross_entropy)
 
 
 def error_bound(
@@ -208,7 +218,7 @@ def _gradient_errors(
 
 COUNT = Argument("num_label_tokens", (), "count", differentiated=False, optional=True, sum_only=True)
 
-RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
+RANDOM_FIELDS: RandomFields = {
     "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
     "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
     "fp32_upcast": lambda rng: bool(rng.random() < 0.7),

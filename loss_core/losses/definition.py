@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from loss_core.registry import DEFINITIONS, config_class_for
 
 Floats = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
+# Config field -> function that draws a value of it.
+RandomFields = Mapping[str, Callable[[np.random.Generator], Any]]
 
 
 # Classes of a teacher per token, as inference engines and files of log-probabilities have them.
@@ -121,6 +123,11 @@ class OracleResult:
         return float(np.sum(np.abs(up * self.loss)))
 
 
+Result = TypeVar("Result", bound=OracleResult)
+# (config, arrays, upstream) -> result.
+Oracle = Callable[[Any, Arrays, NDArray[Any] | None], Result]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What is special about a test case; `loss_core.losses.cases.drawing` turns it into arrays.
@@ -191,11 +198,11 @@ class LossDef:
 
     name: str
     arguments: tuple[Argument, ...]
-    oracle: Callable[[Any, Arrays, NDArray[Any] | None], OracleResult]
+    oracle: Oracle[OracleResult]
     error_bound: Callable[..., dict[str, Floats]] | None = None
     recipes: tuple[Recipe, ...] = ()
     draw: Callable[[LossDef, Sizes, float, np.random.Generator], dict[str, Floats]] = draw_floats
-    random_fields: Mapping[str, Callable[[np.random.Generator], Any]] = field(default_factory=dict)
+    random_fields: RandomFields = field(default_factory=dict)
     reduction: Callable[[Any], str] = lambda config: str(getattr(config, "reduction", "sum"))
     products: int = 0
     lower: Callable[..., dict[str, OracleResult]] | None = None

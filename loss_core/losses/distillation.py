@@ -37,7 +37,7 @@ from loss_core.losses.bounds.rounding import (
     sum_growth,
     zero_where_ignored,
 )
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
+from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, RandomFields, Recipe, Sizes
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
 
@@ -233,7 +233,7 @@ OF_TOKENS = (
 )
 
 # Of both that have all of the teacher's logits.
-RANDOM_FIELDS: dict[str, Callable[[np.random.Generator], Any]] = {
+RANDOM_FIELDS: RandomFields = {
     "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
     "temperature": lambda rng: float(rng.choice([0.5, 1.0, 2.0, 4.0])),
     "divergence": lambda rng: str(rng.choice(["forward_kl", "reverse_kl", "jsd"])),
@@ -286,8 +286,8 @@ DEFINITION = LossDef(
     error_bound,
     RECIPES,
     draw=near_logits,
-    random_fields=RANDOM_FIELDS
-    | {
+    random_fields={
+        **RANDOM_FIELDS,
         "chunk_size": lambda rng: int(rng.choice([0, 1, 3])),
         "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
     },

@@ -6,16 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.losses.definition import Arrays, Floats, OracleResult
+from loss_core.losses.definition import Arrays, Floats, Oracle, Result
 from loss_core.losses.reduction import kept_rows, kept_tokens
-
-Result = TypeVar("Result", bound=OracleResult)
-Oracle = Callable[[Any, Arrays, NDArray[Any] | None], Result]
 
 
 class Head(NamedTuple):

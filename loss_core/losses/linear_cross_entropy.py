@@ -22,7 +22,7 @@ from loss_core.losses.cross_entropy import (
     token_cross_entropy,
 )
 from loss_core.losses.cross_entropy import oracle as oracle_of_logits
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Recipe
+from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Oracle, Recipe
 from loss_core.losses.heads import Head, over_heads
 from loss_core.losses.lower import lower_products
 from loss_core.losses.metrics import results_of, upstream_of_loss
@@ -30,7 +30,7 @@ from loss_core.losses.reduction import TokenResult, times_rows
 
 HEADS = (Head("hidden_states", "lm_weight", "logits"),)
 
-oracle = over_heads(oracle_of_logits, HEADS)
+oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
 
 
 def sampled_rows(
@@ -109,7 +109,7 @@ DEFINITION = LossDef(
     oracle,
     error_bound,
     RECIPES,
-    random_fields=RANDOM_FIELDS | {"chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
+    random_fields={**RANDOM_FIELDS, "chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
     products=1,
     lower=lower_products(oracle_of_logits, HEADS),
     results=results_of,

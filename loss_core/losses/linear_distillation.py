@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import SoftmaxErrors, finite, result_errors
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
+from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Oracle, Recipe, Sizes
 from loss_core.losses.distillation import (
     OF_TOKENS,
     RANDOM_FIELDS,
@@ -30,7 +30,7 @@ _SIDES = ("student_", "teacher_")
 
 HEADS = tuple(Head(f"{of}hidden_states", f"{of}lm_weight", f"{of}logits") for of in _SIDES)
 
-oracle = over_heads(oracle_of_logits, HEADS)
+oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
 
 
 def error_bound(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, stored
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, Oracle, OracleResult
 from loss_core.losses.heads import over_heads
 from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE, HEADS
 from loss_core.losses.log_probs import (
@@ -28,7 +28,7 @@ from loss_core.losses.log_probs import oracle as oracle_of_logits
 from loss_core.losses.lower import lower_products
 from loss_core.losses.reduction import kept_tokens
 
-oracle = over_heads(oracle_of_logits, HEADS)
+oracle: Oracle[OracleResult] = over_heads(oracle_of_logits, HEADS)
 
 
 def error_bound(

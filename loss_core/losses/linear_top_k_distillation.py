@@ -13,7 +13,7 @@ from loss_core.dtypes import compute_format, float_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, result_errors, stored, zero_where_ignored
 from loss_core.losses.cases.top_k import RANDOM_FIELDS, RECIPES, of_teacher
-from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Sizes, draw_floats
+from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Oracle, Sizes, draw_floats
 from loss_core.losses.distillation import OF_TOKENS
 from loss_core.losses.heads import Head, over_heads
 from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE
@@ -30,7 +30,7 @@ from loss_core.losses.top_k_distillation import oracle as oracle_of_logits
 
 HEADS = (Head("hidden_states", "lm_weight", "student_logits"),)
 
-oracle = over_heads(oracle_of_logits, HEADS)
+oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
 
 
 def error_bound(

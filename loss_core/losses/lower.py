@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import TF32_BITS, round_bits, round_to
 from loss_core.losses.bounds.rounding import result_dtypes
-from loss_core.losses.definition import Arrays, Floats, LossDef, OracleResult, need_definition
-from loss_core.losses.heads import Head, Oracle, Products, over_heads
+from loss_core.losses.definition import Arrays, Floats, LossDef, Oracle, OracleResult, need_definition
+from loss_core.losses.heads import Head, Products, over_heads
 
 # (definition, config, arrays, dtype, upstream) -> results by the name of the arithmetic.
 Lower = Callable[[LossDef, Any, Arrays, str, NDArray[Any] | None], dict[str, OracleResult]]
