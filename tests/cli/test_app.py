@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_every_field_of_our_configs_has_a_meaning():
     for config_cls in LOSS_CONFIG_REGISTRY.values():
         summary, meanings = described(config_cls)
         assert summary
-        assert set(meanings) == set(config_cls.__dataclass_fields__), config_cls
+        assert set(meanings) == {f.name for f in fields(config_cls)}, config_cls
 
 
 def test_a_users_loss_is_listed_and_checked(tmp_path, monkeypatch):
