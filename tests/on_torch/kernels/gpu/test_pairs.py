@@ -153,7 +153,7 @@ def test_a_factor_of_all_coefficients(flag, name):
         assert SETS[name].pair_grad(pairs, terms, wanted, scalar, out) is out
         assert bool((out != 7.0).all()) == written
         for got in (SETS[name].pair_grad(pairs, terms, wanted, scalar), *([out] if written else [])):
-            torch.testing.assert_close(got, made * factor, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, made * factor, rtol=1e-6, atol=1e-6)
 
 
 def test_no_vocabulary_is_an_empty_piece(flag):

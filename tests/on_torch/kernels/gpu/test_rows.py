@@ -207,7 +207,7 @@ def test_the_coefficients_of_the_gradient_that_was_made(flag, name, smoothing):
     for got_T, want_T in zip(found, expected, strict=True):
         assert (got_T is None) == (want_T is None)
         if got_T is not None:
-            torch.testing.assert_close(got_T[rows.keep_T], want_T[rows.keep_T], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got_T[rows.keep_T], want_T[rows.keep_T], rtol=1e-6, atol=1e-6)
 
 
 @each_set
@@ -221,7 +221,11 @@ def test_a_factor_of_all_coefficients(flag, name):
         assert bool((out != 7.0).all()) == written
         expected = torch.where(rows.keep_T[:, None], made * factor, 0.0)
         for got in (kernels.row_grad(rows, terms, coefficients, scalar), *([out] if written else [])):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+        sloped = coefficients._replace(slope=torch.linspace(-1.0, 1.0, 4))
+        expected = torch.where(rows.keep_T[:, None], kernels.row_grad(rows, terms, sloped) * factor, 0.0)
+        got = kernels.row_grad(rows, terms, sloped, scalar)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_labels_and_coefficients_of_any_stride(flag):
