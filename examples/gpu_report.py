@@ -178,7 +178,7 @@ def run_kernels(out: Path) -> list[str]:
     import torch
     from triton.testing import do_bench
 
-    from loss_core.row_terms import Objective
+    from loss_core.row_terms import CrossEntropy
     from loss_core_torch.kernels import Pairs, Rows
     from loss_core_torch.kernels.gpu import KERNELS
 
@@ -192,8 +192,8 @@ def run_kernels(out: Path) -> list[str]:
         coef_T = torch.full((tokens,), 1 / tokens, device="cuda")
         rows, pairs = Rows(logits, torch.arange(tokens, device="cuda") % vocab, None), Pairs(logits, other, None, 0.5)
         calls: dict[str, tuple[Callable[[], object], int]] = {
-            "row": (lambda: KERNELS.row_terms_and_grad(rows, coef_T, Objective(vocab)), 2),  # noqa: B023
-            "row_terms": (lambda: KERNELS.row_terms(rows, Objective(vocab).sums), 1),  # noqa: B023
+            "row": (lambda: KERNELS.row_terms_and_grad(rows, coef_T, CrossEntropy(vocab)), 2),  # noqa: B023
+            "row_terms": (lambda: KERNELS.row_terms(rows, CrossEntropy(vocab).sums), 1),  # noqa: B023
             "pair": (lambda: KERNELS.pair_terms_and_grad(pairs, coef_T), 3),  # noqa: B023
         }
         call, tensors = calls[kernel]

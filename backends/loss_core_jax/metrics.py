@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
-from loss_core.row_terms import Objective, RowTerms, token_metrics
+from loss_core.row_terms import CrossEntropy, RowTerms, token_metrics
 from loss_core_jax.inputs import IGNORED
 from loss_core_jax.reduction import valid_losses
 
@@ -25,7 +25,7 @@ def of_rows(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in TOKEN_METRICS)
 
 
-def made(terms: RowTerms, target: jax.Array, objective: Objective, names: Sequence[str]) -> tuple[jax.Array, ...]:
+def made(terms: RowTerms, target: jax.Array, objective: CrossEntropy, names: Sequence[str]) -> tuple[jax.Array, ...]:
     """Each metric of the rows, shape of target; 0 where the row is ignored, NaN where its label is invalid."""
     return tuple(valid_losses(x, target) for x in token_metrics(jnp, terms, objective, names))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
-from loss_core.row_terms import Objective, token_metrics
+from loss_core.row_terms import CrossEntropy, token_metrics
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Linear, Rows, WholeLosses
 from loss_core_torch.reduction import number_of_valid, reduce_tokens, zero_where_ignored
@@ -51,7 +51,7 @@ def reduced(
 
 
 def of_whole(
-    kernels: WholeLosses, rows: Rows | Linear, keep_T: Tensor | None, objective: Objective, names: Sequence[str]
+    kernels: WholeLosses, rows: Rows | Linear, keep_T: Tensor | None, objective: CrossEntropy, names: Sequence[str]
 ) -> list[Tensor]:
     """[T] each, where the kernels make losses whole."""
     wanted = of_tokens(names)

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import EMPTY_ROW, Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
+from loss_core.row_terms import (
+    EMPTY_ROW,
+    Coefficients,
+    CrossEntropy,
+    MixtureTerms,
+    Objective,
+    PairTerms,
+    RowTerms,
+    Sums,
+)
 from loss_core_torch import compat, precision
 from loss_core_torch.kernels import (
     BothGrads,
@@ -235,7 +244,7 @@ linear_terms_and_grads = _Method(
     products=lambda coef_T, objective, want: (want.products,),
     linear=Linear,
     coef_T=Tensor,
-    objective=Objective,
+    objective=CrossEntropy,
     want=Wanted,
 )
 linear_pair_terms = _Method(
@@ -282,7 +291,7 @@ linear_pair_loss_and_grads = _Method(
 
 
 def row_terms_and_grad(
-    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective
 ) -> tuple[RowTerms, Tensor, Coefficients]:
     """As of `KernelSet`. Not for traced calls: a graph can't hand a gradient on."""
     found: tuple[RowTerms, Tensor, Coefficients] = _run(kernels, kernels.row_terms_and_grad, rows, coef_T, objective)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Objective, kl_divergence
+from loss_core.row_terms import CrossEntropy, kl_divergence
 from loss_core_torch.kernels import KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.tracing import compute_dtype
 
@@ -56,7 +56,7 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     labels_T = torch.randint(0, _VOCAB, (_TOKENS,), generator=generator).to(device)
     coef_T = torch.linspace(0.5, 1.0, _TOKENS, dtype=compute_dtype(dtype), device=device)
     keep_T = torch.arange(_TOKENS, device=device) != 3
-    objective = Objective(_VOCAB)
+    objective = CrossEntropy(_VOCAB)
     row_terms, row_grad, _ = kernels.row_terms_and_grad(Rows(student, labels_T, keep_T), coef_T, objective)
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)

@@ -1,7 +1,7 @@
 """Row terms: the few sums over the vocabulary that every loss and gradient of a row is made of.
 
 Terms of pieces of a row (kernel blocks, vocabulary tiles, tensor-parallel ranks, scans) fold with `combine`. A loss is
-two functions of terms: its value, and the coefficients of its gradient. Both are [T]-sized and are written here once,
+an `Objective`: its values, and the coefficients of their gradient. Both are [T]-sized and are written here once,
 over an array namespace `xp`: `numpy`, `torch` or `jax.numpy`. Kernels make terms, and a gradient from coefficients;
 they know no losses.
 
@@ -9,7 +9,9 @@ Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmeti
 `[..., K]`.
 """
 
+from loss_core.row_terms.cross_entropy import OPTIONS, CrossEntropy, token_metrics
 from loss_core.row_terms.guarded import Array, Namespace
+from loss_core.row_terms.log_probs import LogProbability
 from loss_core.row_terms.pairs import (
     EMPTY_PAIR,
     GAP_UNIT,
@@ -27,27 +29,15 @@ from loss_core.row_terms.pairs import (
 from loss_core.row_terms.rows import (
     EMPTY_ROW,
     IGNORED_ROW,
-    OPTIONS,
     Coefficients,
     Objective,
     RowTerms,
     Sums,
     combine,
-    cross_entropy,
-    cross_entropy_coefficients,
     entropy,
-    log_probability,
-    log_probability_coefficients,
     log_sum_exp,
-    token_metrics,
 )
-from loss_core.row_terms.top_k import (
-    TopK,
-    coefficients_of,
-    top_k_coefficients,
-    top_k_distillation,
-    top_k_teacher_gradient,
-)
+from loss_core.row_terms.top_k import TopK
 
 __all__ = [
     "EMPTY_PAIR",
@@ -57,6 +47,8 @@ __all__ = [
     "OPTIONS",
     "Array",
     "Coefficients",
+    "CrossEntropy",
+    "LogProbability",
     "MixtureTerms",
     "Namespace",
     "Objective",
@@ -65,23 +57,15 @@ __all__ = [
     "Sums",
     "TopK",
     "beta_of",
-    "coefficients_of",
     "combine",
     "combine_pairs",
-    "cross_entropy",
-    "cross_entropy_coefficients",
     "entropy",
     "jensen_shannon",
     "kl_centre",
     "kl_divergence",
-    "log_probability",
-    "log_probability_coefficients",
     "log_ratio_offset",
     "log_shares",
     "log_sum_exp",
     "mixture_logs",
     "token_metrics",
-    "top_k_coefficients",
-    "top_k_distillation",
-    "top_k_teacher_gradient",
 ]

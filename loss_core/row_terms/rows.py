@@ -1,11 +1,11 @@
-"""Terms of one distribution per row, and cross entropy, log-probability and entropy as functions of them."""
+"""Terms of one distribution per row, what is made of them, and the gradient that goes with it."""
 
 # T = tokens (rows), V = vocabulary or a piece of it, K = targets of a row, z = logits (after softcap and temperature)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 from loss_core.row_terms.guarded import Array, Namespace, relative, weighted
 
@@ -54,43 +54,38 @@ class Coefficients(NamedTuple):
     slope: Array | None = None
 
 
-class Objective(NamedTuple):
-    """Which cross entropy is meant: the options that its value and coefficients depend on.
+class Objective(Protocol):
+    """What a loss is to a row: numbers made of its terms, and the coefficients of their gradient.
 
-    Attributes:
-        num_classes: V over all pieces.
-        label_smoothing: share of the target's probability that is spread over all classes.
-        z_loss: factor of log-sum-exp squared, which is added to the loss.
-        metrics: whether `token_metrics` will be asked for; m is the maximum itself then.
+    A NamedTuple of options, hashable but for arrays that it holds.
     """
-
-    num_classes: int
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    metrics: bool = False
-
-    @classmethod
-    def of(cls, loss: Any, num_classes: int) -> Objective:
-        """That of a loss whose fields are named as the options."""
-        return cls(num_classes, **{name: getattr(loss, name) for name in OPTIONS}, metrics=bool(loss.metrics))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What its gradient depends on, by name."""
-        return {name: getattr(self, name) for name in OPTIONS}
 
     @property
     def sums(self) -> Sums:
-        """What value, coefficients and metrics are made of."""
-        return Sums(z_sum=self.label_smoothing != 0, e=self.metrics)
+        """Which terms its values and coefficients are made of."""
+        ...
 
-    def of_rows(self, at: Any) -> Objective:
+    @property
+    def num_values(self) -> int:
+        """How many numbers of a row there are."""
+        ...
+
+    def of_rows(self, at: Any) -> Self:
         """That of some rows."""
-        return self
+        ...
 
+    def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array, ...]:
+        """The numbers of each row, [...] each."""
+        ...
 
-# Fields of an `Objective` that are options of a loss.
-OPTIONS = ("label_smoothing", "z_loss")
+    def coefficients(self, xp: Namespace, terms: RowTerms, upstreams: Sequence[Array]) -> Coefficients:
+        """Coefficients of the gradient of the sum of upstream * value.
+
+        Args:
+            upstreams: [...] for each value; None for 0.
+        """
+        ...
+
 
 # In place of those of an ignored row: finite, so that its NaN reaches nothing behind them.
 IGNORED_ROW = RowTerms(m=0.0, s=1.0, t=0.0, z_sum=0.0, e=0.0)
@@ -108,42 +103,9 @@ def combine(xp: Namespace, a: RowTerms, b: RowTerms) -> RowTerms:
     return RowTerms(m, s, xp.maximum(a.t, b.t), z_sum, e)
 
 
-def cross_entropy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array:
-    """Cross entropy per row: log-sum-exp minus the target's logit; +inf where no piece owns the target.
-
-    With smoothing e: (1 - e) of it, and e times log-sum-exp minus the mean of all logits. Written relative to the
-    maximum, so that a large common offset of the logits costs no digits of the first. With a z-loss l: l times
-    log-sum-exp squared more.
-    """
-    loss = xp.log(terms.s) + (terms.m - terms.t)
-    if objective.label_smoothing:
-        to_all = xp.log(terms.s) + (terms.m - terms.z_sum / objective.num_classes)
-        loss = (1.0 - objective.label_smoothing) * loss + objective.label_smoothing * to_all
-    if objective.z_loss:
-        loss = loss + objective.z_loss * log_sum_exp(xp, terms) ** 2
-    return loss
-
-
-def cross_entropy_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, objective: Objective) -> Coefficients:
-    """Coefficients of the gradient of upstream * `cross_entropy`."""
-    scale = upstream / terms.s
-    if objective.z_loss:
-        scale = scale * (1.0 + 2.0 * objective.z_loss * log_sum_exp(xp, terms))
-    if not objective.label_smoothing:
-        return _with_target(xp, terms, -upstream, scale)
-    smoothing = objective.label_smoothing
-    uniform = upstream * (smoothing / objective.num_classes)
-    return _with_target(xp, terms, upstream * (smoothing - 1.0), scale, uniform)
-
-
 def log_sum_exp(xp: Namespace, terms: RowTerms) -> Array:
     """Log-sum-exp of the logits of each row."""
     return terms.m + xp.log(terms.s)
-
-
-def log_probability(xp: Namespace, terms: RowTerms) -> Array:
-    """Log-probability of the target; -inf where no piece owns it."""
-    return (terms.t - terms.m) - xp.log(terms.s)
 
 
 def entropy(xp: Namespace, terms: RowTerms) -> Array:
@@ -151,44 +113,7 @@ def entropy(xp: Namespace, terms: RowTerms) -> Array:
     return xp.log(terms.s) - terms.e / terms.s
 
 
-def log_probability_coefficients(
-    xp: Namespace, terms: RowTerms, upstream: Array, upstream_entropy: Array | None
-) -> Coefficients:
-    """Coefficients of the gradient of upstream * `log_probability` + upstream_entropy * `entropy`.
-
-    That of the entropy is -p (log p + entropy), and log p + entropy is (z - m) - e / s.
-    """
-    scale = -upstream / terms.s
-    if upstream_entropy is None:
-        return _with_target(xp, terms, upstream, scale)
-    share = upstream_entropy / terms.s
-    return _with_target(xp, terms, upstream, scale + share * (terms.e / terms.s), slope=-share)
-
-
-def token_metrics(xp: Namespace, terms: RowTerms, objective: Objective, names: Sequence[str]) -> list[Array]:
-    """Per row, what a training loop likes to see beside the loss; see `MaskedCrossEntropyConfig.metrics`.
-
-    Args:
-        names: among "accuracy", "entropy", "lse", "z_loss".
-    """
-    return [_METRICS[name](xp, terms, objective) for name in names]
-
-
-def _accuracy(xp: Namespace, terms: RowTerms, objective: Objective) -> Array:
-    """1 where no logit is above the target's; the two may come from one logit by two roundings of softcap or bias."""
-    rounding = 4.0 * xp.finfo(terms.m.dtype).eps * xp.abs(terms.m)
-    return xp.where(terms.m - terms.t <= rounding, xp.ones_like(terms.m), xp.zeros_like(terms.m))
-
-
-_METRICS: dict[str, Callable[[Namespace, RowTerms, Objective], Array]] = {
-    "accuracy": _accuracy,
-    "entropy": lambda xp, terms, _: entropy(xp, terms),
-    "lse": lambda xp, terms, _: log_sum_exp(xp, terms),
-    "z_loss": lambda xp, terms, objective: objective.z_loss * log_sum_exp(xp, terms) ** 2,
-}
-
-
-def _with_target(
+def with_target(
     xp: Namespace, terms: RowTerms, added: Array, scale: Array, uniform: Array | None = None, slope: Array | None = None
 ) -> Coefficients:
     """Coefficients of a gradient to which something is added at the column of the one target."""

@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loss_core.row_terms.guarded import Array, Namespace, log, relative, weighted
-from loss_core.row_terms.rows import Coefficients, Objective, RowTerms, Sums, cross_entropy_coefficients
+from loss_core.row_terms.rows import Coefficients, RowTerms, Sums
 
 
 class TopK(NamedTuple):
-    """Distillation is meant, from a teacher of which the log-probabilities of the row's K targets are known.
+    """An `Objective`: KL(teacher || student) over the row's K targets, and with a tail over the class of all others.
+
+    Without one: the sum of p (log p - log q) over the K targets, with p and q as they are, not renormalised.
 
     Attributes:
-        log_p: [..., K], -inf for a probability of 0.
+        log_p: the teacher's log-probabilities of the K targets, [..., K], -inf for a probability of 0.
         tail: whether all other classes together are one more class, whose probability is what is left.
     """
 
@@ -23,62 +26,51 @@ class TopK(NamedTuple):
 
     @property
     def sums(self) -> Sums:
-        """What its value and coefficients are made of."""
         return Sums()
 
+    @property
+    def num_values(self) -> int:
+        return 1
+
     def of_rows(self, at: Any) -> TopK:
-        """That of some rows."""
         return self._replace(log_p=self.log_p[at])
 
+    def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array]:
+        """From terms with K targets; +inf for a class that the teacher allows and the student rules out."""
+        p, p_tail = _teacher(xp, self)
+        log_q, log_rest = _student(xp, terms)
+        loss = xp.sum(weighted(xp, p, self.log_p - log_q), -1)
+        return (loss if p_tail is None else loss + weighted(xp, p_tail, log(xp, p_tail) - log_rest),)
 
-def top_k_distillation(xp: Namespace, terms: RowTerms, teacher: TopK) -> Array:
-    """KL(teacher || student) per row over the K targets, and with a tail over the class of all others.
+    def coefficients(self, xp: Namespace, terms: RowTerms, upstreams: Sequence[Array]) -> Coefficients:
+        """Of the gradient by the student's z.
 
-    Without one: the sum of p (log p - log q) over the K targets, with p and q as they are, not renormalised. From
-    terms with K targets; +inf for a class that the teacher allows and the student rules out.
-    """
-    p, p_tail = _teacher(xp, teacher)
-    log_q, log_rest = _student(xp, terms)
-    loss = xp.sum(weighted(xp, p, teacher.log_p - log_q), -1)
-    return loss if p_tail is None else loss + weighted(xp, p_tail, log(xp, p_tail) - log_rest)
+        With q_v = exp(z_v - m) rest / s for the other classes, rest = 1 - sum q_k, and W the sum of all p that count:
+        W q_k - p_k at the targets, and W q_v - p_tail q_v / rest elsewhere, which is exp(z_v - m) (W rest - p_tail) /
+        s: nothing is divided by what is left of q.
+        """
+        (upstream,) = upstreams
+        p, p_tail = _teacher(xp, self)
+        log_q, log_rest = _student(xp, terms)
+        weight = xp.sum(p, -1) if p_tail is None else xp.sum(p, -1) + p_tail
+        pull = weight * xp.exp(log_rest) if p_tail is None else weight * xp.exp(log_rest) - p_tail
+        # No other class has a logit above -inf: their exp(z - m) is 0, and so is to be the gradient.
+        none = terms.s == 0
+        scale = xp.where(none, xp.zeros_like(pull), upstream * pull / xp.where(none, xp.ones_like(terms.s), terms.s))
+        return Coefficients(scale, upstream[..., None] * (weight[..., None] * xp.exp(log_q) - p))
 
+    def teacher_gradient(self, xp: Namespace, terms: RowTerms) -> Array:
+        """Gradient of the value by log_p, [..., K]: the tail's probability is 1 - sum p.
 
-def top_k_coefficients(xp: Namespace, terms: RowTerms, upstream: Array, teacher: TopK) -> Coefficients:
-    """Coefficients of the gradient of upstream * `top_k_distillation` by the student's z.
-
-    With q_v = exp(z_v - m) rest / s for the other classes, rest = 1 - sum q_k, and W the sum of all p that count:
-    W q_k - p_k at the targets, and W q_v - p_tail q_v / rest elsewhere, which is exp(z_v - m) (W rest - p_tail) / s:
-    nothing is divided by what is left of q.
-    """
-    p, p_tail = _teacher(xp, teacher)
-    log_q, log_rest = _student(xp, terms)
-    weight = xp.sum(p, -1) if p_tail is None else xp.sum(p, -1) + p_tail
-    pull = weight * xp.exp(log_rest) if p_tail is None else weight * xp.exp(log_rest) - p_tail
-    # No other class has a logit above -inf: their exp(z - m) is 0, and so is to be the gradient.
-    none = terms.s == 0
-    scale = xp.where(none, xp.zeros_like(pull), upstream * pull / xp.where(none, xp.ones_like(terms.s), terms.s))
-    return Coefficients(scale, upstream[..., None] * (weight[..., None] * xp.exp(log_q) - p))
-
-
-def top_k_teacher_gradient(xp: Namespace, terms: RowTerms, teacher: TopK) -> Array:
-    """Gradient of `top_k_distillation` by log_p, [..., K]: the tail's probability is 1 - sum p.
-
-    Where nothing is left for a tail, it counts for nothing here as well.
-    """
-    p, p_tail = _teacher(xp, teacher)
-    log_q, log_rest = _student(xp, terms)
-    ratio = teacher.log_p - log_q
-    if p_tail is None:
-        return weighted(xp, p, ratio + 1.0)
-    of_tail = xp.where(p_tail == 0, xp.full_like(p_tail, -1.0), log(xp, p_tail) - log_rest)
-    return weighted(xp, p, ratio - of_tail[..., None])
-
-
-def coefficients_of(xp: Namespace, terms: RowTerms, upstream: Array, objective: Objective | TopK) -> Coefficients:
-    """Coefficients of the gradient of upstream * the loss that is meant."""
-    if isinstance(objective, TopK):
-        return top_k_coefficients(xp, terms, upstream, objective)
-    return cross_entropy_coefficients(xp, terms, upstream, objective)
+        Where nothing is left for a tail, it counts for nothing here as well.
+        """
+        p, p_tail = _teacher(xp, self)
+        log_q, log_rest = _student(xp, terms)
+        ratio = self.log_p - log_q
+        if p_tail is None:
+            return weighted(xp, p, ratio + 1.0)
+        of_tail = xp.where(p_tail == 0, xp.full_like(p_tail, -1.0), log(xp, p_tail) - log_rest)
+        return weighted(xp, p, ratio - of_tail[..., None])
 
 
 def _teacher(xp: Namespace, teacher: TopK) -> tuple[Array, Array | None]:

@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 
 from loss_core import row_terms
-from loss_core.row_terms import EMPTY_PAIR, EMPTY_ROW, GAP_UNIT, Objective, PairTerms, RowTerms, TopK, guarded
+from loss_core.row_terms import (
+    EMPTY_PAIR,
+    EMPTY_ROW,
+    GAP_UNIT,
+    CrossEntropy,
+    LogProbability,
+    PairTerms,
+    RowTerms,
+    TopK,
+    guarded,
+)
 
 # T = rows, V = vocabulary, K = targets of a row
 
-OBJECTIVE = Objective(13)
+OBJECTIVE = CrossEntropy(13)
 CUTS = pytest.mark.parametrize("cuts", [(13,), (1, 13), (5, 5, 13), (7, 13), tuple(range(1, 14))], ids=str)
 namespaces = pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
 
@@ -149,9 +159,9 @@ def test_value_and_gradient_are_those_of_the_definition(name):
     terms = RowTerms(*map(asarray, _row_terms(z_TV, column_T)))
     rtol, atol = (1e-5, 1e-5) if name == "jax" else (1e-13, 1e-13)
     log_p = _log_softmax(z_TV)
-    value_T = row_terms.cross_entropy(xp, terms, OBJECTIVE)
+    value_T = OBJECTIVE.values(xp, terms)[0]
     np.testing.assert_allclose(np.asarray(value_T), -log_p[np.arange(6), column_T], rtol=rtol, atol=atol)
-    coefficients = row_terms.cross_entropy_coefficients(xp, terms, asarray(upstream_T), OBJECTIVE)
+    coefficients = OBJECTIVE.coefficients(xp, terms, [asarray(upstream_T)])
     scale_T, target_T = (np.asarray(x) for x in coefficients[:2])
     assert coefficients.uniform is None
     one_hot = column_T[:, None] == np.arange(13)
@@ -171,10 +181,10 @@ def test_log_probability_and_entropy_are_those_of_the_definition(name):
     weighted = np.exp(log_p) * np.where(np.isneginf(log_p), 0.0, log_p)
     entropy_T = -weighted.sum(-1)
     np.testing.assert_allclose(
-        np.asarray(row_terms.log_probability(xp, terms)), log_p[np.arange(6), column_T], **tolerance
+        np.asarray(LogProbability().values(xp, terms)[0]), log_p[np.arange(6), column_T], **tolerance
     )
     np.testing.assert_allclose(np.asarray(row_terms.entropy(xp, terms)), entropy_T, **tolerance)
-    found = row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), asarray(of_entropy_T))
+    found = LogProbability(entropy=True).coefficients(xp, terms, [asarray(upstream_T), asarray(of_entropy_T)])
     scale_T1, target_T1, _, slope_T1 = (None if x is None else np.asarray(x)[:, None] for x in found)
     x_TV, one_hot = z_TV - z_TV.max(-1, keepdims=True), column_T[:, None] == np.arange(13)
     grad_TV = np.exp(x_TV) * (scale_T1 + slope_T1 * np.where(np.isneginf(x_TV), 0.0, x_TV))
@@ -182,7 +192,7 @@ def test_log_probability_and_entropy_are_those_of_the_definition(name):
     expected_TV = upstream_T[:, None] * (one_hot - np.exp(log_p))
     expected_TV -= of_entropy_T[:, None] * (weighted + np.exp(log_p) * entropy_T[:, None])
     np.testing.assert_allclose(grad_TV, expected_TV, **tolerance)
-    assert row_terms.log_probability_coefficients(xp, terms, asarray(upstream_T), None).slope is None
+    assert LogProbability(entropy=True).coefficients(xp, terms, [asarray(upstream_T), None]).slope is None
 
 
 @pytest.mark.parametrize(("roundings", "accuracy"), [(0, 1), (4, 1), (5, 0)])
@@ -196,7 +206,7 @@ def test_a_target_within_two_roundings_of_the_maximum_is_the_maximum(m, rounding
 
 def test_metrics_of_a_token_are_those_of_the_definition():
     z_TV, column_T = _logits()
-    terms, objective, log_p = RowTerms(*_row_terms(z_TV, column_T)), Objective(13, z_loss=0.25), _log_softmax(z_TV)
+    terms, objective, log_p = RowTerms(*_row_terms(z_TV, column_T)), CrossEntropy(13, z_loss=0.25), _log_softmax(z_TV)
     lse_T = z_TV.max(-1) - log_p.max(-1)
     expected = {
         "accuracy": z_TV.argmax(-1) == column_T,
@@ -211,15 +221,15 @@ def test_metrics_of_a_token_are_those_of_the_definition():
 
 def test_only_the_sums_that_are_needed_are_asked_for():
     assert TopK(np.zeros((1, 2)), tail=True).sums == (False, False)
-    assert Objective(13).sums == Objective(13, z_loss=0.5).sums == (False, False)
-    assert Objective(13, label_smoothing=0.1).sums == (True, False)
-    assert Objective(13, metrics=True).sums == (False, True)
+    assert CrossEntropy(13).sums == CrossEntropy(13, z_loss=0.5).sums == (False, False)
+    assert CrossEntropy(13, label_smoothing=0.1).sums == (True, False)
+    assert CrossEntropy(13, metrics=True).sums == (False, True)
 
 
 def test_target_that_nobody_owns_is_loud():
     terms = _row_terms(_logits()[0], np.full(6, 99))
-    assert np.all(np.isposinf(row_terms.cross_entropy(np, terms, OBJECTIVE)))
-    assert np.all(np.isneginf(row_terms.log_probability(np, terms)))
+    assert np.all(np.isposinf(OBJECTIVE.values(np, terms)[0]))
+    assert np.all(np.isneginf(LogProbability().values(np, terms)[0]))
 
 
 def test_a_large_common_offset_costs_no_digits():
@@ -229,8 +239,7 @@ def test_a_large_common_offset_costs_no_digits():
     z_TV = np.round(z_TV * 1024) / 1024
     both = (z_TV, z_TV + np.float32(4096))
     losses = [
-        row_terms.cross_entropy(np, RowTerms(*map(np.float32, _row_terms(z.astype(np.float32), column_T))), OBJECTIVE)
-        for z in both
+        OBJECTIVE.values(np, RowTerms(*map(np.float32, _row_terms(z.astype(np.float32), column_T))))[0] for z in both
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-7)
 
@@ -242,16 +251,16 @@ def test_smoothing_and_z_loss_are_those_of_the_definition(name):
     xp, asarray = _namespace(name)
     z_TV, column_T = _logits()
     z_TV, options = np.where(np.isneginf(z_TV), -5.0, z_TV), (0.1, 0.5)
-    upstream_T, objective = np.linspace(0.5, 2.0, 6), Objective(13, *options)
+    upstream_T, objective = np.linspace(0.5, 2.0, 6), CrossEntropy(13, *options)
     z, columns = torch.from_numpy(z_TV).requires_grad_(), torch.from_numpy(column_T)
     expected_T = torch.nn.functional.cross_entropy(z, columns, reduction="none", label_smoothing=options[0])
     expected_T = expected_T + options[1] * z.logsumexp(-1).square()
     (expected_TV,) = torch.autograd.grad(expected_T, z, torch.from_numpy(upstream_T))
     terms = RowTerms(*map(asarray, _row_terms(z_TV, column_T)))
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if name == "jax" else {"rtol": 1e-12, "atol": 1e-12}
-    value = np.asarray(row_terms.cross_entropy(xp, terms, objective))
+    value = np.asarray(objective.values(xp, terms)[0])
     np.testing.assert_allclose(value, expected_T.detach().numpy(), **tolerance)
-    found = row_terms.cross_entropy_coefficients(xp, terms, asarray(upstream_T), objective)
+    found = objective.coefficients(xp, terms, [asarray(upstream_T)])
     np.testing.assert_allclose(_dense(found, z_TV, terms, column_T[:, None]), expected_TV.numpy(), **tolerance)
 
 
@@ -315,11 +324,11 @@ def test_top_k_of_any_split_is_that_of_the_definition(name, cuts, tail):
     for order in (pieces, pieces[::-1]):
         terms = RowTerms(*(None if x is None else asarray(x) for x in _fold_present(xp, asarray, order)))
         teacher = TopK(asarray(log_p_TK), tail)
-        value = np.asarray(row_terms.top_k_distillation(xp, terms, teacher))
+        value = np.asarray(teacher.values(xp, terms)[0])
         np.testing.assert_allclose(value, expected_T, **tolerance)
-        found = row_terms.top_k_coefficients(xp, terms, asarray(np.ones(6)), teacher)
+        found = teacher.coefficients(xp, terms, [asarray(np.ones(6))])
         np.testing.assert_allclose(_dense(found, z_TV, terms, column_TK), by_z_TV, **tolerance)
-        gradient = np.asarray(row_terms.top_k_teacher_gradient(xp, terms, teacher))
+        gradient = np.asarray(teacher.teacher_gradient(xp, terms))
         np.testing.assert_allclose(gradient, by_log_p_TK, **tolerance)
 
 
@@ -340,9 +349,9 @@ def test_top_k_of_rows_with_any_leading_dimensions(tail, lead):
         terms = _top_k_terms(z_TV, column_TK)
         terms = RowTerms(terms.m.reshape(shape), terms.s.reshape(shape), terms.t.reshape(*shape, -1))
         teacher, upstream = TopK(log_p_TK.reshape(*shape, -1), tail), np.linspace(0.5, 2.0, 6).reshape(shape)
-        coefficients = row_terms.top_k_coefficients(np, terms, upstream, teacher)
-        loss = row_terms.top_k_distillation(np, terms, teacher)
-        by_teacher = row_terms.top_k_teacher_gradient(np, terms, teacher)
+        coefficients = teacher.coefficients(np, terms, [upstream])
+        loss = teacher.values(np, terms)[0]
+        by_teacher = teacher.teacher_gradient(np, terms)
         return loss, coefficients.scale, coefficients.target, by_teacher
 
     for one, other in zip(found(lead), found((6,)), strict=True):
@@ -357,8 +366,8 @@ def test_what_is_left_beside_the_targets_may_be_far_below_rounding():
     expected_T, by_z_TV, _ = _top_k_by_definition(z, columns, log_p, True)
     terms = RowTerms(*(None if x is None else np.float32(x) for x in _top_k_terms(z, columns)))
     teacher = TopK(np.float32(log_p), True)
-    np.testing.assert_allclose(row_terms.top_k_distillation(np, terms, teacher), expected_T, rtol=1e-6)
-    found = row_terms.top_k_coefficients(np, terms, np.ones(1, np.float32), teacher)
+    np.testing.assert_allclose(teacher.values(np, terms)[0], expected_T, rtol=1e-6)
+    found = teacher.coefficients(np, terms, [np.ones(1, np.float32)])
     np.testing.assert_allclose(_dense(found, z, terms, columns), by_z_TV, rtol=1e-6, atol=1e-7)
 
 
@@ -368,11 +377,11 @@ def test_a_teacher_that_leaves_nothing_has_no_tail(name):
     z, columns, log_p = np.asarray([[1.0, 2.0, 3.0]]), np.asarray([[0]]), np.zeros((1, 1))
     terms = RowTerms(*(None if x is None else asarray(x) for x in _top_k_terms(z, columns)))
     both = [TopK(asarray(log_p), tail) for tail in (True, False)]
-    for function in (row_terms.top_k_distillation, row_terms.top_k_teacher_gradient):
-        got = [np.asarray(function(xp, terms, teacher)) for teacher in both]
+    for function in (lambda teacher: teacher.values(xp, terms)[0], lambda teacher: teacher.teacher_gradient(xp, terms)):
+        got = [np.asarray(function(teacher)) for teacher in both]
         np.testing.assert_allclose(got[0], got[1])
     by_z_TV = _top_k_by_definition(z, columns, log_p, False)[1]
-    found = row_terms.top_k_coefficients(xp, terms, asarray(np.ones(1)), both[0])
+    found = both[0].coefficients(xp, terms, [asarray(np.ones(1))])
     np.testing.assert_allclose(_dense(found, z, terms, columns), by_z_TV, rtol=1e-5)
 
 
@@ -385,11 +394,11 @@ def test_targets_that_are_ruled_out_by_one_side(name):
     log_p = np.asarray([[np.log(0.5), -np.inf], np.log([0.5, 0.2]), np.log([0.5, 0.2])])
     terms, teacher = (RowTerms(*map(_or_none(asarray), _top_k_terms(z, columns))), TopK(asarray(log_p), True))
     with np.errstate(invalid="ignore"):  # -inf minus -inf, which weighs nothing
-        loss = np.asarray(row_terms.top_k_distillation(xp, terms, teacher))
-        by_teacher = np.asarray(row_terms.top_k_teacher_gradient(xp, terms, teacher))
+        loss = np.asarray(teacher.values(xp, terms)[0])
+        by_teacher = np.asarray(teacher.teacher_gradient(xp, terms))
     assert np.isfinite(loss[0])
     assert np.isposinf(loss[1:]).all()
-    found = row_terms.top_k_coefficients(xp, terms, asarray(np.ones(3)), teacher)
+    found = teacher.coefficients(xp, terms, [asarray(np.ones(3))])
     gradient = _dense(found, z, terms, columns)
     assert np.isfinite(gradient).all()
     assert (gradient[2, 2:] == 0).all()

@@ -5,7 +5,7 @@ import torch
 
 from loss_core import BackendUnavailable, FusedLinearCEConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.field_checks import METRICS
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch.integrations import hf, megatron, nemo
 from loss_core_torch.kernels import Rows, te
 
@@ -82,7 +82,7 @@ def test_no_tokens():
 
 def test_transformer_engine_returns_a_loss_alone():
     with pytest.raises(BackendUnavailable, match="'torch:te' returns no metrics: use 'torch:eager'"):
-        te.KERNELS.terms(Rows(*_arguments(), None), Objective(V, metrics=True).sums)
+        te.KERNELS.terms(Rows(*_arguments(), None), CrossEntropy(V, metrics=True).sums)
 
 
 @pytest.mark.parametrize("given", ["lse", ["speed"], ["lse", "lse"], [["lse"]], 3], ids=str)

@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.torch_calls import usable_flags
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.dispatch.observed import names, observing
-from loss_core.row_terms import Coefficients, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, CrossEntropy, PairTerms, RowTerms, Sums
 from loss_core_torch import kernels, operators
 from loss_core_torch.kernels import BothWanted, Linear, LinearPairs, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 
 # T = tokens, V = vocabulary, H = hidden
 T, V, H = 6, 37, 5
-OBJECTIVE = Objective(V)
+OBJECTIVE = CrossEntropy(V)
 
 
 def _numbers(*shape, seed=0, dtype=torch.float32):

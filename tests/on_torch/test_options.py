@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers.torch_calls import cells, configs, inputs, leaves
 from loss_core import BackendUnavailable, FusedLinearCEConfig, FusedLinearLogProbsConfig, MaskedCrossEntropyConfig
 from loss_core.check import check
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch.evaluate import as_one
 from loss_core_torch.kernels import Rows, te
 
@@ -73,15 +73,15 @@ def test_over_ranks(flag):
 def test_te_refuses_it_over_a_group():
     rows = Rows(torch.randn(2, 4), torch.tensor([1, 2]), None)
     with pytest.raises(BackendUnavailable, match=r"is wrong with label_smoothing over a group, got 0\.1: use"):
-        te.KERNELS.cross_entropy(rows, Objective(8, 0.1), object())
+        te.KERNELS.cross_entropy(rows, CrossEntropy(8, 0.1), object())
 
 
 def test_te_has_neither_z_loss_nor_softcap():
     rows = Rows(torch.randn(2, 4), torch.tensor([1, 2]), None)
     with pytest.raises(BackendUnavailable, match=r"has no z_loss, got 0\.1: use 'torch:eager'"):
-        te.KERNELS.cross_entropy(rows, Objective(4, z_loss=0.1), None)
+        te.KERNELS.cross_entropy(rows, CrossEntropy(4, z_loss=0.1), None)
     with pytest.raises(BackendUnavailable, match=r"has no logit_softcapping, got 5\.0: use 'torch:eager'"):
-        te.KERNELS.cross_entropy(rows._replace(softcap=5.0), Objective(4), None)
+        te.KERNELS.cross_entropy(rows._replace(softcap=5.0), CrossEntropy(4), None)
 
 
 @cells([FusedLinearCEConfig(z_loss=0.5, label_smoothing=smoothing) for smoothing in (0.0, 0.25)])

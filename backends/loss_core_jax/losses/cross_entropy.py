@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from loss_core.config import MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core.row_terms import CrossEntropy, RowTerms
 from loss_core_jax import inputs, metrics
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, Rows
@@ -100,7 +100,7 @@ def _reduced(
     layout: Layout,
 ) -> Result:
     """The loss of arguments that have been checked."""
-    objective, names = Objective.of(loss_fn, layout.vocab(logits.shape[-1])), metrics.of_rows(loss_fn.metrics)
+    objective, names = CrossEntropy.of(loss_fn, layout.vocab(logits.shape[-1])), metrics.of_rows(loss_fn.metrics)
     how = How(objective.sums, float(loss_fn.logit_softcapping), layout.shard)
     loss, found = loss_rows(Problem(loss_fn.kernels, objective, how, names), logits, target, layout)
 
@@ -123,7 +123,7 @@ class Problem(NamedTuple):
     """
 
     kernels: KernelSet
-    objective: Objective
+    objective: CrossEntropy
     how: How
     metrics: tuple[str, ...] = ()
 
@@ -156,7 +156,7 @@ def _rows(logits: jax.Array, target: jax.Array, problem: Problem) -> RowResults:
 def _forward(logits: jax.Array, target: jax.Array, problem: Problem) -> tuple[RowResults, Residuals]:
     kernels, objective, how, names = problem
     terms = fold_rows(kernels.row_terms(_local(logits, target, problem), how), how.shard)
-    loss = valid_losses(cross_entropy(jnp, terms, objective), target)
+    loss = valid_losses(objective.values(jnp, terms)[0], target)
     # The logits as they came, not reshaped: outside a jit a reshaped residual would be a copy.
     return (loss, metrics.made(terms, target, objective, names)), (logits, target, terms)
 
@@ -165,7 +165,7 @@ def _backward(problem: Problem, residuals: Residuals, cotangents: RowResults) ->
     kernels, objective, how, _ = problem
     logits, target, terms = residuals
     upstream = valid_upstream(whole_cotangent(cotangents[0], how.shard), target)
-    coefficients = cross_entropy_coefficients(jnp, terms, upstream, objective)
+    coefficients = objective.coefficients(jnp, terms, [upstream])
     return kernels.row_gradient(_local(logits, target, problem), terms, coefficients, how), None
 
 

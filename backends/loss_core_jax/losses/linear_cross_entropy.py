@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from loss_core.config import ChunkedCEConfig, FusedLinearCEConfig
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients
+from loss_core.row_terms import CrossEntropy, RowTerms
 from loss_core_jax import compat, inputs, metrics
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, LinearRows, Wanted
@@ -114,7 +114,7 @@ class _LinearCrossEntropy(Loss):
         head = Head(weight_VH, None if lm_bias is None else inputs.as_jax(lm_bias))
         dtype = inputs.arithmetic_dtype(hidden, weight_VH)
         scale = _row_scale(target, dtype, mean=self.reduction == "mean", count=count, loss_weights=loss_weights)
-        objective, names = Objective.of(self, vocab), metrics.of_rows(self.metrics)
+        objective, names = CrossEntropy.of(self, vocab), metrics.of_rows(self.metrics)
         how = How(objective.sums, float(self.logit_softcapping), layout.shard, self.chunk_len)
         problem = _Problem(self.kernels, objective, how, gathers, names)
         if not target.size:
@@ -193,7 +193,7 @@ class _Problem(NamedTuple):
     """
 
     kernels: KernelSet
-    objective: Objective
+    objective: CrossEntropy
     how: How
     gathers: bool
     metrics: tuple[str, ...] = ()
@@ -248,8 +248,8 @@ _summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _results(terms: RowTerms, target: jax.Array, objective: Objective, names: tuple[str, ...]) -> RowResults:
-    loss = valid_losses(cross_entropy(jnp, terms, objective), target)
+def _results(terms: RowTerms, target: jax.Array, objective: CrossEntropy, names: tuple[str, ...]) -> RowResults:
+    loss = valid_losses(objective.values(jnp, terms)[0], target)
     return loss, metrics.made(terms, target, objective, names)
 
 
@@ -281,7 +281,7 @@ def _rows_backward(problem: _Problem, residuals: Any, cotangents: RowResults) ->
     shard = problem.how.shard
     upstream = valid_upstream(collectives.whole_cotangent(cotangents[0], shard), target)
     rows = local_rows(hidden, head, target, None, problem.objective.num_classes, shard)
-    coefficients = cross_entropy_coefficients(jnp, terms, upstream, problem.objective)
+    coefficients = problem.objective.coefficients(jnp, terms, [upstream])
     gradients = problem.kernels.linear_gradients(rows, terms, coefficients, problem.how)
     return *input_gradients(gradients, hidden, head, shard, problem.gathers), None
 

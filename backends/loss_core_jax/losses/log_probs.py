@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from loss_core import FusedLinearLogProbsConfig, LogProbsConfig, TokenLogProbs
-from loss_core.row_terms import Coefficients, RowTerms, Sums, entropy, log_probability, log_probability_coefficients
+from loss_core.row_terms import Coefficients, LogProbability, RowTerms, Sums, entropy
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, Rows
@@ -226,7 +226,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _results(terms: RowTerms, target: jax.Array) -> Results:
-    logprobs = valid_losses(log_probability(jnp, terms), target)
+    logprobs = valid_losses(LogProbability().values(jnp, terms)[0], target)
     return logprobs, None if terms.e is None else valid_losses(entropy(jnp, terms), target)
 
 
@@ -234,7 +234,7 @@ def _coefficients(terms: RowTerms, cotangents: Results, target: jax.Array, probl
     of_log_prob, of_entropy = (
         None if x is None else valid_upstream(whole_cotangent(x, problem.how.shard), target) for x in cotangents
     )
-    return log_probability_coefficients(jnp, terms, of_log_prob, of_entropy)
+    return LogProbability(terms.e is not None).coefficients(jnp, terms, [of_log_prob, of_entropy])
 
 
 def _none(target: jax.Array, dtype: Any, problem: Problem) -> TokenLogProbs:

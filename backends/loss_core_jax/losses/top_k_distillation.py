@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from loss_core.config import TopKDistillationConfig
-from loss_core.row_terms import RowTerms, TopK, top_k_coefficients, top_k_distillation, top_k_teacher_gradient
+from loss_core.row_terms import RowTerms, TopK
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, KernelSet, Rows
@@ -196,7 +196,7 @@ def _local_rows(
 
 def valid_divergence(terms: RowTerms, teacher: Teacher, target: jax.Array, problem: Problem) -> jax.Array:
     """The divergence of each row: 0 where it is ignored, NaN where it is invalid."""
-    return valid_losses(top_k_distillation(jnp, terms, TopK(teacher.log_p, problem.tail)), target)
+    return valid_losses(TopK(teacher.log_p, problem.tail).values(jnp, terms)[0], target)
 
 
 def gradients(
@@ -205,5 +205,5 @@ def gradients(
     """Coefficients of the student's gradient, and the gradient of the teacher's log-probabilities."""
     shard, given = problem.how.shard, TopK(teacher.log_p, problem.tail)
     upstream = valid_upstream(whole_cotangent(cotangent, shard), target)
-    by_log_p = top_k_teacher_gradient(jnp, terms, given) * upstream[..., None]
-    return top_k_coefficients(jnp, terms, upstream, given), collectives.of_every_device(by_log_p, teacher.log_p, shard)
+    by_log_p = given.teacher_gradient(jnp, terms) * upstream[..., None]
+    return given.coefficients(jnp, terms, [upstream]), collectives.of_every_device(by_log_p, teacher.log_p, shard)

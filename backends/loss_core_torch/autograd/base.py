@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import Coefficients, Objective, RowTerms, TopK
+from loss_core.row_terms import Coefficients, Objective, RowTerms
 from loss_core_torch import compat, operators
 from loss_core_torch.kernels import KernelSet, Rows
 from loss_core_torch.tracing import may_read
@@ -58,7 +58,7 @@ def taken(ctx: Any, made: Tensor, upstream: Tensor) -> tuple[Tensor | None, Tens
 
 
 def made_with_terms(
-    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective
 ) -> tuple[RowTerms, list[Tensor]]:
     """Terms, and what `gradient_of_sum` takes: the gradient of the sum of coef * loss, and its coefficients."""
     terms, grad, coefficients = operators.row_terms_and_grad(kernels, rows, coef_T, objective)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
+from loss_core.row_terms import CrossEntropy, RowTerms, token_metrics
 from loss_core_torch import inplace, operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream, gradient_of_sum, made_with_terms
 from loss_core_torch.kernels import KernelSet, Rows
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     """
 
     kernels: KernelSet
-    objective: Objective
+    objective: CrossEntropy
     softcap: float = 0.0
     vocab_start: int = 0
     group: Any = None
@@ -42,7 +42,7 @@ class Call(NamedTuple):
     metrics: tuple[str, ...] = ()
 
 
-class CrossEntropy(LossFunction):
+class CrossEntropyFunction(LossFunction):
     """Cross entropy of each token, or their sum with given coefficients.
 
     Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary; keep_T [T] bool or None; coef_T [T] in
@@ -67,7 +67,7 @@ class CrossEntropy(LossFunction):
             terms = operators.row_terms(call.kernels, rows, call.objective.sums)
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
-        loss_T = cross_entropy(torch, terms, call.objective)
+        loss_T = call.objective.values(torch, terms)[0]
         result = zero_where_ignored(loss_T, keep_T) if coef_T is None else weighted_sum(coef_T, loss_T)
         metrics = token_metrics(torch, terms, call.objective, call.metrics)
         return result, *terms[:3], *made, *(zero_where_ignored(x_T, keep_T) for x_T in metrics)
@@ -85,7 +85,7 @@ class CrossEntropy(LossFunction):
                 grad = gradient_of_sum(ctx, call.kernels, rows, terms, made, upstream)
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
-                coefficients = cross_entropy_coefficients(torch, terms, upstream_T, call.objective)
+                coefficients = call.objective.coefficients(torch, terms, [upstream_T])
                 out = logits.detach() if call.overwrite else None
                 grad = operators.row_grad(call.kernels, rows, terms, coefficients, None, out=out)
                 grad = inplace.overwritten(ctx, logits) if call.overwrite else grad

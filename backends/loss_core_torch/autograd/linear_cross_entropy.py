@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import Objective, RowTerms, cross_entropy, cross_entropy_coefficients, token_metrics
+from loss_core.row_terms import CrossEntropy, RowTerms, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
 from loss_core_torch.autograd.linear_source import (
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     """
 
     kernels: KernelSet
-    objective: Objective
+    objective: CrossEntropy
     want: Wanted
     source: Source
     metrics: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class LinearCrossEntropy(Function):
             made = [logits] if logits.numel() else []
         if call.source.group is not None:
             terms = collectives.fold(terms, call.source.group)
-        loss_T = given.of_tokens(cross_entropy(torch, terms, call.objective))
+        loss_T = given.of_tokens(call.objective.values(torch, terms)[0])
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
         metrics = [given.of_tokens(x_N) for x_N in token_metrics(torch, terms, call.objective, call.metrics)]
         return result, loss_T, *terms[:3], *made, *([] if whole is hidden else [whole]), *metrics
@@ -113,7 +113,7 @@ class LinearCrossEntropy(Function):
             else:
                 upstream_T = upstream.to(m_T.dtype) if coef_T is None else coef_T * upstream.to(m_T.dtype)
                 terms = RowTerms(m_T, s_T, t_T)
-                coefficients = cross_entropy_coefficients(torch, terms, given.of_rows(upstream_T), call.objective)
+                coefficients = call.objective.coefficients(torch, terms, [given.of_rows(upstream_T)])
                 kept = made and call.source.group is not None
                 logits = logits_once(ctx, made[0]) if kept else m_T.new_empty(0)
                 by_inputs = grads_from_terms(ctx, given, want, terms, coefficients, logits)

@@ -13,11 +13,10 @@ from torch.autograd import Function
 
 from loss_core.row_terms import (
     Coefficients,
+    LogProbability,
     RowTerms,
     Sums,
     entropy,
-    log_probability,
-    log_probability_coefficients,
 )
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream
@@ -155,7 +154,7 @@ def _results(terms: RowTerms, of_tokens: Callable[[Tensor], Tensor]) -> tuple[Te
         of_tokens: numbers of all tokens from those of the rows; 0 for ignored ones.
     """
     entropies = terms.s.new_empty(0) if terms.e is None else of_tokens(entropy(torch, terms))
-    return of_tokens(log_probability(torch, terms)), entropies
+    return of_tokens(LogProbability().values(torch, terms)[0]), entropies
 
 
 def _saved(terms: RowTerms) -> tuple[Tensor, ...]:
@@ -174,6 +173,4 @@ def _coefficients(terms: RowTerms, upstreams: Any) -> Coefficients:
         if upstream is not None:
             check_upstream(upstream)
     of_log_prob, of_entropy = (None if x_T is None else x_T.to(terms.s.dtype) for x_T in upstreams)
-    if of_log_prob is None:
-        of_log_prob = torch.zeros_like(terms.s)
-    return log_probability_coefficients(torch, terms, of_log_prob, None if terms.e is None else of_entropy)
+    return LogProbability(terms.e is not None).coefficients(torch, terms, [of_log_prob, of_entropy])

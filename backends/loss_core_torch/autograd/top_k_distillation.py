@@ -14,9 +14,6 @@ from loss_core.row_terms import (
     RowTerms,
     Sums,
     TopK,
-    top_k_coefficients,
-    top_k_distillation,
-    top_k_teacher_gradient,
 )
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import LossFunction, check_upstream, gradient_of_sum, made_with_terms
@@ -99,7 +96,7 @@ class TopKDistillation(LossFunction):
             terms = operators.row_terms(call.kernels, rows, Sums())
         if call.group is not None:
             terms = collectives.fold(terms, call.group)
-        loss_T = zero_where_ignored(top_k_distillation(torch, terms, teacher), keep_T)
+        loss_T = zero_where_ignored(teacher.values(torch, terms)[0], keep_T)
         return loss_T if coef_T is None else weighted_sum(coef_T, loss_T), *terms[:3], *made
 
     @staticmethod
@@ -116,7 +113,7 @@ class TopKDistillation(LossFunction):
             if made:
                 by_logits = gradient_of_sum(ctx, call.kernels, rows, terms, made, upstream)
             elif ctx.needs_input_grad[0]:
-                coefficients = top_k_coefficients(torch, terms, upstream_T, teacher)
+                coefficients = teacher.coefficients(torch, terms, [upstream_T])
                 by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, None)
             by_log_p = teacher_grad(terms, teacher, upstream_T, keep_T) if ctx.needs_input_grad[2] else None
         refusing = (once_differentiable(x, logits, log_p_TK, upstream) for x in (by_logits, by_log_p))
@@ -150,7 +147,7 @@ class LinearTopKDistillation(Function):
         terms, logits = operators.linear_terms(call.kernels, given.linear(call.source), Sums(), keep_logits)
         if call.source.group is not None:
             terms = collectives.fold(terms, call.source.group)
-        loss_T = given.of_tokens(top_k_distillation(torch, terms, TopK(given.of_rows(log_p_TK), call.tail)))
+        loss_T = given.of_tokens(TopK(given.of_rows(log_p_TK), call.tail).values(torch, terms)[0])
         return loss_T, *terms[:3], logits, *([] if whole is hidden else [whole])
 
     @staticmethod
@@ -166,7 +163,7 @@ class LinearTopKDistillation(Function):
         want, terms = Wanted(*ctx.needs_input_grad[:3]), RowTerms(*saved)
         with torch.no_grad():
             upstream_N, teacher = given.of_rows(upstream.to(terms.s.dtype)), TopK(given.of_rows(log_p_TK), call.tail)
-            coefficients = top_k_coefficients(torch, terms, upstream_N, teacher)
+            coefficients = teacher.coefficients(torch, terms, [upstream_N])
             by_inputs = grads_from_terms(ctx, given, want, terms, coefficients, logits_once(ctx, logits))
             by_log_p = None
             if ctx.needs_input_grad[4]:
@@ -179,7 +176,7 @@ class LinearTopKDistillation(Function):
 
 def teacher_grad(terms: RowTerms, teacher: TopK, upstream_T: Tensor, keep_T: Tensor | None) -> Tensor:
     """The gradient by the teacher's log-probabilities, [T, K]; 0 in ignored rows."""
-    grad_TK = top_k_teacher_gradient(torch, terms, teacher) * upstream_T[:, None]
+    grad_TK = teacher.teacher_gradient(torch, terms) * upstream_T[:, None]
     return grad_TK if keep_T is None else grad_TK.masked_fill(~keep_T[:, None], 0.0)
 
 

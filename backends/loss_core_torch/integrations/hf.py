@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loss_core import FusedLinearCEConfig, LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch import metrics
 from loss_core_torch.integrations import hf_models
 from loss_core_torch.integrations.heads import call_in_head
@@ -105,7 +105,7 @@ def use_fused_loss(
         )
     fused = _by_count(replace(config, logit_softcapping=logits.softcap), backend)
     over_logits = _by_count(
-        MaskedCrossEntropyConfig(ignore_index=config.ignore_index, **Objective.of(config, 0).options), backend
+        MaskedCrossEntropyConfig(ignore_index=config.ignore_index, **CrossEntropy.of(config, 0).options), backend
     )
     before = vars(model).get("forward")
     forward = _FusedForward(type(model).forward, before, fused, over_logits, logits)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loss_core import FusedLinearCEConfig, FusedLinearLogProbsConfig
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch import metrics
 from loss_core_torch.integrations import hf_models
 from loss_core_torch.integrations.heads import call_in_head
@@ -158,7 +158,7 @@ def use_fused_loss(
             f"logit_softcapping is {config.logit_softcapping} in config, but {logits.softcap} in the model."
         )
     loss = replace(config, reduction="none", logit_softcapping=logits.softcap).build(backend=backend)
-    return _patch(model, loss, logits.scale, compared=not any(Objective.of(config, 0).options.values()))
+    return _patch(model, loss, logits.scale, compared=not any(CrossEntropy.of(config, 0).options.values()))
 
 
 def _patch(model: Any, loss: Any, scale: float, compared: bool) -> Callable[[], None]:
@@ -226,7 +226,7 @@ def _check_trainer(trainer: Any, config: FusedLinearCEConfig) -> None:
             f"{kind} has a compute_loss_func or a label_smoothing_factor, so it would not use this loss. Leave them "
             "out; label_smoothing is a field of FusedLinearCEConfig."
         )
-    options = {name: value for name, value in Objective.of(config, 0).options.items() if value}
+    options = {name: value for name, value in CrossEntropy.of(config, 0).options.items() if value}
     if trainer.args.loss_type != "nll" and options:
         raise ValueError(f"{', '.join(options)} of config have no meaning for {trainer.args.loss_type=}.")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
+from loss_core.row_terms import Coefficients, CrossEntropy, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
 from loss_core_torch.kernels.arguments import (
     Blocks,
     BothGrads,
@@ -114,7 +114,7 @@ class KernelSet(Protocol):
         ...
 
     def row_terms_and_grad(
-        self, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+        self, rows: Rows, coef_T: Tensor, objective: Objective
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients, in one visit of each row."""
         ...
@@ -188,7 +188,7 @@ class KernelSet(Protocol):
         ...
 
     def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
+        self, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
     ) -> tuple[RowTerms, LinearGrads]:
         """Terms, and the gradients of the sum of coef * loss in the dtype of the arithmetic, with three products."""
         ...
@@ -214,7 +214,7 @@ class WholeLosses:
         """As of `KernelSet`. No promise: PyTorch shares one long row among its threads, of several it does not."""
         return False
 
-    def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
+    def cross_entropy(self, rows: Rows, objective: CrossEntropy, group: Any, reduction: str = "none") -> Tensor:
         """Loss of each token, [T] in the dtype of the arithmetic; 0 for ignored ones.
 
         Args:
@@ -243,7 +243,7 @@ class WholeLosses:
         """As `log_probs`, of the logits of each token."""
         raise NotImplementedError
 
-    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
+    def linear_cross_entropy(self, linear: Linear, objective: CrossEntropy) -> Tensor:
         """Cross entropy of the logits of each token; else as `cross_entropy`."""
         raise NotImplementedError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Objective, RowTerms, Sums, TopK, log_shares
+from loss_core.row_terms import CrossEntropy, RowTerms, Sums, TopK, log_shares
 from loss_core_torch import precision
 from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
@@ -27,7 +27,7 @@ class PlainLosses(WholeLosses):
 
     flag = "torch:plain"
 
-    def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
+    def cross_entropy(self, rows: Rows, objective: CrossEntropy, group: Any, reduction: str = "none") -> Tensor:
         _observe()
         if group is not None:
             raise BackendUnavailable("'torch:plain' needs the whole vocabulary: use 'torch:eager' with a tp_group.")
@@ -56,7 +56,7 @@ class PlainLosses(WholeLosses):
         teacher = _head_logits(linear.teacher_TH, linear.teacher_VH, linear.teacher_dtype)
         return self.distillation(Pairs(student, teacher, linear.keep_T, linear.inverse_temperature), beta)
 
-    def linear_cross_entropy(self, linear: Linear, objective: Objective) -> Tensor:
+    def linear_cross_entropy(self, linear: Linear, objective: CrossEntropy) -> Tensor:
         _observe()
         logits_TV, keep_T = _linear_logits(linear)
         return _cross_entropy(_capped(logits_TV, linear.softcap), linear.labels_T, keep_T, objective)
@@ -112,7 +112,7 @@ def _observe() -> None:
 
 
 def _cross_entropy(
-    logits_TV: Tensor, labels_T: Tensor, keep_T: Tensor | None, objective: Objective, reduction: str = "none"
+    logits_TV: Tensor, labels_T: Tensor, keep_T: Tensor | None, objective: CrossEntropy, reduction: str = "none"
 ) -> Tensor:
     """Loss of each token, 0 where ignored; or their sum or mean, where none is."""
     vocab, smoothing = logits_TV.shape[1], objective.label_smoothing

@@ -39,7 +39,7 @@ from torch.autograd import Function
 from loss_core.dispatch.flags import install_line
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable, FlagStatus
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch import compat
 from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.second_derivative import once_differentiable
@@ -87,7 +87,7 @@ class TELosses(WholeLosses):
 
     # Not traced: TE's graph inside of ours is none that the compiler can follow.
     @compat.outside_of_graphs
-    def cross_entropy(self, rows: Rows, objective: Objective, group: Any, reduction: str = "none") -> Tensor:
+    def cross_entropy(self, rows: Rows, objective: CrossEntropy, group: Any, reduction: str = "none") -> Tensor:
         """See `WholeLosses.cross_entropy`. A second backward runs TE's forward again, its collective included.
 
         Args:

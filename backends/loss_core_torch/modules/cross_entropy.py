@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from loss_core import BackendUnavailable, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch import compat, inplace, inputs, metrics
-from loss_core_torch.autograd.cross_entropy import Call, CrossEntropy
+from loss_core_torch.autograd.cross_entropy import Call, CrossEntropyFunction
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import KernelSet, Rows, WholeLosses
 from loss_core_torch.metrics import Result
@@ -137,7 +137,7 @@ class _LogitsCrossEntropy(LossModule):
         self, kernels: Kernels, logits: Tensor, tokens: Tokens, shards: Any = None, token_groups: tuple[Any, ...] = ()
     ) -> Result:
         start, group = (0, None) if shards is None else (shards.start, shards.group)
-        objective = Objective.of(self, logits.shape[-1] if shards is None else shards.total)
+        objective = CrossEntropy.of(self, logits.shape[-1] if shards is None else shards.total)
         rows = Rows(logits, tokens.labels_T, tokens.keep_T, start, float(self.logit_softcapping))
         if isinstance(kernels, WholeLosses):
             loss = self._whole_loss(kernels, rows, objective, tokens, shards, token_groups)
@@ -150,7 +150,7 @@ class _LogitsCrossEntropy(LossModule):
         return loss, metrics.reduced(self.metrics, found, tokens, self.reduction, token_groups)
 
     def _whole_loss(
-        self, kernels: WholeLosses, rows: Rows, objective: Objective, tokens: Tokens, shards: Any,
+        self, kernels: WholeLosses, rows: Rows, objective: CrossEntropy, tokens: Tokens, shards: Any,
         token_groups: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
         if shards is not None and not shards.even:
@@ -165,7 +165,7 @@ class _LogitsCrossEntropy(LossModule):
         return reduce_tokens(loss_T, tokens, self.reduction, token_groups)
 
     def _loss_and_metrics(
-        self, kernels: KernelSet, rows: Rows, objective: Objective, tokens: Tokens, group: Any,
+        self, kernels: KernelSet, rows: Rows, objective: CrossEntropy, tokens: Tokens, group: Any,
         token_groups: tuple[Any, ...],
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         logits, names = rows.logits, metrics.of_tokens(self.metrics)
@@ -175,7 +175,7 @@ class _LogitsCrossEntropy(LossModule):
         if self.reduction != "none" and has_known_factors(tokens, group, token_groups, logits):
             call = call._replace(grad_in_forward=not overwrite and kernels.grad_in_forward(logits.device))
             coef_T = coefficients(tokens, self.reduction, logits.dtype)
-        loss, *rest = CrossEntropy.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)
+        loss, *rest = CrossEntropyFunction.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)
         found = rest[len(rest) - len(names) :]
         return (reduce_tokens(loss, tokens, self.reduction, token_groups) if coef_T is None else loss), found
 

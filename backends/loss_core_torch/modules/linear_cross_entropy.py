@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loss_core import ChunkedCEConfig, FusedLinearCEConfig
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_torch import inputs, metrics
 from loss_core_torch.autograd.linear_cross_entropy import Call, LinearCrossEntropy
 from loss_core_torch.inputs import Tokens
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(LinearModule):
         return self.reduction == "none"
 
     def _loss(self, call: LinearCall) -> Result:
-        tokens, objective, groups = call.tokens, Objective.of(self, call.num_classes), call.token_groups
+        tokens, objective, groups = call.tokens, CrossEntropy.of(self, call.num_classes), call.token_groups
         if isinstance(call.kernels, WholeLosses):
             whole = call.whole()
             loss_T = zero_where_ignored(call.kernels.linear_cross_entropy(whole, objective), tokens.keep_T)
@@ -105,7 +105,7 @@ class _LinearCrossEntropy(LinearModule):
         return (loss, metrics.reduced(self.metrics, found, tokens, self.reduction, groups)) if self.metrics else loss
 
     def _loss_and_metrics(
-        self, kernels: KernelSet, call: LinearCall, objective: Objective
+        self, kernels: KernelSet, call: LinearCall, objective: CrossEntropy
     ) -> tuple[Tensor, list[Tensor]]:
         tokens, names, coef_T = call.tokens, metrics.of_tokens(self.metrics), None
         if call.source.group is None and self.reduction != "none" and not call.token_groups:

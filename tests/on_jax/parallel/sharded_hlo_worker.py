@@ -11,7 +11,7 @@ import sys
 from sharded_worker import SMALL, AxisType, NamedSharding, P, built, jax, jnp, mesh_of
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
-from loss_core.row_terms import Objective
+from loss_core.row_terms import CrossEntropy
 from loss_core_jax.kernels import How
 from loss_core_jax.losses.cross_entropy import Problem, loss_rows
 from loss_core_jax.parallel.layout import NOWHERE
@@ -111,7 +111,7 @@ def what_would_be_wrong_is_seen():
     mesh = mesh_of(dp=2, tp=2)
     # bfloat16: float32 logits are not taken in chunks.
     logits, target = shaped(mesh, (T, 480), "bfloat16", "dp", "tp"), shaped(mesh, (T,), "int32", "dp")
-    problem = Problem(SMALL, Objective(480), How())
+    problem = Problem(SMALL, CrossEntropy(480), How())
     with jax.set_mesh(mesh):
         # As if nothing were sharded.
         found = collectives(jax.grad(lambda z, y: loss_rows(problem, z, y, NOWHERE)[0].sum()), logits, target)

@@ -21,10 +21,9 @@ from torch import Tensor
 from loss_core.row_terms import (
     GAP_UNIT,
     Coefficients,
-    Objective,
+    CrossEntropy,
     PairTerms,
     RowTerms,
-    cross_entropy_coefficients,
     kl_centre,
     log_ratio_offset,
     mixture_logs,
@@ -136,10 +135,10 @@ def row_terms_and_grad(
 
     Args:
         m_T: finite; None: the maximum. Were it made in here, TorchInductor would keep the exponentials of all rows.
-        num_classes, options: of the `Objective`.
+        num_classes, options: of the `CrossEntropy`.
     """
     x_TV, slope_TV = read(logits_TV, inverse_T, softcap)
-    objective = Objective(num_classes, *options)
+    objective = CrossEntropy(num_classes, *options)
     if m_T is None:
         m_T = x_TV.amax(-1)
         shifted_TV = _shifted(x_TV, m_T)
@@ -149,7 +148,7 @@ def row_terms_and_grad(
     s_T = powers_TV.sum(-1)
     z_sum_T = x_TV.sum(-1) if objective.sums.z_sum else None
     e_T = _weighted(powers_TV, shifted_TV).sum(-1) if objective.sums.e else None
-    coefficients = cross_entropy_coefficients(torch, RowTerms(m_T, s_T, t_T, z_sum_T, e_T), coef_T, objective)
+    coefficients = objective.coefficients(torch, RowTerms(m_T, s_T, t_T, z_sum_T, e_T), [coef_T])
     if inverse_T is not None:
         coefficients = times(coefficients, inverse_T)
     out_TV.copy_(_kept(_gradient(powers_TV, shifted_TV, slope_TV, coefficients), keep_T))

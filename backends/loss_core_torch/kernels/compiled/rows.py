@@ -14,11 +14,10 @@ from torch import Tensor
 from loss_core.row_terms import (
     EMPTY_ROW,
     Coefficients,
+    CrossEntropy,
     Objective,
     RowTerms,
     Sums,
-    TopK,
-    coefficients_of,
 )
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.compiled import formulas, one_column
@@ -72,11 +71,13 @@ class RowKernels:
         return out
 
     def row_terms_and_grad(
-        self, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+        self, rows: Rows, coef_T: Tensor, objective: Objective
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
-        if isinstance(objective, TopK):
+        if rows.labels_T.dim() == 2:
             return _terms_and_grad_of_others(rows, coef_T, objective)
+        # What a compiled program has in it.
+        assert isinstance(objective, CrossEntropy)
         if one_column.applies(rows):
             uncapped, slope_TV = one_column.uncapped(rows)
             terms, grad_TV, coefficients = self.row_terms_and_grad(uncapped, coef_T, objective)
@@ -95,7 +96,7 @@ class RowKernels:
             write(out, block, False, program)
             parts.append(_found(block, rows, t_B, found.pop(), objective.sums))
         terms = _together(parts, rows, objective.sums)
-        coefficients = coefficients_of(torch, terms, coef_T, objective)
+        coefficients = objective.coefficients(torch, terms, [coef_T])
         target_T = by_logits(coefficients, terms.t, rows.softcap, rows.inverse_temperature_T).target
         targets.write(out, target_T)
         return terms, out, coefficients
@@ -118,13 +119,15 @@ def _others(z_BV: Tensor, block: Block, rows: Rows, targets: _Targets, sums: Sum
     return _found(block, rows, t_B, run(formulas.row_terms, z_BV, None, static=(0.0, *sums)), sums)
 
 
-def _terms_and_grad_of_others(rows: Rows, coef_T: Tensor, objective: TopK) -> tuple[RowTerms, Tensor, Coefficients]:
+def _terms_and_grad_of_others(
+    rows: Rows, coef_T: Tensor, objective: Objective
+) -> tuple[RowTerms, Tensor, Coefficients]:
     """Terms, gradient and its coefficients of rows with K targets, by two programs while a block is in cache."""
     out, targets, inverse_T = _result(rows), _Targets(rows), rows.inverse_temperature_T
     parts, of_targets = list[RowTerms](), list[Tensor]()
     for block, z_BV in _small_blocks(rows):
         part = _others(z_BV, block, rows, targets, objective.sums)
-        coefficients = coefficients_of(torch, part, coef_T[block.at], objective.of_rows(block.at))
+        coefficients = objective.of_rows(block.at).coefficients(torch, part, [coef_T[block.at]])
         inverse_B = None if inverse_T is None else inverse_T[block.at]
         coefficients = by_logits(coefficients, part.t, rows.softcap, inverse_B)
         of_rows = (targets.keep_T[block.at], part.m, coefficients.scale)
@@ -135,7 +138,7 @@ def _terms_and_grad_of_others(rows: Rows, coef_T: Tensor, objective: TopK) -> tu
     if parts:
         targets.write(out, torch.cat(of_targets))
     terms = _together(parts, rows, objective.sums)
-    return terms, out, coefficients_of(torch, terms, coef_T, objective)
+    return terms, out, objective.coefficients(torch, terms, [coef_T])
 
 
 def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, sums: Sums) -> tuple[Tensor, ...]:
@@ -148,7 +151,7 @@ def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, 
     return tuple(run(formulas.row_terms, z_BV, inverse_B, static=(softcap, *sums)))
 
 
-def _terms_and_grad(args: list[Any], into_BV: Tensor, softcap: float, objective: Objective) -> tuple[Tensor, ...]:
+def _terms_and_grad(args: list[Any], into_BV: Tensor, softcap: float, objective: CrossEntropy) -> tuple[Tensor, ...]:
     """m and s of each row and what else is wanted, and the gradient but for the target's column.
 
     Args:

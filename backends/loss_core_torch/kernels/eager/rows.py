@@ -21,8 +21,6 @@ from loss_core.row_terms import (
     Objective,
     RowTerms,
     Sums,
-    TopK,
-    coefficients_of,
 )
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.eager.exponentials import (
@@ -70,14 +68,14 @@ class RowKernels:
         return out
 
     def row_terms_and_grad(
-        self, rows: Rows, coef_T: Tensor, objective: Objective | TopK
+        self, rows: Rows, coef_T: Tensor, objective: Objective
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
         found, out, walk = _empty_terms(rows, objective.sums), _result(rows, None), _Walk(rows, self.sizes)
         coefficients = no_coefficients(objective.sums, rows.labels_T, compute_dtype(rows.logits.dtype))
         for block in walk:
             part, powers, slope_BV = walk.terms(block, objective.sums, for_gradient=True)
-            of_block = coefficients_of(torch, part, coef_T[block.at], objective.of_rows(block.at))
+            of_block = objective.of_rows(block.at).coefficients(torch, part, [coef_T[block.at]])
             walk.store(block, out, powers, slope_BV, of_block, part.t)
             _put(found, block, part)
             _put(coefficients, block, of_block)

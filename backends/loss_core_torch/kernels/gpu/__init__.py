@@ -10,13 +10,12 @@ from torch import Tensor
 
 from loss_core.row_terms import (
     Coefficients,
+    CrossEntropy,
     MixtureTerms,
     Objective,
     PairTerms,
     RowTerms,
     Sums,
-    TopK,
-    coefficients_of,
 )
 from loss_core_torch.kernels import (
     Blocks,
@@ -63,11 +62,11 @@ class GpuKernels:
         return rows.grad(self._launcher, rows_, terms, coefficients, factor, out)
 
     def row_terms_and_grad(
-        self, rows_: Rows, coef_T: Tensor, objective: Objective | TopK
+        self, rows_: Rows, coef_T: Tensor, objective: Objective
     ) -> tuple[RowTerms, Tensor, Coefficients]:
-        if isinstance(objective, TopK):
+        if not isinstance(objective, CrossEntropy):
             terms = rows.terms(self._launcher, rows_, objective.sums)
-            coefficients = coefficients_of(torch, terms, coef_T, objective)
+            coefficients = objective.coefficients(torch, terms, [coef_T])
             return terms, rows.grad(self._launcher, rows_, terms, coefficients), coefficients
         return rows.terms_and_grad(self._launcher, rows_, coef_T, objective)
 
@@ -114,7 +113,7 @@ class GpuKernels:
         return linear_tiles.grads(self._launcher, linear_, terms, coefficients, want, logits)
 
     def linear_terms_and_grads(
-        self, linear_: Linear, coef_T: Tensor, objective: Objective, want: Wanted
+        self, linear_: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
     ) -> tuple[RowTerms, LinearGrads]:
         return linear.terms_and_grads(self._launcher, linear_, coef_T, objective, want)
 

@@ -120,7 +120,7 @@ def fold(m_L, s_L, e_L, E: tl.constexpr):
 def cross_entropy_coefficients(
     m, s, t, upstream, num_classes, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
 ):  # fmt: skip
-    """(scale, target, uniform) of a row's gradient; mirrors `row_terms.cross_entropy_coefficients`.
+    """(scale, target, uniform) of a row's gradient; mirrors `row_terms.CrossEntropy.coefficients`.
 
     `uniform` is used only where the loss needs z_sum.
     """

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import Objective, RowTerms
+from loss_core.row_terms import CrossEntropy, RowTerms
 from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.gpu import kernels, rows, sizes
@@ -27,7 +27,7 @@ from loss_core_torch.kernels.terms import joined_terms
 
 
 def terms_and_grads(
-    launcher: Launcher, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
+    launcher: Launcher, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
 ) -> tuple[RowTerms, LinearGrads]:
     """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
     operands = Operands(launcher, linear)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_ROW, Coefficients, Objective, RowTerms, Sums
+from loss_core.row_terms import EMPTY_ROW, Coefficients, CrossEntropy, RowTerms, Sums
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
@@ -58,7 +58,7 @@ def grad(
 
 
 def terms_and_grad(
-    launcher: Launcher, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
+    launcher: Launcher, rows: Rows, coef_T: Tensor, objective: CrossEntropy, out: Tensor | None = None
 ) -> tuple[RowTerms, Tensor, Coefficients]:
     """Terms, gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
 
@@ -95,7 +95,7 @@ def _num_targets(labels_T: Tensor) -> dict[str, int]:
     return {"NUM": number, "N": 1 << (number - 1).bit_length()}
 
 
-def _constants(objective: Objective) -> dict[str, Any]:
+def _constants(objective: CrossEntropy) -> dict[str, Any]:
     """Each option as a constant of the kernel, in capitals; a float argument would arrive in float32."""
     return {name.upper(): value for name, value in objective.options.items()}
 

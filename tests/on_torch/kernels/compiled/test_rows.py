@@ -6,7 +6,7 @@ import torch
 from helpers.torch_calls import assert_same, run
 from loss_core import KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.check import check
-from loss_core.row_terms import Objective, combine, combine_pairs, cross_entropy_coefficients, kl_divergence
+from loss_core.row_terms import CrossEntropy, combine, combine_pairs, kl_divergence
 from loss_core_torch.kernels import PairCoefficients, Pairs, Rows, find
 from loss_core_torch.kernels.compiled import programs
 
@@ -42,9 +42,9 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole():
     student, teacher, labels = torch.randn(5, 40), torch.randn(5, 40), torch.tensor([0, 12, 13, 39, 7])
     keep, coef = torch.tensor([True, True, False, True, True]), torch.linspace(-1, 1, 5)
     student[0, 14:] = teacher[0, 14:] = -torch.inf
-    objective, rows = Objective(40), Rows(student, labels, None)
+    objective, rows = CrossEntropy(40), Rows(student, labels, None)
     whole, pairs = eager.row_terms(rows, objective.sums), eager.pair_terms(Pairs(student, teacher, None, 0.5))
-    coefficients, kl = cross_entropy_coefficients(torch, whole, coef, objective), kl_divergence(torch, pairs)
+    coefficients, kl = objective.coefficients(torch, whole, [coef]), kl_divergence(torch, pairs)
     terms, grads, pair_terms, pair_grads = None, [], None, {False: [], True: []}
     # A rank may own nothing, or one class.
     for start, stop in ((0, 13), (13, 13), (13, 14), (14, 40)):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loss_core.row_terms import Objective, Sums, cross_entropy_coefficients, log_probability_coefficients
+from loss_core.row_terms import CrossEntropy, LogProbability, Sums
 from loss_core_torch import compat
 from loss_core_torch.kernels.eager.block_logits import BlockLogits, BlockRows, Tiles
 from loss_core_torch.kernels.eager.products import Products
@@ -66,8 +66,7 @@ def test_terms_and_gradients_are_those_of_float64(by_onednn, softcap, temperatur
     torch.testing.assert_close(terms.s.double(), x_BV.exp().sum(-1), rtol=1e-4, atol=0)
     if with_entropy:
         torch.testing.assert_close(terms.e.double(), (x_BV.exp() * x_BV).sum(-1), rtol=1e-4, atol=1e-5)
-    upstreams = (-upstream_B, upstream_e_B if with_entropy else None)
-    coefficients = log_probability_coefficients(torch, terms, *upstreams)
+    coefficients = LogProbability(with_entropy).coefficients(torch, terms, [-upstream_B, upstream_e_B])
     logits.to_gradient(terms, coefficients)
     # Both are sums to which a block adds; the weight's is written by the first.
     gh_BH, gw_VH = torch.zeros(B, H), torch.full((V, H), torch.nan)
@@ -83,7 +82,7 @@ def test_two_blocks_add_up():
     gw_VH = torch.full((V, H), torch.nan, dtype=torch.float64)
     for first in (True, False):
         terms = logits.fill(h_BH, Sums())
-        logits.to_gradient(terms, cross_entropy_coefficients(torch, terms, ones_B, Objective(V)))
+        logits.to_gradient(terms, CrossEntropy(V).coefficients(torch, terms, [ones_B]))
         logits.add_gradients(None, gw_VH, None, h_BH, first=first, last=not first)
     torch.testing.assert_close(gw_VH, 2 * grad_w, rtol=1e-10, atol=1e-12)
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.operations import Operations
 from helpers.torch_calls import assert_same, run
 from loss_core import FusedLinearCEConfig
-from loss_core.row_terms import Objective, Sums, combine, cross_entropy_coefficients
+from loss_core.row_terms import CrossEntropy, Sums, combine
 from loss_core_torch.kernels import Linear, Wanted
 from loss_core_torch.kernels.eager import KERNELS
 
@@ -48,7 +48,7 @@ def test_several_blocks_and_tiles_are_those_of_float64(dtype, reduction, softcap
 @pytest.mark.parametrize("keep_logits", [True, False])
 def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
     torch.manual_seed(0)
-    h_TH, w_VH, objective = torch.randn(40, H), torch.randn(V, H), Objective(V, smoothing)
+    h_TH, w_VH, objective = torch.randn(40, H), torch.randn(V, H), CrossEntropy(V, smoothing)
     labels_T, upstream_T = torch.randint(0, V, (40,)), torch.linspace(-1, 1, 40)
     labels_T[:3] = torch.tensor([0, 13, V - 1])
 
@@ -69,7 +69,7 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
             continue
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
     assert [x.numel() for x in kept] == [40 * (stop - start) * keep_logits for start, stop in pieces]
-    coefficients = cross_entropy_coefficients(torch, whole, upstream_T, objective)
+    coefficients = objective.coefficients(torch, whole, [upstream_T])
     found = [
         KERNELS.linear_grads(linear(*piece), whole, coefficients, every, logits)
         for piece, logits in zip(pieces, kept, strict=True)
@@ -98,7 +98,7 @@ def test_no_token_and_no_class():
         None,
     ]
     linear = Linear(torch.empty(0, H), torch.randn(4, H), torch.empty(0, dtype=torch.int64), 0, 0.0, torch.float32)
-    terms, grads = KERNELS.linear_terms_and_grads(linear, torch.empty(0), Objective(4), Wanted(True, True, True))
+    terms, grads = KERNELS.linear_terms_and_grads(linear, torch.empty(0), CrossEntropy(4), Wanted(True, True, True))
     assert terms.m.shape == (0,)
     assert grads.hidden_TH.shape == (0, H)
     assert torch.equal(grads.weight_VH, torch.zeros(4, H))

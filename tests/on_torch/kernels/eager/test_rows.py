@@ -7,7 +7,7 @@ import torch
 from helpers.operations import Operations
 from helpers.torch_calls import DTYPES, assert_same, built, configs, inputs, name_of, run
 from loss_core import MaskedCrossEntropyConfig
-from loss_core.row_terms import Objective, RowTerms, Sums, combine, cross_entropy_coefficients
+from loss_core.row_terms import CrossEntropy, RowTerms, Sums, combine
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.eager import KERNELS
 from loss_core_torch.kernels.eager.sizes import SIZES
@@ -126,13 +126,13 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, dtype):
     z_TV, labels_T, objective = (
         torch.randn(5, 40, dtype=dtype),
         torch.tensor([0, 12, 13, 39, 7]),
-        Objective(40, smoothing),
+        CrossEntropy(40, smoothing),
     )
     z_TV[0, 14:] = -torch.inf
     coef_T, uniform_T = torch.linspace(-1, 1, 5, dtype=dtype), torch.linspace(0, 1, 5, dtype=dtype)
     whole = KERNELS.row_terms(Rows(z_TV, labels_T, None), objective.sums)
     assert (whole.z_sum is None) == (smoothing == 0)
-    coefficients = cross_entropy_coefficients(torch, whole, coef_T, Objective(40))
+    coefficients = CrossEntropy(40).coefficients(torch, whole, [coef_T])
     coefficients = coefficients._replace(uniform=uniform_T, target=coefficients.target - uniform_T)
     folded, grads = None, []
     # A rank may own nothing, or one class.

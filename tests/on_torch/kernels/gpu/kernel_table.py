@@ -32,7 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loss_core.row_terms import Coefficients, Objective, Sums
+from loss_core.row_terms import Coefficients, CrossEntropy, Sums
 from loss_core_torch.kernels import (
     BothWanted,
     Linear,
@@ -244,7 +244,7 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
     labels_T = torch.empty(num_tokens, dtype=torch.int64, device="meta")
     coef_T = torch.empty(num_tokens, dtype=compute_dtype(logits.dtype), device="meta")
     # Every option once with and once without.
-    for keep_T, objective in ((None, Objective(vocab)), (labels_T != 0, Objective(vocab, 0.1))):
+    for keep_T, objective in ((None, CrossEntropy(vocab)), (labels_T != 0, CrossEntropy(vocab, 0.1))):
         rows, pairs = Rows(logits, labels_T, keep_T), Pairs(logits, logits, keep_T, 0.5)
         coefficients = Coefficients(coef_T, coef_T, coef_T if objective.sums.z_sum else None)
         terms = kernels.row_terms(rows, objective.sums)
@@ -274,9 +274,9 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
     labels_T = torch.empty(len(hidden), dtype=torch.int64, device="meta")
     coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
     for softcap, objective in (
-        (0.0, Objective(len(weight))),
-        (30.0, Objective(len(weight))),
-        (30.0, Objective(len(weight), 0.1)),
+        (0.0, CrossEntropy(len(weight))),
+        (30.0, CrossEntropy(len(weight))),
+        (30.0, CrossEntropy(len(weight), 0.1)),
     ):
         linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype)
         kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))

@@ -179,8 +179,8 @@ def test_coefficients_are_those_of_row_terms(flag, smoothing, z_loss, dtype):
     upstream_T, out = torch.randn(8, dtype=dtype), torch.empty(3, 8, dtype=dtype)
     options = {"LABEL_SMOOTHING": smoothing, "Z_LOSS": z_loss}
     _coefficients_kernel[(1,)](terms.m, terms.s, terms.t.contiguous(), upstream_T, out, 11, **options, T=8)
-    objective = row_terms.Objective(11, smoothing, z_loss)
-    expected = row_terms.cross_entropy_coefficients(torch, terms, upstream_T, objective)
+    objective = row_terms.CrossEntropy(11, smoothing, z_loss)
+    expected = objective.coefficients(torch, terms, [upstream_T])
     for got, want in zip(out, expected[:3], strict=True):
         torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want)
 

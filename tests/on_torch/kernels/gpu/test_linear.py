@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.largest_tensor import LargestTensor
-from loss_core.row_terms import Objective, Sums, cross_entropy, cross_entropy_coefficients
+from loss_core.row_terms import CrossEntropy, Sums
 from loss_core_torch.kernels import Linear, Wanted
 from loss_core_torch.kernels.gpu import GpuKernels
 from loss_core_torch.kernels.gpu.launch import Launcher, start
@@ -14,7 +14,7 @@ from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks, tiny_tiles
 pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
 H = 8
-BOTH, OBJECTIVE = Wanted(True, True), Objective(V)
+BOTH, OBJECTIVE = Wanted(True, True), CrossEntropy(V)
 
 
 def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0):
@@ -34,7 +34,7 @@ def _expected(linear, coef_T):
 
 def _both_ways(kernels, linear, coef_T, smoothing=0.0):
     """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
-    objective = Objective(V, smoothing)
+    objective = CrossEntropy(V, smoothing)
     terms, grads = kernels.linear_terms_and_grads(linear, coef_T, objective, BOTH)
     yield terms, *grads[:2]
     for keep_logits in (False, True):
@@ -45,7 +45,7 @@ def _both_ways(kernels, linear, coef_T, smoothing=0.0):
 
 def _coefficients(terms, coef_T, objective=OBJECTIVE):
     # As the autograd function has them: nothing of a token that is ignored.
-    return kept_coefficients(cross_entropy_coefficients(torch, terms, coef_T, objective), coef_T != 0)
+    return kept_coefficients(objective.coefficients(torch, terms, [coef_T]), coef_T != 0)
 
 
 @each_set
@@ -59,7 +59,7 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
     both_ways = zip(_both_ways(SETS[name], linear, coef_T), (coef_T.dtype, dtype, dtype), strict=True)
     for (terms, *found), weight_dtype in both_ways:
         tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
-        torch.testing.assert_close(cross_entropy(torch, terms, Objective(V)).double(), loss_T, **tolerance)
+        torch.testing.assert_close(CrossEntropy(V).values(torch, terms)[0].double(), loss_T, **tolerance)
         assert [got.dtype for got in found] == [coef_T.dtype, weight_dtype]
         for got, expected in zip(found, grads, strict=True):
             if got.dtype == torch.bfloat16:

@@ -7,12 +7,10 @@ import torch
 
 from loss_core.row_terms import (
     Coefficients,
-    Objective,
+    CrossEntropy,
+    LogProbability,
     RowTerms,
     Sums,
-    cross_entropy,
-    cross_entropy_coefficients,
-    log_probability_coefficients,
 )
 from loss_core_torch.kernels import Rows, whole_rows
 from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
@@ -79,9 +77,9 @@ def test_terms_and_gradient(flag, name, dtype, ignored):
     found = kernels.row_terms(rows, Sums())
     assert found.z_sum is None
     _same_terms(rows, found, terms)
-    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+    coefficients = CrossEntropy(V).coefficients(torch, found, [coef_T])
     _close(kernels.row_grad(rows, found, coefficients), grad, dtype)
-    at_once, made, _ = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+    at_once, made, _ = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V))
     _same_terms(rows, at_once, terms)
     _close(made, grad, dtype)
     assert made.dtype == dtype
@@ -93,11 +91,11 @@ def test_the_sum_of_all_logits_and_the_uniform_part(flag, name):
     terms, grad = _expected(rows, coef_T, uniform_T)
     for found in (
         kernels.row_terms(rows, Sums(z_sum=True)),
-        kernels.row_terms_and_grad(rows, coef_T, Objective(V, 0.1))[0],
+        kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V, 0.1))[0],
     ):
         assert found.z_sum is not None
         _same_terms(rows, found, terms)
-    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+    coefficients = CrossEntropy(V).coefficients(torch, found, [coef_T])
     coefficients = coefficients._replace(uniform=uniform_T, target=coefficients.target - uniform_T)
     _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
 
@@ -112,9 +110,9 @@ def test_entropy_softcap_and_temperature(flag, name, softcap, temperature):
     terms, grad = _expected(rows, -upstream_T, of_entropy_T=of_entropy_T)
     found = kernels.row_terms(rows, Sums(e=True))
     _same_terms(rows, found, terms)
-    coefficients = log_probability_coefficients(torch, found, upstream_T, of_entropy_T)
+    coefficients = LogProbability(entropy=True).coefficients(torch, found, [upstream_T, of_entropy_T])
     _close(kernels.row_grad(rows, found, coefficients), grad, torch.float32)
-    found, made, _ = kernels.row_terms_and_grad(rows, upstream_T, Objective(V))
+    found, made, _ = kernels.row_terms_and_grad(rows, upstream_T, CrossEntropy(V))
     _same_terms(rows, found, terms)
     _close(made, _expected(rows, upstream_T)[1], torch.float32)
 
@@ -126,8 +124,8 @@ def test_the_column_of_the_label_is_rounded_once(flag, name):
     logits[:, 20] = 12.0
     rows, coef_T = Rows(logits, torch.tensor([20, 20, 20]), None), torch.ones(3)
     _, grad = _expected(rows, coef_T)
-    terms, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
-    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    terms, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, CrossEntropy(V))
+    coefficients = CrossEntropy(V).coefficients(torch, terms, [coef_T])
     for got in (made, SETS[name].row_grad(rows, terms, coefficients)):
         torch.testing.assert_close(got[:, 20].double(), grad[:, 20], rtol=2**-8, atol=0)
 
@@ -138,8 +136,8 @@ def test_what_an_ignored_row_holds_is_not_read(flag, name):
     logits[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None]
     rows = Rows(logits, torch.arange(6), torch.arange(6) % 2 == 0)
     coef_T = torch.tensor([1.0, torch.nan, 2.0, torch.inf, 0.5, 1.0])
-    terms, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
-    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    terms, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, CrossEntropy(V))
+    coefficients = CrossEntropy(V).coefficients(torch, terms, [coef_T])
     for grad in (made, SETS[name].row_grad(rows, terms, coefficients)):
         assert not grad[1::2].any()
         assert grad[::2].isfinite().all()
@@ -152,10 +150,10 @@ def test_minus_infinity_and_huge_logits(flag, name):
     logits[0, ::2], logits[3, 1:] = -torch.inf, -torch.inf
     rows, coef_T = Rows(logits, torch.tensor([1, 2, 3, 0]), None), torch.ones(4)
     terms, grad = _expected(rows, coef_T)
-    found, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(V))
+    found, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, CrossEntropy(V))
     _close(made, grad, torch.float32)
-    expected = cross_entropy(torch, terms._replace(z_sum=None), Objective(V))
-    torch.testing.assert_close(cross_entropy(torch, found, Objective(V)).double(), expected, rtol=1e-5, atol=1e-5)
+    expected = CrossEntropy(V).values(torch, terms._replace(z_sum=None))[0]
+    torch.testing.assert_close(CrossEntropy(V).values(torch, found)[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", layouts())
@@ -163,8 +161,8 @@ def test_any_layout(flag, layout):
     kernels, rows = SETS["tiny-blocks"], _rows(layouts()[layout])
     coef_T = torch.randn(rows.labels_T.shape)
     grad = _expected(rows, coef_T)[1] if rows.logits.numel() else rows.logits.double()
-    found, made, _ = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
-    coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+    found, made, _ = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V))
+    coefficients = CrossEntropy(V).coefficients(torch, found, [coef_T])
     for got in (made, kernels.row_grad(rows, found, coefficients)):
         assert got.is_contiguous()
         _close(got, grad, torch.float32)
@@ -182,7 +180,7 @@ def test_any_layout_is_one_launch(flag, layout):
     if not rows.logits.numel():
         return
     terms = kernels.row_terms(rows, Sums())
-    kernels.row_grad(rows, terms, cross_entropy_coefficients(torch, terms, torch.ones(1), Objective(V)))
+    kernels.row_grad(rows, terms, CrossEntropy(V).coefficients(torch, terms, [torch.ones(1)]))
     assert seen == ["row_terms_kernel", "row_grad_kernel"]
 
 
@@ -192,7 +190,7 @@ def test_over_the_logits_themselves(flag, layout):
     rows = _rows(logits)
     coef_T = torch.randn(rows.labels_T.shape)
     terms = kernels.row_terms(rows, Sums())
-    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    coefficients = CrossEntropy(V).coefficients(torch, terms, [coef_T])
     expected = kernels.row_grad(rows, terms, coefficients)
     assert kernels.row_grad(rows, terms, coefficients, out=logits) is logits
     assert torch.equal(logits, expected)
@@ -201,9 +199,9 @@ def test_over_the_logits_themselves(flag, layout):
 @each_set
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_coefficients_of_the_gradient_that_was_made(flag, name, smoothing):
-    rows, coef_T, objective = _rows(torch.randn(7, V)), torch.randn(7), Objective(V, smoothing, z_loss=0.1)
+    rows, coef_T, objective = _rows(torch.randn(7, V)), torch.randn(7), CrossEntropy(V, smoothing, z_loss=0.1)
     terms, _, found = SETS[name].row_terms_and_grad(rows, coef_T, objective)
-    expected = cross_entropy_coefficients(torch, terms, coef_T, objective)
+    expected = objective.coefficients(torch, terms, [coef_T])
     for got_T, want_T in zip(found, expected, strict=True):
         assert (got_T is None) == (want_T is None)
         if got_T is not None:
@@ -214,7 +212,7 @@ def test_the_coefficients_of_the_gradient_that_was_made(flag, name, smoothing):
 def test_a_factor_of_all_coefficients(flag, name):
     """Where it is 1, a gradient that was handed in is left as it lies."""
     kernels, rows, coef_T = SETS[name], _rows(torch.randn(4, V)), torch.randn(4)
-    terms, made, coefficients = kernels.row_terms_and_grad(rows, coef_T, Objective(V, 0.1))
+    terms, made, coefficients = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V, 0.1))
     for factor, written in ((1.0, False), (1.0 + 2**-20, True), (3.0, True), (torch.nan, True)):
         out, scalar = torch.full((4, V), 7.0), torch.tensor(factor)
         assert kernels.row_grad(rows, terms, coefficients, scalar, out) is out
@@ -232,9 +230,9 @@ def test_labels_and_coefficients_of_any_stride(flag):
     logits, labels_T = torch.randn(8, V), torch.arange(24).view(8, 3)[:, 1]
     rows, coef_T = Rows(logits, labels_T, None), torch.tensor(0.5).expand(8)
     _, grad = _expected(rows, coef_T)
-    terms, made, _ = SETS["own-sizes"].row_terms_and_grad(rows, coef_T, Objective(V))
+    terms, made, _ = SETS["own-sizes"].row_terms_and_grad(rows, coef_T, CrossEntropy(V))
     _close(made, grad, torch.float32)
-    coefficients = cross_entropy_coefficients(torch, terms, coef_T, Objective(V))
+    coefficients = CrossEntropy(V).coefficients(torch, terms, [coef_T])
     coefficients = Coefficients(coefficients.scale, torch.stack([coefficients.target] * 2, 1)[:, 0])
     _close(SETS["own-sizes"].row_grad(rows, terms, coefficients), grad, torch.float32)
 
@@ -244,7 +242,7 @@ def test_more_columns_than_a_block_of_the_real_sizes(flag):
         kernels, seen = counted()
         rows, coef_T = _rows(torch.randn(3, vocab).to(torch.bfloat16)), torch.ones(3)
         terms, grad = _expected(rows, coef_T)
-        found, made, _ = kernels.row_terms_and_grad(rows, coef_T, Objective(V))
+        found, made, _ = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V))
         _same_terms(rows, found, terms)
         _close(made, grad, torch.bfloat16)
         assert seen == ["row_kernel"]
@@ -258,9 +256,9 @@ def test_rows_that_begin_between_vectors(flag, name):
         rows = _rows(memory[start : start + 3 * vocab].view(3, vocab))
         coef_T = torch.randn(3)
         terms, grad = _expected(rows, coef_T)
-        found, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, Objective(vocab))
+        found, made, _ = SETS[name].row_terms_and_grad(rows, coef_T, CrossEntropy(vocab))
         _same_terms(rows, found, terms)
-        coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(vocab))
+        coefficients = CrossEntropy(vocab).coefficients(torch, found, [coef_T])
         for got in (made, SETS[name].row_grad(rows, found, coefficients)):
             _close(got, grad, torch.bfloat16)
 
@@ -269,10 +267,10 @@ def test_rows_that_begin_between_vectors(flag, name):
 def test_a_row_does_not_depend_on_the_others(flag, name):
     """Bitwise, alone and among others, where a vocabulary is a whole number of vectors."""
     logits, labels_T, coef_T = torch.randn(7, 104).to(torch.bfloat16), torch.randint(0, 104, (7,)), torch.randn(7)
-    found, grad, _ = SETS[name].row_terms_and_grad(Rows(logits, labels_T, None), coef_T, Objective(104))
+    found, grad, _ = SETS[name].row_terms_and_grad(Rows(logits, labels_T, None), coef_T, CrossEntropy(104))
     for at in (slice(3, 4), slice(2, 6)):
         alone = Rows(logits[at].clone(), labels_T[at], None)
-        terms, made, _ = SETS[name].row_terms_and_grad(alone, coef_T[at], Objective(104))
+        terms, made, _ = SETS[name].row_terms_and_grad(alone, coef_T[at], CrossEntropy(104))
         assert torch.equal(terms.m, found.m[at])
         assert torch.equal(terms.s, found.s[at])
         assert torch.equal(made, grad[at])
@@ -288,7 +286,7 @@ def test_offsets_beyond_32_bits(flag):
         terms, grad = _expected(rows, coef_T)
         found = SETS["own-sizes"].row_terms(rows, Sums())
         _same_terms(rows, found, terms)
-        coefficients = cross_entropy_coefficients(torch, found, coef_T, Objective(V))
+        coefficients = CrossEntropy(V).coefficients(torch, found, [coef_T])
         _close(SETS["own-sizes"].row_grad(rows, found, coefficients, out=far), grad, torch.bfloat16)
 
 
@@ -298,5 +296,5 @@ def test_no_vocabulary_is_an_empty_piece(flag):
     found = kernels.row_terms(rows, Sums(z_sum=True, e=True))
     none_T = torch.tensor(none_T * 6)
     torch.testing.assert_close(tuple(found), (low_T, none_T, low_T, none_T, none_T))
-    assert kernels.row_terms_and_grad(rows, torch.ones(6), Objective(V))[1].shape == rows.logits.shape
+    assert kernels.row_terms_and_grad(rows, torch.ones(6), CrossEntropy(V))[1].shape == rows.logits.shape
     assert not seen

@@ -1,0 +1,98 @@
+"""Cross entropy with its options, and metrics beside it, as functions of row terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from loss_core.row_terms.guarded import Array, Namespace
+from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, log_sum_exp, with_target
+
+# Fields that are options of a loss.
+OPTIONS = ("label_smoothing", "z_loss")
+
+
+class CrossEntropy(NamedTuple):
+    """An `Objective`: log-sum-exp minus the target's logit; +inf where no piece owns the target.
+
+    Attributes:
+        num_classes: V over all pieces.
+        label_smoothing: share of the target's probability that is spread over all classes.
+        z_loss: factor of log-sum-exp squared, which is added to the loss.
+        metrics: whether `token_metrics` will be asked for; m is the maximum itself then.
+    """
+
+    num_classes: int
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    metrics: bool = False
+
+    @classmethod
+    def of(cls, loss: Any, num_classes: int) -> CrossEntropy:
+        """That of a loss whose fields are named as the options; one that has no such field has the default."""
+        options: dict[str, Any] = {name: getattr(loss, name, cls._field_defaults[name]) for name in OPTIONS}
+        return cls(num_classes, **options, metrics=bool(getattr(loss, "metrics", ())))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its gradient depends on, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(z_sum=self.label_smoothing != 0, e=self.metrics)
+
+    @property
+    def num_values(self) -> int:
+        return 1
+
+    def of_rows(self, at: Any) -> CrossEntropy:
+        return self
+
+    def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array]:
+        """The loss of each row.
+
+        With smoothing e: (1 - e) of it, and e times log-sum-exp minus the mean of all logits. Written relative to the
+        maximum, so that a large common offset of the logits costs no digits of the first. With a z-loss l: l times
+        log-sum-exp squared more.
+        """
+        loss = xp.log(terms.s) + (terms.m - terms.t)
+        if self.label_smoothing:
+            to_all = xp.log(terms.s) + (terms.m - terms.z_sum / self.num_classes)
+            loss = (1.0 - self.label_smoothing) * loss + self.label_smoothing * to_all
+        if self.z_loss:
+            loss = loss + self.z_loss * log_sum_exp(xp, terms) ** 2
+        return (loss,)
+
+    def coefficients(self, xp: Namespace, terms: RowTerms, upstreams: Sequence[Array]) -> Coefficients:
+        (upstream,) = upstreams
+        scale = upstream / terms.s
+        if self.z_loss:
+            scale = scale * (1.0 + 2.0 * self.z_loss * log_sum_exp(xp, terms))
+        if not self.label_smoothing:
+            return with_target(xp, terms, -upstream, scale)
+        uniform = upstream * (self.label_smoothing / self.num_classes)
+        return with_target(xp, terms, upstream * (self.label_smoothing - 1.0), scale, uniform)
+
+
+def token_metrics(xp: Namespace, terms: RowTerms, objective: CrossEntropy, names: Sequence[str]) -> list[Array]:
+    """Per row, what a training loop likes to see beside the loss; see `MaskedCrossEntropyConfig.metrics`.
+
+    Args:
+        names: among "accuracy", "entropy", "lse", "z_loss".
+    """
+    return [_METRICS[name](xp, terms, objective) for name in names]
+
+
+def _accuracy(xp: Namespace, terms: RowTerms, objective: CrossEntropy) -> Array:
+    """1 where no logit is above the target's; the two may come from one logit by two roundings of softcap or bias."""
+    rounding = 4.0 * xp.finfo(terms.m.dtype).eps * xp.abs(terms.m)
+    return xp.where(terms.m - terms.t <= rounding, xp.ones_like(terms.m), xp.zeros_like(terms.m))
+
+
+_METRICS: dict[str, Callable[[Namespace, RowTerms, CrossEntropy], Array]] = {
+    "accuracy": _accuracy,
+    "entropy": lambda xp, terms, _: entropy(xp, terms),
+    "lse": lambda xp, terms, _: log_sum_exp(xp, terms),
+    "z_loss": lambda xp, terms, objective: objective.z_loss * log_sum_exp(xp, terms) ** 2,
+}

@@ -1,0 +1,44 @@
+"""Log-probability of the target and entropy of the distribution, as functions of row terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from loss_core.row_terms.guarded import Array, Namespace
+from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, with_target
+
+
+class LogProbability(NamedTuple):
+    """An `Objective`: the log-probability of the target, and the entropy of the distribution if asked for.
+
+    Attributes:
+        entropy: whether it is.
+    """
+
+    entropy: bool = False
+
+    @property
+    def sums(self) -> Sums:
+        return Sums(e=self.entropy)
+
+    @property
+    def num_values(self) -> int:
+        return 1 + self.entropy
+
+    def of_rows(self, at: Any) -> LogProbability:
+        return self
+
+    def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array, ...]:
+        """The log-probability, -inf where no piece owns the target; then the entropy."""
+        log_p = (terms.t - terms.m) - xp.log(terms.s)
+        return (log_p, entropy(xp, terms)) if self.entropy else (log_p,)
+
+    def coefficients(self, xp: Namespace, terms: RowTerms, upstreams: Sequence[Array]) -> Coefficients:
+        """The gradient of the entropy is -p (log p + entropy), and log p + entropy is (z - m) - e / s."""
+        of_log_p = xp.zeros_like(terms.s) if upstreams[0] is None else upstreams[0]
+        scale = -of_log_p / terms.s
+        if not self.entropy or upstreams[1] is None:
+            return with_target(xp, terms, of_log_p, scale)
+        share = upstreams[1] / terms.s
+        return with_target(xp, terms, of_log_p, scale + share * (terms.e / terms.s), slope=-share)
