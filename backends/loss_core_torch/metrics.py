@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
-from loss_core.row_terms import CrossEntropy, token_metrics
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import Linear, Rows, WholeLosses
-from loss_core_torch.reduction import number_of_valid, reduce_tokens, zero_where_ignored
+from loss_core_torch.reduction import number_of_valid, reduce_tokens
 
 Metrics = dict[str, Tensor]
 
@@ -48,17 +46,6 @@ def reduced(
         if NUM_VALID in names:
             values[NUM_VALID] = number_of_valid(tokens, groups)
     return {name: values[name] for name in names}
-
-
-def of_whole(
-    kernels: WholeLosses, rows: Rows | Linear, keep_T: Tensor | None, objective: CrossEntropy, names: Sequence[str]
-) -> list[Tensor]:
-    """[T] each, where the kernels make losses whole."""
-    wanted = of_tokens(names)
-    if not wanted:
-        return []
-    found = token_metrics(torch, kernels.terms(rows, objective.sums), objective, wanted)
-    return [zero_where_ignored(x_T, keep_T) for x_T in found]
 
 
 def refuse(config: Any, who: str) -> None:

@@ -75,10 +75,11 @@ class CrossEntropy(NamedTuple):
         return with_target(xp, terms, upstream * (self.label_smoothing - 1.0), scale, uniform)
 
 
-def token_metrics(xp: Namespace, terms: RowTerms, objective: CrossEntropy, names: Sequence[str]) -> list[Array]:
+def token_metrics(xp: Namespace, terms: RowTerms, objective: Any, names: Sequence[str]) -> list[Array]:
     """Per row, what a training loop likes to see beside the loss; see `MaskedCrossEntropyConfig.metrics`.
 
     Args:
+        objective: a `CrossEntropy`, if any names are given.
         names: among "accuracy", "entropy", "lse", "z_loss".
     """
     return [_METRICS[name](xp, terms, objective) for name in names]

@@ -73,15 +73,15 @@ def test_over_ranks(flag):
 def test_te_refuses_it_over_a_group():
     rows = Rows(torch.randn(2, 4), torch.tensor([1, 2]), None)
     with pytest.raises(BackendUnavailable, match=r"is wrong with label_smoothing over a group, got 0\.1: use"):
-        te.KERNELS.cross_entropy(rows, CrossEntropy(8, 0.1), object())
+        te.KERNELS.values(rows, CrossEntropy(8, 0.1), object())
 
 
 def test_te_has_neither_z_loss_nor_softcap():
     rows = Rows(torch.randn(2, 4), torch.tensor([1, 2]), None)
     with pytest.raises(BackendUnavailable, match=r"has no z_loss, got 0\.1: use 'torch:eager'"):
-        te.KERNELS.cross_entropy(rows, CrossEntropy(4, z_loss=0.1), None)
+        te.KERNELS.values(rows, CrossEntropy(4, z_loss=0.1))
     with pytest.raises(BackendUnavailable, match=r"has no logit_softcapping, got 5\.0: use 'torch:eager'"):
-        te.KERNELS.cross_entropy(rows._replace(softcap=5.0), CrossEntropy(4), None)
+        te.KERNELS.values(rows._replace(softcap=5.0), CrossEntropy(4))
 
 
 @cells([FusedLinearCEConfig(z_loss=0.5, label_smoothing=smoothing) for smoothing in (0.0, 0.25)])

@@ -1,5 +1,7 @@
 """What the autograd functions share."""
 
+# T = tokens, K = targets of a row
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,25 +9,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from loss_core.row_terms import Coefficients, Objective, RowTerms
-from loss_core_torch import compat, operators
-from loss_core_torch.kernels import KernelSet, Rows
+from loss_core.row_terms import Objective, RowTerms, Sums, TopK
+from loss_core_torch import compat
 from loss_core_torch.tracing import may_read
 
 
-class LossFunction(Function):
-    """A loss whose last input is the call, and whose outputs after the first are what waits for the backward."""
+def keep(ctx: Any, saved: Sequence[Tensor | None], output: Sequence[Tensor], results: int = 1) -> None:
+    """What a `setup_context` does.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.call = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        # Else autograd makes zeros of their size for the outputs that have no gradient.
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.spent = False
+    Args:
+        saved: for the backward.
+        output: of the function; results: how many of them, the first ones, are differentiable.
+    """
+    ctx.mark_non_differentiable(*output[results:])
+    # Else autograd makes zeros of their size for the outputs that have no gradient.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
+    ctx.spent = False
 
 
 def check_upstream(upstream: Tensor) -> None:
@@ -43,6 +44,17 @@ def check_upstream(upstream: Tensor) -> None:
         )
 
 
+def of_values(grads: Sequence[Tensor | None], coef_T: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """The upstream gradient of each value of each row, [T], from those of a function's results; None for 0.
+
+    Args:
+        coef_T: factor of each row in the one result, or None: the results are the values.
+        dtype: of the arithmetic.
+    """
+    found = [None if upstream is None else upstream.to(dtype) for upstream in grads]
+    return found if coef_T is None else [None if upstream is None else coef_T * upstream for upstream in found]
+
+
 def taken(ctx: Any, made: Tensor, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(the gradient, where it is known; else its memory, where it is free), from the gradient for an upstream of 1.
 
@@ -57,19 +69,25 @@ def taken(ctx: Any, made: Tensor, upstream: Tensor) -> tuple[Tensor | None, Tens
     return (gradient, None) if may_read(upstream) and float(upstream.detach()) == 1.0 else (None, gradient)
 
 
-def made_with_terms(
-    kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective
-) -> tuple[RowTerms, list[Tensor]]:
-    """Terms, and what `gradient_of_sum` takes: the gradient of the sum of coef * loss, and its coefficients."""
-    terms, grad, coefficients = operators.row_terms_and_grad(kernels, rows, coef_T, objective)
-    return terms, [grad, *(c_T for c_T in coefficients if c_T is not None)]
+def kept_terms(terms: RowTerms) -> tuple[Tensor, ...]:
+    """Of the terms, those that coefficients are made of."""
+    return *terms[:3], *([] if terms.e is None else [terms.e])
 
 
-def gradient_of_sum(
-    ctx: Any, kernels: KernelSet, rows: Rows, terms: RowTerms, made: Sequence[Tensor], upstream: Tensor
-) -> Tensor:
-    """Gradient of a sum by the logits, from what the forward has made."""
-    grad, out = taken(ctx, made[0], upstream)
-    if grad is None:
-        grad = operators.row_grad(kernels, rows, terms, Coefficients(*made[1:]), upstream, out=out)
-    return grad
+def restored_terms(saved: Sequence[Tensor], sums: Sums) -> tuple[RowTerms, Sequence[Tensor]]:
+    """The terms of `kept_terms`, with which what was saved begins; and the rest of it."""
+    number = 3 + sums.e
+    m_T, s_T, t_T = saved[:3]
+    return RowTerms(m_T, s_T, t_T, e=saved[3] if sums.e else None), saved[number:]
+
+
+def with_teacher(objective: Objective, log_p_TK: Tensor | None) -> Objective:
+    """The objective with the teacher's log-probabilities, an input of their own for autograd to see them."""
+    return objective._replace(log_p=log_p_TK) if isinstance(objective, TopK) else objective
+
+
+def teacher_grad(objective: Objective, terms: RowTerms, upstream_T: Tensor, keep_T: Tensor | None) -> Tensor:
+    """The gradient by the teacher's log-probabilities, [T, K]; 0 in ignored rows."""
+    assert isinstance(objective, TopK)
+    grad_TK: Tensor = objective.teacher_gradient(torch, terms) * upstream_T[:, None]
+    return grad_TK if keep_T is None else grad_TK.masked_fill(~keep_T[:, None], 0.0)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from loss_core.row_terms import PairTerms, jensen_shannon, kl_divergence
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import LossFunction, check_upstream, taken
+from loss_core_torch.autograd.base import check_upstream, keep, taken
 from loss_core_torch.kernels import KernelSet, Pairs
 from loss_core_torch.kernels.linear_pairs import both_coefficients
 from loss_core_torch.parallel import collectives
@@ -40,7 +41,7 @@ class Call(NamedTuple):
     beta: float = 0.0
 
 
-class Distillation(LossFunction):
+class Distillation(Function):
     """Divergence of each token at a temperature, or their sum with given coefficients; not times T^2.
 
     KL(teacher || student), or with beta the generalized Jensen-Shannon divergence; see `KDLossConfig`.
@@ -49,7 +50,7 @@ class Distillation(LossFunction):
     differentiated, or None; the call.
     Output: with coef_T the scalar sum of coef * loss, else loss_T [T], 0 for ignored tokens; in the dtype of the
     arithmetic. Further outputs are what waits for the backward; of the gradients, the student's alone is made in the
-    forward. See `CrossEntropy` on a second backward.
+    forward. See `RowLoss` on a second backward.
     """
 
     @staticmethod
@@ -76,6 +77,11 @@ class Distillation(LossFunction):
             divergences = (loss_T,)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
         return result, *divergences, *terms, *made
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        keep(ctx, [*tensors, *output[1:]], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

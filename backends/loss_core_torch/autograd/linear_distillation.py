@@ -3,7 +3,7 @@
 Over a whole vocabulary, with a coefficient for each token, the forward makes loss and gradients while a block's logits
 are at hand: one product for the logits of each head, and one for each gradient that is wanted. Otherwise the backward
 computes the logits again. Over a group: an all-gather of the terms of pairs in the forward, another one of their sums
-against a mixture; for each gradient of hidden states what `linear_cross_entropy` has.
+against a mixture; for each gradient of hidden states what `linear_rows` has.
 """
 
 # T = tokens, N = tokens in products, V = vocabulary of this rank, H = hidden
@@ -18,12 +18,12 @@ from torch.autograd import Function
 
 from loss_core.row_terms import PairTerms
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import check_upstream
-from loss_core_torch.autograd.linear_source import Source, gathered, input_grads, put, scaled, token_rows
-from loss_core_torch.kernels import BothGrads, BothWanted, KernelSet, LinearGrads, LinearPairs, Wanted
+from loss_core_torch.autograd.base import check_upstream, keep, of_values
+from loss_core_torch.autograd.linear_source import Given, Source, gathered, input_grads, scaled
+from loss_core_torch.kernels import BothGrads, BothWanted, KernelSet, LinearPairs, Wanted
 from loss_core_torch.kernels.linear_pairs import both_coefficients, divergence
 from loss_core_torch.parallel import collectives
-from loss_core_torch.reduction import weighted_sum, zero_where_ignored
+from loss_core_torch.reduction import weighted_sum
 from loss_core_torch.second_derivative import once_differentiable
 
 
@@ -54,7 +54,7 @@ class LinearDistillation(Function):
     """Divergence of each token, or their sum with given coefficients; not times T^2. See `Distillation`.
 
     Inputs: hidden states [..., H] and weight [V, H] of the student, then of the teacher; float. keep_T, places_N and
-    coef_T as of `LinearCrossEntropy`; the call. Output: likewise. Further outputs are what waits for the backward.
+    coef_T as of `LinearRowLoss`; the call. Output: likewise. Further outputs are what waits for the backward.
     """
 
     @staticmethod
@@ -70,10 +70,11 @@ class LinearDistillation(Function):
     ) -> tuple[Tensor, ...]:
         given = (student, teacher)
         whole = [gathered(hidden, source) for hidden, source in zip(given, call.sources, strict=True)]
-        linear = _operands(whole, (student_VH, teacher_VH), keep_T, places_N, call)
+        both = _both(whole, (student_VH, teacher_VH), keep_T, places_N)
+        linear = _operands(both, call)
         rest: tuple[Tensor, ...]
         if coef_T is not None and call.group is None:
-            coef_N = (coef_T if places_N is None else coef_T[places_N]) / call.temperature
+            coef_N = both[0].of_rows(coef_T) / call.temperature
             loss_N, made = operators.linear_pair_loss_and_grads(call.kernels, linear, coef_N, call.beta, call.want)
             rest = (*made.student, *made.teacher)
         else:
@@ -87,8 +88,7 @@ class LinearDistillation(Function):
                     mixture = collectives.added(mixture, call.group)
             loss_N, divergences = divergence(terms, mixture, call.beta)
             rest = (*terms, *divergences)
-        num_tokens = whole[0].shape[:-1].numel()
-        loss_T = zero_where_ignored(put(loss_N, places_N, num_tokens), keep_T)
+        loss_T = both[0].of_tokens(loss_N)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
         gathered_now = [x for x, hidden in zip(whole, given, strict=True) if x is not hidden]
         return result, loss_T, *gathered_now, *rest
@@ -97,16 +97,12 @@ class LinearDistillation(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student, student_VH, teacher, teacher_VH, *numbers, ctx.call = inputs
         ctx.like = [(hidden.shape, hidden.dtype) for hidden in (student, teacher)]
-        ctx.mark_non_differentiable(*output[1:])
-        # Else autograd makes zeros of the weights' size for the outputs that have no gradient.
-        ctx.set_materialize_grads(False)
         loss_T, *rest = output[1:]
         whole = [
             hidden if source.sequence_dim is None else rest.pop(0)
             for hidden, source in zip((student, teacher), ctx.call.sources, strict=True)
         ]
-        ctx.save_for_backward(*whole, student_VH, teacher_VH, *numbers, loss_T, *rest)
-        ctx.spent = False
+        keep(ctx, [*whole, student_VH, teacher_VH, *numbers, loss_T, *rest], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -114,22 +110,21 @@ class LinearDistillation(Function):
         check_upstream(upstream)
         student, teacher, student_VH, teacher_VH, keep_T, places_N, coef_T, loss_T, *rest = ctx.saved_tensors
         want = BothWanted(Wanted(*ctx.needs_input_grad[:2]), Wanted(*ctx.needs_input_grad[2:4]))
-        weights, is_whole = (student_VH, teacher_VH), coef_T is not None and call.group is None
+        both = _both([student, teacher], (student_VH, teacher_VH), keep_T, places_N)
+        is_whole = coef_T is not None and call.group is None
         fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
             if is_whole and fresh:
-                coef_N = coef_T if places_N is None else coef_T[places_N]
-                both = (LinearGrads(*rest[:3]), LinearGrads(*rest[3:]))
+                coef_N, made = both[0].of_rows(coef_T), (rest[:3], rest[3:])
                 found = BothGrads(
                     *(
-                        scaled(call.kernels, made, upstream, coef_N, w_VH.dtype)
-                        for made, w_VH in zip(both, weights, strict=True)
+                        scaled(call.kernels, grads_, upstream, coef_N, given.w_VH.dtype)
+                        for grads_, given in zip(made, both, strict=True)
                     )
                 )
             else:
-                upstream_T = upstream.to(loss_T.dtype) if coef_T is None else coef_T * upstream.to(loss_T.dtype)
-                upstream_N = (upstream_T if places_N is None else upstream_T[places_N]) / call.temperature
-                linear = _operands([student, teacher], weights, keep_T, places_N, call)
+                (upstream_T,) = of_values([upstream], coef_T, loss_T.dtype)
+                upstream_N, linear = both[0].of_rows(upstream_T) / call.temperature, _operands(both, call)
                 if is_whole:
                     _, found = operators.linear_pair_loss_and_grads(call.kernels, linear, upstream_N, call.beta, want)
                 else:
@@ -137,27 +132,29 @@ class LinearDistillation(Function):
                     found = operators.linear_pair_grads(call.kernels, linear, PairTerms(*rest[:5]), *wanted, want)
             by_inputs: list[Tensor | None] = []
             for side, source in enumerate(call.sources):
-                shape, dtype = ctx.like[side]
-                by_hidden, by_weight, _ = input_grads(
-                    found[side], want[side], (weights[side], None), keep_T, places_N, shape, dtype, source
-                )
-                by_inputs += [by_hidden, by_weight]
+                by_inputs += input_grads(found[side], want[side], both[side], ctx.like[side], source)[:2]
             by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
         sources = (student, student_VH, teacher, teacher_VH, coef_T, upstream)
         refusing = (once_differentiable(x, *sources) for x in by_inputs)
         return *refusing, None, None, once_differentiable(by_coef, *sources), None
 
 
-def _operands(
-    whole: list[Tensor],
-    weights: tuple[Tensor, Tensor],
-    keep_T: Tensor | None,
-    places_N: Tensor | None,
-    call: Call,
-) -> LinearPairs:
-    """The operands of the products, without ignored tokens or with zeros for them."""
-    student_TH, teacher_TH = (token_rows(hidden, keep_T, places_N) for hidden in whole)
+def _both(
+    whole: list[Tensor], weights: tuple[Tensor, Tensor], keep_T: Tensor | None, places_N: Tensor | None
+) -> tuple[Given, Given]:
+    """The tensors of student and teacher."""
+    student, teacher = (
+        Given(hidden, w_VH, None, None, keep_T, places_N) for hidden, w_VH in zip(whole, weights, strict=True)
+    )
+    return student, teacher
+
+
+def _operands(both: tuple[Given, Given], call: Call) -> LinearPairs:
+    """The operands of the products."""
+    student, teacher = both
+    keep_N = student.keep_T if student.places_N is None else None
     student_dtype, teacher_dtype = (source.product_dtype for source in call.sources)
-    if places_N is not None:
-        keep_T = None
-    return LinearPairs(student_TH, teacher_TH, *weights, student_dtype, teacher_dtype, keep_T, 1.0 / call.temperature)
+    return LinearPairs(
+        student.rows(), teacher.rows(), student.w_VH, teacher.w_VH, student_dtype, teacher_dtype, keep_N,
+        1.0 / call.temperature,
+    )  # fmt: skip

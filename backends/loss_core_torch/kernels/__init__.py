@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Coefficients, CrossEntropy, MixtureTerms, Objective, PairTerms, RowTerms, Sums, TopK
+from loss_core.row_terms import Coefficients, CrossEntropy, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch.kernels.arguments import (
     Blocks,
     BothGrads,
@@ -198,61 +198,43 @@ class KernelSet(Protocol):
         ...
 
 
-# The label of an ignored token in what `WholeLosses.linear_cross_entropy` gets: no number that a caller would give.
+# The label of an ignored token in what `WholeLosses` get as `Linear`: no number that a caller would give.
 IGNORED = -(1 << 63)
 
 
 class WholeLosses:
     """What `plain` and `te` are: they make the loss of each token whole, in operations that autograd knows.
 
-    A method that is not overridden is a loss that the flag does not have.
+    Results are [T] in the dtype of the arithmetic. A method that is not overridden is what the flag does not have.
     """
 
     flag: str
+    # Whether cross entropy takes a vocabulary that is sharded over a group, in equal parts.
+    takes_shards = False
 
     def batch_invariant(self, row_bytes: int) -> bool:
         """As of `KernelSet`. No promise: PyTorch shares one long row among its threads, of several it does not."""
         return False
 
-    def cross_entropy(self, rows: Rows, objective: CrossEntropy, group: Any, reduction: str = "none") -> Tensor:
-        """Loss of each token, [T] in the dtype of the arithmetic; 0 for ignored ones.
+    def values(
+        self, rows: Rows | Linear, objective: Objective, group: Any = None, reduction: str = "none"
+    ) -> tuple[Tensor, ...]:
+        """Values of each row; those of an ignored one are any numbers, of which no gradient reaches it.
 
         Args:
             group: over which the vocabulary is sharded in equal parts, or None.
-            reduction: "none"; or "sum" or "mean" of all tokens, where none is ignored.
+            reduction: "none"; or "sum" or "mean" of all rows, where none is ignored.
+        Raises:
+            BackendUnavailable: what the flag does not have.
         """
         raise NotImplementedError
 
-    def distillation(self, pairs: Pairs, beta: float) -> Tensor:
-        """KL(teacher || student) of each token, not times T^2; else as `cross_entropy`.
+    def divergence(self, pairs: Pairs | LinearPairs, beta: float) -> Tensor:
+        """KL(teacher || student) of each pair, not times T^2; 0 for ignored ones.
 
         Args:
             beta: in (0, 1): the generalized Jensen-Shannon divergence instead.
         """
-        raise NotImplementedError
-
-    def linear_distillation(self, linear: LinearPairs, beta: float) -> Tensor:
-        """As `distillation`, of the logits of each token."""
-        raise NotImplementedError
-
-    def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:
-        """Log-probability of each token's label, and its entropy if asked for; else as `cross_entropy`."""
-        raise NotImplementedError
-
-    def linear_log_probs(self, linear: Linear, with_entropy: bool) -> tuple[Tensor, ...]:
-        """As `log_probs`, of the logits of each token."""
-        raise NotImplementedError
-
-    def linear_cross_entropy(self, linear: Linear, objective: CrossEntropy) -> Tensor:
-        """Cross entropy of the logits of each token; else as `cross_entropy`."""
-        raise NotImplementedError
-
-    def top_k_distillation(self, rows: Rows, teacher: TopK) -> Tensor:
-        """Divergence of each token from a teacher of the row's K labels, not times T^2; else as `cross_entropy`."""
-        raise NotImplementedError
-
-    def linear_top_k_distillation(self, linear: Linear, labels_TK: Tensor, teacher: TopK) -> Tensor:
-        """As `top_k_distillation`, of the logits of each token."""
         raise NotImplementedError
 
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loss_core.dispatch.observed import record
-from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import CrossEntropy, RowTerms, Sums, TopK, log_shares
+from loss_core.row_terms import CrossEntropy, Objective, RowTerms, Sums, TopK, log_shares
 from loss_core_torch import precision
 from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
@@ -27,15 +26,27 @@ class PlainLosses(WholeLosses):
 
     flag = "torch:plain"
 
-    def cross_entropy(self, rows: Rows, objective: CrossEntropy, group: Any, reduction: str = "none") -> Tensor:
+    def values(
+        self, rows: Rows | Linear, objective: Objective, group: Any = None, reduction: str = "none"
+    ) -> tuple[Tensor, ...]:
         _observe()
-        if group is not None:
-            raise BackendUnavailable("'torch:plain' needs the whole vocabulary: use 'torch:eager' with a tp_group.")
-        logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
-        return _cross_entropy(logits_TV, rows.labels_T, rows.keep_T, objective, reduction)
+        assert group is None
+        z_TV, keep_T = _logits(rows)
+        if isinstance(objective, CrossEntropy):
+            return (_cross_entropy(z_TV, rows.labels_T, keep_T, objective, reduction),)
+        z_TV = z_TV if rows.inverse_temperature_T is None else z_TV * rows.inverse_temperature_T[:, None]
+        if isinstance(objective, TopK):
+            found: tuple[Tensor, ...] = (_top_k(z_TV, rows.labels_T, objective),)
+        else:
+            found = _log_probs(z_TV, rows.labels_T, with_entropy=objective.num_values > 1)
+        return found if reduction == "none" else tuple(getattr(x_T, reduction)() for x_T in found)
 
-    def distillation(self, pairs: Pairs, beta: float) -> Tensor:
+    def divergence(self, pairs: Pairs | LinearPairs, beta: float) -> Tensor:
         _observe()
+        if isinstance(pairs, LinearPairs):
+            student = _head_logits(pairs.student_TH, pairs.student_VH, pairs.student_dtype)
+            teacher = _head_logits(pairs.teacher_TH, pairs.teacher_VH, pairs.teacher_dtype)
+            pairs = Pairs(student, teacher, pairs.keep_T, pairs.inverse_temperature)
         factor = pairs.inverse_temperature
         log_s_TV = (_matrix(pairs.student, pairs.keep_T) * factor).log_softmax(-1)
         log_t_TV = (_matrix(pairs.teacher, pairs.keep_T) * factor).log_softmax(-1)
@@ -50,52 +61,15 @@ class PlainLosses(WholeLosses):
         # Of two equal distributions it is rounded, and need not be 0.
         return loss_T if pairs.keep_T is None else loss_T.masked_fill(~pairs.keep_T, 0.0)
 
-    def linear_distillation(self, linear: LinearPairs, beta: float) -> Tensor:
-        # The logits of ignored tokens are cleared there.
-        student = _head_logits(linear.student_TH, linear.student_VH, linear.student_dtype)
-        teacher = _head_logits(linear.teacher_TH, linear.teacher_VH, linear.teacher_dtype)
-        return self.distillation(Pairs(student, teacher, linear.keep_T, linear.inverse_temperature), beta)
-
-    def linear_cross_entropy(self, linear: Linear, objective: CrossEntropy) -> Tensor:
-        _observe()
-        logits_TV, keep_T = _linear_logits(linear)
-        return _cross_entropy(_capped(logits_TV, linear.softcap), linear.labels_T, keep_T, objective)
-
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
         with torch.no_grad():
-            if isinstance(rows, Rows):
-                z_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
-            else:
-                z_TV = _capped(_linear_logits(rows)[0], rows.softcap)
+            z_TV, _ = _logits(rows)
             m_T = z_TV.amax(-1)
             x_TV = z_TV - m_T[:, None]
             t_T = z_TV.gather(1, rows.labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
             exp_TV = x_TV.exp()
             e_T = (exp_TV * x_TV.masked_fill(exp_TV == 0, 0.0)).sum(-1) if sums.e else None
             return RowTerms(m_T, exp_TV.sum(-1), t_T, z_TV.sum(-1) if sums.z_sum else None, e_T)
-
-    def log_probs(self, rows: Rows, with_entropy: bool) -> tuple[Tensor, ...]:
-        _observe()
-        logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
-        return _log_probs(logits_TV, rows.labels_T, rows.inverse_temperature_T, with_entropy)
-
-    def linear_log_probs(self, linear: Linear, with_entropy: bool) -> tuple[Tensor, ...]:
-        _observe()
-        logits_TV = _capped(_linear_logits(linear)[0], linear.softcap)
-        return _log_probs(logits_TV, linear.labels_T, linear.inverse_temperature_T, with_entropy)
-
-    def top_k_distillation(self, rows: Rows, teacher: TopK) -> Tensor:
-        _observe()
-        logits_TV = _capped(_matrix(rows.logits, rows.keep_T), rows.softcap)
-        loss_T = _top_k(logits_TV, rows.labels_T, rows.inverse_temperature_T, teacher)
-        return loss_T if rows.keep_T is None else loss_T.masked_fill(~rows.keep_T, 0.0)
-
-    def linear_top_k_distillation(self, linear: Linear, labels_TK: Tensor, teacher: TopK) -> Tensor:
-        _observe()
-        logits_TV, keep_T = _linear_logits(linear)
-        logits_TV = _capped(logits_TV, linear.softcap)
-        loss_T = _top_k(logits_TV, labels_TK, linear.inverse_temperature_T, teacher)
-        return loss_T.masked_fill(~keep_T, 0.0)
 
 
 def _kl(p_TV: Tensor, log_ratio_TV: Tensor) -> Tensor:
@@ -144,17 +118,20 @@ def _head_logits(h_TH: Tensor, w_VH: Tensor, product_dtype: torch.dtype) -> Tens
         return _product(*(_rounded(x, product_dtype, dtype) for x in (h_TH, w_VH)))
 
 
-def _linear_logits(linear: Linear) -> tuple[Tensor, Tensor]:
-    """[T, V] in the dtype of the arithmetic, 0 in ignored rows; and which are not ignored."""
-    logits_TV, keep_T = _head_logits(linear.h_TH, linear.w_VH, linear.product_dtype), linear.labels_T != IGNORED
-    if linear.bias_V is not None:
-        logits_TV = logits_TV + linear.bias_V.to(logits_TV.dtype)
+def _logits(rows: Rows | Linear) -> tuple[Tensor, Tensor | None]:
+    """Logits after the softcap, [T, V] in the dtype of the arithmetic, 0 in ignored rows; and which are not ignored."""
+    if isinstance(rows, Rows):
+        return _capped(_matrix(rows.logits, rows.keep_T), rows.softcap), rows.keep_T
+    logits_TV = _head_logits(rows.h_TH, rows.w_VH, rows.product_dtype)
+    keep_T = (rows.labels_T if rows.labels_T.dim() == 1 else rows.labels_T[:, 0]) != IGNORED
+    if rows.bias_V is not None:
+        logits_TV = logits_TV + rows.bias_V.to(logits_TV.dtype)
     # A weight that holds NaN must not get it back from a token that is ignored.
-    return logits_TV.masked_fill(~keep_T[:, None], 0.0), keep_T
+    return _capped(logits_TV.masked_fill(~keep_T[:, None], 0.0), rows.softcap), keep_T
 
 
-def _log_probs(z_TV: Tensor, labels_T: Tensor, inverse_T: Tensor | None, with_entropy: bool) -> tuple[Tensor, ...]:
-    log_p_TV = (z_TV if inverse_T is None else z_TV * inverse_T[:, None]).log_softmax(-1)
+def _log_probs(z_TV: Tensor, labels_T: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+    log_p_TV = z_TV.log_softmax(-1)
     # A label that is no class was seen too late for an error, and its results will be multiplied by NaN.
     logprobs_T = log_p_TV.gather(1, labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
     if not with_entropy:
@@ -164,8 +141,8 @@ def _log_probs(z_TV: Tensor, labels_T: Tensor, inverse_T: Tensor | None, with_en
     return logprobs_T, -(p_TV * log_p_TV.masked_fill(p_TV == 0, 0.0)).sum(-1)
 
 
-def _top_k(z_TV: Tensor, labels_TK: Tensor, inverse_T: Tensor | None, teacher: TopK) -> Tensor:
-    log_q_TV = (z_TV if inverse_T is None else z_TV * inverse_T[:, None]).log_softmax(-1)
+def _top_k(z_TV: Tensor, labels_TK: Tensor, teacher: TopK) -> Tensor:
+    log_q_TV = z_TV.log_softmax(-1)
     # An index that is no class was seen too late for an error, and its token will be multiplied by NaN.
     labels_TK, p_TK = labels_TK.clamp(0, z_TV.shape[1] - 1), teacher.log_p.exp()
     loss_T = _kl(p_TK, teacher.log_p - log_q_TV.gather(1, labels_TK))

@@ -39,9 +39,9 @@ from torch.autograd import Function
 from loss_core.dispatch.flags import install_line
 from loss_core.dispatch.observed import record
 from loss_core.dispatch.protocol import BackendUnavailable, FlagStatus
-from loss_core.row_terms import CrossEntropy
+from loss_core.row_terms import CrossEntropy, Objective
 from loss_core_torch import compat
-from loss_core_torch.kernels import Rows, WholeLosses
+from loss_core_torch.kernels import Linear, Rows, WholeLosses
 from loss_core_torch.second_derivative import once_differentiable
 
 OLDEST = (2, 5)
@@ -68,6 +68,7 @@ class TELosses(WholeLosses):
     """
 
     flag = "torch:te"
+    takes_shards = True
 
     def __init__(self, device_type: str = "cuda") -> None:
         self._device_type = device_type
@@ -87,15 +88,21 @@ class TELosses(WholeLosses):
 
     # Not traced: TE's graph inside of ours is none that the compiler can follow.
     @compat.outside_of_graphs
-    def cross_entropy(self, rows: Rows, objective: CrossEntropy, group: Any, reduction: str = "none") -> Tensor:
-        """See `WholeLosses.cross_entropy`. A second backward runs TE's forward again, its collective included.
+    def values(
+        self, rows: Rows | Linear, objective: Objective, group: Any = None, reduction: str = "none"
+    ) -> tuple[Tensor, ...]:
+        """See `WholeLosses.values`. A second backward runs TE's forward again, its collective included.
 
         Args:
             rows: logits in float32 or bfloat16, not changed.
+            objective: a cross entropy.
         Raises:
             BackendUnavailable: no usable TE, logits of a device or dtype that it does not take, an option that it has
                 not, or label smoothing over a group, which TE spreads over this rank's classes alone.
         """
+        # The backend's table has TE for no other loss.
+        assert isinstance(rows, Rows)
+        assert isinstance(objective, CrossEntropy)
         record(self.flag)
         for name, value in (("z_loss", objective.z_loss), ("logit_softcapping", rows.softcap)):
             if value:
@@ -111,13 +118,13 @@ class TELosses(WholeLosses):
         self._check(logits)
         if logits.numel() == 0:
             # TE refuses empty tensors. A sum over no classes is 0 and stays connected.
-            return _reduced(logits.float().sum(-1).reshape(-1), reduction)
+            return (_reduced(logits.float().sum(-1).reshape(-1), reduction),)
         # A label that is no class would be looked up out of bounds: class 0 stands in.
         labels_T = torch.where((rows.labels_T >= 0) & (rows.labels_T < objective.num_classes), rows.labels_T, 0)
         if keep_T is not None:
             labels_T = torch.where(keep_T, labels_T, _IGNORED)
         loss_T: Tensor = _CrossEntropy.apply(logits, labels_T, keep_T, objective.label_smoothing, group, self._entry)
-        return _reduced(loss_T, reduction)
+        return (_reduced(loss_T, reduction),)
 
     @cached_property
     def _entry(self) -> Entry:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from loss_core import KernelChoice, LossConfig, parse_flag
+from loss_core import BackendUnavailable, KernelChoice, LossConfig, parse_flag
 from loss_core_torch import compat
 from loss_core_torch import kernels as kernel_sets
 from loss_core_torch.inputs import Tokens
@@ -189,9 +189,26 @@ def has_known_factors(
     )
 
 
-def cast(loss: Tensor, fp32_upcast: bool, like: Tensor) -> Tensor:
+def check_shards(kernels: WholeLosses, shards: Any) -> None:
+    """Refuse shards of a vocabulary, or None, that kernels which make losses whole do not take.
+
+    Raises:
+        BackendUnavailable: they take none. ValueError: these are not equal.
+    """
+    if shards is None:
+        return
+    if not kernels.takes_shards:
+        raise BackendUnavailable(f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group.")
+    if not shards.even:
+        raise ValueError(
+            f"{kernels.flag!r} needs the vocabulary in equal shards, ordered by the group's ranks: use "
+            "'torch:eager' or 'torch:triton', or pad the head to a multiple of the group's size."
+        )
+
+
+def cast(loss: Tensor, fp32_upcast: bool, dtype: torch.dtype) -> Tensor:
     """The result in its dtype: that of the arithmetic, or that of the logits."""
-    return loss if fp32_upcast else loss.to(like.dtype)
+    return loss if fp32_upcast else loss.to(dtype)
 
 
 def _refuse_transforms(flag: str, *inputs: Any) -> None:

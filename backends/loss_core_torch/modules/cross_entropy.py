@@ -1,34 +1,66 @@
-"""The two cross entropies over logits as torch modules. No mathematics here."""
+"""The cross entropies as torch modules, over logits and over hidden states. No mathematics here."""
 
-# T = tokens (all leading dimensions of labels, flattened), V = vocabulary
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from loss_core import BackendUnavailable, KernelChoice, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core import (
+    BackendUnavailable,
+    ChunkedCEConfig,
+    FusedLinearCEConfig,
+    KernelChoice,
+    MaskedCrossEntropyConfig,
+    TEParallelCEConfig,
+)
 from loss_core.row_terms import CrossEntropy
-from loss_core_torch import compat, inplace, inputs, metrics
-from loss_core_torch.autograd.cross_entropy import Call, CrossEntropyFunction
+from loss_core_torch import compat, inputs, metrics
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import KernelSet, Rows, WholeLosses
 from loss_core_torch.metrics import Result
-from loss_core_torch.modules.base import Kernels, LossModule, cast, has_known_factors, is_whole
-from loss_core_torch.reduction import coefficients, reduce_tokens
+from loss_core_torch.modules.base import LossModule, cast
+from loss_core_torch.modules.linear import LinearModule
+from loss_core_torch.modules.logits import LogitsModule
+from loss_core_torch.modules.rows import RowCall, RowModule
 
 
-class _LogitsCrossEntropy(LossModule):
+class _CrossEntropy(RowModule):
+    """What the cross entropies share."""
+
+    reduction: str
+    metrics: tuple[str, ...] = ()
+    _values: tuple[str, ...] = ("loss_weights",)
+
+    def _tokens(
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+    ) -> Tokens:
+        return inputs.tokens(
+            of, lead, like.device, self.reduction, self.ignore_index, labels, given.get("mask"),
+            num_tokens=given["num_label_tokens"], loss_weights=given["loss_weights"], vocab=vocab,
+        )  # fmt: skip
+
+    def _of_tokens(self) -> bool:
+        return self.reduction == "none"
+
+    def _loss(self, call: RowCall) -> Result:
+        objective, names = CrossEntropy.of(self, call.num_classes), metrics.of_tokens(self.metrics)
+        loss, found = call.reduced(objective, self.reduction, names)
+        loss = cast(loss, self.fp32_upcast, call.dtype)
+        if not self.metrics:
+            return loss
+        return loss, metrics.reduced(self.metrics, found, call.tokens, self.reduction, call.token_groups)
+
+
+class _LogitsCrossEntropy(_CrossEntropy, LogitsModule):
     """Cross entropy over logits; the two public classes differ in their fields alone."""
 
-    ignore_index: int
-    reduction: str
-    fp32_upcast: bool = True
-    inplace_grad: bool = False
-    logit_softcapping: float
-    metrics: tuple[str, ...]
+    _values = ("mask", "loss_weights")
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
         if self.inplace_grad:
@@ -75,109 +107,18 @@ class _LogitsCrossEntropy(LossModule):
             TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
             RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
-        kernels = self._kernels_for(logits)
-        if not is_whole(self.tp_group, logits):
-            return self._sharded(kernels, logits, labels, mask, num_label_tokens, loss_weights)
-        logits = inputs.floats("logits", logits)
-        inputs.not_empty("logits", "vocabulary (last dimension)", logits)
-        tokens = self._tokens(logits, labels, mask, num_label_tokens, loss_weights, vocab=logits.shape[-1])
-        compute = self._loss_outside_of_graphs if self.inplace_grad else self._loss
-        return compute(kernels, logits, inputs.settled(self._in_range(tokens, logits.shape[-1])))
+        given = {"mask": mask, "num_label_tokens": num_label_tokens, "loss_weights": loss_weights}
+        found: Result = self._evaluate(logits, labels, given)
+        return found
+
+    def _loss(self, call: RowCall) -> Result:
+        return self._loss_outside_of_graphs(call) if self.inplace_grad else super()._loss(call)
 
     # Where `inplace.check` has broken a graph, torch.compile goes on behind it: what a graph computes is in new memory,
     # and the logits would be handed on for their gradient.
     @compat.outside_of_graphs
-    def _loss_outside_of_graphs(self, kernels: Kernels, logits: Tensor, tokens: Tokens) -> Result:
-        return self._loss(kernels, logits, tokens)
-
-    # Hosts exchange messages there, which no graph can hold.
-    @compat.outside_of_graphs
-    def _sharded(self, kernels: Kernels, given: Any, labels: Any, mask: Any, count: Any, loss_weights: Any) -> Result:
-        from loss_core_torch.parallel import placement
-
-        layout = placement.of_logits("logits", given, self.tp_group)
-        logits = layout.local(given)
-
-        def check() -> Tokens:
-            lead = inputs.floats("logits", logits).shape[:-1]
-            own = [
-                layout.token_values(name, value, lead)
-                for name, value in (("labels", labels), ("mask", mask), ("loss_weights", loss_weights))
-            ]
-            return self._tokens(logits, own[0], own[1], count, own[2], given)
-
-        tokens, shards = self._agree(layout.ranks, logits, check)
-        if shards is None:
-            inputs.not_empty("logits", "vocabulary (last dimension)", logits)
-        tokens = inputs.settled(self._in_range(tokens, logits.shape[-1] if shards is None else shards.total))
-        found = self._loss(kernels, inputs.floats("logits", logits), tokens, shards, layout.ranks.tokens)
-        return layout.token_results(found, labels) if self.reduction == "none" else found
-
-    def _tokens(
-        self,
-        logits: Tensor,
-        labels: Any,
-        mask: Any,
-        count: Any,
-        loss_weights: Any,
-        given: Any = None,
-        vocab: int | None = None,
-    ) -> Tokens:
-        if self.inplace_grad and inplace.applies(logits):
-            inplace.check(logits if given is None else given)
-        return inputs.tokens(
-            "logits", logits.shape[:-1], logits.device, self.reduction, self.ignore_index, labels, mask,
-            num_tokens=count, loss_weights=loss_weights, vocab=vocab,
-        )  # fmt: skip
-
-    def _in_range(self, tokens: Tokens, vocab: int) -> Tokens:
-        return inputs.in_range(tokens, vocab, self.ignore_index)
-
-    def _loss(
-        self, kernels: Kernels, logits: Tensor, tokens: Tokens, shards: Any = None, token_groups: tuple[Any, ...] = ()
-    ) -> Result:
-        start, group = (0, None) if shards is None else (shards.start, shards.group)
-        objective = CrossEntropy.of(self, logits.shape[-1] if shards is None else shards.total)
-        rows = Rows(logits, tokens.labels_T, tokens.keep_T, start, float(self.logit_softcapping))
-        if isinstance(kernels, WholeLosses):
-            loss = self._whole_loss(kernels, rows, objective, tokens, shards, token_groups)
-            found = metrics.of_whole(kernels, rows, tokens.keep_T, objective, self.metrics)
-        else:
-            loss, found = self._loss_and_metrics(kernels, rows, objective, tokens, group, token_groups)
-        loss = cast(loss, self.fp32_upcast, logits)
-        if not self.metrics:
-            return loss
-        return loss, metrics.reduced(self.metrics, found, tokens, self.reduction, token_groups)
-
-    def _whole_loss(
-        self, kernels: WholeLosses, rows: Rows, objective: CrossEntropy, tokens: Tokens, shards: Any,
-        token_groups: tuple[Any, ...],
-    ) -> Tensor:  # fmt: skip
-        if shards is not None and not shards.even:
-            raise ValueError(
-                f"{kernels.flag!r} needs the vocabulary in equal shards, ordered by the group's ranks: use "
-                "'torch:eager' or 'torch:triton', or pad the head to a multiple of the group's size."
-            )
-        group = None if shards is None else shards.group
-        if self.reduction != "none" and not token_groups and inputs.all_alike(tokens):
-            return kernels.cross_entropy(rows, objective, group, self.reduction)
-        loss_T = kernels.cross_entropy(rows, objective, group)
-        return reduce_tokens(loss_T, tokens, self.reduction, token_groups)
-
-    def _loss_and_metrics(
-        self, kernels: KernelSet, rows: Rows, objective: CrossEntropy, tokens: Tokens, group: Any,
-        token_groups: tuple[Any, ...],
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        logits, names = rows.logits, metrics.of_tokens(self.metrics)
-        overwrite = self.inplace_grad and inplace.applies(logits)
-        call = Call(kernels, objective, rows.softcap, rows.vocab_start, group, overwrite, metrics=names)
-        coef_T = None
-        if self.reduction != "none" and has_known_factors(tokens, group, token_groups, logits):
-            call = call._replace(grad_in_forward=not overwrite and kernels.grad_in_forward(logits.device))
-            coef_T = coefficients(tokens, self.reduction, logits.dtype)
-        loss, *rest = CrossEntropyFunction.apply(logits, tokens.labels_T, tokens.keep_T, coef_T, call)
-        found = rest[len(rest) - len(names) :]
-        return (reduce_tokens(loss, tokens, self.reduction, token_groups) if coef_T is None else loss), found
+    def _loss_outside_of_graphs(self, call: RowCall) -> Result:
+        return super()._loss(call)
 
 
 class MaskedCrossEntropy(_LogitsCrossEntropy):
@@ -193,3 +134,83 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
     """
 
     config_class = TEParallelCEConfig
+
+
+class _LinearCrossEntropy(_CrossEntropy, LinearModule):
+    """Cross entropy of hidden_states @ lm_weight.T; the two public classes differ in their fields alone."""
+
+    # Numbers that give tensors their shape: no tensors themselves, for the bridge.
+    static_arguments = ("num_valid_tokens",)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor,
+        lm_weight: Tensor,
+        num_label_tokens: int | Tensor | None = None,
+        grad_reduce_group: dist.ProcessGroup | None = None,
+        loss_weights: Tensor | None = None,
+        num_valid_tokens: int | None = None,
+        lm_bias: Tensor | None = None,
+    ) -> Result:
+        """Cross entropy of the head's logits and labels.
+
+        Args:
+            hidden_states: [..., H] float; not changed. With sequence_parallel: this rank's share of the first
+                dimension. A DTensor's placement says as much, and its loss is that of all its tokens.
+            labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. All tokens of the
+                group over which the vocabulary is sharded, the same on each of its ranks.
+            lm_weight: [V, H], dtype and device of hidden_states; or float32 beside hidden states in 16 bits: products
+                are then made in the dtype of the hidden states, and the weight's gradient is float32. With tp_group:
+                this rank's rows. A DTensor stays sharded over the dimension of its mesh that is tp_group's, or is
+                named "tp", or over which FSDP did not cut it, or over which the DTensor of hidden_states is
+                replicated; it is gathered over the others.
+            num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
+            grad_reduce_group: see materialize_lm_weight; only for a weight that is gathered.
+            loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
+            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer; the others then
+                take part in no product on any device, without a host sync and with static shapes. A wrong number
+                is a ValueError on a CPU, a NaN elsewhere.
+            lm_bias: [V] float of any dtype, added to the logits before the softcap in the dtype of the arithmetic. With
+                a sharded vocabulary: this rank's part, a plain tensor.
+        Returns:
+            Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64). Under
+            autocast both operands are rounded to its dtype first, as F.linear would. With metrics as
+            MaskedCrossEntropy.
+        Raises:
+            ValueError: shapes or devices that do not fit, a label that is no class (on a CPU), a count
+                or weights without reduction="sum", a sharded weight without its group, placements that can't be
+                served, num_valid_tokens with skip_ignored=False; over a group on every rank.
+            TypeError: labels that are no integers; other dtypes of hidden_states and lm_weight that differ.
+        """
+        given = {
+            "num_label_tokens": num_label_tokens, "loss_weights": loss_weights, "num_valid_tokens": num_valid_tokens
+        }  # fmt: skip
+        found: Result = self._evaluate(hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group)
+        return found
+
+    def _tokens(
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+    ) -> Tokens:
+        tokens = super()._tokens(of, like, lead, labels, given, vocab)
+        return inputs.with_number(tokens, given["num_valid_tokens"], self.skip_ignored)
+
+
+class FusedLinearCrossEntropy(_LinearCrossEntropy):
+    """Cross entropy of hidden_states @ lm_weight.T without the [T, V] logits.
+
+    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product;
+    elsewhere so with skip_ignored=True, or where forward is given num_valid_tokens (whole vocabularies).
+    """
+
+    config_class = FusedLinearCEConfig
+
+
+class ChunkedCrossEntropy(_LinearCrossEntropy):
+    """As FusedLinearCrossEntropy, with the logits of at most chunk_len tokens at a time.
+
+    Config: `loss_core.ChunkedCEConfig`. The field `compile` is an attribute and hides `nn.Module.compile`, as it does
+    in NeMo AutoModel: use `torch.compile(loss)`.
+    """
+
+    config_class = ChunkedCEConfig

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loss_core import BackendUnavailable, KDLossConfig
+from loss_core import KDLossConfig
 from loss_core.row_terms import beta_of
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.distillation import Call, Distillation
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Pairs, WholeLosses
-from loss_core_torch.modules.base import Kernels, LossModule, cast, has_known_factors, is_whole
+from loss_core_torch.modules.base import Kernels, LossModule, cast, check_shards, has_known_factors, is_whole
 from loss_core_torch.reduction import coefficients, reduce_tokens
 from loss_core_torch.tracing import compute_dtype
 
@@ -122,14 +122,10 @@ class KDLoss(LossModule):
             # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
             student, teacher, beta = teacher, student, 0.0
         if isinstance(kernels, WholeLosses):
-            if shards is not None:
-                raise BackendUnavailable(
-                    f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
-                )
-            loss_T = kernels.distillation(Pairs(student, teacher, keep_T, 1.0 / temperature), beta)
-            return cast(
-                reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups), self.fp32_upcast, given
-            )
+            check_shards(kernels, shards)
+            loss_T = kernels.divergence(Pairs(student, teacher, keep_T, 1.0 / temperature), beta)
+            loss = reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
+            return cast(loss, self.fp32_upcast, given.dtype)
         group = None if shards is None else shards.group
         call = Call(kernels, temperature, self.chunk_size, group, beta=beta)
         if has_known_factors(tokens, group, token_groups, student, teacher):
@@ -139,4 +135,4 @@ class KDLoss(LossModule):
         else:
             loss_T = Distillation.apply(student, teacher, keep_T, None, call)[0]
             loss = reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
-        return cast(loss, self.fp32_upcast, given)
+        return cast(loss, self.fp32_upcast, given.dtype)

@@ -5,74 +5,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from loss_core import BackendUnavailable
+from loss_core.row_terms import Objective
 from loss_core_torch import compat, inputs
+from loss_core_torch.autograd.linear_rows import Call, LinearRowLoss
 from loss_core_torch.autograd.linear_source import Source
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import IGNORED, Linear, Wanted, WholeLosses
+from loss_core_torch.kernels import IGNORED, KernelSet, Linear, Wanted, WholeLosses
+from loss_core_torch.kernels.terms import per_row
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
+from loss_core_torch.modules.rows import RowCall, RowModule
 from loss_core_torch.tracing import compute_dtype, is_differentiated, may_read
 
 
-class LinearCall(NamedTuple):
-    """A call whose arguments have been checked.
+@dataclass(frozen=True)
+class LinearCall(RowCall):
+    """A call over hidden states and a head.
 
     Attributes:
         hidden: [..., H]; weight: [V, H] and bias: [V] or None, of this rank.
         places_N: the tokens that take part in matrix products, int64 in ascending order; None for all of them.
-        num_classes: of all ranks.
-        token_groups: groups over which the tokens are sharded.
+        source: what the logits are beside these.
     """
 
-    kernels: Kernels
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    tokens: Tokens
     places_N: Tensor | None
     source: Source
-    num_classes: int
-    token_groups: tuple[Any, ...]
 
-    def wanted(self) -> Wanted:
-        """Which gradients may be asked for."""
-        bias = self.bias is not None and is_differentiated(self.bias)
-        return Wanted(is_differentiated(self.hidden), is_differentiated(self.weight), bias)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    def wide(self, other: torch.dtype) -> LinearCall:
+        """The call as it is: hidden states and weight alone say in which dtype a head's arithmetic is."""
+        return self
 
     def whole(self) -> Linear:
         """The operands for kernels that make a loss whole, zeros in ignored rows.
 
         Raises:
-            BackendUnavailable: the vocabulary is sharded, or blocks of tokens are asked for.
+            BackendUnavailable: blocks of tokens are asked for.
         """
-        if self.source.group is not None:
-            raise BackendUnavailable(
-                f"{self.kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
-            )
         if self.source.block_tokens:
             raise BackendUnavailable(
                 f"{self.kernels.flag!r} makes the logits of all tokens, got chunk_len={self.source.block_tokens}: use "
                 "'torch:eager' or 'torch:triton'."
             )
-        h_TH, labels_T, keep_T = (
-            self.hidden.reshape(-1, self.hidden.shape[-1]),
-            self.tokens.labels_T,
-            self.tokens.keep_T,
-        )
+        h_TH, labels_T, keep_T = self.hidden.reshape(-1, self.hidden.shape[-1]), self.targets, self.tokens.keep_T
         if keep_T is not None:
             # What an ignored token holds must not reach a product, not even times 0; its label is nobody's.
             h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
-            labels_T = labels_T.masked_fill(~keep_T, IGNORED)
+            labels_T = labels_T.masked_fill(~per_row(keep_T, labels_T), IGNORED)
         inverse_T = self.tokens.inverse_temperature_T
         return Linear(
             h_TH, self.weight, labels_T, 0, self.source.softcap, self.source.product_dtype, inverse_T, self.bias
         )
+
+    def knows_factors(self) -> bool:
+        # The kernels that make gradients in the forward know cross entropies alone.
+        return self.tokens.teacher is None and self.group is None and not self.token_groups
+
+    def apply(
+        self, objective: Objective, log_p_TK: Tensor | None, coef_T: Tensor | None, names: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        kernels: KernelSet = self.kernels  # type: ignore[assignment]
+        bias, tokens = self.bias is not None and is_differentiated(self.bias), self.tokens
+        want = Wanted(is_differentiated(self.hidden), is_differentiated(self.weight), bias)
+        found: tuple[Tensor, ...] = LinearRowLoss.apply(
+            self.hidden, self.weight, self.bias, self.targets, tokens.keep_T, self.places_N,
+            tokens.inverse_temperature_T, log_p_TK, coef_T, Call(kernels, objective, want, self.source, names),
+        )  # fmt: skip
+        return found
 
 
 class HeadModule(LossModule):
@@ -80,7 +92,6 @@ class HeadModule(LossModule):
 
     ignore_index: int
     # Where the config has no such field.
-    logit_softcapping: float = 0.0
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
     chunk_len: int = 0
@@ -129,30 +140,8 @@ class HeadModule(LossModule):
         return collectives.materialize(lm_weight, grad_reduce_group)
 
 
-class LinearModule(HeadModule):
-    """A loss of hidden_states @ lm_weight.T without the [T, V] logits.
-
-    A subclass has `_tokens` and `_loss`, and says by `_of_tokens` whether it returns one number per token.
-    """
-
-    logit_softcapping: float
-    # Arguments with one value per token, beside labels.
-    _values: tuple[str, ...] = ()
-
-    def _tokens(
-        self, lead: torch.Size, hidden: Tensor, labels: Any, given: Mapping[str, Any], num_valid: Any
-    ) -> Tokens:
-        raise NotImplementedError
-
-    def _settled(self, tokens: Tokens, vocab: int) -> Tokens:
-        """The tokens, once what does not fit a vocabulary of this size has been refused."""
-        return inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
-
-    def _loss(self, call: LinearCall) -> Any:
-        raise NotImplementedError
-
-    def _of_tokens(self) -> bool:
-        raise NotImplementedError
+class LinearModule(RowModule, HeadModule):
+    """A loss of one distribution of hidden_states @ lm_weight.T, without the [T, V] logits."""
 
     def _evaluate(
         self,
@@ -162,26 +151,23 @@ class LinearModule(HeadModule):
         lm_bias: Any,
         given: Mapping[str, Any],
         grad_reduce_group: Any = None,
-        num_valid: int | None = None,
     ) -> Any:
-        """The loss of a call.
+        """What the module returns for a call.
 
         Args:
-            given: the other arguments by name, which `_tokens` takes.
+            given: the other arguments by name.
         """
         kernels = self._kernels_for(hidden_states, lm_weight)
         if self.sequence_parallel or not is_whole(self.tp_group, hidden_states, lm_weight):
-            return self._sharded(
-                kernels, hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group, num_valid
-            )
+            return self._sharded(kernels, hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group)
         hidden, weight = inputs.floats("hidden_states", hidden_states), inputs.floats("lm_weight", lm_weight)
         check_operands(hidden, weight, lm_bias)
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
-        tokens = self._tokens(hidden.shape[:-1], hidden, labels, given, num_valid)
-        tokens = self._settled(tokens, weight.shape[0])
-        source = Source(float(self.logit_softcapping), product_dtype(hidden, weight), block_tokens=self.chunk_len)
-        places_N = self._places(tokens, num_valid)
-        return self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, weight.shape[0], ()))
+        vocab = weight.shape[0]
+        tokens = self._tokens("hidden_states", hidden, hidden.shape[:-1], labels, given, vocab)
+        tokens, source = self._settled(tokens, vocab), self._source(hidden, weight)
+        places_N = self._places(tokens, given.get("num_valid_tokens"))
+        return self._loss(LinearCall(kernels, tokens, vocab, None, (), hidden, weight, lm_bias, places_N, source))
 
     # Hosts exchange messages there, which no graph can hold.
     @compat.outside_of_graphs
@@ -194,7 +180,6 @@ class LinearModule(HeadModule):
         lm_bias: Any,
         given: Mapping[str, Any],
         grad_reduce_group: Any,
-        num_valid: int | None,
     ) -> Any:
         from loss_core_torch.parallel import placement_linear
 
@@ -211,21 +196,25 @@ class LinearModule(HeadModule):
             lead = placement_linear.whole_lead(linear, hidden)
             own = {name: layout.token_values(name, given[name], lead) for name in self._values}
             own_labels = layout.token_values("labels", labels, lead)
-            return self._tokens(lead, hidden, own_labels, {**given, **own}, num_valid)
+            return self._tokens("hidden_states", hidden, lead, own_labels, {**given, **own})
 
         trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
+        num_valid = given.get("num_valid_tokens")
         alike = {"num_valid_tokens": num_valid, "a lm_bias": lm_bias is not None}
         tokens, shards = self._agree(layout.ranks, weight, check, alike, hidden_states_require_grad=trains)
-        start, vocab, group = (
-            (0, weight.shape[0], None) if shards is None else (shards.start, shards.total, shards.group)
-        )
+        vocab = weight.shape[0] if shards is None else shards.total
         tokens = self._settled(tokens, vocab)
         hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
-        dtype, softcap, block_tokens = product_dtype(hidden, weight), float(self.logit_softcapping), self.chunk_len
-        source = Source(softcap, dtype, start, group, linear.sequence_dim, block_tokens)
-        places_N, groups = self._places(tokens, num_valid), layout.ranks.tokens
-        found = self._loss(LinearCall(kernels, hidden, weight, lm_bias, tokens, places_N, source, vocab, groups))
+        source, places_N = self._source(hidden, weight, shards, linear.sequence_dim), self._places(tokens, num_valid)
+        groups = layout.ranks.tokens
+        call = LinearCall(kernels, tokens, vocab, shards, groups, hidden, weight, lm_bias, places_N, source)
+        found = self._loss(call)
         return layout.token_results(found, labels) if self._of_tokens() else found
+
+    def _source(self, hidden: Tensor, weight: Tensor, shards: Any = None, sequence_dim: int | None = None) -> Source:
+        start, group = (0, None) if shards is None else (shards.start, shards.group)
+        softcap = float(self.logit_softcapping)
+        return Source(softcap, product_dtype(hidden, weight), start, group, sequence_dim, self.chunk_len)
 
 
 def check_operands(hidden: Tensor, weight: Tensor, bias: Any, of: str = "") -> None:

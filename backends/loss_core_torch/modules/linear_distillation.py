@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loss_core import BackendUnavailable, FusedLinearKDConfig
+from loss_core import FusedLinearKDConfig
 from loss_core.row_terms import beta_of
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation
-from loss_core_torch.autograd.linear_source import Source, token_rows
+from loss_core_torch.autograd.linear_source import Given, Source
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import BothWanted, LinearPairs, Wanted, WholeLosses
-from loss_core_torch.modules.base import Kernels, is_whole
+from loss_core_torch.modules.base import Kernels, check_shards, is_whole
 from loss_core_torch.modules.linear import HeadModule, check_operands, product_dtype
 from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
 from loss_core_torch.tracing import compute_dtype, is_differentiated
@@ -160,11 +160,8 @@ class FusedLinearKDLoss(HeadModule):
             # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
             heads, beta = heads[::-1], 0.0
         if isinstance(kernels, WholeLosses):
-            if shards is not None:
-                raise BackendUnavailable(
-                    f"{kernels.flag!r} needs the whole vocabulary: use 'torch:eager' with a tp_group."
-                )
-            loss_T = kernels.linear_distillation(_whole(heads, tokens, temperature), beta)
+            check_shards(kernels, shards)
+            loss_T = kernels.divergence(_whole(heads, tokens, temperature), beta)
             loss_T = zero_where_ignored(loss_T, tokens.keep_T)
             return reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
         group, start = (None, 0) if shards is None else (shards.group, shards.start)
@@ -228,7 +225,7 @@ def _product_dtype(head: Head) -> torch.dtype:
 def _whole(heads: tuple[Head, Head], tokens: Tokens, temperature: float) -> LinearPairs:
     """The operands for kernels that make a loss whole, zeros in ignored rows."""
     student, teacher = heads
-    student_TH, teacher_TH = (token_rows(head.hidden, tokens.keep_T, None) for head in heads)
+    student_TH, teacher_TH = (Given(head.hidden, head.weight, None, None, tokens.keep_T, None).rows() for head in heads)
     return LinearPairs(
         student_TH, teacher_TH, student.weight, teacher.weight, _product_dtype(student), _product_dtype(teacher),
         tokens.keep_T, 1.0 / temperature,

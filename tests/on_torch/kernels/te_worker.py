@@ -148,7 +148,7 @@ def a_label_that_is_no_class():
     for bad in (V, V + 10**9, -1, -100):
         leaf = logits.clone().requires_grad_()
         rows = Rows(leaf, torch.tensor([1, bad, 7]), torch.tensor([True, True, False]))
-        loss_T = te.KERNELS.cross_entropy(rows, CrossEntropy(V), None)
+        (loss_T,) = te.KERNELS.values(rows, CrossEntropy(V))
         (loss_T * torch.tensor([1.0, torch.nan, 1.0])).sum().backward()
         torch.testing.assert_close(loss_T[0], F.cross_entropy(logits[0], torch.tensor(1)))
         assert leaf.grad.isnan().all(-1).tolist() == [False, True, False]
@@ -176,7 +176,7 @@ def no_second_derivative():
 def te_buffers_go_with_the_backward():
     # A training loop holds on to its loss until the next step; a copy of the logits must not stay with it.
     logits = torch.randn(2, V, requires_grad=True)
-    loss_T = te.KERNELS.cross_entropy(Rows(logits, torch.tensor([1, 2]), None), CrossEntropy(V), None)
+    (loss_T,) = te.KERNELS.values(Rows(logits, torch.tensor([1, 2]), None), CrossEntropy(V))
     assert loss_T.grad_fn.run is not None
     loss_T.sum().backward()
     assert loss_T.grad_fn.run is None
@@ -192,7 +192,7 @@ def compile_breaks_its_graph_here_alone():
     compiled.backward()
     assert torch.equal(logits.grad, torch.autograd.grad(loss(logits, labels), logits)[0])
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"TELosses\.cross_entropy"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"TELosses\.values"):
         torch.compile(loss, backend="eager", fullgraph=True)(logits, labels)
 
 
@@ -202,7 +202,7 @@ def dtypes_that_te_does_not_take():
             _none()(torch.randn(2, V).to(dtype), torch.tensor([1, 2]))
     rows = Rows(torch.randn(2, V, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"), None)
     with pytest.raises(BackendUnavailable, match="takes logits on a CUDA device, got meta"):
-        te.KERNELS.cross_entropy(rows, CrossEntropy(V), None)
+        te.KERNELS.values(rows, CrossEntropy(V))
     report = check(LOSSES, ["torch:te"], dtypes=["float32", "float16"], only=["basic"])
     assert [row.dtype for row in report.rows] == ["float32"]
     assert "got torch.float16" in report.skipped[0]
