@@ -14,19 +14,20 @@ from loss_core.build import (
     register_loss,
     unregister_loss,
 )
-from loss_core.config import (
+from loss_core.config.cross_entropy import (
     ChunkedCEConfig,
     FusedLinearCEConfig,
-    FusedLinearKDConfig,
-    FusedLinearLogProbsConfig,
-    FusedLinearTopKDistillationConfig,
-    KDLossConfig,
-    LogProbsConfig,
-    LossFromFactoryConfig,
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
+)
+from loss_core.config.distillation import (
+    FusedLinearKDConfig,
+    FusedLinearTopKDistillationConfig,
+    KDLossConfig,
     TopKDistillationConfig,
 )
+from loss_core.config.factory import LossFromFactoryConfig
+from loss_core.config.log_probs import FusedLinearLogProbsConfig, LogProbsConfig
 from loss_core.dispatch.flags import parse_flag
 from loss_core.dispatch.protocol import BackendFlag, BackendUnavailable, Evaluation, FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from loss_core.config import LossFromFactoryConfig
+from loss_core.config.factory import LossFromFactoryConfig
 from loss_core.dispatch.builders import forget_builders, register_builders, takes_backend
 from loss_core.loss_config import LossConfig, make_config
 from loss_core.registry import DEFINITIONS, LOSS_CONFIG_REGISTRY, config_class_for, is_ours

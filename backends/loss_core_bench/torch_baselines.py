@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loss_core import MaskedCrossEntropyConfig
 from loss_core.baselines import BASELINES
 from loss_core.bench.measure.job import Job
 from loss_core.build import build_loss_module
-from loss_core.config import MaskedCrossEntropyConfig
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core_baselines import build, cut_cross_entropy, te, torch_own

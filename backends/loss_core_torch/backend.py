@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import loss_core_torch
 from loss_core.dispatch.flags import AUTO, install_line
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig
@@ -17,18 +18,6 @@ from loss_core_torch import kernels as kernel_sets
 from loss_core_torch.evaluate import evaluate, host_reads
 from loss_core_torch.kernels import te
 from loss_core_torch.kernels.compiled import programs
-from loss_core_torch.modules import (
-    ChunkedCrossEntropy,
-    FusedLinearCrossEntropy,
-    FusedLinearKDLoss,
-    FusedLinearLogProbs,
-    FusedLinearTopKDistillation,
-    KDLoss,
-    LogProbs,
-    MaskedCrossEntropy,
-    TEParallelCrossEntropy,
-    TopKDistillation,
-)
 from loss_core_torch.modules.base import LossModule
 from loss_core_torch.ranks import evaluate_shards, join_ranks, rank_setup
 
@@ -45,22 +34,9 @@ __all__ = [
 ]
 
 
-# The losses, and the kernels that each has, in the order in which tables list them.
-_KERNELS: dict[type[LossModule], tuple[str, ...]] = {
-    MaskedCrossEntropy: ("plain", "eager", "compile", "triton", "te"),
-    FusedLinearCrossEntropy: ("plain", "eager", "triton"),
-    TEParallelCrossEntropy: ("plain", "eager", "compile", "triton", "te"),
-    KDLoss: ("plain", "eager", "compile", "triton"),
-    LogProbs: ("plain", "eager", "compile", "triton"),
-    FusedLinearLogProbs: ("plain", "eager", "triton"),
-    FusedLinearKDLoss: ("plain", "eager", "compile", "triton"),
-    TopKDistillation: ("plain", "eager", "compile", "triton"),
-    # torch:plain makes the logits of all tokens.
-    ChunkedCrossEntropy: ("eager", "triton"),
-    FusedLinearTopKDistillation: ("plain", "eager", "triton"),
-}
+_LOSSES: tuple[type[LossModule], ...] = tuple(getattr(loss_core_torch, name) for name in loss_core_torch.__all__)
 
-_BUILDERS = {(loss.config_class, kernel): loss.from_config for loss, kernels in _KERNELS.items() for kernel in kernels}
+_BUILDERS = {(loss.config_class, kernel): loss.from_config for loss in _LOSSES for kernel in loss.kernel_names}
 
 
 def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:

@@ -93,7 +93,7 @@ WRONG = """
 import torch
 from dataclasses import dataclass
 from loss_core import MaskedCrossEntropyConfig, register_loss
-from loss_core_torch.modules import MaskedCrossEntropy
+from loss_core_torch import MaskedCrossEntropy
 
 @dataclass
 class TwiceConfig(MaskedCrossEntropyConfig):

@@ -70,7 +70,7 @@ def test_a_users_loss_is_listed_and_checked(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(
         "from dataclasses import dataclass\n"
         "from loss_core import KDLossConfig, register_loss\n"
-        "from loss_core_torch.modules import KDLoss\n"
+        "from loss_core_torch import KDLoss\n"
         "@dataclass\n"
         "class WarmKDConfig(KDLossConfig):\n"
         "    '''KD that is warm.\n\n    Attributes:\n        warmth: how warm, in kelvin.\n    '''\n"

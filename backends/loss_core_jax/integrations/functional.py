@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import FusedLinearCEConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core import FusedLinearCEConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.loss_config import LossConfig
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import MaskedCrossEntropyConfig, TEParallelCEConfig
+from loss_core import MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.row_terms import CrossEntropy, RowTerms
 from loss_core_jax import inputs, metrics
 from loss_core_jax.inputs import ArrayLike

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import KDLossConfig
+from loss_core import KDLossConfig
 from loss_core.row_terms import MixtureTerms, PairTerms, beta_of, jensen_shannon, kl_divergence
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike

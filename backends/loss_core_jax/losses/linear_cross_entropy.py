@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import ChunkedCEConfig, FusedLinearCEConfig
+from loss_core import ChunkedCEConfig, FusedLinearCEConfig
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import CrossEntropy, RowTerms
 from loss_core_jax import compat, inputs, metrics

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import FusedLinearKDConfig
+from loss_core import FusedLinearKDConfig
 from loss_core.row_terms import beta_of, jensen_shannon, kl_divergence
 from loss_core_jax import compat, inputs
 from loss_core_jax.inputs import ArrayLike

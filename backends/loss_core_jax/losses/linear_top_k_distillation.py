@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import FusedLinearTopKDistillationConfig
+from loss_core import FusedLinearTopKDistillationConfig
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.kernels import How, LinearRows

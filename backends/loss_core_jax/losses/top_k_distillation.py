@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loss_core.config import TopKDistillationConfig
+from loss_core import TopKDistillationConfig
 from loss_core.row_terms import RowTerms, TopK
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike

@@ -30,10 +30,12 @@ class LossModule(nn.Module):
 
     Attributes:
         config_class: says which fields these are, and what they mean.
+        kernel_names: the kernels that the loss has, as flags name them, in the order in which tables list them.
         kernel_choice: which kernels run, and why; with `auto`, what is taken where nothing is known of the call yet.
     """
 
     config_class: ClassVar[type[LossConfig]]
+    kernel_names: ClassVar[tuple[str, ...]] = ("plain", "eager", "compile", "triton")
     # The dimension of the tensor that is sharded: logits [..., V].
     _vocab_dim = -1
     # Else they only say which tokens are ignored.

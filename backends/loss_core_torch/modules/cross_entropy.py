@@ -60,6 +60,7 @@ class _CrossEntropy(RowModule):
 class _LogitsCrossEntropy(_CrossEntropy, LogitsModule):
     """Cross entropy over logits; the two public classes differ in their fields alone."""
 
+    kernel_names = ("plain", "eager", "compile", "triton", "te")
     _values = ("mask", "loss_weights")
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
@@ -214,3 +215,5 @@ class ChunkedCrossEntropy(_LinearCrossEntropy):
     """
 
     config_class = ChunkedCEConfig
+    # torch:plain makes the logits of all tokens.
+    kernel_names = ("eager", "triton")

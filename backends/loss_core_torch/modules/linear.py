@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -142,6 +142,9 @@ class HeadModule(LossModule):
 
 class LinearModule(RowModule, HeadModule):
     """A loss of one distribution of hidden_states @ lm_weight.T, without the [T, V] logits."""
+
+    # Their time is that of matrix products, which are no compiler's to make faster.
+    kernel_names: ClassVar[tuple[str, ...]] = ("plain", "eager", "triton")
 
     def _evaluate(
         self,
