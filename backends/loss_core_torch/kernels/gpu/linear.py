@@ -19,49 +19,52 @@ from torch import Tensor
 from loss_core.row_terms import CrossEntropy, RowTerms
 from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
-from loss_core_torch.kernels.gpu import kernels, rows, sizes
+from loss_core_torch.kernels.gpu import kernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.operands import Operands, slices
 from loss_core_torch.kernels.gpu.products import multiply
+from loss_core_torch.kernels.gpu.rows import RowKernels
 from loss_core_torch.kernels.terms import joined_terms
 
 
-def terms_and_grads(
-    launcher: Launcher, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
-) -> tuple[RowTerms, LinearGrads]:
-    """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
-    operands = Operands(launcher, linear)
-    exponent = operands.exponent(coef_T, room=math.ceil(math.log2(1.0 + 2.0**15 * objective.z_loss)))
-    coef_T = coef_T if exponent is None else torch.ldexp(coef_T, exponent)
-    chunk_tokens, logits_tokens = _sizes(launcher, operands, want)
-    logits = operands.new(logits_tokens, operands.vocab)
-    e = logits
-    if operands.operand != operands.dtype:
-        e = operands.new(chunk_tokens, operands.vocab, dtype=operands.operand)
-    w_VH, found, found_terms = operands.weight(), _new_grads(operands, want), []
-    with precision.full_float32_products():
-        for chunk in slices(0, operands.num_tokens, chunk_tokens):
-            e_CV = e[: chunk.stop - chunk.start]
-            for at in slices(chunk.start, chunk.stop, logits_tokens):
-                z_BV = logits[: at.stop - at.start]
-                block = operands.make_logits(z_BV, operands.part(at), w_VH)
-                e_BV = e_CV[at.start - chunk.start : at.stop - chunk.start]
-                terms_B, *_ = rows.terms_and_grad(launcher, block, coef_T[at], objective, e_BV)
-                found_terms.append(terms_B)
-            if e_CV.numel():
-                _add(found, want, operands, chunk, e_CV, w_VH)
-    if exponent is not None:
-        found = LinearGrads(*(grad.mul_(operands.undone(exponent)) for grad in found))
-    return joined_terms(found_terms), found
+class LinearKernels(RowKernels):
+    """The methods of a `KernelSet` that make a fused loss and its gradients in one visit."""
 
+    def linear_terms_and_grads(
+        self, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
+    ) -> tuple[RowTerms, LinearGrads]:
+        """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
+        operands = Operands(self._launcher, linear)
+        exponent = operands.exponent(coef_T, room=math.ceil(math.log2(1.0 + 2.0**15 * objective.z_loss)))
+        coef_T = coef_T if exponent is None else torch.ldexp(coef_T, exponent)
+        chunk_tokens, logits_tokens = _sizes(self._launcher, operands, want)
+        logits = operands.new(logits_tokens, operands.vocab)
+        e = logits
+        if operands.operand != operands.dtype:
+            e = operands.new(chunk_tokens, operands.vocab, dtype=operands.operand)
+        w_VH, found, found_terms = operands.weight(), _new_grads(operands, want), []
+        with precision.full_float32_products():
+            for chunk in slices(0, operands.num_tokens, chunk_tokens):
+                e_CV = e[: chunk.stop - chunk.start]
+                for at in slices(chunk.start, chunk.stop, logits_tokens):
+                    z_BV = logits[: at.stop - at.start]
+                    block = operands.make_logits(z_BV, operands.part(at), w_VH)
+                    e_BV = e_CV[at.start - chunk.start : at.stop - chunk.start]
+                    terms_B, *_ = self.row_terms_and_grad(block, coef_T[at], objective, e_BV)
+                    found_terms.append(terms_B)
+                if e_CV.numel():
+                    _add(found, want, operands, chunk, e_CV, w_VH)
+        if exponent is not None:
+            found = LinearGrads(*(grad.mul_(operands.undone(exponent)) for grad in found))
+        return joined_terms(found_terms), found
 
-def scaled(launcher: Launcher, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `KernelSet.scaled`. In one visit of memory: mul_ and a cast take two and a half."""
-    if dtype == grad.dtype or not grad.numel():
-        return grad.mul_(factor).to(dtype)
-    out = torch.empty_like(grad, dtype=dtype)
-    write_scaled(launcher, out, grad, factor)
-    return out
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `KernelSet.scaled`. In one visit of memory: mul_ and a cast take two and a half."""
+        if dtype == grad.dtype or not grad.numel():
+            return grad.mul_(factor).to(dtype)
+        out = torch.empty_like(grad, dtype=dtype)
+        write_scaled(self._launcher, out, grad, factor)
+        return out
 
 
 def write_scaled(launcher: Launcher, out: Tensor, x: Tensor, factor: Tensor) -> None:

@@ -21,58 +21,61 @@ from torch import Tensor
 from loss_core.row_terms import Coefficients, RowTerms, Sums, combine
 from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
-from loss_core_torch.kernels.gpu import rows, sizes
+from loss_core_torch.kernels.gpu import sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
 from loss_core_torch.kernels.gpu.linear import write_scaled
 from loss_core_torch.kernels.gpu.operands import Operands, Part, slices
 from loss_core_torch.kernels.gpu.products import multiply
+from loss_core_torch.kernels.gpu.rows import RowKernels, with_effect
 from loss_core_torch.kernels.terms import joined_terms
 
 
-def terms(launcher: Launcher, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
-    """See `KernelSet.linear_terms`."""
-    operands = Operands(launcher, linear)
-    columns, tokens = _sizes(launcher, operands, keep_logits)
-    buffer, found = operands.new(tokens * columns), None
-    parts = [operands.part(at) for at in slices(0, operands.num_tokens, tokens)]
-    with precision.full_float32_products():
-        for tile in slices(0, operands.vocab, columns):
-            w_CH, of_parts = operands.weight(tile), []
-            for part in parts:
-                block = operands.make_logits(_matrix(buffer, part.at, tile), part, w_CH, tile)
-                of_parts.append(rows.terms(launcher, block, sums))
-            of_tile = joined_terms(of_parts)
-            found = of_tile if found is None else combine(torch, found, of_tile)
-    assert found is not None
-    whole = keep_logits and (tokens, columns) == (operands.num_tokens, operands.vocab)
-    return found, buffer if whole else buffer.new_empty(0)
+class TiledLinearKernels(RowKernels):
+    """The methods of a `KernelSet` that make terms of a fused loss, and gradients where the terms are known."""
 
+    def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
+        """See `KernelSet.linear_terms`."""
+        operands = Operands(self._launcher, linear)
+        columns, tokens = _sizes(self._launcher, operands, keep_logits)
+        buffer, found = operands.new(tokens * columns), None
+        parts = [operands.part(at) for at in slices(0, operands.num_tokens, tokens)]
+        with precision.full_float32_products():
+            for tile in slices(0, operands.vocab, columns):
+                w_CH, of_parts = operands.weight(tile), []
+                for part in parts:
+                    block = operands.make_logits(_matrix(buffer, part.at, tile), part, w_CH, tile)
+                    of_parts.append(self.row_terms(block, sums))
+                of_tile = joined_terms(of_parts)
+                found = of_tile if found is None else combine(torch, found, of_tile)
+        assert found is not None
+        whole = keep_logits and (tokens, columns) == (operands.num_tokens, operands.vocab)
+        return found, buffer if whole else buffer.new_empty(0)
 
-def grads(
-    launcher: Launcher, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
-) -> LinearGrads:
-    """See `KernelSet.linear_grads`. Coefficients of 0 give a gradient of 0, whatever the row holds."""
-    operands, kept = Operands(launcher, linear), logits.numel() > 0
-    columns, tokens = (operands.vocab, operands.num_tokens) if kept else _sizes(launcher, operands, False)
-    exponent = operands.exponent(*coefficients)
-    coefficients = Coefficients(*(_times_power(c_T, exponent) for c_T in coefficients))
-    found = _Grads(launcher, operands, want, exponent)
-    over_logits = operands.operand == operands.dtype
-    buffer = logits if kept else operands.new((operands.num_tokens if over_logits else tokens) * columns)
-    e = buffer if over_logits else operands.new(operands.num_tokens * columns, dtype=operands.operand)
-    every = slice(0, operands.num_tokens)
-    parts = [_known(operands, at, terms, coefficients) for at in slices(0, operands.num_tokens, tokens)]
-    with precision.full_float32_products(), precision.float32_sums():
-        for tile in slices(0, operands.vocab, columns):
-            w_CH, e_TC = operands.weight(tile), _matrix(e, every, tile)
-            for part, terms_B, coefficients_B, keep_B in parts:
-                e_BC = e_TC[part.at]
-                z_BC = e_BC if over_logits else _matrix(buffer, part.at, tile)
-                block = operands.rows(z_BC, part, tile) if kept else operands.make_logits(z_BC, part, w_CH, tile)
-                rows.grad(launcher, block._replace(keep_T=keep_B), terms_B, coefficients_B, out=e_BC)
-            if e_TC.numel():
-                found.add(tile, e_TC, w_CH)
-    return found.whole()
+    def linear_grads(
+        self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
+    ) -> LinearGrads:
+        """See `KernelSet.linear_grads`. Coefficients of 0 give a gradient of 0, whatever the row holds."""
+        operands, kept = Operands(self._launcher, linear), logits.numel() > 0
+        columns, tokens = (operands.vocab, operands.num_tokens) if kept else _sizes(self._launcher, operands, False)
+        exponent = operands.exponent(*coefficients)
+        coefficients = Coefficients(*(_times_power(c_T, exponent) for c_T in coefficients))
+        found = _Grads(self._launcher, operands, want, exponent)
+        over_logits = operands.operand == operands.dtype
+        buffer = logits if kept else operands.new((operands.num_tokens if over_logits else tokens) * columns)
+        e = buffer if over_logits else operands.new(operands.num_tokens * columns, dtype=operands.operand)
+        every = slice(0, operands.num_tokens)
+        parts = [_known(operands, at, terms, coefficients) for at in slices(0, operands.num_tokens, tokens)]
+        with precision.full_float32_products(), precision.float32_sums():
+            for tile in slices(0, operands.vocab, columns):
+                w_CH, e_TC = operands.weight(tile), _matrix(e, every, tile)
+                for part, terms_B, coefficients_B, keep_B in parts:
+                    e_BC = e_TC[part.at]
+                    z_BC = e_BC if over_logits else _matrix(buffer, part.at, tile)
+                    block = operands.rows(z_BC, part, tile) if kept else operands.make_logits(z_BC, part, w_CH, tile)
+                    self.row_grad(block._replace(keep_T=keep_B), terms_B, coefficients_B, out=e_BC)
+                if e_TC.numel():
+                    found.add(tile, e_TC, w_CH)
+        return found.whole()
 
 
 class _Known(NamedTuple):
@@ -87,7 +90,7 @@ class _Known(NamedTuple):
 def _known(operands: Operands, at: slice, terms: RowTerms, coefficients: Coefficients) -> _Known:
     of_part = Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients))
     terms_B = RowTerms(terms.m[at], terms.s[at], terms.t[at])
-    return _Known(operands.part(at), terms_B, of_part, rows.with_effect(of_part))
+    return _Known(operands.part(at), terms_B, of_part, with_effect(of_part))
 
 
 class _Grads:

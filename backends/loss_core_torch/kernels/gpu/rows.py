@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import EMPTY_ROW, Coefficients, CrossEntropy, RowTerms, Sums
+from loss_core.row_terms import EMPTY_ROW, Coefficients, CrossEntropy, Objective, RowTerms, Sums
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.gpu import kernels
 from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
@@ -18,69 +18,77 @@ from loss_core_torch.kernels.terms import filled_terms, no_coefficients
 from loss_core_torch.tracing import compute_dtype
 
 
-def terms(launcher: Launcher, rows: Rows, sums: Sums) -> RowTerms:
-    """Terms of each row; of an ignored row those of an empty piece. See `KernelSet.row_terms`."""
-    logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab, is_one = len(labels_T), logits.shape[-1], labels_T.dim() == 1
-    if logits.numel() == 0:
-        return filled_terms(EMPTY_ROW, sums, labels_T, compute_dtype(logits.dtype))
-    found = _new_terms(rows, sums)
-    kind = "others_terms" if not is_one else "capped_terms" if softcap or sums.e else "terms"
-    size = launcher.parameters(vocab, logits.dtype, kind)
-    launcher.start(
-        kernels.row_terms_kernel, (num_rows,), logits, dense(labels_T), dense(keep_T), dense(inverse_T), *found,
-        vocab_start, vocab, layout(logits), size=size, SOFTCAP=softcap, **_num_targets(labels_T), LEFT_OUT=not is_one,
-        **columns(size, logits),
-    )  # fmt: skip
-    return found
+class RowKernels:
+    """The methods of a `KernelSet` that take rows."""
 
+    _launcher: Launcher
 
-def grad(
-    launcher: Launcher, rows: Rows, terms: RowTerms, coefficients: Coefficients, factor: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The gradient by the logits, softcap's slope included; see `KernelSet.row_grad`.
+    def row_terms(self, rows: Rows, sums: Sums) -> RowTerms:
+        """Terms of each row; of an ignored row those of an empty piece. See `KernelSet.row_terms`."""
+        logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
+        num_rows, vocab, is_one = len(labels_T), logits.shape[-1], labels_T.dim() == 1
+        if logits.numel() == 0:
+            return filled_terms(EMPTY_ROW, sums, labels_T, compute_dtype(logits.dtype))
+        found = _new_terms(rows, sums)
+        kind = "others_terms" if not is_one else "capped_terms" if softcap or sums.e else "terms"
+        size = self._launcher.parameters(vocab, logits.dtype, kind)
+        self._launcher.start(
+            kernels.row_terms_kernel, (num_rows,), logits, dense(labels_T), dense(keep_T), dense(inverse_T), *found,
+            vocab_start, vocab, layout(logits), size=size, SOFTCAP=softcap, LEFT_OUT=not is_one,
+            **_num_targets(labels_T), **columns(size, logits),
+        )  # fmt: skip
+        return found
 
-    The kernel looks at the factor, so that the host need not wait for it.
-    """
-    logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab, held = len(labels_T), logits.shape[-1], factor is not None and out is not None
-    out = _new_grad(logits) if out is None else out
-    if logits.numel() == 0:
+    def row_grad(
+        self, rows: Rows, terms: RowTerms, coefficients: Coefficients, factor: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The gradient by the logits, softcap's slope included; see `KernelSet.row_grad`.
+
+        The kernel looks at the factor, so that the host need not wait for it.
+        """
+        logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
+        num_rows, vocab, held = len(labels_T), logits.shape[-1], factor is not None and out is not None
+        out = _new_grad(logits) if out is None else out
+        if logits.numel() == 0:
+            return out
+        size = self._launcher.parameters(vocab, logits.dtype, "grad", out.dtype)
+        self._launcher.start(
+            kernels.row_grad_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
+            dense(terms.m), dense(terms.t), *map(dense, coefficients), factor, vocab_start, vocab, layout(out),
+            layout(logits), size=size, SOFTCAP=softcap, HELD=held, **_num_targets(labels_T),
+            **columns(size, out, logits),
+        )  # fmt: skip
         return out
-    size = launcher.parameters(vocab, logits.dtype, "grad", out.dtype)
-    launcher.start(
-        kernels.row_grad_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
-        dense(terms.m), dense(terms.t), *map(dense, coefficients), factor, vocab_start, vocab, layout(out),
-        layout(logits), size=size, SOFTCAP=softcap, HELD=held, **_num_targets(labels_T), **columns(size, out, logits),
-    )  # fmt: skip
-    return out
 
+    def row_terms_and_grad(
+        self, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
+    ) -> tuple[RowTerms, Tensor, Coefficients]:
+        """Terms, gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
 
-def terms_and_grad(
-    launcher: Launcher, rows: Rows, coef_T: Tensor, objective: CrossEntropy, out: Tensor | None = None
-) -> tuple[RowTerms, Tensor, Coefficients]:
-    """Terms, gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
-
-    A row is read a second time at once after the first, from the cache as far as it holds it. A coefficient of 0 gives
-    a gradient of 0, whatever the row holds.
-    """
-    logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-    num_rows, vocab = len(labels_T), logits.shape[-1]
-    out = _new_grad(logits) if out is None else out
-    if logits.numel() == 0:
-        dtype = compute_dtype(logits.dtype)
-        empty = filled_terms(EMPTY_ROW, objective.sums, labels_T, dtype)
-        return empty, out, no_coefficients(objective.sums, labels_T, dtype)
-    found, coefficients = _new_terms(rows, objective.sums), _new_coefficients(coef_T, objective.sums)
-    kind = "full_row" if softcap or any(objective.sums) else "row"
-    size = launcher.parameters(vocab, logits.dtype, kind, out.dtype)
-    launcher.start(
-        kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T), dense(coef_T),
-        *found, *coefficients[:3], objective.num_classes, vocab_start, vocab, layout(out), layout(logits), size=size,
-        SOFTCAP=softcap, **columns(size, out, logits), **_constants(objective),
-    )  # fmt: skip
-    return found, out, coefficients
+        A row is read a second time at once after the first, from the cache as far as it holds it. A coefficient of 0
+        gives a gradient of 0, whatever the row holds.
+        """
+        if not isinstance(objective, CrossEntropy):
+            terms = self.row_terms(rows, objective.sums)
+            coefficients = objective.coefficients(torch, terms, [coef_T])
+            return terms, self.row_grad(rows, terms, coefficients, out=out), coefficients
+        logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
+        num_rows, vocab = len(labels_T), logits.shape[-1]
+        out = _new_grad(logits) if out is None else out
+        if logits.numel() == 0:
+            dtype = compute_dtype(logits.dtype)
+            empty = filled_terms(EMPTY_ROW, objective.sums, labels_T, dtype)
+            return empty, out, no_coefficients(objective.sums, labels_T, dtype)
+        found, coefficients = _new_terms(rows, objective.sums), _new_coefficients(coef_T, objective.sums)
+        kind = "full_row" if softcap or any(objective.sums) else "row"
+        size = self._launcher.parameters(vocab, logits.dtype, kind, out.dtype)
+        self._launcher.start(
+            kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
+            dense(coef_T), *found, *coefficients[:3], objective.num_classes, vocab_start, vocab, layout(out),
+            layout(logits), size=size, SOFTCAP=softcap, **columns(size, out, logits), **_constants(objective),
+        )  # fmt: skip
+        return found, out, coefficients
 
 
 def with_effect(coefficients: Coefficients) -> Tensor:
