@@ -23,7 +23,7 @@ from loss_core.bench.measure.job import Job
 from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
-from loss_core_baselines import build, cut_cross_entropy, te, torch_own
+from loss_core_baselines import build, cut_cross_entropy, reduced, te, torch_own
 
 Loss = Callable[..., Tensor]
 Candidates = list[tuple[str, Loss]]
@@ -108,7 +108,10 @@ def _te(config: Any, job: Job) -> Candidates:
         raise BackendUnavailable(
             f"Transformer Engine takes equal parts of the vocabulary, not {', '.join(map(str, job.sizes))}."
         )
-    return [("", te.cross_entropy(replace(config, tp_group=dist.group.WORLD) if job.tp > 1 else config))]
+    # Its own mean has the shape (1,).
+    group = dist.group.WORLD if job.tp > 1 else None
+    per_token = te.cross_entropy(replace(config, reduction="none", tp_group=group))
+    return [("", lambda logits, labels: reduced(per_token(logits, labels), labels, config))]
 
 
 def _nemo(config: Any, job: Job) -> Candidates:

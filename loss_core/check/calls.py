@@ -37,6 +37,7 @@ class Call:
         ranks: over how many the vocabulary is sharded; 0 where the call runs whole, in this process.
         split: name of the way it is sharded; sizes: classes of each rank's shard.
         number: of a random case.
+        harder: whether it was drawn because all others would let a lower arithmetic pass.
     """
 
     loss: str | LossConfig
@@ -50,6 +51,7 @@ class Call:
     split: str = ""
     sizes: tuple[int, ...] = ()
     number: int | None = None
+    harder: bool = False
 
     @property
     def case_name(self) -> str:

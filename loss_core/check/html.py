@@ -15,7 +15,7 @@ from loss_core.check.cells import condition_text, finds_text, lower_text, worst_
 from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
-from loss_core.check.text import failures_by_command, insensitive_notes, reason_without_install, verdict
+from loss_core.check.text import failures_by_command, harder_notes, insensitive_notes, reason_without_install, verdict
 from loss_core.page import blank_figure, render_page, svg_of, without_frame
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
@@ -45,6 +45,7 @@ def check_page(report: Report, command: str) -> str:
         matrices=list(matrices(report)),
         broken=[(verdict, verdict.worst) for verdict in report.broken],
         not_judged=reasons_not_judged(report),
+        harder=harder_notes(report),
         insensitive=insensitive_notes(report),
         failures=list(failures_by_command(report)),
         pictures=_pictures(report),

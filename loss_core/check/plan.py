@@ -1,4 +1,4 @@
-"""Which calls a check makes, in which order: named cases first, then random ones, drawn as they are needed."""
+"""Which calls a check makes: named cases first, then random ones, then harder ones, drawn as they are needed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.calls import Call, config_of, distinct_names, filters_in_words
+from loss_core.check.calls import Call, config_of, distinct_names, filters_in_words, reproduce_suffix
+from loss_core.check.report import Row
 from loss_core.check.sharded import EVEN_SHAPE, can_be_sharded, sharded_calls
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Case, named_cases
 from loss_core.losses.cases.drawing import random_case
+from loss_core.losses.cases.recipes import HARDER
 from loss_core.losses.definition import need_definition
 
 
@@ -117,3 +119,27 @@ def plan_calls(
         return Plan(sharded, len(sharded), skipped)
     total = len(named) + len(cases.numbers) * len(chosen) * len(dtypes)
     return Plan(itertools.chain(named, random()), total, skipped)
+
+
+def harder_calls(
+    losses: Sequence[str | LossConfig], dtypes: Sequence[str], cases: Cases, tp: Sequence[int], device: str | None,
+    reproduce_options: str, rows: Mapping[Any, Row],
+) -> Iterator[Call]:  # fmt: skip
+    """Harder cases of each loss and dtype, one by one, for as long as one of its rows is insensitive.
+
+    Args:
+        cases: that came before; none follow those that were named one by one, or captured.
+        rows: of the table, looked at before each call: they change as calls are run.
+    """
+    if cases.only is not None or cases.inputs is not None:
+        return
+    # Without the shape that was asked for: they have their own.
+    suffix = reproduce_suffix(None, 0, 0, device) + reproduce_options
+    for loss, name in zip(losses, distinct_names(losses), strict=True):
+        for dtype in dtypes:
+            for recipe in HARDER:
+                if not any(row.insensitive for row in rows.values() if (row.loss, row.dtype) == (name, dtype)):
+                    break
+                for case in named_cases(loss, only=(recipe.name,)):
+                    call = Call(loss, name, case, dtype, suffix, device, captured=False, harder=True)
+                    yield from sharded_calls([call], [], tp) if tp else [call]

@@ -88,6 +88,7 @@ class Row:
         finds: for each tensor, the smallest relative error common to all its elements that would have failed; without
             those that are 0 throughout.
         lower: for each lower arithmetic (`loss_core.losses.lower`), how many of the cases would have failed in it.
+        harder: names of those cases that were drawn because all others would have let such an arithmetic pass.
     """
 
     loss: str
@@ -99,6 +100,7 @@ class Row:
     failures: list[Finding] = field(default_factory=list)
     finds: dict[str, float] = field(default_factory=dict)
     lower: dict[str, int] = field(default_factory=dict)
+    harder: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -223,7 +225,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases, "
+            f"{row.loss} {row.flag} against {row.against} {row.dtype}: {row.cases} cases"
+            + (f" with {' and '.join(row.harder)}, " if row.harder else ", ")
             + (f"worst {row.worst.error_ratio:.3g} of the allowance ({row.worst.case}, {row.worst.tensor})"
                if row.worst else "nothing to compare") + ("" if row.passed else f", {len(row.failures)} FAILED")
             + (f", insensitive to {' and '.join(row.insensitive)}" if row.insensitive else "")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from loss_core.check.calls import ORACLE, Call, chosen_flags, chosen_losses, rep
 from loss_core.check.findings import add_findings, add_lower
 from loss_core.check.judge.implementation import Implementation, implementations_of
 from loss_core.check.judge.trial import Question, judge_all
-from loss_core.check.plan import Cases, plan_calls
+from loss_core.check.plan import Cases, harder_calls, plan_calls
 from loss_core.check.report import Finding, Interrupted, Report, Row
 from loss_core.check.sharded import Evaluate, check_ranks, over_ranks
 from loss_core.dispatch.builders import is_registered
@@ -70,7 +70,7 @@ def check(
             the first flag of each framework against those of the other frameworks.
         dtypes: of the inputs; None for float32, bfloat16, float16 and float64.
         shape: (T, V) or (T, V, H) in place of the shapes of the named cases.
-        only: names of cases; None for all.
+        only: names of cases; None for all, and harder ones for a row that a lower arithmetic would pass.
         num_random: random cases on top, of each loss in each dtype; seed: theirs.
         first: number of the random case to begin with, and no named ones; None for all.
         minutes: after which the check ends with what it has seen; `report.next_first` then says where to go on.
@@ -124,25 +124,27 @@ def check(
     if not plan.total:
         raise ValueError(f"Nothing to check: {'; '.join(report.skipped)}.")
     table: dict[tuple[str, str, str, str], Row] = {}
+    calls = chain(plan.calls, harder_calls(losses, wanted, cases, tp, device, reproduce_options, table))
 
     def in_time(call: Call) -> bool:
         return minutes is None or not report.calls or time.perf_counter() - start < 60 * minutes
 
     try:
-        for ranks, group in groupby(takewhile(in_time, plan.calls), key=lambda call: call.ranks):
+        for ranks, group in groupby(takewhile(in_time, calls), key=lambda call: call.ranks):
             with ExitStack() as stack:
                 pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
                 # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
                 stack.callback(pool.shutdown, wait=False, cancel_futures=True)
                 if progress and ranks:
-                    progress(report.calls, plan.total, f"starting {ranks} ranks")
+                    progress(report.calls, report.total, f"starting {ranks} ranks")
                 backends_used = list(dict.fromkeys(parse_flag(flag).backend for flag in flags))
                 evaluate = stack.enter_context(over_ranks(backends_used, ranks, modules)) if ranks else _in_this_process
                 for call in group:
                     report.next_first = None if ranks else call.number
+                    report.total += call.harder
                     if progress:
                         label = call.flag_name(f"{call.name} {call.dtype} {call.case_name}")
-                        progress(report.calls, plan.total, label)
+                        progress(report.calls, report.total, label)
                     _check_case(call, flags, against, table, report, pool, evaluate)
                     report.calls += 1
     except KeyboardInterrupt as error:
@@ -153,7 +155,7 @@ def check(
         report.rows = list(table.values())
         report.seconds = time.perf_counter() - start
     if progress:
-        progress(report.calls, plan.total, "done")
+        progress(report.calls, report.total, "done")
     return report
 
 
@@ -203,13 +205,13 @@ def _check_case(
         except WorkerFailed:
             raise
         except Exception as error:  # a kernel that breaks is a finding, not the end of the check
-            row.cases += 1
+            _count(row, call)
             text = str(error) if isinstance(error, RequestFailed) else f"{type(error).__name__}: {error}"
             row.failures.append(_problem(call, flag, "loss", text))
             continue
         if got is None:
             continue
-        row.cases += 1
+        _count(row, call)
         allowed = allowances(config, arrays, expected, dtype, upstream=upstream, product_dtype=got.product_dtype)
         row.failures += _contract_problems(call, flag, got)
         done[flag] = (got, allowed)
@@ -222,13 +224,19 @@ def _check_case(
     for flag, other in _pairs(list(done), against):
         key = (call.name, flag, other, dtype)
         row = table.setdefault(key, Row(*key))
-        row.cases += 1
+        _count(row, call)
         (got, allowed), (reference, allowed_too) = done[flag], done[other]
         # Each may be off by its own allowance.
         both = {name: allowed[name] + allowed_too[name] for name in allowed}
         template = replace(_template(call, flag, other), condition=condition)
         add_findings(row, template, _results(got), _results(reference), both, got.dtypes)
         add_lower(row, lower, _expected(expected), both, _promised_dtypes(call, got))
+
+
+def _count(row: Row, call: Call) -> None:
+    row.cases += 1
+    if call.harder and call.case.name not in row.harder:
+        row.harder.append(call.case.name)
 
 
 def _in_this_process(

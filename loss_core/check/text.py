@@ -75,10 +75,18 @@ def insensitive_notes(report: Report) -> list[str]:
     """The rows of which a lower arithmetic would have passed every case, and what to do."""
     return [
         f"{row.loss} {row.flag} against {row.against}, {row.dtype}: {' and '.join(row.insensitive)} would have passed "
-        "in every case; more rows, larger logits or more cases (--shape, --cases) tell more"
+        "in every case; "
+        + ("more rows, larger logits or more cases (--shape, --cases) tell more" if row.harder
+           else "without --case and --inputs, harder cases are drawn")
         for row in report.rows
         if row.insensitive
-    ]
+    ]  # fmt: skip
+
+
+def harder_notes(report: Report) -> list[str]:
+    """The harder cases of each loss and dtype, which all its flags ran."""
+    notes = [f"{row.loss}, {row.dtype}: {', '.join(row.harder)}" for row in report.rows if row.harder]
+    return list(dict.fromkeys(notes))
 
 
 def reason_without_install(status: FlagStatus) -> str:
@@ -102,6 +110,10 @@ def print_check(console: Console, report: Report) -> None:
             print_wrapped(console, meaning)
         console.print()
         _print_rows(console, report.rows)
+    if notes := harder_notes(report):
+        print_lines(console, "", "Harder cases, since a lower arithmetic would have passed all others:")
+    for note in notes:
+        print_wrapped(console, note, indent="  ")
     if notes := insensitive_notes(report):
         print_lines(console, "", "Insensitive:")
     for note in notes:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loss_core import FusedLinearCEConfig, FusedLinearKDConfig
 from loss_core.check import check, compare
 from loss_core.losses import evaluate, named_cases
 from loss_core.losses.bounds.sensitivity import condition_number
@@ -101,6 +102,59 @@ def test_a_row_counts_the_cases_that_each_lower_arithmetic_fails():
     assert row.cases == 3
     assert row.lower == {"bfloat16 logits": 2, "bfloat16 accumulator": 1}
     assert row.insensitive == []
+
+
+# Few tokens: every named case lets a sum of the weight's gradient in 16 bits pass.
+SMALL = {"dtypes": ["bfloat16"], "shape": (4, 16, 8)}
+
+
+def test_an_insensitive_row_gets_a_harder_case():
+    report = check("FusedLinearCrossEntropy", ["torch:eager", "torch:plain"], against="torch:plain", **SMALL)
+    names = [case.name for case in named_cases("FusedLinearCrossEntropy", shape=SMALL["shape"])]
+    assert report.passed, str(report)
+    for row in report.rows:
+        assert (row.cases, row.harder) == (len(names) + 1, ["harder-1"])
+        assert row.lower["bfloat16 accumulator"] == 1
+    assert (report.calls, report.total) == (len(names) + 1, len(names) + 1)
+    assert f"{len(names) + 1} cases with harder-1, worst" in str(report)
+    assert [row["harder"] for row in json.loads(report.to_json())["rows"]] == [["harder-1"]] * len(report.rows)
+
+
+def test_the_harder_case_fails_a_kernel_that_all_others_let_pass(inject):
+    config = inject("FusedLinearCrossEntropy", bfloat16_accumulator)
+    # One random case alone, of those without optional arguments.
+    report = check(config, ["torch"], num_random=1, seed=22, first=0, **SMALL)
+    assert {finding.case for finding in report.failures} == {"harder-1"}
+    assert {finding.tensor for finding in report.failures} == {"lm_weight"}
+    assert report.failures[0].reproduce.endswith(" --backend torch:auto --dtype bfloat16 --case harder-1")
+    again = check(config, ["torch"], dtypes=["bfloat16"], only=["harder-1"])
+    assert [str(finding) for finding in again.failures] == [str(finding) for finding in report.failures]
+
+
+@pytest.mark.parametrize(
+    ("config", "harder", "insensitive"),
+    [
+        (FusedLinearKDConfig(temperature=100.0), ["harder-1", "harder-2"], []),
+        # All logits are between -0.001 and 0.001.
+        (
+            FusedLinearCEConfig(logit_softcapping=0.001),
+            ["harder-1", "harder-2", "harder-3"],
+            ["float16 logits", "float16 accumulator"],
+        ),
+    ],
+    ids=["second", "none"],
+)
+def test_harder_cases_end_when_one_is_seen_or_after_three(config, harder, insensitive):
+    (row,) = check(config, ["torch:eager"], dtypes=["float16"]).rows
+    assert (row.harder, row.insensitive) == (harder, insensitive)
+
+
+def test_nothing_is_drawn_beside_cases_that_were_chosen():
+    (case,) = named_cases("FusedLinearCrossEntropy", shape=SMALL["shape"], only=("basic",))
+    for chosen in ({"only": ["basic"]}, {"inputs": case.arrays}):
+        options = {"dtypes": ["bfloat16"]} if "inputs" in chosen else SMALL
+        (row,) = check("FusedLinearCrossEntropy", ["torch:eager"], **options, **chosen).rows
+        assert (row.cases, row.harder, row.insensitive) == (1, [], ["bfloat16 accumulator"])
 
 
 def test_one_arithmetic_that_is_not_seen_is_enough():

@@ -7,7 +7,8 @@ import pytest
 
 from loss_core import KDLossConfig, register_loss, unregister_loss
 from loss_core.check import Interrupted, check
-from loss_core.check.plan import Cases, plan_calls
+from loss_core.check.plan import Cases, harder_calls, plan_calls
+from loss_core.check.report import Row
 from loss_core.losses.cases.drawing import random_case
 
 LOSSES = ["MaskedCrossEntropy", "KDLoss"]
@@ -38,6 +39,19 @@ def test_the_number_of_calls_over_ranks_is_that_of_the_plan():
     calls = list(plan.calls)
     assert len(calls) == plan.total > 8
     assert {call.ranks for call in calls} == {2}
+
+
+def test_harder_calls_follow_for_as_long_as_a_row_is_insensitive():
+    row = Row("KDLoss", "torch:eager tp=2", "float64", "bfloat16", lower={"bfloat16 softmax": 0})
+    cases = Cases((2, 3), None, None, 5, 1, None)
+    calls = harder_calls(LOSSES, DTYPES, cases, (2,), None, " --import mine", {"any": row})
+    first = next(calls)
+    assert (first.name, first.dtype, first.case_name, first.harder) == ("KDLoss", "bfloat16", "harder-1/uneven", True)
+    # Without the shape, and without the random cases.
+    assert first.reproduce("torch:eager", "float64").endswith(" --case harder-1 --tp 2 --import mine")
+    assert [next(calls).case_name for _ in range(2)] == ["harder-1/empty", "harder-2/uneven"]
+    row.lower["bfloat16 softmax"] = 1
+    assert {call.case.name for call in calls} == {"harder-2"}
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, "FusedLinearCrossEntropy"])

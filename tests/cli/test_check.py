@@ -42,6 +42,19 @@ def test_a_row_that_sees_no_lower_arithmetic_is_told_and_is_no_failure():
     assert "insensitive" not in run("check", "--config", "MaskedCrossEntropy", *QUICK).stdout
 
 
+def test_a_harder_case_is_named_and_its_command_runs():
+    options = ("--config", "MaskedCrossEntropy", "--backend", "torch:eager", "--dtype", "float32")
+    result = run("check", *options, "--shape", "1,1")
+    assert result.exit_code == 0, result.output
+    told = "Harder cases, since a lower arithmetic would have passed all others: MaskedCrossEntropy, float32: harder-1"
+    assert told in " ".join(result.stdout.split())
+    assert "insensitive" not in result.stdout
+    again = run("check", *options, "--case", "harder-1")
+    assert re.search(r"^ok torch:eager float64 float32 +1 +1 ", again.stdout, re.MULTILINE)
+    assert "Harder cases" not in again.stdout
+    assert run("check", *options, "--case", "harder-4").exit_code == 2
+
+
 def test_the_condition_of_the_loss_stands_beside_the_worst_error():
     result = run("check", "--config", "MaskedCrossEntropy", *QUICK[:-1], "offset")
     heading = next(line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["flag"])

@@ -88,6 +88,12 @@ def test_the_page_marks_a_row_that_sees_no_lower_arithmetic():
     assert "would have passed" not in seen
 
 
+def test_the_page_names_harder_cases():
+    report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"], shape=(1, 1))
+    text, _ = page_of(report)
+    assert "<li>MaskedCrossEntropy, float32: harder-1</li>" in text
+
+
 def test_hostile_names_are_escaped():
     evil = "<script>alert('x')</script>"
     finding = Finding(evil, "torch:eager", "float64", "float32", evil, evil, 2.0, 1.0, 0.5, (0,), 1.0, 0.0, evil, evil)

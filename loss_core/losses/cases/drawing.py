@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loss_core.losses.cases.recipes import RECIPES, Array, Drawn
+from loss_core.losses.cases.recipes import HARDER, RECIPES, Array, Drawn
 from loss_core.losses.definition import LossDef, Recipe, Sizes, definition_of, need_definition
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
@@ -54,7 +54,7 @@ def recipes_of(loss: str | Any) -> tuple[Recipe, ...]:
 
 def recipe_names() -> tuple[str, ...]:
     """Names of all recipes of all registered losses."""
-    names = [recipe.name for recipe in RECIPES]
+    names = [recipe.name for recipe in (*RECIPES, *HARDER)]
     for loss in LOSS_CONFIG_REGISTRY:
         if (definition := definition_of(loss)) is not None:
             names += [recipe.name for recipe in definition.recipes]
@@ -69,16 +69,16 @@ def named_cases(
     Args:
         loss: registry name, where each case may set fields of its own; or a config, which is kept as it is.
         shape: (T, V) or (T, V, H) in place of the shapes of the recipes.
-        only: names of the cases wanted; None for all.
+        only: names of the cases wanted; None for all but the harder ones.
     Raises:
         TypeError: the loss has no definition.
     """
     base = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
     definition, known = need_definition(base), {f.name for f in fields(base)}
-    made = []
-    for recipe in recipes_of(base):
-        if only is not None and recipe.name not in only:
-            continue
+    recipes, made = recipes_of(base), []
+    if only is not None:
+        recipes = tuple(recipe for recipe in (*recipes, *HARDER) if recipe.name in only)
+    for recipe in recipes:
         sized = recipe if shape is None else _with_shape(recipe, shape)
         if sized is None or not known.issuperset(recipe.needs) or (recipe.over_logits and not _logits(definition)):
             continue

@@ -194,3 +194,12 @@ RECIPES = (
     ),
     Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
 )
+
+# Drawn where all other cases of a row would let a lower arithmetic pass. Its error stands out where a weight's gradient
+# is a sum over many tokens, where logits are far apart, and where few classes and hidden values make a small allowance.
+_LOWER = "a lower arithmetic that all other cases would let pass"
+HARDER = (
+    Recipe("harder-1", _LOWER, lead=(8, 32), vocab=101, ignored=0.0),
+    Recipe("harder-2", _LOWER, lead=(16, 64), vocab=33, hidden=16, scale=30.0, ignored=0.0),
+    Recipe("harder-3", _LOWER, lead=(16, 64), vocab=5, hidden=4, scale=30.0, ignored=0.0),
+)

@@ -11,10 +11,11 @@ For processes of their own, started with TRITON_INTERPRET=1: the modules are not
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ def enter():
 
 
 def _enter(name):
-    module = sys.modules[name] = ModuleType(name)
+    # With a spec, by which `importlib.util.find_spec` finds it.
+    module = sys.modules[name] = importlib.util.module_from_spec(ModuleSpec(name, None, is_package=True))
     parent, _, child = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], child, module)

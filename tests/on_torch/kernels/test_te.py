@@ -2,6 +2,7 @@
 
 import importlib.abc
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -26,18 +27,19 @@ from on_torch.kernels import te_worker
 
 TESTS = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("te_worker.py")
+CHECK_WORKER = Path(__file__).with_name("te_check_worker.py")
 TE_MODULE = "transformer_engine.pytorch.cross_entropy"
 # One process of pytest-xdist runs them, so that they share the outcomes of each worker.
 pytestmark = pytest.mark.xdist_group("te")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels but for Linux")
 
 
-def _start(*arguments, interpret="1"):
+def _start(*arguments, interpret="1", worker=WORKER):
     folders = (TESTS.parent, TESTS.parent / "backends", TESTS)
     paths = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": interpret}
     return subprocess.Popen(
-        [sys.executable, str(WORKER), *map(str, arguments)],
+        [sys.executable, str(worker), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
     )  # fmt: skip
 
@@ -89,6 +91,38 @@ def test_two_processes_with_the_sources_of_te(tmp_path):
 def test_the_interpreter_is_mended_to_what_a_gpu_does():
     (output,) = _finish([_start("compiled", interpret="0")])
     assert _held(output) == ["stores_round_to_nearest_on_a_gpu"], output[-4000:]
+
+
+@on_linux
+def test_check_judges_te_by_its_adapter(tmp_path):
+    options = ("--implementation", "te", "--dtype", "float32", "--dtype", "bfloat16", "--json", tmp_path / "found.json")
+    judging = _start("check", "--config", "MaskedCrossEntropy", *options, worker=CHECK_WORKER)
+    output = judging.communicate(timeout=300)[0]
+    verdicts = {verdict["clause"]: verdict for verdict in json.loads((tmp_path / "found.json").read_text())["verdicts"]}
+    by_status = {
+        status: {name for name, verdict in verdicts.items() if verdict["status"] == status}
+        for status in ("ok", "broken", "unsupported", "not seen")
+    }
+    assert by_status == {
+        "ok": {
+            "gradient of logits", "result dtype", "inputs left alone", "ignored positions", "all ignored",
+            "labels that are no class", "upstream gradient", "upstream per token", "more dimensions", "strided rows",
+            "strided columns", "determinism",
+        },
+        # docs/defects.md
+        "broken": {"values", "backward twice"},
+        "unsupported": {"gradient of loss_weights"},
+        # A tensor without values can't pass for one on CUDA.
+        "not seen": {"no host sync"},
+    }, output  # fmt: skip
+    assert {(finding["case"], finding["problem"]) for finding in verdicts["values"]["findings"]} == {
+        ("mean", "has shape (1,), not ()")
+    }
+    # What it takes: label smoothing, any ignore_index. What it has not is named.
+    refused = " ".join(word for verdict in verdicts.values() for word in verdict["words"])
+    assert "te has no z_loss=0.1" in refused
+    assert "label_smoothing" not in refused
+    assert "ignore_index" not in refused
 
 
 # --- where TE can't run
