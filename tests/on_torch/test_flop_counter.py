@@ -22,8 +22,8 @@ def arguments_of(config, dtype=torch.float32):
 
 
 def computed_again(config):
-    """Whether the logits may be: where the upstream gradient is not one number, and of a teacher's K classes."""
-    return reduction_of(config) == "none" or takes(config, "index")
+    """Whether the logits may be: where the upstream gradient is not one number."""
+    return reduction_of(config) == "none"
 
 
 # Larger ones, too: which library multiplies may depend on the size.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import Coefficients, CrossEntropy, Objective, RowTerms, token_metrics
+from loss_core.row_terms import Coefficients, Objective, RowTerms, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import (
     check_upstream,
@@ -52,12 +52,12 @@ class Call(NamedTuple):
 
 
 class LinearRowLoss(Function):
-    """Values of an objective for each token, or with given coefficients the sum of a cross entropy.
+    """Values of an objective for each token, or the sum of its one value with given coefficients.
 
     Inputs: hidden [..., H] and w_VH float; bias_V float or None; labels_T and keep_T as of `RowLoss`; places_N [N]
     int64, the tokens that take part in products (the others are ignored), or None for all, ignored ones as zeros;
-    inverse_T and log_p_TK as of `RowLoss`; coef_T [T] in the dtype of the arithmetic, only of a cross entropy over a
-    whole vocabulary, or None; the call.
+    inverse_T and log_p_TK as of `RowLoss`; coef_T [T] in the dtype of the arithmetic, only over a whole vocabulary, or
+    None; the call.
     Output: as of `RowLoss`, on a second backward as well.
     """
 
@@ -80,7 +80,6 @@ class LinearRowLoss(Function):
         objective = with_teacher(call.objective, None if log_p_TK is None else given.of_rows(log_p_TK))
         made: list[Tensor] = []
         if coef_T is not None and any(call.want):
-            assert isinstance(objective, CrossEntropy)
             coef_N = given.of_rows(coef_T)
             terms, grads = operators.linear_terms_and_grads(call.kernels, linear, coef_N, objective, call.want)
             made = list(grads)

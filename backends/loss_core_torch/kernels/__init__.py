@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.row_terms import Coefficients, CrossEntropy, MixtureTerms, Objective, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 from loss_core_torch.kernels.arguments import (
     Blocks,
     BothGrads,
@@ -188,7 +188,7 @@ class KernelSet(Protocol):
         ...
 
     def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
+        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
     ) -> tuple[RowTerms, LinearGrads]:
         """Terms, and the gradients of the sum of coef * loss in the dtype of the arithmetic, with three products."""
         ...

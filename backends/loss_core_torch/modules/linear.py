@@ -22,7 +22,7 @@ from loss_core_torch.kernels import IGNORED, KernelSet, Linear, Wanted, WholeLos
 from loss_core_torch.kernels.terms import per_row
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
 from loss_core_torch.modules.rows import RowCall, RowModule
-from loss_core_torch.tracing import compute_dtype, is_differentiated, may_read
+from loss_core_torch.tracing import compute_dtype, is_differentiated, is_traced, may_read
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class LinearCall(RowCall):
         )
 
     def knows_factors(self) -> bool:
-        # The kernels that make gradients in the forward know cross entropies alone.
-        return self.tokens.teacher is None and self.group is None and not self.token_groups
+        # The operator of a traced call has no place for a teacher.
+        traced = self.tokens.teacher is not None and is_traced(self.hidden, self.weight)
+        return self.group is None and not self.token_groups and not traced
 
     def apply(
         self, objective: Objective, log_p_TK: Tensor | None, coef_T: Tensor | None, names: tuple[str, ...]

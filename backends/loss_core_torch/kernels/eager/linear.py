@@ -20,7 +20,7 @@ from torch import Tensor
 from loss_core.row_terms import (
     EMPTY_ROW,
     Coefficients,
-    CrossEntropy,
+    Objective,
     RowTerms,
     Sums,
     combine,
@@ -70,7 +70,7 @@ class LinearKernels:
         return found.grads.rounded(linear)
 
     def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
+        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
     ) -> tuple[RowTerms, LinearGrads]:
         """Terms, and the gradients of the sum of coef * loss."""
         call = _Call(linear, self.sizes)
@@ -78,7 +78,7 @@ class LinearKernels:
         for at in call.blocks(call.block):
             logits, h_BH = call.logits(buffer, at), call.hidden(at)
             part = logits.fill(h_BH, objective.sums)
-            logits.to_gradient(part, objective.coefficients(torch, part, [coef_T[at]]))
+            logits.to_gradient(part, objective.of_rows(at).coefficients(torch, part, [coef_T[at]]))
             found.append(part)
             sums.add(at, logits, h_BH)
         return call.together(found, objective.sums), sums.grads

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import CrossEntropy, RowTerms
+from loss_core.row_terms import CrossEntropy, Objective, RowTerms
 from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.gpu import kernels, sizes
@@ -31,11 +31,11 @@ class LinearKernels(RowKernels):
     """The methods of a `KernelSet` that make a fused loss and its gradients in one visit."""
 
     def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: CrossEntropy, want: Wanted
+        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
     ) -> tuple[RowTerms, LinearGrads]:
         """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
         operands = Operands(self._launcher, linear)
-        exponent = operands.exponent(coef_T, room=math.ceil(math.log2(1.0 + 2.0**15 * objective.z_loss)))
+        exponent = operands.exponent(coef_T, room=_room(objective))
         coef_T = coef_T if exponent is None else torch.ldexp(coef_T, exponent)
         chunk_tokens, logits_tokens = _sizes(self._launcher, operands, want)
         logits = operands.new(logits_tokens, operands.vocab)
@@ -50,7 +50,7 @@ class LinearKernels(RowKernels):
                     z_BV = logits[: at.stop - at.start]
                     block = operands.make_logits(z_BV, operands.part(at), w_VH)
                     e_BV = e_CV[at.start - chunk.start : at.stop - chunk.start]
-                    terms_B, *_ = self.row_terms_and_grad(block, coef_T[at], objective, e_BV)
+                    terms_B, *_ = self.row_terms_and_grad(block, coef_T[at], objective.of_rows(at), e_BV)
                     found_terms.append(terms_B)
                 if e_CV.numel():
                     _add(found, want, operands, chunk, e_CV, w_VH)
@@ -74,6 +74,12 @@ def write_scaled(launcher: Launcher, out: Tensor, x: Tensor, factor: Tensor) -> 
         kernels.scaled_kernel, (-(-x.numel() // size.block_v),), out, x, factor, x.numel(), size=size,
         BLOCK=size.block_v,
     )  # fmt: skip
+
+
+def _room(objective: Objective) -> int:
+    """Binary digits by which an entry of a gradient may be larger than its row's coefficient; see `Operands`."""
+    z_loss = objective.z_loss if isinstance(objective, CrossEntropy) else 0.0
+    return math.ceil(math.log2(1.0 + 2.0**15 * z_loss))
 
 
 def _sizes(launcher: Launcher, operands: Operands, want: Wanted) -> tuple[int, int]:
