@@ -100,13 +100,14 @@ def left_out(node: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]
         yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
 
 
-def passes(tests: list[str], limit: float | None = None) -> bool:
-    """Whether tests pass, within a number of seconds."""
+def failure(tests: list[str], limit: float | None = None) -> str:
+    """What the tests print where they fail, or do not end within a number of seconds; nothing where they pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *tests]
     try:
-        return subprocess.run(command, timeout=limit, stdout=subprocess.DEVNULL).returncode == 0
+        run = subprocess.run(command, timeout=limit, stdout=subprocess.PIPE, text=True)
     except subprocess.TimeoutExpired:
-        return False
+        return f"{' '.join(tests)} ran for more than {limit:.0f} s."
+    return "" if run.returncode == 0 else run.stdout
 
 
 def survivor(mutant: Mutant, tests: list[str], limit: float) -> str:
@@ -114,7 +115,7 @@ def survivor(mutant: Mutant, tests: list[str], limit: float) -> str:
     before = mutant.path.read_text()
     after = mutate_code(before, get_operator(mutant.operator)(), mutant.number)
     mutant.path.write_text(after)
-    passed = passes(tests, limit)
+    passed = not failure(tests, limit)
     mutant.path.write_text(before)
     changes = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     lines = [f"{line[0]} {line[1:].strip()}" for line in list(changes)[3:]]
@@ -133,8 +134,8 @@ def judge(pattern: str, args: argparse.Namespace) -> str:
     if not sample:
         return ""
     tests, start = TESTS[pattern], time.perf_counter()
-    if not passes(tests):
-        sys.exit(f"{' '.join(tests)} fail without a mutant.")
+    if printed := failure(tests):
+        sys.exit(f"{printed}\n{' '.join(tests)} fail without a mutant.")
     limit = 4 * (time.perf_counter() - start) + 30
     known, found = 0, []
     for mutant in sample:
