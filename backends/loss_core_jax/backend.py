@@ -11,13 +11,16 @@ from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig
 from loss_core_jax.evaluate import evaluate, host_reads
 from loss_core_jax.losses.base import Loss
-from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_jax.losses.cross_entropy import (
+    ChunkedCrossEntropy,
+    FusedLinearCrossEntropy,
+    MaskedCrossEntropy,
+    TEParallelCrossEntropy,
+)
 from loss_core_jax.losses.distillation import KDLoss
-from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
-from loss_core_jax.losses.linear_top_k_distillation import FusedLinearTopKDistillation
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import TopKDistillation
+from loss_core_jax.losses.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 from loss_core_jax.parallel.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
