@@ -1,12 +1,15 @@
 """The losses of `loss_core` in JAX: `loss_core.build_loss_module(config, backend="jax")` builds them."""
 
-from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
+from loss_core_jax.losses.cross_entropy import (
+    ChunkedCrossEntropy,
+    FusedLinearCrossEntropy,
+    MaskedCrossEntropy,
+    TEParallelCrossEntropy,
+)
 from loss_core_jax.losses.distillation import KDLoss
-from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
 from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
-from loss_core_jax.losses.linear_top_k_distillation import FusedLinearTopKDistillation
 from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import TopKDistillation
+from loss_core_jax.losses.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
 __all__ = [
     "ChunkedCrossEntropy",

@@ -7,17 +7,11 @@ from typing import Any
 
 import jax
 
+import loss_core_jax
 from loss_core.dispatch.protocol import FlagStatus, KernelChoice
 from loss_core.loss_config import LossConfig
 from loss_core_jax.evaluate import evaluate, host_reads
 from loss_core_jax.losses.base import Loss
-from loss_core_jax.losses.cross_entropy import MaskedCrossEntropy, TEParallelCrossEntropy
-from loss_core_jax.losses.distillation import KDLoss
-from loss_core_jax.losses.linear_cross_entropy import ChunkedCrossEntropy, FusedLinearCrossEntropy
-from loss_core_jax.losses.linear_distillation import FusedLinearKDLoss
-from loss_core_jax.losses.linear_top_k_distillation import FusedLinearTopKDistillation
-from loss_core_jax.losses.log_probs import FusedLinearLogProbs, LogProbs
-from loss_core_jax.losses.top_k_distillation import TopKDistillation
 from loss_core_jax.parallel.ranks import evaluate_shards, join_ranks, rank_setup
 
 __all__ = [
@@ -32,18 +26,8 @@ __all__ = [
     "rank_setup",
 ]
 
-_LOSSES: tuple[type[Loss], ...] = (
-    MaskedCrossEntropy,
-    FusedLinearCrossEntropy,
-    TEParallelCrossEntropy,
-    KDLoss,
-    LogProbs,
-    FusedLinearLogProbs,
-    FusedLinearKDLoss,
-    TopKDistillation,
-    ChunkedCrossEntropy,
-    FusedLinearTopKDistillation,
-)
+# What the package exports is the table of losses.
+_LOSSES: tuple[type[Loss], ...] = tuple(getattr(loss_core_jax, name) for name in loss_core_jax.__all__)
 
 _BUILDERS = {(loss.config_class, "xla"): loss.from_config for loss in _LOSSES}
 

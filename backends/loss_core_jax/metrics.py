@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
-from loss_core.row_terms import CrossEntropy, RowTerms, token_metrics
+from loss_core.row_terms import RowTerms, token_metrics
 from loss_core_jax.inputs import IGNORED
 from loss_core_jax.reduction import valid_losses
 
@@ -25,8 +25,12 @@ def of_rows(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in TOKEN_METRICS)
 
 
-def made(terms: RowTerms, target: jax.Array, objective: CrossEntropy, names: Sequence[str]) -> tuple[jax.Array, ...]:
-    """Each metric of the rows, shape of target; 0 where the row is ignored, NaN where its label is invalid."""
+def made(terms: RowTerms, target: jax.Array, objective: Any, names: Sequence[str]) -> tuple[jax.Array, ...]:
+    """Each metric of the rows, shape of target; 0 where the row is ignored, NaN where its label is invalid.
+
+    Args:
+        objective: a `CrossEntropy`, if there are names.
+    """
     return tuple(valid_losses(x, target) for x in token_metrics(jnp, terms, objective, names))
 
 

@@ -11,7 +11,7 @@ from loss_core_torch.modules.linear_distillation import FusedLinearKDLoss
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
 from loss_core_torch.modules.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
-# The losses: what is entered here has a flag, see `loss_core_torch.backend`.
+# What is entered here has flags; see `backend`.
 __all__ = [
     "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",

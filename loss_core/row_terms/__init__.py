@@ -35,6 +35,7 @@ from loss_core.row_terms.rows import (
     Sums,
     combine,
     entropy,
+    is_objective,
     log_sum_exp,
 )
 from loss_core.row_terms.top_k import TopK
@@ -60,6 +61,7 @@ __all__ = [
     "combine",
     "combine_pairs",
     "entropy",
+    "is_objective",
     "jensen_shannon",
     "kl_centre",
     "kl_divergence",

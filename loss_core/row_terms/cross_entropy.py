@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from loss_core.row_terms.guarded import Array, Namespace
-from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, log_sum_exp, with_target
+from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, is_objective, log_sum_exp, with_target
 
 # Fields that are options of a loss.
 OPTIONS = ("label_smoothing", "z_loss")
 
 
+@is_objective
 class CrossEntropy(NamedTuple):
     """An `Objective`: log-sum-exp minus the target's logit; +inf where no piece owns the target.
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loss_core.row_terms.guarded import Array, Namespace
-from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, with_target
+from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, is_objective, with_target
 
 
+@is_objective
 class LogProbability(NamedTuple):
     """An `Objective`: the log-probability of the target, and the entropy of the distribution if asked for.
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from loss_core.row_terms.guarded import Array, Namespace, relative, weighted
 
@@ -54,10 +54,13 @@ class Coefficients(NamedTuple):
     slope: Array | None = None
 
 
+Named = TypeVar("Named", bound="tuple[Any, ...]")
+
+
 class Objective(Protocol):
     """What a loss is to a row: numbers made of its terms, and the coefficients of their gradient.
 
-    A NamedTuple of options, hashable but for arrays that it holds.
+    A NamedTuple of options, hashable but for arrays that it holds; see `is_objective`.
     """
 
     @property
@@ -85,6 +88,18 @@ class Objective(Protocol):
             upstreams: [...] for each value; None for 0.
         """
         ...
+
+
+def is_objective(cls: type[Named]) -> type[Named]:
+    """Class decorator of an objective: one of another class is another, though both hold the same numbers.
+
+    NamedTuples would be equal, and jax.jit would take the program of one for the other.
+    """
+    made: Any = cls
+    made.__eq__ = lambda a, b: type(a) is type(b) and tuple(a) == tuple(b)
+    made.__ne__ = lambda a, b: type(a) is not type(b) or tuple(a) != tuple(b)
+    made.__hash__ = lambda a: hash((cls, *a))
+    return cls
 
 
 # In place of those of an ignored row: finite, so that its NaN reaches nothing behind them.

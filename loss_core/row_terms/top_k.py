@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loss_core.row_terms.guarded import Array, Namespace, log, relative, weighted
-from loss_core.row_terms.rows import Coefficients, RowTerms, Sums
+from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, is_objective
 
 
+@is_objective
 class TopK(NamedTuple):
     """An `Objective`: KL(teacher || student) over the row's K targets, and with a tail over the class of all others.
 

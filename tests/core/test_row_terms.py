@@ -1,5 +1,7 @@
 """The laws of row terms: identity, any split, any order, blocks of -inf; the same over NumPy, torch and JAX."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from loss_core.row_terms import (
     RowTerms,
     TopK,
     guarded,
+    is_objective,
 )
 
 # T = rows, V = vocabulary, K = targets of a row
@@ -224,6 +227,17 @@ def test_only_the_sums_that_are_needed_are_asked_for():
     assert CrossEntropy(13).sums == CrossEntropy(13, z_loss=0.5).sums == (False, False)
     assert CrossEntropy(13, label_smoothing=0.1).sums == (True, False)
     assert CrossEntropy(13, metrics=True).sums == (False, True)
+
+
+def test_objectives_of_different_classes_are_not_equal():
+    @is_objective
+    class Other(NamedTuple):
+        gamma: float
+
+    assert tuple(Other(0.0)) == tuple(LogProbability(False))
+    assert Other(0.0) != LogProbability(False)
+    assert Other(0.0) == Other(0.0)
+    assert len({Other(0.0), Other(0.0), LogProbability(False), CrossEntropy(3), CrossEntropy(3)}) == 3
 
 
 def test_target_that_nobody_owns_is_loud():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 
-from loss_core.row_terms import Coefficients, CrossEntropy, MixtureTerms, PairTerms, RowTerms, Sums
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms, Sums
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -208,9 +208,13 @@ class KernelSet(Protocol):
         ...
 
     def linear_terms_and_gradients(
-        self, rows: LinearRows, upstream: jax.Array, objective: CrossEntropy, how: How, wanted: Wanted
+        self, rows: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
-        """Terms and gradients of upstream * cross entropy while a chunk's logits are at hand: three products in all."""
+        """Terms and gradients of upstream * value while a chunk's logits are at hand: three products in all.
+
+        Args:
+            objective: one of one value that holds no array.
+        """
         ...
 
     def linear_pair_terms(self, rows: LinearPairs, how: PairHow) -> PairTerms:

@@ -29,10 +29,17 @@ TPGroup = str | tuple[str, ...] | None
 
 
 class _Fields:
-    """Fields that losses have in the place that their config gives them; tp_group is None where there is none."""
+    """Fields that losses have in the place that their config gives them; with a value: where it gives none."""
 
     ignore_index: int
     tp_group: TPGroup = None
+    fp32_upcast: bool = True
+    logit_softcapping: float = 0.0
+    metrics: tuple[str, ...] = ()
+    sequence_parallel: bool = False
+    inplace_grad: bool = False
+    skip_ignored: bool | None = None
+    chunk_len: int = 0
 
     if TYPE_CHECKING:
         # The fields of the config, which `has_fields_of` adds.
@@ -62,12 +69,12 @@ class Loss(_Fields):
             # "tp" and ("tp",) compute the same.
             object.__setattr__(self, "tp_group", names[0] if len(names) == 1 else names)
         self.config_class(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self.config_class)})
-        if getattr(self, "sequence_parallel", False) and self.tp_group is None:
+        if self.sequence_parallel and self.tp_group is None:
             raise ValueError(
                 "sequence_parallel=True needs tp_group, the mesh axis over which hidden_states are gathered; without "
                 "it, XLA moves sharded hidden_states by itself: use sequence_parallel=False."
             )
-        if getattr(self, "inplace_grad", False):
+        if self.inplace_grad:
             raise BackendUnavailable(
                 f"{type(self).__name__} on jax got inplace_grad=True: a jax.Array can't be written to. Use "
                 "inplace_grad=False; a training step under jax.jit reuses the logits' memory by itself, and that of "

@@ -1,6 +1,6 @@
 """Knowledge distillation between two heads that never holds the logits of all tokens: `FusedLinearKDLoss`.
 
-Two derivatives, as in `linear_cross_entropy`: `_summed` makes the gradients while a chunk's logits are at hand, one
+Two derivatives, as in `linear_rows`: `_summed` makes the gradients while a chunk's logits are at hand, one
 product for the logits of each head and one for each gradient that is wanted; `_rows`, for a vocabulary that is sharded,
 makes the logits again in the backward.
 """
@@ -25,6 +25,7 @@ from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.losses.linear_source import (
     Head,
     Source,
+    arithmetic_dtype,
     check_head,
     gathered,
     input_gradients,
@@ -32,6 +33,7 @@ from loss_core_jax.losses.linear_source import (
     over_heads,
     times_cotangent,
 )
+from loss_core_jax.losses.rows import PerRow
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, layout_for
 from loss_core_jax.reduction import finish_count, row_scale, total, valid_losses, valid_upstream
@@ -50,7 +52,6 @@ class FusedLinearKDLoss(Loss):
     temperature: float
     divergence: str
     beta: float
-    sequence_parallel: bool
     _vocab_axis = None
 
     def __call__(
@@ -83,9 +84,9 @@ class FusedLinearKDLoss(Loss):
         for of, (hidden, weight) in zip(("student_", "teacher_"), given, strict=True):
             inputs.check_arrays(**{f"{of}hidden_states": hidden, f"{of}lm_weight": weight})
         inputs.check_arrays(labels=labels, loss_weights=loss_weights)
-        layout, gathers = layout_for(self.tp_group, *given[0], 0), False
+        layout = layout_for(self.tp_group, *given[0], 0)
         for of, (hidden, weight) in zip(("student_", "teacher_"), given, strict=True):
-            gathers = check_head(self, hidden, labels, weight, layout, of)
+            check_head(self, hidden, labels, weight, layout, of)
         if student_lm_weight.shape[0] != teacher_lm_weight.shape[0]:
             raise ValueError(
                 f"student_lm_weight has shape {student_lm_weight.shape} but teacher_lm_weight has shape "
@@ -96,7 +97,7 @@ class FusedLinearKDLoss(Loss):
         count = inputs.read_count("num_batch_labels", num_batch_labels)
         target = inputs.as_jax(inputs.read_labels(labels, None, self.ignore_index, None))
         student, teacher = _sources(given)
-        dtype, beta = inputs.arithmetic_dtype(student[0], student[1].weight_VH), beta_of(self)
+        dtype, beta = arithmetic_dtype(student), beta_of(self)
         if not target.size:
             # JAX forgets what empty arrays vary over.
             return jnp.zeros((), dtype)
@@ -104,6 +105,7 @@ class FusedLinearKDLoss(Loss):
             # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
             student, teacher, beta = teacher, student, 0.0
         vocab = layout.vocab(student_lm_weight.shape[0])
+        gathers = self.sequence_parallel and bool(layout.axes)
         problem = _Problem(self.kernels, beta, float(self.temperature), layout.shard, vocab, gathers)
         scale = _row_scale(target, dtype, mean=True, count=count, loss_weights=loss_weights)
         if layout != NOWHERE:
@@ -111,7 +113,7 @@ class FusedLinearKDLoss(Loss):
             def rows(student: Source, teacher: Source, target: jax.Array) -> jax.Array:
                 return _rows(student, teacher, target, problem)
 
-            return _total(over_heads(rows, (student, teacher), (target,), layout, gathers), scale, count)
+            return _total(over_heads(rows, (student, teacher), target, layout, gathers), scale, count)
         arguments = (student, teacher, target, scale)
         axes = compat.varying_axes(*jax.tree.leaves(arguments))
         aligned = jax.tree.map(lambda x: compat.vary(x, axes), arguments)
@@ -148,12 +150,10 @@ class _Problem(NamedTuple):
 
     def rows(self, sources: Sequence[Source], target: jax.Array) -> LinearPairs:
         """The rows over this device's share of the vocabulary."""
-        hidden, head = sources[0]
-        dtype = inputs.arithmetic_dtype(hidden, head.weight_VH)
+        dtype = arithmetic_dtype(sources[0])
         inverse = None if self.temperature == 1 else jnp.full(target.shape, 1.0 / self.temperature, dtype)
-        return LinearPairs(
-            *(local_rows(hidden, head, target, inverse, self.num_classes, self.shard) for hidden, head in sources)
-        )
+        per_row = PerRow(target, inverse)
+        return LinearPairs(*(local_rows(source, per_row, self.num_classes, self.shard) for source in sources))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

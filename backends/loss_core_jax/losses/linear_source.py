@@ -15,6 +15,8 @@ from jax import lax
 from loss_core_jax import compat, inputs
 from loss_core_jax.inputs import IGNORED, ArrayLike
 from loss_core_jax.kernels import LinearGradients, LinearRows, Shard
+from loss_core_jax.losses.base import Loss
+from loss_core_jax.losses.rows import PerRow
 from loss_core_jax.parallel import collectives
 from loss_core_jax.parallel.layout import NOWHERE, Layout, Operand, layout_for, over
 
@@ -30,27 +32,33 @@ class Head(NamedTuple):
 Source = tuple[jax.Array, Head]
 
 
-def linear_layout(
-    loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, bias_V: ArrayLike | None
-) -> tuple[Layout, bool]:
-    """The layout of a fused loss's call, whose shapes are checked; and whether hidden states are to be gathered."""
+def read_source(
+    loss: Loss, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, bias_V: ArrayLike | None
+) -> tuple[Source, Layout]:
+    """Source and layout of a fused loss's call, whose shapes are checked."""
     layout = layout_for(loss.tp_group, hidden, weight_VH, 0)
     inputs.check_bias(weight_VH, bias_V)
-    return layout, check_head(loss, hidden, labels, weight_VH, layout)
+    check_head(loss, hidden, labels, weight_VH, layout)
+    head = Head(inputs.as_jax(weight_VH), None if bias_V is None else inputs.as_jax(bias_V))
+    return (inputs.as_jax(hidden), head), layout
 
 
 def check_head(
-    loss: Any, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, layout: Layout, of: str = ""
-) -> bool:
-    """Check the shapes of one head; whether its hidden states are to be gathered.
+    loss: Loss, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, layout: Layout, of: str = ""
+) -> None:
+    """Check the shapes of one head.
 
     Args:
         of: what the names of hidden states and weight begin with.
     """
     is_sequence = loss.sequence_parallel and layout != NOWHERE
-    whole = _whole_sequence(hidden, layout, of) if is_sequence else hidden
-    inputs.check_linear(whole, labels, weight_VH, of)
-    return is_sequence and bool(layout.axes)
+    inputs.check_linear(_whole_sequence(hidden, layout, of) if is_sequence else hidden, labels, weight_VH, of)
+
+
+def arithmetic_dtype(source: Source) -> Any:
+    """float64 or float32, in which sums over the source's products are made."""
+    hidden, head = source
+    return inputs.arithmetic_dtype(hidden, head.weight_VH)
 
 
 def _whole_sequence(hidden: ArrayLike, layout: Layout, of: str) -> Any:
@@ -68,40 +76,28 @@ def _whole_sequence(hidden: ArrayLike, layout: Layout, of: str) -> Any:
     return jax.ShapeDtypeStruct((layout.vocab(shape[0]), *shape[1:]), hidden.dtype)
 
 
-def over_head(
-    fn: Callable[..., Any], hidden: jax.Array, head: Head, of_rows: Sequence[jax.Array], layout: Layout, gathers: bool
-) -> Any:
-    """`fn(hidden, head, *of_rows)` for any layout.
+def over_heads(fn: Callable[..., Any], sources: Sequence[Source], of_rows: Any, layout: Layout, gathers: bool) -> Any:
+    """`fn(*sources, of_rows)` for any layout.
 
     Args:
-        of_rows: arrays in the shape of labels.
-        gathers: hidden states are this device's share of the sequence.
+        of_rows: tree of arrays whose first dimensions are those of the labels.
+        gathers: hidden states are this device's share of the sequence, which `fn` gathers.
     """
-    return over_heads(lambda source, *rest: fn(*source, *rest), [(hidden, head)], of_rows, layout, gathers)
-
-
-def over_heads(
-    fn: Callable[..., Any], sources: Sequence[Source], of_rows: Sequence[jax.Array], layout: Layout, gathers: bool
-) -> Any:
-    """`fn(*sources, *of_rows)` for any layout, where a source is (hidden, head); else as `over_head`."""
+    tree = jax.tree.structure((*sources, of_rows))
 
     def inside(*arrays: jax.Array) -> Any:
-        given, axes, local = iter(arrays), frozenset(layout.axes), []
-        tells = collectives.types_tell(layout.axes)
-        for _, head in sources:
-            hidden_, head_ = next(given), [None if x is None else next(given) for x in head]
-            if tells:
-                head_ = [None if x is None else compat.vary(x, axes) for x in head_]
-                hidden_ = compat.vary(hidden_, axes) if gathers else hidden_
-            local.append((hidden_, Head(*head_)))
-        return fn(*local, *given)
+        *local, rows = jax.tree.unflatten(tree, arrays)
+        if collectives.types_tell(layout.axes):
+            vary = functools.partial(compat.vary, axes=frozenset(layout.axes))
+            local = [(vary(hidden) if gathers else hidden, jax.tree.map(vary, head)) for hidden, head in local]
+        return fn(*local, rows)
 
     operands = []
     for hidden, head in sources:
         # Rows of the weight that are added are zeros; their logits are taken for -inf.
-        of_head = [Operand(x, 0, has_rows=False) for x in head if x is not None]
+        of_head = [Operand(x, 0, has_rows=False) for x in jax.tree.leaves(head)]
         operands += [Operand(hidden, is_sequence=gathers), *of_head]
-    return over(layout, inside, *operands, *map(Operand, of_rows))
+    return over(layout, inside, *operands, *map(Operand, jax.tree.leaves(of_rows)))
 
 
 def gathered(hidden: jax.Array, shard: Shard, gathers: bool) -> jax.Array:
@@ -109,14 +105,10 @@ def gathered(hidden: jax.Array, shard: Shard, gathers: bool) -> jax.Array:
     return lax.all_gather(hidden, shard.axes, axis=0, tiled=True) if gathers else hidden
 
 
-def local_rows(
-    hidden: jax.Array, head: Head, target: jax.Array, inverse: jax.Array | None, num_classes: int, shard: Shard
-) -> LinearRows:
+def local_rows(source: Source, per_row: PerRow, num_classes: int, shard: Shard) -> LinearRows:
     """The rows over this device's share of the vocabulary."""
-    num_local = head.weight_VH.shape[0]
-    classes = collectives.num_local_classes(num_local, num_classes, shard)
-    local = collectives.local_target(target, num_local, shard)
-    return LinearRows(hidden, head.weight_VH, local, classes, inverse, head.bias_V)
+    hidden, (weight_VH, bias_V) = source
+    return LinearRows(hidden, weight_VH, bias_V=bias_V, **per_row.local(len(weight_VH), num_classes, shard))
 
 
 def input_gradients(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,13 @@ def num_rows(target: ArrayLike, skip_ignored: bool | None, num_valid_tokens: int
     return int(num_valid_tokens)
 
 
-def refuse_if_sharded(skip_ignored: bool | None, num_valid_tokens: Any) -> None:
-    """BackendUnavailable if tokens were to be left out of the products of a sharded vocabulary."""
-    if skip_ignored or num_valid_tokens is not None:
-        raise BackendUnavailable(
-            f"The fused loss got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
-            "sharded vocabulary: ignored tokens take part in its products. Use skip_ignored=None and leave out "
-            "num_valid_tokens."
-        )
+def refuse_sharded(skip_ignored: bool | None, num_valid_tokens: Any) -> NoReturn:
+    """BackendUnavailable: tokens were to be left out of the products of a sharded vocabulary."""
+    raise BackendUnavailable(
+        f"The fused loss got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
+        "sharded vocabulary: ignored tokens take part in its products. Use skip_ignored=None and leave out "
+        "num_valid_tokens."
+    )
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -99,7 +98,9 @@ def scatter(loss_N: jax.Array, indices_N: jax.Array, *, shape: tuple[int, ...]) 
     return loss_T.at[indices_N].set(loss_N, mode="drop", indices_are_sorted=True).reshape(shape)
 
 
-def nan_if_wrong(loss: jax.Array, target: jax.Array, num_valid_tokens: int) -> jax.Array:
-    """The loss, NaN (its gradients as well) where num_valid_tokens is not the number of valid rows."""
+def nan_if_wrong(loss: jax.Array, target: jax.Array, num_valid_tokens: int | None) -> jax.Array:
+    """The loss, NaN (its gradients as well) where a given num_valid_tokens is not the number of valid rows."""
+    if num_valid_tokens is None:
+        return loss
     one_or_nan: Any = jnp.where(jnp.sum(target != IGNORED) == num_valid_tokens, 1, jnp.nan)
     return loss * one_or_nan.astype(loss.dtype)

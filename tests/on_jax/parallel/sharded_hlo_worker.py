@@ -13,7 +13,7 @@ from sharded_worker import SMALL, AxisType, NamedSharding, P, built, jax, jnp, m
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.row_terms import CrossEntropy
 from loss_core_jax.kernels import How
-from loss_core_jax.losses.cross_entropy import Problem, loss_rows
+from loss_core_jax.losses.rows import PerRow, Problem, over_logits
 from loss_core_jax.parallel.layout import NOWHERE
 
 T, H = 64, 24
@@ -111,10 +111,14 @@ def what_would_be_wrong_is_seen():
     mesh = mesh_of(dp=2, tp=2)
     # bfloat16: float32 logits are not taken in chunks.
     logits, target = shaped(mesh, (T, 480), "bfloat16", "dp", "tp"), shaped(mesh, (T,), "int32", "dp")
-    problem = Problem(SMALL, CrossEntropy(480), How())
+    problem = Problem(SMALL, CrossEntropy(480), How(), 480)
+
+    def total(logits, target):
+        return over_logits(logits, PerRow(target), problem, NOWHERE)[0][0].sum()
+
     with jax.set_mesh(mesh):
         # As if nothing were sharded.
-        found = collectives(jax.grad(lambda z, y: loss_rows(problem, z, y, NOWHERE)[0].sum()), logits, target)
+        found = collectives(jax.grad(total), logits, target)
     assert moves_logits(found, 480), found
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
-from loss_core.row_terms import Coefficients, CrossEntropy, MixtureTerms, PairTerms, RowTerms
+from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms
 from loss_core_jax.kernels import (
     BothGradients,
     How,
@@ -86,7 +86,7 @@ class XlaKernels:
 
     @recorded(FLAG)
     def linear_terms_and_gradients(
-        self, these: LinearRows, upstream: jax.Array, objective: CrossEntropy, how: How, wanted: Wanted
+        self, these: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
         found: tuple[RowTerms, LinearGradients] = by_platform(
             linear.terms_and_gradients, (how, objective, wanted), self.cpu, self.accelerator, these, upstream

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from loss_core.row_terms import IGNORED_ROW, Coefficients, CrossEntropy, RowTerms
+from loss_core.row_terms import IGNORED_ROW, Coefficients, Objective, RowTerms
 from loss_core_jax.inputs import IGNORED, arithmetic_dtype
 from loss_core_jax.kernels import How, LinearGradients, LinearRows, Wanted
 from loss_core_jax.kernels.xla.chunks import behind_barrier, joined, split, zero_if_ignored, zeros_for_loop
@@ -42,9 +42,9 @@ def gradients(how: How, sizes: Sizes, rows: LinearRows, terms: RowTerms, coeffic
 
 
 def terms_and_gradients(
-    how: How, objective: CrossEntropy, wanted: Wanted, sizes: Sizes, rows: LinearRows, upstream: jax.Array
+    how: How, objective: Objective, wanted: Wanted, sizes: Sizes, rows: LinearRows, upstream: jax.Array
 ) -> tuple[RowTerms, LinearGradients]:
-    """Terms, and gradients of upstream * cross entropy, of all rows."""
+    """Terms, and gradients of upstream * the objective's one value, of all rows."""
 
     def of_chunk(chunk: Chunk, plan: Plan, upstream_C: Any) -> tuple[RowTerms, Coefficients, jax.Array | None]:
         terms_C, tiles_NCB = chunk_terms(chunk, how, plan, keep=True)
