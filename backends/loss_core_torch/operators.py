@@ -197,7 +197,6 @@ row_grad = _Method(
     rows=Rows,
     terms=RowTerms,
     coefficients=Coefficients,
-    factor=Tensor | None,
 )
 pair_terms = _Method("pair_terms", _new_pair_terms, lambda found, *args: PairTerms(*found), pairs=Pairs)
 pair_mixture = _Method(
@@ -210,12 +209,11 @@ pair_mixture = _Method(
 )
 pair_grad = _Method(
     "pair_grad",
-    lambda pairs, terms, wanted, _: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],
+    lambda pairs, terms, wanted: [x.new_empty(x.shape) for x in pairs[wanted.of_teacher : wanted.of_teacher + 1]],
     lambda found, *args: found[0],
     pairs=Pairs,
     terms=PairTerms,
     coefficients=PairCoefficients,
-    factor=Tensor | None,
 )
 linear_terms = _Method(
     "linear_terms",

@@ -46,12 +46,19 @@ class Coefficients(NamedTuple):
         target: the gradient at the columns of the targets, shape of t.
         uniform: taken off every column; None for 0.
         slope: factor of exp(z - m) * (z - m), which is 0 where exp(z - m) is; None for 0.
+        factor: of all of them, a scalar array; None for 1.
     """
 
     scale: Array
     target: Array
     uniform: Array | None = None
     slope: Array | None = None
+    factor: Array | None = None
+
+    def of_rows(self, at: Any) -> Coefficients:
+        """Those of some rows."""
+        scale, target, uniform, slope = (None if x is None else x[at] for x in self[:4])
+        return Coefficients(scale, target, uniform, slope, self.factor)
 
 
 Named = TypeVar("Named", bound="tuple[Any, ...]")

@@ -188,7 +188,7 @@ def test_log_probability_and_entropy_are_those_of_the_definition(name):
     )
     np.testing.assert_allclose(np.asarray(row_terms.entropy(xp, terms)), entropy_T, **tolerance)
     found = LogProbability(entropy=True).coefficients(xp, terms, [asarray(upstream_T), asarray(of_entropy_T)])
-    scale_T1, target_T1, _, slope_T1 = (None if x is None else np.asarray(x)[:, None] for x in found)
+    scale_T1, target_T1, _, slope_T1 = (None if x is None else np.asarray(x)[:, None] for x in found[:4])
     x_TV, one_hot = z_TV - z_TV.max(-1, keepdims=True), column_T[:, None] == np.arange(13)
     grad_TV = np.exp(x_TV) * (scale_T1 + slope_T1 * np.where(np.isneginf(x_TV), 0.0, x_TV))
     grad_TV = np.where(one_hot, target_T1, grad_TV)
@@ -280,7 +280,7 @@ def test_smoothing_and_z_loss_are_those_of_the_definition(name):
 
 def _dense(coefficients, z_TV, terms, column_TK):
     """The gradient that coefficients mean."""
-    scale, target, uniform, _ = (None if x is None else np.asarray(x) for x in coefficients)
+    scale, target, uniform, _ = (None if x is None else np.asarray(x) for x in coefficients[:4])
     m_T = np.asarray(terms.m)
     with np.errstate(over="ignore"):
         grad_TV = np.exp(z_TV - np.where(np.isneginf(m_T), 0, m_T)[:, None]) * scale[:, None]

@@ -55,14 +55,14 @@ def _linear(h_TH, w_VH, softcap=0.0):
 def _row_grad(kernel_set, logits, upstream_T):
     terms = _row_terms_of(logits)
     coefficients = Coefficients(upstream_T / terms.s, -upstream_T, upstream_T / V)
-    return operators.row_grad(kernel_set, _rows(logits), terms, coefficients, None)
+    return operators.row_grad(kernel_set, _rows(logits), terms, coefficients)
 
 
 def _pair_grad(of_teacher, beta=0.0):
     def call(kernel_set, student, teacher, upstream_T):
         pairs, terms = Pairs(student, teacher, _keep(), 0.5, 4), _pair_terms_of(student, teacher)
         wanted = PairCoefficients(upstream_T.abs(), upstream_T, of_teacher, beta)
-        return operators.pair_grad(kernel_set, pairs, terms, wanted, None)
+        return operators.pair_grad(kernel_set, pairs, terms, wanted)
 
     return call
 

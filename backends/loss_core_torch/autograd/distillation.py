@@ -100,7 +100,7 @@ class Distillation(Function):
             args = (call.kernels, pairs, terms)
             found[0], out = taken(ctx, made[0], upstream) if made else (None, None)
             if found[0] is None and want_student:
-                found[0] = operators.pair_grad(*args, of_student, factor, out=out)
+                found[0] = operators.pair_grad(*args, of_student._replace(factor=factor), out=out)
             if want_teacher:
-                found[1] = operators.pair_grad(*args, of_teacher, factor)
+                found[1] = operators.pair_grad(*args, of_teacher._replace(factor=factor))
         return (*(once_differentiable(grad, student, teacher, upstream) for grad in found), None, None, None)

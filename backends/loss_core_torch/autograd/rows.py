@@ -121,12 +121,12 @@ class RowLoss(Function):
                 by_logits, out = taken(ctx, made[0], upstreams[0])
             if by_logits is None and ctx.needs_input_grad[0]:
                 if made:
-                    coefficients, factor = Coefficients(*made[1:]), upstreams[0]
+                    coefficients = Coefficients(*made[1:])._replace(factor=upstreams[0])
                 else:
                     of_rows = of_values(upstreams, coef_T, terms.s.dtype)
-                    coefficients, factor = objective.coefficients(torch, terms, of_rows), None
+                    coefficients = objective.coefficients(torch, terms, of_rows)
                     out = logits.detach() if call.overwrite else None
-                by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, factor, out=out)
+                by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, out=out)
                 by_logits = inplace.overwritten(ctx, logits) if call.overwrite else by_logits
             if ctx.needs_input_grad[4]:
                 (upstream_T,) = of_values(upstreams, coef_T, terms.s.dtype)

@@ -96,18 +96,10 @@ class KernelSet(Protocol):
         """Terms of each row over these columns."""
         ...
 
-    def row_grad(
-        self,
-        rows: Rows,
-        terms: RowTerms,
-        coefficients: Coefficients,
-        factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
         """Gradient by the logits, from terms and coefficients over the whole vocabulary.
 
         Args:
-            factor: scalar, of all coefficients; None for 1.
             out: [..., V], where the gradient goes, which may be over the logits; None: into a new contiguous tensor.
                 With a factor, it holds what the gradient is for a factor of 1.
         """
@@ -131,20 +123,12 @@ class KernelSet(Protocol):
         """
         ...
 
-    def pair_grad(
-        self,
-        pairs: Pairs,
-        terms: PairTerms,
-        wanted: PairCoefficients,
-        factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, out: Tensor | None = None) -> Tensor:
         """Gradient by the student's logits or by the teacher's, given terms over the whole vocabulary.
 
         Of the sum of coef * KL; with beta: coef * p * (log(p / M) - kl) for the distribution p of these logits.
 
         Args:
-            factor: as of `row_grad`.
             out: as of `row_grad`.
         """
         ...

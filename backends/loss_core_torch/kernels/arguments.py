@@ -169,16 +169,18 @@ class PairCoefficients(NamedTuple):
         coef_T: [T] factor of each, every factor of the temperature included, and with beta that of the divergence.
         of_teacher: by the teacher's logits, or by the student's.
         beta: the teacher's share of the mixture in (0, 1); 0: there is none.
+        factor: of coef_T, a scalar; None for 1.
     """
 
     kl_T: Tensor
     coef_T: Tensor
     of_teacher: bool
     beta: float = 0.0
+    factor: Tensor | None = None
 
-    def scaled(self, factor: Tensor | None) -> PairCoefficients:
-        """Those of a gradient that is larger by a scalar; None for 1."""
-        return self if factor is None else self._replace(coef_T=self.coef_T * factor)
+    def folded(self) -> PairCoefficients:
+        """The same gradient with the factor in coef_T."""
+        return self if self.factor is None else self._replace(coef_T=self.coef_T * self.factor, factor=None)
 
 
 class Blocks(NamedTuple):

@@ -90,20 +90,19 @@ class Elsewhere(NamedTuple):
 
 
 def per_row(x_T: Tensor, like: Tensor) -> Tensor:
-    """One number per row, beside numbers of rows or of their K targets."""
-    return x_T[:, None] if like.dim() == 2 else x_T
+    """One number per row, or of all, beside numbers of rows or of their K targets."""
+    return x_T[:, None] if like.dim() == 2 and x_T.dim() else x_T
 
 
 def times(coefficients: Coefficients, factor_T: Tensor) -> Coefficients:
-    """Coefficients of a gradient that is larger by a factor [T]."""
+    """Coefficients of a gradient that is larger by a factor [T], or a scalar."""
     return Coefficients(*(None if c_T is None else c_T * per_row(factor_T, c_T) for c_T in coefficients))
 
 
-def scaled(coefficients: Coefficients, factor: Tensor | None) -> Coefficients:
-    """Coefficients of a gradient that is larger by a scalar; None for 1."""
-    if factor is None:
-        return coefficients
-    return Coefficients(*(None if c_T is None else c_T * factor for c_T in coefficients))
+def folded(coefficients: Coefficients) -> Coefficients:
+    """The same gradient with each coefficient times their factor, which is 1 then."""
+    factor = coefficients.factor
+    return coefficients if factor is None else times(coefficients._replace(factor=None), factor)
 
 
 def by_logits(

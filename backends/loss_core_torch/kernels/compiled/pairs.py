@@ -42,19 +42,12 @@ class PairKernels:
                 kl_T[block.at] = part_B[: block.length()]
         return found
 
-    def pair_grad(
-        self,
-        pairs: Pairs,
-        terms: PairTerms,
-        wanted: PairCoefficients,
-        factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, out: Tensor | None = None) -> Tensor:
         """Gradient by the student's logits, p_s - p_t, or by the teacher's, p_t (log p_t - log p_s - KL).
 
         With beta: p (log(p / M) - KL) of either.
         """
-        wanted, of_teacher = wanted.scaled(factor), wanted.of_teacher
+        wanted, of_teacher = wanted.folded(), wanted.of_teacher
         like = pairs.teacher if of_teacher else pairs.student
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device) if out is None else out
         program: Callable[..., None] = formulas.pair_teacher_grad if of_teacher else formulas.pair_student_grad

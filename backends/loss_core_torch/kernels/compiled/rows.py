@@ -26,7 +26,7 @@ from loss_core_torch.kernels.compiled.matrices import COPIED_ELEMENTS, matrices,
 from loss_core_torch.kernels.compiled.programs import run
 from loss_core_torch.kernels.eager.row_blocks import Block
 from loss_core_torch.kernels.eager.sizes import SIZES
-from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, joined_terms, per_row, scaled
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, folded, joined_terms, per_row
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -47,22 +47,15 @@ class RowKernels:
             found.append(_found(block, rows, t_B, _terms(z_BV, inverse_B, padded_rows(t_B), rows.softcap, sums), sums))
         return _together(found, rows, sums)
 
-    def row_grad(
-        self,
-        rows: Rows,
-        terms: RowTerms,
-        coefficients: Coefficients,
-        factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
         """Gradient by the logits."""
         if one_column.applies(rows):
             uncapped, slope_TV = one_column.uncapped(rows)
-            return one_column.through_softcap(self.row_grad(uncapped, terms, coefficients, factor), slope_TV, rows, out)
+            return one_column.through_softcap(self.row_grad(uncapped, terms, coefficients), slope_TV, rows, out)
         aliased = out is not None and out.data_ptr() == rows.logits.data_ptr()
         out = _result(rows) if out is None else out
         targets, inverse_T = _Targets(rows), rows.inverse_temperature_T
-        coefficients = by_logits(scaled(coefficients, factor), terms.t, rows.softcap, inverse_T)
+        coefficients = by_logits(folded(coefficients), terms.t, rows.softcap, inverse_T)
         of_rows = (targets.keep_T, terms.m, coefficients.scale, coefficients.uniform, coefficients.slope)
         for block, (z_BV,) in matrices(rows.logits, most=COPIED_ELEMENTS if aliased else None):
             args = [z_BV, _padded(inverse_T, block), *(_padded(x_T, block) for x_T in of_rows)]

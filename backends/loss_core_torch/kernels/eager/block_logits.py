@@ -142,7 +142,7 @@ class BlockLogits:
         """
         coefficients = by_logits(coefficients, terms.t, self._softcap, self._inverse_B)
         for b in self._row_slices():
-            part = Coefficients(*(None if c_B is None else c_B[b] for c_B in coefficients))
+            part = coefficients.of_rows(b)
             spare = self._spare(b) if self._softcap else None
             spare_x = self._spare(b) if part.slope is not None else None
             for tile in self._tiles.slices():

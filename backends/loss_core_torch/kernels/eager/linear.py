@@ -65,7 +65,7 @@ class LinearKernels:
                 for _ in block_logits.make(h_BH):
                     pass
             part = RowTerms(*(None if x_T is None else x_T[at] for x_T in terms))
-            block_logits.to_gradient(part, Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients)))
+            block_logits.to_gradient(part, coefficients.of_rows(at))
             found.add(at, block_logits, h_BH)
         return found.grads.rounded(linear)
 

@@ -34,7 +34,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 )
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, no_coefficients, scaled
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, folded, no_coefficients
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -50,21 +50,13 @@ class RowKernels:
             _put(found, block, walk.terms(block, sums)[0])
         return found
 
-    def row_grad(
-        self,
-        rows: Rows,
-        terms: RowTerms,
-        coefficients: Coefficients,
-        factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
         """Gradient by the logits."""
-        out, walk, coefficients = _result(rows, out), _Walk(rows, self.sizes), scaled(coefficients, factor)
+        out, walk, coefficients = _result(rows, out), _Walk(rows, self.sizes), folded(coefficients)
         for block in walk:
             kept_BV, slope_BV = walk.read(block, for_gradient=True)
             powers = walk.powers(block, kept_BV, terms.m[block.at], with_x=coefficients.slope is not None)
-            part = Coefficients(*(None if c_T is None else c_T[block.at] for c_T in coefficients))
-            walk.store(block, out, powers, slope_BV, part, terms.t[block.at])
+            walk.store(block, out, powers, slope_BV, coefficients.of_rows(block.at), terms.t[block.at])
         return out
 
     def row_terms_and_grad(

@@ -88,7 +88,7 @@ class _Known(NamedTuple):
 
 
 def _known(operands: Operands, at: slice, terms: RowTerms, coefficients: Coefficients) -> _Known:
-    of_part = Coefficients(*(None if c_T is None else c_T[at] for c_T in coefficients))
+    of_part = coefficients.of_rows(at)
     terms_B = RowTerms(terms.m[at], terms.s[at], terms.t[at])
     return _Known(operands.part(at), terms_B, of_part, with_effect(of_part))
 

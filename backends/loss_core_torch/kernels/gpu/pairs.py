@@ -55,14 +55,11 @@ class PairKernels:
         )  # fmt: skip
         return found
 
-    def pair_grad(
-        self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, out: Tensor | None = None) -> Tensor:
         """The gradient by the student's logits, or by the teacher's; see `KernelSet.pair_grad`."""
         student, teacher, keep_T = pairs.student, pairs.teacher, pairs.keep_T
         num_rows, vocab = student.shape[:-1].numel(), student.shape[-1]
-        held = factor is not None and out is not None
+        held = wanted.factor is not None and out is not None
         out = _new_grad(teacher if wanted.of_teacher else student) if out is None else out
         if student.numel() == 0:
             return out
@@ -70,7 +67,7 @@ class PairKernels:
         vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s, wanted.kl_T, wanted.coef_T))
         shares = log_shares(wanted.beta) if wanted.beta else (0.0, 0.0)
         self._launcher.start(
-            kernels.pair_grad_kernel, (num_rows,), out, student, teacher, dense(keep_T), *vectors, factor,
+            kernels.pair_grad_kernel, (num_rows,), out, student, teacher, dense(keep_T), *vectors, wanted.factor,
             pairs.inverse_temperature, *shares, vocab, layout(out), layout(student), layout(teacher), size=size,
             OF_TEACHER=wanted.of_teacher, MIXTURE=wanted.beta != 0, HELD=held, **columns(size, out, student, teacher),
         )  # fmt: skip

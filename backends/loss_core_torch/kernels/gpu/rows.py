@@ -39,23 +39,20 @@ class RowKernels:
         )  # fmt: skip
         return found
 
-    def row_grad(
-        self, rows: Rows, terms: RowTerms, coefficients: Coefficients, factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
         """The gradient by the logits, softcap's slope included; see `KernelSet.row_grad`.
 
         The kernel looks at the factor, so that the host need not wait for it.
         """
         logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
-        num_rows, vocab, held = len(labels_T), logits.shape[-1], factor is not None and out is not None
+        num_rows, vocab, held = len(labels_T), logits.shape[-1], coefficients.factor is not None and out is not None
         out = _new_grad(logits) if out is None else out
         if logits.numel() == 0:
             return out
         size = self._launcher.parameters(vocab, logits.dtype, "grad", out.dtype)
         self._launcher.start(
             kernels.row_grad_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
-            dense(terms.m), dense(terms.t), *map(dense, coefficients), factor, vocab_start, vocab, layout(out),
+            dense(terms.m), dense(terms.t), *map(dense, coefficients), vocab_start, vocab, layout(out),
             layout(logits), size=size, SOFTCAP=softcap, HELD=held, **_num_targets(labels_T),
             **columns(size, out, logits),
         )  # fmt: skip

@@ -251,14 +251,14 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
         kernels.row_grad(rows, terms, coefficients)
         kernels.row_grad(rows, terms, coefficients, out=logits)
         _, grad, _ = kernels.row_terms_and_grad(rows, coef_T, objective)
-        kernels.row_grad(rows, terms, coefficients, coef_T.sum(), grad)
+        kernels.row_grad(rows, terms, coefficients._replace(factor=coef_T.sum()), grad)
         terms_of_pairs = kernels.pair_terms(pairs)
         for of_teacher in (False, True):
             kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, of_teacher))
             kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, of_teacher, 0.5))
         kernels.pair_mixture(pairs, terms_of_pairs, 0.5)
         _, grad = kernels.pair_terms_and_grad(pairs, coef_T)
-        kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, False), coef_T.sum(), grad)
+        kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, False, factor=coef_T.sum()), grad)
     # Entropies, of logits as they lie and with all that may be done to them.
     for rows in (Rows(logits, labels_T, None), Rows(logits, labels_T, labels_T != 0, 0, 30.0, coef_T)):
         terms = kernels.row_terms(rows, Sums(e=True))

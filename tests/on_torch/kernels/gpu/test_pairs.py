@@ -150,9 +150,9 @@ def test_a_factor_of_all_coefficients(flag, name):
     wanted = PairCoefficients(kl_divergence(torch, terms), coef_T, False)
     for factor, written in ((1.0, False), (0.5, True)):
         out, scalar = torch.full((3, V), 7.0), torch.tensor(factor)
-        assert SETS[name].pair_grad(pairs, terms, wanted, scalar, out) is out
+        assert SETS[name].pair_grad(pairs, terms, wanted._replace(factor=scalar), out) is out
         assert bool((out != 7.0).all()) == written
-        for got in (SETS[name].pair_grad(pairs, terms, wanted, scalar), *([out] if written else [])):
+        for got in (SETS[name].pair_grad(pairs, terms, wanted._replace(factor=scalar)), *([out] if written else [])):
             torch.testing.assert_close(got, made * factor, rtol=1e-6, atol=1e-6)
 
 

@@ -215,14 +215,14 @@ def test_a_factor_of_all_coefficients(flag, name):
     terms, made, coefficients = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V, 0.1))
     for factor, written in ((1.0, False), (1.0 + 2**-20, True), (3.0, True), (torch.nan, True)):
         out, scalar = torch.full((4, V), 7.0), torch.tensor(factor)
-        assert kernels.row_grad(rows, terms, coefficients, scalar, out) is out
+        assert kernels.row_grad(rows, terms, coefficients._replace(factor=scalar), out) is out
         assert bool((out != 7.0).all()) == written
         expected = torch.where(rows.keep_T[:, None], made * factor, 0.0)
-        for got in (kernels.row_grad(rows, terms, coefficients, scalar), *([out] if written else [])):
+        for got in (kernels.row_grad(rows, terms, coefficients._replace(factor=scalar)), *([out] if written else [])):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
         sloped = coefficients._replace(slope=torch.linspace(-1.0, 1.0, 4))
         expected = torch.where(rows.keep_T[:, None], kernels.row_grad(rows, terms, sloped) * factor, 0.0)
-        got = kernels.row_grad(rows, terms, sloped, scalar)
+        got = kernels.row_grad(rows, terms, sloped._replace(factor=scalar))
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
