@@ -39,9 +39,9 @@ class RowKernels:
             return self.row_terms(one_column.uncapped(rows)[0], sums)
         found, targets = [], _Targets(rows)
         if rows.labels_T.dim() == 2:
-            parts = [_others(z_BV, block, rows, targets, sums) for block, z_BV in _small_blocks(rows)]
+            parts = [_others(z_BV, block, rows, targets, sums) for block, z_BV in _blocks(rows, keeps=True)]
             return _together(parts, rows, sums)
-        for block, (z_BV,) in matrices(rows.logits):
+        for block, z_BV in _blocks(rows, keeps=rows.softcap != 0):
             t_B = targets.logits(z_BV, block.at)
             inverse_B = _padded(rows.inverse_temperature_T, block)
             found.append(_found(block, rows, t_B, _terms(z_BV, inverse_B, padded_rows(t_B), rows.softcap, sums), sums))
@@ -57,7 +57,7 @@ class RowKernels:
         targets, inverse_T = _Targets(rows), rows.inverse_temperature_T
         coefficients = by_logits(folded(coefficients), terms.t, rows.softcap, inverse_T)
         of_rows = (targets.keep_T, terms.m, coefficients.scale, coefficients.uniform, coefficients.slope)
-        for block, (z_BV,) in matrices(rows.logits, most=COPIED_ELEMENTS if aliased else None):
+        for block, z_BV in _blocks(rows, keeps=rows.softcap != 0, aliased=aliased):
             args = [z_BV, _padded(inverse_T, block), *(_padded(x_T, block) for x_T in of_rows)]
             write(out, block, aliased, partial(_run_into, formulas.row_grad, args, None, (rows.softcap,)))
         targets.write(out, coefficients.target)
@@ -77,7 +77,7 @@ class RowKernels:
             return terms, one_column.through_softcap(grad_TV, slope_TV, rows), coefficients
         parts, found = list[RowTerms](), list[tuple[Tensor, ...]]()
         out, targets = _result(rows), _Targets(rows)
-        for block, (z_BV,) in matrices(rows.logits):
+        for block, z_BV in _blocks(rows, keeps=rows.softcap != 0 or objective.z_loss != 0):
             t_B = targets.logits(z_BV, block.at)
             of_rows = (rows.inverse_temperature_T, targets.keep_T, None, coef_T)
             args = [z_BV, *(_padded(x_T, block) for x_T in of_rows)]
@@ -95,10 +95,18 @@ class RowKernels:
         return terms, out, coefficients
 
 
-def _small_blocks(rows: Rows) -> Iterator[tuple[Block, Tensor]]:
-    """Blocks that stay in cache: of each there will be a copy."""
-    cpu = rows.logits.device.type == "cpu"
-    for block, (z_BV,) in matrices(rows.logits, most=SIZES.elements_cpu if cpu else SIZES.elements):
+def _blocks(rows: Rows, keeps: bool, aliased: bool = False) -> Iterator[tuple[Block, Tensor]]:
+    """Blocks of rows, as few as possible.
+
+    Args:
+        keeps: there will be another matrix of each, so that blocks are those that stay in cache. TorchInductor makes
+            one of what a heavy function gives for two uses (tanh; exp, where the row's sum has a logarithm).
+        aliased: the gradient is written over the logits, and a block of it is copied.
+    """
+    most = COPIED_ELEMENTS if aliased else None
+    if keeps:
+        most = SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
+    for block, (z_BV,) in matrices(rows.logits, most=most):
         yield block, z_BV
 
 
@@ -118,7 +126,7 @@ def _terms_and_grad_of_others(
     """Terms, gradient and its coefficients of rows with K targets, by two programs while a block is in cache."""
     out, targets, inverse_T = _result(rows), _Targets(rows), rows.inverse_temperature_T
     parts, of_targets = list[RowTerms](), list[Tensor]()
-    for block, z_BV in _small_blocks(rows):
+    for block, z_BV in _blocks(rows, keeps=True):
         part = _others(z_BV, block, rows, targets, objective.sums)
         coefficients = objective.of_rows(block.at).coefficients(torch, part, [coef_T[block.at]])
         inverse_B = None if inverse_T is None else inverse_T[block.at]

@@ -9,6 +9,7 @@ from loss_core.check import check
 from loss_core.row_terms import CrossEntropy, combine, combine_pairs, kl_divergence
 from loss_core_torch.kernels import PairCoefficients, Pairs, Rows, find
 from loss_core_torch.kernels.compiled import programs
+from loss_core_torch.kernels.eager.sizes import SIZES
 
 FLAG = "torch:compile"
 LOGITS_LOSSES = ["MaskedCrossEntropy", "TEParallelCrossEntropy", "KDLoss"]
@@ -127,13 +128,17 @@ def test_single_rows_and_classes_and_scattered_columns_are_as_eager_has_them():
 TOKENS, VOCAB = 64, 5000
 
 
-def _allocated(call):
-    """Bytes of all tensors that a call makes, whether it frees them or not, in compiled programs, too."""
+def _allocations(call):
+    """Bytes of each tensor that a call makes, whether it frees it or not, in compiled programs, too."""
     call()  # compiles
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = profiler.profiler.kineto_results.events()
-    return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+    return [max(event.nbytes(), 0) for event in events if event.name() == "[memory]"]
+
+
+def _allocated(call):
+    return sum(_allocations(call))
 
 
 def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary():
@@ -152,3 +157,17 @@ def test_a_gradient_is_the_only_tensor_of_tokens_times_vocabulary(dtype):
     loss = MaskedCrossEntropyConfig().build(backend=FLAG)
     assert _allocated(lambda: loss(logits, labels)) < 1.1 * logits.nbytes
     assert _allocated(lambda: logits.float().exp()) >= TOKENS * VOCAB * 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MaskedCrossEntropyConfig(z_loss=0.1), MaskedCrossEntropyConfig(logit_softcapping=5.0)],
+    ids=["z_loss", "softcap"],
+)
+def test_what_the_compiler_keeps_of_a_row_is_no_larger_than_a_block(config):
+    logits = torch.randn(3 * SIZES.elements_cpu // VOCAB, VOCAB, requires_grad=True)
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    loss = config.build(backend=FLAG)
+    gradient, *others = sorted(_allocations(lambda: loss(logits, labels)), reverse=True)
+    assert gradient >= logits.nbytes
+    assert others[0] <= 4 * SIZES.elements_cpu
