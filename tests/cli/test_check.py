@@ -121,6 +121,19 @@ def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not():
     assert "\x1b[" not in done.stdout
 
 
+def _running(folder):
+    """For `interrupted`: waits until the loss runs, which then makes the file "running"."""
+
+    def ready(process):
+        deadline = time.monotonic() + 120
+        while not (folder / "running").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    return ready
+
+
 def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(tmp_path):
     (tmp_path / "slow_loss.py").write_text(
         "import pathlib, time\n"
@@ -135,15 +148,8 @@ def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(tmp_path):
         "register_loss('Slow', SlowConfig, {'torch:eager': lambda config: slow})\n"
     )
 
-    def ready(process):
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "running").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
     arguments = ("check", "--config", "Slow", *QUICK, "--import", "slow_loss")
-    assert interrupted(arguments, ready, cwd=tmp_path) == (130, "", "loss-core: stopped.\n")
+    assert interrupted(arguments, _running(tmp_path), cwd=tmp_path) == (130, "", "loss-core: stopped.\n")
 
 
 def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(tmp_path):
@@ -164,15 +170,10 @@ def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(tmp_path):
         "register_loss('Slow', SlowConfig, {'torch:eager': slow})\n"
     )
 
-    def ready(process):
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "running").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
     drawn = ("--backend", "torch:eager", "--dtype", "float32", "--cases", "9", "--first", "0")
-    code, out, err = interrupted(("check", "--config", "Slow", *drawn, "--import", "slow_loss"), ready, cwd=tmp_path)
+    code, out, err = interrupted(
+        ("check", "--config", "Slow", *drawn, "--import", "slow_loss"), _running(tmp_path), cwd=tmp_path
+    )
     assert code == 130
     assert "PASS so far: " in out
     assert "stopped after 2 of 9 calls" in out
