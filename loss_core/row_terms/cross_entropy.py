@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,11 @@ class CrossEntropy(NamedTuple):
     @property
     def num_values(self) -> int:
         return 1
+
+    @property
+    def headroom(self) -> int:
+        # Those of 1 + 2 l 2^14 with a z-loss l: no log-sum-exp of float16 logits is far above 2^14.
+        return math.ceil(math.log2(1.0 + 2.0**15 * self.z_loss))
 
     def of_rows(self, at: Any) -> CrossEntropy:
         return self

@@ -27,6 +27,10 @@ class LogProbability(NamedTuple):
     def num_values(self) -> int:
         return 1 + self.entropy
 
+    @property
+    def headroom(self) -> int:
+        return 0
+
     def of_rows(self, at: Any) -> LogProbability:
         return self
 

@@ -80,6 +80,11 @@ class Objective(Protocol):
         """How many numbers of a row there are."""
         ...
 
+    @property
+    def headroom(self) -> int:
+        """Binary digits by which an entry of the gradient may be larger than the upstream gradient of its row."""
+        ...
+
     def of_rows(self, at: Any) -> Self:
         """That of some rows."""
         ...

@@ -33,6 +33,10 @@ class TopK(NamedTuple):
     def num_values(self) -> int:
         return 1
 
+    @property
+    def headroom(self) -> int:
+        return 0
+
     def of_rows(self, at: Any) -> TopK:
         return self._replace(log_p=self.log_p[at])
 

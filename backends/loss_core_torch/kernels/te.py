@@ -104,8 +104,8 @@ class TELosses(WholeLosses):
         assert isinstance(rows, Rows)
         assert isinstance(objective, CrossEntropy)
         record(self.flag)
-        for name, value in (("z_loss", objective.z_loss), ("logit_softcapping", rows.softcap)):
-            if value:
+        for name, value in {**objective.options, "logit_softcapping": rows.softcap}.items():
+            if value and name != "label_smoothing":
                 raise BackendUnavailable(
                     f"'{self.flag}' has no {name}, got {value}: use 'torch:eager' or 'torch:triton'."
                 )

@@ -11,12 +11,10 @@ a time: product 3 wants many tokens, logits are twice as large. Else E is writte
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from loss_core.row_terms import CrossEntropy, Objective, RowTerms
+from loss_core.row_terms import Objective, RowTerms
 from loss_core_torch import precision
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.gpu import kernels, sizes
@@ -35,7 +33,7 @@ class LinearKernels(RowKernels):
     ) -> tuple[RowTerms, LinearGrads]:
         """See `KernelSet.linear_terms_and_grads`. A coefficient of 0 gives a gradient of 0, whatever the row holds."""
         operands = Operands(self._launcher, linear)
-        exponent = operands.exponent(coef_T, room=_room(objective))
+        exponent = operands.exponent(coef_T, room=objective.headroom)
         coef_T = coef_T if exponent is None else torch.ldexp(coef_T, exponent)
         chunk_tokens, logits_tokens = _sizes(self._launcher, operands, want)
         logits = operands.new(logits_tokens, operands.vocab)
@@ -74,12 +72,6 @@ def write_scaled(launcher: Launcher, out: Tensor, x: Tensor, factor: Tensor) -> 
         kernels.scaled_kernel, (-(-x.numel() // size.block_v),), out, x, factor, x.numel(), size=size,
         BLOCK=size.block_v,
     )  # fmt: skip
-
-
-def _room(objective: Objective) -> int:
-    """Binary digits by which an entry of a gradient may be larger than its row's coefficient; see `Operands`."""
-    z_loss = objective.z_loss if isinstance(objective, CrossEntropy) else 0.0
-    return math.ceil(math.log2(1.0 + 2.0**15 * z_loss))
 
 
 def _sizes(launcher: Launcher, operands: Operands, want: Wanted) -> tuple[int, int]:

@@ -88,8 +88,7 @@ class Operands:
 
         Args:
             factors: [T] each; of the exponentials, of a row's loss.
-            room: binary digits by which the gradient may be larger than they are: with a z-loss l those of
-                1 + 2 l 2^14, so that a log-sum-exp of 2^14 does not reach beyond the end either.
+            room: binary digits by which the gradient may be larger than they are.
         """
         if self.operand != torch.float16 or self.num_tokens == 0:
             return None
