@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import CrossEntropy, Objective, RowTerms, Sums, TopK, log_shares
+from loss_core.row_terms import CrossEntropy, LogProbability, Objective, RowTerms, Sums, TopK, log_shares
 from loss_core_torch import precision
 from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
@@ -37,8 +37,10 @@ class PlainLosses(WholeLosses):
         z_TV = z_TV if rows.inverse_temperature_T is None else z_TV * rows.inverse_temperature_T[:, None]
         if isinstance(objective, TopK):
             found: tuple[Tensor, ...] = (_top_k(z_TV, rows.labels_T, objective),)
+        elif isinstance(objective, LogProbability):
+            found = _log_probs(z_TV, rows.labels_T, objective.entropy)
         else:
-            found = _log_probs(z_TV, rows.labels_T, with_entropy=objective.num_values > 1)
+            found = objective.values(torch, _terms(z_TV, rows.labels_T, objective.sums))
         return found if reduction == "none" else tuple(getattr(x_T, reduction)() for x_T in found)
 
     def divergence(self, pairs: Pairs | LinearPairs, beta: float) -> Tensor:
@@ -63,13 +65,7 @@ class PlainLosses(WholeLosses):
 
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
         with torch.no_grad():
-            z_TV, _ = _logits(rows)
-            m_T = z_TV.amax(-1)
-            x_TV = z_TV - m_T[:, None]
-            t_T = z_TV.gather(1, rows.labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
-            exp_TV = x_TV.exp()
-            e_T = (exp_TV * x_TV.masked_fill(exp_TV == 0, 0.0)).sum(-1) if sums.e else None
-            return RowTerms(m_T, exp_TV.sum(-1), t_T, z_TV.sum(-1) if sums.z_sum else None, e_T)
+            return _terms(_logits(rows)[0], rows.labels_T, sums)
 
 
 def _kl(p_TV: Tensor, log_ratio_TV: Tensor) -> Tensor:
@@ -128,6 +124,16 @@ def _logits(rows: Rows | Linear) -> tuple[Tensor, Tensor | None]:
         logits_TV = logits_TV + rows.bias_V.to(logits_TV.dtype)
     # A weight that holds NaN must not get it back from a token that is ignored.
     return _capped(logits_TV.masked_fill(~keep_T[:, None], 0.0), rows.softcap), keep_T
+
+
+def _terms(z_TV: Tensor, labels_T: Tensor, sums: Sums) -> RowTerms:
+    """Terms that autograd differentiates, but for m, on which nothing depends that is made of all of them."""
+    m_T = z_TV.detach().amax(-1)
+    x_TV = z_TV - m_T[:, None]
+    t_T = z_TV.gather(1, labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
+    exp_TV = x_TV.exp()
+    e_T = (exp_TV * x_TV.masked_fill(exp_TV == 0, 0.0)).sum(-1) if sums.e else None
+    return RowTerms(m_T, exp_TV.sum(-1), t_T, z_TV.sum(-1) if sums.z_sum else None, e_T)
 
 
 def _log_probs(z_TV: Tensor, labels_T: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:

@@ -133,11 +133,16 @@ def filled_terms(values: RowTerms, sums: Sums, labels_T: Tensor, dtype: torch.dt
     return RowTerms(m_T, s_T, torch.full_like(labels_T, t, dtype=dtype), *rest_T)
 
 
-def no_coefficients(sums: Sums, labels_T: Tensor, dtype: torch.dtype) -> Coefficients:
-    """Coefficients of 0 for every row with these labels, those that the gradient of a sum of losses has."""
+def no_coefficients(labels_T: Tensor, dtype: torch.dtype) -> Coefficients:
+    """Coefficients of 0 for every row with these labels."""
     row_T = labels_T if labels_T.dim() == 1 else labels_T[:, 0]
-    scale_T, uniform_T = (torch.zeros_like(row_T, dtype=dtype) if has else None for has in (True, sums.z_sum))
-    return Coefficients(scale_T, torch.zeros_like(labels_T, dtype=dtype), uniform_T)
+    return Coefficients(torch.zeros_like(row_T, dtype=dtype), torch.zeros_like(labels_T, dtype=dtype))
+
+
+def with_zeros(coefficients: Coefficients, like: Coefficients) -> Coefficients:
+    """The coefficients, with zeros for those that others have and these have not."""
+    scale_T, both = coefficients.scale, zip(coefficients, like, strict=True)
+    return Coefficients(*(torch.zeros_like(scale_T) if x is None and other is not None else x for x, other in both))
 
 
 def joined_terms(parts: Sequence[RowTerms]) -> RowTerms:

@@ -69,8 +69,11 @@ class RowKernels:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
         if rows.labels_T.dim() == 2:
             return _terms_and_grad_of_others(rows, coef_T, objective)
-        # What a compiled program has in it.
-        assert isinstance(objective, CrossEntropy)
+        if not isinstance(objective, CrossEntropy):
+            # No compiled program has another in it.
+            terms = self.row_terms(rows, objective.sums)
+            coefficients = objective.coefficients(torch, terms, [coef_T])
+            return terms, self.row_grad(rows, terms, coefficients), coefficients
         if one_column.applies(rows):
             uncapped, slope_TV = one_column.uncapped(rows)
             terms, grad_TV, coefficients = self.row_terms_and_grad(uncapped, coef_T, objective)

@@ -34,7 +34,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 )
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, folded, no_coefficients
+from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, folded, no_coefficients, with_zeros
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -64,11 +64,12 @@ class RowKernels:
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
         found, out, walk = _empty_terms(rows, objective.sums), _result(rows, None), _Walk(rows, self.sizes)
-        coefficients = no_coefficients(objective.sums, rows.labels_T, compute_dtype(rows.logits.dtype))
+        coefficients = no_coefficients(rows.labels_T, compute_dtype(rows.logits.dtype))
         for block in walk:
             part, powers, slope_BV = walk.terms(block, objective.sums, for_gradient=True)
             of_block = objective.of_rows(block.at).coefficients(torch, part, [coef_T[block.at]])
             walk.store(block, out, powers, slope_BV, of_block, part.t)
+            coefficients = with_zeros(coefficients, of_block)
             _put(found, block, part)
             _put(coefficients, block, of_block)
         return found, out, coefficients

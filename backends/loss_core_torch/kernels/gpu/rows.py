@@ -76,7 +76,7 @@ class RowKernels:
         if logits.numel() == 0:
             dtype = compute_dtype(logits.dtype)
             empty = filled_terms(EMPTY_ROW, objective.sums, labels_T, dtype)
-            return empty, out, no_coefficients(objective.sums, labels_T, dtype)
+            return empty, out, no_coefficients(labels_T, dtype)
         found, coefficients = _new_terms(rows, objective.sums), _new_coefficients(coef_T, objective.sums)
         kind = "full_row" if softcap or any(objective.sums) else "row"
         size = self._launcher.parameters(vocab, logits.dtype, kind, out.dtype)
