@@ -131,6 +131,21 @@ def outside_of_functorch() -> Iterator[None]:
 
 
 @contextmanager
+def outside_of_dispatch_modes() -> Iterator[None]:
+    """What runs in here sees no TorchDispatchMode (FlopCounterMode, a memory tracker), under which Dynamo skips frames.
+
+    Seen in torch 2.13.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+@contextmanager
 def outside_of_fx() -> Iterator[None]:
     """What runs in here may call what torch.compile has made, although a graph is being traced by torch.fx around it.
 

@@ -69,7 +69,7 @@ def run(
     given = (x_TV, *tensors)
     kinds = tuple(None if x is None else _kind(x) for x in given)
     long = x_TV.shape[1] > LONG_ROW
-    with torch.no_grad(), compat.outside_of_functorch(), compat.outside_of_fx():
+    with torch.no_grad(), compat.outside_of_functorch(), compat.outside_of_dispatch_modes(), compat.outside_of_fx():
         program = _program(function, kinds, _SAMPLE[1 + long], static, torch.get_num_threads(), vocab is not None)
         sizes = () if vocab is None else (vocab,)
         return program(*(None if x is None else x.detach() for x in given), *sizes, *static)

@@ -82,6 +82,8 @@ def columns(size: LaunchParameters, *tensors: Tensor) -> dict[str, Any]:
     return {"BLOCK_V": block_v, "L": min(32 * size.num_warps, block_v // width), "W": width, "ALIKE": vectors}
 
 
+# Dynamo would follow a launch that it meets in a backward between two of its graphs.
+@compat.outside_of_graphs
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters, **constants: Any) -> None:
     """Start one kernel on the device of its first tensor.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.torch_calls import assert_same, run
 from loss_core import BackendUnavailable, FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
@@ -124,6 +125,19 @@ def test_after_the_callers_reset_in_inference_mode_and_under_torch_func():
     assert torch.equal(torch.func.grad(lambda z: loss(z, labels))(logits), found["logits"])
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(_results(loss, logits, labels), found, rtol=0, atol=0)
+
+
+@compiled
+def test_a_first_call_in_a_dispatch_mode():
+    logits, labels = torch.randn(4, 37, requires_grad=True), torch.tensor([1, 2, -100, 3])
+    # No other test compiles for this factor.
+    config = MaskedCrossEntropyConfig(z_loss=0.0123)
+    with FlopCounterMode(display=False):
+        loss = config.build(backend=FLAG)(logits, labels)
+        loss.backward()
+    expected = config.build(backend="torch:eager")(logits, labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.grad, torch.autograd.grad(expected, logits)[0])
 
 
 @compiled
