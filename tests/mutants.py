@@ -163,6 +163,8 @@ def main() -> None:
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "site", "shared"))
         # Before the checkout, which is installed.
         os.environ["PYTHONPATH"] = os.pathsep.join([str(copy), str(copy / "backends")])
+        # A mutant has the size of its source, and is as old to the second: Python would run the bytecode of another.
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         # Sizes are small: threads would cost more than they save.
         os.environ["OMP_NUM_THREADS"] = "1"
         with contextlib.chdir(copy):
