@@ -229,6 +229,22 @@ def test_only_the_sums_that_are_needed_are_asked_for():
     assert CrossEntropy(13, metrics=True).sums == (False, True)
 
 
+def test_an_objective_has_as_many_values_as_it_says():
+    z_TV, column_T = _logits()
+    terms, of_targets = RowTerms(*_row_terms(z_TV, column_T)), _top_k_terms(z_TV, column_T[:, None])
+    teacher = TopK(np.full((6, 1), -1.0), tail=True)
+    for objective, of, number in (
+        (OBJECTIVE, terms, 1), (LogProbability(), terms, 1), (LogProbability(True), terms, 2), (teacher, of_targets, 1)
+    ):  # fmt: skip
+        assert objective.num_values == len(objective.values(np, of)) == number
+
+
+def test_a_z_loss_alone_makes_entries_of_a_gradient_larger_than_their_upstream():
+    assert [x.headroom for x in (OBJECTIVE, LogProbability(True), TopK(None, False))] == [0, 0, 0]
+    # 1 + 2 * 0.5 * 2^14, and 1 + 2 * 2 * 2^14.
+    assert [CrossEntropy(13, z_loss=z_loss).headroom for z_loss in (0.5, 2.0)] == [15, 17]
+
+
 def test_objectives_of_different_classes_are_not_equal():
     @is_objective
     class Other(NamedTuple):
@@ -237,6 +253,8 @@ def test_objectives_of_different_classes_are_not_equal():
     assert tuple(Other(0.0)) == tuple(LogProbability(False))
     assert Other(0.0) != LogProbability(False)
     assert Other(0.0) == Other(0.0)
+    assert not Other(0.0) != Other(0.0)  # noqa: SIM202
+    assert (Other(1.0) != Other(2.0)) == (Other(2.0) != Other(1.0)) == (Other(1.0) != Other(1.5)) is True
     assert len({Other(0.0), Other(0.0), LogProbability(False), CrossEntropy(3), CrossEntropy(3)}) == 3
 
 
