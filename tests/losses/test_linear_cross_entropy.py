@@ -6,6 +6,7 @@ import pytest
 from helpers.roundings import COEFFICIENT, NEAR_ZERO, TINY, U, softcapped, softmax, stored
 from loss_core import FusedLinearCEConfig
 from loss_core.losses import allowances, evaluate
+from loss_core.losses.linear_cross_entropy import DEFINITION, sampled_rows
 
 # T = 2 tokens, V = 3, H = 2
 HIDDEN_TH = np.array([[0.5, -1.5], [2.0, 0.25]])
@@ -61,3 +62,18 @@ def test_where_nothing_is_rounded_to_the_dtype_of_products_nothing_is_lost_near_
     np.testing.assert_allclose(allowed["lm_bias"], (2 + 1) * NEAR_ZERO)
     np.testing.assert_allclose(allowed["lm_weight"], (2 + 1) * NEAR_ZERO)
     assert not allowed["hidden_states"].any()
+
+
+def test_rows_of_a_call_too_large_for_the_oracle_have_its_gradient():
+    rng = np.random.default_rng(0)
+    hidden_TH, weight_VH, labels_T = rng.standard_normal((5, 3)), rng.standard_normal((7, 3)), rng.integers(0, 7, 5)
+    config = FusedLinearCEConfig(logit_softcapping=4.0, z_loss=0.1, reduction="none")
+    upstream_T = rng.standard_normal(5)
+    arrays = {"hidden_states": hidden_TH, "lm_weight": weight_VH, "labels": labels_T}
+    blocks = [weight_VH[:2], weight_VH[2:6], weight_VH[6:]]
+    found = sampled_rows(config, hidden_TH, blocks, {"labels": labels_T}, upstream_T)
+    np.testing.assert_allclose(found, evaluate(config, arrays, upstream_T).grads["hidden_states"], rtol=1e-12)
+
+
+def test_a_call_may_leave_out_the_number_of_its_valid_tokens():
+    assert [a.name for a in DEFINITION.arguments if a.optional][-2:] == ["num_valid_tokens", "lm_bias"]
