@@ -18,16 +18,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core.dispatch.observed import record
-from loss_core.row_terms import (
-    EMPTY_ROW,
-    Coefficients,
-    CrossEntropy,
-    MixtureTerms,
-    Objective,
-    PairTerms,
-    RowTerms,
-    Sums,
-)
+from loss_core.row_terms import EMPTY_ROW, Coefficients, CrossEntropy, Objective, RowTerms, Sums
+from loss_core.row_terms.pairs import MixtureTerms, PairTerms
 from loss_core_torch import compat, precision
 from loss_core_torch.kernels import (
     BothGrads,

@@ -97,6 +97,7 @@ class Objective(Protocol):
         """Coefficients of the gradient of the sum of upstream * value.
 
         Args:
+            terms: without z_sum in a backward.
             upstreams: [...] for each value; None for 0.
         """
         ...

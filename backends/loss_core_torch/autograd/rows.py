@@ -84,7 +84,8 @@ class RowLoss(Function):
         if call.grad_in_forward:
             assert coef_T is not None
             terms, grad, coefficients = operators.row_terms_and_grad(call.kernels, rows, coef_T, objective)
-            made = [grad, *(c_T for c_T in coefficients if c_T is not None)]
+            # Empty for None: an output is a tensor.
+            made = [grad, *(grad.new_empty(0) if c_T is None else c_T for c_T in coefficients[:4])]
         else:
             terms = operators.row_terms(call.kernels, rows, objective.sums)
         if call.group is not None:
@@ -121,7 +122,9 @@ class RowLoss(Function):
                 by_logits, out = taken(ctx, made[0], upstreams[0])
             if by_logits is None and ctx.needs_input_grad[0]:
                 if made:
-                    coefficients = Coefficients(*made[1:])._replace(factor=upstreams[0])
+                    scale_T, target_T, *rest = made[1:]
+                    uniform_T, slope_T = (c_T if c_T.numel() else None for c_T in rest)
+                    coefficients = Coefficients(scale_T, target_T, uniform_T, slope_T, factor=upstreams[0])
                 else:
                     of_rows = of_values(upstreams, coef_T, terms.s.dtype)
                     coefficients = objective.coefficients(torch, terms, of_rows)

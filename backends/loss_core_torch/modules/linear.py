@@ -18,7 +18,7 @@ from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_rows import Call, LinearRowLoss
 from loss_core_torch.autograd.linear_source import Source
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import IGNORED, KernelSet, Linear, Wanted, WholeLosses
+from loss_core_torch.kernels import IGNORED, Linear, Wanted, WholeLosses
 from loss_core_torch.kernels.terms import per_row
 from loss_core_torch.modules.base import Kernels, LossModule, is_whole
 from loss_core_torch.modules.rows import RowCall, RowModule
@@ -78,7 +78,8 @@ class LinearCall(RowCall):
     def apply(
         self, objective: Objective, log_p_TK: Tensor | None, coef_T: Tensor | None, names: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
-        kernels: KernelSet = self.kernels  # type: ignore[assignment]
+        kernels = self.kernels
+        assert not isinstance(kernels, WholeLosses)
         bias, tokens = self.bias is not None and is_differentiated(self.bias), self.tokens
         want = Wanted(is_differentiated(self.hidden), is_differentiated(self.weight), bias)
         found: tuple[Tensor, ...] = LinearRowLoss.apply(

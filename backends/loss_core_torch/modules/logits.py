@@ -15,7 +15,7 @@ from loss_core.row_terms import Objective
 from loss_core_torch import compat, inplace, inputs
 from loss_core_torch.autograd import rows as autograd
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import KernelSet, Rows
+from loss_core_torch.kernels import Rows, WholeLosses
 from loss_core_torch.modules.base import Kernels, has_known_factors, is_whole
 from loss_core_torch.modules.rows import RowCall, RowModule
 from loss_core_torch.tracing import compute_dtype
@@ -55,7 +55,8 @@ class LogitsCall(RowCall):
     def apply(
         self, objective: Objective, log_p_TK: Tensor | None, coef_T: Tensor | None, names: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
-        kernels: KernelSet = self.kernels  # type: ignore[assignment]
+        kernels = self.kernels
+        assert not isinstance(kernels, WholeLosses)
         logits, labels_T, keep_T, start, softcap, inverse_T = self.whole()
         in_forward = coef_T is not None and not self.overwrite and kernels.grad_in_forward(logits.device)
         call = autograd.Call(kernels, objective, softcap, start, self.group, self.overwrite, in_forward, names)

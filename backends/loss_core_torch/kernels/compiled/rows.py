@@ -108,7 +108,8 @@ def _blocks(rows: Rows, keeps: bool, aliased: bool = False) -> Iterator[tuple[Bl
     """
     most = COPIED_ELEMENTS if aliased else None
     if keeps:
-        most = SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
+        in_cache = SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
+        most = min(in_cache, most or in_cache)
     for block, (z_BV,) in matrices(rows.logits, most=most):
         yield block, z_BV
 

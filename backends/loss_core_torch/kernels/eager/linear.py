@@ -28,7 +28,7 @@ from loss_core.row_terms import (
 from loss_core_torch.kernels import Linear, LinearGrads, Wanted
 from loss_core_torch.kernels.eager.block_logits import BlockLogits, BlockRows, Tiles
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.kernels.terms import filled_terms, joined_terms
+from loss_core_torch.kernels.terms import filled_terms, joined_terms, kept_coefficients
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -78,7 +78,8 @@ class LinearKernels:
         for at in call.blocks(call.block):
             logits, h_BH = call.logits(buffer, at), call.hidden(at)
             part = logits.fill(h_BH, objective.sums)
-            logits.to_gradient(part, objective.of_rows(at).coefficients(torch, part, [coef_T[at]]))
+            coefficients = objective.of_rows(at).coefficients(torch, part, [coef_T[at]])
+            logits.to_gradient(part, kept_coefficients(coefficients, coef_T[at] != 0))
             found.append(part)
             sums.add(at, logits, h_BH)
         return call.together(found, objective.sums), sums.grads

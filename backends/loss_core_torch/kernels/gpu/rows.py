@@ -67,8 +67,9 @@ class RowKernels:
         gives a gradient of 0, whatever the row holds.
         """
         if not isinstance(objective, CrossEntropy):
-            terms = self.row_terms(rows, objective.sums)
+            terms, has_T = self.row_terms(rows, objective.sums), coef_T != 0
             coefficients = objective.coefficients(torch, terms, [coef_T])
+            rows = rows._replace(keep_T=has_T if rows.keep_T is None else rows.keep_T & has_T)
             return terms, self.row_grad(rows, terms, coefficients, out=out), coefficients
         logits, labels_T, keep_T, vocab_start, softcap, inverse_T = rows
         num_rows, vocab = len(labels_T), logits.shape[-1]

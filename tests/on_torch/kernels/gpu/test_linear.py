@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.largest_tensor import LargestTensor
-from loss_core.row_terms import CrossEntropy, Sums
+from loss_core.row_terms import CrossEntropy, Sums, TopK
 from loss_core_torch.kernels import Linear, Wanted
 from loss_core_torch.kernels.gpu import GpuKernels
 from loss_core_torch.kernels.gpu.launch import Launcher, start
@@ -116,6 +116,17 @@ def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
     for _, grad_h, grad_w in _both_ways(SETS[name], linear, torch.zeros(5)):
         assert not grad_w.any()
         assert grad_h.shape == linear.h_TH.shape
+
+
+@each_set
+def test_a_coefficient_of_zero_gives_exact_zeros_beside_a_teacher(flag, name):
+    linear, teacher = _linear(), TopK(torch.full((5, 3), -2.0), tail=True)
+    linear = linear._replace(labels_T=torch.arange(3).expand(5, 3).contiguous())
+    linear.h_TH.zero_()
+    for row in (1, 4):  # a target, and another class
+        linear.w_VH[row] = torch.inf
+    _, grads = SETS[name].linear_terms_and_grads(linear, torch.zeros(5), teacher, BOTH)
+    assert not grads.weight_VH.any()
 
 
 @each_set
