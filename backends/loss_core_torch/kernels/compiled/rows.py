@@ -135,8 +135,8 @@ def _terms_and_grad_of_others(
         coefficients = objective.of_rows(block.at).coefficients(torch, part, [coef_T[block.at]])
         inverse_B = None if inverse_T is None else inverse_T[block.at]
         coefficients = by_logits(coefficients, part.t, rows.softcap, inverse_B)
-        of_rows = (targets.keep_T[block.at], part.m, coefficients.scale)
-        args = [z_BV, _padded(inverse_T, block), *map(padded_rows, of_rows), None, None]
+        of_rows = (targets.keep_T[block.at], part.m, coefficients.scale, coefficients.uniform, coefficients.slope)
+        args = [z_BV, _padded(inverse_T, block), *(None if x_B is None else padded_rows(x_B) for x_B in of_rows)]
         write(out, block, False, partial(_run_into, formulas.row_grad, args, None, (rows.softcap,)))
         parts.append(part)
         of_targets.append(coefficients.target)
