@@ -77,7 +77,7 @@ def compare_command(
     try:
         report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=named, seed=seed)
     except Exception as error:  # what a user's function raises is told in one line
-        raise UsageProblem(in_words(error)) from error
+        raise UsageProblem(f"{in_words(error)} (called with --frameworks {frameworks})") from error
     print_check(out, report)
     write_outputs([(json, lambda: report.to_json() + "\n")], err)
     return 0 if report.passed else 1
