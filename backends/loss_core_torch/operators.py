@@ -34,6 +34,7 @@ from loss_core_torch.kernels import (
     Wanted,
     find,
     linear_pairs,
+    linear_rows,
 )
 from loss_core_torch.kernels.terms import filled_terms
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
@@ -211,6 +212,7 @@ linear_terms = _Method(
     "linear_terms",
     lambda linear, sums, keep_logits: [*_new_row_terms(linear, sums), *_new_grads(linear, Wanted(False, False))[:1]],
     lambda found, linear, sums, keep_logits: (_row_terms(found[:-1], sums), found[-1]),
+    linear_rows.terms,
     products=lambda *args: (1,),
     linear=Linear,
     sums=Sums,
@@ -220,6 +222,7 @@ linear_grads = _Method(
     "linear_grads",
     lambda linear, terms, coefficients, want, logits: _new_rounded_grads(linear, want),
     lambda found, *args: LinearGrads(*found),
+    linear_rows.grads,
     products=lambda terms, coefficients, want, logits: (want.products,),
     linear=Linear,
     terms=RowTerms,
@@ -231,6 +234,7 @@ linear_terms_and_grads = _Method(
     "linear_terms_and_grads",
     lambda linear, coef_T, objective, want: [*_new_row_terms(linear, objective.sums), *_new_grads(linear, want)],
     lambda found, linear, coef_T, objective, want: (_row_terms(found[:-3], objective.sums), LinearGrads(*found[-3:])),
+    linear_rows.terms_and_grads,
     products=lambda coef_T, objective, want: (want.products,),
     linear=Linear,
     coef_T=Tensor,

@@ -21,25 +21,15 @@ def float32_products_are_full() -> bool:
 
 @contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Matrix products of float32 are in float32 while this lasts. Seen in torch 2.10, 2.13."""
-    _FULL_FLOAT32.enter()
-    try:
-        yield
-    finally:
-        _FULL_FLOAT32.leave()
+    """Matrix products of float32 are in float32 while this lasts, and those of 16 bits on CUDA are added up in float32.
 
-
-@contextmanager
-def float32_sums() -> Iterator[None]:
-    """Products of 16-bit matrices on CUDA are added up in float32 while this lasts, also where a product is split.
-
-    Seen in torch 2.10, 2.13.
+    The latter also where a product is split. Seen in torch 2.10, 2.13.
     """
-    _FLOAT32_SUMS.enter()
+    _SETTINGS.enter()
     try:
         yield
     finally:
-        _FLOAT32_SUMS.leave()
+        _SETTINGS.leave()
 
 
 _BACKENDS: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
@@ -82,7 +72,9 @@ class _Settings:
                     setattr(owner, name, value)
 
 
-_FULL_FLOAT32 = _Settings(
-    lambda: [(backend.matmul, "fp32_precision", "ieee") for backend in _BACKENDS if _is_reduced(backend)]
-)
-_FLOAT32_SUMS = _Settings(lambda: [(_CUDA, name, False) for name in _REDUCED_SUMS if getattr(_CUDA, name)])
+def _changes() -> list[tuple[Any, str, Any]]:
+    reduced = [(backend.matmul, "fp32_precision", "ieee") for backend in _BACKENDS if _is_reduced(backend)]
+    return reduced + [(_CUDA, name, False) for name in _REDUCED_SUMS if getattr(_CUDA, name)]
+
+
+_SETTINGS = _Settings(_changes)

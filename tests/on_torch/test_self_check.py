@@ -29,12 +29,20 @@ class _Wrong(EagerKernels):
 
 
 def _spoilt(made, spoil, at):
-    """What was made, wrong at a place: None for all of it, an index, or indices into tuples of tuples."""
+    """What was made, wrong at a place: None for all of it, an index, or the name of a product into its first matrix."""
     if at is None:
         return spoil(made)
-    first, *rest = at if isinstance(at, tuple) else (at,)
+    if isinstance(at, str):
+        real = getattr(made, at)
+
+        def multiply(out_MN, *args):
+            real(out_MN, *args)
+            out_MN.copy_(spoil(out_MN))
+
+        setattr(made, at, multiply)
+        return made
     make = type(made)._make if hasattr(made, "_make") else tuple
-    return make(_spoilt(x, spoil, tuple(rest) or None) if i == first else x for i, x in enumerate(made))
+    return make(spoil(x) if i == at else x for i, x in enumerate(made))
 
 
 def _of_terms(name, spoil):
@@ -59,8 +67,7 @@ def _raises(x):
 RESULTS = {
     "row gradient": ("row_terms_and_grad", 1, "the gradient of the logits"),
     "student's gradient": ("pair_grad", None, "the student's gradient"),
-    "hidden states' gradient": ("linear_terms_and_grads", (1, 0), "the gradient of the hidden states"),
-    "weight's gradient": ("linear_terms_and_grads", (1, 1), "the gradient of the weight"),
+    "weight's gradient": ("products", "accumulate", "the gradient of the weight"),
 }
 
 
@@ -91,13 +98,14 @@ def test_a_hundredth_is_enough(result, dtype):
     assert name in disagreement(_Wrong(method, _scaled, at), EAGER, CPU, dtype)
 
 
-@pytest.mark.parametrize(
-    ("method", "name"),
-    [("row_terms_and_grad", "the sum of a row"), ("linear_terms_and_grads", "the sum of a fused row")],
-)
-def test_a_wrong_sum_is_named(method, name):
-    found = disagreement(_Wrong(method, _of_terms("s", _scaled)), EAGER, CPU, torch.float32)
-    assert found.startswith(f"{name} of torch:wrong")
+def test_a_wrong_sum_is_named():
+    found = disagreement(_Wrong("row_terms_and_grad", _of_terms("s", _scaled)), EAGER, CPU, torch.float32)
+    assert found.startswith("the sum of a row of torch:wrong")
+
+
+def test_a_wrong_product_is_named():
+    found = disagreement(_Wrong("products", _scaled, "into"), EAGER, CPU, torch.float32)
+    assert found.startswith("the sum of a fused row of torch:wrong")
 
 
 def test_a_wrong_divergence_is_named():
@@ -132,8 +140,8 @@ def test_triton_agrees(flag, dtype):
 @pytest.mark.parametrize("flag", ["torch:triton"])
 def test_triton_made_wrong_does_not(flag):
     class Wrong(type(kernels.find("triton"))):
-        def row_terms_and_grad(self, *args):
-            terms, grad, coefficients = super().row_terms_and_grad(*args)
+        def row_terms_and_grad(self, *args, **kwargs):
+            terms, grad, coefficients = super().row_terms_and_grad(*args, **kwargs)
             return terms, grad * 1.01, coefficients
 
     found = disagreement(Wrong(), EAGER, CPU, torch.float32)

@@ -1,5 +1,7 @@
 """Kernel sets. A set makes the terms of rows, and gradients from coefficients; it knows rows, not losses.
 
+The fused losses are drivers around any set: `linear_rows` of one distribution, `linear_pairs` of two.
+
 `KernelSet` is what a set implements. Losses reach it through `loss_core_torch.operators`, which makes each method a
 custom operator where a call is traced.
 """
@@ -21,6 +23,7 @@ from loss_core_torch.kernels.arguments import (
     Blocks,
     BothGrads,
     BothWanted,
+    HeadSizes,
     Linear,
     LinearGrads,
     LinearPairs,
@@ -36,6 +39,7 @@ __all__ = [
     "Blocks",
     "BothGrads",
     "BothWanted",
+    "HeadSizes",
     "KernelSet",
     "Linear",
     "LinearGrads",
@@ -52,7 +56,13 @@ __all__ = [
 
 
 class Products(Protocol):
-    """Matrix products, of operands of one dtype, into the dtype of the arithmetic."""
+    """Matrix products, of operands of one dtype, into the dtype of the arithmetic.
+
+    Attributes:
+        columns: most classes of one product; 0: any number.
+    """
+
+    columns: int
 
     def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
         """out = a @ b, where out shares no memory with a or b."""
@@ -106,9 +116,15 @@ class KernelSet(Protocol):
         ...
 
     def row_terms_and_grad(
-        self, rows: Rows, coef_T: Tensor, objective: Objective
+        self, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
     ) -> tuple[RowTerms, Tensor, Coefficients]:
-        """Terms, the gradient of the sum of coef * loss, and its coefficients, in one visit of each row."""
+        """Terms, the gradient of the sum of coef * loss, and its coefficients, in one visit of each row.
+
+        A coefficient of 0 gives a gradient of 0, whatever the row holds.
+
+        Args:
+            out: [..., V], where the gradient goes, which may be over the logits; None: into a new contiguous tensor.
+        """
         ...
 
     def pair_terms(self, pairs: Pairs) -> PairTerms:
@@ -138,43 +154,23 @@ class KernelSet(Protocol):
         ...
 
     def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
-        """What multiplies, for `kernels.linear_pairs`."""
-        ...
-
-    def linear_blocks(self, linear: LinearPairs) -> Blocks:
-        """How `kernels.linear_pairs` cuts up the logits."""
+        """What multiplies hidden states and weights."""
         ...
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Dtype in which the logits' gradient enters its two matrix products."""
         ...
 
-    def linear_terms(self, linear: Linear, sums: Sums, keep_logits: bool) -> tuple[RowTerms, Tensor]:
-        """Terms over these rows of the weight; and what `linear_grads` takes as `logits`.
-
-        Args:
-            keep_logits: whether `linear_grads` will follow. The logits are kept if they fit the memory of one block
-                and are no more than `block_tokens` rows, else (or if False) the second result is empty.
-        """
+    def chunks(self, sizes: HeadSizes) -> Blocks:
+        """Blocks of a fused loss that have all classes."""
         ...
 
-    def linear_grads(
-        self, linear: Linear, terms: RowTerms, coefficients: Coefficients, want: Wanted, logits: Tensor
-    ) -> LinearGrads:
-        """Gradients by h in the dtype of the arithmetic, by W and b in their own.
+    def tiles(self, sizes: HeadSizes, together: bool) -> Blocks:
+        """Blocks of a fused loss whose rows need not be whole.
 
         Args:
-            terms: over the whole vocabulary.
-            coefficients: likewise.
-            want: which of them are made; another is empty.
-            logits: of `linear_terms`, overwritten; empty: they are computed again.
+            together: all logits are to exist at a time, if they fit the memory of one block.
         """
-        ...
-
-    def linear_terms_and_grads(
-        self, linear: Linear, coef_T: Tensor, objective: Objective, want: Wanted
-    ) -> tuple[RowTerms, LinearGrads]:
-        """Terms, and the gradients of the sum of coef * loss in the dtype of the arithmetic, with three products."""
         ...
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -183,8 +183,36 @@ class PairCoefficients(NamedTuple):
         return self if self.factor is None else self._replace(coef_T=self.coef_T * self.factor, factor=None)
 
 
+class HeadSizes(NamedTuple):
+    """What sizes of blocks are chosen by.
+
+    Attributes:
+        num_tokens, vocab, hidden: of the head, or of the student's.
+        logit_bytes: of a logit in the dtype of the arithmetic, or of one of each head and what is beside them.
+        beside_bytes: of an entry of the logits' gradient that has memory of its own; 0 where it is written over them.
+        rounded_bytes: of the tensor to which the gradient of the weight is rounded in the end, when the memory of a
+            block is free again; 0 where it is not rounded.
+        device: of the tensors.
+    """
+
+    num_tokens: int
+    vocab: int
+    hidden: int
+    logit_bytes: int
+    beside_bytes: int
+    rounded_bytes: int
+    device: torch.device
+
+
 class Blocks(NamedTuple):
-    """How the logits of two heads are cut up: tokens of a block, classes of a tile of the weights."""
+    """How the logits of a head are cut up.
+
+    Attributes:
+        tokens: of a block of the logits' gradient.
+        logits_tokens: those of them whose logits exist at a time.
+        classes: of a block.
+    """
 
     tokens: int
+    logits_tokens: int
     classes: int

@@ -19,13 +19,14 @@ from loss_core.row_terms import MixtureTerms, PairTerms, jensen_shannon, kl_dive
 from loss_core_torch.kernels import (
     BothGrads,
     BothWanted,
+    HeadSizes,
     KernelSet,
-    LinearGrads,
     LinearPairs,
     PairCoefficients,
     Pairs,
     Wanted,
 )
+from loss_core_torch.kernels.heads import Head, HeadGrads, slices
 from loss_core_torch.tracing import compute_dtype
 
 Numbers = TypeVar("Numbers", PairTerms, MixtureTerms, PairCoefficients)
@@ -73,7 +74,7 @@ def loss_and_grads(
         if in_one_visit and pairs.student.numel():
             terms_B, e_BV = kernels.pair_terms_and_grad(pairs, coef_T[at], blocks.out(0, pairs, beside=False))
             losses.append(kl_divergence(torch, terms_B))
-            blocks.heads[0].add(at, e_BV)
+            blocks.add_of(0, at, e_BV)
             continue
         terms_B = kernels.pair_terms(pairs)
         mixture_B = kernels.pair_mixture(pairs, terms_B, beta) if beta else None
@@ -113,37 +114,42 @@ class _Blocks:
 
     def __init__(self, kernels: KernelSet, linear: LinearPairs, want: BothWanted) -> None:
         self._kernels, self._linear, self._want = kernels, linear, want
-        num_tokens, sizes = len(linear.student_TH), kernels.linear_blocks(linear)
-        self._tokens = max(min(sizes.tokens, num_tokens), 1)
-        self.heads = (
-            _Head(kernels, linear.student_TH, linear.student_VH, linear.student_dtype, want.student, sizes.classes),
-            _Head(kernels, linear.teacher_TH, linear.teacher_VH, linear.teacher_dtype, want.teacher, sizes.classes),
+        self._heads = (
+            _head(kernels, linear.student_TH, linear.student_VH, linear.student_dtype),
+            _head(kernels, linear.teacher_TH, linear.teacher_VH, linear.teacher_dtype),
         )
+        self._sums = [HeadGrads(kernels, head, of_head) for head, of_head in zip(self._heads, want, strict=True)]
+        student = self._heads[0]
+        beside_bytes = student.operand.itemsize if student.operand != student.dtype else 0
+        # Memory of either logits, and of a gradient beside them.
+        shape, both = (student.num_tokens, student.vocab, student.h_TH.shape[1]), 2 * student.dtype.itemsize
+        sizes = HeadSizes(*shape, both + beside_bytes, 0, 0, student.device)
+        self._tokens = max(min(kernels.chunks(sizes).tokens, student.num_tokens), 1)
+        self._every = slice(0, student.vocab)
         self._beside: dict[torch.dtype, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, Pairs]]:
-        keep_T, num_tokens = self._linear.keep_T, len(self._linear.student_TH)
-        logits = [head.new_logits(self._tokens, head.dtype) for head in self.heads]
-        for start in range(0, max(num_tokens, 1), self._tokens):
-            at = slice(start, min(start + self._tokens, num_tokens))
+        keep_T, (student, teacher) = self._linear.keep_T, self._heads
+        logits = [self._new(head, head.dtype) for head in self._heads]
+        for at in slices(0, student.num_tokens, self._tokens):
             student_BV, teacher_BV = (z_BV[: at.stop - at.start] for z_BV in logits)
-            self.heads[0].make_logits(at, student_BV)
-            self.heads[1].make_logits(at, teacher_BV)
+            student.make_logits(at, student_BV)
+            teacher.make_logits(at, teacher_BV)
             keep_B = None if keep_T is None else keep_T[at]
             yield at, Pairs(student_BV, teacher_BV, keep_B, self._linear.inverse_temperature)
 
     @property
     def grads(self) -> BothGrads:
-        """The sums over all blocks so far."""
-        return BothGrads(self.heads[0].grads, self.heads[1].grads)
+        """The sums over all blocks, after the last."""
+        return BothGrads(self._sums[0].whole(), self._sums[1].whole())
 
     def out(self, side: int, pairs: Pairs, beside: bool) -> Tensor:
         """Where the gradient by one of the logits goes: over these, unless their dtype is another, or `beside`."""
-        z_BV, operand = (pairs.student, pairs.teacher)[side], self.heads[side].operand
+        z_BV, operand = (pairs.student, pairs.teacher)[side], self._heads[side].operand
         if operand == z_BV.dtype and not beside:
             return z_BV
         if operand not in self._beside:
-            self._beside[operand] = self.heads[side].new_logits(self._tokens, operand)
+            self._beside[operand] = self._new(self._heads[side], operand)
         return self._beside[operand][: len(z_BV)]
 
     def add(self, at: slice, pairs: Pairs, terms: PairTerms, wanted: tuple[PairCoefficients, PairCoefficients]) -> None:
@@ -152,67 +158,21 @@ class _Blocks:
             if any(want) and pairs.student.numel():
                 # The teacher's gradient is made of the student's logits as well.
                 out = self.out(side, pairs, beside=side == 0 and any(self._want.teacher))
-                self.heads[side].add(at, self._kernels.pair_grad(pairs, terms, wanted_grad, out=out))
+                self.add_of(side, at, self._kernels.pair_grad(pairs, terms, wanted_grad, out=out))
 
+    def add_of(self, side: int, at: slice, e_BV: Tensor) -> None:
+        """What a block adds to the gradients of one head."""
+        self._sums[side].add(self._heads[side], self._every, at, e_BV)
 
-class _Head:
-    """A student or a teacher: operands as the products take them, and the gradients, to which each block adds.
-
-    Attributes:
-        dtype: of the arithmetic.
-        operand: dtype in which operands enter the products.
-        grads: empty where they are not wanted.
-    """
-
-    def __init__(
-        self, kernels: KernelSet, h_TH: Tensor, w_VH: Tensor, product_dtype: torch.dtype, want: Wanted, classes: int
-    ) -> None:
-        self.dtype, device = compute_dtype(h_TH.dtype), h_TH.device
-        # p (log p - log q) has no largest value, and float16 has.
-        is_narrow = product_dtype == torch.float16
-        self.operand = self.dtype if is_narrow else kernels.operand_dtype(product_dtype, device)
-        self._products, self._product_dtype = kernels.products(self.operand, device), product_dtype
-        self._want, self._classes = want, max(classes, 1)
-        # A weight that is one tile is converted once.
-        self._h_TH, self._w_VH = h_TH, self._operand(w_VH) if len(w_VH) <= classes else w_VH
-        # Every entry is written below, unless there are none to multiply.
-        new = torch.empty if len(h_TH) and len(w_VH) else torch.zeros
-        by_h, by_w, by_b = (
-            new(shape if wanted else (0,), dtype=self.dtype, device=device)
-            for shape, wanted in zip((h_TH.shape, w_VH.shape, (0,)), want, strict=True)
-        )
-        self.grads = LinearGrads(by_h, by_w, by_b)
-
-    def new_logits(self, tokens: int, dtype: torch.dtype) -> Tensor:
+    def _new(self, head: Head, dtype: torch.dtype) -> Tensor:
         """Memory of a block [B, V]."""
-        return torch.empty((tokens, len(self._w_VH)), dtype=dtype, device=self._h_TH.device)
+        return torch.empty((self._tokens, head.vocab), dtype=dtype, device=head.device)
 
-    def make_logits(self, at: slice, z_BV: Tensor) -> None:
-        """h @ W.T of a block."""
-        h_BH = self._operand(self._h_TH[at])
-        for tile, w_CH in self._tiles():
-            self._products.into(z_BV[:, tile], h_BH, w_CH.t())
 
-    def add(self, at: slice, e_BV: Tensor) -> None:
-        """What a block adds, from the gradient by its logits."""
-        h_BH, first, last = self._operand(self._h_TH[at]), at.start == 0, at.stop == len(self._h_TH)
-        turned = self._products.turned(h_BH)
-        for tile, w_CH in self._tiles():
-            e_BC = e_BV[:, tile]
-            if self._want.hidden:
-                multiply = self._products.add if tile.start else self._products.into
-                multiply(self.grads.hidden_TH[at], e_BC, w_CH)
-            if self._want.weight:
-                self._products.accumulate(self.grads.weight_VH[tile], e_BC, h_BH, turned, first, last)
-
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight tile by tile."""
-        for start in range(0, len(self._w_VH), self._classes):
-            tile = slice(start, min(start + self._classes, len(self._w_VH)))
-            yield tile, self._operand(self._w_VH[tile])
-
-    def _operand(self, x: Tensor) -> Tensor:
-        return x.to(self._product_dtype).to(self.operand)
+def _head(kernels: KernelSet, h_TH: Tensor, w_VH: Tensor, product_dtype: torch.dtype) -> Head:
+    # p (log p - log q) has no largest value, and float16 has.
+    operand = compute_dtype(product_dtype) if product_dtype == torch.float16 else None
+    return Head(kernels, h_TH, w_VH, product_dtype, operand=operand)
 
 
 def _rows(numbers: Numbers, at: slice) -> Numbers:

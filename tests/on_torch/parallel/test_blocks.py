@@ -2,6 +2,7 @@
 
 from helpers.process_group import over_processes
 from helpers.sharded_problem import LOSSES, Problem, cases, holds_sharded, splits
+from loss_core_torch.kernels import Blocks
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 
@@ -25,7 +26,11 @@ def test_with_triton_in_pieces(world):
     from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 
     size = LaunchParameters(block_v=16, vector=4, num_warps=1)
-    launcher = Launcher(parameters=lambda *_: size, chunk_tokens=lambda *_: (2, 2), tiles=lambda *_: (20, 2))
+    launcher = Launcher(
+        parameters=lambda *_: size,
+        chunks=lambda sizes: Blocks(2, 2, sizes.vocab),
+        tiles=lambda sizes, _: Blocks(sizes.num_tokens, 2, 20),
+    )
     kernels = GpuKernels(launcher)
     for loss in LOSSES:
         for case in cases(loss, shape=(3, 49), only=("basic", "softcap-none")):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from loss_core_torch.kernels.eager.linear import LinearKernels
 from loss_core_torch.kernels.eager.pairs import PairKernels
 from loss_core_torch.kernels.eager.products import ProductKernels
 from loss_core_torch.kernels.eager.rows import RowKernels
 from loss_core_torch.kernels.eager.sizes import SIZES, Sizes
 
 
-class EagerKernels(RowKernels, PairKernels, LinearKernels, ProductKernels):
+class EagerKernels(RowKernels, PairKernels, ProductKernels):
     """A `KernelSet`; see there for each method.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from loss_core_torch import compat
-from loss_core_torch.kernels import Blocks, LinearPairs
+from loss_core_torch.kernels import Blocks, HeadSizes
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.tracing import compute_dtype
 
@@ -25,9 +25,13 @@ class Products:
 
     Args:
         by_onednn: whether oneDNN makes them; None: where it is the faster.
+        columns: most classes of one product; 0: any number.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, by_onednn: bool | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, by_onednn: bool | None = None, columns: int = 0
+    ) -> None:
+        self.columns = columns
         if by_onednn is None:
             by_onednn = bool(torch.backends.mkldnn.enabled) and compat.onednn_is_faster()
         self.by_onednn = by_onednn and dtype == torch.float32 and device.type == "cpu"
@@ -36,7 +40,9 @@ class Products:
         """a @ b."""
         if not (self.by_onednn and a_MK.numel() and b_KN.numel()):
             return torch.mm(a_MK, b_KN)
-        return compat.onednn_product(a_MK, b_KN)
+        # A matrix that is a part of a wider one goes to a reference kernel, at a thousandth of the speed.
+        b_KN = b_KN if b_KN.t().is_contiguous() else b_KN.contiguous()
+        return compat.onednn_product(a_MK.contiguous(), b_KN)
 
     def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
         """out = a @ b, where out shares no memory with a or b."""
@@ -94,14 +100,15 @@ class ProductKernels:
 
     def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
         """Those of the library that is faster."""
-        return Products(operand_dtype, device)
+        return Products(operand_dtype, device, columns=self.sizes.product_columns(device))
 
-    def linear_blocks(self, linear: LinearPairs) -> Blocks:
-        """Blocks of which both logits have the memory of one block of the fused cross entropy."""
-        (vocab, hidden), device = linear.student_VH.shape, linear.student_TH.device
-        pair_bytes = 2 * compute_dtype(linear.student_TH.dtype).itemsize
-        tokens = self.sizes.linear_tokens(vocab, hidden, device, pair_bytes)
-        return Blocks(tokens, self.sizes.tile_columns(vocab, device))
+    def chunks(self, sizes: HeadSizes) -> Blocks:
+        """As many tokens as the memory of a block holds."""
+        return self.sizes.chunks(sizes)
+
+    def tiles(self, sizes: HeadSizes, together: bool) -> Blocks:
+        """All tokens and a tile of the vocabulary."""
+        return self.sizes.tiles(sizes, together)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """A gradient times a scalar, in its memory if the dtype is the same."""

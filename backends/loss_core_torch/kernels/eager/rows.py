@@ -35,7 +35,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, folded, no_coefficients, with_zeros
-from loss_core_torch.tracing import compute_dtype
+from loss_core_torch.tracing import compute_dtype, may_read
 
 
 class RowKernels:
@@ -56,19 +56,21 @@ class RowKernels:
         for block in walk:
             kept_BV, slope_BV = walk.read(block, for_gradient=True)
             powers = walk.powers(block, kept_BV, terms.m[block.at], with_x=coefficients.slope is not None)
-            walk.store(block, out, powers, slope_BV, coefficients.of_rows(block.at), terms.t[block.at])
+            keep_B = walk.kept(block)
+            walk.store(block, out, powers, slope_BV, coefficients.of_rows(block.at), terms.t[block.at], keep_B)
         return out
 
     def row_terms_and_grad(
-        self, rows: Rows, coef_T: Tensor, objective: Objective
+        self, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
-        found, out, walk = _empty_terms(rows, objective.sums), _result(rows, None), _Walk(rows, self.sizes)
+        found, out, walk = _empty_terms(rows, objective.sums), _result(rows, out), _Walk(rows, self.sizes)
         coefficients = no_coefficients(rows.labels_T, compute_dtype(rows.logits.dtype))
         for block in walk:
             part, powers, slope_BV = walk.terms(block, objective.sums, for_gradient=True)
-            of_block = objective.of_rows(block.at).coefficients(torch, part, [coef_T[block.at]])
-            walk.store(block, out, powers, slope_BV, of_block, part.t)
+            coef_B = coef_T[block.at]
+            of_block = objective.of_rows(block.at).coefficients(torch, part, [coef_B])
+            walk.store(block, out, powers, slope_BV, of_block, part.t, walk.kept(block, coef_B))
             coefficients = with_zeros(coefficients, of_block)
             _put(found, block, part)
             _put(coefficients, block, of_block)
@@ -141,6 +143,15 @@ class _Walk:
         e_B = None if powers.x_BV is None else without(powers.number_B, row_dots(powers.powers_BV, powers.x_BV))
         return RowTerms(m_B, s_B, t_B, z_sum_B, e_B), powers, slope_BV
 
+    def kept(self, block: Block, coef_B: Tensor | None = None) -> Tensor | None:
+        """[B] bool: rows of a block that are not ignored and have a coefficient; None where the host can see it."""
+        keep_T = self._rows.keep_T
+        # A block that is no slice holds no ignored row.
+        keep_B = keep_T[block.at] if keep_T is not None and isinstance(block.at, slice) else None
+        if coef_B is not None and not (may_read(coef_B) and bool(coef_B.all())):
+            keep_B = coef_B != 0 if keep_B is None else keep_B & (coef_B != 0)
+        return keep_B
+
     def store(
         self,
         block: Block,
@@ -149,8 +160,9 @@ class _Walk:
         slope_BV: Tensor | None,
         coefficients: Coefficients,
         t_B: Tensor,
+        keep_B: Tensor | None,
     ) -> None:
-        """The gradient of a block, given z of its targets; 0 in ignored rows; rounded once."""
+        """The gradient of a block, given z of its targets; 0 in rows not to keep; rounded once."""
         inverse_T = self._rows.inverse_temperature_T
         inverse_B = None if inverse_T is None else inverse_T[block.at]
         coefficients = by_logits(coefficients, t_B, self._rows.softcap, inverse_B)
@@ -159,10 +171,9 @@ class _Walk:
         into_BV = view_BV if view_BV is not None and view_BV.dtype == powers_BV.dtype else powers_BV
         to_gradient(powers_BV, number_B, coefficients, x_BV, slope_BV, into_BV)
         self._targets.at(block.at).write(into_BV, coefficients.target)
-        keep_T = self._rows.keep_T
-        if keep_T is not None and isinstance(block.at, slice):
-            # Not a product with 0: an ignored row may hold inf or NaN.
-            into_BV.masked_fill_(~keep_T[block.at, None], 0.0)
+        if keep_B is not None:
+            # Not a product with 0: such a row may hold inf or NaN.
+            into_BV.masked_fill_(~keep_B[:, None], 0.0)
         if into_BV is not view_BV:
             block.put(out, into_BV)
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from loss_core_torch.kernels import Blocks, HeadSizes
+
 
 class Sizes(NamedTuple):
     """How large blocks are, on a CPU and elsewhere.
@@ -42,20 +44,28 @@ class Sizes(NamedTuple):
         elements = self.elements_cpu if device.type == "cpu" else self.elements
         return max(1, elements // max(num_cols, 1))
 
-    def linear_bytes(self, hidden: int, device: torch.device) -> int:
+    def chunks(self, of: HeadSizes) -> Blocks:
+        """Blocks of whole rows of the fused loss, a multiple of 32 tokens where they fit."""
+        fitting = self._block_bytes(of) // max(of.vocab * of.logit_bytes, 1)
+        tokens = max(self.min_tokens, min(self.max_tokens, fitting // 32 * 32))
+        return Blocks(tokens, tokens, of.vocab)
+
+    def tiles(self, of: HeadSizes, together: bool) -> Blocks:
+        """Blocks of all tokens and a tile of the vocabulary."""
+        if together and of.num_tokens * of.vocab * of.logit_bytes <= self._block_bytes(of):
+            return Blocks(of.num_tokens, of.num_tokens, of.vocab)
+        columns = self.product_columns(of.device) or of.vocab
+        return Blocks(of.num_tokens, min(of.num_tokens, self.max_tokens), max(min(columns, of.vocab), 1))
+
+    def product_columns(self, device: torch.device) -> int:
+        """Classes of one product; 0: all of them."""
+        return self.tile_columns_cpu if device.type == "cpu" else 0
+
+    def _block_bytes(self, of: HeadSizes) -> int:
         """Bytes that the logits of a block of the fused loss may take."""
-        if device.type != "cpu":
+        if of.device.type != "cpu":
             return self.logits_bytes
-        return min(self.logits_bytes_cpu * max(hidden, 512) // 512, self.logits_bytes)
-
-    def linear_tokens(self, vocab: int, hidden: int, device: torch.device, itemsize: int) -> int:
-        """Tokens of a block of the fused loss, a multiple of 32 where they fit."""
-        fitting = self.linear_bytes(hidden, device) // max(vocab * itemsize, 1)
-        return max(self.min_tokens, min(self.max_tokens, fitting // 32 * 32))
-
-    def tile_columns(self, vocab: int, device: torch.device) -> int:
-        """Classes of a vocabulary tile, at least 1."""
-        return max(min(self.tile_columns_cpu, vocab) if device.type == "cpu" else vocab, 1)
+        return min(self.logits_bytes_cpu * max(of.hidden, 512) // 512, self.logits_bytes)
 
 
 SIZES = Sizes()

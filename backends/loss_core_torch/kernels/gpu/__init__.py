@@ -6,17 +6,17 @@ With TRITON_INTERPRET=1 in the environment before the first import, they run on 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from loss_core_torch.kernels import Blocks, LinearPairs
-from loss_core_torch.kernels.gpu import products, sizes
+from loss_core_torch.kernels import Blocks, HeadSizes
+from loss_core_torch.kernels.gpu import kernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
-from loss_core_torch.kernels.gpu.linear import LinearKernels
-from loss_core_torch.kernels.gpu.linear_tiles import TiledLinearKernels
 from loss_core_torch.kernels.gpu.pairs import PairKernels
-from loss_core_torch.tracing import compute_dtype
+from loss_core_torch.kernels.gpu.products import Products
+from loss_core_torch.kernels.gpu.rows import RowKernels
 
 
-class GpuKernels(PairKernels, LinearKernels, TiledLinearKernels):
+class GpuKernels(RowKernels, PairKernels):
     """A `KernelSet`; see there for each method."""
 
     flag = "torch:triton"
@@ -35,17 +35,25 @@ class GpuKernels(PairKernels, LinearKernels, TiledLinearKernels):
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return self._launcher.operand_dtype(product_dtype, device)
 
-    def products(self, operand_dtype: torch.dtype, device: torch.device) -> products.Products:
-        return products.Products()
+    def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
+        return Products()
 
-    def linear_blocks(self, linear: LinearPairs) -> Blocks:
-        """Chunks as the fused cross entropy's, of the memory of both logits; the whole vocabulary."""
-        student_TH, dtype = linear.student_TH, compute_dtype(linear.student_TH.dtype)
-        operand = self.operand_dtype(linear.student_dtype, student_TH.device)
-        num_tokens, vocab = len(student_TH), len(linear.student_VH)
-        both = 2 * dtype.itemsize + (operand.itemsize if operand != dtype else 0)
-        tokens, _ = self._launcher.chunk_tokens(num_tokens, vocab, both, both, 0)
-        return Blocks(tokens, vocab)
+    def chunks(self, sizes: HeadSizes) -> Blocks:
+        return self._launcher.chunks(sizes)
+
+    def tiles(self, sizes: HeadSizes, together: bool) -> Blocks:
+        return self._launcher.tiles(sizes, together)
+
+    def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """In one visit of memory: mul_ and a cast take two and a half."""
+        if dtype == grad.dtype or not grad.numel():
+            return grad.mul_(factor).to(dtype)
+        out, size = torch.empty_like(grad, dtype=dtype), sizes.ELEMENTWISE
+        programs = -(-grad.numel() // size.block_v)
+        self._launcher.start(
+            kernels.scaled_kernel, (programs,), out, grad, factor, grad.numel(), size=size, BLOCK=size.block_v
+        )
+        return out
 
 
 KERNELS = GpuKernels()

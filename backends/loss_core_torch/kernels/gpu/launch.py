@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_torch import compat
+from loss_core_torch.kernels import Blocks, HeadSizes
 from loss_core_torch.kernels.gpu import kernels, products, sizes
 from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 
@@ -124,15 +125,15 @@ class Launcher(NamedTuple):
     Attributes:
         start: starts one kernel; see `start`.
         parameters: sizes of a launch; see `sizes.launch_parameters`.
-        chunk_tokens: tokens of a chunk of a fused loss; see `sizes.chunk_tokens`.
-        tiles: columns of a tile of a fused loss; see `sizes.tiles`.
+        chunks: blocks of a fused loss that have whole rows; see `sizes.chunks`.
+        tiles: its other blocks; see `sizes.tiles`.
         operand_dtype: dtype of the operands of matrix products; see `products.operand_dtype`.
     """
 
     start: Callable[..., None] = start
     parameters: Callable[..., LaunchParameters] = sizes.launch_parameters
-    chunk_tokens: Callable[[int, int, int, int, int], tuple[int, int]] = sizes.chunk_tokens
-    tiles: Callable[[int, int, int, int, bool], tuple[int, int]] = sizes.tiles
+    chunks: Callable[[HeadSizes], Blocks] = sizes.chunks
+    tiles: Callable[[HeadSizes, bool], Blocks] = sizes.tiles
     operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = products.operand_dtype
 
 

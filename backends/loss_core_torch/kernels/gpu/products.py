@@ -55,7 +55,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 class Products:
-    """See `kernels.Products`: operands of any dtype, out in float32 or float64."""
+    """See `kernels.Products`: operands of any dtype, out in float32, float64 or theirs."""
+
+    columns = 0
 
     def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
         multiply(a_MK, b_KN, out_MN)

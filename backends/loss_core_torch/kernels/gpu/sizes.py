@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loss_core_torch.kernels import Blocks, HeadSizes
+
 # A load or store of one thread.
 VECTOR_BYTES = 16
 
@@ -103,26 +105,17 @@ _CHUNK_BYTES = 1 << 30
 _CHUNK_MULTIPLE = 128
 
 
-def chunk_tokens(
-    num_tokens: int, vocab: int, logit_bytes: int, grad_bytes: int, rounded_bytes: int = 0
-) -> tuple[int, int]:
-    """(tokens of a chunk, those of them whose logits exist at a time), for whole rows of logits.
-
-    Args:
-        num_tokens, vocab: sizes of the loss.
-        logit_bytes: of a logit.
-        grad_bytes: of an entry of the logits' gradient: that of a logit where it is written over the logits.
-        rounded_bytes: of the tensor to which the gradient of the weight is rounded in the end, when these buffers are
-            gone; so much memory costs nothing. 0 where it is not rounded.
-    """
-    if grad_bytes == logit_bytes:
-        tokens = _even(num_tokens, _CHUNK_BYTES // max(vocab * logit_bytes, 1))
-        return tokens, tokens
-    budget = max(_CHUNK_BYTES, rounded_bytes)
-    logits_tokens = _logits_tokens(num_tokens, vocab, logit_bytes, budget // 2)
-    rest = budget - logits_tokens * vocab * logit_bytes
-    tokens = _even(num_tokens, rest // max(vocab * grad_bytes, 1))
-    return tokens, min(logits_tokens, tokens)
+def chunks(of: HeadSizes) -> Blocks:
+    """Blocks of whole rows. Memory to which the gradient of the weight is rounded later costs nothing before."""
+    if not of.beside_bytes:
+        tokens = _even(of.num_tokens, _CHUNK_BYTES // max(of.vocab * of.logit_bytes, 1))
+        return Blocks(tokens, tokens, of.vocab)
+    budget = max(_CHUNK_BYTES, of.rounded_bytes)
+    most = _even(of.num_tokens, budget // 2 // max(of.vocab * of.logit_bytes, 1))
+    logits_tokens = min(_LOGITS_TOKENS, most)
+    rest = budget - logits_tokens * of.vocab * of.logit_bytes
+    tokens = _even(of.num_tokens, rest // max(of.vocab * of.beside_bytes, 1))
+    return Blocks(tokens, min(logits_tokens, tokens), of.vocab)
 
 
 # Where the terms of rows are known, or are all that is wanted: bytes of the logits' gradient for a tile of the
@@ -137,31 +130,17 @@ _TILE_LOGITS_BYTES = 128 << 20
 _TILE_MULTIPLE = 1024
 
 
-def tiles(num_tokens: int, vocab: int, logit_bytes: int, grad_bytes: int, together: bool = False) -> tuple[int, int]:
-    """(columns of a tile of the vocabulary, tokens whose logits exist at a time).
-
-    Args:
-        num_tokens, vocab, logit_bytes, grad_bytes: as of `chunk_tokens`.
-        together: all logits are to exist at a time, if they and their gradient fit into the memory of one chunk.
-    """
-    beside = grad_bytes if grad_bytes != logit_bytes else 0
-    if together and num_tokens * vocab * (logit_bytes + beside) <= _CHUNK_BYTES:
-        return vocab, num_tokens
-    columns = _TILE_BYTES // max(num_tokens * grad_bytes, 1)
-    columns = min(max(columns // _TILE_MULTIPLE, 1) * _TILE_MULTIPLE, vocab)
-    if not beside:
-        return columns, num_tokens
-    return columns, _even(num_tokens, _TILE_LOGITS_BYTES // max(columns * logit_bytes, 1))
-
-
-def tile_columns(columns: int, most: int) -> int:
-    """Columns of a tile that is to have at most so many, at least one."""
-    return max(min(columns, most if most < _TILE_MULTIPLE else most // _TILE_MULTIPLE * _TILE_MULTIPLE), 1)
-
-
-def _logits_tokens(num_tokens: int, vocab: int, logit_bytes: int, budget: int) -> int:
-    """Tokens whose logits exist at a time."""
-    return min(_LOGITS_TOKENS, _even(num_tokens, budget // max(vocab * logit_bytes, 1)))
+def tiles(of: HeadSizes, together: bool = False) -> Blocks:
+    """Blocks of all tokens and a tile of the vocabulary, or of all classes if these are to exist at a time and fit."""
+    bytes_of_both = of.num_tokens * of.vocab * (of.logit_bytes + of.beside_bytes)
+    if together and bytes_of_both <= _CHUNK_BYTES:
+        return Blocks(of.num_tokens, of.num_tokens, of.vocab)
+    columns = _TILE_BYTES // max(of.num_tokens * (of.beside_bytes or of.logit_bytes), 1)
+    columns = min(max(columns // _TILE_MULTIPLE, 1) * _TILE_MULTIPLE, of.vocab)
+    if not of.beside_bytes:
+        return Blocks(of.num_tokens, of.num_tokens, columns)
+    logits_tokens = _even(of.num_tokens, _TILE_LOGITS_BYTES // max(columns * of.logit_bytes, 1))
+    return Blocks(of.num_tokens, logits_tokens, columns)
 
 
 def _even(num_tokens: int, most: int) -> int:

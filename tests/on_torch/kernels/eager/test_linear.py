@@ -8,7 +8,7 @@ from helpers.operations import Operations
 from helpers.torch_calls import assert_same, run
 from loss_core import FusedLinearCEConfig
 from loss_core.row_terms import CrossEntropy, Sums, combine
-from loss_core_torch.kernels import Linear, Wanted
+from loss_core_torch.kernels import Linear, Wanted, linear_rows
 from loss_core_torch.kernels.eager import KERNELS
 
 EAGER = "torch:eager"
@@ -57,11 +57,11 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
         return Linear(h_TH, w_VH[start:stop], labels_T, start, 4.0, torch.float32, bias_V=bias_V)
 
     every = Wanted(True, True, True)
-    whole, grads = KERNELS.linear_terms_and_grads(linear(), upstream_T, objective, every)
+    whole, grads = linear_rows.terms_and_grads(KERNELS, linear(), upstream_T, objective, every)
     folded, kept = None, []
     pieces = ((0, 13), (13, 13), (13, 14), (14, V))
     for piece in pieces:
-        part, logits = KERNELS.linear_terms(linear(*piece), objective.sums, keep_logits)
+        part, logits = linear_rows.terms(KERNELS, linear(*piece), objective.sums, keep_logits)
         kept.append(logits)
         folded = part if folded is None else combine(torch, folded, part)
     for got, wanted in zip(folded, whole, strict=True):
@@ -71,7 +71,7 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
     assert [x.numel() for x in kept] == [40 * (stop - start) * keep_logits for start, stop in pieces]
     coefficients = objective.coefficients(torch, whole, [upstream_T])
     found = [
-        KERNELS.linear_grads(linear(*piece), whole, coefficients, every, logits)
+        linear_rows.grads(KERNELS, linear(*piece), whole, coefficients, every, logits)
         for piece, logits in zip(pieces, kept, strict=True)
     ]
     torch.testing.assert_close(sum(x.hidden_TH for x in found), grads.hidden_TH, rtol=1e-4, atol=1e-5)
@@ -84,12 +84,12 @@ def test_no_more_logits_are_kept_than_a_block_may_have():
     h_TH, w_VH, labels_T = torch.randn(40, H), torch.randn(50, H), torch.randint(0, 50, (40,))
     for block_tokens, kept in ((0, True), (39, False), (40, True)):
         linear = Linear(h_TH, w_VH, labels_T, 0, 0.0, torch.float32, block_tokens=block_tokens)
-        assert KERNELS.linear_terms(linear, Sums(), True)[1].numel() == (40 * 50 if kept else 0)
+        assert linear_rows.terms(KERNELS, linear, Sums(), True)[1].numel() == (40 * 50 if kept else 0)
 
 
 def test_no_token_and_no_class():
     linear = Linear(torch.randn(2, H), torch.empty(0, H), torch.tensor([0, 1]), 5, 0.0, torch.float32)
-    empty = KERNELS.linear_terms(linear, Sums(), True)[0]
+    empty = linear_rows.terms(KERNELS, linear, Sums(), True)[0]
     assert [x if x is None else x.tolist() for x in empty] == [
         [-torch.inf] * 2,
         [0.0] * 2,
@@ -98,7 +98,9 @@ def test_no_token_and_no_class():
         None,
     ]
     linear = Linear(torch.empty(0, H), torch.randn(4, H), torch.empty(0, dtype=torch.int64), 0, 0.0, torch.float32)
-    terms, grads = KERNELS.linear_terms_and_grads(linear, torch.empty(0), CrossEntropy(4), Wanted(True, True, True))
+    terms, grads = linear_rows.terms_and_grads(
+        KERNELS, linear, torch.empty(0), CrossEntropy(4), Wanted(True, True, True)
+    )
     assert terms.m.shape == (0,)
     assert grads.hidden_TH.shape == (0, H)
     assert torch.equal(grads.weight_VH, torch.zeros(4, H))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loss_core_torch.kernels import HeadSizes
 from loss_core_torch.kernels.eager.sizes import SIZES
 
 CPU = torch.device("cpu")
@@ -17,11 +18,27 @@ def test_a_block_of_rows_keeps_to_its_budget(vocab):
 def test_a_block_holds_one_row_at_least():
     assert SIZES.block_rows(1 << 24, CPU) == 1
     assert SIZES.block_rows(0, CPU) == SIZES.elements_cpu
-    assert SIZES.tile_columns(0, CPU) == 1
+
+
+def _head(num_tokens, vocab, hidden):
+    return HeadSizes(num_tokens, vocab, hidden, 4, 0, 0, CPU)
 
 
 @pytest.mark.parametrize(("hidden", "mebibytes"), [(64, 48), (512, 48), (1024, 96), (4096, 384), (65536, 512)])
 def test_a_block_of_a_large_vocabulary_keeps_to_its_budget(hidden, mebibytes):
-    tokens = SIZES.linear_tokens(128256, hidden, CPU, 4)
-    assert tokens > 64
+    tokens, logits_tokens, classes = SIZES.chunks(_head(8192, 128256, hidden))
+    assert logits_tokens == tokens > 64
+    assert classes == 128256
     assert tokens * 128256 * 4 <= mebibytes << 20 < (tokens + 32) * 128256 * 4
+
+
+def test_tiles_have_all_tokens_and_the_classes_of_a_product():
+    assert SIZES.tiles(_head(8192, 128256, 512), together=False) == (8192, 1024, 1536)
+    assert SIZES.tiles(_head(10, 100, 512), together=False) == (10, 10, 100)
+    assert SIZES.tiles(_head(10, 0, 512), together=False).classes == 1
+
+
+def test_logits_are_kept_together_where_they_fit_a_block():
+    assert SIZES.tiles(_head(300, 32000, 512), together=True) == (300, 300, 32000)
+    assert SIZES.tiles(_head(300, 32000, 512), together=False).classes == 1536
+    assert SIZES.tiles(_head(3000, 32000, 512), together=True).classes == 1536

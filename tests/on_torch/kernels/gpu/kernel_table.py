@@ -42,6 +42,7 @@ from loss_core_torch.kernels import (
     Rows,
     Wanted,
     linear_pairs,
+    linear_rows,
 )
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher
@@ -279,10 +280,10 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
         (30.0, CrossEntropy(len(weight), 0.1)),
     ):
         linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype)
-        kernels.linear_terms_and_grads(linear, coef_T, objective, Wanted(True, True))
-        terms, logits = kernels.linear_terms(linear, objective.sums, True)
+        linear_rows.terms_and_grads(kernels, linear, coef_T, objective, Wanted(True, True))
+        terms, logits = linear_rows.terms(kernels, linear, objective.sums, True)
         coefficients = Coefficients(coef_T, coef_T, coef_T if objective.sums.z_sum else None)
-        kernels.linear_grads(linear, terms, coefficients, Wanted(True, True), logits)
+        linear_rows.grads(kernels, linear, terms, coefficients, Wanted(True, True), logits)
     kernels.scaled(torch.empty(weight.shape, dtype=coef_T.dtype, device="meta"), coef_T.sum(), weight.dtype)
 
 

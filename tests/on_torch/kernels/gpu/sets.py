@@ -2,6 +2,7 @@
 
 import torch
 
+from loss_core_torch.kernels import Blocks
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
 from loss_core_torch.kernels.gpu.launch import Launcher, start
 
@@ -12,17 +13,17 @@ V = 37
 TINY = sizes.LaunchParameters(block_v=16, vector=4, num_warps=1)
 
 
-def tiny_chunks(num_tokens, vocab, logit_bytes, grad_bytes, rounded_bytes):
-    return (4, 2) if grad_bytes != logit_bytes else (4, 4)
+def tiny_chunks(sizes):
+    return Blocks(4, 2 if sizes.beside_bytes else 4, sizes.vocab)
 
 
-def tiny_tiles(*_):
-    return 20, 2
+def tiny_tiles(sizes, together):
+    return Blocks(sizes.num_tokens, 2, 20)
 
 
 SETS = {
     "own-sizes": GpuKernels(),
-    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunk_tokens=tiny_chunks, tiles=tiny_tiles)),
+    "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunks=tiny_chunks, tiles=tiny_tiles)),
 }
 
 

@@ -11,6 +11,7 @@ if sys.platform != "linux":
 
 from loss_core import BackendUnavailable, MaskedCrossEntropyConfig
 from loss_core.dispatch.flags import flag_status
+from loss_core_torch.kernels import HeadSizes
 from loss_core_torch.kernels.gpu import products, sizes
 from loss_core_torch.kernels.gpu.launch import Layout, alike, check_device, columns, layout
 from on_torch.kernels.gpu.sets import TINY
@@ -33,38 +34,54 @@ def test_a_launch_on_a_cpu_says_what_to_use():
     check_device(torch.device("cuda"), interpreted=False)
 
 
+def _sizes(num_tokens, vocab, beside_bytes, rounded_bytes=0):
+    return HeadSizes(num_tokens, vocab, 4096, 4, beside_bytes, rounded_bytes, torch.device("cuda"))
+
+
+def _chunks(*args):
+    blocks = sizes.chunks(_sizes(*args))
+    assert blocks.classes == args[1]
+    return blocks[:2]
+
+
+def _tiles(num_tokens, vocab, beside_bytes, together=False):
+    tokens, logits_tokens, classes = sizes.tiles(_sizes(num_tokens, vocab, beside_bytes), together)
+    assert tokens == num_tokens
+    return classes, logits_tokens
+
+
 def test_chunks_are_few_equal_and_within_the_budget():
     # Logits in float32 beside their gradient in bfloat16: in what a weight of 4096 x 152k x 2 bytes takes for both.
-    chunk, logits = sizes.chunk_tokens(8192, 151936, 4, 2, 4096 * 151936 * 2)
+    chunk, logits = _chunks(8192, 151936, 2, 4096 * 151936 * 2)
     assert (chunk, logits) == (2816, 512)
     assert (chunk * 2 + logits * 4) <= 4096 * 2
     # A float32 weight, or none that wants a gradient, frees no memory: 1 GiB.
-    chunk, logits = sizes.chunk_tokens(8192, 151936, 4, 2)
+    chunk, logits = _chunks(8192, 151936, 2)
     assert 151936 * (chunk * 2 + logits * 4) <= 1 << 30
     # Over the logits: 1 GiB.
-    assert sizes.chunk_tokens(8192, 128256, 4, 4, 1 << 34) == (2048, 2048)
-    assert sizes.chunk_tokens(1000, 100, 4, 4) == (1000, 1000)
-    assert sizes.chunk_tokens(2000, 10**9, 4, 4) == (128, 128)
-    assert sizes.chunk_tokens(2000, 10**9, 4, 2) == (128, 128)
-    assert sizes.chunk_tokens(0, 100, 4, 2) == (0, 0)
+    assert _chunks(8192, 128256, 0, 1 << 34) == (2048, 2048)
+    assert _chunks(1000, 100, 0) == (1000, 1000)
+    assert _chunks(2000, 10**9, 0) == (128, 128)
+    assert _chunks(2000, 10**9, 2) == (128, 128)
+    assert _chunks(0, 100, 2) == (0, 0)
     for tokens in (1500, 3000, 10000):
-        chunk, logits = sizes.chunk_tokens(tokens, 128256, 4, 2)
+        chunk, logits = _chunks(tokens, 128256, 2)
         assert 128256 * (chunk * 2 + logits * 4) <= 1 << 30
         assert chunk % 128 == 0 or chunk == tokens
 
 
 def test_tiles_are_wide_and_their_logits_small():
-    columns, tokens = sizes.tiles(4096, 131072, 4, 2)
+    columns, tokens = _tiles(4096, 131072, 2)
     assert (columns, tokens) == (32768, 1024)
     assert 4096 * columns * 2 <= 256 << 20
     assert tokens * columns * 4 <= 128 << 20
     # Over the logits, which then exist for all tokens.
-    assert sizes.tiles(4096, 131072, 4, 4) == (16384, 4096)
+    assert _tiles(4096, 131072, 0) == (16384, 4096)
     # Kept for a second visit, they exist together with their gradient.
-    assert sizes.tiles(8192, 16032, 4, 2, True) == (16032, 8192)
-    assert sizes.tiles(8192, 128256, 4, 2, True) == sizes.tiles(8192, 128256, 4, 2)
-    assert sizes.tiles(1 << 20, 128256, 4, 2) == (1024, 32768)
-    assert sizes.tiles(0, 100, 4, 2) == (100, 0)
+    assert _tiles(8192, 16032, 2, True) == (16032, 8192)
+    assert _tiles(8192, 128256, 2, True) == _tiles(8192, 128256, 2)
+    assert _tiles(1 << 20, 128256, 2) == (1024, 32768)
+    assert _tiles(0, 100, 2) == (100, 0)
 
 
 def test_a_torch_that_adds_nothing_to_float32_multiplies_in_float32(monkeypatch):

@@ -1,18 +1,35 @@
-"""Fused linear cross entropy of the Triton kernels against float64, in Triton's interpreter."""
+"""Logits of a head that are never held whole, around eager and Triton kernels, against float64.
+
+Triton's run in its interpreter.
+"""
 
 import pytest
 import torch
 
 from helpers.largest_tensor import LargestTensor
 from loss_core.row_terms import CrossEntropy, Sums, TopK
+from loss_core_torch import operators
 from loss_core_torch.kernels import Linear, Wanted
+from loss_core_torch.kernels.eager import EagerKernels
+from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.gpu import GpuKernels
 from loss_core_torch.kernels.gpu.launch import Launcher, start
 from loss_core_torch.kernels.terms import kept_coefficients
-from on_torch.kernels.gpu.sets import SETS, V, counted, tiny_chunks, tiny_tiles
+from on_torch.kernels.gpu.sets import SETS as TRITON
+from on_torch.kernels.gpu.sets import V, counted, tiny_chunks, tiny_tiles
 
-pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
-each_set = pytest.mark.parametrize("name", ["own-sizes", "tiny-blocks"])
+SETS = TRITON | {
+    "eager": EagerKernels(),
+    # Two products a tile, three tokens a block; rows of a block one by one.
+    "eager-tiny": EagerKernels(
+        Sizes(elements_cpu=V, logits_bytes_cpu=0, min_tokens=3, max_tokens=3, tile_columns_cpu=20)
+    ),
+}
+each_set = pytest.mark.parametrize(
+    ("flag", "name"),
+    [("torch:triton", name) for name in TRITON] + [("torch:eager", "eager"), ("torch:eager", "eager-tiny")],
+)
+triton = pytest.mark.parametrize("flag", ["torch:triton"])
 H = 8
 BOTH, OBJECTIVE = Wanted(True, True), CrossEntropy(V)
 
@@ -35,12 +52,12 @@ def _expected(linear, coef_T):
 def _both_ways(kernels, linear, coef_T, smoothing=0.0):
     """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
     objective = CrossEntropy(V, smoothing)
-    terms, grads = kernels.linear_terms_and_grads(linear, coef_T, objective, BOTH)
+    terms, grads = operators.linear_terms_and_grads(kernels, linear, coef_T, objective, BOTH)
     yield terms, *grads[:2]
     for keep_logits in (False, True):
-        terms, logits = kernels.linear_terms(linear, objective.sums, keep_logits)
+        terms, logits = operators.linear_terms(kernels, linear, objective.sums, keep_logits)
         coefficients = _coefficients(terms, coef_T, objective)
-        yield terms, *kernels.linear_grads(linear, terms, coefficients, BOTH, logits)[:2]
+        yield terms, *operators.linear_grads(kernels, linear, terms, coefficients, BOTH, logits)[:2]
 
 
 def _coefficients(terms, coef_T, objective=OBJECTIVE):
@@ -83,8 +100,8 @@ def test_a_bias(flag, name):
     loss_T = torch.nn.functional.cross_entropy(z_TV, linear.labels_T, reduction="none")
     expected = torch.autograd.grad(loss_T @ coef_T.double(), (h, w, b))
     every = Wanted(True, True, True)
-    terms, at_once = SETS[name].linear_terms_and_grads(linear, coef_T, OBJECTIVE, every)
-    later = SETS[name].linear_grads(linear, terms, _coefficients(terms, coef_T), every, torch.empty(0))
+    terms, at_once = operators.linear_terms_and_grads(SETS[name], linear, coef_T, OBJECTIVE, every)
+    later = operators.linear_grads(SETS[name], linear, terms, _coefficients(terms, coef_T), every, torch.empty(0))
     for found in (at_once, later):
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
@@ -94,12 +111,11 @@ def test_a_bias(flag, name):
 def test_a_part_of_the_vocabulary(flag, name):
     whole, coef_T = _linear(), torch.randn(5)
     _, grad_h, grad_w = _expected(whole, coef_T)
-    terms, _ = SETS[name].linear_terms(whole, Sums(), False)
+    terms, _ = operators.linear_terms(SETS[name], whole, Sums(), False)
     part = whole._replace(w_VH=whole.w_VH[20:], vocab_start=20)
     rest = whole._replace(w_VH=whole.w_VH[:20])
-    found = [
-        SETS[name].linear_grads(x, terms, _coefficients(terms, coef_T), BOTH, torch.empty(0)) for x in (rest, part)
-    ]
+    coefficients, again = _coefficients(terms, coef_T), torch.empty(0)
+    found = [operators.linear_grads(SETS[name], x, terms, coefficients, BOTH, again) for x in (rest, part)]
     torch.testing.assert_close((found[0][0] + found[1][0]).double(), grad_h, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]).double(), grad_w, rtol=1e-4, atol=1e-5)
 
@@ -125,7 +141,7 @@ def test_a_coefficient_of_zero_gives_exact_zeros_beside_a_teacher(flag, name):
     linear.h_TH.zero_()
     for row in (1, 4):  # a target, and another class
         linear.w_VH[row] = torch.inf
-    _, grads = SETS[name].linear_terms_and_grads(linear, torch.zeros(5), teacher, BOTH)
+    _, grads = operators.linear_terms_and_grads(SETS[name], linear, torch.zeros(5), teacher, BOTH)
     assert not grads.weight_VH.any()
 
 
@@ -134,8 +150,8 @@ def test_a_coefficient_of_zero_gives_exact_zeros_beside_a_teacher(flag, name):
 def test_what_is_not_wanted_is_empty(flag, name, want):
     linear, coef_T = _linear(), torch.randn(5)
     expected = _expected(linear, coef_T)[1:]
-    terms, found = SETS[name].linear_terms_and_grads(linear, coef_T, OBJECTIVE, want)
-    again = SETS[name].linear_grads(linear, terms, _coefficients(terms, coef_T), want, torch.empty(0))
+    terms, found = operators.linear_terms_and_grads(SETS[name], linear, coef_T, OBJECTIVE, want)
+    again = operators.linear_grads(SETS[name], linear, terms, _coefficients(terms, coef_T), want, torch.empty(0))
     for made in (found, again):
         assert made.bias_V.numel() == 0
         for got, right, wanted in zip(made[:2], expected, want[:2], strict=True):
@@ -145,13 +161,15 @@ def test_what_is_not_wanted_is_empty(flag, name, want):
                 assert got.numel() == 0
 
 
+@triton
 def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
-    for name, kept in (("own-sizes", True), ("tiny-blocks", False)):
-        _, logits = SETS[name].linear_terms(_linear(), Sums(), True)
+    for name, kept in (("own-sizes", True), ("tiny-blocks", False), ("eager", True), ("eager-tiny", False)):
+        _, logits = operators.linear_terms(SETS[name], _linear(), Sums(), True)
         assert bool(logits.numel()) == kept
-        assert SETS[name].linear_terms(_linear(), Sums(), False)[1].numel() == 0
+        assert operators.linear_terms(SETS[name], _linear(), Sums(), False)[1].numel() == 0
 
 
+@triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag, dtype):
     # Operands as on a GPU, so that a gradient of 16 bits has memory of its own. Two rows of logits are as large as the
@@ -177,12 +195,11 @@ def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag
     assert max(rows) == 2
 
 
+@triton
 def test_operands_of_16_bits_and_small_coefficients(flag):
     """As on a GPU. A large count divides what float16 has to hold; small probabilities must not be lost."""
     for dtype in (torch.bfloat16, torch.float16):
-        kernels, _ = counted(
-            operand_dtype=lambda product_dtype, _: product_dtype, chunk_tokens=tiny_chunks, tiles=tiny_tiles
-        )
+        kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype, chunks=tiny_chunks, tiles=tiny_tiles)
         narrow, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
         _, *grads = _expected(narrow, coef_T)
         step = torch.finfo(dtype).eps
@@ -195,6 +212,7 @@ def test_operands_of_16_bits_and_small_coefficients(flag):
                     torch.testing.assert_close(got.double(), expected, **tolerance)
 
 
+@triton
 def test_probabilities_that_float16_would_lose(flag):
     """On a GPU, a weight's gradient of 1e-5 was off by 5e-7: probabilities below 6e-5 keep few bits in float16."""
     kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype)
@@ -211,6 +229,21 @@ def test_probabilities_that_float16_would_lose(flag):
         assert error.max() < 2**-9
 
 
+@triton
+def test_a_gradient_that_is_larger_than_its_coefficient_fits_float16(flag):
+    """With z_loss by 1 + 2 z_loss lse; the largest number of float16 is 65,504."""
+    kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype)
+    linear, coef_T = _linear(dtype=torch.float16, scale=4.0), torch.ones(5)
+    objective = CrossEntropy(V, z_loss=1000.0)
+    h, w = (x.double().requires_grad_() for x in (linear.h_TH, linear.w_VH))
+    lse_T = (h @ w.T).logsumexp(-1)
+    expected = torch.autograd.grad((lse_T + 1000.0 * lse_T.square()).sum(), (h, w))
+    _, grads = operators.linear_terms_and_grads(kernels, linear, coef_T, objective, BOTH)
+    for got, wanted in zip(grads, expected, strict=False):
+        assert (got.double() - wanted).norm() < 2**-9 * wanted.norm()
+
+
+@triton
 def test_scaled_is_rounded_once(flag):
     grad, factor = torch.randn(3, 1000), torch.tensor(1 / 3)
     for kernels in SETS.values():
@@ -220,22 +253,24 @@ def test_scaled_is_rounded_once(flag):
             assert kernels.scaled(grad.new_empty(0), factor, dtype).shape == (0,)
 
 
+@triton
 def test_memory_that_rounding_needs_later_is_used_before(flag):
     """Only where the gradient of the weight is wanted, and rounded."""
     asked = []
 
-    def chunk_tokens(*args):
-        asked.append(args[4])
-        return tiny_chunks(*args)
+    def chunks(sizes):
+        asked.append(sizes.rounded_bytes)
+        return tiny_chunks(sizes)
 
-    kernels, _ = counted(chunk_tokens=chunk_tokens)
+    kernels, _ = counted(chunks=chunks)
     narrow = _linear(dtype=torch.bfloat16)
     wide = narrow._replace(w_VH=narrow.w_VH.float())
     for linear, want in ((narrow, BOTH), (narrow, Wanted(True, False)), (wide, BOTH)):
-        kernels.linear_terms_and_grads(linear, torch.ones(5), OBJECTIVE, want)
+        operators.linear_terms_and_grads(kernels, linear, torch.ones(5), OBJECTIVE, want)
     assert asked == [V * H * 2, 0, 0]
 
 
+@triton
 def test_no_tokens_and_no_vocabulary(flag):
     for linear in (_linear(0), _linear()._replace(w_VH=torch.empty(0, H))):
         num_tokens = len(linear.h_TH)
@@ -245,6 +280,7 @@ def test_no_tokens_and_no_vocabulary(flag):
             assert torch.equal(grad_w, torch.zeros(linear.w_VH.shape))
 
 
+@triton
 def test_products_are_full_float32_whatever_the_switches_say(flag):
     linear, coef_T = _linear(), torch.randn(5)
     expected = list(_both_ways(SETS["own-sizes"], linear, coef_T))
@@ -260,6 +296,7 @@ def test_products_are_full_float32_whatever_the_switches_say(flag):
         assert torch.equal(want[2], got[2])
 
 
+@triton
 def test_products_into_16_bits_are_added_up_in_float32(flag):
     """A product into bfloat16 that the vendor's library splits would add its parts in bfloat16 otherwise."""
     matmul = torch.backends.cuda.matmul
@@ -271,9 +308,14 @@ def test_products_into_16_bits_are_added_up_in_float32(flag):
         start(kernel, *args, **options)
 
     kernels, linear = GpuKernels(Launcher(start=start_and_look)), _linear(dtype=torch.bfloat16)
-    terms, _ = kernels.linear_terms(linear, Sums(), False)
+    terms, _ = operators.linear_terms(kernels, linear, Sums(), False)
     seen.clear()
-    kernels.linear_grads(linear, terms, _coefficients(terms, torch.ones(5)), BOTH, torch.empty(0))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        operators.linear_grads(kernels, linear, terms, _coefficients(terms, torch.ones(5)), BOTH, torch.empty(0))
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert seen
     assert not any(seen)
     assert all(getattr(matmul, name) for name in names)

@@ -1,0 +1,108 @@
+"""A head's logits, and its gradients summed over blocks: either library of products, any tiles, any order of blocks."""
+
+import pytest
+import torch
+
+from loss_core_torch import compat
+from loss_core_torch.kernels import Wanted
+from loss_core_torch.kernels.eager import EagerKernels
+from loss_core_torch.kernels.eager.products import Products
+from loss_core_torch.kernels.heads import Head, HeadGrads, slices
+
+# Three products of 16 classes, the last one of 5.
+T, H, V = 10, 7, 2 * 16 + 5
+EVERY = Wanted(True, True, True)
+
+
+class _ByLibrary(EagerKernels):
+    def __init__(self, by_onednn):
+        super().__init__()
+        self._by_onednn = by_onednn
+
+    def products(self, operand_dtype, device):
+        return Products(operand_dtype, device, self._by_onednn, columns=16)
+
+
+each_library = pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(_ByLibrary(False), id="mkl"),
+        pytest.param(
+            _ByLibrary(True),
+            id="onednn",
+            marks=pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN"),
+        ),
+    ],
+)
+
+
+def _problem(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    h_TH, w_VH, b_V, e_TV = (torch.randn(shape, generator=generator) for shape in ((T, H), (V, H), (V,), (T, V)))
+    return h_TH.to(dtype), w_VH.to(dtype), b_V.to(dtype), e_TV
+
+
+@each_library
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"]
+)
+def test_logits_of_some_tokens(kernels, dtype):
+    h_TH, w_VH, b_V, _ = _problem(dtype)
+    head = Head(kernels, h_TH, w_VH, dtype, b_V)
+    z_BV = torch.full((4, V), torch.nan, dtype=head.dtype)
+    head.make_logits(slice(3, 7), z_BV)
+    expected = h_TH[3:7].double() @ w_VH.double().t() + b_V.double()
+    torch.testing.assert_close(z_BV.double(), expected, rtol=1e-5, atol=1e-5)
+    assert [tile.stop - tile.start for tile, _ in head.tiles()] == [16, 16, 5]
+
+
+def test_operands_are_rounded_to_the_dtype_of_the_products():
+    h_TH, w_VH, *_ = _problem()
+    head = Head(_ByLibrary(False), h_TH, w_VH, torch.bfloat16)
+    assert torch.equal(torch.cat([w_CH for _, w_CH in head.tiles()]), w_VH.bfloat16().float())
+    assert torch.equal(head.h_TH, h_TH.bfloat16().float())
+
+
+@each_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [T, 4])
+@pytest.mark.parametrize("classes", [V, 20])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("factor", [None, 0.25])
+def test_blocks_add_up(kernels, dtype, tokens, classes, rounded, factor):
+    h_TH, w_VH, b_V, e_TV = _problem(dtype)
+    head, scale = Head(kernels, h_TH, w_VH, dtype, b_V), None if factor is None else torch.tensor(factor)
+    grads = HeadGrads(kernels, head, EVERY, rounded=rounded, at_once=tokens == T, factor=scale)
+    for tile in slices(0, V, classes):
+        for at in slices(0, T, tokens):
+            grads.add(head.of_classes(tile), tile, at, e_TV[at, tile])
+    e, times = e_TV.double(), factor or 1.0
+    expected = (e @ w_VH.double() * times, e.t() @ h_TH.double() * times, e.sum(0) * times)
+    found = grads.whole()
+    own = dtype if rounded else torch.float32
+    assert [x.dtype for x in found] == [torch.float32, own, own]
+    for got, wanted in zip(found, expected, strict=True):
+        step = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got.double(), wanted, rtol=8 * step, atol=8 * torch.finfo(torch.float32).eps * 8)
+
+
+@each_library
+@pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True), Wanted(False, False, True)])
+def test_what_is_not_wanted_is_empty(kernels, want):
+    h_TH, w_VH, b_V, e_TV = _problem()
+    head = Head(kernels, h_TH, w_VH, torch.float32, b_V)
+    grads = HeadGrads(kernels, head, want)
+    grads.add(head, slice(0, V), slice(0, T), e_TV)
+    assert [x.numel() > 0 for x in grads.whole()] == list(want)
+
+
+@pytest.mark.parametrize(("tokens", "vocab"), [(0, V), (T, 0)])
+def test_without_tokens_or_classes_gradients_are_zero(tokens, vocab):
+    h_TH, w_VH, b_V, e_TV = _problem()
+    head = Head(EagerKernels(), h_TH[:tokens], w_VH[:vocab], torch.float32, b_V[:vocab])
+    grads = HeadGrads(EagerKernels(), head, EVERY, rounded=True, at_once=True)
+    grads.add(head, slice(0, vocab), slice(0, tokens), e_TV[:tokens, :vocab])
+    by_h, by_w, by_b = grads.whole()
+    assert by_h.equal(torch.zeros(tokens, H))
+    assert by_w.equal(torch.zeros(vocab, H))
+    assert by_b.equal(torch.zeros(vocab))
