@@ -37,7 +37,8 @@ from loss_core.losses.bounds.rounding import (
     sum_growth,
     zero_where_ignored,
 )
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, RandomFields, Recipe, Sizes
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
+from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
 
@@ -232,14 +233,6 @@ OF_TOKENS = (
     Argument("loss_weights", ("T",), optional=True, with_count=True),
 )
 
-# Of both that have all of the teacher's logits.
-RANDOM_FIELDS: RandomFields = {
-    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-    "temperature": lambda rng: float(rng.choice([0.5, 1.0, 2.0, 4.0])),
-    "divergence": lambda rng: str(rng.choice(["forward_kl", "reverse_kl", "jsd"])),
-    "beta": lambda rng: float(rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])),
-}
-
 _REVERSE: dict[str, Any] = {"divergence": "reverse_kl"}
 _JSD: dict[str, Any] = {"divergence": "jsd"}
 
@@ -286,11 +279,7 @@ DEFINITION = LossDef(
     error_bound,
     RECIPES,
     draw=near_logits,
-    random_fields={
-        **RANDOM_FIELDS,
-        "chunk_size": lambda rng: int(rng.choice([0, 1, 3])),
-        "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
-    },
+    random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",
     row_numbers=5,
 )

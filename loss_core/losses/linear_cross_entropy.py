@@ -13,24 +13,15 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import TANH_ULPS, through_softcap
-from loss_core.losses.cross_entropy import (
-    COUNT,
-    RANDOM_FIELDS,
-    logits_errors,
-    reduction_of,
-    softcap,
-    token_cross_entropy,
-)
-from loss_core.losses.cross_entropy import oracle as oracle_of_logits
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Oracle, Recipe
-from loss_core.losses.heads import Head, over_heads
-from loss_core.losses.lower import lower_products
-from loss_core.losses.metrics import results_of, upstream_of_loss
+from loss_core.losses.cross_entropy import COUNT, logits_errors, reduction_of, softcap, token_cross_entropy
+from loss_core.losses.cross_entropy import DEFINITION as OVER_LOGITS
+from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, Recipe
+from loss_core.losses.fused import behind_heads
+from loss_core.losses.heads import Head
+from loss_core.losses.metrics import upstream_of_loss
 from loss_core.losses.reduction import TokenResult, times_rows
 
 HEADS = (Head("hidden_states", "lm_weight", "logits"),)
-
-oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
 
 
 def sampled_rows(
@@ -95,9 +86,11 @@ RECIPES = (
     ),
 )
 
-DEFINITION = LossDef(
-    "linear_cross_entropy",
-    (
+DEFINITION = behind_heads(
+    OVER_LOGITS,
+    HEADS,
+    name="linear_cross_entropy",
+    arguments=(
         Argument("hidden_states", ("T", "H")),
         Argument("lm_weight", ("V", "H")),
         LABELS,
@@ -106,12 +99,7 @@ DEFINITION = LossDef(
         Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
         BIAS,
     ),
-    oracle,
-    error_bound,
-    RECIPES,
-    random_fields={**RANDOM_FIELDS, "chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
-    products=1,
-    lower=lower_products(oracle_of_logits, HEADS),
-    results=results_of,
+    error_bound=error_bound,
+    recipes=RECIPES,
     sampled_rows=sampled_rows,
 )

@@ -29,8 +29,9 @@ from loss_core.losses.bounds.rounding import (
     through_softcap,
     zero_where_ignored,
 )
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
 from loss_core.losses.cross_entropy import softcap
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, RandomFields, Recipe
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe
 from loss_core.losses.reduction import kept_rows, kept_tokens
 
 
@@ -172,13 +173,6 @@ RECIPES = (
            change=_temperatures, extras=("upstream",)),
     Recipe("entropy-minus-inf", "0 times -inf in the entropy", {"entropy": True}, scale=1e4, extras=("upstream",)),
 )  # fmt: skip
-
-RANDOM_FIELDS: RandomFields = {
-    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-    "temperature": lambda rng: float(rng.choice([0.5, 1.0, 1.0, 4.0])),
-    "logit_softcapping": lambda rng: float(rng.choice([0.0, 0.0, 3.0, 30.0])),
-    "entropy": lambda rng: bool(rng.random() < 0.7),
-}
 
 DEFINITION = LossDef(
     "log_probs",

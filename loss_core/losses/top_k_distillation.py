@@ -38,7 +38,8 @@ from loss_core.losses.bounds.rounding import (
     through_softcap,
     zero_where_ignored,
 )
-from loss_core.losses.cases.top_k import RANDOM_FIELDS, RECIPES, draw_indices, draw_logprobs, near_student
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
+from loss_core.losses.cases.top_k import RECIPES, draw_indices, draw_logprobs, near_student
 from loss_core.losses.cross_entropy import softcap
 from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef
 from loss_core.losses.distillation import OF_TOKENS, reduction_of
