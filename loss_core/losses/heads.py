@@ -20,12 +20,14 @@ class Head(NamedTuple):
 
     Attributes:
         logits: name of the product in the loss over logits.
+        dim: "H", or "H_t" for a hidden size of its own.
     """
 
     hidden: str
     weight: str
     logits: str
     bias: str = "lm_bias"
+    dim: str = "H"
 
 
 class Products(NamedTuple):

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import TANH_ULPS, through_softcap
-from loss_core.losses.cross_entropy import COUNT, logits_errors, reduction_of, softcap, token_cross_entropy
 from loss_core.losses.cross_entropy import DEFINITION as OVER_LOGITS
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, Recipe
-from loss_core.losses.fused import behind_heads
+from loss_core.losses.cross_entropy import logits_errors, reduction_of, softcap, token_cross_entropy
+from loss_core.losses.definition import Argument, Arrays, Floats, Recipe
+from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
 from loss_core.losses.heads import Head
 from loss_core.losses.metrics import upstream_of_loss
 from loss_core.losses.reduction import TokenResult, times_rows
@@ -69,10 +69,6 @@ def error_bound(
     return result | product_errors(arrays, expected, dz_TV, err_dz_TV, expected.reduction.keep_T, dtype, product_dtype)
 
 
-# Of every loss with a head of its own.
-BIAS = Argument("lm_bias", ("V",), optional=True)
-BIAS_RECIPE = Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))
-
 RECIPES = (
     BIAS_RECIPE,
     Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
@@ -89,16 +85,9 @@ RECIPES = (
 DEFINITION = behind_heads(
     OVER_LOGITS,
     HEADS,
+    Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
+    BIAS,
     name="linear_cross_entropy",
-    arguments=(
-        Argument("hidden_states", ("T", "H")),
-        Argument("lm_weight", ("V", "H")),
-        LABELS,
-        COUNT,
-        LOSS_WEIGHTS,
-        Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
-        BIAS,
-    ),
     error_bound=error_bound,
     recipes=RECIPES,
     sampled_rows=sampled_rows,

@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import SoftmaxErrors, finite, result_errors
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
+from loss_core.losses.definition import Arrays, Floats, LossDef, Recipe, Sizes
 from loss_core.losses.distillation import DEFINITION as OVER_LOGITS
-from loss_core.losses.distillation import OF_TOKENS, beta_of, divergence_errors, side, token_divergence
+from loss_core.losses.distillation import beta_of, divergence_errors, side, token_divergence
 from loss_core.losses.fused import behind_heads
 from loss_core.losses.heads import Head
 from loss_core.losses.reduction import TokenResult, times_rows
 
 _SIDES = ("student_", "teacher_")
 
-HEADS = tuple(Head(f"{of}hidden_states", f"{of}lm_weight", f"{of}logits") for of in _SIDES)
+HEADS = tuple(
+    Head(f"{of}hidden_states", f"{of}lm_weight", f"{of}logits", dim=dim)
+    for of, dim in zip(_SIDES, ("H", "H_t"), strict=True)
+)
 
 
 def error_bound(
@@ -139,17 +142,5 @@ RECIPES = (
 )
 
 DEFINITION = behind_heads(
-    OVER_LOGITS,
-    HEADS,
-    name="linear_distillation",
-    arguments=(
-        Argument("student_hidden_states", ("T", "H")),
-        Argument("student_lm_weight", ("V", "H")),
-        Argument("teacher_hidden_states", ("T", "H_t"), trained=False),
-        Argument("teacher_lm_weight", ("V", "H_t"), trained=False),
-        *OF_TOKENS,
-    ),
-    error_bound=error_bound,
-    recipes=RECIPES,
-    draw=near_heads,
+    OVER_LOGITS, HEADS, name="linear_distillation", error_bound=error_bound, recipes=RECIPES, draw=near_heads
 )

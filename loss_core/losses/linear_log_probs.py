@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, stored
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, OracleResult
-from loss_core.losses.fused import behind_heads
-from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE, HEADS
+from loss_core.losses.definition import Arrays, Floats, OracleResult
+from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
+from loss_core.losses.linear_cross_entropy import HEADS
 from loss_core.losses.log_probs import DEFINITION as OVER_LOGITS
-from loss_core.losses.log_probs import RECIPES, TEMPERATURE, of_tokens, reshaped, token_errors
+from loss_core.losses.log_probs import RECIPES, of_tokens, reshaped, token_errors
 from loss_core.losses.reduction import kept_tokens
 
 
@@ -33,10 +33,5 @@ def error_bound(
 
 
 DEFINITION = behind_heads(
-    OVER_LOGITS,
-    HEADS,
-    name="linear_log_probs",
-    arguments=(Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS, TEMPERATURE, BIAS),
-    error_bound=error_bound,
-    recipes=(*RECIPES, BIAS_RECIPE),
+    OVER_LOGITS, HEADS, BIAS, name="linear_log_probs", error_bound=error_bound, recipes=(*RECIPES, BIAS_RECIPE)
 )

@@ -13,14 +13,12 @@ from loss_core.dtypes import compute_format, float_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, result_errors, stored, zero_where_ignored
 from loss_core.losses.cases.top_k import RECIPES, of_teacher
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Sizes, draw_floats
-from loss_core.losses.distillation import OF_TOKENS
-from loss_core.losses.fused import behind_heads
+from loss_core.losses.definition import Arrays, Floats, LossDef, Sizes, draw_floats
+from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
 from loss_core.losses.heads import Head
-from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE
 from loss_core.losses.reduction import TokenResult, times_rows
 from loss_core.losses.top_k_distillation import DEFINITION as OVER_LOGITS
-from loss_core.losses.top_k_distillation import TEACHER, of_tokens, teacher_of, token_errors, with_coefficient
+from loss_core.losses.top_k_distillation import of_tokens, teacher_of, token_errors, with_coefficient
 
 HEADS = (Head("hidden_states", "lm_weight", "student_logits"),)
 
@@ -53,14 +51,8 @@ def draw(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generat
 DEFINITION = behind_heads(
     OVER_LOGITS,
     HEADS,
+    BIAS,
     name="linear_top_k_distillation",
-    arguments=(
-        Argument("hidden_states", ("T", "H")),
-        Argument("lm_weight", ("V", "H")),
-        *TEACHER,
-        *OF_TOKENS,
-        BIAS,
-    ),
     error_bound=error_bound,
     recipes=(*RECIPES, BIAS_RECIPE),
     draw=draw,
