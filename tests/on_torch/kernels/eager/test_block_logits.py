@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from loss_core.row_terms import CrossEntropy, LogProbability, Sums
-from loss_core_torch import compat
 from loss_core_torch.kernels.eager.block_logits import BlockLogits, BlockRows, Tiles
 from loss_core_torch.kernels.eager.products import Products
 from loss_core_torch.kernels.eager.sizes import Sizes
@@ -12,15 +11,6 @@ from loss_core_torch.kernels.eager.sizes import Sizes
 # B = 5 tokens; three tiles of 16 classes, the last one of 5.
 B, H, V = 5, 7, 2 * 16 + 5
 SIZES = Sizes(tile_columns_cpu=16)
-
-LIBRARIES = [
-    pytest.param(False, id="mkl"),
-    pytest.param(
-        True,
-        id="onednn",
-        marks=pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN"),
-    ),
-]
 
 
 def _block(by_onednn, softcap, dtype=torch.float32, temperature=None):
@@ -52,7 +42,6 @@ def _exact(h_BH, w_VH, rows, softcap, upstream_B, upstream_e_B):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("temperature", [None, 2.0])
 @pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("by_onednn", LIBRARIES)
 def test_terms_and_gradients_are_those_of_float64(by_onednn, softcap, temperature, with_entropy):
     logits, h_BH, w_VH, rows = _block(by_onednn, softcap, temperature=temperature)
     upstream_B, upstream_e_B = torch.linspace(-1.0, 2.0, B), torch.linspace(1.0, 0.5, B) * with_entropy
