@@ -38,6 +38,7 @@ from loss_core.losses.definition import (
     Floats,
     LossDef,
     Oracle,
+    Upstream,
 )
 from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
@@ -106,7 +107,7 @@ def over_logits(token_loss: TokenLoss) -> Oracle[TokenResult]:
     cross entropy.
     """
 
-    def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+    def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
         reduction = reduction_of(config, arrays)
         keep_T, logits = reduction.keep_T, arrays["logits"]
         z_TV, slope_TV = softcap(kept_rows(logits, keep_T), _option(config, "logit_softcapping"))
@@ -126,7 +127,7 @@ oracle: Oracle[TokenResult] = over_logits(token_cross_entropy)
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """Rounding of the softcap, the softmax, of each token's loss, of the sum, and of the stored results."""
     raw_TV, cap = kept_rows(arrays["logits"], expected.reduction.keep_T), _option(config, "logit_softcapping")
@@ -147,7 +148,7 @@ def logits_errors(
     arrays: Arrays,
     expected: TokenResult,
     dtype: str,
-    upstream: NDArray[Any] | None,
+    upstream: Upstream,
 ) -> tuple[dict[str, Floats], Floats, Floats]:
     """What holds for any cross entropy of logits z, which are off by err_z.
 

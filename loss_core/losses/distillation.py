@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.losses.bounds.rounding import (
@@ -38,11 +37,11 @@ from loss_core.losses.bounds.rounding import (
     zero_where_ignored,
 )
 from loss_core.losses.cases.random_fields import RANDOM_FIELDS
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes
+from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes, Upstream
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
     """Loss, and the gradients of both logits and of the weights. Labels only say which tokens are ignored."""
     shape, temp = np.shape(arrays["student_logits"]), float(config.temperature)
     reduction = reduction_of(config, arrays)
@@ -98,7 +97,7 @@ def _kl(p_TV: Floats, log_ratio_TV: Floats) -> tuple[Floats, Floats]:
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """Rounding of the divergence, of its derivatives, of the sum, and of the stored results."""
     fmt, inner, temp = float_format(dtype), compute_format(dtype), float(config.temperature)

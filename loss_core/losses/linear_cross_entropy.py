@@ -15,7 +15,7 @@ from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import TANH_ULPS, through_softcap
 from loss_core.losses.cross_entropy import DEFINITION as OVER_LOGITS
 from loss_core.losses.cross_entropy import logits_errors, reduction_of, softcap, token_cross_entropy
-from loss_core.losses.definition import Argument, Arrays, Floats, Recipe
+from loss_core.losses.definition import Argument, Arrays, Floats, Recipe, Upstream
 from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
 from loss_core.losses.heads import Head
 from loss_core.losses.metrics import upstream_of_loss
@@ -25,7 +25,7 @@ HEADS = (Head("hidden_states", "lm_weight", "logits"),)
 
 
 def sampled_rows(
-    config: Any, h_nH: Floats, blocks: Iterable[NDArray[Any]], arrays: Arrays, upstream: NDArray[Any] | None
+    config: Any, h_nH: Floats, blocks: Iterable[NDArray[Any]], arrays: Arrays, upstream: Upstream
 ) -> Floats:
     """Gradient of some rows of hidden states [n, H] of a call too large for the oracle.
 
@@ -46,12 +46,7 @@ def sampled_rows(
 
 
 def error_bound(
-    config: Any,
-    arrays: Arrays,
-    expected: TokenResult,
-    dtype: str,
-    upstream: NDArray[Any] | None,
-    product_dtype: str | None,
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As cross entropy, with products before and after.
 

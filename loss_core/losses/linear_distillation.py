@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import SoftmaxErrors, finite, result_errors
-from loss_core.losses.definition import Arrays, Floats, LossDef, Recipe, Sizes
+from loss_core.losses.definition import Arrays, Floats, LossDef, Recipe, Sizes, Upstream
 from loss_core.losses.distillation import DEFINITION as OVER_LOGITS
 from loss_core.losses.distillation import beta_of, divergence_errors, side, token_divergence
 from loss_core.losses.fused import behind_heads
@@ -28,12 +27,7 @@ HEADS = tuple(
 
 
 def error_bound(
-    config: Any,
-    arrays: Arrays,
-    expected: TokenResult,
-    dtype: str,
-    upstream: NDArray[Any] | None,
-    product_dtype: str | None,
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As distillation of exact logits, and what moves because the logits are rounded products; products behind it."""
     inner, temp, beta = compute_format(dtype), float(config.temperature), beta_of(config)

@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, stored
-from loss_core.losses.definition import Arrays, Floats, OracleResult
+from loss_core.losses.definition import Arrays, Floats, OracleResult, Upstream
 from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
 from loss_core.losses.linear_cross_entropy import HEADS
 from loss_core.losses.log_probs import DEFINITION as OVER_LOGITS
@@ -21,7 +20,7 @@ from loss_core.losses.reduction import kept_tokens
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As log-probabilities over logits, with products before and after as in the fused cross entropy."""
     keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)

@@ -7,13 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, result_errors, stored, zero_where_ignored
 from loss_core.losses.cases.top_k import RECIPES, of_teacher
-from loss_core.losses.definition import Arrays, Floats, LossDef, Sizes, draw_floats
+from loss_core.losses.definition import Arrays, Floats, LossDef, Sizes, Upstream, draw_floats
 from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
 from loss_core.losses.heads import Head
 from loss_core.losses.reduction import TokenResult, times_rows
@@ -24,7 +23,7 @@ HEADS = (Head("hidden_states", "lm_weight", "student_logits"),)
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As over logits, with products before and after as in the fused cross entropy."""
     keep_T, inner = expected.reduction.keep_T, compute_format(dtype)
