@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
+from recipe import loss_of
 
 from loss_core import FusedLinearCEConfig, LossConfig
 from loss_core_bridge import build_jax_loss
@@ -49,13 +49,7 @@ def hidden_states(params: Params, bytes_BC: jax.Array) -> jax.Array:
 
 
 def read_config(path: Path) -> FusedLinearCEConfig:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(recipe, dict) or "loss" not in recipe:
-        raise ValueError(f"{path} must hold a mapping under the key 'loss'.")
-    config = LossConfig.from_dict(recipe["loss"])
+    config = LossConfig.from_dict(loss_of(path))
     if not isinstance(config, FusedLinearCEConfig):
         raise TypeError(f"This script calls its loss with hidden states, got a {type(config).__name__}.")
     return config

@@ -4,7 +4,7 @@
     python examples/train_byte_lm.py --backend jax
 
 Four things here are about loss_core, each marked with its number; the rest is any training script,
-with its model and its data in byte_lm.py:
+with its model and its data in byte_lm.py, and recipe.py to read the file:
 
 1. the config is read from YAML and names no framework;
 2. the flag builds it: `--backend jax` gives a torch module, too, which runs the JAX loss;
@@ -31,8 +31,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-import yaml
 from byte_lm import ByteLM, read_windows
+from recipe import loss_of
 from torch import Tensor, nn
 
 from loss_core import BackendUnavailable, FusedLinearCEConfig, LossConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
@@ -71,13 +71,7 @@ class Curve:
 
 def read_loss_config(path: Path) -> CrossEntropyConfig:
     """(1) The config under `loss:` of a YAML file, validated; a typo is an error that names the closest field."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(recipe, dict) or "loss" not in recipe:
-        raise ValueError(f"{path} must hold a mapping under the key 'loss'.")
-    config = LossConfig.from_dict(recipe["loss"])
+    config = LossConfig.from_dict(loss_of(path))
     if not isinstance(config, CrossEntropyConfig):
         raise TypeError(f"{path} names a {type(config).__name__}, but this script trains with a cross entropy.")
     return config

@@ -4,20 +4,48 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from importlib import resources
 from typing import Any
 
+from loss_core import __version__
+
 
 def render_page(template: str, **values: Any) -> str:
-    """A page from a template such as "check/page.html.j2"; everything that comes from the values is escaped."""
+    """A page from a template such as "check/page.html.j2"; everything that comes from the values is escaped.
+
+    The template extends loss_core/page.html.j2, which takes "bad", "command" and "facts" besides its own values.
+    """
     import jinja2
 
-    files = resources.files("loss_core")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(files.joinpath(template).read_text("utf-8"))
-    return page.render(style=files.joinpath("page.css").read_text("utf-8"), **values)
+    loader = jinja2.FunctionLoader(_text)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(template).render(style=_text("page.css"), **values)
+
+
+def _text(file: str) -> str:
+    return resources.files("loss_core").joinpath(file).read_text("utf-8")
+
+
+def head(verdict: str, *, good: bool, command: str, versions: Mapping[str, str]) -> dict[str, Any]:
+    """Values for the head of a page that tells a verdict.
+
+    Args:
+        verdict: such as "PASS: all agree".
+        command: what was typed to get it.
+        versions: by name, of what took part besides this library.
+    """
+    state, _, summary = verdict.partition(": ")
+    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return {
+        "state": state,
+        "summary": summary[:1].upper() + summary[1:],
+        "bad": not good,
+        "command": command,
+        "facts": {"loss-core": __version__, **versions, "date": date},
+    }
 
 
 @contextmanager

@@ -84,6 +84,14 @@ def tokens(
     return Tokens(shape, labels_T, kept(labels_T, shape, ignore_index, mask), num_tokens, weights_T)
 
 
+def tokens_of_distillation(
+    of: str, shape: torch.Size, device: torch.device, ignore_index: int, labels: Any, count: Any, loss_weights: Any
+) -> Tokens:
+    """As `tokens`, of labels that only say what is ignored (any number may stand there), with num_batch_labels."""
+    check_weights_have_count(loss_weights, count)
+    return tokens(of, shape, device, "sum", ignore_index, labels, None, "num_batch_labels", count, loss_weights)
+
+
 def floats(name: str, value: Any) -> Tensor:
     """A floating-point tensor with at least one dimension."""
     value = tensor(name, value)

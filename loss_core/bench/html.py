@@ -24,6 +24,7 @@ def bench_page(report: BenchReport) -> str:
     return render_page(
         "bench/page.html.j2",
         verdict=verdict(report).splitlines(),
+        bad=False,
         command=report.command or "loss_core.bench.bench(...)",
         facts=facts_of(report),
         legend=_sentence(LEGEND),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core import __version__
 from loss_core.check.cells import condition_text, finds_text, lower_text, worst_of, worst_text
 from loss_core.check.judge.matrix import matrices, reasons_not_judged
 from loss_core.check.report import HISTOGRAM_EDGES, Report, Row
 from loss_core.check.run import DTYPES
 from loss_core.check.text import failures_by_command, harder_notes, insensitive_notes, reason_without_install, verdict
-from loss_core.page import blank_figure, render_page, svg_of, without_frame
+from loss_core.page import blank_figure, head, render_page, svg_of, without_frame
 
 # Colour-blind safe (Okabe & Ito), and apart in lightness, so that a grey print can be read too.
 _COLOURS = {"float32": "#0072b2", "bfloat16": "#d55e00", "float16": "#009e73", "float64": "#4d4d4d"}
@@ -32,15 +30,9 @@ def check_page(report: Report, command: str) -> str:
     Returns:
         HTML; everything that comes from the report is escaped.
     """
-    state, _, summary = verdict(report).partition(": ")
     return render_page(
         "check/page.html.j2",
-        passed=report.passed,
-        state=state,
-        summary=summary[:1].upper() + summary[1:],
-        command=command,
-        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        versions={"loss-core": __version__, **report.versions},
+        **head(verdict(report), good=report.passed, command=command, versions=report.versions),
         groups=[(loss, [_cells(row) for row in rows]) for loss, rows in groupby(report.rows, key=lambda row: row.loss)],
         matrices=list(matrices(report)),
         broken=[(verdict, verdict.worst) for verdict in report.broken],

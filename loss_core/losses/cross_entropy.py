@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
-from loss_core.field_checks import METRICS
 from loss_core.losses.bounds.rounding import (
     COEF_ROUNDINGS,
     TANH_ULPS,
@@ -29,6 +28,7 @@ from loss_core.losses.bounds.rounding import (
     through_softcap,
     zero_where_ignored,
 )
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
 from loss_core.losses.definition import (
     LABELS,
     LOSS_WEIGHTS,
@@ -38,7 +38,7 @@ from loss_core.losses.definition import (
     Floats,
     LossDef,
     Oracle,
-    RandomFields,
+    Upstream,
 )
 from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
@@ -107,7 +107,7 @@ def over_logits(token_loss: TokenLoss) -> Oracle[TokenResult]:
     cross entropy.
     """
 
-    def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+    def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
         reduction = reduction_of(config, arrays)
         keep_T, logits = reduction.keep_T, arrays["logits"]
         z_TV, slope_TV = softcap(kept_rows(logits, keep_T), _option(config, "logit_softcapping"))
@@ -127,7 +127,7 @@ oracle: Oracle[TokenResult] = over_logits(token_cross_entropy)
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """Rounding of the softcap, the softmax, of each token's loss, of the sum, and of the stored results."""
     raw_TV, cap = kept_rows(arrays["logits"], expected.reduction.keep_T), _option(config, "logit_softcapping")
@@ -148,7 +148,7 @@ def logits_errors(
     arrays: Arrays,
     expected: TokenResult,
     dtype: str,
-    upstream: NDArray[Any] | None,
+    upstream: Upstream,
 ) -> tuple[dict[str, Floats], Floats, Floats]:
     """What holds for any cross entropy of logits z, which are off by err_z.
 
@@ -217,16 +217,6 @@ def _gradient_errors(
 
 
 COUNT = Argument("num_label_tokens", (), "count", differentiated=False, optional=True, sum_only=True)
-
-RANDOM_FIELDS: RandomFields = {
-    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-    "reduction": lambda rng: str(rng.choice(["sum", "mean", "none"])),
-    "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
-    "label_smoothing": lambda rng: float(rng.choice([0.0, 0.0, 0.1, 0.9])),
-    "logit_softcapping": lambda rng: float(rng.choice([0.0, 0.0, 3.0, 30.0])),
-    "z_loss": lambda rng: float(rng.choice([0.0, 0.0, 1e-3, 0.5])),
-    "metrics": lambda rng: tuple(name for name in METRICS if rng.random() < 0.2),
-}
 
 DEFINITION = LossDef(
     "cross_entropy",

@@ -22,6 +22,8 @@ from loss_core.registry import DEFINITIONS, config_class_for
 
 Floats = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
+# A gradient of the result, of its shape; None is ones.
+Upstream = NDArray[Any] | None
 # Config field -> function that draws a value of it.
 RandomFields = Mapping[str, Callable[[np.random.Generator], Any]]
 
@@ -117,7 +119,7 @@ class OracleResult:
     loss: Floats
     grads: dict[str, Floats]
 
-    def size(self, upstream: NDArray[Any] | None) -> float:
+    def size(self, upstream: Upstream) -> float:
         """Sum of |upstream x result| over all that the gradients are of."""
         up = 1.0 if upstream is None else np.asarray(upstream, np.float64)
         return float(np.sum(np.abs(up * self.loss)))
@@ -125,7 +127,7 @@ class OracleResult:
 
 Result = TypeVar("Result", bound=OracleResult)
 # (config, arrays, upstream) -> result.
-Oracle = Callable[[Any, Arrays, NDArray[Any] | None], Result]
+Oracle = Callable[[Any, Arrays, Upstream], Result]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.losses.bounds.rounding import (
@@ -37,11 +36,12 @@ from loss_core.losses.bounds.rounding import (
     sum_growth,
     zero_where_ignored,
 )
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, RandomFields, Recipe, Sizes
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
+from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes, Upstream
 from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
 
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
     """Loss, and the gradients of both logits and of the weights. Labels only say which tokens are ignored."""
     shape, temp = np.shape(arrays["student_logits"]), float(config.temperature)
     reduction = reduction_of(config, arrays)
@@ -97,7 +97,7 @@ def _kl(p_TV: Floats, log_ratio_TV: Floats) -> tuple[Floats, Floats]:
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """Rounding of the divergence, of its derivatives, of the sum, and of the stored results."""
     fmt, inner, temp = float_format(dtype), compute_format(dtype), float(config.temperature)
@@ -232,14 +232,6 @@ OF_TOKENS = (
     Argument("loss_weights", ("T",), optional=True, with_count=True),
 )
 
-# Of both that have all of the teacher's logits.
-RANDOM_FIELDS: RandomFields = {
-    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-    "temperature": lambda rng: float(rng.choice([0.5, 1.0, 2.0, 4.0])),
-    "divergence": lambda rng: str(rng.choice(["forward_kl", "reverse_kl", "jsd"])),
-    "beta": lambda rng: float(rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])),
-}
-
 _REVERSE: dict[str, Any] = {"divergence": "reverse_kl"}
 _JSD: dict[str, Any] = {"divergence": "jsd"}
 
@@ -286,11 +278,7 @@ DEFINITION = LossDef(
     error_bound,
     RECIPES,
     draw=near_logits,
-    random_fields={
-        **RANDOM_FIELDS,
-        "chunk_size": lambda rng: int(rng.choice([0, 1, 3])),
-        "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
-    },
+    random_fields=RANDOM_FIELDS,
     reduction=lambda config: "mean",
     row_numbers=5,
 )

@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from loss_core.losses.definition import Arrays, Floats, Oracle, Result
+from loss_core.losses.definition import Arrays, Floats, Oracle, Result, Upstream
 from loss_core.losses.reduction import kept_rows, kept_tokens
 
 
@@ -20,12 +19,14 @@ class Head(NamedTuple):
 
     Attributes:
         logits: name of the product in the loss over logits.
+        dim: "H", or "H_t" for a hidden size of its own.
     """
 
     hidden: str
     weight: str
     logits: str
     bias: str = "lm_bias"
+    dim: str = "H"
 
 
 class Products(NamedTuple):
@@ -45,7 +46,7 @@ def over_heads(of_logits: Oracle[Result], heads: Sequence[Head], products: Produ
         of_logits: that of the same loss over logits.
     """
 
-    def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> Result:
+    def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> Result:
         keep_T, lead = kept_tokens(arrays, config.ignore_index), np.shape(arrays["labels"])
         operands, call = [], dict(arrays)
         for head in heads:

@@ -13,28 +13,19 @@ from numpy.typing import NDArray
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import TANH_ULPS, through_softcap
-from loss_core.losses.cross_entropy import (
-    COUNT,
-    RANDOM_FIELDS,
-    logits_errors,
-    reduction_of,
-    softcap,
-    token_cross_entropy,
-)
-from loss_core.losses.cross_entropy import oracle as oracle_of_logits
-from loss_core.losses.definition import LABELS, LOSS_WEIGHTS, Argument, Arrays, Floats, LossDef, Oracle, Recipe
-from loss_core.losses.heads import Head, over_heads
-from loss_core.losses.lower import lower_products
-from loss_core.losses.metrics import results_of, upstream_of_loss
+from loss_core.losses.cross_entropy import DEFINITION as OVER_LOGITS
+from loss_core.losses.cross_entropy import logits_errors, reduction_of, softcap, token_cross_entropy
+from loss_core.losses.definition import Argument, Arrays, Floats, Recipe, Upstream
+from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
+from loss_core.losses.heads import Head
+from loss_core.losses.metrics import upstream_of_loss
 from loss_core.losses.reduction import TokenResult, times_rows
 
 HEADS = (Head("hidden_states", "lm_weight", "logits"),)
 
-oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
-
 
 def sampled_rows(
-    config: Any, h_nH: Floats, blocks: Iterable[NDArray[Any]], arrays: Arrays, upstream: NDArray[Any] | None
+    config: Any, h_nH: Floats, blocks: Iterable[NDArray[Any]], arrays: Arrays, upstream: Upstream
 ) -> Floats:
     """Gradient of some rows of hidden states [n, H] of a call too large for the oracle.
 
@@ -55,12 +46,7 @@ def sampled_rows(
 
 
 def error_bound(
-    config: Any,
-    arrays: Arrays,
-    expected: TokenResult,
-    dtype: str,
-    upstream: NDArray[Any] | None,
-    product_dtype: str | None,
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As cross entropy, with products before and after.
 
@@ -78,10 +64,6 @@ def error_bound(
     return result | product_errors(arrays, expected, dz_TV, err_dz_TV, expected.reduction.keep_T, dtype, product_dtype)
 
 
-# Of every loss with a head of its own.
-BIAS = Argument("lm_bias", ("V",), optional=True)
-BIAS_RECIPE = Recipe("bias", "a bias left out, or without a gradient", extras=("lm_bias", "upstream"))
-
 RECIPES = (
     BIAS_RECIPE,
     Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
@@ -95,23 +77,13 @@ RECIPES = (
     ),
 )
 
-DEFINITION = LossDef(
-    "linear_cross_entropy",
-    (
-        Argument("hidden_states", ("T", "H")),
-        Argument("lm_weight", ("V", "H")),
-        LABELS,
-        COUNT,
-        LOSS_WEIGHTS,
-        Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
-        BIAS,
-    ),
-    oracle,
-    error_bound,
-    RECIPES,
-    random_fields={**RANDOM_FIELDS, "chunk_len": lambda rng: int(rng.choice([1, 3, 64, 512]))},
-    products=1,
-    lower=lower_products(oracle_of_logits, HEADS),
-    results=results_of,
+DEFINITION = behind_heads(
+    OVER_LOGITS,
+    HEADS,
+    Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),
+    BIAS,
+    name="linear_cross_entropy",
+    error_bound=error_bound,
+    recipes=RECIPES,
     sampled_rows=sampled_rows,
 )

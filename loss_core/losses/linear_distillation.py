@@ -7,39 +7,27 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import SoftmaxErrors, finite, result_errors
-from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Oracle, Recipe, Sizes
-from loss_core.losses.distillation import (
-    OF_TOKENS,
-    RANDOM_FIELDS,
-    beta_of,
-    divergence_errors,
-    side,
-    token_divergence,
-)
-from loss_core.losses.distillation import oracle as oracle_of_logits
-from loss_core.losses.heads import Head, over_heads
-from loss_core.losses.lower import lower_products
+from loss_core.losses.definition import Arrays, Floats, LossDef, Recipe, Sizes, Upstream
+from loss_core.losses.distillation import DEFINITION as OVER_LOGITS
+from loss_core.losses.distillation import beta_of, divergence_errors, side, token_divergence
+from loss_core.losses.fused import behind_heads
+from loss_core.losses.heads import Head
 from loss_core.losses.reduction import TokenResult, times_rows
 
 _SIDES = ("student_", "teacher_")
 
-HEADS = tuple(Head(f"{of}hidden_states", f"{of}lm_weight", f"{of}logits") for of in _SIDES)
-
-oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
+HEADS = tuple(
+    Head(f"{of}hidden_states", f"{of}lm_weight", f"{of}logits", dim=dim)
+    for of, dim in zip(_SIDES, ("H", "H_t"), strict=True)
+)
 
 
 def error_bound(
-    config: Any,
-    arrays: Arrays,
-    expected: TokenResult,
-    dtype: str,
-    upstream: NDArray[Any] | None,
-    product_dtype: str | None,
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As distillation of exact logits, and what moves because the logits are rounded products; products behind it."""
     inner, temp, beta = compute_format(dtype), float(config.temperature), beta_of(config)
@@ -147,22 +135,6 @@ RECIPES = (
     Recipe("many-tokens-jsd-heads", "sums against the mixture of another block", _JSD, **_LARGE),
 )
 
-DEFINITION = LossDef(
-    "linear_distillation",
-    (
-        Argument("student_hidden_states", ("T", "H")),
-        Argument("student_lm_weight", ("V", "H")),
-        Argument("teacher_hidden_states", ("T", "H_t"), trained=False),
-        Argument("teacher_lm_weight", ("V", "H_t"), trained=False),
-        *OF_TOKENS,
-    ),
-    oracle,
-    error_bound,
-    RECIPES,
-    draw=near_heads,
-    random_fields=RANDOM_FIELDS,
-    reduction=lambda config: "mean",
-    products=2,
-    lower=lower_products(oracle_of_logits, HEADS),
-    row_numbers=5,
+DEFINITION = behind_heads(
+    OVER_LOGITS, HEADS, name="linear_distillation", error_bound=error_bound, recipes=RECIPES, draw=near_heads
 )

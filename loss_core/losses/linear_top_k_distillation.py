@@ -7,34 +7,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import compute_format, float_format
 from loss_core.losses.bounds.products import product_errors, raw_logits
 from loss_core.losses.bounds.rounding import finite, result_errors, stored, zero_where_ignored
-from loss_core.losses.cases.top_k import RANDOM_FIELDS, RECIPES, of_teacher
-from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Oracle, Sizes, draw_floats
-from loss_core.losses.distillation import OF_TOKENS
-from loss_core.losses.heads import Head, over_heads
-from loss_core.losses.linear_cross_entropy import BIAS, BIAS_RECIPE
-from loss_core.losses.lower import lower_products
+from loss_core.losses.cases.top_k import RECIPES, of_teacher
+from loss_core.losses.definition import Arrays, Floats, LossDef, Sizes, Upstream, draw_floats
+from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
+from loss_core.losses.heads import Head
 from loss_core.losses.reduction import TokenResult, times_rows
-from loss_core.losses.top_k_distillation import (
-    TEACHER,
-    of_tokens,
-    teacher_of,
-    token_errors,
-    with_coefficient,
-)
-from loss_core.losses.top_k_distillation import oracle as oracle_of_logits
+from loss_core.losses.top_k_distillation import DEFINITION as OVER_LOGITS
+from loss_core.losses.top_k_distillation import of_tokens, teacher_of, token_errors, with_coefficient
 
 HEADS = (Head("hidden_states", "lm_weight", "student_logits"),)
 
-oracle: Oracle[TokenResult] = over_heads(oracle_of_logits, HEADS)
-
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """As over logits, with products before and after as in the fused cross entropy."""
     keep_T, inner = expected.reduction.keep_T, compute_format(dtype)
@@ -58,22 +47,12 @@ def draw(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generat
     return drawn | of_teacher(teacher, sizes.shape(("K",))[0], rng)
 
 
-DEFINITION = LossDef(
-    "linear_top_k_distillation",
-    (
-        Argument("hidden_states", ("T", "H")),
-        Argument("lm_weight", ("V", "H")),
-        *TEACHER,
-        *OF_TOKENS,
-        BIAS,
-    ),
-    oracle,
-    error_bound,
-    (*RECIPES, BIAS_RECIPE),
+DEFINITION = behind_heads(
+    OVER_LOGITS,
+    HEADS,
+    BIAS,
+    name="linear_top_k_distillation",
+    error_bound=error_bound,
+    recipes=(*RECIPES, BIAS_RECIPE),
     draw=draw,
-    random_fields=RANDOM_FIELDS,
-    reduction=lambda config: "mean",
-    products=1,
-    lower=lower_products(oracle_of_logits, HEADS),
-    row_numbers=2 + TOP_K,
 )

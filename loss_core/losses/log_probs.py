@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.losses.bounds.rounding import (
@@ -29,8 +28,9 @@ from loss_core.losses.bounds.rounding import (
     through_softcap,
     zero_where_ignored,
 )
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
 from loss_core.losses.cross_entropy import softcap
-from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, RandomFields, Recipe
+from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe, Upstream
 from loss_core.losses.reduction import kept_rows, kept_tokens
 
 
@@ -46,7 +46,7 @@ class Tokens(NamedTuple):
     grad_TV: Floats
 
 
-def of_tokens(config: Any, raw_TV: Floats, arrays: Arrays, upstream: NDArray[Any] | None) -> Tokens:
+def of_tokens(config: Any, raw_TV: Floats, arrays: Arrays, upstream: Upstream) -> Tokens:
     """Results of tokens, and the gradient by their raw logits; 0 where ignored, NaN for a label outside [0, V)."""
     keep_T, up_RT = kept_tokens(arrays, config.ignore_index), upstream_of(config, arrays, upstream)
     tau_T1 = temperature_of(config, arrays)[:, None]
@@ -76,7 +76,7 @@ def temperature_of(config: Any, arrays: Arrays) -> Floats:
     return np.broadcast_to(value, np.shape(arrays["labels"])).reshape(-1)
 
 
-def upstream_of(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> Floats:
+def upstream_of(config: Any, arrays: Arrays, upstream: Upstream) -> Floats:
     """Derivative of the objective by each result [R, T]."""
     shape = (results_of(config), kept_tokens(arrays, config.ignore_index).size)
     return np.ones(shape) if upstream is None else np.asarray(upstream, np.float64).reshape(shape)
@@ -93,7 +93,7 @@ def reshaped(config: Any, result_RT: Floats, arrays: Arrays) -> Floats:
     return result_RT.reshape((2, *lead) if config.entropy else lead)
 
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> OracleResult:
+def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> OracleResult:
     """Log-probabilities, entropies and the gradient by the logits."""
     raw_TV = kept_rows(arrays["logits"], kept_tokens(arrays, config.ignore_index))
     found = of_tokens(config, raw_TV, arrays, upstream)
@@ -102,7 +102,7 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> Oracle
 
 
 def token_errors(
-    config: Any, raw_TV: Floats, err_raw_T: Floats, arrays: Arrays, upstream: NDArray[Any] | None, inner: FloatFormat
+    config: Any, raw_TV: Floats, err_raw_T: Floats, arrays: Arrays, upstream: Upstream, inner: FloatFormat
 ) -> tuple[Floats, Floats]:
     """Errors of the results [R, T], and of the gradient [T, V] by raw logits that are off by err_raw.
 
@@ -146,7 +146,7 @@ def token_errors(
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """Rounding of each token's results, and of the stored gradient."""
     keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)
@@ -172,13 +172,6 @@ RECIPES = (
            change=_temperatures, extras=("upstream",)),
     Recipe("entropy-minus-inf", "0 times -inf in the entropy", {"entropy": True}, scale=1e4, extras=("upstream",)),
 )  # fmt: skip
-
-RANDOM_FIELDS: RandomFields = {
-    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-    "temperature": lambda rng: float(rng.choice([0.5, 1.0, 1.0, 4.0])),
-    "logit_softcapping": lambda rng: float(rng.choice([0.0, 0.0, 3.0, 30.0])),
-    "entropy": lambda rng: bool(rng.random() < 0.7),
-}
 
 DEFINITION = LossDef(
     "log_probs",

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import TF32_BITS, round_bits, round_to
 from loss_core.losses.bounds.rounding import result_dtypes
-from loss_core.losses.definition import Arrays, Floats, LossDef, Oracle, OracleResult, need_definition
+from loss_core.losses.definition import Arrays, Floats, LossDef, Oracle, OracleResult, Upstream, need_definition
 from loss_core.losses.heads import Head, Products, over_heads
 
 # (definition, config, arrays, dtype, upstream) -> results by the name of the arithmetic.
-Lower = Callable[[LossDef, Any, Arrays, str, NDArray[Any] | None], dict[str, OracleResult]]
+Lower = Callable[[LossDef, Any, Arrays, str, Upstream], dict[str, OracleResult]]
 
 # Of dtypes in which the arithmetic inside is that of the inputs.
 _LOWER = {"float64": "float32", "float32": "bfloat16"}
@@ -36,9 +36,7 @@ _LOWER = {"float64": "float32", "float32": "bfloat16"}
 _BLOCK = 8
 
 
-def lower_results(
-    config: Any, arrays: Arrays, dtype: str, upstream: NDArray[Any] | None = None
-) -> dict[str, dict[str, Floats]]:
+def lower_results(config: Any, arrays: Arrays, dtype: str, upstream: Upstream = None) -> dict[str, dict[str, Floats]]:
     """Loss and gradients in the next lower arithmetic.
 
     Args:
@@ -59,7 +57,7 @@ def _as_promised(config: Any, result: OracleResult, dtype: str) -> dict[str, Flo
 
 
 def lower_inputs(
-    definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: NDArray[Any] | None
+    definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: Upstream
 ) -> dict[str, OracleResult]:
     """What the declared arguments tell: a softmax over logits, or else products of all floating inputs.
 
@@ -80,7 +78,7 @@ def lower_products(of_logits: Oracle[OracleResult], heads: Sequence[Head]) -> Lo
     """`LossDef.lower` of a loss behind products; arguments as of `over_heads`."""
 
     def lower(
-        definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: NDArray[Any] | None
+        definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: Upstream
     ) -> dict[str, OracleResult]:
         if dtype in _LOWER:
             name, changed = _operands(arrays, [name for head in heads for name in (head.hidden, head.weight)], dtype)

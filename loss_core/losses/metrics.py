@@ -29,7 +29,7 @@ from loss_core.losses.bounds.rounding import (
     result_errors,
     stored,
 )
-from loss_core.losses.definition import Floats
+from loss_core.losses.definition import Floats, Upstream
 from loss_core.losses.reduction import TokenResult
 
 
@@ -43,7 +43,7 @@ def results_of(config: Any) -> int:
     return 1 + len(names_of(config))
 
 
-def upstream_of_loss(config: Any, upstream: NDArray[Any] | None) -> NDArray[Any] | None:
+def upstream_of_loss(config: Any, upstream: Upstream) -> Upstream:
     """Derivative of the objective by the loss alone."""
     return upstream if upstream is None or not names_of(config) else np.asarray(upstream)[0]
 
@@ -58,7 +58,7 @@ def with_metrics(config: Any, result: TokenResult, z_TV: Floats, labels_T: NDArr
 
 def result_and_metric_errors(
     config: Any, sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_T: Floats, err_z_T: Floats,
-    dtype: str, upstream: NDArray[Any] | None,
+    dtype: str, upstream: Upstream,
 ) -> dict[str, Floats]:  # fmt: skip
     """As `result_errors`, with those of metrics behind the loss's.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.losses.definition import Arrays, Floats, OracleResult
+from loss_core.losses.definition import Arrays, Floats, OracleResult, Upstream
 
 
 def kept_tokens(arrays: Arrays, ignore_index: int) -> NDArray[np.bool_]:
@@ -59,7 +59,7 @@ class Reduction:
         # A scale of 0 stands for "no tokens": the loss is 0 whatever the tokens hold.
         return np.asarray(np.sum(np.where(self.keep_T, self._token_weights() * loss_T, 0.0)) * scale if scale else 0.0)
 
-    def coefficients(self, upstream: NDArray[Any] | None, *, weighted: bool = True) -> Floats:
+    def coefficients(self, upstream: Upstream, *, weighted: bool = True) -> Floats:
         """Derivative of the objective by each token's loss [T].
 
         Args:
@@ -72,7 +72,7 @@ class Reduction:
         weights_T = self._token_weights() if weighted else np.ones(self.keep_T.shape)
         return np.where(self.keep_T, weights_T * self.scale * up, 0.0)
 
-    def weights_grad(self, loss_T: Floats, upstream: NDArray[Any] | None) -> dict[str, Floats]:
+    def weights_grad(self, loss_T: Floats, upstream: Upstream) -> dict[str, Floats]:
         """The gradient of loss_weights, where they were given."""
         if self.weights is None or self.kind == "none":
             return {}
@@ -97,7 +97,7 @@ class TokenResult(OracleResult):
     coef_T: Floats
     reduction: Reduction
 
-    def size(self, upstream: NDArray[Any] | None) -> float:
+    def size(self, upstream: Upstream) -> float:
         """Sum over the tokens; metrics, of which there is no gradient, are none of it."""
         return float(np.sum(np.abs(self.coef_T * self.token_loss_T)))
 

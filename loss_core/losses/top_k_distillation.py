@@ -38,9 +38,10 @@ from loss_core.losses.bounds.rounding import (
     through_softcap,
     zero_where_ignored,
 )
-from loss_core.losses.cases.top_k import RANDOM_FIELDS, RECIPES, draw_indices, draw_logprobs, near_student
+from loss_core.losses.cases.random_fields import RANDOM_FIELDS
+from loss_core.losses.cases.top_k import RECIPES, draw_indices, draw_logprobs, near_student
 from loss_core.losses.cross_entropy import softcap
-from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef
+from loss_core.losses.definition import TOP_K, Argument, Arrays, Floats, LossDef, Upstream
 from loss_core.losses.distillation import OF_TOKENS, reduction_of
 from loss_core.losses.reduction import TokenResult, kept_rows, times_rows
 
@@ -120,7 +121,7 @@ def _log_sum_exp(z_TV: Floats) -> Floats:
     return np.asarray(m_T + np.log(np.sum(np.exp(z_TV - np.where(np.isneginf(m_T), 0.0, m_T)[:, None]), axis=-1)))
 
 
-def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenResult:
+def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
     """Loss, and the gradients of student's logits, teacher's log-probabilities and weights."""
     reduction = reduction_of(config, arrays)
     keep_T = reduction.keep_T
@@ -134,7 +135,7 @@ def oracle(config: Any, arrays: Arrays, upstream: NDArray[Any] | None) -> TokenR
 
 
 def error_bound(
-    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: NDArray[Any] | None, product_dtype: Any
+    config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
     """Rounding of each token's loss, of its gradients, of the sum, and of the stored results."""
     keep_T, inner, fmt = expected.reduction.keep_T, compute_format(dtype), float_format(dtype)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import numpy as np
 
-from loss_core import __version__
 from loss_core.mismatch.report import MismatchReport, rows_of
 from loss_core.mismatch.statistics import BANDS, HISTOGRAM_EDGES, Statistics
 from loss_core.mismatch.text import (
@@ -18,7 +15,7 @@ from loss_core.mismatch.text import (
     statistics_lines,
     token_cells,
 )
-from loss_core.page import blank_figure, render_page, svg_of, without_frame
+from loss_core.page import blank_figure, head, render_page, svg_of, without_frame
 
 # Colour-blind safe (Okabe & Ito).
 _BLUE, _RED = "#0072b2", "#c62828"
@@ -33,15 +30,9 @@ def mismatch_page(report: MismatchReport, command: str) -> str:
     Returns:
         HTML; everything that comes from the report is escaped.
     """
-    state, _, summary = report.conclusion.partition(": ")
     return render_page(
         "mismatch/page.html.j2",
-        agree=report.agree,
-        state=state,
-        summary=summary[:1].upper() + summary[1:],
-        command=command,
-        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        version=__version__,
+        **head(report.conclusion, good=report.agree, command=command, versions={}),
         lines=statistics_lines(report.statistics),
         picture=_picture(report.statistics),
         token_headings=TOKEN_HEADINGS,

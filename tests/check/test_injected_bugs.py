@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.wrong_gradients import with_gradient
 from loss_core import LOSS_CONFIG_REGISTRY, register_loss, unregister_loss
 from loss_core.check import assert_backends_agree, check
 
@@ -25,21 +26,6 @@ def bug(loss, case, dtype="float32", bugs=BUGS):
         return wrong
 
     return enter
-
-
-def with_gradient(function):
-    """An identity whose gradient is `function` of the right one."""
-
-    class Identity(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return function(grad.clone())
-
-    return Identity.apply
 
 
 @bug("MaskedCrossEntropy", "ignore-index-in-vocab")
@@ -71,7 +57,7 @@ def columns_padded_with_zeros_and_not_masked(right, config, logits, labels):
 
 @bug("MaskedCrossEntropy", "none")
 def first_upstream_gradient_used_for_all(right, config, logits, labels):
-    return with_gradient(lambda grad: grad.flatten()[0].expand(grad.shape))(right(logits, labels))
+    return with_gradient(right(logits, labels), lambda grad: grad.flatten()[0].expand(grad.shape))
 
 
 @bug("KDLoss", "basic")
@@ -88,7 +74,7 @@ def cross_entropy_instead_of_divergence(right, config, student_logits, teacher_l
 
 @bug("FusedLinearCrossEntropy", "basic")
 def upstream_gradient_ignored(right, config, **call):
-    return with_gradient(torch.ones_like)(right(**call))
+    return with_gradient(right(**call), torch.ones_like)
 
 
 @bug("FusedLinearCrossEntropy", "softcap")
@@ -120,17 +106,17 @@ def ignored_rows_multiplied_by_zero(right, config, logits, labels):
 
 @bug("MaskedCrossEntropy", "basic", "bfloat16")
 def gradient_rounded_twice(right, config, logits, labels):
-    return right(with_gradient(lambda grad: (grad / 3) * 3)(logits), labels)
+    return right(with_gradient(logits, lambda grad: (grad / 3) * 3), labels)
 
 
 @bug("MaskedCrossEntropy", "edge-labels")
 def last_class_missed(right, config, logits, labels):
-    return right(with_gradient(lambda grad: grad[..., -1].zero_().new_tensor(1) * grad)(logits), labels)
+    return right(with_gradient(logits, lambda grad: grad[..., -1].zero_().new_tensor(1) * grad), labels)
 
 
 @bug("KDLoss", "basic")
 def no_gradient_for_the_teacher(right, config, student_logits, teacher_logits, labels):
-    return right(student_logits, with_gradient(torch.zeros_like)(teacher_logits), labels)
+    return right(student_logits, with_gradient(teacher_logits, torch.zeros_like), labels)
 
 
 @bug("MaskedCrossEntropy", "mask")

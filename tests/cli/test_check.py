@@ -121,63 +121,55 @@ def test_a_terminal_gets_a_progress_bar_and_a_pipe_does_not():
     assert "\x1b[" not in done.stdout
 
 
-def _running(folder):
-    """For `interrupted`: waits until the loss runs, which then makes the file "running"."""
+@pytest.fixture
+def stopped(tmp_path):
+    """Runs a command with a loss `Slow`, made by `slow(config)`, until that makes the file "running", then Ctrl-C."""
 
-    def ready(process):
-        deadline = time.monotonic() + 120
-        while not (folder / "running").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    def run_until(slow, *words):
+        (tmp_path / "slow_loss.py").write_text(
+            "import pathlib, time\n"
+            "from dataclasses import dataclass\n"
+            "from loss_core import KDLossConfig, register_loss\n"
+            "@dataclass\n"
+            "class SlowConfig(KDLossConfig):\n"
+            "    pass\n"
+            "def sleep(**arguments):\n"
+            "    pathlib.Path('running').touch()\n"
+            "    time.sleep(60)\n"
+            f"{slow}"
+            "register_loss('Slow', SlowConfig, {'torch:eager': slow})\n"
+        )
 
-    return ready
+        def ready(process):
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "running").exists():
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+        return interrupted((*words, "--config", "Slow", "--import", "slow_loss"), ready, cwd=tmp_path)
+
+    return run_until
 
 
-def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(tmp_path):
-    (tmp_path / "slow_loss.py").write_text(
-        "import pathlib, time\n"
-        "from dataclasses import dataclass\n"
-        "from loss_core import KDLossConfig, register_loss\n"
-        "@dataclass\n"
-        "class SlowConfig(KDLossConfig):\n"
-        "    pass\n"
-        "def slow(**arguments):\n"
-        "    pathlib.Path('running').touch()\n"
-        "    time.sleep(60)\n"
-        "register_loss('Slow', SlowConfig, {'torch:eager': lambda config: slow})\n"
-    )
-
-    arguments = ("check", "--config", "Slow", *QUICK, "--import", "slow_loss")
-    assert interrupted(arguments, _running(tmp_path), cwd=tmp_path) == (130, "", "loss-core: stopped.\n")
+def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(stopped):
+    slow = "def slow(config):\n    return sleep\n"
+    assert stopped(slow, "check", *QUICK) == (130, "", "loss-core: stopped.\n")
 
 
-def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(tmp_path):
-    (tmp_path / "slow_loss.py").write_text(
-        "import pathlib, time\n"
-        "from dataclasses import dataclass\n"
-        "from loss_core import KDLossConfig, register_loss\n"
-        "@dataclass\n"
-        "class SlowConfig(KDLossConfig):\n"
-        "    pass\n"
-        "calls = []\n"
+def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(stopped):
+    slow = (
+        "built = []\n"
         "def slow(config):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) > 2:\n"
-        "        pathlib.Path('running').touch()\n"
-        "        time.sleep(60)\n"
-        "    return KDLossConfig(**vars(config)).build(backend='torch:eager')\n"
-        "register_loss('Slow', SlowConfig, {'torch:eager': slow})\n"
+        "    built.append(1)\n"
+        "    return sleep if len(built) > 2 else KDLossConfig(**vars(config)).build(backend='torch:eager')\n"
     )
-
     drawn = ("--backend", "torch:eager", "--dtype", "float32", "--cases", "9", "--first", "0")
-    code, out, err = interrupted(
-        ("check", "--config", "Slow", *drawn, "--import", "slow_loss"), _running(tmp_path), cwd=tmp_path
-    )
+    code, out, err = stopped(slow, "check", *drawn)
     assert code == 130
     assert "PASS so far: " in out
     assert "stopped after 2 of 9 calls" in out
-    assert re.search(r"^loss-core check --config Slow (?!.*--first 0).* --first 2$", err, re.MULTILINE)
+    assert re.search(r"^loss-core check (?!.*--first 0).*--config Slow .*--first 2$", err, re.MULTILINE)
     assert err.endswith("loss-core: stopped.\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from helpers.tiny_models import V, batch, made
@@ -52,6 +53,24 @@ def rloo(model: Any, folder: Any, **settings: Any) -> Any:
 def distillation(model: Any, folder: Any, teacher: Any, **settings: Any) -> Any:
     sampling = {"max_completion_length": 6, "teacher_model": teacher}
     return _made("Distillation", model, folder, {"prompt": _texts(4)}, **sampling | settings)
+
+
+def trained(trainer: Any) -> tuple[list[dict[str, float]], Any]:
+    """What it logs at each step but sums of times, and the model that it leaves."""
+    trainer.train()
+    log = [{k: v for k, v in x.items() if "time" not in k} for x in trainer.state.log_history if "loss" in x]
+    return log, trainer.model
+
+
+def assert_same_training(ours: tuple[Any, Any], own: tuple[Any, Any]) -> None:
+    """Of two results of `trained`: every number that is logged is the same, and every parameter."""
+    (log, model), (expected, other) = ours, own
+    assert len(log) == SETTINGS["max_steps"]
+    assert [x.keys() for x in log] == [x.keys() for x in expected]
+    for step, step_of_own in zip(log, expected, strict=True):
+        assert step == pytest.approx(step_of_own, rel=1e-5, abs=1e-5)
+    for parameter, parameter_of_own in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, parameter_of_own, rtol=0, atol=1e-5)
 
 
 def _with_rewards(name: str, model: Any, folder: Any, **settings: Any) -> Any:

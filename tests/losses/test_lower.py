@@ -21,7 +21,7 @@ from loss_core.losses import LABELS, Argument, LossDef, allowances, evaluate, na
 from loss_core.losses.bounds.errors import errors_before_rounding
 from loss_core.losses.bounds.rounding import result_dtypes
 from loss_core.losses.definition import need_definition
-from loss_core.losses.linear_cross_entropy import oracle as linear_oracle
+from loss_core.losses.linear_cross_entropy import DEFINITION as LINEAR_CROSS_ENTROPY
 from loss_core.losses.lower import lower_results
 
 # Nothing to see: no loss, one class, equal distributions; or differences of logits that 16 bits hold exactly, or that
@@ -171,7 +171,11 @@ class OwnConfig(LossConfig):
     logit_softcapping: float = 0.0
 
 
-OWN = LossDef("own", (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS), linear_oracle)
+OWN = LossDef(
+    "own",
+    (Argument("hidden_states", ("T", "H")), Argument("lm_weight", ("V", "H")), LABELS),
+    LINEAR_CROSS_ENTROPY.oracle,
+)
 
 
 @pytest.fixture

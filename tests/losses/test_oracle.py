@@ -1,5 +1,7 @@
 """The oracle itself: hand-computed cases, central differences, high-precision arithmetic."""
 
+from dataclasses import replace
+
 import mpmath
 import numpy as np
 import pytest
@@ -7,12 +9,13 @@ import pytest
 from loss_core import (
     FusedLinearCEConfig,
     KDLossConfig,
+    LogProbsConfig,
     LossConfig,
     MaskedCrossEntropyConfig,
     TEParallelCEConfig,
 )
 from loss_core.losses import error_ratio, named_cases, random_cases
-from loss_core.losses.oracle import evaluate
+from loss_core.losses.oracle import allowances, evaluate
 from loss_core.registry import our_losses
 
 
@@ -179,3 +182,15 @@ def test_the_share_of_an_error_and_infinity_for_what_the_format_can_not_hold(got
 def test_no_definition():
     with pytest.raises(TypeError, match="no definition of LossConfig"):
         evaluate(LossConfig(), {})
+
+
+@pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(metrics=("accuracy",)), LogProbsConfig()])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3, 2**40])
+def test_an_ignored_label_is_no_class_whatever_its_number(config, ignore_index):
+    config = replace(config, ignore_index=ignore_index)
+    arrays = {"logits": np.array([[0.5, -1.0, 2.25], [1.0, 2.0, 3.0]]), "labels": np.array([1, ignore_index])}
+    expected = evaluate(config, arrays)
+    allowed = allowances(config, arrays, expected, "float32")
+    for found in (expected.grads["logits"], allowed["logits"]):
+        assert found[0].all()
+        assert not found[1].any()

@@ -18,43 +18,36 @@ def assert_like(got, expected):
     assert found == {name: (tuple(x.shape), x.dtype) for name, x in expected.items()}
 
 
+def fake(loss, arguments):
+    with FakeTensorMode() as mode:
+        return run(loss, {name: mode.from_tensor(x) for name, x in arguments.items()})
+
+
+def fake_outside_of_its_mode(loss, arguments):
+    mode = FakeTensorMode()
+    return run(loss, {name: mode.from_tensor(x) for name, x in arguments.items()})
+
+
+def meta(loss, arguments):
+    return run(loss, {name: x.detach().to("meta").requires_grad_(x.requires_grad) for name, x in arguments.items()})
+
+
+def dry_run_is_right_or_names_plain(dry_run, flag, config, dtype=torch.float32):
+    loss = built(config, flag)
+    expected = run(loss, inputs(config, dtype=dtype))
+    right_or_names_plain(flag, lambda: assert_like(dry_run(loss, inputs(config, dtype=dtype)), expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @cells(configs())
 def test_fake_tensors(flag, config, dtype):
-    loss = built(config, flag)
-    expected = run(loss, inputs(config, dtype=dtype))
-
-    def holds():
-        with FakeTensorMode() as mode:
-            fakes = {name: mode.from_tensor(x) for name, x in inputs(config, dtype=dtype).items()}
-            got = run(loss, fakes)
-        assert_like(got, expected)
-
-    right_or_names_plain(flag, holds)
+    dry_run_is_right_or_names_plain(fake, flag, config, dtype)
 
 
+@pytest.mark.parametrize("dry_run", [fake_outside_of_its_mode, meta], ids=lambda dry_run: dry_run.__name__)
 @cells(configs(), interpreted=False)
-def test_fake_tensors_made_outside_of_their_mode(flag, config):
-    loss = built(config, flag)
-    expected = run(loss, inputs(config))
-
-    def holds():
-        mode = FakeTensorMode()
-        assert_like(run(loss, {name: mode.from_tensor(x) for name, x in inputs(config).items()}), expected)
-
-    right_or_names_plain(flag, holds)
-
-
-@cells(configs(), interpreted=False)
-def test_meta_tensors(flag, config):
-    loss = built(config, flag)
-    expected = run(loss, inputs(config))
-
-    def holds():
-        meta = {name: x.detach().to("meta").requires_grad_(x.requires_grad) for name, x in inputs(config).items()}
-        assert_like(run(loss, meta), expected)
-
-    right_or_names_plain(flag, holds)
+def test_tensors_without_values_and_without_a_mode(flag, config, dry_run):
+    dry_run_is_right_or_names_plain(dry_run, flag, config)
 
 
 # "fake" is "symbolic" with sizes that are numbers.
@@ -153,7 +146,4 @@ def test_batches_of_upstream_gradients(flag, config):
 @cells(configs(), flags=["torch:plain"])
 def test_plain_runs_dry_in_every_dtype(flag, config, dtype):
     loss = built(config, flag)
-    with FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(x) for name, x in inputs(config, dtype=dtype).items()}
-        got = run(loss, fakes)
-    assert_like(got, run(loss, inputs(config, dtype=dtype)))
+    assert_like(fake(loss, inputs(config, dtype=dtype)), run(loss, inputs(config, dtype=dtype)))

@@ -86,31 +86,22 @@ def test_what_all_refuse_is_raised_here_and_they_go_on(start):
     assert pool.ask(60, "fail", ranks=[]) == [None, None]
 
 
-def test_what_one_refuses_ends_all(start):
-    pool = start(0, 1)
-    pool.started()
-    with pytest.raises(WorkerFailed, match=r"^rank 1: ValueError: 1 says no; the others have been ended$"):
-        pool.ask(60, "fail", ranks=[1])
-    assert not any(worker.alive for worker in pool.workers)
-
-
 @pytest.mark.parametrize(
-    ("code", "how"),
-    [(-signal.SIGKILL, r"was ended by SIGKILL \(out of memory\?\)"), (3, "ended with exit code 3")],
-)
-def test_one_that_dies_ends_all_with_its_last_words(start, code, how):
+    ("limit", "method", "arguments", "message"),
+    [
+        (60, "fail", {"ranks": [1]}, "rank 1: ValueError: 1 says no"),
+        (60, "die", {"ranks": [1], "code": -signal.SIGKILL},
+         r"rank 1: its process was ended by SIGKILL \(out of memory\?\): the last words"),
+        (60, "die", {"ranks": [1], "code": 3}, "rank 1: its process ended with exit code 3: the last words"),
+        (1, "hang", {"ranks": [0]}, "rank 0: no answer within 1 s"),
+    ],
+    ids=["refuses", "killed", "exits", "hangs"],
+)  # fmt: skip
+def test_what_goes_wrong_with_one_is_told_and_ends_all(start, limit, method, arguments, message):
     pool = start(0, 1)
     pool.started()
-    with pytest.raises(WorkerFailed, match=f"^rank 1: its process {how}: the last words; the others have been ended$"):
-        pool.ask(60, "die", ranks=[1], code=code)
-    assert not any(worker.alive for worker in pool.workers)
-
-
-def test_one_that_hangs_ends_all(start):
-    pool = start(0, 1)
-    pool.started()
-    with pytest.raises(WorkerFailed, match=r"^rank 0: no answer within 1 s; the others have been ended$"):
-        pool.ask(1, "hang", ranks=[0])
+    with pytest.raises(WorkerFailed, match=f"^{message}; the others have been ended$"):
+        pool.ask(limit, method, **arguments)
     assert not any(worker.alive for worker in pool.workers)
 
 

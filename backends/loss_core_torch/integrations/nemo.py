@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
+from loss_core import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core_torch import metrics
 
 # What NeMo's datasets mark with; a loss that ignores another label gets that one in its place.
@@ -37,9 +37,7 @@ def masked_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
         TypeError, ValueError: as MaskedCrossEntropyConfig.
         ImportError: nemo-automodel is missing.
     """
-    config = MaskedCrossEntropyConfig(**fields)
-    metrics.refuse(config, "NeMo AutoModel")
-    return _classes()[0](config, config.build(backend=backend))
+    return _for_nemo(MaskedCrossEntropyConfig(**fields), backend)
 
 
 def fused_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
@@ -56,9 +54,7 @@ def fused_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
         TypeError, ValueError: as FusedLinearCEConfig.
         ImportError: nemo-automodel is missing.
     """
-    config = FusedLinearCEConfig(**fields)
-    metrics.refuse(config, "NeMo AutoModel")
-    return _classes()[1](config, config.build(backend=backend))
+    return _for_nemo(FusedLinearCEConfig(**fields), backend)
 
 
 def kd(*, backend: str = "torch", **fields: Any) -> nn.Module:
@@ -76,9 +72,16 @@ def kd(*, backend: str = "torch", **fields: Any) -> nn.Module:
     return built
 
 
+def _for_nemo(config: MaskedCrossEntropyConfig | FusedLinearCEConfig, backend: str) -> nn.Module:
+    """The loss within the class that NeMo expects."""
+    metrics.refuse(config, "NeMo AutoModel")
+    built: nn.Module = _classes()[type(config)](config, config.build(backend=backend))
+    return built
+
+
 @functools.cache
-def _classes() -> tuple[Any, Any]:
-    """The two classes, which derive from NeMo's; made at the first use, so that importing this needs no NeMo."""
+def _classes() -> dict[type[LossConfig], Any]:
+    """By config, classes that derive from NeMo's; made at the first use, so that importing this needs no NeMo."""
     try:
         from nemo_automodel.components.loss.linear_ce_base import LinearCrossEntropy
         from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
@@ -129,7 +132,7 @@ def _classes() -> tuple[Any, Any]:
             )  # fmt: skip
             return result
 
-    return MaskedCE, FusedCE
+    return {MaskedCrossEntropyConfig: MaskedCE, FusedLinearCEConfig: FusedCE}
 
 
 def _as_ignored(labels: Tensor, ignore_index: int) -> Tensor:

@@ -96,11 +96,9 @@ class KDLoss(LossModule):
                 f"student_logits has shape {tuple(student.shape)} but teacher_logits has shape "
                 f"{tuple(teacher.shape)}; they must match."
             )
-        inputs.check_weights_have_count(loss_weights, count)
-        return inputs.tokens(
-            "student_logits", student.shape[:-1], student.device, "sum", self.ignore_index, labels,
-            count_name="num_batch_labels", num_tokens=count, loss_weights=loss_weights,
-        )  # fmt: skip
+        return inputs.tokens_of_distillation(
+            "student_logits", student.shape[:-1], student.device, self.ignore_index, labels, count, loss_weights
+        )
 
     def _loss(
         self,

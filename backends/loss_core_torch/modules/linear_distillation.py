@@ -138,11 +138,9 @@ class FusedLinearKDLoss(HeadModule):
         return self._loss(kernels, student, teacher, inputs.settled(tokens), shards, layout.ranks.tokens)
 
     def _tokens(self, hidden: Tensor, lead: torch.Size, labels: Any, count: Any, loss_weights: Any) -> Tokens:
-        inputs.check_weights_have_count(loss_weights, count)
-        return inputs.tokens(
-            "student_hidden_states", lead, hidden.device, "sum", self.ignore_index, labels,
-            count_name="num_batch_labels", num_tokens=count, loss_weights=loss_weights,
-        )  # fmt: skip
+        return inputs.tokens_of_distillation(
+            "student_hidden_states", lead, hidden.device, self.ignore_index, labels, count, loss_weights
+        )
 
     def _loss(
         self,

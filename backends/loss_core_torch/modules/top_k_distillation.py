@@ -33,13 +33,8 @@ class _TopKDistillation(RowModule):
     def _tokens(
         self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
     ) -> Tokens:
-        weights, count = given["loss_weights"], given["num_batch_labels"]
-        inputs.check_weights_have_count(weights, count)
-        # Labels only say what is ignored: any number may stand there.
-        tokens = inputs.tokens(
-            of, lead, like.device, "sum", self.ignore_index, labels, count_name="num_batch_labels", num_tokens=count,
-            loss_weights=weights,
-        )  # fmt: skip
+        count, weights = given["num_batch_labels"], given["loss_weights"]
+        tokens = inputs.tokens_of_distillation(of, lead, like.device, self.ignore_index, labels, count, weights)
         teacher = top_k_teacher.checked(given["teacher_indices"], given["teacher_logprobs"], of, lead, like.device)
         return tokens._replace(teacher=teacher)
 

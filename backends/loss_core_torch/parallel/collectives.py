@@ -96,18 +96,27 @@ def materialize(lm_weight: Any, grad_reduce_group: Any) -> Any:
     if not (torch.is_grad_enabled() and lm_weight.requires_grad):
         return lm_weight.full_tensor()
     mesh_size = lm_weight.device_mesh.size()
-    group_size = 1 if grad_reduce_group is None else dist.get_world_size(grad_reduce_group)
-    if mesh_size != group_size:
-        raise ValueError(
-            "FusedLinearCrossEntropy needs a grad_reduce_group that matches the mesh of the sharded lm_weight: "
-            f"mesh size={mesh_size}, reduction group size={group_size}. Pass the process group over which the "
-            "weight is sharded and the tokens differ."
-        )
+    check_reduce_group(grad_reduce_group, mesh_size, "mesh size", "the weight is sharded and the tokens differ")
     if mesh_size == 1:
         return lm_weight.full_tensor()
     from torch.distributed.tensor import Partial
 
     # Partial: the backward reduce-scatters this rank's full gradient into the shards.
     weight = lm_weight.full_tensor(grad_placements=[Partial()] * lm_weight.device_mesh.ndim)
-    weight.register_hook(lambda grad: grad / group_size)
+    weight.register_hook(lambda grad: grad / mesh_size)
     return weight
+
+
+def check_reduce_group(group: Any, size: int, of: str, where: str) -> None:
+    """Refuse a grad_reduce_group of another size than the part of a mesh over which the weight's gradient is summed.
+
+    Args:
+        group: None is one process.
+        of, where: names of that size, and of the group to pass, for the message.
+    """
+    group_size = 1 if group is None else dist.get_world_size(group)
+    if group_size != size:
+        raise ValueError(
+            "FusedLinearCrossEntropy needs a grad_reduce_group that matches the mesh of the sharded lm_weight: "
+            f"{of}={size}, reduction group size={group_size}. Pass the process group over which {where}."
+        )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from loss_core_torch import compat
 from loss_core_torch.parallel import placement
+from loss_core_torch.parallel.collectives import check_reduce_group
 from loss_core_torch.parallel.placement import Layout, Ranks, is_dtensor
 
 # The name by which a mesh dimension says that it is the tensor-parallel one.
@@ -73,13 +74,7 @@ def of_linear(hidden: Any, weight: Any, tp_group: Any, grad_reduce_group: Any, s
     if not (others and trainable and (gathered or grad_reduce_group is not None)):
         return replace(plain, placed=True, vocab_dim=dim)
     size = mesh.size() // mesh.size(dim)
-    reduced = 1 if grad_reduce_group is None else dist.get_world_size(grad_reduce_group)
-    if reduced != size:
-        raise ValueError(
-            "FusedLinearCrossEntropy needs a grad_reduce_group that matches the mesh of the sharded lm_weight: "
-            f"mesh size without its tensor-parallel dimension={size}, reduction group size={reduced}. Pass the "
-            "process group over which the tokens differ."
-        )
+    check_reduce_group(grad_reduce_group, size, "mesh size without its tensor-parallel dimension", "the tokens differ")
     tokens = replace(plain.tokens, ranks=replace(plain.tokens.ranks, others=(grad_reduce_group,)))
     return replace(plain, tokens=tokens, placed=True, vocab_dim=dim, partial_dims=others, mean_size=size)
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
-from loss_core.losses.definition import Floats
+from loss_core.losses.definition import Floats, Upstream
 from loss_core.losses.reduction import TokenResult
 
 # A sum of n terms in any order is off by at most (n - 1) u sum|x| (Higham, Accuracy and Stability,
@@ -148,7 +148,7 @@ def stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
 
 
 def result_errors(
-    config: Any, expected: TokenResult, err_T: Floats, dtype: str, upstream: NDArray[Any] | None
+    config: Any, expected: TokenResult, err_T: Floats, dtype: str, upstream: Upstream
 ) -> dict[str, Floats]:
     """Errors of the reduced loss and of the gradient of loss_weights, from each token's error."""
     fmt, u = float_format(dtype), compute_format(dtype).u

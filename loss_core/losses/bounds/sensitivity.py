@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from loss_core.dtypes import FloatFormat, compute_format, float_format
 from loss_core.losses.bounds.rounding import EXP_ULPS, result_dtype, sum_growth
-from loss_core.losses.definition import Arrays, Floats, LossDef, OracleResult
+from loss_core.losses.definition import Arrays, Floats, LossDef, OracleResult, Upstream
 from loss_core.losses.reduction import TokenResult
 
 # Disturbances tried: the chance that an element moves less than a tenth of its spread in each of 8 is about 1e-9.
@@ -73,7 +73,7 @@ class Sensitivity:
 
 
 def estimated_errors(
-    definition: LossDef, config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: NDArray[Any] | None
+    definition: LossDef, config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: Upstream
 ) -> dict[str, Floats]:
     """As `LossDef.error_bound`, read off the oracle: for a loss that has no derived bound."""
 
@@ -96,7 +96,7 @@ def estimated_errors(
     return allowed
 
 
-def condition_number(arrays: Arrays, expected: OracleResult, upstream: NDArray[Any] | None = None) -> float:
+def condition_number(arrays: Arrays, expected: OracleResult, upstream: Upstream = None) -> float:
     """Relative componentwise condition of the loss: sum_i |x_i dL/dx_i| / |L|, over all elements x of all inputs.
 
     Inputs that are off by the factors 1 + d_i, |d_i| <= d, move the loss by up to this number times d, to first order:

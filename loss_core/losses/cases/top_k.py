@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loss_core.losses.bounds.rounding import log_softmax
-from loss_core.losses.definition import Floats, LossDef, RandomFields, Recipe, Sizes
+from loss_core.losses.definition import Floats, LossDef, Recipe, Sizes
 
 
 def near_student(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -102,11 +102,3 @@ RECIPES = (
     Recipe("no-classes", "a label compared with the classes, which only says whether its token counts",
            change=_no_classes),
 )  # fmt: skip
-
-RANDOM_FIELDS: RandomFields = {
-    "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
-    "temperature": lambda rng: float(rng.choice([0.5, 1.0, 1.0, 4.0])),
-    "logit_softcapping": lambda rng: float(rng.choice([0.0, 0.0, 3.0, 30.0])),
-    "fp32_upcast": lambda rng: bool(rng.random() < 0.7),
-    "tail": lambda rng: bool(rng.random() < 0.7),
-}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.wrong_gradients import with_gradient
 from loss_core import KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.check import check
 from loss_core.check.judge.clauses import CLAUSES
@@ -92,21 +93,6 @@ def defect(clause):
         return builder
 
     return enter
-
-
-def with_gradient(x, function):
-    """x, whose gradient is `function` of the right one."""
-
-    class Identity(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return function(grad)
-
-    return Identity.apply(x)
 
 
 @defect("values")

@@ -6,9 +6,8 @@ T = 64, V = 480 and H = 24 have no divisor by 1, 2 or 4 in common, so that a sha
 # T = tokens, V = vocabulary, H = hidden
 
 import re
-import sys
 
-from sharded_worker import SMALL, AxisType, NamedSharding, P, built, jax, jnp, mesh_of
+from sharded_worker import SMALL, AxisType, NamedSharding, P, built, jax, jnp, main, mesh_of
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.row_terms import CrossEntropy
@@ -125,11 +124,5 @@ def what_would_be_wrong_is_seen():
 SCENARIOS = {f.__name__: f for f in (inside_shard_map, no_logits_move, what_would_be_wrong_is_seen)}
 
 
-def main():
-    for name in sys.argv[1:]:
-        SCENARIOS[name]()
-        print("held:", name, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(SCENARIOS)

@@ -368,11 +368,11 @@ SCENARIOS = {
 }
 
 
-def main():
+def main(scenarios):
     for name in sys.argv[1:]:
-        SCENARIOS[name]()
+        scenarios[name]()
         print("held:", name, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(SCENARIOS)

@@ -9,41 +9,24 @@ import torch
 from helpers.largest_tensor import LargestTensor
 from helpers.process_group import over_processes
 from helpers.tiny_models import MINICPM3, batch, made, with_biased_head
-from helpers.trl_trainers import dpo, grpo, kto, rloo, sft
+from helpers.trl_trainers import assert_same_training, dpo, grpo, kto, rloo, sft, trained
 from loss_core import BackendUnavailable, FusedLinearCEConfig
 from loss_core.dispatch.observed import names, observing
 from loss_core_torch.integrations import hf
 from loss_core_torch.integrations import trl as ours_for_trl
 
 trl = pytest.importorskip("trl")
-METRICS = ("entropy", "mean_token_accuracy", "num_tokens")
 
 
 def trainer_of(model, folder, steps=1, **settings):
     return sft(model, folder, gradient_accumulation_steps=steps, learning_rate=1e-2, **settings)
 
 
-def trained(trainer):
-    trainer.train()
-    log = [x for x in trainer.state.log_history if "loss" in x]
-    return [x["loss"] for x in log], [[x[name] for name in METRICS] for x in log]
-
-
-def assert_same_training(ours, own):
-    (losses, metrics), (expected, others) = trained(ours), trained(own)
-    assert len(losses) == 5
-    assert losses == pytest.approx(expected, abs=1e-5)
-    for values, other in zip(metrics, others, strict=True):
-        assert values == pytest.approx(other, abs=1e-4)
-    for parameter, other in zip(ours.model.parameters(), own.model.parameters(), strict=True):
-        torch.testing.assert_close(parameter, other, rtol=0, atol=1e-5)
-
-
 @pytest.mark.filterwarnings("ignore:.*compute_loss_func:FutureWarning")
 @pytest.mark.parametrize("steps", [1, 3], ids=["one batch", "three batches"])
 def test_over_logits(steps, tmp_path):
     ours = trainer_of(made(), tmp_path, steps, compute_loss_func=hf.causal_lm_loss())
-    assert_same_training(ours, trainer_of(made(), tmp_path, steps))
+    assert_same_training(trained(ours), trained(trainer_of(made(), tmp_path, steps)))
 
 
 @pytest.mark.parametrize("steps", [1, 3], ids=["one batch", "three batches"])
@@ -51,7 +34,7 @@ def test_over_logits(steps, tmp_path):
 def test_fused(loss_type, steps, tmp_path):
     ours = trainer_of(made(), tmp_path, steps, loss_type=loss_type)
     ours_for_trl.use_fused_loss(ours, FusedLinearCEConfig(), backend="torch:eager")
-    assert_same_training(ours, trainer_of(made(), tmp_path, steps, loss_type=loss_type))
+    assert_same_training(trained(ours), trained(trainer_of(made(), tmp_path, steps, loss_type=loss_type)))
 
 
 @pytest.mark.parametrize(
@@ -65,13 +48,13 @@ def test_fused(loss_type, steps, tmp_path):
 def test_scales_and_softcaps(name, settings, tmp_path):
     ours = trainer_of(made(name, **settings), tmp_path)
     ours_for_trl.use_fused_loss(ours)
-    assert_same_training(ours, trainer_of(made(name, **settings), tmp_path))
+    assert_same_training(trained(ours), trained(trainer_of(made(name, **settings), tmp_path)))
 
 
 def test_a_bias(tmp_path):
     ours = trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path)
     ours_for_trl.use_fused_loss(ours)
-    assert_same_training(ours, trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path))
+    assert_same_training(trained(ours), trained(trainer_of(with_biased_head("Granite", logits_scaling=4.0), tmp_path)))
 
 
 def test_the_loss_is_ours(tmp_path):
@@ -135,24 +118,12 @@ def fused_log_probs():
 
 @pytest.mark.parametrize("trainer_of", [sft, dpo, kto, grpo, rloo], ids=lambda trainer_of: trainer_of.__name__)
 def test_fused_log_probs(trainer_of, fused_log_probs, tmp_path):
-    def trained():
-        trainer = trainer_of(made(), tmp_path)
-        trainer.train()
-        # Sums of times and of floating-point operations aside, every number that it logs.
-        log = [{k: v for k, v in x.items() if "time" not in k} for x in trainer.state.log_history if "loss" in x]
-        return log, trainer.model
-
-    expected, other = trained()
+    expected = trained(trainer_of(made(), tmp_path))
     with fused_log_probs(), observing() as seen:
-        log, model = trained()
+        found = trained(trainer_of(made(), tmp_path))
     assert names(seen) == "torch:eager"
-    assert len(log) == 5
-    assert [x.keys() for x in log] == [x.keys() for x in expected]
-    for step, own in zip(log, expected, strict=True):
-        assert step == pytest.approx(own, rel=1e-5, abs=1e-5)
-    assert (model.lm_head.weight - made().lm_head.weight).abs().max() > 1e-4
-    for parameter, own in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(parameter, own, rtol=0, atol=1e-5)
+    assert_same_training(found, expected)
+    assert (found[1].lm_head.weight - made().lm_head.weight).abs().max() > 1e-4
 
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -219,7 +190,7 @@ def test_log_probs_under_fsdp2(world):
     from torch.distributed.fsdp import fully_shard
     from trl.trainer.utils import add_fused_lm_head
 
-    def trained(seed):
+    def trained_on(seed):
         model = with_biased_head()
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
         for module in (*model.model.layers, model.lm_head, model):
@@ -229,10 +200,10 @@ def test_log_probs_under_fsdp2(world):
         gradients = [x.grad.full_tensor() for x in model.parameters()]
         return found.log_probs.detach(), found.entropy.detach(), *gradients
 
-    expected = trained(world.rank)
+    expected = trained_on(world.rank)
     undo = ours_for_trl.use_fused_log_probs(backend=world.flag)
     with observing() as seen:
-        found = trained(world.rank)
+        found = trained_on(world.rank)
     undo()
     assert names(seen) == world.flag
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from loss_core_torch import compat
 from loss_core_torch.kernels import Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.products import Products
@@ -23,17 +22,10 @@ class _ByLibrary(EagerKernels):
         return Products(operand_dtype, device, self._by_onednn, columns=16)
 
 
-each_library = pytest.mark.parametrize(
-    "kernels",
-    [
-        pytest.param(_ByLibrary(False), id="mkl"),
-        pytest.param(
-            _ByLibrary(True),
-            id="onednn",
-            marks=pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN"),
-        ),
-    ],
-)
+@pytest.fixture
+def kernels(by_onednn):
+    """Eager kernels with products of one library."""
+    return _ByLibrary(by_onednn)
 
 
 def _problem(dtype=torch.float32):
@@ -42,7 +34,6 @@ def _problem(dtype=torch.float32):
     return h_TH.to(dtype), w_VH.to(dtype), b_V.to(dtype), e_TV
 
 
-@each_library
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"]
 )
@@ -63,7 +54,6 @@ def test_operands_are_rounded_to_the_dtype_of_the_products():
     assert torch.equal(head.h_TH, h_TH.bfloat16().float())
 
 
-@each_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [T, 4])
 @pytest.mark.parametrize("classes", [V, 20])
@@ -86,7 +76,6 @@ def test_blocks_add_up(kernels, dtype, tokens, classes, rounded, factor):
         torch.testing.assert_close(got.double(), wanted, rtol=8 * step, atol=8 * torch.finfo(torch.float32).eps * 8)
 
 
-@each_library
 @pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True), Wanted(False, False, True)])
 def test_what_is_not_wanted_is_empty(kernels, want):
     h_TH, w_VH, b_V, e_TV = _problem()

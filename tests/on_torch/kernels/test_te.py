@@ -1,5 +1,6 @@
 """`torch:te`: with TE's own sources on a CPU (te_worker.py, in processes of its own), and where TE can't be used."""
 
+import functools
 import importlib.abc
 import importlib.metadata
 import json
@@ -59,26 +60,20 @@ def _held(output):
     return [line.removeprefix("held: ") for line in output.splitlines() if line.startswith("held: ")]
 
 
-@pytest.fixture(scope="module")
-def one_process():
-    return _finish([_start("one")])[0]
+@functools.cache
+def _printed(of):
+    """What one process prints: with the sources of TE ("one"), or with a TE that overwrites its input."""
+    return _finish([_start(of)])[0]
 
 
 @on_linux
-@pytest.mark.parametrize("scenario", te_worker.ONE, ids=lambda scenario: scenario.__name__)
-def test_with_the_sources_of_te(one_process, scenario):
-    assert scenario.__name__ in _held(one_process), one_process[-8000:]
-
-
-@pytest.fixture(scope="module")
-def one_process_with_an_old_te():
-    return _finish([_start("overwriting")])[0]
-
-
-@on_linux
-@pytest.mark.parametrize("scenario", te_worker.OVERWRITING, ids=lambda scenario: scenario.__name__)
-def test_with_a_te_that_overwrites_its_input(one_process_with_an_old_te, scenario):
-    assert scenario.__name__ in _held(one_process_with_an_old_te), one_process_with_an_old_te[-8000:]
+@pytest.mark.parametrize(
+    ("of", "scenario"),
+    [("one", x) for x in te_worker.ONE] + [("overwriting", x) for x in te_worker.OVERWRITING],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_in_one_process(of, scenario):
+    assert scenario.__name__ in _held(_printed(of)), _printed(of)[-8000:]
 
 
 @on_linux

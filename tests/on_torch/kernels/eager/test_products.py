@@ -10,15 +10,6 @@ from loss_core_torch import compat
 from loss_core_torch.kernels.eager.products import Products
 
 CPU = torch.device("cpu")
-LIBRARIES = [
-    pytest.param(False, id="mkl"),
-    pytest.param(
-        True,
-        id="onednn",
-        marks=pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN"),
-    ),
-]
-either = pytest.mark.parametrize("by_onednn", LIBRARIES)
 
 
 def _products(by_onednn, dtype=torch.float32):
@@ -32,7 +23,6 @@ def _bound(a, b):
     return sum_growth(a.shape[1]) * 2.0**-24 * (a.double().abs() @ b.double().abs())
 
 
-@either
 def test_a_product_is_within_its_bound_for_operands_in_any_order(by_onednn):
     torch.manual_seed(0)
     multiply = _products(by_onednn)
@@ -50,7 +40,6 @@ def test_a_product_is_within_its_bound_for_operands_in_any_order(by_onednn):
                 assert ((added - 1 - exact).abs() <= bound + 2.0**-23 * (exact.abs() + 1)).all()
 
 
-@either
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_sum_of_products_is_right_after_the_last(by_onednn, number):
     torch.manual_seed(1)
@@ -88,14 +77,12 @@ def test_onednn_gets_no_part_of_a_wider_matrix():
     assert all(x.is_contiguous() or x.t().is_contiguous() for x in operands.matrices)
 
 
-@either
 def test_empty_operands(by_onednn):
     multiply = _products(by_onednn)
     assert multiply.new(torch.ones(3, 0), torch.ones(0, 4)).equal(torch.zeros(3, 4))
     assert multiply.new(torch.ones(0, 2), torch.ones(2, 4)).shape == (0, 4)
 
 
-@either
 def test_the_library_that_is_asked_for_multiplies(by_onednn):
     with Operations() as operations:
         _products(by_onednn).new(torch.ones(2, 3), torch.ones(3, 4))
