@@ -16,7 +16,7 @@ from loss_core import BackendUnavailable
 from loss_core.row_terms import Objective
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_rows import Call, LinearRowLoss
-from loss_core_torch.autograd.linear_source import Source
+from loss_core_torch.autograd.linear_source import Given, Source
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import IGNORED, Linear, Wanted, WholeLosses
 from loss_core_torch.kernels.terms import per_row
@@ -60,15 +60,12 @@ class LinearCall(RowCall):
                 f"{self.kernels.flag!r} makes the logits of all tokens, got chunk_len={self.source.block_tokens}: use "
                 "'torch:eager' or 'torch:triton'."
             )
-        h_TH, labels_T, keep_T = self.hidden.reshape(-1, self.hidden.shape[-1]), self.targets, self.tokens.keep_T
+        labels_T, keep_T = self.targets, self.tokens.keep_T
         if keep_T is not None:
-            # What an ignored token holds must not reach a product, not even times 0; its label is nobody's.
-            h_TH = h_TH.masked_fill(~keep_T[:, None], 0.0)
+            # The label of an ignored token is nobody's.
             labels_T = labels_T.masked_fill(~per_row(keep_T, labels_T), IGNORED)
         inverse_T = self.tokens.inverse_temperature_T
-        return Linear(
-            h_TH, self.weight, labels_T, 0, self.source.softcap, self.source.product_dtype, inverse_T, self.bias
-        )
+        return Given(self.hidden, self.weight, self.bias, labels_T, keep_T, None, inverse_T).linear(self.source)
 
     def knows_factors(self) -> bool:
         # The operator of a traced call has no place for a teacher.
