@@ -16,9 +16,10 @@ class Sizes(NamedTuple):
 
     Attributes:
         elements_cpu, elements: logits of a block of rows.
-        logits_bytes_cpu, logits_bytes: of a block of the fused loss, whose logits are all that it holds.
+        logits_bytes_cpu, logits_bytes: of the logits of a block of the fused loss.
         min_tokens, max_tokens: of a block of the fused loss.
-        tile_columns_cpu: classes of a vocabulary tile of the fused loss; elsewhere it is the whole vocabulary.
+        tile_columns_cpu: classes of one product of the fused loss; elsewhere it is all of a block's.
+        min_columns: of a block of all tokens.
     """
 
     # 4 MiB of float32, which the L2 caches of a few cores hold; a quarter of it costs 10 % more time in calls, four
@@ -38,6 +39,7 @@ class Sizes(NamedTuple):
 
     # A tile of the weight (1536 x 512 float32 = 3 MiB) is read once from memory for two uses.
     tile_columns_cpu: int = 1536
+    min_columns: int = 256
 
     def block_rows(self, num_cols: int, device: torch.device) -> int:
         """Rows whose logits fit a block; at least 1."""
@@ -54,8 +56,9 @@ class Sizes(NamedTuple):
         """Blocks of all tokens and a tile of the vocabulary."""
         if together and of.num_tokens * of.vocab * of.logit_bytes <= self._block_bytes(of):
             return Blocks(of.num_tokens, of.num_tokens, of.vocab)
-        columns = self.product_columns(of.device) or of.vocab
-        return Blocks(of.num_tokens, min(of.num_tokens, self.max_tokens), max(min(columns, of.vocab), 1))
+        fitting = max(self._block_bytes(of) // max(of.num_tokens * of.logit_bytes, 1), self.min_columns)
+        columns = min(self.product_columns(of.device) or of.vocab, fitting, of.vocab)
+        return Blocks(of.num_tokens, min(of.num_tokens, self.max_tokens), max(columns, 1))
 
     def product_columns(self, device: torch.device) -> int:
         """Classes of one product; 0: all of them."""

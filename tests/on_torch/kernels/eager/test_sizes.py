@@ -38,6 +38,13 @@ def test_tiles_have_all_tokens_and_the_classes_of_a_product():
     assert SIZES.tiles(_head(10, 0, 512), together=False).classes == 1
 
 
+def test_tiles_of_many_tokens_are_narrow():
+    assert SIZES.tiles(_head(16384, 128256, 512), together=False).classes == 768
+    assert SIZES.tiles(_head(1 << 20, 128256, 512), together=False).classes == 256
+    on_gpu = _head(8192, 128256, 512)._replace(device=torch.device("cuda"))
+    assert SIZES.tiles(on_gpu, together=False).classes * 8192 * 4 == 512 << 20
+
+
 def test_logits_are_kept_together_where_they_fit_a_block():
     assert SIZES.tiles(_head(300, 32000, 512), together=True) == (300, 300, 32000)
     assert SIZES.tiles(_head(300, 32000, 512), together=False).classes == 1536
