@@ -196,6 +196,13 @@ def read_count(name: str, count: Any) -> Any:
     return array
 
 
+def read_batch_count(labels: ArrayLike, num_batch_labels: Any, loss_weights: ArrayLike | None) -> Any:
+    """The count of a distillation, as `read_count` gives it; weights have the shape of labels, and come with one."""
+    check_weights_have_count(loss_weights, num_batch_labels)
+    check_reduction_arguments("sum", labels, None, loss_weights)
+    return read_count("num_batch_labels", num_batch_labels)
+
+
 def read_labels(labels: ArrayLike, mask: ArrayLike | None, ignore_index: int, vocab: int | None) -> ArrayLike:
     """Target of each position, as `classify` gives it; labels are checked where that costs no device sync.
 
@@ -249,6 +256,12 @@ def classify(xp: Any, labels: Any, mask: Any, ignore_index: int, vocab: int | No
 
 
 _classify = jax.jit(functools.partial(classify, jnp), static_argnums=(2, 3))
+
+
+def local_columns(columns: jax.Array, start: Any, stop: Any, offset: Any) -> jax.Array:
+    """Columns counted from an offset, ELSEWHERE those outside [start, stop); negative ones stay what they are."""
+    owned = (columns >= start) & (columns < stop)
+    return jnp.where(columns < 0, columns, jnp.where(owned, columns - offset, ELSEWHERE))
 
 
 def in_host_memory(array: ArrayLike) -> bool:

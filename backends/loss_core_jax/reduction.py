@@ -1,17 +1,29 @@
-"""From the losses of the rows to the loss: the factor of each row, and the sum."""
+"""From the losses of the rows to what the caller gets: the factor of each row, the sum, and metrics beside it."""
 
 # T = tokens (any leading dimensions)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
 from loss_core_jax.inputs import IGNORED, INVALID
 
+# Values and metrics of each row, each in the shape of the labels.
+RowResults = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 
+# What a cross entropy returns: its loss, or with metrics a pair.
+Result = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
+
+
+# One program where a call is not under jit.
+@functools.partial(jax.jit, static_argnames=("dtype", "mean"))
 def row_scale(
     target: jax.Array,
     dtype: Any,
@@ -40,6 +52,7 @@ def row_scale(
     return scale
 
 
+@jax.jit
 def total(loss: jax.Array, scale: jax.Array, count: jax.Array | None) -> jax.Array:
     """Sum of scale * loss over all rows; see `finish_count`."""
     return finish_count(jnp.sum(scale * loss), count)
@@ -66,3 +79,29 @@ def valid_upstream(upstream: jax.Array, target: jax.Array) -> jax.Array:
 def nan_if_invalid(value: jax.Array, target: jax.Array) -> jax.Array:
     """The values, NaN where the row's label is invalid."""
     return jnp.where(target == INVALID, jnp.nan, value)
+
+
+def row_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """Those metrics that each row has: all but the number of tokens."""
+    return tuple(name for name in names if name in TOKEN_METRICS)
+
+
+def with_metrics(
+    names: Sequence[str],
+    loss: jax.Array,
+    found: Sequence[jax.Array],
+    target: jax.Array,
+    reduced: Callable[[jax.Array], jax.Array],
+) -> Result:
+    """The loss; with metrics, also a dict of them, not differentiated: reduced, and the number of valid tokens.
+
+    Args:
+        found: of `row_metrics(names)`.
+        target: of all rows, classes or IGNORED or INVALID.
+        reduced: as the loss is.
+    """
+    if not names:
+        return loss
+    values: dict[str, Any] = dict(zip(row_metrics(names), map(reduced, found), strict=True))
+    values[NUM_VALID] = jnp.sum(target != IGNORED)
+    return loss, {name: lax.stop_gradient(values[name]) for name in names}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ def read_teacher(
     classes, log_p = inputs.as_jax(_classes(indices, vocab)), inputs.as_jax(logprobs)
     target = inputs.as_jax(target)
     bad = [wrong.any(-1) for _, wrong in (*_of_indices(jnp, classes), *_of_logprobs(jnp, log_p))]
-    target = jnp.where((target != IGNORED) & jnp.stack(bad).any(0), INVALID, target)
+    # One by one: JAX stacks no rows whose explicit shardings differ.
+    target = jnp.where((target != IGNORED) & functools.reduce(jnp.logical_or, bad), INVALID, target)
     ignored = (target == IGNORED)[..., None]
     # What an ignored position holds reaches nothing; its classes are any that differ.
     classes = jnp.where(ignored, jnp.arange(classes.shape[-1], dtype=classes.dtype), classes)

@@ -15,7 +15,7 @@ import pytest
 
 from loss_core import BackendUnavailable, ChunkedCEConfig
 from loss_core_jax import ChunkedCrossEntropy, FusedLinearCrossEntropy
-from loss_core_jax.kernels.xla.sizes import ACCELERATOR, CPU, plan_for
+from loss_core_jax.kernels.xla.chunks import ACCELERATOR, CPU, plan_for
 
 # H = 4 so that neither the weight's gradient nor the hidden states are larger than a few rows of logits.
 T, V, H, CHUNK = 60, 300, 4, 8

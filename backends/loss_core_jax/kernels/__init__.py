@@ -42,8 +42,8 @@ class Rows(NamedTuple):
         target: [...] int32: a column, IGNORED, INVALID or ELSEWHERE.
         num_classes: columns from this one on are padding of -inf; None where there is none.
         inverse_temperature: [...] factor of the logits, after the softcap, or None.
-        columns: [..., K] int32, a column or ELSEWHERE: the row's K targets, which its terms leave out (see `RowTerms`).
-            Then `target` only says what is IGNORED or INVALID. None: the row has the one target.
+        columns: [..., K] int32, a column, or negative for none here: the row's K targets, which its terms leave out
+            (see `RowTerms`). Then `target` only says what is IGNORED or INVALID. None: the row has the one target.
     """
 
     logits: jax.Array
@@ -76,7 +76,7 @@ class LinearRows(NamedTuple):
 
 
 class LinearPairs(NamedTuple):
-    """Rows of a student and of a teacher, with the same target, padding and temperature."""
+    """Rows of a student and of a teacher, with the same target and padding, and no temperatures of their own."""
 
     student: LinearRows
     teacher: LinearRows
@@ -93,19 +93,6 @@ class Pairs(NamedTuple):
     student: jax.Array
     teacher: jax.Array
     target: jax.Array
-
-
-class Mixture(NamedTuple):
-    """What is static about pairs and their mixture. Hashable.
-
-    Attributes:
-        beta: the teacher's share, in (0, 1).
-        temperature, chunk_size: as for `KernelSet.pair_terms`.
-    """
-
-    beta: float
-    temperature: float
-    chunk_size: int = 0
 
 
 class How(NamedTuple):
@@ -142,17 +129,19 @@ class LinearGradients(NamedTuple):
 
 
 class PairHow(NamedTuple):
-    """What is static about linear pairs. Hashable.
+    """What is static about pairs and linear pairs. Hashable.
 
     Attributes:
         beta: the teacher's share of the mixture in (0, 1); 0: KL(teacher || student), there is none.
+        temperature: divides the logits of both.
         shard: as in `Shard`.
-        wanted: which gradients of student and teacher are made.
+        chunk_size: most pairs of logits that are computed at a time; 0: the set chooses.
     """
 
-    beta: float
+    beta: float = 0.0
+    temperature: float = 1.0
     shard: Shard = Shard()
-    wanted: tuple[Wanted, Wanted] = (Wanted(), Wanted())
+    chunk_size: int = 0
 
 
 BothGradients = tuple[LinearGradients, LinearGradients]
@@ -173,28 +162,22 @@ class KernelSet(Protocol):
         """Gradient of the logits from the terms and the coefficients of each row."""
         ...
 
-    def pair_terms(self, pairs: Pairs, temperature: float, chunk_size: int, shard: Shard) -> PairTerms:
-        """Terms of each pair at logits / temperature; m_t and m_s alone are in units of the logits.
-
-        Args:
-            chunk_size: rows computed at a time, 0 to choose.
-        """
+    def pair_terms(self, pairs: Pairs, how: PairHow) -> PairTerms:
+        """Terms of each pair at logits / temperature; m_t and m_s alone are in units of the logits."""
         ...
 
-    def pair_gradients(
-        self, pairs: Pairs, terms: PairTerms, kl: jax.Array, upstream: jax.Array, temperature: float
-    ) -> tuple[jax.Array, jax.Array]:
-        """Gradients of upstream * kl by student and teacher, given terms as `pair_terms` gives them, and the kl."""
-        ...
-
-    def pair_mixture(self, pairs: Pairs, terms: PairTerms, mixture: Mixture, shard: Shard) -> MixtureTerms:
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
         """Sums over these columns, given terms of the whole rows as `pair_terms` gives them."""
         ...
 
-    def mixture_gradients(
-        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, mixture: Mixture
+    def pair_gradients(
+        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
     ) -> tuple[jax.Array, jax.Array]:
-        """Gradients of upstream * `jensen_shannon` by student and teacher, given terms and sums of the whole rows."""
+        """Gradients of upstream * divergence by student and teacher, given terms of the whole rows.
+
+        Args:
+            sums: with beta those of the mixture; None without.
+        """
         ...
 
     def linear_terms(self, rows: LinearRows, how: How) -> RowTerms:
@@ -226,17 +209,13 @@ class KernelSet(Protocol):
         ...
 
     def linear_pair_gradients(
-        self, rows: LinearPairs, terms: PairTerms, sums: jax.Array | MixtureTerms, upstream: jax.Array, how: PairHow
+        self, rows: LinearPairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
     ) -> BothGradients:
-        """Gradients of upstream * divergence, given terms of the whole rows; makes the logits again.
-
-        Args:
-            sums: KL of each row; with beta those of the mixture.
-        """
+        """As `pair_gradients`, by hidden states and weights; makes the logits again."""
         ...
 
     def linear_pair_losses_and_gradients(
-        self, rows: LinearPairs, upstream: jax.Array, how: PairHow
+        self, rows: LinearPairs, upstream: jax.Array, how: PairHow, wanted: tuple[Wanted, Wanted]
     ) -> tuple[jax.Array, BothGradients]:
         """Divergences, and gradients of upstream * divergence, while a chunk's logits are at hand."""
         ...

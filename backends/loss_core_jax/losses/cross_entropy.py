@@ -12,16 +12,14 @@ import jax
 from loss_core import ChunkedCEConfig, FusedLinearCEConfig, MaskedCrossEntropyConfig, TEParallelCEConfig
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.row_terms import CrossEntropy
-from loss_core_jax import inputs, metrics
+from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
-from loss_core_jax.losses.linear_rows import over_head, summed
-from loss_core_jax.losses.linear_source import arithmetic_dtype, read_source
-from loss_core_jax.losses.rows import PerRow, Problem, over_logits
-from loss_core_jax.metrics import Result
+from loss_core_jax.losses.linear import arithmetic_dtype, read_source, summed
+from loss_core_jax.losses.rows import PerRow, Problem, over_head, over_logits
 from loss_core_jax.parallel.layout import NOWHERE, Layout, layout_for
-from loss_core_jax.reduction import finish_count, row_scale, total
+from loss_core_jax.reduction import Result, finish_count, row_scale, total, with_metrics
 
 
 class _LogitsCrossEntropy(Loss):
@@ -104,7 +102,7 @@ def _reduced(
 
     result = reduced(loss)
     result = result if loss_fn.fp32_upcast else result.astype(logits.dtype)
-    return metrics.with_metrics(loss_fn.metrics, result, found, target, reduced)
+    return with_metrics(loss_fn.metrics, result, found, target, reduced)
 
 
 class _LinearCrossEntropy(Loss):
@@ -167,7 +165,7 @@ class _LinearCrossEntropy(Loss):
             size = valid_tokens.num_rows(target, self.skip_ignored, num_valid_tokens)
         problem = Problem.of(self, CrossEntropy.of(self, vocab), layout, vocab)
         target, is_mean = inputs.as_jax(target), self.reduction == "mean"
-        scale = _row_scale(target, arithmetic_dtype(source), mean=is_mean, count=count, loss_weights=loss_weights)
+        scale = row_scale(target, arithmetic_dtype(source), mean=is_mean, count=count, loss_weights=loss_weights)
         taken, taken_scale, indices = target, scale, None
         if size is not None and target.size:
             # One row at least, which may be an ignored one: then everything below holds without any.
@@ -176,18 +174,19 @@ class _LinearCrossEntropy(Loss):
 
         def reduced(of_rows: jax.Array) -> jax.Array:
             if self.reduction != "none":
-                of_rows = _total(of_rows, taken_scale, count)
+                of_rows = total(of_rows, taken_scale, count)
             elif indices is not None:
                 of_rows = valid_tokens.scatter(of_rows, indices, shape=target.shape)
             return valid_tokens.nan_if_wrong(of_rows, target, num_valid_tokens)
 
-        if layout == NOWHERE and self.reduction != "none" and target.size:
-            loss, found = summed(source, taken, taken_scale, problem, skip=self.skip_ignored is not False)
-            loss = valid_tokens.nan_if_wrong(finish_count(loss, count), target, num_valid_tokens)
-        else:
+        if self.reduction == "none" or not target.size:
             (loss,), found = over_head(source, PerRow(taken), problem, layout)
             loss = reduced(loss)
-        return metrics.with_metrics(self.metrics, loss, found, target, reduced)
+        else:
+            skip = self.skip_ignored is not False
+            loss, found = summed((source,), PerRow(taken), taken_scale, problem, layout, skip=skip)
+            loss = valid_tokens.nan_if_wrong(finish_count(loss, count), target, num_valid_tokens)
+        return with_metrics(self.metrics, loss, found, target, reduced)
 
 
 @has_fields_of(FusedLinearCEConfig)
@@ -222,7 +221,3 @@ class ChunkedCrossEntropy(_LinearCrossEntropy):
                 "ChunkedCrossEntropy on jax got compile=False: XLA compiles whatever JAX runs. Use compile=True, or "
                 "backend='torch:eager' or 'torch:triton', whose kernels no torch.compile makes."
             )
-
-
-_row_scale = jax.jit(row_scale, static_argnames=("dtype", "mean"))
-_total = jax.jit(total)

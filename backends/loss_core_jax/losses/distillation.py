@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from loss_core import KDLossConfig
-from loss_core.row_terms import MixtureTerms, PairTerms, beta_of, jensen_shannon, kl_divergence
+from loss_core.row_terms import beta_of, jensen_shannon, kl_divergence
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
-from loss_core_jax.kernels import KernelSet, Mixture, Pairs, Shard
+from loss_core_jax.kernels import KernelSet, PairHow, Pairs
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.parallel.collectives import added, align, fold_pairs, whole_cotangent
 from loss_core_jax.parallel.layout import Layout, Operand, layout_for, over
@@ -62,26 +62,17 @@ class KDLoss(Loss):
             student_logits=student_logits, teacher_logits=teacher_logits, labels=labels, loss_weights=loss_weights
         )
         inputs.check_pair(student_logits, teacher_logits, labels)
-        inputs.check_weights_have_count(loss_weights, num_batch_labels)
-        inputs.check_reduction_arguments("sum", labels, None, loss_weights)
-        count = inputs.read_count("num_batch_labels", num_batch_labels)
+        count = inputs.read_batch_count(labels, num_batch_labels, loss_weights)
         layout = layout_for(self.tp_group, student_logits, student_logits, -1)
         target = inputs.read_labels(labels, None, self.ignore_index, None)
         return _reduced(self, student_logits, teacher_logits, target, count, loss_weights, layout=layout)
 
 
 class _Problem(NamedTuple):
-    """What is static about a divergence, KL(teacher || student) or with beta that of a mixture. Hashable."""
+    """What is static in a call; hashable."""
 
     kernels: KernelSet
-    temperature: float
-    chunk_size: int
-    shard: Shard
-    beta: float
-
-    @property
-    def mixture(self) -> Mixture:
-        return Mixture(self.beta, self.temperature, self.chunk_size)
+    how: PairHow
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -99,14 +90,14 @@ def _reduced(
     beta = beta_of(loss_fn)
     # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
     roles, beta = ((teacher, student), 0.0) if beta == 1 else ((student, teacher), beta)
-    problem = _Problem(loss_fn.kernels, float(loss_fn.temperature), int(loss_fn.chunk_size), layout.shard, beta)
-    loss = loss_rows(*roles, target, problem, layout)
+    how = PairHow(beta, float(loss_fn.temperature), layout.shard, int(loss_fn.chunk_size))
+    loss = _over_logits(*roles, target, _Problem(loss_fn.kernels, how), layout)
     scale = row_scale(target, loss.dtype, mean=True, count=count, loss_weights=loss_weights)
     loss = total(loss, scale, count)
     return loss if loss_fn.fp32_upcast else loss.astype(student.dtype)
 
 
-def loss_rows(
+def _over_logits(
     student: jax.Array, teacher: jax.Array, target: jax.Array, problem: _Problem, layout: Layout
 ) -> jax.Array:
     """T^2 times the divergence per row, for any layout; 0 where the target is IGNORED."""
@@ -127,25 +118,17 @@ def _rows(pairs: Pairs, problem: _Problem) -> jax.Array:
 
 
 def _forward(pairs: Pairs, problem: _Problem) -> tuple[jax.Array, Any]:
-    kernels, temperature, chunk_size, shard, beta = problem
-    terms = fold_pairs(kernels.pair_terms(pairs, temperature, chunk_size, shard), temperature, shard)
-    if not beta:
-        kl = kl_divergence(jnp, terms)
-        return valid_losses(temperature**2 * kl, pairs.target), (pairs, terms, kl)
-    sums = added(kernels.pair_mixture(pairs, terms, problem.mixture, shard), shard)
-    return valid_losses(temperature**2 * jensen_shannon(jnp, terms, sums, beta), pairs.target), (pairs, terms, sums)
+    kernels, how = problem
+    terms = fold_pairs(kernels.pair_terms(pairs, how), how.temperature, how.shard)
+    sums = added(kernels.pair_mixture(pairs, terms, how), how.shard) if how.beta else None
+    loss = kl_divergence(jnp, terms) if sums is None else jensen_shannon(jnp, terms, sums, how.beta)
+    return valid_losses(how.temperature**2 * loss, pairs.target), (pairs, terms, sums)
 
 
-def _backward(
-    problem: _Problem, residuals: tuple[Pairs, PairTerms, jax.Array | MixtureTerms], cotangent: jax.Array
-) -> tuple[Any]:
-    pairs, terms, sums = residuals
-    upstream = valid_upstream(whole_cotangent(cotangent, problem.shard), pairs.target) * problem.temperature**2
-    if isinstance(sums, MixtureTerms):
-        grads = problem.kernels.mixture_gradients(pairs, terms, sums, upstream, problem.mixture)
-    else:
-        grads = problem.kernels.pair_gradients(pairs, terms, sums, upstream, problem.temperature)
-    by_student, by_teacher = grads
+def _backward(problem: _Problem, residuals: Any, cotangent: jax.Array) -> tuple[Any]:
+    (pairs, terms, sums), (kernels, how) = residuals, problem
+    upstream = valid_upstream(whole_cotangent(cotangent, how.shard), pairs.target) * how.temperature**2
+    by_student, by_teacher = kernels.pair_gradients(pairs, terms, sums, upstream, how)
     return (Pairs(by_student, by_teacher, None),)  # type: ignore[arg-type]
 
 

@@ -13,9 +13,8 @@ from loss_core.row_terms import LogProbability
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.losses.base import Loss, has_fields_of
-from loss_core_jax.losses.linear_rows import over_head
-from loss_core_jax.losses.linear_source import arithmetic_dtype, read_source
-from loss_core_jax.losses.rows import PerRow, Problem, over_logits
+from loss_core_jax.losses.linear import arithmetic_dtype, read_source
+from loss_core_jax.losses.rows import PerRow, Problem, over_head, over_logits
 from loss_core_jax.parallel.layout import layout_for
 from loss_core_jax.temperature import inverse_temperature
 

@@ -14,9 +14,8 @@ from loss_core.row_terms import TopK
 from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
-from loss_core_jax.losses.linear_rows import over_head
-from loss_core_jax.losses.linear_source import arithmetic_dtype, read_source
-from loss_core_jax.losses.rows import Over, PerRow, Problem, over_logits
+from loss_core_jax.losses.linear import arithmetic_dtype, read_source
+from loss_core_jax.losses.rows import Over, PerRow, Problem, over_head, over_logits
 from loss_core_jax.parallel.layout import Layout, layout_for
 from loss_core_jax.reduction import row_scale, total
 from loss_core_jax.temperature import inverse_temperature
@@ -77,9 +76,8 @@ class TopKDistillation(_TopKDistillation):
                 teacher that can be read and is no distribution (else the position is NaN), see `read_teacher`.
         """
         inputs.check_arrays(student_logits=student_logits, labels=labels, loss_weights=loss_weights)
-        inputs.check_floating(student_logits=student_logits)
         inputs.check_logits("student_logits", student_logits, labels)
-        count = _read_count(labels, num_batch_labels, loss_weights)
+        count = inputs.read_batch_count(labels, num_batch_labels, loss_weights)
         layout = layout_for(self.tp_group, student_logits, student_logits, -1)
         vocab = layout.vocab(student_logits.shape[-1])
         check_teacher(labels, teacher_indices, teacher_logprobs, vocab)
@@ -127,20 +125,13 @@ class FusedLinearTopKDistillation(_TopKDistillation):
         """
         inputs.check_arrays(hidden_states=hidden_states, lm_weight=lm_weight, labels=labels, loss_weights=loss_weights)
         source, layout = read_source(self, hidden_states, labels, lm_weight, lm_bias)
-        count = _read_count(labels, num_batch_labels, loss_weights)
+        count = inputs.read_batch_count(labels, num_batch_labels, loss_weights)
         vocab = layout.vocab(lm_weight.shape[0])
         check_teacher(labels, teacher_indices, teacher_logprobs, vocab)
         dtype = arithmetic_dtype(source)
         objective, per_row = self._read(labels, teacher_indices, teacher_logprobs, vocab, dtype)
         problem = Problem.of(self, objective, layout, vocab)
         return _reduced(self, over_head, source, per_row, count, loss_weights, problem=problem, layout=layout)
-
-
-def _read_count(labels: ArrayLike, num_batch_labels: Count | None, loss_weights: ArrayLike | None) -> Any:
-    """The count; weights have the shape of labels, and come with one."""
-    inputs.check_weights_have_count(loss_weights, num_batch_labels)
-    inputs.check_reduction_arguments("sum", labels, None, loss_weights)
-    return inputs.read_count("num_batch_labels", num_batch_labels)
 
 
 @functools.partial(jax.jit, static_argnames=("over", "problem", "layout"))

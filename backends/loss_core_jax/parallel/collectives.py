@@ -27,7 +27,7 @@ from jax import lax
 
 from loss_core.row_terms import MixtureTerms, PairTerms, RowTerms, combine, combine_pairs
 from loss_core_jax import compat
-from loss_core_jax.inputs import ELSEWHERE
+from loss_core_jax.inputs import local_columns
 from loss_core_jax.kernels import Shard
 
 Arrays = tuple[jax.Array, ...]
@@ -51,19 +51,11 @@ def types_tell(axes: tuple[str, ...]) -> bool:
 
 
 def local_target(target: jax.Array, num_local: int, shard: Shard) -> jax.Array:
-    """The target within this device's share: its column there, ELSEWHERE, or IGNORED or INVALID as before."""
+    """Classes, [...] or [..., K], as columns of this device's share: ELSEWHERE those of others; negative ones stay."""
     if not shard.axes:
         return target
-    local = target - lax.axis_index(shard.axes) * num_local
-    owned = (local >= 0) & (local < num_local)
-    return jnp.where(target < 0, target, jnp.where(owned, local, ELSEWHERE))
-
-
-def local_columns(classes: jax.Array, num_local: int, shard: Shard) -> jax.Array:
-    """Classes [..., K] as columns of this device's share, ELSEWHERE those of others."""
-    start = lax.axis_index(shard.axes) * num_local if shard.axes else 0
-    local = classes - start
-    return jnp.where((local >= 0) & (local < num_local), local, ELSEWHERE)
+    start = lax.axis_index(shard.axes) * num_local
+    return local_columns(target, start, start + num_local, start)
 
 
 def num_local_classes(num_local: int, num_classes: int, shard: Shard) -> jax.Array | None:

@@ -118,7 +118,9 @@ def layout_for(tp_group: Any, rows: Any, vocab_array: Any, vocab_dim: int) -> La
         return Layout(
             axes, lax.axis_size(axes), inside=True, whole=_is_sharded(context, frozenset(context.manual_axes))
         )
-    found = [_readable(rows), _readable(vocab_array)]
+    meshes = (context, *(jax.typeof(x).sharding.mesh for x in (rows, vocab_array)))
+    explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    found = [_readable(rows, explicit), _readable(vocab_array, explicit)]
     mesh = next((m for m in (context, *(s.mesh for s in found if s)) if m is not None and not m.empty), None)
     _check_axes(tp_group, axes, mesh, traced=None in found)
     # Explicit axes belong to the types of arrays even where they have one device.
@@ -207,11 +209,18 @@ class _Readable(NamedTuple):
     axes: frozenset[str]
 
 
-def _readable(array: Any) -> _Readable | None:
-    """The sharding of an array, where it can be read: explicit axes of its type, or all axes of a concrete array."""
+def _readable(array: Any, explicit: Any) -> _Readable | None:
+    """The sharding of an array, where it can be read: explicit axes of its type, or all axes of a concrete array.
+
+    Args:
+        explicit: the mesh with explicit axes that is set or on which another array lies, or None. An array that lies on
+            no mesh is whole on each of its devices, as for JAX's own functions.
+    """
     typed: Any = jax.typeof(array).sharding
     if typed.mesh.explicit_axes:
         return _Readable(typed.mesh, _entries(typed.spec, array.ndim), frozenset(typed.mesh.explicit_axes))
+    if explicit is not None and typed.mesh.empty:
+        return _Readable(explicit, _entries((), array.ndim), frozenset(explicit.explicit_axes))
     if compat.is_tracer(array):
         return None
     sharding = getattr(array, "sharding", None)

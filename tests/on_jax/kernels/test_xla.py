@@ -13,7 +13,7 @@ import pytest
 
 from loss_core_jax import FusedLinearCrossEntropy
 from loss_core_jax.kernels.xla import CPU, XlaKernels
-from loss_core_jax.kernels.xla.sizes import plan_for, widened_on_cpu
+from loss_core_jax.kernels.xla.chunks import plan_for, widened_on_cpu
 
 T, V, H = 37, 507, 16
 IGNORE = -100

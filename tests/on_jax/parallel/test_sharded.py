@@ -25,6 +25,7 @@ SCENARIOS = [
         "bad_use",
         "second_derivatives",
     ),
+    ("explicit_worker.py", "on_no_mesh", "whole_beside_sharded_rows"),
     ("sharded_hlo_worker.py", "inside_shard_map", "no_logits_move", "what_would_be_wrong_is_seen"),
     pytest.param(
         ("sharded_worker.py", "oracle_dtypes", "second_derivatives_of_linear_distillation"), marks=pytest.mark.slow
@@ -32,7 +33,9 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize("scenarios", SCENARIOS, ids=["values", "what is moved", "other dtypes and both heads"])
+@pytest.mark.parametrize(
+    "scenarios", SCENARIOS, ids=["values", "explicit axes", "what is moved", "other dtypes and both heads"]
+)
 def test_on_four_devices(scenarios: tuple[str, ...]) -> None:
     worker, *names = scenarios
     if worker == "sharded_hlo_worker.py" and jax.__version_info__ < (0, 9):

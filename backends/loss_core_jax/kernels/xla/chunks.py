@@ -1,23 +1,133 @@
-"""Loops over chunks of rows, so that temporaries do not grow with the number of tokens; and rows that are ignored."""
+"""How rows are cut up, by the platform that a program is compiled for; loops over chunks; and rows that are ignored."""
 
-# T = tokens, N = chunks, C = tokens of a chunk
+# T = tokens, C = tokens of a chunk, V = vocabulary, B = vocabulary of a tile, H = hidden
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from loss_core.row_terms import IGNORED_ROW, RowTerms
 from loss_core_jax import compat
 from loss_core_jax.inputs import IGNORED
 
 Arrays = tuple[jax.Array, ...]
 Tree = TypeVar("Tree")
+
+# Rows of 16 float32 logits fill a cache line: a tile is a multiple of them.
+_ALIGNED = 16
+
+
+class Sizes(NamedTuple):
+    """Sizes for one platform. Hashable.
+
+    Attributes:
+        logits_bytes: most bytes of the logits of one chunk of linear rows.
+        chunk: least and most linear rows of a chunk. Each chunk reads the weight twice, and reads and writes its
+            gradient: below 128 rows that takes longer than the products; with 512 rows it is a tenth.
+        tile: most classes of a tile of linear rows.
+        row_bytes: most bytes of a temporary of logits that need a cast.
+        pair_bytes: most bytes of each of the three temporaries of pairs of logits.
+        is_cpu: written for XLA:CPU: chunks of ignored rows are skipped (an accelerator's host would wait for each
+            predicate), and transposed operands are written out (a product over the rows of its left operand takes
+            1.5 times as long there).
+        widened: 16-bit dtypes whose products are made in float32: the processor has no units for them, and no value
+            changes.
+    """
+
+    logits_bytes: int
+    chunk: tuple[int, int]
+    tile: int
+    row_bytes: int = 0
+    pair_bytes: int = 0
+    is_cpu: bool = False
+    widened: tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    """How one call is cut up: num_chunks chunks of `chunk` rows, tiles of `tile` classes; dtype of the arithmetic."""
+
+    num_chunks: int
+    chunk: int
+    tile: int
+    dtype: Any
+    sizes: Sizes
+
+
+def widened_on_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """16-bit dtypes for which this processor has no units: float16, and bfloat16 unless it says otherwise.
+
+    Measured with avx512_bf16: 0.50 TFLOP/s, where products of float32 run at 0.25.
+    """
+    # The first lines are those of the first core.
+    flags = cpuinfo.read_text().partition("\n\n")[0].split() if cpuinfo.is_file() else []
+    return ("float16",) if {"avx512_bf16", "amx_bf16"} & set(flags) else ("bfloat16", "float16")
+
+
+# XLA for CPU writes a cast of the logits out before it sums over it, z - m before the sums of exp(z - m) and of
+# exp(z - m) (z - m), and terms of pairs before their sums. Chunks bound these temporaries and keep them in cache: with
+# 1 MiB for each core pairs were a fifth faster than with 4.
+_CORES = os.cpu_count() or 1
+CPU = Sizes(64 << 20, (128, 512), 2048, 8 << 20, _CORES << 20, is_cpu=True, widened=widened_on_cpu())
+# Larger products, to be busy, for which it has the room. Each chunk is a few kernels that are started one by one: over
+# bfloat16 logits 8,192 x 128,256 a loop over 8 MiB took 7.6 ms on an H200, 512 times 10 us and what is left.
+ACCELERATOR = Sizes(256 << 20, (128, 1 << 30), 16384, 256 << 20, 256 << 20)
+
+
+def plan_for(
+    num_rows: int, weight_VH: jax.Array, dtype: Any, sizes: Sizes, *, partitioned: bool, block_rows: int = 0
+) -> Plan:
+    """The plan of a call with at least one row.
+
+    Args:
+        partitioned: XLA spreads each chunk over the devices of the axes that are its own, and the vocabulary is one
+            tile, since slices of it would be moved.
+        block_rows: most rows of a chunk; 0: the sizes alone say.
+    """
+    vocab, hidden = weight_VH.shape
+    least, most = sizes.chunk
+    # With 3/8 H rows the logits take 3/8 of the room of the weight's gradient: worth it up to 512.
+    least = max(least, min(512, hidden * 3 // 8, most))
+    chunk = min(max(sizes.logits_bytes // (vocab * dtype.itemsize), least), most)
+    if partitioned:
+        chunk *= _num_devices()
+    chunk = min(chunk, block_rows or chunk)
+    num_chunks = -(-num_rows // chunk)
+    num_tiles = 1 if partitioned else -(-vocab // sizes.tile)
+    tile = vocab if num_tiles == 1 else _round_up(-(-vocab // num_tiles), _ALIGNED)
+    return Plan(num_chunks, -(-num_rows // num_chunks), min(tile, vocab), dtype, sizes)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _num_devices() -> int:
+    """Devices of the axes that XLA takes care of."""
+    mesh = jax.sharding.get_abstract_mesh()
+    num_devices = max(mesh.size, 1)
+    for axis in mesh.manual_axes:
+        num_devices //= mesh.shape[axis]
+    return num_devices
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def by_platform(
+    kernel: Callable[..., Any], static: tuple[Any, ...], cpu: Sizes, accelerator: Sizes, *arrays: Any
+) -> Any:
+    """`kernel(*static, sizes, *arrays)` with the sizes of the platform that the program is compiled for."""
+    # Not jax.default_backend(): arrays may lie on another platform, and under jit they do not say.
+    on_cpu, elsewhere = (functools.partial(kernel, *static, sizes) for sizes in (cpu, accelerator))
+    if cpu == accelerator:
+        return on_cpu(*arrays)
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
 
 def rows_within(budget_bytes: int, bytes_per_row: int, *, at_least: int) -> int:
@@ -70,27 +180,6 @@ def behind_barrier(*arrays: jax.Array) -> Arrays:
     return held
 
 
-def split(rows: jax.Array, num_chunks: int, fill: float, *, interleaved: bool = False) -> jax.Array:
-    """[T, ...] as [N, C, ...] with rows of `fill` added.
-
-    Args:
-        interleaved: chunk i holds rows i, N + i, 2N + i, ..., so that each has rows of every device over which XLA may
-            have spread them.
-    """
-    missing = -rows.shape[0] % num_chunks
-    if missing:
-        rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), constant_values=fill)
-    if interleaved:
-        return jnp.moveaxis(rows.reshape(-1, num_chunks, *rows.shape[1:]), 1, 0)
-    return rows.reshape(num_chunks, -1, *rows.shape[1:])
-
-
-def joined(chunks: jax.Array, num_rows: int, *, interleaved: bool = False) -> jax.Array:
-    """Undo `split`."""
-    chunks = jnp.moveaxis(chunks, 0, 1) if interleaved else chunks
-    return chunks.reshape(-1, *chunks.shape[2:])[:num_rows]
-
-
 def zeros_for_loop(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.Array:
     """Zeros to carry through a loop over the inputs: they vary over the same mesh axes."""
     return compat.vary(jnp.zeros(shape, dtype), compat.varying_axes(*inputs))
@@ -104,14 +193,3 @@ def zero_if_ignored(rows: jax.Array, target: jax.Array) -> jax.Array:
 def finite(m: jax.Array) -> jax.Array:
     """The maxima, 0 for a row of -inf: -inf minus -inf is NaN, and an empty shard must stay the identity."""
     return jnp.where(m == -jnp.inf, 0, m)
-
-
-def without_ignored(found: RowTerms, target: jax.Array) -> RowTerms:
-    """The terms, with those of ignored rows replaced."""
-    ignored = target == IGNORED
-    return RowTerms(
-        *(
-            None if x is None else jnp.where(ignored if x.ndim == ignored.ndim else ignored[..., None], other, x)
-            for x, other in zip(found, IGNORED_ROW, strict=True)
-        )
-    )

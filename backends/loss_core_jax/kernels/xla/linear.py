@@ -1,11 +1,13 @@
-"""Linear rows, chunk by chunk: only the logits of one chunk exist at a time."""
+"""The driver over linear rows: the logits of one chunk of tokens exist at a time.
+
+Rows have one source of logits (hidden states, weight, bias), pairs have two.
+"""
 
 # T = tokens, N = chunks, C = tokens of a chunk, V = vocabulary, H = hidden
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,161 +15,124 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from loss_core.row_terms import IGNORED_ROW, Coefficients, Objective, RowTerms
 from loss_core_jax.inputs import IGNORED, arithmetic_dtype
 from loss_core_jax.kernels import How, LinearGradients, LinearRows, Wanted
-from loss_core_jax.kernels.xla.chunks import behind_barrier, joined, split, zero_if_ignored, zeros_for_loop
-from loss_core_jax.kernels.xla.sizes import Plan, Sizes, plan_for
-from loss_core_jax.kernels.xla.tiles import Chunk, chunk_gradients, chunk_terms
+from loss_core_jax.kernels.xla.chunks import Plan, Sizes, behind_barrier, plan_for, zero_if_ignored, zeros_for_loop
+from loss_core_jax.kernels.xla.tiles import Chunk, Gradient, add_gradients
+
+# Of a chunk and its part of other arrays: numbers of its rows, and the gradient, None each.
+OfChunk = Callable[[Chunk, Any], tuple[Any, Gradient | None]]
 
 
-def terms(how: How, sizes: Sizes, rows: LinearRows) -> RowTerms:
-    """Terms of each row, shape of target."""
-    plan, rows = planned(rows, how, sizes)
-
-    def body(_: None, piece: Any) -> tuple[None, RowTerms]:
-        return None, chunk_terms(chunk_of(rows, *piece), how, plan, keep=False)[0]
-
-    _, found = lax.scan(body, None, pieces_of(rows, how, plan))
-    return _of_rows(found, rows.target, how)
-
-
-def gradients(how: How, sizes: Sizes, rows: LinearRows, terms: RowTerms, coefficients: Coefficients) -> LinearGradients:
-    """Gradients of all rows, given their terms and coefficients."""
-
-    def of_chunk(chunk: Chunk, plan: Plan, given: Any) -> tuple[RowTerms, Coefficients, None]:
-        return *given, None
-
-    return _sweep(how, Wanted(), sizes, rows, (terms, coefficients), of_chunk)[1]
-
-
-def terms_and_gradients(
-    how: How, objective: Objective, wanted: Wanted, sizes: Sizes, rows: LinearRows, upstream: jax.Array
-) -> tuple[RowTerms, LinearGradients]:
-    """Terms, and gradients of upstream * the objective's one value, of all rows."""
-
-    def of_chunk(chunk: Chunk, plan: Plan, upstream_C: Any) -> tuple[RowTerms, Coefficients, jax.Array | None]:
-        terms_C, tiles_NCB = chunk_terms(chunk, how, plan, keep=True)
-        return terms_C, objective.coefficients(jnp, terms_C, [upstream_C]), tiles_NCB
-
-    return _sweep(how, wanted, sizes, rows, upstream, of_chunk)
-
-
-def _sweep(
-    how: How, wanted: Wanted, sizes: Sizes, rows: LinearRows, given: Any, of_chunk: Callable[..., Any]
-) -> tuple[RowTerms, LinearGradients]:
-    """Terms and gradients of all rows in one visit of each chunk.
+def sweep(
+    sources: Sequence[LinearRows], given: Any, of_chunk: OfChunk, how: How, sizes: Sizes, wanted: Sequence[Wanted] = ()
+) -> tuple[Any, tuple[LinearGradients, ...]]:
+    """Numbers of all rows, and the gradients of each source, in one visit of each chunk.
 
     Args:
+        sources: one for rows and two for pairs, with the same target.
         given: tree of arrays over the rows.
-        of_chunk: (chunk, plan, its part of `given`) -> terms and coefficients of its rows, and its logits or None.
+        wanted: of each source; () for no gradients.
     """
-    plan, rows = planned(rows, how, sizes)
-    order_T = _valid_first(rows.target) if wanted.skip_ignored and sizes.is_cpu and plan.num_chunks > 1 else None
+    target, whole = sources[0].target, [_whole(x, how) for x in sources]
+    plan = _plan(whole, how, sizes)
+    skips = sizes.is_cpu and plan.num_chunks > 1 and any(x.skip_ignored for x in wanted)
+    order_T = _valid_first(target) if skips else None
 
-    def visit(dhead: Any, piece: Any) -> tuple[Any, tuple[RowTerms, jax.Array | None]]:
-        *of_rows, given_C = piece
-        chunk = chunk_of(rows, *of_rows)
-        terms_C, coefficients_C, tiles_NCB = of_chunk(chunk, plan, given_C)
-        found = chunk_gradients(chunk, terms_C, coefficients_C, tiles_NCB, dhead, how, plan, wanted)
-        return (unsharded_last(found.weight_VH, how), found.bias_V), (terms_C, found.hidden)
+    def visit(dheads: Any, piece: tuple[tuple[LinearRows, ...], Any]) -> Any:
+        rows, given_C = piece
+        chunk = Chunk(tuple(map(_with_head, rows, whole)), how, plan)
+        numbers, gradient = of_chunk(chunk, given_C)
+        if gradient is None:
+            return dheads, (numbers, ())
+        found = add_gradients(chunk, gradient, dheads, wanted)
+        dheads = tuple((_unsharded_last(x.weight_VH, how), x.bias_V) for x in found)
+        return dheads, (numbers, tuple(x.hidden for x in found))
 
-    def body(dhead: Any, piece: Any) -> Any:
+    def body(dheads: Any, piece: Any) -> Any:
         if order_T is None:
-            return visit(dhead, piece)
-        return lax.cond(jnp.any(piece[1] != IGNORED), visit, _skip(visit), dhead, piece)
+            return visit(dheads, piece)
+        return lax.cond(jnp.any(piece[0][0].target != IGNORED), visit, _skip(visit), dheads, piece)
 
-    sources = (*_arrays(rows), *jax.tree.leaves(given))
-    vocab, with_bias = rows.weight_VH.shape[0], wanted.bias and rows.bias_V is not None
-    dhead = (
-        zeros_for_loop(rows.weight_VH.shape, plan.dtype, *sources) if wanted.weight else None,
-        zeros_for_loop((vocab,), plan.dtype, *sources) if with_bias else None,
-    )
+    def cut(x: jax.Array, fill: int) -> jax.Array:
+        return _split(x.reshape(target.size, *x.shape[target.ndim :]), fill, order_T, how, plan)
+
+    def joined(x: jax.Array) -> jax.Array:
+        x = _joined(x, target.size, order_T, how)
+        return x.reshape(*target.shape, *x.shape[1:])
+
     # Rows that are added are ignored: what they have must only be finite.
-    pieces = (*pieces_of(rows, how, plan, order_T), split_rows(given, rows.target.ndim, how, plan, order_T, fill=1))
-    dhead, (found, dhidden) = lax.scan(body, dhead, pieces)
-    if dhidden is not None:
-        dhidden = joined_rows(dhidden, rows.target, how, order_T).reshape(rows.hidden.shape)
-    return _of_rows(found, rows.target, how, order_T), LinearGradients(dhidden, *dhead)
+    rows = jax.tree.map(lambda x: cut(x, IGNORED), tuple(map(_without_head, whole)))
+    arrays = jax.tree.leaves((tuple(sources), given))
+    dheads = tuple(_zeros_of_head(x, own, plan, arrays) for x, own in zip(sources, wanted, strict=bool(wanted)))
+    dheads, found = lax.scan(body, dheads, (rows, jax.tree.map(lambda x: cut(x, 1), given)))
+    numbers, dhiddens = jax.tree.map(joined, found)
+    return numbers, tuple(LinearGradients(x, *dhead) for x, dhead in zip(dhiddens, dheads, strict=True))
 
 
 def _skip(visit: Any) -> Any:
-    """What `visit` gives for a chunk of ignored rows, without a product."""
+    """What `visit` gives for a chunk of ignored rows, without a product: their numbers must only be finite."""
 
-    def skip(dhead: Any, piece: Any) -> Any:
-        _, (terms, dhidden) = jax.eval_shape(visit, dhead, piece)
-        arrays = jax.tree.leaves((dhead, piece))
-
-        def full(like: Any, value: float = 0.0) -> Any:
-            return None if like is None else zeros_for_loop(like.shape, like.dtype, *arrays) + value
-
-        return dhead, (RowTerms(*map(full, terms, IGNORED_ROW)), full(dhidden))
+    def skip(dheads: Any, piece: Any) -> Any:
+        _, (numbers, dhiddens) = jax.eval_shape(visit, dheads, piece)
+        arrays = jax.tree.leaves((dheads, piece))
+        numbers, dhiddens = jax.tree.map(lambda x: zeros_for_loop(x.shape, x.dtype, *arrays), (numbers, dhiddens))
+        return dheads, (jax.tree.map(lambda x: x + 1, numbers), dhiddens)
 
     return skip
 
 
-def planned(rows: LinearRows, how: How, sizes: Sizes) -> tuple[Plan, LinearRows]:
-    """How rows are cut up; and the rows, as loops over them want them."""
-    dtype = arithmetic_dtype(rows.hidden, rows.weight_VH)
-    partitioned = how.shard.partitioned
-    plan = plan_for(rows.target.size, rows.weight_VH, dtype, sizes, partitioned=partitioned, block_rows=how.block_rows)
-    whole = functools.partial(unsharded_last, how=how)
-    return plan, rows._replace(hidden=whole(rows.hidden), weight_VH=whole(rows.weight_VH))
+def _without_head(rows: LinearRows) -> LinearRows:
+    """The arrays over the rows alone."""
+    arrays: Any = rows
+    headless: LinearRows = arrays._replace(weight_VH=None, num_classes=None, bias_V=None)
+    return headless
 
 
-def _arrays(rows: LinearRows) -> tuple[jax.Array, ...]:
-    return rows.hidden, rows.weight_VH, rows.target, *([] if rows.bias_V is None else [rows.bias_V])
-
-
-def chunk_of(
-    rows: LinearRows,
-    hidden_CH: jax.Array,
-    target_C: jax.Array,
-    inverse_C: jax.Array | None,
-    columns_CK: jax.Array | None,
-) -> Chunk:
-    """A chunk, from a piece of what `pieces_of` gives."""
+def _with_head(rows: LinearRows, whole: LinearRows) -> LinearRows:
+    """A chunk's rows, beside the head of all."""
     # Behind a barrier, as in `take_rows`.
-    (hidden_CH,) = behind_barrier(hidden_CH)
-    return Chunk(
-        zero_if_ignored(hidden_CH, target_C), rows.weight_VH, target_C, rows.num_classes, inverse_C, rows.bias_V,
-        columns_CK,
-    )  # fmt: skip
+    hidden_CH = zero_if_ignored(behind_barrier(rows.hidden)[0], rows.target)
+    return whole._replace(
+        hidden=hidden_CH,
+        target=rows.target,
+        inverse_temperature=rows.inverse_temperature,
+        columns=rows.columns,
+    )
 
 
-def pieces_of(rows: LinearRows, how: How, plan: Plan, order_T: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Hidden states, targets, inverse temperatures and columns, [N, C, ...] each; rows that are added are ignored."""
-    of_rows = functools.partial(split_rows, ndim=rows.target.ndim, how=how, plan=plan, order_T=order_T)
-    (hidden_NCH,), (target_NC,) = of_rows((rows.hidden,)), of_rows((rows.target,), fill=IGNORED)
-    return hidden_NCH, target_NC, of_rows(rows.inverse_temperature, fill=1), of_rows(rows.columns)
+def _zeros_of_head(rows: LinearRows, wanted: Wanted, plan: Plan, arrays: Sequence[jax.Array]) -> Any:
+    """What the gradients of weight and bias are summed up from; None where they are not wanted."""
+    dhead = [rows.weight_VH if wanted.weight else None, rows.bias_V if wanted.bias else None]
+    return tuple(None if x is None else zeros_for_loop(x.shape, plan.dtype, *arrays) for x in dhead)
 
 
-def split_rows(arrays: Any, ndim: int, how: How, plan: Plan, order_T: jax.Array | None, *, fill: float = 0) -> Any:
-    """Arrays over the rows, whose first `ndim` dimensions are theirs, in chunks, in this order of rows."""
-
-    def one(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, *x.shape[ndim:])
-        x = x if order_T is None else x.at[order_T].get(mode="promise_in_bounds", unique_indices=True)
-        return split(x, plan.num_chunks, fill, interleaved=how.shard.partitioned)
-
-    return jax.tree.map(one, arrays)
+def _plan(sources: Sequence[LinearRows], how: How, sizes: Sizes) -> Plan:
+    """How the rows are cut up: the logits of all sources share the room for those of one."""
+    first, num = sources[0], len(sources)
+    dtype = arithmetic_dtype(first.hidden, first.weight_VH)
+    sizes = sizes._replace(logits_bytes=sizes.logits_bytes // num)
+    partitioned, block_rows = how.shard.partitioned, how.block_rows
+    return plan_for(first.target.size, first.weight_VH, dtype, sizes, partitioned=partitioned, block_rows=block_rows)
 
 
-def joined_rows(chunks: jax.Array, target: jax.Array, how: How, order_T: jax.Array | None) -> jax.Array:
-    """[N, C, ...] as [T, ...] in the order of the rows."""
-    found = joined(chunks, target.size, interleaved=how.shard.partitioned)
-    return found if order_T is None else jnp.zeros_like(found).at[order_T].set(found, unique_indices=True)
+def _split(rows: jax.Array, fill: int, order_T: jax.Array | None, how: How, plan: Plan) -> jax.Array:
+    """[T, ...] in this order as [N, C, ...], with rows of `fill` added."""
+    if order_T is not None:
+        rows = rows.at[order_T].get(mode="promise_in_bounds", unique_indices=True)
+    if missing := -rows.shape[0] % plan.num_chunks:
+        rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1), constant_values=fill)
+    if how.shard.partitioned:
+        # Chunk i holds rows i, N + i, 2N + i, ...: some of every device over which XLA may have spread them.
+        return jnp.moveaxis(rows.reshape(-1, plan.num_chunks, *rows.shape[1:]), 1, 0)
+    return rows.reshape(plan.num_chunks, -1, *rows.shape[1:])
 
 
-def _of_rows(terms: RowTerms, target: jax.Array, how: How, order_T: jax.Array | None = None) -> RowTerms:
-    """Terms of chunks in the shape of target."""
-
-    def of_rows(x: jax.Array) -> jax.Array:
-        x = joined_rows(x, target, how, order_T)
-        return x.reshape(*target.shape, *x.shape[1:])
-
-    found: RowTerms = jax.tree.map(of_rows, terms)
-    return found
+def _joined(chunks: jax.Array, num_rows: int, order_T: jax.Array | None, how: How) -> jax.Array:
+    """Undo `_split`."""
+    chunks = jnp.moveaxis(chunks, 0, 1) if how.shard.partitioned else chunks
+    rows = chunks.reshape(-1, *chunks.shape[2:])[:num_rows]
+    return rows if order_T is None else jnp.zeros_like(rows).at[order_T].set(rows, unique_indices=True)
 
 
 def _valid_first(target: jax.Array) -> jax.Array:
@@ -175,7 +140,12 @@ def _valid_first(target: jax.Array) -> jax.Array:
     return jnp.argsort(target.reshape(-1) == IGNORED, stable=True)
 
 
-def unsharded_last(array: Any, how: How) -> Any:
+def _whole(rows: LinearRows, how: How) -> LinearRows:
+    """The rows, as loops over them want them."""
+    return rows._replace(hidden=_unsharded_last(rows.hidden, how), weight_VH=_unsharded_last(rows.weight_VH, how))
+
+
+def _unsharded_last(array: Any, how: How) -> Any:
     """The array with its last dimension on every device: XLA gathers an FSDP weight, and not its products."""
     if array is None or not how.shard.partitioned:
         return array

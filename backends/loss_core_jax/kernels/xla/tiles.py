@@ -1,6 +1,8 @@
-"""One chunk of linear rows: its terms and gradients, the vocabulary taken in tiles.
+"""One chunk of linear rows, of which the logits are made tile by tile of the vocabulary.
 
-A tile of the weight at a time is cast, multiplied and added to, so no product makes a temporary of `[V, H]`.
+A tile is to the kernels of rows and of pairs what a shard of the vocabulary is: numbers fold, and gradients are made
+from those of the whole rows. It is cast, multiplied and added to by itself, so that no product makes a temporary of
+`[V, H]`.
 """
 
 # C = tokens of a chunk, V = vocabulary, N = tiles of the vocabulary, B = vocabulary of a tile, H = hidden,
@@ -8,6 +10,7 @@ A tile of the weight at a time is cast, multiplied and added to, so no product m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,117 +18,175 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from loss_core.row_terms import EMPTY_ROW, Coefficients, RowTerms, combine
-from loss_core_jax.kernels import How, LinearGradients, Wanted
+from loss_core_jax.inputs import local_columns
+from loss_core_jax.kernels import How, LinearGradients, LinearRows
 from loss_core_jax.kernels.xla.chunks import (
+    Arrays,
+    Plan,
     behind_barrier,
-    finite,
     put_rows,
     take_rows,
-    without_ignored,
     zero_if_ignored,
     zeros_for_loop,
 )
-from loss_core_jax.kernels.xla.rows import exp_gradient, not_above, weighted_exp, with_columns
-from loss_core_jax.kernels.xla.sizes import Plan
 
 
 class Chunk(NamedTuple):
-    """Rows of one chunk.
+    """Some rows of each source: hidden states [C, H], zeros where ignored, beside the whole weight."""
 
-    Attributes:
-        hidden_CH: zeros in ignored rows.
-        weight_VH: the whole weight.
-        target_C: as in `LinearRows`.
-        num_classes, inverse_C, bias_V, columns_CK: as in `LinearRows`.
-    """
+    sources: tuple[LinearRows, ...]
+    how: How
+    plan: Plan
 
-    hidden_CH: jax.Array
-    weight_VH: jax.Array
-    target_C: jax.Array
-    num_classes: jax.Array | None
-    inverse_C: jax.Array | None
-    bias_V: jax.Array | None
-    columns_CK: jax.Array | None
+    @property
+    def target(self) -> jax.Array:
+        return self.sources[0].target
 
 
 class Tile(NamedTuple):
-    """A piece of the vocabulary of one weight.
+    """A piece of the vocabulary of a chunk.
 
-    The last tile is moved back so that it ends with the vocabulary; the columns it repeats are left out of
-    every sum.
+    The last tile is moved back so that it ends with the vocabulary; the columns that it repeats are left out of every
+    sum.
+
+    Attributes:
+        start: its first column.
+        is_class_1B: false in repeated columns and in padding.
+        target_C, columns_CK: as in `Rows`, within the tile.
+        weights: [B, H] of each source in the dtype of the hidden states, in which products are made.
+        logits: [C, B] of each source after softcap and temperature, -inf where there is no class.
     """
 
     start: jax.Array
-    weight_BH: jax.Array  # in the dtype of the hidden states, in which products are made
-    class_1B: jax.Array  # class of each column, -1 where repeated or padding
+    is_class_1B: jax.Array
+    target_C: jax.Array
+    columns_CK: jax.Array | None
+    weights: Arrays
+    logits: Arrays
 
 
-def tile_at(chunk: Chunk, index: jax.Array, plan: Plan) -> Tile:
-    """The tile of an index."""
-    start = jnp.minimum(index * plan.tile, chunk.weight_VH.shape[0] - plan.tile)
-    class_1B = (start + jnp.arange(plan.tile, dtype=np.int32))[None]
-    is_new = class_1B >= index * plan.tile
-    if chunk.num_classes is not None:
-        is_new = is_new & (class_1B < chunk.num_classes)
-    weight_BH = take_rows(chunk.weight_VH, start, plan.tile).astype(chunk.hidden_CH.dtype)
-    return Tile(start, weight_BH, jnp.where(is_new, class_1B, -1))
+class Gradient(NamedTuple):
+    """How the gradient of a chunk is made.
+
+    Attributes:
+        by_products: the gradient by the products of each source, [C, B], from a tile.
+        kept: the logits of all tiles, as `fold` gives them; None to make them again.
+    """
+
+    by_products: Callable[[Tile], Sequence[jax.Array]]
+    kept: Arrays | None = None
 
 
-def tile_indices(chunk: Chunk, plan: Plan) -> jax.Array:
-    """Those of all tiles, int32."""
-    return jnp.arange(-(-chunk.weight_VH.shape[0] // plan.tile), dtype=np.int32)
-
-
-def tile_logits(chunk: Chunk, tile: Tile, how: How, plan: Plan) -> jax.Array:
-    """[C, B] logits after softcap and temperature, -inf in repeated columns and in padding."""
-    z_CB = _product(chunk.hidden_CH, tile.weight_BH, 1, 1, plan)
-    if chunk.bias_V is not None:
-        z_CB = z_CB + take_rows(chunk.bias_V, tile.start, plan.tile).astype(plan.dtype)
-    if how.softcap:
-        z_CB = how.softcap * jnp.tanh(z_CB / how.softcap)
-    if chunk.inverse_C is not None:
-        z_CB = z_CB * chunk.inverse_C[:, None]
-    return jnp.where(tile.class_1B < 0, -jnp.inf, z_CB)
-
-
-def _target_logits(z_CB: jax.Array, tile: Tile, target_C: jax.Array, *, gather: bool) -> jax.Array:
-    """[C] logit of each row's target, -inf where the tile does not own it."""
-    if not gather:
-        return jnp.max(jnp.where(tile.class_1B == target_C[:, None], z_CB, -jnp.inf), axis=1)
-    return _gathered_logits(z_CB, tile, target_C[:, None])[:, 0]
-
-
-def _gathered_logits(z_CB: jax.Array, tile: Tile, column_CK: jax.Array) -> jax.Array:
-    """[C, K] logits of targets, -inf where the tile does not own them."""
-    # A column that the tile repeats holds -inf.
-    owned_CK = (column_CK >= tile.start) & (column_CK < tile.start + z_CB.shape[1])
-    place_CK = jnp.where(owned_CK, column_CK - tile.start, 0)
-    t_CK = jnp.take_along_axis(z_CB, place_CK, axis=1, mode="promise_in_bounds")
-    return jnp.where(owned_CK, t_CK, -jnp.inf)
-
-
-def _targets_of(z_CB: jax.Array, tile: Tile, chunk: Chunk, how: How) -> tuple[jax.Array, jax.Array]:
-    """Logits of each row's targets, [C] or [C, K], and the tile's logits without those of K targets."""
-    if chunk.columns_CK is None:
-        return _target_logits(z_CB, tile, chunk.target_C, gather=not how.shard.partitioned), z_CB
-    if how.shard.partitioned:
-        of_each = [_target_logits(z_CB, tile, column_C, gather=False) for column_C in chunk.columns_CK.T]
-        return jnp.stack(of_each, axis=1), _with_targets(z_CB, -jnp.inf, tile, chunk, how)
-    return _gathered_logits(z_CB, tile, chunk.columns_CK), _with_targets(z_CB, -jnp.inf, tile, chunk, how)
-
-
-def _with_targets(rows_CB: jax.Array, values: jax.Array | float, tile: Tile, chunk: Chunk, how: How) -> jax.Array:
-    """A tile with other values at the columns of the targets.
+def fold(
+    chunk: Chunk,
+    of_tile: Callable[[Tile], Any],
+    add: Callable[[Any, Any], Any],
+    empty: Any,
+    *,
+    kept: Arrays | None = None,
+    keep: bool = False,
+) -> tuple[Any, Arrays | None]:
+    """Numbers of the chunk's rows, folded over the tiles; and the logits of each source, [N, C, B], to be kept.
 
     Args:
-        values: [C] or [C, K], or one number.
+        empty: those of no columns.
+        kept: the logits, where an earlier call has kept them.
     """
-    if chunk.columns_CK is None:
-        return jnp.where(tile.class_1B == chunk.target_C[:, None], jnp.reshape(values, (-1, 1)), rows_CB)
-    place_CK = chunk.columns_CK - tile.start
-    place_CK = jnp.where((chunk.columns_CK >= 0) & (place_CK < rows_CB.shape[1]), place_CK, -1)
-    return with_columns(rows_CB, place_CK, values, how)
+
+    def body(numbers: Any, index_and_kept: Any) -> tuple[Any, Arrays | None]:
+        tile = _tile_at(chunk, *index_and_kept)
+        return add(numbers, of_tile(tile)), tile.logits if keep else None
+
+    found: tuple[Any, Arrays | None] = lax.scan(body, empty, (_indices(chunk), kept))
+    return found
+
+
+def zeros(chunk: Chunk, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros to fold over the tiles from."""
+    return zeros_for_loop(shape, chunk.plan.dtype, *jax.tree.leaves(chunk.sources))
+
+
+def by_product(dz_CB: jax.Array, tile: Tile, chunk: Chunk) -> jax.Array:
+    """The gradient by the products of the one source of rows, from that by its logits."""
+    (source,), (z_CB,), softcap = chunk.sources, tile.logits, chunk.how.softcap
+    if source.inverse_temperature is not None:
+        dz_CB = dz_CB * source.inverse_temperature[:, None]
+        z_CB = z_CB / source.inverse_temperature[:, None]
+    if softcap:
+        capped_CB = jnp.where(tile.is_class_1B, z_CB / softcap, 0)
+        dz_CB = dz_CB * (1 - capped_CB * capped_CB)
+    return dz_CB
+
+
+def add_gradients(chunk: Chunk, gradient: Gradient, dheads: Any, wanted: Any) -> tuple[LinearGradients, ...]:
+    """Gradients of the chunk's hidden states, and the running sums of weights' and biases' with this chunk added."""
+
+    def body(sums: Any, index_and_kept: Any) -> tuple[Any, None]:
+        tile = _tile_at(chunk, *index_and_kept)
+        # A repeated column may have a gradient: what is uniform over the columns.
+        every = (jnp.where(tile.is_class_1B, x, 0) for x in gradient.by_products(tile))
+        by_products = (zero_if_ignored(x, chunk.target) for x in every)
+        parts = zip(sums, by_products, chunk.sources, tile.weights, strict=True)
+        return tuple(_with_products(*part, tile.start, chunk) for part in parts), None
+
+    zeros_CH = (
+        zeros(chunk, x.hidden.shape) if own.hidden else None for x, own in zip(chunk.sources, wanted, strict=True)
+    )
+    sums = tuple(LinearGradients(x, *dhead) for x, dhead in zip(zeros_CH, dheads, strict=True))
+    sums, _ = lax.scan(body, sums, (_indices(chunk), gradient.kept))
+
+    def without_ignored(x: LinearGradients) -> LinearGradients:
+        # An inf in the weight times a gradient of 0 is NaN.
+        return x._replace(hidden=None if x.hidden is None else zero_if_ignored(x.hidden, chunk.target))
+
+    return tuple(map(without_ignored, sums))
+
+
+def _with_products(
+    sums: LinearGradients, dlogits_CB: jax.Array, rows: LinearRows, weight_BH: jax.Array, start: jax.Array, chunk: Chunk
+) -> LinearGradients:
+    """The running sums with what a tile adds."""
+    (dhidden_CH, dweight_VH, dbias_V), plan = sums, chunk.plan
+    if dhidden_CH is not None:
+        dhidden_CH = dhidden_CH + _product(dlogits_CB, weight_BH, 1, 0, plan)
+    if dweight_VH is not None:
+        written_out = plan.sizes.is_cpu and not chunk.how.shard.partitioned
+        dlogits_BC = behind_barrier(dlogits_CB.T)[0] if written_out else dlogits_CB.T
+        part_BH = _product(dlogits_BC, rows.hidden, 1, 0, plan)
+        dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, start, plan.tile) + part_BH, start)
+    if dbias_V is not None:
+        dbias_B = take_rows(dbias_V, start, plan.tile) + jnp.sum(dlogits_CB, axis=0)
+        dbias_V = put_rows(dbias_V, dbias_B, start)
+    return LinearGradients(dhidden_CH, dweight_VH, dbias_V)
+
+
+def _tile_at(chunk: Chunk, index: jax.Array, kept: Arrays | None) -> Tile:
+    """The tile of an index; its logits are made unless they were kept."""
+    first, plan = chunk.sources[0], chunk.plan
+    new, start = index * plan.tile, jnp.minimum(index * plan.tile, first.weight_VH.shape[0] - plan.tile)
+    column_1B = (start + jnp.arange(plan.tile, dtype=np.int32))[None]
+    is_class_1B = column_1B >= new
+    if first.num_classes is not None:
+        is_class_1B = is_class_1B & (column_1B < first.num_classes)
+    weights = tuple(take_rows(x.weight_VH, start, plan.tile).astype(x.hidden.dtype) for x in chunk.sources)
+    if kept is None:
+        parts = zip(chunk.sources, weights, strict=True)
+        kept = tuple(jnp.where(is_class_1B, _logits(x, w, start, chunk), -jnp.inf) for x, w in parts)
+    target_C, columns_CK = jax.tree.map(
+        lambda x: local_columns(x, new, start + plan.tile, start), (first.target, first.columns)
+    )
+    return Tile(start, is_class_1B, target_C, columns_CK, weights, kept)
+
+
+def _logits(rows: LinearRows, weight_BH: jax.Array, start: jax.Array, chunk: Chunk) -> jax.Array:
+    """[C, B] logits after softcap and temperature."""
+    plan, softcap = chunk.plan, chunk.how.softcap
+    z_CB = _product(rows.hidden, weight_BH, 1, 1, plan)
+    if rows.bias_V is not None:
+        z_CB = z_CB + take_rows(rows.bias_V, start, plan.tile).astype(plan.dtype)
+    if softcap:
+        z_CB = softcap * jnp.tanh(z_CB / softcap)
+    return z_CB if rows.inverse_temperature is None else z_CB * rows.inverse_temperature[:, None]
 
 
 def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, plan: Plan) -> jax.Array:
@@ -137,104 +198,6 @@ def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, plan: Plan) -
     )
 
 
-def chunk_terms(chunk: Chunk, how: How, plan: Plan, *, keep: bool) -> tuple[RowTerms, jax.Array | None]:
-    """Terms of each row, and the logits [N, C, B] where they are to be kept."""
-
-    def body(terms: RowTerms, index: jax.Array) -> tuple[RowTerms, jax.Array | None]:
-        tile = tile_at(chunk, index, plan)
-        whole_CB = tile_logits(chunk, tile, how, plan)
-        t_C, z_CB = _targets_of(whole_CB, tile, chunk, how)
-        # As for rows: nothing depends on the maximum, so it is held constant.
-        m_C = lax.stop_gradient(jnp.max(z_CB, axis=1))
-        x_CB = z_CB - finite(m_C)[:, None]
-        s_C = jnp.sum(jnp.exp(x_CB), axis=1)
-        z_sum_C = jnp.sum(jnp.where(tile.class_1B < 0, 0, z_CB), axis=1) if how.sums.z_sum else None
-        e_C = jnp.sum(weighted_exp(x_CB), axis=1) if how.sums.e else None
-        return combine(jnp, terms, RowTerms(m_C, s_C, t_C, z_sum_C, e_C)), whole_CB if keep else None
-
-    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C)
-    zero_C = zeros_for_loop(chunk.target_C.shape, plan.dtype, *sources)
-    wanted = (True, True, True, *how.sums)
-    empty = RowTerms(*(zero_C + x if is_wanted else None for x, is_wanted in zip(EMPTY_ROW, wanted, strict=True)))
-    if chunk.columns_CK is not None:
-        empty = empty._replace(t=zeros_for_loop(chunk.columns_CK.shape, plan.dtype, *sources) + EMPTY_ROW.t)
-    terms, tiles_NCB = lax.scan(body, empty, tile_indices(chunk, plan))
-    return without_ignored(terms, chunk.target_C), tiles_NCB
-
-
-def chunk_gradients(
-    chunk: Chunk,
-    terms: RowTerms,
-    coefficients: Coefficients,
-    tiles_NCB: jax.Array | None,
-    dhead: tuple[jax.Array | None, jax.Array | None],
-    how: How,
-    plan: Plan,
-    wanted: Wanted,
-) -> LinearGradients:
-    """Gradient of the chunk's hidden states, and the running sums of weight's and bias's with this chunk added.
-
-    Args:
-        tiles_NCB: the logits, where `chunk_terms` has kept them.
-        dhead: the running sums; None where they are not wanted.
-    """
-
-    def body(sums: LinearGradients, index_and_tile: Any) -> tuple[LinearGradients, None]:
-        index, z_CB = index_and_tile
-        tile = tile_at(chunk, index, plan)
-        z_CB = tile_logits(chunk, tile, how, plan) if z_CB is None else z_CB
-        x_CB = z_CB - finite(terms.m)[:, None]
-        dlogits_CB = exp_gradient(x_CB if chunk.columns_CK is None else not_above(x_CB), coefficients)
-        dlogits_CB = _with_targets(dlogits_CB, coefficients.target, tile, chunk, how)
-        if chunk.inverse_C is not None:
-            dlogits_CB = dlogits_CB * chunk.inverse_C[:, None]
-            z_CB = z_CB / chunk.inverse_C[:, None]
-        if how.softcap:
-            capped = jnp.where(tile.class_1B < 0, 0, z_CB / how.softcap)
-            dlogits_CB = dlogits_CB * (1 - capped * capped)
-        dlogits_CB = zero_if_ignored(jnp.where(tile.class_1B < 0, 0, dlogits_CB), chunk.target_C)
-        return with_products(sums, dlogits_CB, chunk, tile, how, plan), None
-
-    sums = zeros_of_chunk(chunk, coefficients, dhead, plan, wanted)
-    sums, _ = lax.scan(body, sums, (tile_indices(chunk, plan), tiles_NCB))
-    return without_ignored_hidden(sums, chunk)
-
-
-def zeros_of_chunk(
-    chunk: Chunk, of_rows: Any, dhead: tuple[jax.Array | None, jax.Array | None], plan: Plan, wanted: Wanted
-) -> LinearGradients:
-    """The running sums at the first tile of a chunk.
-
-    Args:
-        of_rows: tree of arrays over the rows that the gradients are made of.
-        dhead: as of `chunk_gradients`.
-    """
-    sources = (chunk.hidden_CH, chunk.weight_VH, chunk.target_C, *jax.tree.leaves(of_rows))
-    zeros_CH = zeros_for_loop(chunk.hidden_CH.shape, plan.dtype, *sources) if wanted.hidden else None
-    return LinearGradients(zeros_CH, *dhead)
-
-
-def with_products(
-    sums: LinearGradients, dlogits_CB: jax.Array, chunk: Chunk, tile: Tile, how: How, plan: Plan
-) -> LinearGradients:
-    """The running sums with what the gradient by the logits of a tile adds."""
-    dhidden_CH, dweight_VH, dbias_V = sums
-    if dhidden_CH is not None:
-        dhidden_CH = dhidden_CH + _product(dlogits_CB, tile.weight_BH, 1, 0, plan)
-    if dweight_VH is not None:
-        part_BH = _product(_transposed(dlogits_CB, how, plan), chunk.hidden_CH, 1, 0, plan)
-        dweight_VH = put_rows(dweight_VH, take_rows(dweight_VH, tile.start, plan.tile) + part_BH, tile.start)
-    if dbias_V is not None:
-        dbias_B = take_rows(dbias_V, tile.start, plan.tile) + jnp.sum(dlogits_CB, axis=0)
-        dbias_V = put_rows(dbias_V, dbias_B, tile.start)
-    return LinearGradients(dhidden_CH, dweight_VH, dbias_V)
-
-
-def without_ignored_hidden(sums: LinearGradients, chunk: Chunk) -> LinearGradients:
-    """The sums, with 0 for the hidden states of ignored rows: an inf in the weight times a gradient of 0 is NaN."""
-    return sums._replace(hidden=None if sums.hidden is None else zero_if_ignored(sums.hidden, chunk.target_C))
-
-
-def _transposed(array: jax.Array, how: How, plan: Plan) -> jax.Array:
-    written = plan.sizes.is_cpu and not how.shard.partitioned
-    return behind_barrier(array.T)[0] if written else array.T
+def _indices(chunk: Chunk) -> jax.Array:
+    """Those of all tiles, int32."""
+    return jnp.arange(-(-chunk.sources[0].weight_VH.shape[0] // chunk.plan.tile), dtype=np.int32)
