@@ -67,7 +67,7 @@ class _Operands(TorchDispatchMode):
 
 @pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN")
 def test_onednn_gets_no_part_of_a_wider_matrix():
-    """It multiplies them by its reference kernels: 19 s in place of 0.02 for 384 x 1,536 of 32,000 columns."""
+    """It multiplies them by its reference kernels: 3.4 s in place of 0.003 for 384 x 1,536 of 32,000 columns."""
     multiply, wide = _products(True), torch.randn(6, 20)
     with _Operands() as operands:
         multiply.add(torch.zeros(6, 4), wide[:, 3:9], torch.randn(6, 4))
