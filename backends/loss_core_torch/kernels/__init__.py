@@ -120,7 +120,7 @@ class KernelSet(Protocol):
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients, in one visit of each row.
 
-        A coefficient of 0 gives a gradient of 0, whatever the row holds.
+        What `linear_rows` needs: `out`, and that a coefficient of 0 gives a gradient of 0, whatever the row holds.
 
         Args:
             out: [..., V], where the gradient goes, which may be over the logits; None: into a new contiguous tensor.

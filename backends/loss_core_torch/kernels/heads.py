@@ -10,6 +10,7 @@ Three matrix products for each block of logits: the logits themselves, and with 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -47,23 +48,30 @@ class Head:
         self.num_tokens, self.vocab = len(h_TH), len(w_VH)
         self.weight_dtype, self._bias_V = w_VH.dtype, bias_V
         self.bias_dtype = self.dtype if bias_V is None else bias_V.dtype
-        self._kernels, self._product_dtype = kernels, product_dtype
+        self._product_dtype = product_dtype
         self._columns = self.products.columns or max(self.vocab, 1)
-        self.h_TH = self._operand(h_TH)
-        # What one product takes whole is converted once.
-        self.w_VH = self._operand(w_VH) if self.vocab <= self._columns else w_VH
+        self.h_TH, self._w_VH = self._operand(h_TH), w_VH
+        self._converted: Tensor | None = None
 
     def of_classes(self, tile: slice) -> Head:
         """The same hidden states, and these rows of the weight."""
         if tile.start == 0 and tile.stop == self.vocab:
             return self
-        bias_C = None if self._bias_V is None else self._bias_V[tile]
-        return Head(self._kernels, self.h_TH, self.w_VH[tile], self._product_dtype, bias_C, self.operand)
+        found = copy(self)
+        found._w_VH, found._bias_V = self._w_VH[tile], None if self._bias_V is None else self._bias_V[tile]
+        found.vocab = len(found._w_VH)
+        found._converted = None
+        return found
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Classes of each product, and the weight's rows."""
+        if self.vocab <= self._columns:
+            # Converted once, when it is first used.
+            self._converted = self._operand(self._w_VH) if self._converted is None else self._converted
+            yield slice(0, self.vocab), self._converted
+            return
         for tile in slices(0, self.vocab, self._columns):
-            yield tile, self._operand(self.w_VH[tile])
+            yield tile, self._operand(self._w_VH[tile])
 
     def make_logits(self, at: slice, z_BC: Tensor) -> None:
         """The logits of some tokens, in the dtype of the arithmetic."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.operations import Operations
 from loss_core_torch.kernels import Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.products import Products
@@ -74,6 +75,19 @@ def test_blocks_add_up(kernels, dtype, tokens, classes, rounded, factor):
     for got, wanted in zip(found, expected, strict=True):
         step = torch.finfo(got.dtype).eps
         torch.testing.assert_close(got.double(), wanted, rtol=8 * step, atol=8 * torch.finfo(torch.float32).eps * 8)
+
+
+def test_tiles_are_converted_once_each_and_hidden_states_once():
+    h_TH, w_VH, _, e_TV = _problem(torch.bfloat16)
+    every = slice(0, T)
+    with Operations() as seen:
+        head = Head(EagerKernels(), h_TH, w_VH, torch.bfloat16)
+        grads = HeadGrads(EagerKernels(), head, EVERY)
+        for tile in slices(0, V, 20):
+            of_tile = head.of_classes(tile)
+            of_tile.make_logits(every, torch.empty(T, tile.stop - tile.start))
+            grads.add(of_tile, tile, every, e_TV[:, tile])
+    assert sorted(seen.shapes("aten::_to_copy")) == [(T, H), (V - 20, H), (20, H)]
 
 
 @pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True), Wanted(False, False, True)])

@@ -18,7 +18,7 @@ from loss_core_torch.kernels.eager.sizes import SIZES
 
 
 class CompiledKernels(RowKernels, PairKernels, ProductKernels):
-    """A `KernelSet` without terms and gradients of `Linear`; see there for each method."""
+    """A `KernelSet` but for what `linear_rows` needs of `row_terms_and_grad`; see there for each method."""
 
     flag = "torch:compile"
     sizes = SIZES

@@ -64,12 +64,9 @@ class RowKernels:
         return out
 
     def row_terms_and_grad(
-        self, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
+        self, rows: Rows, coef_T: Tensor, objective: Objective
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
-        if out is not None:
-            terms, grad, coefficients = self.row_terms_and_grad(rows, coef_T, objective)
-            return terms, out.copy_(grad), coefficients
         if rows.labels_T.dim() == 2:
             return _terms_and_grad_of_others(rows, coef_T, objective)
         if not isinstance(objective, CrossEntropy):
