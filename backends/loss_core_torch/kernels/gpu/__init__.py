@@ -29,7 +29,7 @@ class GpuKernels(RowKernels, PairKernels):
         return row_bytes % sizes.VECTOR_BYTES == 0
 
     def grad_in_forward(self, device: torch.device) -> bool:
-        """The second read of a row finds it in the L2 cache."""
+        """The second read of a row finds it in a cache."""
         return True
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,12 +1,15 @@
 """The kernels of `torch:triton`. Launches are in `launch`, sizes in `sizes`.
 
-A program has a row of its own, whatever the other rows of the call are. Each thread keeps terms of its own until the
-end of the row: the loops over the vocabulary hold no barrier, no shuffle and no shared memory (`make kernels` counts).
+A program has a row of its own, or a piece of a long one, whatever the other rows of the call are. Each thread keeps
+terms of its own until the end: the loops over the vocabulary hold no barrier, no shuffle and no shared memory
+(`make kernels` counts).
 The formulas are those of `loss_core.row_terms`; every difference is taken from the maximum, and a probability is
 exp(z - m) * (1 / s), never exp(z - lse).
 
-Where a gradient follows, the row is read twice, the second time from its end to its begin: what was read last is the
-likeliest to be still in the L2 cache, and on average half of a row has to be. Stores leave the cache first.
+Where a gradient follows, logits are read twice, the second time from the last to the first: what was read last is the
+likeliest to be still in a cache, and on average half of them has to be. Stores leave the cache first. A long row is
+shared by several programs, so that what each reads twice stays near it: each has the terms of its piece, tells them to
+the others, and waits for theirs.
 
 Offsets are 64-bit throughout: a row begins where T * V may be beyond 2^31, and so may a strided column be.
 """
@@ -23,6 +26,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # 1 / GAP_UNIT of `row_terms`.
 GAP_FACTOR = tl.constexpr(2.0**-20)
+
+# Numbers of a row that programs tell each other, at most.
+TOLD = tl.constexpr(5)
+
+# The bits of one that was not told yet.
+UNTOLD = tl.constexpr(-1)
 
 
 # --- terms of rows
@@ -177,6 +186,45 @@ def mixture_logs(log_ratio, log_share_t, log_share_s):
     return tl.minimum(x, 0.0) - common - log_share_t, tl.minimum(-x, 0.0) - common - log_share_s
 
 
+# --- rows that several programs share
+
+
+@triton.jit
+def piece_of_row(vocab, PIECE_V: tl.constexpr, PIECES: tl.constexpr):
+    """(row, piece, its first column, its columns) of this program. A row's programs stand side by side."""
+    program = tl.program_id(0)
+    piece = program % PIECES
+    first = piece * PIECE_V
+    columns = vocab
+    if PIECES > 1:
+        columns = tl.minimum(vocab - first, PIECE_V)
+    return (program // PIECES).to(tl.int64), piece, first, columns
+
+
+@triton.jit
+def tell(told_ptr, number: tl.constexpr, x, piece, PIECES: tl.constexpr):
+    """Let the other programs of the row see a number of this piece; told_ptr is where those of the row begin."""
+    bits = x.to(told_ptr.dtype.element_ty, bitcast=True)
+    # A NaN that came with a logit may have these bits.
+    bits = tl.where(bits == UNTOLD, UNTOLD - 1, bits)
+    tl.atomic_xchg(told_ptr + (number * PIECES + piece).to(tl.int64), bits, sem="relaxed")
+
+
+@triton.jit
+def told(told_ptr, number: tl.constexpr, nothing_P, PIECES: tl.constexpr):
+    """[P] a number of every piece of the row, once all have told it; behind the last of them nothing_P.
+
+    Programs start in the order of their number, so that those of a row which wait are few, and those waited for run.
+    """
+    P: tl.constexpr = nothing_P.shape[0]
+    pieces = tl.arange(0, P)
+    ptrs = told_ptr + (number * PIECES + pieces).to(tl.int64)
+    bits = tl.load(ptrs, mask=pieces < PIECES, other=0, volatile=True)
+    while tl.max((bits == UNTOLD).to(tl.int32), 0) > 0:
+        bits = tl.load(ptrs, mask=pieces < PIECES, other=0, volatile=True)
+    return tl.where(pieces < PIECES, bits.to(nothing_P.dtype, bitcast=True), nothing_P)
+
+
 # --- memory
 
 
@@ -250,8 +298,9 @@ def store_zeros(row_ptr, vocab, layout, BLOCK_V: tl.constexpr, W: tl.constexpr, 
     for start in range(0, body, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         store_grad(body_ptr, offs_v, offs_v < body, layout, tl.zeros([BLOCK_V], tl.float32))
-    edge = edge_columns(head, body, W)
-    store_grad(row_ptr, edge, edge < vocab, layout, tl.zeros([2 * W], tl.float32))
+    if body < vocab:
+        edge = edge_columns(head, body, W)
+        store_grad(row_ptr, edge, edge < vocab, layout, tl.zeros([2 * W], tl.float32))
 
 
 @triton.jit
@@ -357,9 +406,9 @@ def row_terms(
     N: tl.constexpr, LEFT_OUT: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
     ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """(m, s, t, z_sum, e) of a row, t [N] of its targets; z_sum is 0 without Z_SUM, e without E.
+    """(m [1], s [1], t [N], z_sum [1], e [1]) of a row or of a piece; z_sum is 0 without Z_SUM, e without E.
 
-    LEFT_OUT says whether the others are of all columns but the targets'.
+    m is finite, and s 0 where there was no logit above -inf. LEFT_OUT says whether t alone is of the targets' columns.
     """
     label = load_labels(labels_ptr, vocab_start, NUM, N)
     owned = (label >= 0) & (label < vocab)
@@ -367,12 +416,7 @@ def row_terms(
     t = tl.load(row_ptr + label * layout.stride_v, mask=owned, other=float("-inf")).to(dtype)
     t = shaped(t, owned, inverse, SOFTCAP, TEMPERED)
     head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
-    edge = edge_columns(head, body, W)
-    z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT)
-    z_E = shaped(z_E, edge < vocab, inverse, SOFTCAP, TEMPERED)
     target = tl.full([], 0, tl.int64)
-    if LEFT_OUT:
-        z_E = tl.where(tl.max((edge[:, None] == label[None, :]).to(tl.int32), 1) > 0, float("-inf"), z_E)
     body_ptr = body_start(row_ptr, head, layout, ALIKE)
     m = lowest(L, dtype)
     s = tl.zeros([L], dtype)
@@ -390,24 +434,64 @@ def row_terms(
             z_sum += total(tl.reshape(tl.where(mask_v, z, 0.0), [BLOCK_V // (L * W), L, W]))
         m, s, e = extend(m, s, e, tl.reshape(z, [BLOCK_V // (L * W), L, W]), E)
     m, s, e = fold(m, s, e, E)
-    m, s, e = extend(m, s, e, tl.reshape(z_E, [1, 1, 2 * W]), E)
-    z_sum = tl.sum(z_sum, 0) + tl.sum(tl.where(edge < vocab, z_E, 0.0), 0)
-    return only(seen(m, s)), only(s), t, z_sum, only(e)
+    z_sum = tl.sum(z_sum, 0, keep_dims=True)
+    if body < vocab:
+        edge = edge_columns(head, body, W)
+        z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, EVICT)
+        z_E = shaped(z_E, edge < vocab, inverse, SOFTCAP, TEMPERED)
+        if LEFT_OUT:
+            z_E = tl.where(tl.max((edge[:, None] == label[None, :]).to(tl.int32), 1) > 0, float("-inf"), z_E)
+        z_sum += tl.sum(tl.where(edge < vocab, z_E, 0.0), 0, keep_dims=True)
+        m, s, e = extend(m, s, e, tl.reshape(z_E, [1, 1, 2 * W]), E)
+    return m, s, t, z_sum, e
+
+
+@triton.jit
+def tell_terms(
+    told_ptr, m, s, t, z_sum, e, piece, Z_SUM: tl.constexpr, E: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """Tell `row_terms` of a piece; t is of one target."""
+    tell(told_ptr, 0, only(m), piece, PIECES)
+    tell(told_ptr, 1, only(s), piece, PIECES)
+    tell(told_ptr, 2, only(t), piece, PIECES)
+    if Z_SUM:
+        tell(told_ptr, 3, only(z_sum), piece, PIECES)
+    if E:
+        tell(told_ptr, 4, only(e), piece, PIECES)
+
+
+@triton.jit
+def told_terms(
+    told_ptr, z_sum, e, dtype: tl.constexpr, Z_SUM: tl.constexpr, E: tl.constexpr, PIECES: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """`row_terms` of the whole row; z_sum and e as they are where they are not wanted."""
+    zeros = tl.zeros([P], dtype)
+    m = told(told_ptr, 0, lowest(P, dtype), PIECES)
+    s = told(told_ptr, 1, zeros, PIECES)
+    t = tl.max(told(told_ptr, 2, zeros + float("-inf"), PIECES), 0, keep_dims=True)
+    if Z_SUM:
+        z_sum = tl.sum(told(told_ptr, 3, zeros, PIECES), 0, keep_dims=True)
+    if E:
+        m, s, e = fold(m, s, told(told_ptr, 4, zeros, PIECES), True)
+    else:
+        m, s, _ = fold(m, s, zeros, False)
+    return m, s, t, z_sum, e
 
 
 @triton.jit
 def store_terms(
     row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, NUM: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """Terms of a row; the pointers of those that are not needed are None."""
-    tl.store(m_ptr + row, m)
-    tl.store(s_ptr + row, s)
+    """Terms of a row, as `row_terms` has them; the pointers of those that are not needed are None."""
+    tl.store(m_ptr + row, only(seen(m, s)))
+    tl.store(s_ptr + row, only(s))
     offs_n = tl.arange(0, N).to(tl.int64)
     tl.store(t_ptr + row * NUM + offs_n, t, mask=offs_n < NUM)
     if z_sum_ptr is not None:
-        tl.store(z_sum_ptr + row, z_sum)
+        tl.store(z_sum_ptr + row, only(z_sum))
     if e_ptr is not None:
-        tl.store(e_ptr + row, e)
+        tl.store(e_ptr + row, only(e))
 
 
 @triton.jit
@@ -455,8 +539,6 @@ def write_row_grad(
     if TEMPERED:
         scale, target, uniform, slope = scale * inverse, target * inverse, uniform * inverse, slope * inverse
     head, body = whole_vectors(row_ptr, vocab, W, ALIKE)
-    edge = edge_columns(head, body, W)
-    z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, "evict_first")
     from_ptr, to_ptr = body_start(row_ptr, head, layout, ALIKE), body_start(grad_ptr, head, grad_layout, ALIKE)
     blocks = tl.cdiv(body, BLOCK_V)
     for block in range(blocks):
@@ -465,8 +547,11 @@ def write_row_grad(
         z = load_logits(from_ptr, offs_v, mask_v, layout, dtype, "evict_first")
         grad = logits_grad(z, m, inverse, scale, uniform, slope, SOFTCAP, TEMPERED, UNIFORM, SLOPE)
         store_grad(to_ptr, offs_v, mask_v, grad_layout, grad)
-    grad = logits_grad(z_E, m, inverse, scale, uniform, slope, SOFTCAP, TEMPERED, UNIFORM, SLOPE)
-    store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad)
+    if body < vocab:
+        edge = edge_columns(head, body, W)
+        z_E = load_logits(row_ptr, edge, edge < vocab, layout, dtype, "evict_first")
+        grad_E = logits_grad(z_E, m, inverse, scale, uniform, slope, SOFTCAP, TEMPERED, UNIFORM, SLOPE)
+        store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad_E)
     # Over what the loop has stored there: the loop compares no indices.
     if SOFTCAP != 0:
         bent = t / SOFTCAP
@@ -564,42 +649,54 @@ def row_kernel(
     z_sum_ptr, e_ptr,  # [T], or None
     scale_ptr, target_ptr,  # [T]
     uniform_ptr,  # [T], or None
+    told_ptr,  # [T, TOLD, PIECES] bits, UNTOLD; or None for one piece
     num_classes,  # of all pieces of the vocabulary
     vocab_start, vocab, grad_layout, layout,
-    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK_V: tl.constexpr,
-    L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    SOFTCAP: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, PIECES: tl.constexpr,
+    P: tl.constexpr, PIECE_V: tl.constexpr, TELL_ONLY: tl.constexpr, BLOCK_V: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Terms and gradient of one row, and the gradient's coefficients: program (row).
+    """Terms and gradient of one row, and the gradient's coefficients: program (row, piece).
 
     A coefficient of 0 gives a gradient of 0, whatever the row holds.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, piece, first, columns = piece_of_row(vocab, PIECE_V, PIECES)
     dtype: tl.constexpr = m_ptr.dtype.element_ty
     ignored = is_ignored(keep_ptr, row)
-    end = tl.where(ignored, 0, vocab)
-    row_ptr = logits_ptr + row_start(row, layout)
-    grad_ptr += row_start(row, grad_layout)
+    row_ptr = logits_ptr + row_start(row, layout) + first.to(tl.int64) * layout.stride_v
+    grad_ptr += row_start(row, grad_layout) + first.to(tl.int64) * grad_layout.stride_v
+    vocab_start += first
     coef = tl.load(coef_ptr + row)
     inverse = 1.0
     if inverse_ptr is not None:
         inverse = tl.load(inverse_ptr + row)
     m, s, t, z_sum, e = row_terms(
-        row_ptr, end, labels_ptr + row, vocab_start, layout, inverse, dtype, SOFTCAP, inverse_ptr is not None,
-        z_sum_ptr is not None, e_ptr is not None, "evict_last", 1, 1, False, BLOCK_V, L, W, ALIKE,
+        row_ptr, tl.where(ignored, 0, columns), labels_ptr + row, vocab_start, layout, inverse, dtype, SOFTCAP,
+        inverse_ptr is not None, z_sum_ptr is not None, e_ptr is not None, "evict_last", 1, 1, False, BLOCK_V, L, W,
+        ALIKE,
     )  # fmt: skip
-    store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, 1, 1)
-    scale, target, uniform = cross_entropy_coefficients(m, s, t, coef, num_classes, LABEL_SMOOTHING, Z_LOSS)
-    tl.store(scale_ptr + row, scale)
-    tl.store(target_ptr + row, only(target))
-    if uniform_ptr is not None:
-        tl.store(uniform_ptr + row, uniform)
+    if PIECES > 1:
+        told_ptr += row * (TOLD * PIECES)
+        tell_terms(told_ptr, m, s, t, z_sum, e, piece, z_sum_ptr is not None, e_ptr is not None, PIECES)
+        if TELL_ONLY:
+            return
+        m, s, t, z_sum, e = told_terms(told_ptr, z_sum, e, dtype, z_sum_ptr is not None, e_ptr is not None, PIECES, P)
+    scale, target, uniform = cross_entropy_coefficients(
+        only(seen(m, s)), only(s), t, coef, num_classes, LABEL_SMOOTHING, Z_LOSS
+    )
+    if piece == 0:
+        store_terms(row, m, s, t, z_sum, e, m_ptr, s_ptr, t_ptr, z_sum_ptr, e_ptr, 1, 1)
+        tl.store(scale_ptr + row, scale)
+        tl.store(target_ptr + row, only(target))
+        if uniform_ptr is not None:
+            tl.store(uniform_ptr + row, uniform)
     if ignored | (coef == 0):
-        store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
+        store_zeros(grad_ptr, columns, grad_layout, BLOCK_V, W, ALIKE)
         return
     write_row_grad(
-        grad_ptr, row_ptr, vocab, load_labels(labels_ptr + row, vocab_start, 1, 1), grad_layout, layout, inverse, m, t,
-        scale, target, uniform, 0.0, dtype, SOFTCAP, inverse_ptr is not None, LABEL_SMOOTHING != 0, False, BLOCK_V, W,
-        ALIKE,
+        grad_ptr, row_ptr, columns, load_labels(labels_ptr + row, vocab_start, 1, 1), grad_layout, layout, inverse,
+        only(seen(m, s)), t, scale, target, uniform, 0.0, dtype, SOFTCAP, inverse_ptr is not None, LABEL_SMOOTHING != 0,
+        False, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 
@@ -611,7 +708,7 @@ def pair_terms(
     student_ptr, teacher_ptr, vocab, rate, s_layout, t_layout, dtype: tl.constexpr, EVICT: tl.constexpr,
     BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """(m_t, s_t, a, m_s, s_s) of a pair of rows, of the logits as they lie."""
+    """(m_t, s_t, a, m_s, s_s), each [1], of a pair of rows or a piece, of logits as they lie; m as in `row_terms`."""
     K: tl.constexpr = BLOCK_V // (L * W)
     head, body = whole_vectors(student_ptr, vocab, W, ALIKE)
     body_t, body_s = body_start(teacher_ptr, head, t_layout, ALIKE), body_start(student_ptr, head, s_layout, ALIKE)
@@ -626,12 +723,23 @@ def pair_terms(
         zt_KLW = tl.reshape(load_logits(body_t, offs_v, mask_v, t_layout, dtype, EVICT), [K, L, W])
         zs_KLW = tl.reshape(load_logits(body_s, offs_v, mask_v, s_layout, dtype, EVICT), [K, L, W])
         m_t, s_t, a, m_s, s_s = extend_pairs(m_t, s_t, a, m_s, s_s, zt_KLW, zs_KLW, rate)
-    edge = edge_columns(head, body, W)
-    zt_11E = tl.reshape(load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, EVICT), [1, 1, 2 * W])
-    zs_11E = tl.reshape(load_logits(student_ptr, edge, edge < vocab, s_layout, dtype, EVICT), [1, 1, 2 * W])
     m_t, s_t, a, m_s, s_s = fold_pairs(m_t, s_t, a, m_s, s_s, rate)
-    m_t, s_t, a, m_s, s_s = extend_pairs(m_t, s_t, a, m_s, s_s, zt_11E, zs_11E, rate)
-    return only(seen(m_t, s_t)), only(s_t), only(a), only(seen(m_s, s_s)), only(s_s)
+    if body < vocab:
+        edge = edge_columns(head, body, W)
+        zt_11E = tl.reshape(load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, EVICT), [1, 1, 2 * W])
+        zs_11E = tl.reshape(load_logits(student_ptr, edge, edge < vocab, s_layout, dtype, EVICT), [1, 1, 2 * W])
+        m_t, s_t, a, m_s, s_s = extend_pairs(m_t, s_t, a, m_s, s_s, zt_11E, zs_11E, rate)
+    return m_t, s_t, a, m_s, s_s
+
+
+@triton.jit
+def store_pair_terms(row, m_t, s_t, a, m_s, s_s, factor, m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr):
+    """Terms of a pair of rows, as `pair_terms` has them, with maxima and gaps of the logits times factor."""
+    tl.store(m_t_ptr + row, only(seen(m_t, s_t)) * factor)
+    tl.store(s_t_ptr + row, only(s_t))
+    tl.store(a_ptr + row, only(a) * factor)
+    tl.store(m_s_ptr + row, only(seen(m_s, s_s)) * factor)
+    tl.store(s_s_ptr + row, only(s_s))
 
 
 @triton.jit
@@ -676,9 +784,6 @@ def write_pair_grad(
     base_t, base_s, scale_t, scale_s = finite(m_t), finite(m_s), coef / s_t, coef / s_s
     offset = tl.log(s_t) - tl.log(s_s)  # `row_terms.log_ratio_offset`
     head, body = whole_vectors(student_ptr, vocab, W, ALIKE)
-    edge = edge_columns(head, body, W)
-    zt_E = load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, "evict_first")
-    zs_E = load_logits(student_ptr, edge, edge < vocab, s_layout, dtype, "evict_first")
     body_t, body_s = body_start(teacher_ptr, head, t_layout, ALIKE), body_start(student_ptr, head, s_layout, ALIKE)
     to_ptr = body_start(grad_ptr, head, grad_layout, ALIKE)
     blocks = tl.cdiv(body, BLOCK_V)
@@ -691,10 +796,15 @@ def write_pair_grad(
             zt, zs, base_t, base_s, scale_t, scale_s, offset, kl, log_share_t, log_share_s, rate, OF_TEACHER, MIXTURE
         )
         store_grad(to_ptr, offs_v, mask_v, grad_layout, grad)
-    grad_E = pair_grad(
-        zt_E, zs_E, base_t, base_s, scale_t, scale_s, offset, kl, log_share_t, log_share_s, rate, OF_TEACHER, MIXTURE
-    )
-    store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad_E)
+    if body < vocab:
+        edge = edge_columns(head, body, W)
+        zt_E = load_logits(teacher_ptr, edge, edge < vocab, t_layout, dtype, "evict_first")
+        zs_E = load_logits(student_ptr, edge, edge < vocab, s_layout, dtype, "evict_first")
+        grad_E = pair_grad(
+            zt_E, zs_E, base_t, base_s, scale_t, scale_s, offset, kl, log_share_t, log_share_s, rate, OF_TEACHER,
+            MIXTURE,
+        )  # fmt: skip
+        store_grad(grad_ptr, edge, edge < vocab, grad_layout, grad_E)
 
 
 @triton.jit
@@ -717,11 +827,7 @@ def pair_terms_kernel(
     m_t, s_t, a, m_s, s_s = pair_terms(
         student_ptr, teacher_ptr, end, rate, s_layout, t_layout, dtype, "evict_first", BLOCK_V, L, W, ALIKE
     )
-    tl.store(m_t_ptr + row, m_t * factor)
-    tl.store(s_t_ptr + row, s_t)
-    tl.store(a_ptr + row, a * factor)
-    tl.store(m_s_ptr + row, m_s * factor)
-    tl.store(s_s_ptr + row, s_s)
+    store_pair_terms(row, m_t, s_t, a, m_s, s_s, factor, m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr)
 
 
 @triton.jit
@@ -760,12 +866,16 @@ def pair_mixture_kernel(
         of_t, of_s = mixture_sums(zt, zs, base_t, base_s, offset, share_t, share_s, rate)
         kl_t += total(tl.reshape(of_t, [K, L, W]))
         kl_s += total(tl.reshape(of_s, [K, L, W]))
-    edge = edge_columns(head, body, W)
-    zt_E = load_logits(teacher_ptr, edge, edge < end, t_layout, dtype, "evict_first")
-    zs_E = load_logits(student_ptr, edge, edge < end, s_layout, dtype, "evict_first")
-    of_t, of_s = mixture_sums(zt_E, zs_E, base_t, base_s, offset, share_t, share_s, rate)
-    tl.store(kl_t_ptr + row, (tl.sum(kl_t, 0) + tl.sum(of_t, 0)) / s_t)
-    tl.store(kl_s_ptr + row, (tl.sum(kl_s, 0) + tl.sum(of_s, 0)) / s_s)
+    kl_t, kl_s = tl.sum(kl_t, 0), tl.sum(kl_s, 0)
+    if body < end:
+        edge = edge_columns(head, body, W)
+        zt_E = load_logits(teacher_ptr, edge, edge < end, t_layout, dtype, "evict_first")
+        zs_E = load_logits(student_ptr, edge, edge < end, s_layout, dtype, "evict_first")
+        of_t, of_s = mixture_sums(zt_E, zs_E, base_t, base_s, offset, share_t, share_s, rate)
+        kl_t += tl.sum(of_t, 0)
+        kl_s += tl.sum(of_s, 0)
+    tl.store(kl_t_ptr + row, kl_t / s_t)
+    tl.store(kl_s_ptr + row, kl_s / s_s)
 
 
 @triton.jit
@@ -810,35 +920,48 @@ def pair_kernel(
     keep_ptr,  # [T] bool, or None
     coef_ptr,  # [T] factor of each row's loss
     m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr,  # [T]
+    told_ptr,  # [T, TOLD, PIECES] bits, UNTOLD; or None for one piece
     inverse_temperature: "fp64",  # type: ignore[name-defined]  # noqa: F821
     vocab, grad_layout, s_layout, t_layout,
-    BLOCK_V: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
+    PIECES: tl.constexpr, P: tl.constexpr, PIECE_V: tl.constexpr, TELL_ONLY: tl.constexpr, BLOCK_V: tl.constexpr,
+    L: tl.constexpr, W: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """Terms and the student's gradient of one pair of rows: program (row). See `row_kernel`."""
-    row = tl.program_id(0).to(tl.int64)
+    """Terms and the student's gradient of one pair of rows: program (row, piece). See `row_kernel`."""
+    row, piece, first, columns = piece_of_row(vocab, PIECE_V, PIECES)
     dtype: tl.constexpr = m_t_ptr.dtype.element_ty
     ignored = is_ignored(keep_ptr, row)
-    end = tl.where(ignored, 0, vocab)
-    grad_ptr += row_start(row, grad_layout)
-    student_ptr += row_start(row, s_layout)
-    teacher_ptr += row_start(row, t_layout)
+    grad_ptr += row_start(row, grad_layout) + first.to(tl.int64) * grad_layout.stride_v
+    student_ptr += row_start(row, s_layout) + first.to(tl.int64) * s_layout.stride_v
+    teacher_ptr += row_start(row, t_layout) + first.to(tl.int64) * t_layout.stride_v
     coef = tl.load(coef_ptr + row)
     factor = tl.full([], inverse_temperature, dtype)
     rate = tl.full([], inverse_temperature * LOG2_E, dtype)
     m_t, s_t, a, m_s, s_s = pair_terms(
-        student_ptr, teacher_ptr, end, rate, s_layout, t_layout, dtype, "evict_last", BLOCK_V, L, W, ALIKE
-    )
-    tl.store(m_t_ptr + row, m_t * factor)
-    tl.store(s_t_ptr + row, s_t)
-    tl.store(a_ptr + row, a * factor)
-    tl.store(m_s_ptr + row, m_s * factor)
-    tl.store(s_s_ptr + row, s_s)
+        student_ptr, teacher_ptr, tl.where(ignored, 0, columns), rate, s_layout, t_layout, dtype, "evict_last", BLOCK_V,
+        L, W, ALIKE,
+    )  # fmt: skip
+    if PIECES > 1:
+        told_ptr += row * (TOLD * PIECES)
+        tell(told_ptr, 0, only(m_t), piece, PIECES)
+        tell(told_ptr, 1, only(s_t), piece, PIECES)
+        tell(told_ptr, 2, only(a), piece, PIECES)
+        tell(told_ptr, 3, only(m_s), piece, PIECES)
+        tell(told_ptr, 4, only(s_s), piece, PIECES)
+        if TELL_ONLY:
+            return
+        no_logit, zeros = lowest(P, dtype), tl.zeros([P], dtype)
+        m_t, s_t, a, m_s, s_s = fold_pairs(
+            told(told_ptr, 0, no_logit, PIECES), told(told_ptr, 1, zeros, PIECES), told(told_ptr, 2, zeros, PIECES),
+            told(told_ptr, 3, no_logit, PIECES), told(told_ptr, 4, zeros, PIECES), rate,
+        )  # fmt: skip
+    if piece == 0:
+        store_pair_terms(row, m_t, s_t, a, m_s, s_s, factor, m_t_ptr, s_t_ptr, a_ptr, m_s_ptr, s_s_ptr)
     if ignored | (coef == 0):
-        store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W, ALIKE)
+        store_zeros(grad_ptr, columns, grad_layout, BLOCK_V, W, ALIKE)
         return
     write_pair_grad(
-        grad_ptr, student_ptr, teacher_ptr, vocab, rate, grad_layout, s_layout, t_layout, m_t, s_t, m_s, s_s, 0.0, coef,
-        0.0, 0.0, dtype, False, False, BLOCK_V, W, ALIKE,
+        grad_ptr, student_ptr, teacher_ptr, columns, rate, grad_layout, s_layout, t_layout, only(seen(m_t, s_t)),
+        only(s_t), only(seen(m_s, s_s)), only(s_s), 0.0, coef, 0.0, 0.0, dtype, False, False, BLOCK_V, W, ALIKE,
     )  # fmt: skip
 
 

@@ -83,6 +83,22 @@ def columns(size: LaunchParameters, *tensors: Tensor) -> dict[str, Any]:
     return {"BLOCK_V": block_v, "L": min(32 * size.num_warps, block_v // width), "W": width, "ALIKE": vectors}
 
 
+def pieces(size: LaunchParameters, vocab: int) -> dict[str, Any]:
+    """Constants of how programs share a row."""
+    number = size.pieces(vocab)
+    power_of_2 = 1 << (number - 1).bit_length()
+    return {"PIECES": number, "P": power_of_2, "PIECE_V": size.piece_v, "TELL_ONLY": False}
+
+
+def untold(num_rows: int, num_pieces: int, like: Tensor) -> Tensor | None:
+    """Where programs that share a row tell each other numbers of the dtype of `like`; None where none do."""
+    if num_pieces == 1:
+        return None
+    bits = torch.int64 if like.dtype == torch.float64 else torch.int32
+    shape = (num_rows, kernels.TOLD.value, num_pieces)
+    return torch.full(shape, kernels.UNTOLD.value, dtype=bits, device=like.device)
+
+
 # Dynamo would follow a launch that it meets in a backward between two of its graphs.
 @compat.outside_of_graphs
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters, **constants: Any) -> None:
@@ -97,9 +113,13 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters
     here: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     warps = sizes.warps_on(size, amd=torch.version.hip is not None)
     args = _with_memory(args)
+    # Spelled out: Triton's default for products that are added to changes in 3.10.
+    options = {"num_warps": warps, "num_stages": size.num_stages, "enable_fp_fusion": True}
     with here, compat.outside_of_functorch():
-        # Spelled out: Triton's default for products that are added to changes in 3.10.
-        kernel[grid](*args, **constants, num_warps=warps, num_stages=size.num_stages, enable_fp_fusion=True)
+        if _INTERPRETED and constants.get("PIECES", 1) > 1:
+            # Programs run one after another there: a round before lets none wait for one behind it.
+            kernel[grid](*args, **{**constants, "TELL_ONLY": True}, **options)
+        kernel[grid](*args, **constants, **options)
 
 
 def _with_memory(values: tuple[Any, ...]) -> tuple[Any, ...]:

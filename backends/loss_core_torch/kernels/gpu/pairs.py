@@ -13,7 +13,7 @@ from torch import Tensor
 from loss_core.row_terms import EMPTY_PAIR, MixtureTerms, PairTerms, log_shares
 from loss_core_torch.kernels import PairCoefficients, Pairs
 from loss_core_torch.kernels.gpu import kernels
-from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
+from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout, pieces, untold
 from loss_core_torch.tracing import compute_dtype
 
 
@@ -46,7 +46,7 @@ class PairKernels:
         if student.numel() == 0:
             return MixtureTerms(torch.zeros_like(terms.s_t), torch.zeros_like(terms.s_s))
         found = MixtureTerms(torch.empty_like(terms.s_t), torch.empty_like(terms.s_s))
-        size = self._launcher.parameters(vocab, student.dtype, "pair_terms")
+        size = self._launcher.parameters(vocab, student.dtype, "pair_mixture")
         vectors = map(dense, (terms.m_t, terms.s_t, terms.m_s, terms.s_s))
         self._launcher.start(
             kernels.pair_mixture_kernel, (num_rows,), student, teacher, dense(keep_T), *vectors, *found,
@@ -82,10 +82,11 @@ class PairKernels:
             return self.pair_terms(pairs), out
         found = _new_terms(pairs)
         size = self._launcher.parameters(vocab, student.dtype, "pair_row", out.dtype)
+        programs = size.pieces(vocab)
         self._launcher.start(
-            kernels.pair_kernel, (num_rows,), out, student, teacher, dense(keep_T), dense(coef_T), *found,
-            pairs.inverse_temperature, vocab, layout(out), layout(student), layout(teacher),
-            size=size, **columns(size, out, student, teacher),
+            kernels.pair_kernel, (num_rows * programs,), out, student, teacher, dense(keep_T), dense(coef_T), *found,
+            untold(num_rows, programs, found.m_t), pairs.inverse_temperature, vocab, layout(out), layout(student),
+            layout(teacher), size=size, **pieces(size, vocab), **columns(size, out, student, teacher),
         )  # fmt: skip
         return found, out
 

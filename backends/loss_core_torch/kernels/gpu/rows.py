@@ -13,7 +13,7 @@ from torch import Tensor
 from loss_core.row_terms import EMPTY_ROW, Coefficients, CrossEntropy, Objective, RowTerms, Sums
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.gpu import kernels
-from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout
+from loss_core_torch.kernels.gpu.launch import Launcher, columns, dense, layout, pieces, untold
 from loss_core_torch.kernels.terms import filled_terms, no_coefficients
 from loss_core_torch.tracing import compute_dtype
 
@@ -63,8 +63,8 @@ class RowKernels:
     ) -> tuple[RowTerms, Tensor, Coefficients]:
         """Terms, gradient, also into `out` [..., V], which may be the logits; see `KernelSet.row_terms_and_grad`.
 
-        A row is read a second time at once after the first, from the cache as far as it holds it. A coefficient of 0
-        gives a gradient of 0, whatever the row holds.
+        A row, or each piece of a long one, is read a second time at once after the first, from the cache as far as it
+        holds it. A coefficient of 0 gives a gradient of 0, whatever the row holds.
         """
         if not isinstance(objective, CrossEntropy):
             terms, has_T = self.row_terms(rows, objective.sums), coef_T != 0
@@ -81,10 +81,12 @@ class RowKernels:
         found, coefficients = _new_terms(rows, objective.sums), _new_coefficients(coef_T, objective.sums)
         kind = "full_row" if softcap or any(objective.sums) else "row"
         size = self._launcher.parameters(vocab, logits.dtype, kind, out.dtype)
+        programs = size.pieces(vocab)
         self._launcher.start(
-            kernels.row_kernel, (num_rows,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
-            dense(coef_T), *found, *coefficients[:3], objective.num_classes, vocab_start, vocab, layout(out),
-            layout(logits), size=size, SOFTCAP=softcap, **columns(size, out, logits), **_constants(objective),
+            kernels.row_kernel, (num_rows * programs,), out, logits, dense(labels_T), dense(keep_T), dense(inverse_T),
+            dense(coef_T), *found, *coefficients[:3], untold(num_rows, programs, found.m), objective.num_classes,
+            vocab_start, vocab, layout(out), layout(logits), size=size, SOFTCAP=softcap, **pieces(size, vocab),
+            **columns(size, out, logits), **_constants(objective),
         )  # fmt: skip
         return found, out, coefficients
 

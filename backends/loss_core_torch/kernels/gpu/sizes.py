@@ -23,12 +23,18 @@ class LaunchParameters:
         vector: columns side by side that a thread takes, a power of 2.
         num_warps: of 32 threads.
         num_stages: of Triton's compiler.
+        piece_v: columns of a row that one program has, a multiple of vector; 0 for all.
     """
 
     block_v: int
     vector: int
     num_warps: int
     num_stages: int = 1
+    piece_v: int = 0
+
+    def pieces(self, vocab: int) -> int:
+        """Programs of a row."""
+        return max(-(-vocab // self.piece_v), 1) if self.piece_v else 1
 
 
 # (block_v, num_warps) of a kind of kernel, by bytes of a logit. What decides is how many loads are under way (vectors
@@ -44,17 +50,21 @@ _KINDS = {
     "row": {2: (8192, 16), 4: (8192, 16), 8: (512, 8)},
     "full_row": {2: (8192, 16), 4: (4096, 16), 8: (512, 8)},
     "pair_terms": {2: (4096, 8), 4: (4096, 8), 8: (1024, 8)},
+    "pair_mixture": {2: (4096, 8), 4: (2048, 8), 8: (1024, 8)},
     "pair_grad": {2: (4096, 8), 4: (2048, 8), 8: (512, 8)},
     "pair_row": {2: (8192, 16), 4: (4096, 16), 8: (512, 8)},
 }
 
-# The same for long rows, by the bytes from which a row is one: more loads under way, for as many rows or half of them.
-# Share of a copy there, before and with these: bfloat16, 262,144 classes 71 and 76 %, with smoothing 68 and 75;
-# float32, 65,536 classes 71 and 87 %, 128,256 67 and 76.
+# Rows of more bytes are shared by several programs: (block_v, num_warps, piece_v). The pieces that are under way on a
+# multiprocessor then fit into its L1 cache, where the second read finds them, and threads are few enough for what each
+# does once a piece not to count. All programs of a row must find room on a chip at the same time, which limits their
+# number; and AMD's chips have not been tried.
+_LONG_ROW = 64 << 10
+_MOST_PIECES = 64 if torch.version.hip is None else 1
 _LONG_ROWS = {
-    ("row", 2): {128 << 10: (16384, 16), 448 << 10: (32768, 32)},
-    ("row", 4): {128 << 10: (16384, 32)},
-    ("full_row", 2): {128 << 10: (16384, 16), 448 << 10: (32768, 32)},
+    "row": {2: (4096, 2, 8192), 4: (4096, 8, 8192)},
+    "full_row": {2: (4096, 4, 8192), 4: (4096, 8, 8192)},
+    "pair_row": {2: (4096, 4, 8192), 4: (2048, 8, 4096)},
 }
 
 
@@ -69,21 +79,21 @@ def launch_parameters(vocab: int, dtype: torch.dtype, kind: str, stored: torch.d
         vocab: columns of the logits.
         dtype: of the logits that are read.
         kind: what the kernel makes: "terms", "grad", "row" (both); with a softcap "capped_terms", without the columns
-            of K targets "others_terms"; with a softcap or the sum of all logits "full_row"; "pair_terms", "pair_grad"
-            or "pair_row".
+            of K targets "others_terms"; with a softcap or the sum of all logits "full_row"; "pair_terms",
+            "pair_mixture", "pair_grad" or "pair_row".
         stored: dtype of the gradient, if another.
     """
-    block_v, num_warps = _KINDS[kind][dtype.itemsize]
-    for row_bytes, long in _LONG_ROWS.get((kind, dtype.itemsize), {}).items():
-        if vocab * dtype.itemsize > row_bytes:
-            block_v, num_warps = long
+    (block_v, num_warps), piece_v = _KINDS[kind][dtype.itemsize], 0
+    shared = _LONG_ROWS.get(kind, {}).get(dtype.itemsize)
+    if shared and vocab * dtype.itemsize > _LONG_ROW and vocab <= _MOST_PIECES * shared[2]:
+        block_v, num_warps, piece_v = shared
     # The narrower of the two dtypes has whole vectors, else values would go from thread to thread.
     vector = VECTOR_BYTES // min(dtype.itemsize, (stored or dtype).itemsize)
     # A small vocabulary is one block, of no more warps than have something to do.
     block_v = min(block_v, max(_power_of_2_from(vocab), vector))
     while num_warps > 1 and block_v < num_warps * 32 * vector:
         num_warps //= 2
-    return LaunchParameters(block_v, vector, num_warps)
+    return LaunchParameters(block_v, vector, num_warps, piece_v=piece_v)
 
 
 def warps_on(size: LaunchParameters, amd: bool) -> int:

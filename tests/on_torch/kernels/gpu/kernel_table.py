@@ -70,6 +70,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float64: "*fp64",
+    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
@@ -171,7 +172,8 @@ class Compiled:
         if not self.per_logit or self.what.plan is None:
             return 0.0
         threads = 32 * self.what.size.num_warps
-        return share_of_copy(CHIPS[chip], self.what.plan, vocab, self.registers, threads, sum(self.per_logit))
+        columns = self.what.size.piece_v or vocab
+        return share_of_copy(CHIPS[chip], self.what.plan, columns, self.registers, threads, sum(self.per_logit))
 
 
 class _Specialisation:

@@ -61,7 +61,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def loops(cubin: bytes) -> list[Loop]:
-    """The innermost loops that touch global memory, in the order of the code."""
+    """Innermost loops that touch global memory, in the order of the code, not those that wait for other programs."""
     return list(_loops(_run("nvdisasm", ("-c", "-ndf"), cubin)))
 
 
@@ -83,7 +83,9 @@ def _loops(text: str) -> Iterator[Loop]:
         opcodes = [instruction.split()[0] for instruction in code[start : stop + 1]]
         loads = tuple(_bits(opcode) for opcode in opcodes if opcode.startswith("LDG"))
         stores = tuple(_bits(opcode) for opcode in opcodes if opcode.startswith("STG"))
-        if loads or stores:
+        # A loop that waits asks memory itself each time, past every cache of the multiprocessor.
+        waits = any("STRONG" in opcode for opcode in opcodes)
+        if (loads or stores) and not waits:
             yield Loop(Counter(opcode.split(".")[0] for opcode in opcodes), loads, stores)
 
 

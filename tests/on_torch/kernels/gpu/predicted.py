@@ -4,7 +4,7 @@
     issue = instructions / (ISSUE x multiprocessors x 128 x clock)
 
 and the longer of the two counts. A program is done with the second read of a column when it was read last in the first,
-so on average half of each row in flight waits in the cache.
+so on average half of what each program in flight has of a row waits in the cache.
 
 The three factors were fitted to one run on an H200 (BENCHMARKS.md) and are within 12 points of all its rows. Of a copy,
 0.95 is what a single visit of a row reaches. Lines are lost as if 0.3 of the 60 MiB of L2 were there (each of its two
@@ -66,11 +66,11 @@ def programs_of_a_multiprocessor(registers: int, threads: int) -> int:
 
 
 def share_of_copy(
-    chip: Chip, plan: Plan, vocab: int, registers: int, threads: int, instructions_per_logit: float
+    chip: Chip, plan: Plan, columns: int, registers: int, threads: int, instructions_per_logit: float
 ) -> float:
-    """Time of a copy of the bytes that must be moved, over the predicted time."""
+    """Time of a copy of the bytes that must be moved, over the predicted time; a program has so many columns."""
     in_flight = chip.multiprocessors * programs_of_a_multiprocessor(registers, threads)
-    waiting = in_flight * vocab * plan.again / 2
+    waiting = in_flight * columns * plan.again / 2
     lost = max(0.0, 1 - CACHE * chip.l2_bytes / waiting) if waiting else 0.0
     memory = (plan.once + lost * plan.again) / (MEMORY * chip.copy)
     issue = instructions_per_logit / (ISSUE * chip.multiprocessors * 128 * chip.clock)

@@ -9,8 +9,10 @@ from loss_core_torch.kernels.gpu.launch import Launcher, start
 V = 37
 
 # Blocks of 16 columns (two lanes, two vectors of 4 each) and chunks of four tokens, or tiles of 20 columns, logits of
-# two tokens at a time, so that small inputs go through every loop.
+# two tokens at a time, so that small inputs go through every loop. And rows of which programs have 8 columns each, two
+# blocks.
 TINY = sizes.LaunchParameters(block_v=16, vector=4, num_warps=1)
+SHARED = sizes.LaunchParameters(block_v=4, vector=4, num_warps=1, piece_v=8)
 
 
 def tiny_chunks(sizes):
@@ -24,6 +26,7 @@ def tiny_tiles(sizes, together):
 SETS = {
     "own-sizes": GpuKernels(),
     "tiny-blocks": GpuKernels(Launcher(parameters=lambda *_: TINY, chunks=tiny_chunks, tiles=tiny_tiles)),
+    "shared-rows": GpuKernels(Launcher(parameters=lambda *_: SHARED, chunks=tiny_chunks, tiles=tiny_tiles)),
 }
 
 

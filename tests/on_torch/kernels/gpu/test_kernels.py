@@ -133,6 +133,28 @@ def _one_pair(zt, zs):
 
 
 @triton.jit
+def _telling_kernel(x_ptr, told_ptr, out_ptr, PIECES: tl.constexpr, P: tl.constexpr):
+    """Tell PIECES numbers as number 1 of 2, and read them."""
+    for piece in range(PIECES):
+        kernels.tell(told_ptr, 1, tl.load(x_ptr + piece), tl.program_id(0) + piece, PIECES)
+    nothing_P = tl.full([P], -7.0, x_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.arange(0, P), kernels.told(told_ptr, 1, nothing_P, PIECES))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
+def test_what_is_told_arrives_and_never_looks_untold(flag, dtype, bits):
+    """Also a NaN of the very bits that stand for a number not yet told: others would wait for it for ever."""
+    x = torch.tensor([1.5, -torch.inf, torch.nan, -0.0, torch.nan], dtype=dtype)
+    x.view(bits)[4] = kernels.UNTOLD.value
+    told, out = torch.full((2, 5), kernels.UNTOLD.value, dtype=bits), torch.empty(8, dtype=dtype)
+    _telling_kernel[(1,)](x, told, out, PIECES=5, P=8)
+    assert (told[1] != kernels.UNTOLD.value).all()
+    assert (told[0] == kernels.UNTOLD.value).all()
+    torch.testing.assert_close(out[:5], x, rtol=0, atol=0, equal_nan=True)
+    assert (out[5:] == -7.0).all()
+
+
+@triton.jit
 def _tanh_kernel(x_ptr, out_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
     tl.store(out_ptr + offs, kernels.tanh(tl.load(x_ptr + offs)))

@@ -13,7 +13,7 @@ from loss_core import BackendUnavailable, MaskedCrossEntropyConfig
 from loss_core.dispatch.flags import flag_status
 from loss_core_torch.kernels import HeadSizes
 from loss_core_torch.kernels.gpu import products, sizes
-from loss_core_torch.kernels.gpu.launch import Layout, alike, check_device, columns, layout
+from loss_core_torch.kernels.gpu.launch import Layout, alike, check_device, columns, layout, pieces, untold
 from on_torch.kernels.gpu.sets import TINY
 
 
@@ -108,12 +108,28 @@ def test_a_torch_that_adds_nothing_to_float32_multiplies_in_float32(monkeypatch)
 
 def test_sizes_of_launches():
     long, short = (sizes.launch_parameters(vocab, torch.bfloat16, "row") for vocab in (128256, 100))
-    assert (long.block_v, long.vector, long.num_warps) == (16384, 8, 16)
+    assert (long.block_v, long.vector, long.num_warps) == (4096, 8, 2)
     assert (short.block_v, short.num_warps) == (128, 1)
+    # A long row has a program for every 8192 columns, the last of them with what is left.
+    assert [size.pieces(vocab) for size, vocab in ((long, 128256), (long, 131072), (short, 100))] == [16, 16, 1]
+    assert pieces(long, 151936) == {"PIECES": 19, "P": 32, "PIECE_V": 8192, "TELL_ONLY": False}
+    for kind in ("row", "full_row", "pair_row"):
+        assert sizes.launch_parameters(32768, torch.bfloat16, kind).pieces(32768) == 1
+        assert sizes.launch_parameters(128256, torch.float64, kind).pieces(128256) == 1
+        # All programs of a row must run at the same time.
+        assert sizes.launch_parameters(1 << 20, torch.bfloat16, kind).pieces(1 << 20) == 1
     # float32 logits of a bfloat16 gradient: the narrower has whole vectors.
     assert sizes.launch_parameters(128256, torch.float32, "row", torch.bfloat16).vector == 8
     assert sizes.launch_parameters(128256, torch.float32, "row").vector == 4
     assert sizes.warps_on(long, amd=True) * 64 == sizes.warps_on(long, amd=False) * 32
+
+
+def test_where_programs_tell_each_other_numbers():
+    assert untold(3, 1, torch.empty(3)) is None
+    for dtype, bits in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
+        where = untold(3, 4, torch.empty(3, dtype=dtype))
+        assert (where.shape, where.dtype) == ((3, 5, 4), bits)
+        assert where.view(dtype).isnan().all()
 
 
 def test_rows_that_begin_alike():

@@ -162,8 +162,9 @@ def test_any_layout(flag, layout):
     coef_T = torch.randn(rows.labels_T.shape)
     grad = _expected(rows, coef_T)[1] if rows.logits.numel() else rows.logits.double()
     found, made, _ = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V))
-    coefficients = CrossEntropy(V).coefficients(torch, found, [coef_T])
-    for got in (made, kernels.row_grad(rows, found, coefficients)):
+    shared, coefficients = SETS["shared-rows"], CrossEntropy(V).coefficients(torch, found, [coef_T])
+    by_several = shared.row_terms_and_grad(rows, coef_T, CrossEntropy(V))[1]
+    for got in (made, by_several, kernels.row_grad(rows, found, coefficients)):
         assert got.is_contiguous()
         _close(got, grad, torch.float32)
     # The gradient may lie as the logits do.
@@ -194,6 +195,20 @@ def test_over_the_logits_themselves(flag, layout):
     expected = kernels.row_grad(rows, terms, coefficients)
     assert kernels.row_grad(rows, terms, coefficients, out=logits) is logits
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("layout", [name for name in layouts() if "expanded" not in name])
+def test_several_programs_over_the_logits_themselves(flag, layout):
+    """No program writes before every other of the row has read what it tells."""
+    logits = layouts(torch.bfloat16)[layout]
+    rows = _rows(logits)
+    coef_T = torch.randn(rows.labels_T.shape)
+    terms, grad = _expected(rows, coef_T) if logits.numel() else (None, logits.double())
+    found, made, _ = SETS["shared-rows"].row_terms_and_grad(rows, coef_T, CrossEntropy(V), out=logits)
+    assert made is logits
+    _close(logits, grad, torch.bfloat16)
+    if terms is not None:
+        _same_terms(rows, found, terms)
 
 
 @each_set
