@@ -68,10 +68,9 @@ class LinearDistillation(Function):
         coef_T: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, ...]:
-        given = (student, teacher)
-        whole = [gathered(hidden, source) for hidden, source in zip(given, call.sources, strict=True)]
-        both = _both(whole, (student_VH, teacher_VH), keep_T, places_N)
-        linear = _operands(both, call)
+        whole = [gathered(hidden, source) for hidden, source in zip((student, teacher), call.sources, strict=True)]
+        both = _both(whole[0], student_VH, whole[1], teacher_VH, keep_T, places_N)
+        linear = _linear(both, call)
         rest: tuple[Tensor, ...]
         if coef_T is not None and call.group is None:
             coef_N = both[0].of_rows(coef_T) / call.temperature
@@ -90,7 +89,7 @@ class LinearDistillation(Function):
             rest = (*terms, *divergences)
         loss_T = both[0].of_tokens(loss_N)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
-        gathered_now = [x for x, hidden in zip(whole, given, strict=True) if x is not hidden]
+        gathered_now = [x for x, hidden in zip(whole, (student, teacher), strict=True) if x is not hidden]
         return result, loss_T, *gathered_now, *rest
 
     @staticmethod
@@ -102,15 +101,15 @@ class LinearDistillation(Function):
             hidden if source.sequence_dim is None else rest.pop(0)
             for hidden, source in zip((student, teacher), ctx.call.sources, strict=True)
         ]
-        keep(ctx, [*whole, student_VH, teacher_VH, *numbers, loss_T, *rest], output)
+        keep(ctx, [whole[0], student_VH, whole[1], teacher_VH, *numbers, loss_T, *rest], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
-        student, teacher, student_VH, teacher_VH, keep_T, places_N, coef_T, loss_T, *rest = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        both, (coef_T, loss_T, *rest) = _both(*tensors[:6]), tensors[6:]
         want = BothWanted(Wanted(*ctx.needs_input_grad[:2]), Wanted(*ctx.needs_input_grad[2:4]))
-        both = _both([student, teacher], (student_VH, teacher_VH), keep_T, places_N)
         is_whole = coef_T is not None and call.group is None
         fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
@@ -124,7 +123,7 @@ class LinearDistillation(Function):
                 )
             else:
                 (upstream_T,) = of_values([upstream], coef_T, loss_T.dtype)
-                upstream_N, linear = both[0].of_rows(upstream_T) / call.temperature, _operands(both, call)
+                upstream_N, linear = both[0].of_rows(upstream_T) / call.temperature, _linear(both, call)
                 if is_whole:
                     _, found = operators.linear_pair_loss_and_grads(call.kernels, linear, upstream_N, call.beta, want)
                 else:
@@ -134,27 +133,18 @@ class LinearDistillation(Function):
             for side, source in enumerate(call.sources):
                 by_inputs += input_grads(found[side], want[side], both[side], ctx.like[side], source)[:2]
             by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
-        sources = (student, student_VH, teacher, teacher_VH, coef_T, upstream)
+        sources = (*tensors[:4], coef_T, upstream)
         refusing = (once_differentiable(x, *sources) for x in by_inputs)
         return *refusing, None, None, once_differentiable(by_coef, *sources), None
 
 
 def _both(
-    whole: list[Tensor], weights: tuple[Tensor, Tensor], keep_T: Tensor | None, places_N: Tensor | None
+    student: Tensor, student_VH: Tensor, teacher: Tensor, teacher_VH: Tensor, *tokens: Tensor | None
 ) -> tuple[Given, Given]:
-    """The tensors of student and teacher."""
-    student, teacher = (
-        Given(hidden, w_VH, None, None, keep_T, places_N) for hidden, w_VH in zip(whole, weights, strict=True)
-    )
-    return student, teacher
+    """The tensors of student and teacher, with the same keep_T and places_N."""
+    return Given(student, student_VH, None, *tokens), Given(teacher, teacher_VH, None, *tokens)
 
 
-def _operands(both: tuple[Given, Given], call: Call) -> LinearPairs:
-    """The operands of the products."""
-    student, teacher = both
-    keep_N = student.keep_T if student.places_N is None else None
-    student_dtype, teacher_dtype = (source.product_dtype for source in call.sources)
-    return LinearPairs(
-        student.rows(), teacher.rows(), student.w_VH, teacher.w_VH, student_dtype, teacher_dtype, keep_N,
-        1.0 / call.temperature,
-    )  # fmt: skip
+def _linear(both: tuple[Given, Given], call: Call) -> LinearPairs:
+    student, teacher = (given.head(source) for given, source in zip(both, call.sources, strict=True))
+    return LinearPairs(student, teacher, both[0].keep_rows, 1.0 / call.temperature)

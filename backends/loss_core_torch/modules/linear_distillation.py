@@ -15,7 +15,7 @@ from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation
 from loss_core_torch.autograd.linear_source import Given, Source
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import BothWanted, LinearPairs, Wanted, WholeLosses
+from loss_core_torch.kernels import BothWanted, HeadOperands, LinearPairs, Wanted, WholeLosses
 from loss_core_torch.modules.base import Kernels, check_shards, is_whole
 from loss_core_torch.modules.linear import HeadModule, check_operands, product_dtype
 from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
@@ -222,9 +222,6 @@ def _product_dtype(head: Head) -> torch.dtype:
 
 def _whole(heads: tuple[Head, Head], tokens: Tokens, temperature: float) -> LinearPairs:
     """The operands for kernels that make a loss whole, zeros in ignored rows."""
-    student, teacher = heads
-    student_TH, teacher_TH = (Given(head.hidden, head.weight, None, None, tokens.keep_T, None).rows() for head in heads)
-    return LinearPairs(
-        student_TH, teacher_TH, student.weight, teacher.weight, _product_dtype(student), _product_dtype(teacher),
-        tokens.keep_T, 1.0 / temperature,
-    )  # fmt: skip
+    given = [Given(head.hidden, head.weight, None, tokens.keep_T, None) for head in heads]
+    operands = [HeadOperands(x.rows(), x.w_VH, _product_dtype(head)) for x, head in zip(given, heads, strict=True)]
+    return LinearPairs(operands[0], operands[1], tokens.keep_T, 1.0 / temperature)
