@@ -44,11 +44,6 @@ class Call(NamedTuple):
     want: BothWanted
     sources: tuple[Source, Source]
 
-    @property
-    def group(self) -> Any:
-        """Over which the vocabulary is sharded, or None."""
-        return self.sources[0].group
-
 
 class LinearDistillation(Function):
     """Divergence of each token, or their sum with given coefficients; not times T^2. See `Distillation`.
@@ -72,19 +67,16 @@ class LinearDistillation(Function):
         both = _both(whole[0], student_VH, whole[1], teacher_VH, keep_T, places_N)
         linear = _linear(both, call)
         rest: tuple[Tensor, ...]
-        if coef_T is not None and call.group is None:
+        if coef_T is not None:
             coef_N = both[0].of_rows(coef_T) / call.temperature
             loss_N, made = operators.linear_pair_loss_and_grads(call.kernels, linear, coef_N, call.beta, call.want)
             rest = (*made.student, *made.teacher)
         else:
-            terms = operators.linear_pair_terms(call.kernels, linear)
-            if call.group is not None:
-                terms = collectives.fold(terms, call.group)
-            mixture = None
+            group = call.sources[0].group
+            terms, mixture = collectives.fold(operators.linear_pair_terms(call.kernels, linear), group), None
             if call.beta:
-                mixture = operators.linear_pair_mixture(call.kernels, linear, terms, call.beta)
-                if call.group is not None:
-                    mixture = collectives.added(mixture, call.group)
+                own = operators.linear_pair_mixture(call.kernels, linear, terms, call.beta)
+                mixture = collectives.added(own, group)
             loss_N, divergences = divergence(terms, mixture, call.beta)
             rest = (*terms, *divergences)
         loss_T = both[0].of_tokens(loss_N)
@@ -110,21 +102,16 @@ class LinearDistillation(Function):
         tensors = ctx.saved_tensors
         both, (coef_T, loss_T, *rest) = _both(*tensors[:6]), tensors[6:]
         want = BothWanted(Wanted(*ctx.needs_input_grad[:2]), Wanted(*ctx.needs_input_grad[2:4]))
-        is_whole = coef_T is not None and call.group is None
         fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
-            if is_whole and fresh:
-                coef_N, made = both[0].of_rows(coef_T), (rest[:3], rest[3:])
-                found = BothGrads(
-                    *(
-                        scaled(call.kernels, grads_, upstream, coef_N, given.w_VH.dtype)
-                        for grads_, given in zip(made, both, strict=True)
-                    )
-                )
+            if coef_T is not None and fresh:
+                coef_N = both[0].of_rows(coef_T)
+                made = zip((rest[:3], rest[3:]), both, strict=True)
+                found = BothGrads(*(scaled(call.kernels, x, upstream, coef_N, given.w_VH.dtype) for x, given in made))
             else:
                 (upstream_T,) = of_values([upstream], coef_T, loss_T.dtype)
                 upstream_N, linear = both[0].of_rows(upstream_T) / call.temperature, _linear(both, call)
-                if is_whole:
+                if coef_T is not None:
                     _, found = operators.linear_pair_loss_and_grads(call.kernels, linear, upstream_N, call.beta, want)
                 else:
                     wanted = both_coefficients(rest[5:], upstream_N, call.beta)

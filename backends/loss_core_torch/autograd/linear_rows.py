@@ -87,8 +87,7 @@ class LinearRowLoss(Function):
             keep_logits = group is not None and any(call.want)
             terms, logits = operators.linear_terms(call.kernels, linear, objective.sums, keep_logits)
             made = [logits] if logits.numel() else []
-        if group is not None:
-            terms = collectives.fold(terms, group)
+        terms = collectives.fold(terms, group)
         results = [given.of_tokens(x_N) for x_N in objective.values(torch, terms)]
         metrics = [given.of_tokens(x_N) for x_N in token_metrics(torch, terms, objective, call.metrics)]
         if coef_T is not None:
