@@ -18,6 +18,9 @@ from torch import Tensor
 from loss_core_torch.kernels import HeadOperands, HeadSizes, KernelSet, LinearGrads, Wanted
 from loss_core_torch.tracing import compute_dtype
 
+# Classes of a tile come in multiples of so many, to fill the tiles of matrix products.
+TILE_MULTIPLE = 1024
+
 
 class Head:
     """Hidden states and weight as the products of a kernel set take them.

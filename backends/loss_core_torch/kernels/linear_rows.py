@@ -24,7 +24,7 @@ from torch import Tensor
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums, combine
 from loss_core_torch.kernels import Blocks, KernelSet, Linear, LinearGrads, Rows, Wanted
-from loss_core_torch.kernels.heads import Head, HeadGrads, slices
+from loss_core_torch.kernels.heads import TILE_MULTIPLE, Head, HeadGrads, slices
 from loss_core_torch.kernels.terms import joined_terms
 from loss_core_torch.tracing import may_read
 
@@ -156,12 +156,8 @@ def _tiles(kernels: KernelSet, linear: Linear, head: Head, together: bool) -> Bl
     if linear.block(tokens) < tokens:
         # E takes as many entries of a tile as the rows that may exist have in the whole vocabulary.
         most = linear.block_tokens * head.vocab // tokens
-        classes = max(min(classes, most // _TILE_MULTIPLE * _TILE_MULTIPLE or most), 1)
+        classes = max(min(classes, most // TILE_MULTIPLE * TILE_MULTIPLE or most), 1)
     return Blocks(tokens, min(linear.block(logits_tokens), tokens), classes)
-
-
-# Classes of a tile come in multiples of so many, to fill the tiles of matrix products.
-_TILE_MULTIPLE = 1024
 
 
 class _Memory:
