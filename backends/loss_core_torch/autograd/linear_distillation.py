@@ -10,6 +10,7 @@ against a mixture; for each gradient of hidden states what `linear_rows` has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Call(NamedTuple):
     temperature: float
     beta: float
     want: BothWanted
-    sources: tuple[Source, Source]
+    sources: Sequence[Source]
 
 
 class LinearDistillation(Function):
@@ -64,8 +65,8 @@ class LinearDistillation(Function):
         call: Call,
     ) -> tuple[Tensor, ...]:
         whole = [gathered(hidden, source) for hidden, source in zip((student, teacher), call.sources, strict=True)]
-        both = _both(whole[0], student_VH, whole[1], teacher_VH, keep_T, places_N)
-        linear = _linear(both, call)
+        both = both_given(whole[0], student_VH, whole[1], teacher_VH, keep_T, places_N)
+        linear = linear_pairs(both, call.sources, call.temperature)
         rest: tuple[Tensor, ...]
         if coef_T is not None:
             coef_N = both[0].of_rows(coef_T) / call.temperature
@@ -100,7 +101,7 @@ class LinearDistillation(Function):
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
         tensors = ctx.saved_tensors
-        both, (coef_T, loss_T, *rest) = _both(*tensors[:6]), tensors[6:]
+        both, (coef_T, loss_T, *rest) = both_given(*tensors[:6]), tensors[6:]
         want = BothWanted(Wanted(*ctx.needs_input_grad[:2]), Wanted(*ctx.needs_input_grad[2:4]))
         fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
@@ -110,7 +111,8 @@ class LinearDistillation(Function):
                 found = BothGrads(*(scaled(call.kernels, x, upstream, coef_N, given.w_VH.dtype) for x, given in made))
             else:
                 (upstream_T,) = of_values([upstream], coef_T, loss_T.dtype)
-                upstream_N, linear = both[0].of_rows(upstream_T) / call.temperature, _linear(both, call)
+                upstream_N = both[0].of_rows(upstream_T) / call.temperature
+                linear = linear_pairs(both, call.sources, call.temperature)
                 if coef_T is not None:
                     _, found = operators.linear_pair_loss_and_grads(call.kernels, linear, upstream_N, call.beta, want)
                 else:
@@ -125,13 +127,14 @@ class LinearDistillation(Function):
         return *refusing, None, None, once_differentiable(by_coef, *sources), None
 
 
-def _both(
+def both_given(
     student: Tensor, student_VH: Tensor, teacher: Tensor, teacher_VH: Tensor, *tokens: Tensor | None
 ) -> tuple[Given, Given]:
     """The tensors of student and teacher, with the same keep_T and places_N."""
     return Given(student, student_VH, None, *tokens), Given(teacher, teacher_VH, None, *tokens)
 
 
-def _linear(both: tuple[Given, Given], call: Call) -> LinearPairs:
-    student, teacher = (given.head(source) for given, source in zip(both, call.sources, strict=True))
-    return LinearPairs(student, teacher, both[0].keep_rows, 1.0 / call.temperature)
+def linear_pairs(both: tuple[Given, Given], sources: Sequence[Source], temperature: float) -> LinearPairs:
+    """The operands of student and teacher."""
+    student, teacher = (given.head(source) for given, source in zip(both, sources, strict=True))
+    return LinearPairs(student, teacher, both[0].keep_rows, 1.0 / temperature)
