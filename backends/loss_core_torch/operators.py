@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, get_type_hints
 
 import torch
@@ -24,6 +25,7 @@ from loss_core_torch import compat, precision
 from loss_core_torch.kernels import (
     BothGrads,
     BothWanted,
+    HeadOperands,
     KernelSet,
     Linear,
     LinearGrads,
@@ -45,6 +47,9 @@ _SCHEMA = {
     Tensor: "Tensor", Tensor | None: "Tensor?", Any: "Tensor?", Any | None: "Tensor?", int: "SymInt", float: "float",
     bool: "bool", torch.dtype: "ScalarType",
 }  # fmt: skip
+
+
+_NONE = Wanted(False, False)
 
 
 class _Method:
@@ -82,7 +87,7 @@ class _Method:
         self._operator = operator
 
     def __call__(self, kernels: KernelSet, *args: Any, out: Tensor | None = None) -> Any:
-        if is_traced(*args[0][:2]):
+        if is_traced(*islice(_flat(args), 2)):
             return self._result(self._operator(kernels.flag.partition(":")[2], *_flat(args)), *args)
         return self._run(kernels, *args, *([] if out is None else [out]))
 
@@ -97,14 +102,14 @@ class _Method:
         """For PyTorch's FLOP counter, which gives shapes in place of tensors."""
         source, *args = _nested(self._types, iter(flat))
         heads = zip(source.heads, products(*args), strict=True)
-        return sum(2 * int(h_TH[0] * h_TH[1] * w_VH[0]) * number for (h_TH, w_VH), number in heads)
+        return sum(2 * int(h_TH[0] * h_TH[1] * w_VH[0]) * number for (h_TH, w_VH, *_), number in heads)
 
 
 def _run(kernels: KernelSet, method: Callable[..., Any], *args: Any) -> Any:
     """A set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
     record(kernels.flag)
     exact = precision.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
-    with exact, no_autocast(args[0][0]):
+    with exact, no_autocast(next(_flat(args))):
         return compat.on_each_rank(method, *args)
 
 
@@ -143,8 +148,8 @@ def _new_terms(like: Tensor, number: Tensor, count: int) -> list[Tensor]:
 
 
 def _new_row_terms(rows: Rows | Linear, sums: Sums) -> list[Tensor]:
-    labels_T, dtype = rows.labels_T, compute_dtype(rows[0].dtype)
-    return [x for x in filled_terms(EMPTY_ROW, sums, labels_T, dtype) if x is not None]
+    dtype = compute_dtype(next(_flat(rows)).dtype)
+    return [x for x in filled_terms(EMPTY_ROW, sums, rows.labels_T, dtype) if x is not None]
 
 
 def _row_terms(found: Sequence[Tensor], sums: Sums) -> RowTerms:
@@ -158,22 +163,14 @@ def _new_pair_terms(pairs: Pairs) -> list[Tensor]:
     return _new_terms(student, (student[..., 0] if student.shape[-1] else student.sum(-1)).reshape(-1), 5)
 
 
-def _new_grads(linear: Linear, want: Wanted) -> list[Tensor]:
-    dtype = compute_dtype(linear.h_TH.dtype)
-    shapes = (linear.h_TH.shape, linear.w_VH.shape, linear.w_VH.shape[:1])
-    wanted = zip(shapes, want, strict=True)
-    return [linear.h_TH.new_empty(shape if is_wanted else (0,), dtype=dtype) for shape, is_wanted in wanted]
-
-
-def _new_rounded_grads(linear: Linear, want: Wanted) -> list[Tensor]:
-    return list(LinearGrads(*_new_grads(linear, want)).rounded(linear))
+def _new_grads(head: HeadOperands, want: Wanted) -> LinearGrads:
+    h_TH, w_VH, dtype = head.h_TH, head.w_VH, compute_dtype(head.h_TH.dtype)
+    wanted = zip((h_TH.shape, w_VH.shape, w_VH.shape[:1]), want, strict=True)
+    return LinearGrads(*(h_TH.new_empty(shape if is_wanted else (0,), dtype=dtype) for shape, is_wanted in wanted))
 
 
 def _new_both_grads(linear: LinearPairs, want: BothWanted) -> list[Tensor]:
-    dtype, like = compute_dtype(linear.student_TH.dtype), linear.student_TH
-    shapes = (linear.student_TH.shape, linear.student_VH.shape, (0,), linear.teacher_TH.shape, linear.teacher_VH.shape)
-    wanted = zip((*shapes, (0,)), (*want.student, *want.teacher), strict=True)
-    return [like.new_empty(shape if is_wanted else (0,), dtype=dtype) for shape, is_wanted in wanted]
+    return [*_new_grads(linear.student, want.student), *_new_grads(linear.teacher, want.teacher)]
 
 
 def _both_grads(found: Sequence[Tensor]) -> BothGrads:
@@ -210,7 +207,7 @@ pair_grad = _Method(
 )
 linear_terms = _Method(
     "linear_terms",
-    lambda linear, sums, keep_logits: [*_new_row_terms(linear, sums), *_new_grads(linear, Wanted(False, False))[:1]],
+    lambda linear, sums, keep_logits: [*_new_row_terms(linear, sums), _new_grads(linear.head, _NONE).hidden_TH],
     lambda found, linear, sums, keep_logits: (_row_terms(found[:-1], sums), found[-1]),
     linear_rows.terms,
     products=lambda *args: (1,),
@@ -220,7 +217,7 @@ linear_terms = _Method(
 )
 linear_grads = _Method(
     "linear_grads",
-    lambda linear, terms, coefficients, want, logits: _new_rounded_grads(linear, want),
+    lambda linear, terms, coefficients, want, logits: list(_new_grads(linear.head, want).rounded(linear.head)),
     lambda found, *args: LinearGrads(*found),
     linear_rows.grads,
     products=lambda terms, coefficients, want, logits: (want.products,),
@@ -232,7 +229,7 @@ linear_grads = _Method(
 )
 linear_terms_and_grads = _Method(
     "linear_terms_and_grads",
-    lambda linear, coef_T, objective, want: [*_new_row_terms(linear, objective.sums), *_new_grads(linear, want)],
+    lambda linear, coef_T, objective, want: [*_new_row_terms(linear, objective.sums), *_new_grads(linear.head, want)],
     lambda found, linear, coef_T, objective, want: (_row_terms(found[:-3], objective.sums), LinearGrads(*found[-3:])),
     linear_rows.terms_and_grads,
     products=lambda coef_T, objective, want: (want.products,),
@@ -243,7 +240,7 @@ linear_terms_and_grads = _Method(
 )
 linear_pair_terms = _Method(
     "linear_pair_terms",
-    lambda linear: _new_terms(linear.student_TH, linear.student_TH[:, 0], 5),
+    lambda linear: _new_terms(linear.student.h_TH, linear.student.h_TH[:, 0], 5),
     lambda found, *args: PairTerms(*found),
     linear_pairs.terms,
     products=lambda: (1, 1),
@@ -251,7 +248,7 @@ linear_pair_terms = _Method(
 )
 linear_pair_mixture = _Method(
     "linear_pair_mixture",
-    lambda linear, terms, beta: _new_terms(linear.student_TH, terms.s_t, 2),
+    lambda linear, terms, beta: _new_terms(linear.student.h_TH, terms.s_t, 2),
     lambda found, *args: MixtureTerms(*found),
     linear_pairs.mixture,
     products=lambda *args: (1, 1),
@@ -273,7 +270,7 @@ linear_pair_grads = _Method(
 )
 linear_pair_loss_and_grads = _Method(
     "linear_pair_loss_and_grads",
-    lambda linear, coef_T, beta, want: [*_new_terms(linear.student_TH, coef_T, 1), *_new_both_grads(linear, want)],
+    lambda linear, coef_T, beta, want: [*_new_terms(linear.student.h_TH, coef_T, 1), *_new_both_grads(linear, want)],
     lambda found, *args: (found[0], _both_grads(found[1:])),
     linear_pairs.loss_and_grads,
     products=lambda *args: (args[-1].student.products, args[-1].teacher.products),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import CrossEntropy, kl_divergence
-from loss_core_torch.kernels import KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted, linear_rows
+from loss_core_torch.kernels import HeadOperands, KernelSet, Linear, PairCoefficients, Pairs, Rows, Wanted, linear_rows
 from loss_core_torch.tracing import compute_dtype
 
 # V = 515: no multiple of any block, and one block more than a power of 2.
@@ -61,7 +61,7 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)
-    linear = Linear(hidden, weight, labels_T, 0, 0.0, dtype)
+    linear = Linear(HeadOperands(hidden, weight, dtype), labels_T)
     linear_terms, linear_grads = linear_rows.terms_and_grads(kernels, linear, coef_T, objective, Wanted(True, True))
     mixture = kernels.pair_mixture(pairs, pair_terms, 0.5)
     return {

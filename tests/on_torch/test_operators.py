@@ -12,7 +12,7 @@ from loss_core import MaskedCrossEntropyConfig
 from loss_core.dispatch.observed import names, observing
 from loss_core.row_terms import Coefficients, CrossEntropy, PairTerms, RowTerms, Sums
 from loss_core_torch import kernels, operators
-from loss_core_torch.kernels import BothWanted, Linear, LinearPairs, PairCoefficients, Pairs, Rows, Wanted
+from loss_core_torch.kernels import BothWanted, HeadOperands, Linear, LinearPairs, PairCoefficients, Pairs, Rows, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 
 # T = tokens, V = vocabulary, H = hidden
@@ -49,7 +49,7 @@ def _pair_terms_of(student, teacher):
 
 
 def _linear(h_TH, w_VH, softcap=0.0):
-    return Linear(h_TH, w_VH, _labels(), 0, softcap, h_TH.dtype)
+    return Linear(HeadOperands(h_TH, w_VH, h_TH.dtype), _labels(), softcap=softcap)
 
 
 def _row_grad(kernel_set, logits, upstream_T):
@@ -90,7 +90,7 @@ def _at_once(want):
 
 
 def _linear_pairs(h_s, h_t, w_s, w_t):
-    return LinearPairs(h_s, h_t, w_s, w_t, h_s.dtype, h_t.dtype, _keep(), 0.5)
+    return LinearPairs(HeadOperands(h_s, w_s, h_s.dtype), HeadOperands(h_t, w_t, h_t.dtype), _keep(), 0.5)
 
 
 def _pairs_at_once(beta, *want):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import PairTerms, jensen_shannon, kl_divergence
+from loss_core.row_terms import PairTerms
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import check_upstream, keep, taken
 from loss_core_torch.kernels import KernelSet, Pairs
-from loss_core_torch.kernels.linear_pairs import both_coefficients
+from loss_core_torch.kernels.linear_pairs import both_coefficients, divergence
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum, zero_where_ignored
 from loss_core_torch.second_derivative import once_differentiable
@@ -64,17 +64,12 @@ class Distillation(Function):
             terms, *made = operators.pair_terms_and_grad(call.kernels, pairs, coef_T / call.temperature)
         else:
             terms = operators.pair_terms(call.kernels, pairs)
-        if call.group is not None:
-            terms = collectives.fold(terms, call.group)
+        terms, mixture = collectives.fold(terms, call.group), None
         if call.beta:
-            mixture = operators.pair_mixture(call.kernels, pairs, terms, call.beta)
-            if call.group is not None:
-                mixture = collectives.added(mixture, call.group)
-            loss_T = zero_where_ignored(jensen_shannon(torch, terms, mixture, call.beta), keep_T)
-            divergences = tuple(mixture)
-        else:
-            loss_T = zero_where_ignored(kl_divergence(torch, terms), keep_T)
-            divergences = (loss_T,)
+            own = operators.pair_mixture(call.kernels, pairs, terms, call.beta)
+            mixture = collectives.added(own, call.group)
+        loss_T, divergences = divergence(terms, mixture, call.beta)
+        loss_T = zero_where_ignored(loss_T, keep_T)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
         return result, *divergences, *terms, *made
 

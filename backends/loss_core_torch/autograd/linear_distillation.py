@@ -10,6 +10,7 @@ against a mixture; for each gradient of hidden states what `linear_rows` has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +43,7 @@ class Call(NamedTuple):
     temperature: float
     beta: float
     want: BothWanted
-    sources: tuple[Source, Source]
-
-    @property
-    def group(self) -> Any:
-        """Over which the vocabulary is sharded, or None."""
-        return self.sources[0].group
+    sources: Sequence[Source]
 
 
 class LinearDistillation(Function):
@@ -68,29 +64,25 @@ class LinearDistillation(Function):
         coef_T: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, ...]:
-        given = (student, teacher)
-        whole = [gathered(hidden, source) for hidden, source in zip(given, call.sources, strict=True)]
-        both = _both(whole, (student_VH, teacher_VH), keep_T, places_N)
-        linear = _operands(both, call)
+        whole = [gathered(hidden, source) for hidden, source in zip((student, teacher), call.sources, strict=True)]
+        both = both_given(whole[0], student_VH, whole[1], teacher_VH, keep_T, places_N)
+        linear = linear_pairs(both, call.sources, call.temperature)
         rest: tuple[Tensor, ...]
-        if coef_T is not None and call.group is None:
+        if coef_T is not None:
             coef_N = both[0].of_rows(coef_T) / call.temperature
             loss_N, made = operators.linear_pair_loss_and_grads(call.kernels, linear, coef_N, call.beta, call.want)
             rest = (*made.student, *made.teacher)
         else:
-            terms = operators.linear_pair_terms(call.kernels, linear)
-            if call.group is not None:
-                terms = collectives.fold(terms, call.group)
-            mixture = None
+            group = call.sources[0].group
+            terms, mixture = collectives.fold(operators.linear_pair_terms(call.kernels, linear), group), None
             if call.beta:
-                mixture = operators.linear_pair_mixture(call.kernels, linear, terms, call.beta)
-                if call.group is not None:
-                    mixture = collectives.added(mixture, call.group)
+                own = operators.linear_pair_mixture(call.kernels, linear, terms, call.beta)
+                mixture = collectives.added(own, group)
             loss_N, divergences = divergence(terms, mixture, call.beta)
             rest = (*terms, *divergences)
         loss_T = both[0].of_tokens(loss_N)
         result = loss_T.clone() if coef_T is None else weighted_sum(coef_T, loss_T)
-        gathered_now = [x for x, hidden in zip(whole, given, strict=True) if x is not hidden]
+        gathered_now = [x for x, hidden in zip(whole, (student, teacher), strict=True) if x is not hidden]
         return result, loss_T, *gathered_now, *rest
 
     @staticmethod
@@ -102,30 +94,26 @@ class LinearDistillation(Function):
             hidden if source.sequence_dim is None else rest.pop(0)
             for hidden, source in zip((student, teacher), ctx.call.sources, strict=True)
         ]
-        keep(ctx, [*whole, student_VH, teacher_VH, *numbers, loss_T, *rest], output)
+        keep(ctx, [whole[0], student_VH, whole[1], teacher_VH, *numbers, loss_T, *rest], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream, call = grads[0], ctx.call
         check_upstream(upstream)
-        student, teacher, student_VH, teacher_VH, keep_T, places_N, coef_T, loss_T, *rest = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        both, (coef_T, loss_T, *rest) = both_given(*tensors[:6]), tensors[6:]
         want = BothWanted(Wanted(*ctx.needs_input_grad[:2]), Wanted(*ctx.needs_input_grad[2:4]))
-        both = _both([student, teacher], (student_VH, teacher_VH), keep_T, places_N)
-        is_whole = coef_T is not None and call.group is None
         fresh, ctx.spent = not ctx.spent, True
         with torch.no_grad():
-            if is_whole and fresh:
-                coef_N, made = both[0].of_rows(coef_T), (rest[:3], rest[3:])
-                found = BothGrads(
-                    *(
-                        scaled(call.kernels, grads_, upstream, coef_N, given.w_VH.dtype)
-                        for grads_, given in zip(made, both, strict=True)
-                    )
-                )
+            if coef_T is not None and fresh:
+                coef_N = both[0].of_rows(coef_T)
+                made = zip((rest[:3], rest[3:]), both, strict=True)
+                found = BothGrads(*(scaled(call.kernels, x, upstream, coef_N, given.w_VH.dtype) for x, given in made))
             else:
                 (upstream_T,) = of_values([upstream], coef_T, loss_T.dtype)
-                upstream_N, linear = both[0].of_rows(upstream_T) / call.temperature, _operands(both, call)
-                if is_whole:
+                upstream_N = both[0].of_rows(upstream_T) / call.temperature
+                linear = linear_pairs(both, call.sources, call.temperature)
+                if coef_T is not None:
                     _, found = operators.linear_pair_loss_and_grads(call.kernels, linear, upstream_N, call.beta, want)
                 else:
                     wanted = both_coefficients(rest[5:], upstream_N, call.beta)
@@ -134,27 +122,19 @@ class LinearDistillation(Function):
             for side, source in enumerate(call.sources):
                 by_inputs += input_grads(found[side], want[side], both[side], ctx.like[side], source)[:2]
             by_coef = loss_T * upstream if coef_T is not None and ctx.needs_input_grad[6] else None
-        sources = (student, student_VH, teacher, teacher_VH, coef_T, upstream)
+        sources = (*tensors[:4], coef_T, upstream)
         refusing = (once_differentiable(x, *sources) for x in by_inputs)
         return *refusing, None, None, once_differentiable(by_coef, *sources), None
 
 
-def _both(
-    whole: list[Tensor], weights: tuple[Tensor, Tensor], keep_T: Tensor | None, places_N: Tensor | None
+def both_given(
+    student: Tensor, student_VH: Tensor, teacher: Tensor, teacher_VH: Tensor, *tokens: Tensor | None
 ) -> tuple[Given, Given]:
-    """The tensors of student and teacher."""
-    student, teacher = (
-        Given(hidden, w_VH, None, None, keep_T, places_N) for hidden, w_VH in zip(whole, weights, strict=True)
-    )
-    return student, teacher
+    """The tensors of student and teacher, with the same keep_T and places_N."""
+    return Given(student, student_VH, None, *tokens), Given(teacher, teacher_VH, None, *tokens)
 
 
-def _operands(both: tuple[Given, Given], call: Call) -> LinearPairs:
-    """The operands of the products."""
-    student, teacher = both
-    keep_N = student.keep_T if student.places_N is None else None
-    student_dtype, teacher_dtype = (source.product_dtype for source in call.sources)
-    return LinearPairs(
-        student.rows(), teacher.rows(), student.w_VH, teacher.w_VH, student_dtype, teacher_dtype, keep_N,
-        1.0 / call.temperature,
-    )  # fmt: skip
+def linear_pairs(both: tuple[Given, Given], sources: Sequence[Source], temperature: float) -> LinearPairs:
+    """The operands of student and teacher."""
+    student, teacher = (given.head(source) for given, source in zip(both, sources, strict=True))
+    return LinearPairs(student, teacher, both[0].keep_rows, 1.0 / temperature)

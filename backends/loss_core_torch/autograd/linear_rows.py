@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from loss_core.row_terms import Coefficients, Objective, RowTerms, token_metrics
+from loss_core.row_terms import Objective, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import (
     check_upstream,
@@ -28,7 +28,7 @@ from loss_core_torch.autograd.base import (
     with_teacher,
 )
 from loss_core_torch.autograd.linear_source import Given, Source, gathered, input_grads, logits_once, scaled
-from loss_core_torch.kernels import KernelSet, LinearGrads, Wanted
+from loss_core_torch.kernels import KernelSet, Wanted
 from loss_core_torch.kernels.terms import kept_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum
@@ -54,10 +54,10 @@ class Call(NamedTuple):
 class LinearRowLoss(Function):
     """Values of an objective for each token, or the sum of its one value with given coefficients.
 
-    Inputs: hidden [..., H] and w_VH float; bias_V float or None; labels_T and keep_T as of `RowLoss`; places_N [N]
-    int64, the tokens that take part in products (the others are ignored), or None for all, ignored ones as zeros;
-    inverse_T and log_p_TK as of `RowLoss`; coef_T [T] in the dtype of the arithmetic, only over a whole vocabulary, or
-    None; the call.
+    Inputs: hidden [..., H] and w_VH float; bias_V float or None; keep_T as of `RowLoss`; places_N [N] int64, the tokens
+    that take part in products (the others are ignored), or None for all, ignored ones as zeros; labels_T, inverse_T and
+    log_p_TK as of `RowLoss`; coef_T [T] in the dtype of the arithmetic, only over a whole vocabulary, or None; the
+    call.
     Output: as of `RowLoss`, on a second backward as well.
     """
 
@@ -66,17 +66,17 @@ class LinearRowLoss(Function):
         hidden: Tensor,
         w_VH: Tensor,
         bias_V: Tensor | None,
-        labels_T: Tensor,
         keep_T: Tensor | None,
         places_N: Tensor | None,
+        labels_T: Tensor,
         inverse_T: Tensor | None,
         log_p_TK: Tensor | None,
         coef_T: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, ...]:
         whole = gathered(hidden, call.source)
-        given = Given(whole, w_VH, bias_V, labels_T, keep_T, places_N, inverse_T)
-        linear, group = given.linear(call.source), call.source.group
+        given = Given(whole, w_VH, bias_V, keep_T, places_N)
+        linear, group = given.linear(call.source, labels_T, inverse_T), call.source.group
         objective = with_teacher(call.objective, None if log_p_TK is None else given.of_rows(log_p_TK))
         made: list[Tensor] = []
         if coef_T is not None and any(call.want):
@@ -87,8 +87,7 @@ class LinearRowLoss(Function):
             keep_logits = group is not None and any(call.want)
             terms, logits = operators.linear_terms(call.kernels, linear, objective.sums, keep_logits)
             made = [logits] if logits.numel() else []
-        if group is not None:
-            terms = collectives.fold(terms, group)
+        terms = collectives.fold(terms, group)
         results = [given.of_tokens(x_N) for x_N in objective.values(torch, terms)]
         metrics = [given.of_tokens(x_N) for x_N in token_metrics(torch, terms, objective, call.metrics)]
         if coef_T is not None:
@@ -112,7 +111,7 @@ class LinearRowLoss(Function):
             if upstream is not None:
                 check_upstream(upstream)
         tensors = ctx.saved_tensors
-        given, (log_p_TK, coef_T), saved, loss_T = Given(*tensors[:7]), tensors[7:9], tensors[9:], None
+        given, (labels_T, inverse_T, log_p_TK, coef_T, *saved), loss_T = Given(*tensors[:5]), tensors[5:], None
         if coef_T is not None:
             loss_T, *saved = saved
         objective = with_teacher(call.objective, None if log_p_TK is None else given.of_rows(log_p_TK))
@@ -131,27 +130,17 @@ class LinearRowLoss(Function):
             elif any(want):
                 logits = logits_once(ctx, made[0]) if coef_T is None and made else terms.s.new_empty(0)
                 coefficients = objective.coefficients(torch, terms, of_rows)
-                found = _grads_from_terms(call, given, want, terms, coefficients, logits)
+                if given.keep_rows is not None:
+                    # Nothing of an ignored token, even where the weight has made its logits NaN.
+                    coefficients = kept_coefficients(coefficients, given.keep_rows)
+                linear = given.linear(call.source, labels_T, inverse_T)
+                found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, logits)
                 by_inputs = input_grads(found, want, given, ctx.like, call.source)
             if ctx.needs_input_grad[7]:
-                keep_N = given.keep_T if given.places_N is None else None
-                by_log_p = given.put(teacher_grad(objective, terms, of_rows[0], keep_N))
+                by_log_p = given.put(teacher_grad(objective, terms, of_rows[0], given.keep_rows))
             if ctx.needs_input_grad[8] and loss_T is not None:
                 by_coef = loss_T * grads[0]
         sources = (given.whole, given.w_VH, given.bias_V, log_p_TK, coef_T, *upstreams)
         refusing = (once_differentiable(x, *sources) for x in (*by_inputs, by_log_p, by_coef))
         *by_inputs_, by_log_p, by_coef = refusing
         return *by_inputs_, None, None, None, None, by_log_p, by_coef, None
-
-
-def _grads_from_terms(
-    call: Call, given: Given, want: Wanted, terms: RowTerms, coefficients: Coefficients, logits: Tensor
-) -> LinearGrads:
-    """Gradients from terms and coefficients of the tokens in products."""
-    if given.keep_T is not None and given.places_N is None:
-        # Nothing of an ignored token, even where the weight has made its logits NaN.
-        coefficients = kept_coefficients(coefficients, given.keep_T)
-    grads: LinearGrads = operators.linear_grads(
-        call.kernels, given.linear(call.source), terms, coefficients, want, logits
-    )
-    return grads

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loss_core_torch.kernels import KernelSet, Linear, LinearGrads, Wanted
+from loss_core_torch.kernels import HeadOperands, KernelSet, Linear, LinearGrads, Wanted
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import zero_where_ignored
 from loss_core_torch.tracing import is_traced, may_read
@@ -45,22 +45,24 @@ def gathered(hidden: Tensor, source: Source) -> Tensor:
 
 
 class Given(NamedTuple):
-    """The tensors of a call.
+    """The tensors of a head, and which tokens take part in its products.
 
     Attributes:
         whole: hidden states of the whole sequence [..., H]; w_VH, bias_V: the head.
-        labels_T: [T] or [T, K], or None in a distillation; keep_T: as in `Rows`.
-        places_N: the tokens that take part in products, or None for all, ignored ones as zeros.
-        inverse_T: inverse temperatures, or None.
+        keep_T: as in `Rows`.
+        places_N: the tokens that take part, or None for all, ignored ones as zeros.
     """
 
     whole: Tensor
     w_VH: Tensor
     bias_V: Tensor | None
-    labels_T: Tensor | None
     keep_T: Tensor | None
     places_N: Tensor | None
-    inverse_T: Tensor | None = None
+
+    @property
+    def keep_rows(self) -> Tensor | None:
+        """[N] bool, False for `rows` to ignore; None: there are none."""
+        return self.keep_T if self.places_N is None else None
 
     def of_rows(self, x_T: Tensor) -> Tensor:
         """Numbers of the tokens in products."""
@@ -85,15 +87,15 @@ class Given(NamedTuple):
         # What an ignored token holds must not reach a product, not even times 0.
         return h_TH if self.keep_T is None else h_TH.masked_fill(~self.keep_T[:, None], 0.0)
 
-    def linear(self, source: Source) -> Linear:
+    def head(self, source: Source) -> HeadOperands:
         """The operands of the products."""
-        assert self.labels_T is not None
-        inverse_N = None if self.inverse_T is None else self.of_rows(self.inverse_T)
-        labels_N = self.of_rows(self.labels_T)
-        return Linear(
-            self.rows(), self.w_VH, labels_N, source.vocab_start, source.softcap, source.product_dtype,
-            inverse_N, self.bias_V, source.block_tokens,
-        )  # fmt: skip
+        return HeadOperands(self.rows(), self.w_VH, source.product_dtype, self.bias_V)
+
+    def linear(self, source: Source, labels_T: Tensor, inverse_T: Tensor | None) -> Linear:
+        """The operands, and targets ([T] or [T, K]) and inverse temperatures of the tokens in products."""
+        inverse_N = None if inverse_T is None else self.of_rows(inverse_T)
+        labels_N, start = self.of_rows(labels_T), source.vocab_start
+        return Linear(self.head(source), labels_N, start, source.softcap, inverse_N, source.block_tokens)
 
 
 def logits_once(ctx: Any, logits: Tensor) -> Tensor:

@@ -88,8 +88,7 @@ class RowLoss(Function):
             made = [grad, *(grad.new_empty(0) if c_T is None else c_T for c_T in coefficients[:4])]
         else:
             terms = operators.row_terms(call.kernels, rows, objective.sums)
-        if call.group is not None:
-            terms = collectives.fold(terms, call.group)
+        terms = collectives.fold(terms, call.group)
         values = objective.values(torch, terms)
         metrics = token_metrics(torch, terms, objective, call.metrics)
         if coef_T is not None:

@@ -62,33 +62,41 @@ class Pairs(NamedTuple):
     chunk_size: int = 0
 
 
-class Linear(NamedTuple):
-    """Operands of logits softcap(h @ W.T + b) that are never held whole. No row is ignored.
+class HeadOperands(NamedTuple):
+    """What the logits h @ W.T + b of a head are made of.
 
     Attributes:
         h_TH: [T, H] float; w_VH: [V, H] float.
-        labels_T, vocab_start: as in `Rows`.
-        softcap, inverse_temperature_T: as in `Rows`.
-        product_dtype: dtype to which the operands are rounded.
+        product_dtype: dtype to which these are rounded.
         bias_V: [V] float, added in the dtype of the arithmetic, or None.
-        block_tokens: most tokens whose logits exist at a time, and most rows of logits whose entries their gradient
-            takes; 0: the set chooses.
     """
 
     h_TH: Tensor
     w_VH: Tensor
-    labels_T: Tensor
-    vocab_start: int
-    softcap: float
     product_dtype: torch.dtype
-    inverse_temperature_T: Tensor | None = None
     bias_V: Tensor | None = None
+
+
+class Linear(NamedTuple):
+    """Logits softcap(h @ W.T + b) that are never held whole. No row is ignored.
+
+    Attributes:
+        head: h, W and b.
+        labels_T, vocab_start, softcap, inverse_temperature_T: as in `Rows`.
+        block_tokens: most tokens whose logits exist at a time, and most rows of logits whose entries their gradient
+            takes; 0: the set chooses.
+    """
+
+    head: HeadOperands
+    labels_T: Tensor
+    vocab_start: int = 0
+    softcap: float = 0.0
+    inverse_temperature_T: Tensor | None = None
     block_tokens: int = 0
 
     @property
-    def heads(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Hidden states and weight."""
-        return ((self.h_TH, self.w_VH),)
+    def heads(self) -> tuple[HeadOperands, ...]:
+        return (self.head,)
 
     def block(self, chosen: int) -> int:
         """Tokens of a block where the set would choose so many."""
@@ -96,28 +104,21 @@ class Linear(NamedTuple):
 
 
 class LinearPairs(NamedTuple):
-    """Operands of logits h @ W.T of a student and of a teacher, that are never held whole.
+    """Logits of two distributions that are never held whole.
 
     Attributes:
-        student_TH, student_VH: hidden states [T, H], 0 in rows to ignore, and weight [V, H]; float.
-        teacher_TH, teacher_VH: likewise, with a hidden size of their own.
-        student_dtype, teacher_dtype: dtypes to which the operands of either are rounded.
+        student, teacher: without a bias; with hidden sizes of their own, and hidden states of 0 in rows to ignore.
         keep_T, inverse_temperature: as in `Pairs`.
     """
 
-    student_TH: Tensor
-    teacher_TH: Tensor
-    student_VH: Tensor
-    teacher_VH: Tensor
-    student_dtype: torch.dtype
-    teacher_dtype: torch.dtype
+    student: HeadOperands
+    teacher: HeadOperands
     keep_T: Tensor | None
     inverse_temperature: float
 
     @property
-    def heads(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Hidden states and weight of student and teacher."""
-        return (self.student_TH, self.student_VH), (self.teacher_TH, self.teacher_VH)
+    def heads(self) -> tuple[HeadOperands, ...]:
+        return self.student, self.teacher
 
 
 class Wanted(NamedTuple):
@@ -140,10 +141,10 @@ class LinearGrads(NamedTuple):
     weight_VH: Tensor
     bias_V: Tensor
 
-    def rounded(self, linear: Linear) -> LinearGrads:
+    def rounded(self, head: HeadOperands) -> LinearGrads:
         """Those of weight and bias in the dtypes of these operands."""
-        by_b_V = self.bias_V if linear.bias_V is None else self.bias_V.to(linear.bias_V.dtype)
-        return self._replace(weight_VH=self.weight_VH.to(linear.w_VH.dtype), bias_V=by_b_V)
+        by_b_V = self.bias_V if head.bias_V is None else self.bias_V.to(head.bias_V.dtype)
+        return self._replace(weight_VH=self.weight_VH.to(head.w_VH.dtype), bias_V=by_b_V)
 
 
 class BothWanted(NamedTuple):

@@ -15,16 +15,17 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from loss_core_torch.kernels import KernelSet, LinearGrads, Wanted
+from loss_core_torch.kernels import HeadOperands, HeadSizes, KernelSet, LinearGrads, Wanted
 from loss_core_torch.tracing import compute_dtype
+
+# Classes of a tile come in multiples of so many, to fill the tiles of matrix products.
+TILE_MULTIPLE = 1024
 
 
 class Head:
     """Hidden states and weight as the products of a kernel set take them.
 
     Args:
-        product_dtype: to which they are rounded.
-        bias_V: added in the dtype of the arithmetic, or None.
         operand: dtype in which they enter products; None: the set chooses.
 
     Attributes:
@@ -33,24 +34,16 @@ class Head:
         weight_dtype, bias_dtype: as they were given.
     """
 
-    def __init__(
-        self,
-        kernels: KernelSet,
-        h_TH: Tensor,
-        w_VH: Tensor,
-        product_dtype: torch.dtype,
-        bias_V: Tensor | None = None,
-        operand: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, kernels: KernelSet, given: HeadOperands, operand: torch.dtype | None = None) -> None:
+        h_TH, self._w_VH, self._product_dtype, self._bias_V = given
         self.dtype, self.device = compute_dtype(h_TH.dtype), h_TH.device
-        self.operand = operand or kernels.operand_dtype(product_dtype, h_TH.device)
-        self.products = kernels.products(self.operand, h_TH.device)
-        self.num_tokens, self.vocab = len(h_TH), len(w_VH)
-        self.weight_dtype, self._bias_V = w_VH.dtype, bias_V
-        self.bias_dtype = self.dtype if bias_V is None else bias_V.dtype
-        self._product_dtype = product_dtype
+        self.operand = operand or kernels.operand_dtype(self._product_dtype, self.device)
+        self.products = kernels.products(self.operand, self.device)
+        self.num_tokens, self.vocab = len(h_TH), len(self._w_VH)
+        self.weight_dtype = self._w_VH.dtype
+        self.bias_dtype = self.dtype if self._bias_V is None else self._bias_V.dtype
         self._columns = self.products.columns or max(self.vocab, 1)
-        self.h_TH, self._w_VH = self._operand(h_TH), w_VH
+        self.h_TH = self._operand(h_TH)
         self._converted: Tensor | None = None
 
     def of_classes(self, tile: slice) -> Head:
@@ -86,6 +79,12 @@ class Head:
         """Memory; zeros where no product would write it, since there are no tokens or no classes."""
         make = torch.empty if self.num_tokens and self.vocab else torch.zeros
         return make(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def sizes(self, rounded_bytes: int = 0) -> HeadSizes:
+        """What blocks of this head are chosen by."""
+        beside_bytes = 0 if self.operand == self.dtype else self.operand.itemsize
+        shape = self.num_tokens, self.vocab, self.h_TH.shape[1]
+        return HeadSizes(*shape, self.dtype.itemsize, beside_bytes, rounded_bytes, self.device)
 
     def _operand(self, x: Tensor) -> Tensor:
         return x.to(self._product_dtype).to(self.operand)

@@ -19,7 +19,7 @@ from loss_core.row_terms import MixtureTerms, PairTerms, jensen_shannon, kl_dive
 from loss_core_torch.kernels import (
     BothGrads,
     BothWanted,
-    HeadSizes,
+    HeadOperands,
     KernelSet,
     LinearPairs,
     PairCoefficients,
@@ -27,7 +27,6 @@ from loss_core_torch.kernels import (
     Wanted,
 )
 from loss_core_torch.kernels.heads import Head, HeadGrads, slices
-from loss_core_torch.tracing import compute_dtype
 
 Numbers = TypeVar("Numbers", PairTerms, MixtureTerms, PairCoefficients)
 
@@ -114,16 +113,12 @@ class _Blocks:
 
     def __init__(self, kernels: KernelSet, linear: LinearPairs, want: BothWanted) -> None:
         self._kernels, self._linear, self._want = kernels, linear, want
-        self._heads = (
-            _head(kernels, linear.student_TH, linear.student_VH, linear.student_dtype),
-            _head(kernels, linear.teacher_TH, linear.teacher_VH, linear.teacher_dtype),
-        )
+        self._heads = tuple(_head(kernels, given) for given in linear.heads)
         self._sums = [HeadGrads(kernels, head, of_head) for head, of_head in zip(self._heads, want, strict=True)]
         student = self._heads[0]
-        beside_bytes = student.operand.itemsize if student.operand != student.dtype else 0
+        sizes = student.sizes()
         # Memory of either logits, and of a gradient beside them.
-        shape, both = (student.num_tokens, student.vocab, student.h_TH.shape[1]), 2 * student.dtype.itemsize
-        sizes = HeadSizes(*shape, both + beside_bytes, 0, 0, student.device)
+        sizes = sizes._replace(logit_bytes=2 * sizes.logit_bytes + sizes.beside_bytes, beside_bytes=0)
         self._tokens = max(min(kernels.chunks(sizes).tokens, student.num_tokens), 1)
         self._every = slice(0, student.vocab)
         self._beside: dict[torch.dtype, Tensor] = {}
@@ -169,10 +164,9 @@ class _Blocks:
         return torch.empty((self._tokens, head.vocab), dtype=dtype, device=head.device)
 
 
-def _head(kernels: KernelSet, h_TH: Tensor, w_VH: Tensor, product_dtype: torch.dtype) -> Head:
+def _head(kernels: KernelSet, given: HeadOperands) -> Head:
     # p (log p - log q) has no largest value, and float16 has.
-    operand = compute_dtype(product_dtype) if product_dtype == torch.float16 else None
-    return Head(kernels, h_TH, w_VH, product_dtype, operand=operand)
+    return Head(kernels, given, torch.float32 if given.product_dtype == torch.float16 else None)
 
 
 def _rows(numbers: Numbers, at: slice) -> Numbers:

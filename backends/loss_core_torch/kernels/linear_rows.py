@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums, combine
-from loss_core_torch.kernels import Blocks, HeadSizes, KernelSet, Linear, LinearGrads, Rows, Wanted
-from loss_core_torch.kernels.heads import Head, HeadGrads, slices
+from loss_core_torch.kernels import Blocks, KernelSet, Linear, LinearGrads, Rows, Wanted
+from loss_core_torch.kernels.heads import TILE_MULTIPLE, Head, HeadGrads, slices
 from loss_core_torch.kernels.terms import joined_terms
 from loss_core_torch.tracing import may_read
 
@@ -39,7 +39,7 @@ def terms(kernels: KernelSet, linear: Linear, sums: Sums, keep_logits: bool) -> 
         keep_logits: whether `grads` will follow. The logits are kept if they fit the memory of one block and are no
             more than `block_tokens` rows, else (or if False) the second result is empty.
     """
-    head = _head(kernels, linear)
+    head = Head(kernels, linear.head)
     blocks = _tiles(kernels, linear, head, keep_logits)
     buffer, found = head.new(blocks.logits_tokens * blocks.classes), dict[int, RowTerms]()
     for tile in slices(0, head.vocab, blocks.classes):
@@ -60,7 +60,8 @@ def terms_and_grads(
 
     A coefficient of 0 gives a gradient of 0, whatever the row holds.
     """
-    head, every = _head(kernels, linear), slice(0, len(linear.w_VH))
+    head = Head(kernels, linear.head)
+    every = slice(0, head.vocab)
     exponent = _exponent(head, [coef_T], room=objective.headroom)
     coef_T = _times_power(coef_T, exponent)
     memory = _Memory(head, _chunks(kernels, linear, head, want))
@@ -86,7 +87,7 @@ def grads(
         want: which of them are made; another is empty.
         logits: of `terms`, overwritten; empty: they are computed again.
     """
-    head, is_kept = _head(kernels, linear), logits.numel() > 0
+    head, is_kept = Head(kernels, linear.head), logits.numel() > 0
     exponent = _exponent(head, coefficients)
     coefficients = Coefficients(*(None if c_T is None else _times_power(c_T, exponent) for c_T in coefficients[:4]))
     whole = Blocks(head.num_tokens, head.num_tokens, head.vocab)
@@ -106,10 +107,6 @@ def grads(
                 kernels.row_grad(rows._replace(keep_T=of_part.keep), of_part.terms, of_part.coefficients, out=out_BC)
             found.add(of_tile, tile, chunk, e_BC)
     return found.whole()
-
-
-def _head(kernels: KernelSet, linear: Linear) -> Head:
-    return Head(kernels, linear.h_TH, linear.w_VH, linear.product_dtype, linear.bias_V)
 
 
 def _rows(linear: Linear, at: slice, tile: slice, z_BC: Tensor) -> Rows:
@@ -142,8 +139,8 @@ def _known(at: slice, terms: RowTerms, coefficients: Coefficients) -> _Known:
 def _chunks(kernels: KernelSet, linear: Linear, head: Head, want: Wanted) -> Blocks:
     """Blocks of all classes, within what the call allows."""
     is_rounded = want.weight and head.weight_dtype != head.dtype
-    rounded_bytes = linear.w_VH.numel() * head.weight_dtype.itemsize if is_rounded else 0
-    blocks = kernels.chunks(_sizes(head, rounded_bytes))
+    rounded_bytes = linear.head.w_VH.numel() * head.weight_dtype.itemsize if is_rounded else 0
+    blocks = kernels.chunks(head.sizes(rounded_bytes))
     return Blocks(linear.block(blocks.tokens), linear.block(blocks.logits_tokens), head.vocab)
 
 
@@ -154,23 +151,13 @@ def _tiles(kernels: KernelSet, linear: Linear, head: Head, together: bool) -> Bl
         together: all logits are to exist at a time, if they fit the memory of one block.
     """
     is_free = linear.block(head.num_tokens) == head.num_tokens
-    tokens, logits_tokens, classes = kernels.tiles(_sizes(head), together and is_free)
+    tokens, logits_tokens, classes = kernels.tiles(head.sizes(), together and is_free)
     tokens = min(tokens, head.num_tokens)
     if linear.block(tokens) < tokens:
         # E takes as many entries of a tile as the rows that may exist have in the whole vocabulary.
         most = linear.block_tokens * head.vocab // tokens
-        classes = max(min(classes, most // _TILE_MULTIPLE * _TILE_MULTIPLE or most), 1)
+        classes = max(min(classes, most // TILE_MULTIPLE * TILE_MULTIPLE or most), 1)
     return Blocks(tokens, min(linear.block(logits_tokens), tokens), classes)
-
-
-# Classes of a tile come in multiples of so many, to fill the tiles of matrix products.
-_TILE_MULTIPLE = 1024
-
-
-def _sizes(head: Head, rounded_bytes: int = 0) -> HeadSizes:
-    beside_bytes = 0 if head.operand == head.dtype else head.operand.itemsize
-    shape = head.num_tokens, head.vocab, head.h_TH.shape[1]
-    return HeadSizes(*shape, head.dtype.itemsize, beside_bytes, rounded_bytes, head.device)
 
 
 class _Memory:

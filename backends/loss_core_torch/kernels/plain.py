@@ -17,7 +17,7 @@ from torch import Tensor
 from loss_core.dispatch.observed import record
 from loss_core.row_terms import CrossEntropy, LogProbability, Objective, RowTerms, Sums, TopK, log_shares
 from loss_core_torch import precision
-from loss_core_torch.kernels import IGNORED, Linear, LinearPairs, Pairs, Rows, WholeLosses
+from loss_core_torch.kernels import IGNORED, HeadOperands, Linear, LinearPairs, Pairs, Rows, WholeLosses
 from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
 
 
@@ -46,8 +46,7 @@ class PlainLosses(WholeLosses):
     def divergence(self, pairs: Pairs | LinearPairs, beta: float) -> Tensor:
         _observe()
         if isinstance(pairs, LinearPairs):
-            student = _head_logits(pairs.student_TH, pairs.student_VH, pairs.student_dtype)
-            teacher = _head_logits(pairs.teacher_TH, pairs.teacher_VH, pairs.teacher_dtype)
+            student, teacher = map(_head_logits, pairs.heads)
             pairs = Pairs(student, teacher, pairs.keep_T, pairs.inverse_temperature)
         factor = pairs.inverse_temperature
         log_s_TV = (_matrix(pairs.student, pairs.keep_T) * factor).log_softmax(-1)
@@ -106,22 +105,21 @@ def _z_loss(logits_TV: Tensor, keep_T: Tensor | None, factor: float, reduction: 
     return z_loss_T if reduction == "none" else getattr(z_loss_T, reduction)()
 
 
-def _head_logits(h_TH: Tensor, w_VH: Tensor, product_dtype: torch.dtype) -> Tensor:
-    """h @ W.T in the dtype of the arithmetic."""
-    dtype = compute_dtype(h_TH.dtype)
+def _head_logits(head: HeadOperands) -> Tensor:
+    """h @ W.T + b in the dtype of the arithmetic."""
+    dtype = compute_dtype(head.h_TH.dtype)
     # Autocast has said what the operands are rounded to; the logits it would round as well.
-    with no_autocast(h_TH):
-        return _product(*(_rounded(x, product_dtype, dtype) for x in (h_TH, w_VH)))
+    with no_autocast(head.h_TH):
+        logits_TV = _product(*(_rounded(x, head.product_dtype, dtype) for x in (head.h_TH, head.w_VH)))
+    return logits_TV if head.bias_V is None else logits_TV + head.bias_V.to(dtype)
 
 
 def _logits(rows: Rows | Linear) -> tuple[Tensor, Tensor | None]:
     """Logits after the softcap, [T, V] in the dtype of the arithmetic, 0 in ignored rows; and which are not ignored."""
     if isinstance(rows, Rows):
         return _capped(_matrix(rows.logits, rows.keep_T), rows.softcap), rows.keep_T
-    logits_TV = _head_logits(rows.h_TH, rows.w_VH, rows.product_dtype)
+    logits_TV = _head_logits(rows.head)
     keep_T = (rows.labels_T if rows.labels_T.dim() == 1 else rows.labels_T[:, 0]) != IGNORED
-    if rows.bias_V is not None:
-        logits_TV = logits_TV + rows.bias_V.to(logits_TV.dtype)
     # A weight that holds NaN must not get it back from a token that is ignored.
     return _capped(logits_TV.masked_fill(~keep_T[:, None], 0.0), rows.softcap), keep_T
 

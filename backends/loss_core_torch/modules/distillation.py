@@ -119,18 +119,16 @@ class KDLoss(LossModule):
         if beta == 1:
             # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
             student, teacher, beta = teacher, student, 0.0
+        coef_T = None
         if isinstance(kernels, WholeLosses):
             check_shards(kernels, shards)
-            loss_T = kernels.divergence(Pairs(student, teacher, keep_T, 1.0 / temperature), beta)
-            loss = reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
-            return cast(loss, self.fp32_upcast, given.dtype)
-        group = None if shards is None else shards.group
-        call = Call(kernels, temperature, self.chunk_size, group, beta=beta)
-        if has_known_factors(tokens, group, token_groups, student, teacher):
-            coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
-            call = call._replace(grad_in_forward=not beta and kernels.grad_in_forward(student.device))
-            loss = Distillation.apply(student, teacher, keep_T, coef_T, call)[0]
+            loss = kernels.divergence(Pairs(student, teacher, keep_T, 1.0 / temperature), beta)
         else:
-            loss_T = Distillation.apply(student, teacher, keep_T, None, call)[0]
-            loss = reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
+            group = None if shards is None else shards.group
+            if has_known_factors(tokens, group, token_groups, student, teacher):
+                coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
+            in_forward = coef_T is not None and not beta and kernels.grad_in_forward(student.device)
+            call = Call(kernels, temperature, self.chunk_size, group, in_forward, beta)
+            loss = Distillation.apply(student, teacher, keep_T, coef_T, call)[0]
+        loss = loss if coef_T is not None else reduce_tokens(loss * temperature**2, tokens, reduction, token_groups)
         return cast(loss, self.fp32_upcast, given.dtype)

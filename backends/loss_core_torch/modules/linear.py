@@ -65,7 +65,7 @@ class LinearCall(RowCall):
             # The label of an ignored token is nobody's.
             labels_T = labels_T.masked_fill(~per_row(keep_T, labels_T), IGNORED)
         inverse_T = self.tokens.inverse_temperature_T
-        return Given(self.hidden, self.weight, self.bias, labels_T, keep_T, None, inverse_T).linear(self.source)
+        return Given(self.hidden, self.weight, self.bias, keep_T, None).linear(self.source, labels_T, inverse_T)
 
     def knows_factors(self) -> bool:
         # The operator of a traced call has no place for a teacher.
@@ -80,7 +80,7 @@ class LinearCall(RowCall):
         bias, tokens = self.bias is not None and is_differentiated(self.bias), self.tokens
         want = Wanted(is_differentiated(self.hidden), is_differentiated(self.weight), bias)
         found: tuple[Tensor, ...] = LinearRowLoss.apply(
-            self.hidden, self.weight, self.bias, self.targets, tokens.keep_T, self.places_N,
+            self.hidden, self.weight, self.bias, tokens.keep_T, self.places_N, self.targets,
             tokens.inverse_temperature_T, log_p_TK, coef_T, Call(kernels, objective, want, self.source, names),
         )  # fmt: skip
         return found

@@ -12,13 +12,13 @@ from torch import Tensor
 from loss_core import FusedLinearKDConfig
 from loss_core.row_terms import beta_of
 from loss_core_torch import compat, inputs
-from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation
-from loss_core_torch.autograd.linear_source import Given, Source
+from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation, both_given, linear_pairs
+from loss_core_torch.autograd.linear_source import Source
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.kernels import BothWanted, LinearPairs, Wanted, WholeLosses
+from loss_core_torch.kernels import BothWanted, Wanted, WholeLosses
 from loss_core_torch.modules.base import Kernels, check_shards, is_whole
 from loss_core_torch.modules.linear import HeadModule, check_operands, product_dtype
-from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ignored
+from loss_core_torch.reduction import coefficients, reduce_tokens
 from loss_core_torch.tracing import compute_dtype, is_differentiated
 
 
@@ -34,6 +34,14 @@ class Head(NamedTuple):
     hidden: Any
     weight: Any
     sequence_dim: int | None = None
+
+    def source(self, shards: Any) -> Source:
+        """Where its logits come from, with shards of the vocabulary or None."""
+        group, start = (None, 0) if shards is None else (shards.group, shards.start)
+        return Source(0.0, product_dtype(self.hidden, self.weight, self.name), start, group, self.sequence_dim)
+
+    def wanted(self) -> Wanted:
+        return Wanted(is_differentiated(self.hidden), is_differentiated(self.weight))
 
 
 class FusedLinearKDLoss(HeadModule):
@@ -157,23 +165,18 @@ class FusedLinearKDLoss(HeadModule):
         if beta == 1:
             # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
             heads, beta = heads[::-1], 0.0
+        sources = [head.source(shards) for head in heads]
+        given, coef_T = (*heads[0][1:3], *heads[1][1:3], tokens.keep_T), None
         if isinstance(kernels, WholeLosses):
             check_shards(kernels, shards)
-            loss_T = kernels.divergence(_whole(heads, tokens, temperature), beta)
-            loss_T = zero_where_ignored(loss_T, tokens.keep_T)
-            return reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
-        group, start = (None, 0) if shards is None else (shards.group, shards.start)
-        sources = tuple(Source(0.0, _product_dtype(head), start, group, head.sequence_dim) for head in heads)
-        want = BothWanted(*(Wanted(is_differentiated(head.hidden), is_differentiated(head.weight)) for head in heads))
-        call = Call(kernels, temperature, beta, want, (sources[0], sources[1]))
-        args = (*heads[0][1:3], *heads[1][1:3], tokens.keep_T, self._places(tokens))
-        if group is None and not token_groups:
-            # The factor of each token in the result is known before its divergence, so that gradients can be made.
-            coef_T = coefficients(tokens, reduction, heads[0].hidden.dtype) * temperature**2
-            loss: Tensor = LinearDistillation.apply(*args, coef_T, call)[0]
-            return loss
-        loss_T = LinearDistillation.apply(*args, None, call)[0]
-        return reduce_tokens(loss_T * temperature**2, tokens, reduction, token_groups)
+            loss = kernels.divergence(linear_pairs(both_given(*given, None), sources, temperature), beta)
+        else:
+            if shards is None and not token_groups:
+                # The factor of each token in the result is known before its divergence, so that gradients can be made.
+                coef_T = coefficients(tokens, reduction, heads[0].hidden.dtype) * temperature**2
+            call = Call(kernels, temperature, beta, BothWanted(*(head.wanted() for head in heads)), sources)
+            loss = LinearDistillation.apply(*given, self._places(tokens), coef_T, call)[0]
+        return loss if coef_T is not None else reduce_tokens(loss * temperature**2, tokens, reduction, token_groups)
 
 
 def _check(student: Head, teacher: Head) -> None:
@@ -214,17 +217,3 @@ def _wide(student: Head, teacher: Head) -> tuple[Head, Head]:
     if any(head.hidden.dtype == torch.float64 for head in heads):
         heads = tuple(head._replace(hidden=head.hidden.double(), weight=head.weight.double()) for head in heads)
     return heads[0], heads[1]
-
-
-def _product_dtype(head: Head) -> torch.dtype:
-    return product_dtype(head.hidden, head.weight, head.name)
-
-
-def _whole(heads: tuple[Head, Head], tokens: Tokens, temperature: float) -> LinearPairs:
-    """The operands for kernels that make a loss whole, zeros in ignored rows."""
-    student, teacher = heads
-    student_TH, teacher_TH = (Given(head.hidden, head.weight, None, None, tokens.keep_T, None).rows() for head in heads)
-    return LinearPairs(
-        student_TH, teacher_TH, student.weight, teacher.weight, _product_dtype(student), _product_dtype(teacher),
-        tokens.keep_T, 1.0 / temperature,
-    )  # fmt: skip

@@ -24,6 +24,8 @@ Terms = TypeVar("Terms", RowTerms, PairTerms)
 
 def added(parts: MixtureTerms, group: Any) -> MixtureTerms:
     """Sums over the whole row on every rank, from one all-gather; otherwise as `fold`."""
+    if group is None:
+        return parts
     return MixtureTerms(*reduce(torch.add, gather_equal(torch.stack(tuple(parts)), group)))
 
 
@@ -32,8 +34,11 @@ def fold(terms: Terms, group: Any, bad_T: Tensor | None = None) -> Terms:
 
     Args:
         terms: this rank's, [T] each, or [T, K]; as many tokens on every rank. Those that are None stay None.
+        group: None: this rank's rows are whole.
         bad_T: [T] bool, tokens that are to be NaN on every rank, or None.
     """
+    if group is None:
+        return terms
     combine: Any = row_terms.combine if isinstance(terms, RowTerms) else row_terms.combine_pairs
     present = {name: value for name, value in zip(terms._fields, terms, strict=True) if value is not None}
     # K numbers of a row as K rows of numbers.

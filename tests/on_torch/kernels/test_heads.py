@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.operations import Operations
-from loss_core_torch.kernels import Wanted
+from loss_core_torch.kernels import HeadOperands, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.products import Products
 from loss_core_torch.kernels.heads import Head, HeadGrads, slices
@@ -40,7 +40,7 @@ def _problem(dtype=torch.float32):
 )
 def test_logits_of_some_tokens(kernels, dtype):
     h_TH, w_VH, b_V, _ = _problem(dtype)
-    head = Head(kernels, h_TH, w_VH, dtype, b_V)
+    head = Head(kernels, HeadOperands(h_TH, w_VH, dtype, b_V))
     z_BV = torch.full((4, V), torch.nan, dtype=head.dtype)
     head.make_logits(slice(3, 7), z_BV)
     expected = h_TH[3:7].double() @ w_VH.double().t() + b_V.double()
@@ -50,7 +50,7 @@ def test_logits_of_some_tokens(kernels, dtype):
 
 def test_operands_are_rounded_to_the_dtype_of_the_products():
     h_TH, w_VH, *_ = _problem()
-    head = Head(_ByLibrary(False), h_TH, w_VH, torch.bfloat16)
+    head = Head(_ByLibrary(False), HeadOperands(h_TH, w_VH, torch.bfloat16))
     assert torch.equal(torch.cat([w_CH for _, w_CH in head.tiles()]), w_VH.bfloat16().float())
     assert torch.equal(head.h_TH, h_TH.bfloat16().float())
 
@@ -62,7 +62,7 @@ def test_operands_are_rounded_to_the_dtype_of_the_products():
 @pytest.mark.parametrize("factor", [None, 0.25])
 def test_blocks_add_up(kernels, dtype, tokens, classes, rounded, factor):
     h_TH, w_VH, b_V, e_TV = _problem(dtype)
-    head, scale = Head(kernels, h_TH, w_VH, dtype, b_V), None if factor is None else torch.tensor(factor)
+    head, scale = Head(kernels, HeadOperands(h_TH, w_VH, dtype, b_V)), None if factor is None else torch.tensor(factor)
     grads = HeadGrads(kernels, head, EVERY, rounded=rounded, at_once=tokens == T, factor=scale)
     for tile in slices(0, V, classes):
         for at in slices(0, T, tokens):
@@ -81,7 +81,7 @@ def test_tiles_are_converted_once_each_and_hidden_states_once():
     h_TH, w_VH, _, e_TV = _problem(torch.bfloat16)
     every = slice(0, T)
     with Operations() as seen:
-        head = Head(EagerKernels(), h_TH, w_VH, torch.bfloat16)
+        head = Head(EagerKernels(), HeadOperands(h_TH, w_VH, torch.bfloat16))
         grads = HeadGrads(EagerKernels(), head, EVERY)
         for tile in slices(0, V, 20):
             of_tile = head.of_classes(tile)
@@ -93,7 +93,7 @@ def test_tiles_are_converted_once_each_and_hidden_states_once():
 @pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True), Wanted(False, False, True)])
 def test_what_is_not_wanted_is_empty(kernels, want):
     h_TH, w_VH, b_V, e_TV = _problem()
-    head = Head(kernels, h_TH, w_VH, torch.float32, b_V)
+    head = Head(kernels, HeadOperands(h_TH, w_VH, torch.float32, b_V))
     grads = HeadGrads(kernels, head, want)
     grads.add(head, slice(0, V), slice(0, T), e_TV)
     assert [x.numel() > 0 for x in grads.whole()] == list(want)
@@ -102,7 +102,7 @@ def test_what_is_not_wanted_is_empty(kernels, want):
 @pytest.mark.parametrize(("tokens", "vocab"), [(0, V), (T, 0)])
 def test_without_tokens_or_classes_gradients_are_zero(tokens, vocab):
     h_TH, w_VH, b_V, e_TV = _problem()
-    head = Head(EagerKernels(), h_TH[:tokens], w_VH[:vocab], torch.float32, b_V[:vocab])
+    head = Head(EagerKernels(), HeadOperands(h_TH[:tokens], w_VH[:vocab], torch.float32, b_V[:vocab]))
     grads = HeadGrads(EagerKernels(), head, EVERY, rounded=True, at_once=True)
     grads.add(head, slice(0, vocab), slice(0, tokens), e_TV[:tokens, :vocab])
     by_h, by_w, by_b = grads.whole()

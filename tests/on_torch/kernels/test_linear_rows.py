@@ -9,7 +9,7 @@ import torch
 from helpers.largest_tensor import LargestTensor
 from loss_core.row_terms import CrossEntropy, Sums, TopK
 from loss_core_torch import operators
-from loss_core_torch.kernels import Linear, Wanted
+from loss_core_torch.kernels import HeadOperands, Linear, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.gpu import GpuKernels
@@ -36,12 +36,17 @@ BOTH, OBJECTIVE = Wanted(True, True), CrossEntropy(V)
 
 def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0):
     h, w = (torch.randn(num_tokens, H) * scale).to(dtype), torch.randn(V, H).to(dtype)
-    return Linear(h, w, torch.randint(0, V, (num_tokens,)), 0, softcap, dtype)
+    return Linear(HeadOperands(h, w, dtype), torch.randint(0, V, (num_tokens,)), softcap=softcap)
+
+
+def _with(linear, **operands):
+    """The same with other operands."""
+    return linear._replace(head=linear.head._replace(**operands))
 
 
 def _expected(linear, coef_T):
     """Loss of each token, and the gradients of the sum of coef * loss, in float64."""
-    h, w = (x.detach().clone().double().requires_grad_() for x in (linear.h_TH, linear.w_VH))
+    h, w = (x.detach().clone().double().requires_grad_() for x in (linear.head.h_TH, linear.head.w_VH))
     z_TV = h @ w.T
     if linear.softcap:
         z_TV = linear.softcap * torch.tanh(z_TV / linear.softcap)
@@ -87,15 +92,15 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
 @each_set
 def test_the_sum_of_all_logits(flag, name):
     linear = _linear(softcap=2.0)
-    expected = (2.0 * torch.tanh(linear.h_TH @ linear.w_VH.T / 2.0)).sum(-1)
+    expected = (2.0 * torch.tanh(linear.head.h_TH @ linear.head.w_VH.T / 2.0)).sum(-1)
     for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5), smoothing=0.1):
         torch.testing.assert_close(terms.z_sum, expected, rtol=1e-4, atol=1e-4)
 
 
 @each_set
 def test_a_bias(flag, name):
-    linear, coef_T = _linear(softcap=2.0)._replace(bias_V=torch.randn(V)), torch.randn(5)
-    h, w, b = (x.double().requires_grad_() for x in (linear.h_TH, linear.w_VH, linear.bias_V))
+    linear, coef_T = _with(_linear(softcap=2.0), bias_V=torch.randn(V)), torch.randn(5)
+    h, w, b = (x.double().requires_grad_() for x in (linear.head.h_TH, linear.head.w_VH, linear.head.bias_V))
     z_TV = 2.0 * torch.tanh((h @ w.T + b) / 2.0)
     loss_T = torch.nn.functional.cross_entropy(z_TV, linear.labels_T, reduction="none")
     expected = torch.autograd.grad(loss_T @ coef_T.double(), (h, w, b))
@@ -112,8 +117,9 @@ def test_a_part_of_the_vocabulary(flag, name):
     whole, coef_T = _linear(), torch.randn(5)
     _, grad_h, grad_w = _expected(whole, coef_T)
     terms, _ = operators.linear_terms(SETS[name], whole, Sums(), False)
-    part = whole._replace(w_VH=whole.w_VH[20:], vocab_start=20)
-    rest = whole._replace(w_VH=whole.w_VH[:20])
+    w_VH = whole.head.w_VH
+    part = _with(whole, w_VH=w_VH[20:])._replace(vocab_start=20)
+    rest = _with(whole, w_VH=w_VH[:20])
     coefficients, again = _coefficients(terms, coef_T), torch.empty(0)
     found = [operators.linear_grads(SETS[name], x, terms, coefficients, BOTH, again) for x in (rest, part)]
     torch.testing.assert_close((found[0][0] + found[1][0]).double(), grad_h, rtol=1e-4, atol=1e-5)
@@ -124,23 +130,23 @@ def test_a_part_of_the_vocabulary(flag, name):
 def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
     """Ignored tokens are zero rows with coefficient 0; the weight may hold anything where no token counts."""
     linear, coef_T = _linear(), torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0])
-    linear.h_TH[1] = 0.0
+    linear.head.h_TH[1] = 0.0
     for _, grad_h, _ in _both_ways(SETS[name], linear, coef_T):
         assert not grad_h[coef_T == 0].any()
-    linear.h_TH.zero_()
-    linear.w_VH[3] = torch.inf
+    linear.head.h_TH.zero_()
+    linear.head.w_VH[3] = torch.inf
     for _, grad_h, grad_w in _both_ways(SETS[name], linear, torch.zeros(5)):
         assert not grad_w.any()
-        assert grad_h.shape == linear.h_TH.shape
+        assert grad_h.shape == linear.head.h_TH.shape
 
 
 @each_set
 def test_a_coefficient_of_zero_gives_exact_zeros_beside_a_teacher(flag, name):
     linear, teacher = _linear(), TopK(torch.full((5, 3), -2.0), tail=True)
     linear = linear._replace(labels_T=torch.arange(3).expand(5, 3).contiguous())
-    linear.h_TH.zero_()
+    linear.head.h_TH.zero_()
     for row in (1, 4):  # a target, and another class
-        linear.w_VH[row] = torch.inf
+        linear.head.w_VH[row] = torch.inf
     _, grads = operators.linear_terms_and_grads(SETS[name], linear, torch.zeros(5), teacher, BOTH)
     assert not grads.weight_VH.any()
 
@@ -182,7 +188,7 @@ def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag
 
     kernels = GpuKernels(Launcher(start=start_and_count, operand_dtype=lambda product_dtype, _: product_dtype))
     h_TH, w_VH, coef_T = torch.randn(10, 2).to(dtype), torch.randn(V, 2).to(dtype), torch.randn(10)
-    linear = Linear(h_TH, w_VH, torch.randint(0, V, (10,)), 0, 0.0, dtype, block_tokens=2)
+    linear = Linear(HeadOperands(h_TH, w_VH, dtype), torch.randint(0, V, (10,)), block_tokens=2)
     _, *grads = _expected(linear, coef_T)
     ways = _both_ways(kernels, linear, coef_T)
     for _ in range(3):
@@ -203,7 +209,7 @@ def test_operands_of_16_bits_and_small_coefficients(flag):
         narrow, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
         _, *grads = _expected(narrow, coef_T)
         step = torch.finfo(dtype).eps
-        for linear in (narrow, narrow._replace(w_VH=narrow.w_VH.float())):
+        for linear in (narrow, _with(narrow, w_VH=narrow.head.w_VH.float())):
             for _, *found in _both_ways(kernels, linear, coef_T):
                 for got, expected in zip(found, grads, strict=True):
                     # What float16 can hold of a gradient that is rounded to it.
@@ -219,7 +225,7 @@ def test_probabilities_that_float16_would_lose(flag):
     torch.manual_seed(0)
     linear, coef_T = _linear(dtype=torch.float16, scale=4.0), torch.full((5,), 3.0)
     # Its gradient is not rounded to float16.
-    linear = linear._replace(w_VH=linear.w_VH.float())
+    linear = _with(linear, w_VH=linear.head.w_VH.float())
     *_, grad_w = _expected(linear, coef_T)
     size_V = grad_w.abs().amax(-1)
     small = (size_V > 1e-6) & (size_V < 1e-4)
@@ -235,7 +241,7 @@ def test_a_gradient_that_is_larger_than_its_coefficient_fits_float16(flag):
     kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype)
     linear, coef_T = _linear(dtype=torch.float16, scale=4.0), torch.ones(5)
     objective = CrossEntropy(V, z_loss=1000.0)
-    h, w = (x.double().requires_grad_() for x in (linear.h_TH, linear.w_VH))
+    h, w = (x.double().requires_grad_() for x in (linear.head.h_TH, linear.head.w_VH))
     lse_T = (h @ w.T).logsumexp(-1)
     expected = torch.autograd.grad((lse_T + 1000.0 * lse_T.square()).sum(), (h, w))
     _, grads = operators.linear_terms_and_grads(kernels, linear, coef_T, objective, BOTH)
@@ -264,7 +270,7 @@ def test_memory_that_rounding_needs_later_is_used_before(flag):
 
     kernels, _ = counted(chunks=chunks)
     narrow = _linear(dtype=torch.bfloat16)
-    wide = narrow._replace(w_VH=narrow.w_VH.float())
+    wide = _with(narrow, w_VH=narrow.head.w_VH.float())
     for linear, want in ((narrow, BOTH), (narrow, Wanted(True, False)), (wide, BOTH)):
         operators.linear_terms_and_grads(kernels, linear, torch.ones(5), OBJECTIVE, want)
     assert asked == [V * H * 2, 0, 0]
@@ -272,12 +278,12 @@ def test_memory_that_rounding_needs_later_is_used_before(flag):
 
 @triton
 def test_no_tokens_and_no_vocabulary(flag):
-    for linear in (_linear(0), _linear()._replace(w_VH=torch.empty(0, H))):
-        num_tokens = len(linear.h_TH)
+    for linear in (_linear(0), _with(_linear(), w_VH=torch.empty(0, H))):
+        num_tokens = len(linear.head.h_TH)
         for terms, grad_h, grad_w in _both_ways(SETS["own-sizes"], linear, torch.ones(num_tokens)):
             assert terms.m.shape == (num_tokens,)
             assert torch.equal(grad_h, torch.zeros(num_tokens, H))
-            assert torch.equal(grad_w, torch.zeros(linear.w_VH.shape))
+            assert torch.equal(grad_w, torch.zeros(linear.head.w_VH.shape))
 
 
 @triton

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from loss_core_torch.kernels import Blocks, HeadSizes
+from loss_core_torch.kernels.heads import TILE_MULTIPLE
 
 # A load or store of one thread.
 VECTOR_BYTES = 16
@@ -136,9 +137,6 @@ def chunks(of: HeadSizes) -> Blocks:
 _TILE_BYTES = 256 << 20
 _TILE_LOGITS_BYTES = 128 << 20
 
-# Columns of a tile come in multiples of so many, to fill the tiles of matrix products.
-_TILE_MULTIPLE = 1024
-
 
 def tiles(of: HeadSizes, together: bool = False) -> Blocks:
     """Blocks of all tokens and a tile of the vocabulary, or of all classes if these are to exist at a time and fit."""
@@ -146,7 +144,7 @@ def tiles(of: HeadSizes, together: bool = False) -> Blocks:
     if together and bytes_of_both <= _CHUNK_BYTES:
         return Blocks(of.num_tokens, of.num_tokens, of.vocab)
     columns = _TILE_BYTES // max(of.num_tokens * (of.beside_bytes or of.logit_bytes), 1)
-    columns = min(max(columns // _TILE_MULTIPLE, 1) * _TILE_MULTIPLE, of.vocab)
+    columns = min(max(columns // TILE_MULTIPLE, 1) * TILE_MULTIPLE, of.vocab)
     if not of.beside_bytes:
         return Blocks(of.num_tokens, of.num_tokens, columns)
     logits_tokens = _even(of.num_tokens, _TILE_LOGITS_BYTES // max(columns * of.logit_bytes, 1))

@@ -8,7 +8,7 @@ from helpers.operations import Operations
 from helpers.torch_calls import assert_same, run
 from loss_core import FusedLinearCEConfig
 from loss_core.row_terms import CrossEntropy, Sums, combine
-from loss_core_torch.kernels import Linear, Wanted, linear_rows
+from loss_core_torch.kernels import HeadOperands, Linear, Wanted, linear_rows
 from loss_core_torch.kernels.eager import KERNELS
 
 EAGER = "torch:eager"
@@ -54,7 +54,7 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
 
     def linear(start=0, stop=V):
         bias_V = torch.linspace(-1, 1, V)[start:stop]
-        return Linear(h_TH, w_VH[start:stop], labels_T, start, 4.0, torch.float32, bias_V=bias_V)
+        return Linear(HeadOperands(h_TH, w_VH[start:stop], torch.float32, bias_V), labels_T, start, 4.0)
 
     every = Wanted(True, True, True)
     whole, grads = linear_rows.terms_and_grads(KERNELS, linear(), upstream_T, objective, every)
@@ -83,12 +83,12 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
 def test_no_more_logits_are_kept_than_a_block_may_have():
     h_TH, w_VH, labels_T = torch.randn(40, H), torch.randn(50, H), torch.randint(0, 50, (40,))
     for block_tokens, kept in ((0, True), (39, False), (40, True)):
-        linear = Linear(h_TH, w_VH, labels_T, 0, 0.0, torch.float32, block_tokens=block_tokens)
+        linear = Linear(HeadOperands(h_TH, w_VH, torch.float32), labels_T, block_tokens=block_tokens)
         assert linear_rows.terms(KERNELS, linear, Sums(), True)[1].numel() == (40 * 50 if kept else 0)
 
 
 def test_no_token_and_no_class():
-    linear = Linear(torch.randn(2, H), torch.empty(0, H), torch.tensor([0, 1]), 5, 0.0, torch.float32)
+    linear = Linear(HeadOperands(torch.randn(2, H), torch.empty(0, H), torch.float32), torch.tensor([0, 1]), 5)
     empty = linear_rows.terms(KERNELS, linear, Sums(), True)[0]
     assert [x if x is None else x.tolist() for x in empty] == [
         [-torch.inf] * 2,
@@ -97,7 +97,9 @@ def test_no_token_and_no_class():
         None,
         None,
     ]
-    linear = Linear(torch.empty(0, H), torch.randn(4, H), torch.empty(0, dtype=torch.int64), 0, 0.0, torch.float32)
+    linear = Linear(
+        HeadOperands(torch.empty(0, H), torch.randn(4, H), torch.float32), torch.empty(0, dtype=torch.int64)
+    )
     terms, grads = linear_rows.terms_and_grads(
         KERNELS, linear, torch.empty(0), CrossEntropy(4), Wanted(True, True, True)
     )

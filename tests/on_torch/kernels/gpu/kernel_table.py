@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 from loss_core.row_terms import Coefficients, CrossEntropy, Sums
 from loss_core_torch.kernels import (
     BothWanted,
+    HeadOperands,
     Linear,
     LinearPairs,
     PairCoefficients,
@@ -281,7 +282,7 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
         (30.0, CrossEntropy(len(weight))),
         (30.0, CrossEntropy(len(weight), 0.1)),
     ):
-        linear = Linear(hidden, weight, labels_T, 0, softcap, hidden.dtype)
+        linear = Linear(HeadOperands(hidden, weight, hidden.dtype), labels_T, softcap=softcap)
         linear_rows.terms_and_grads(kernels, linear, coef_T, objective, Wanted(True, True))
         terms, logits = linear_rows.terms(kernels, linear, objective.sums, True)
         coefficients = Coefficients(coef_T, coef_T, coef_T if objective.sums.z_sum else None)
@@ -292,7 +293,8 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
 def _launch_linear_pairs(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """Gradients over the logits, or beside them in the dtype of the products."""
     coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
-    linear = LinearPairs(hidden, hidden, weight, weight, hidden.dtype, hidden.dtype, None, 0.5)
+    head = HeadOperands(hidden, weight, hidden.dtype)
+    linear = LinearPairs(head, head, None, 0.5)
     for beta in (0.0, 0.5):
         for of_teacher in (False, True):
             want = BothWanted(Wanted(True, True), Wanted(of_teacher, of_teacher))
