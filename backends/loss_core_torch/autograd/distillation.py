@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from loss_core.row_terms import PairTerms
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import check_upstream, keep, taken
+from loss_core_torch.autograd.base import Function, check_upstream, keep, taken
 from loss_core_torch.kernels import KernelSet, Pairs
 from loss_core_torch.kernels.linear_pairs import both_coefficients, divergence
 from loss_core_torch.parallel import collectives

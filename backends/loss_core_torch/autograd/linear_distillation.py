@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from loss_core.row_terms import PairTerms
 from loss_core_torch import operators
-from loss_core_torch.autograd.base import check_upstream, keep, of_values
+from loss_core_torch.autograd.base import Function, check_upstream, keep, of_values
 from loss_core_torch.autograd.linear_source import Given, Source, gathered, input_grads, scaled
 from loss_core_torch.kernels import BothGrads, BothWanted, KernelSet, LinearPairs, Wanted
 from loss_core_torch.kernels.linear_pairs import both_coefficients, divergence

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from loss_core.row_terms import Objective, token_metrics
 from loss_core_torch import operators
 from loss_core_torch.autograd.base import (
+    Function,
     check_upstream,
     keep,
     kept_terms,

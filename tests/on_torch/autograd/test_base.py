@@ -1,10 +1,13 @@
 """What a forward has made is handed on by the first backward, where the upstream gradient is 1."""
 
+import inspect
+
 import pytest
 import torch
 
 from loss_core import KDLossConfig, MaskedCrossEntropyConfig, TopKDistillationConfig
 from loss_core.dispatch.observed import names, observing
+from loss_core_torch.autograd.base import Function
 
 T, V, K = 6, 40, 3
 
@@ -48,3 +51,15 @@ def test_another_upstream_gradient_is_in_the_result(name):
     assert names(seen) == "torch:eager"
     logits, loss = call(name)
     torch.testing.assert_close(of_three, 3.0 * torch.autograd.grad(loss, logits)[0])
+
+
+def test_the_signature_of_a_forward_is_at_hand():
+    """PyTorch would make it anew in each call."""
+
+    class Doubled(Function):
+        @staticmethod
+        def forward(ctx, x, times=2):
+            return times * x
+
+    assert inspect.signature(Doubled.forward) is inspect.signature(Doubled.forward)
+    assert Doubled.apply(torch.tensor(3.0), 2) == 6.0

@@ -6,10 +6,11 @@
 and the longer of the two counts. A program is done with the second read of a column when it was read last in the first,
 so on average half of what each program in flight has of a row waits in the cache.
 
-The three factors were fitted to one run on an H200 (BENCHMARKS.md) and are within 12 points of all its rows. Of a copy,
-0.95 is what a single visit of a row reaches. Lines are lost as if 0.3 of the 60 MiB of L2 were there (each of its two
-halves holds what its multiprocessors read: DRAM counters show 5 %, 47 % and 69 % of a row read again at 17, 34 and
-68 MB). And 0.67 of the issue slots are used where memory does not limit.
+The three factors were fitted to a run on an H200 and are within 13 points of all rows measured there and on an H100
+(BENCHMARKS.md), those included that programs share since. Of a copy, 0.95 is what a single visit of a row reaches. Lines
+are lost as if 0.3 of the 60 MiB of L2 were there (each of its two halves holds what its multiprocessors read: DRAM counters
+show 5 %, 47 % and 69 % of a row read again at 17, 34 and 68 MB). And 0.67 of the issue slots are used where memory does not
+limit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Chip:
 
 CHIPS = {
     "H200": Chip(132, 1.755e9, 60 << 20, 4.27e12, "device properties; copy measured 2026-11-26"),
-    "H100": Chip(132, 1.755e9, 50 << 20, 3.0e12, "NVIDIA H100 data sheet; copy as published by quack, not measured"),
+    "H100": Chip(132, 1.755e9, 50 << 20, 3.02e12, "device properties; copy measured 2026-11-27"),
 }
 
 # Registers and threads of a multiprocessor.
