@@ -7,10 +7,10 @@ and the longer of the two counts. A program is done with the second read of a co
 so on average half of what each program in flight has of a row waits in the cache.
 
 The three factors were fitted to a run on an H200 and are within 13 points of all rows measured there and on an H100
-(BENCHMARKS.md), those included that programs share since. Of a copy, 0.95 is what a single visit of a row reaches. Lines
-are lost as if 0.3 of the 60 MiB of L2 were there (each of its two halves holds what its multiprocessors read: DRAM counters
-show 5 %, 47 % and 69 % of a row read again at 17, 34 and 68 MB). And 0.67 of the issue slots are used where memory does not
-limit.
+(BENCHMARKS.md), those included that programs share since. Of a copy, 0.95 is what a single visit of a row reaches.
+Lines are lost as if 0.3 of the 60 MiB of L2 were there (each of its two halves holds what its multiprocessors read:
+DRAM counters show 5 %, 47 % and 69 % of a row read again at 17, 34 and 68 MB). And 0.67 of the issue slots are used
+where memory does not limit.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from loss_core import row_terms
-from loss_core_torch.kernels.gpu import kernels
+from loss_core_torch.kernels.gpu.kernels import memory, pieces, terms
 from loss_core_torch.kernels.gpu.launch import Layout, layout
 from on_torch.kernels.gpu.sets import layouts
 
@@ -26,19 +26,19 @@ pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 def _states_kernel(z_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr):
     """[PIECES, K, L, W] logits: extend over the pieces, fold over lanes, and the last piece once more."""
     offs = tl.arange(0, K * L * W)
-    m, s, e = kernels.lowest(L, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
+    m, s, e = terms.lowest(L, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
     for piece in range(PIECES):
         z = tl.reshape(tl.load(z_ptr + piece * K * L * W + offs), [K, L, W])
-        m, s, e = kernels.extend(m, s, e, z, True)
-    m, s, e = kernels.fold(m, s, e, True)
-    tl.store(out_ptr, kernels.only(kernels.seen(m, s)))
-    tl.store(out_ptr + 1, kernels.only(s))
-    tl.store(out_ptr + 2, kernels.only(e))
+        m, s, e = terms.extend(m, s, e, z, True)
+    m, s, e = terms.fold(m, s, e, True)
+    tl.store(out_ptr, terms.only(terms.seen(m, s)))
+    tl.store(out_ptr + 1, terms.only(s))
+    tl.store(out_ptr + 2, terms.only(e))
     last = tl.load(z_ptr + (PIECES - 1) * K * L * W + offs)
-    m, s, e = kernels.extend(m, s, e, tl.reshape(last, [1, 1, K * L * W]), True)
-    tl.store(out_ptr + 3, kernels.only(kernels.seen(m, s)))
-    tl.store(out_ptr + 4, kernels.only(s))
-    tl.store(out_ptr + 5, kernels.only(e))
+    m, s, e = terms.extend(m, s, e, tl.reshape(last, [1, 1, K * L * W]), True)
+    tl.store(out_ptr + 3, terms.only(terms.seen(m, s)))
+    tl.store(out_ptr + 4, terms.only(s))
+    tl.store(out_ptr + 5, terms.only(e))
 
 
 @triton.jit
@@ -46,18 +46,18 @@ def _pair_states_kernel(
     t_ptr, s_ptr, out_ptr, rate, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr
 ):
     offs = tl.arange(0, K * L * W)
-    low, none = kernels.lowest(L, tl.float32), tl.zeros([L], tl.float32)
+    low, none = terms.lowest(L, tl.float32), tl.zeros([L], tl.float32)
     m_t, s_t, a, m_s, s_s = low, none, none, low, none
     for piece in range(PIECES):
         zt = tl.reshape(tl.load(t_ptr + piece * K * L * W + offs), [K, L, W])
         zs = tl.reshape(tl.load(s_ptr + piece * K * L * W + offs), [K, L, W])
-        m_t, s_t, a, m_s, s_s = kernels.extend_pairs(m_t, s_t, a, m_s, s_s, zt, zs, rate)
-    m_t, s_t, a, m_s, s_s = kernels.fold_pairs(m_t, s_t, a, m_s, s_s, rate)
-    tl.store(out_ptr + 0, kernels.only(kernels.seen(m_t, s_t)))
-    tl.store(out_ptr + 1, kernels.only(s_t))
-    tl.store(out_ptr + 2, kernels.only(a))
-    tl.store(out_ptr + 3, kernels.only(kernels.seen(m_s, s_s)))
-    tl.store(out_ptr + 4, kernels.only(s_s))
+        m_t, s_t, a, m_s, s_s = terms.extend_pairs(m_t, s_t, a, m_s, s_s, zt, zs, rate)
+    m_t, s_t, a, m_s, s_s = terms.fold_pairs(m_t, s_t, a, m_s, s_s, rate)
+    tl.store(out_ptr + 0, terms.only(terms.seen(m_t, s_t)))
+    tl.store(out_ptr + 1, terms.only(s_t))
+    tl.store(out_ptr + 2, terms.only(a))
+    tl.store(out_ptr + 3, terms.only(terms.seen(m_s, s_s)))
+    tl.store(out_ptr + 4, terms.only(s_s))
 
 
 def _inputs(rng, kind, shape):
@@ -136,20 +136,20 @@ def _one_pair(zt, zs):
 def _telling_kernel(x_ptr, told_ptr, out_ptr, PIECES: tl.constexpr, P: tl.constexpr):
     """Tell PIECES numbers as number 1 of 2, and read them."""
     for piece in range(PIECES):
-        kernels.tell(told_ptr, 1, tl.load(x_ptr + piece), tl.program_id(0) + piece, PIECES)
+        pieces.tell(told_ptr, 1, tl.load(x_ptr + piece), tl.program_id(0) + piece, PIECES)
     nothing_P = tl.full([P], -7.0, x_ptr.dtype.element_ty)
-    tl.store(out_ptr + tl.arange(0, P), kernels.told(told_ptr, 1, nothing_P, PIECES))
+    tl.store(out_ptr + tl.arange(0, P), pieces.told(told_ptr, 1, nothing_P, PIECES))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
 def test_what_is_told_arrives_and_never_looks_untold(flag, dtype, bits):
     """Also a NaN of the very bits that stand for a number not yet told: others would wait for it for ever."""
     x = torch.tensor([1.5, -torch.inf, torch.nan, -0.0, torch.nan], dtype=dtype)
-    x.view(bits)[4] = kernels.UNTOLD.value
-    told, out = torch.full((2, 5), kernels.UNTOLD.value, dtype=bits), torch.empty(8, dtype=dtype)
+    x.view(bits)[4] = pieces.UNTOLD.value
+    told, out = torch.full((2, 5), pieces.UNTOLD.value, dtype=bits), torch.empty(8, dtype=dtype)
     _telling_kernel[(1,)](x, told, out, PIECES=5, P=8)
-    assert (told[1] != kernels.UNTOLD.value).all()
-    assert (told[0] == kernels.UNTOLD.value).all()
+    assert (told[1] != pieces.UNTOLD.value).all()
+    assert (told[0] == pieces.UNTOLD.value).all()
     torch.testing.assert_close(out[:5], x, rtol=0, atol=0, equal_nan=True)
     assert (out[5:] == -7.0).all()
 
@@ -157,7 +157,7 @@ def test_what_is_told_arrives_and_never_looks_untold(flag, dtype, bits):
 @triton.jit
 def _tanh_kernel(x_ptr, out_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
-    tl.store(out_ptr + offs, kernels.tanh(tl.load(x_ptr + offs)))
+    tl.store(out_ptr + offs, terms.tanh(tl.load(x_ptr + offs)))
 
 
 def test_tanh(flag):
@@ -178,7 +178,7 @@ def _coefficients_kernel(
     T: tl.constexpr,
 ):  # fmt: skip
     offs = tl.arange(0, T)
-    scale, target, uniform = kernels.cross_entropy_coefficients(
+    scale, target, uniform = terms.cross_entropy_coefficients(
         tl.load(m_ptr + offs),
         tl.load(s_ptr + offs),
         tl.load(t_ptr + offs),
@@ -209,7 +209,7 @@ def test_coefficients_are_those_of_row_terms(flag, smoothing, z_loss, dtype):
 
 @triton.jit
 def _row_start_kernel(out_ptr, row, layout):
-    tl.store(out_ptr, kernels.row_start((tl.program_id(0) + row).to(tl.int64), layout))
+    tl.store(out_ptr, memory.row_start((tl.program_id(0) + row).to(tl.int64), layout))
 
 
 def test_where_a_row_starts(flag):
