@@ -26,6 +26,7 @@ from loss_core.bench.tables import time_text
 from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import torch_baselines
+from loss_core_bench.cuda_times import cuda_times, host_seconds
 from loss_core_bench.runner import MeasuresRates, Runner, host_peak, timed, timed_calls
 from loss_core_bench.torch_inputs import DTYPES, place, place_columns
 from loss_core_bench.torch_ranks import Ranks, join
@@ -208,43 +209,6 @@ class LossRunner:
         torch.cuda.reset_peak_memory_stats(self.device)
         self._call()
         return torch.cuda.max_memory_allocated(self.device) - before
-
-
-# Of the device's clock, in one second of a sleep: more than any has.
-_CYCLES = 2.5e9
-
-
-def cuda_times(step: Callable[[], Any], budget: float, most: int, ranks: Ranks, device: str) -> list[float]:
-    """Seconds of each call by events on the device, which leaves out what the host does beside it.
-
-    The device sleeps before each call while the host asks for it: a queue that is empty would show the host's time.
-    """
-    host = host_seconds(step)
-    start = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    count = ranks.least(max(1, min(most, int(budget / max(time.perf_counter() - start + host, 1e-6)))))
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for before, after in marks:
-        ranks.line_up(device)
-        torch.cuda._sleep(int(_CYCLES * host))
-        before.record()
-        result = step()
-        after.record()
-        del result
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in marks]
-
-
-def host_seconds(step: Callable[[], Any]) -> float:
-    """What the host takes to ask for a call, the second of two."""
-    step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return seconds
 
 
 # By device: bytes of a copy, rows and columns of a product.

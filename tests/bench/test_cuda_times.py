@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from loss_core_bench.cuda_times import cuda_times
 from loss_core_bench.torch_ranks import Ranks
-from loss_core_bench.torch_runner import cuda_times
 
 HOST = 3e-3
 
