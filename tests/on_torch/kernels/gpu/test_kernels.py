@@ -134,24 +134,26 @@ def _one_pair(zt, zs):
 
 @triton.jit
 def _telling_kernel(x_ptr, told_ptr, out_ptr, PIECES: tl.constexpr, P: tl.constexpr):
-    """Tell PIECES numbers as number 1 of 2, and read them."""
+    """Tell PIECES numbers as number 1 of 2, and read them; and those of number 0, which nobody tells."""
     for piece in range(PIECES):
         pieces.tell(told_ptr, 1, tl.load(x_ptr + piece), tl.program_id(0) + piece, PIECES)
     nothing_P = tl.full([P], -7.0, x_ptr.dtype.element_ty)
     tl.store(out_ptr + tl.arange(0, P), pieces.told(told_ptr, 1, nothing_P, PIECES))
+    tl.store(out_ptr + P + tl.arange(0, P), pieces.told(told_ptr, 0, nothing_P, PIECES))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
 def test_what_is_told_arrives_and_never_looks_untold(flag, dtype, bits):
-    """Also a NaN of the very bits that stand for a number not yet told: others would wait for it for ever."""
+    """Also a NaN of the very bits that stand for a number not yet told, for which others would wait."""
     x = torch.tensor([1.5, -torch.inf, torch.nan, -0.0, torch.nan], dtype=dtype)
     x.view(bits)[4] = pieces.UNTOLD.value
-    told, out = torch.full((2, 5), pieces.UNTOLD.value, dtype=bits), torch.empty(8, dtype=dtype)
+    told, out = torch.full((2, 5), pieces.UNTOLD.value, dtype=bits), torch.empty(16, dtype=dtype)
     _telling_kernel[(1,)](x, told, out, PIECES=5, P=8)
     assert (told[1] != pieces.UNTOLD.value).all()
     assert (told[0] == pieces.UNTOLD.value).all()
     torch.testing.assert_close(out[:5], x, rtol=0, atol=0, equal_nan=True)
-    assert (out[5:] == -7.0).all()
+    assert out[8:13].isnan().all()
+    assert (out[[*range(5, 8), *range(13, 16)]] == -7.0).all()
 
 
 @triton.jit
