@@ -26,8 +26,8 @@ def cuda_times(step: Callable[[], Any], budget: float, most: int, ranks: Ranks, 
     count = ranks.least(max(1, min(most, int(budget / max(time.perf_counter() - start + host, 1e-6)))))
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for before, after in marks:
-        ranks.line_up(device)
         torch.cuda._sleep(int(_CYCLES * host))
+        ranks.line_up(device)
         before.record()
         result = step()
         after.record()

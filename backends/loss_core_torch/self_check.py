@@ -17,6 +17,9 @@ from loss_core_torch.tracing import compute_dtype
 # V = 515: no multiple of any block, and one block more than a power of 2.
 _TOKENS, _VOCAB, _HIDDEN = 8, 515, 64
 
+# A row so long that kernels may do something else with it: programs of a GPU share it.
+_LONG_VOCAB = 33_285
+
 # Roundings that the two may differ by: of the arithmetic, in sums of some hundred terms of size 1; and of the dtype, to
 # which results are rounded once, and operands of a product before it.
 _ROUNDINGS_INSIDE, _ROUNDINGS = 64, 8
@@ -61,13 +64,20 @@ def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> di
     pairs = Pairs(student, teacher, keep_T, 0.5)
     pair_terms = kernels.pair_terms(pairs)
     kl_T = kl_divergence(torch, pair_terms)
+    long_rows, long_teacher = draw(2, _LONG_VOCAB), draw(2, _LONG_VOCAB)
+    _, long_grad, _ = kernels.row_terms_and_grad(
+        Rows(long_rows, labels_T[:2], None), coef_T[:2], CrossEntropy(_LONG_VOCAB)
+    )
+    _, long_pair_grad = kernels.pair_terms_and_grad(Pairs(long_rows, long_teacher, None, 0.5), coef_T[:2])
     linear = Linear(HeadOperands(hidden, weight, dtype), labels_T)
     linear_terms, linear_grads = linear_rows.terms_and_grads(kernels, linear, coef_T, objective, Wanted(True, True))
     mixture = kernels.pair_mixture(pairs, pair_terms, 0.5)
     return {
         "the sum of a row": row_terms.s[keep_T],
         "the gradient of the logits": row_grad,
+        "the gradient of long rows": long_grad,
         "the divergence of a row": kl_T[keep_T],
+        "the student's gradient of long rows": long_pair_grad,
         "the student's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, False)),
         "the teacher's gradient": kernels.pair_grad(pairs, pair_terms, PairCoefficients(kl_T, coef_T, True)),
         "the student's divergence from the mixture": mixture.kl_s[keep_T],

@@ -33,15 +33,21 @@ def device(monkeypatch):
 
 
 def test_the_device_sleeps_while_the_host_asks_for_a_call(device):
+    """And then waits for the other ranks, which may have slept longer."""
+
+    class Meeting(Ranks):
+        def line_up(self, where):
+            device.append(f"meeting on {where}")
+
     def step():
         time.sleep(HOST)
         device.append("call")
 
-    assert cuda_times(step, 1.0, 3, Ranks(), "cuda") == [2e-3] * 3
-    calls = device[device.index("mark") - 1 : -1]
-    assert len(calls) == 3 * 4
-    for sleep, *rest in zip(*[iter(calls)] * 4, strict=True):
-        assert rest == ["mark", "call", "mark"]
+    assert cuda_times(step, 1.0, 3, Meeting(), "cuda") == [2e-3] * 3
+    calls = device[device.index("mark") - 2 : -1]
+    assert len(calls) == 3 * 5
+    for sleep, *rest in zip(*[iter(calls)] * 5, strict=True):
+        assert rest == ["meeting on cuda", "mark", "call", "mark"]
         # No chip's clock is faster than 2.5 GHz.
         assert sleep >= 2.5e9 * HOST
     assert device[-1] == "waited for"

@@ -67,6 +67,7 @@ def _raises(x):
 RESULTS = {
     "row gradient": ("row_terms_and_grad", 1, "the gradient of the logits"),
     "student's gradient": ("pair_grad", None, "the student's gradient"),
+    "student's gradient in one visit": ("pair_terms_and_grad", 1, "the student's gradient of long rows"),
     "weight's gradient": ("products", "accumulate", "the gradient of the weight"),
 }
 
@@ -118,7 +119,7 @@ def test_a_wrong_divergence_is_named():
 def test_what_ignored_rows_hold_is_compared():
     # Row 3 is ignored: its gradient must be exactly 0.
     def spoil(grad_TV):
-        return grad_TV.index_fill(0, torch.tensor([3]), 0.5)
+        return torch.where(torch.arange(len(grad_TV))[:, None] == 3, 0.5, grad_TV)
 
     found = disagreement(_Wrong("row_terms_and_grad", spoil, 1), EAGER, CPU, torch.float32)
     assert re.match(
@@ -146,6 +147,22 @@ def test_triton_made_wrong_does_not(flag):
 
     found = disagreement(Wrong(), EAGER, CPU, torch.float32)
     assert found.startswith("the gradient of the logits of torch:triton and torch:eager in torch.float32 is")
+
+
+@pytest.mark.parametrize("flag", ["torch:triton"])
+@pytest.mark.parametrize(("kernel", "named"), [("row", "the gradient"), ("pair", "the student's gradient")])
+def test_rows_that_programs_share_are_compared(flag, kernel, named):
+    """As on a device that never lets one program see what another tells: such rows are NaN."""
+    from loss_core_torch.kernels.gpu import GpuKernels
+    from loss_core_torch.kernels.gpu.launch import Launcher, start
+
+    def run(launched, grid, grad, *args, **options):
+        start(launched, grid, grad, *args, **options)
+        if options.get("PIECES", 1) > 1 and launched.fn.__name__ == f"{kernel}_kernel":
+            grad.fill_(torch.nan)
+
+    found = disagreement(GpuKernels(Launcher(start=run)), EAGER, CPU, torch.bfloat16)
+    assert found.startswith(f"{named} of long rows of torch:triton and torch:eager in torch.bfloat16 is nan")
 
 
 # --- what auto does
