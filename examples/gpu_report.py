@@ -23,6 +23,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 from loss_core import (
@@ -189,8 +190,8 @@ _ALONE = (
 )  # fmt: skip
 
 
-def run_kernels(out: Path) -> list[str]:
-    """Time of the Triton kernels alone, as a share of a copy's that moves the bytes that must be moved."""
+def time_alone(kernel: str, tokens: int, vocab: int, dtype: str) -> tuple[float, int]:
+    """Median seconds of one kernel on the device, and the bytes that it must read and write."""
     import torch
     from triton.testing import do_bench
 
@@ -198,27 +199,43 @@ def run_kernels(out: Path) -> list[str]:
     from loss_core_torch.kernels import Pairs, Rows
     from loss_core_torch.kernels.gpu import KERNELS
 
+    logits, other = (torch.randn(tokens, vocab, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+    coef_T = torch.full((tokens,), 1 / tokens, device="cuda")
+    rows, pairs = Rows(logits, torch.arange(tokens, device="cuda") % vocab, None), Pairs(logits, other, None, 0.5)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "row": (lambda: KERNELS.row_terms_and_grad(rows, coef_T, CrossEntropy(vocab)), 2),
+        "row_terms": (lambda: KERNELS.row_terms(rows, CrossEntropy(vocab).sums), 1),
+        "pair": (lambda: KERNELS.pair_terms_and_grad(pairs, coef_T), 3),
+    }
+    call, num_matrices = calls[kernel]
+    return do_bench(call, warmup=15, rep=60, return_mode="median") / 1e3, num_matrices * logits.nbytes
+
+
+def run_kernels(out: Path) -> list[str]:
+    """Time of the Triton kernels alone, as a share of a copy's that moves the bytes that must be moved."""
+    import torch
+    import triton
+    from triton.testing import do_bench
+
     whole = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
     rate = 2 * whole.numel() / do_bench(whole.clone, return_mode="median") * 1e3
     del whole
     found, lines = [], [f"copy {rate / 1e12:.2f} TB/s"]
     for kernel, tokens, vocab, dtype in _ALONE:
-        kind: torch.dtype = getattr(torch, dtype)
-        logits, other = (torch.randn(tokens, vocab, device="cuda", dtype=kind) for _ in range(2))
-        coef_T = torch.full((tokens,), 1 / tokens, device="cuda")
-        rows, pairs = Rows(logits, torch.arange(tokens, device="cuda") % vocab, None), Pairs(logits, other, None, 0.5)
-        calls: dict[str, tuple[Callable[[], object], int]] = {
-            "row": (lambda: KERNELS.row_terms_and_grad(rows, coef_T, CrossEntropy(vocab)), 2),  # noqa: B023
-            "row_terms": (lambda: KERNELS.row_terms(rows, CrossEntropy(vocab).sums), 1),  # noqa: B023
-            "pair": (lambda: KERNELS.pair_terms_and_grad(pairs, coef_T), 3),  # noqa: B023
-        }
-        call, tensors = calls[kernel]
-        seconds = do_bench(call, warmup=15, rep=60, return_mode="median") / 1e3
-        share = tensors * logits.numel() * kind.itemsize / rate / seconds
+        seconds, moved = time_alone(kernel, tokens, vocab, dtype)
+        share = moved / rate / seconds
         found.append({"kernel": kernel, "shape": [tokens, vocab], "dtype": dtype, "seconds": seconds, "of_copy": share})
         lines.append(f"{kernel:10} {tokens}x{vocab} {dtype:9} {seconds * 1e3:7.3f} ms  {share:4.0%} of a copy")
-    table = {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": rate, "rows": found}
+    table = {
+        "device": torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "copy_bytes_per_second": rate,
+        "rows": found,
+    }
     (out / "kernels.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    # The benchmarks run in other processes, which would find the cached memory occupied.
+    torch.cuda.empty_cache()
     return lines
 
 
