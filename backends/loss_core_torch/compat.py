@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
@@ -185,6 +185,15 @@ def is_functorch_wrapped(x: Tensor) -> bool:
 # The mode of a key of `MODES` that looks at every operation, or None. Seen in torch 2.10, 2.13.
 dispatch_mode: Callable[[Any], Any] = torch._C._get_dispatch_mode
 MODES: tuple[Any, ...] = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def guards_on_arguments(entries: Sequence[Any]) -> list[bool]:
+    """For torch.compile's option guard_filter_fn: keep the guards on arguments and their sizes alone.
+
+    The others compile a function again for each state of the process (precision switches, determinism, default device),
+    and fail at the ninth (config.recompile_limit). The attributes of an entry are from torch 2.10 to 2.13.
+    """
+    return [entry.guard_type == "SHAPE_ENV" or bool(entry.name and not entry.is_global) for entry in entries]
 
 
 def onednn_operator() -> Any:

@@ -1,7 +1,8 @@
 """Programs that TorchInductor makes of functions at their first call, and whether this machine can make them.
 
-Not in anybody's way: these programs see no gradient mode, no requires_grad and no shapes of the caller's, are
-compiled apart from what the caller compiles, and survive `torch._dynamo.reset()` at the cost of compiling again.
+They are independent of the caller: of gradient mode, requires_grad, shapes, and process-wide switches such as those of
+precision and determinism. They are compiled apart from what the caller compiles, and survive `torch._dynamo.reset()` at
+the cost of compiling again.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def _program(
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     # fullgraph: an error rather than uncompiled operations, which need memory for [T, V] temporaries.
-    program: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
+    options = {**_OPTIONS, "guard_filter_fn": compat.guards_on_arguments}
+    program: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     sizes = (vocab,) if sized else ()
     program(*(None if kind is None else kind.sample(vocab) for kind in kinds), *sizes, *static)
     return program

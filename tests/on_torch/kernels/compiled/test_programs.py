@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,31 @@ def test_any_number_of_tokens_and_classes_is_served_by_two_programs():
     # Nor is whether a gradient will be asked for another kind.
     MaskedCrossEntropyConfig(reduction="none").build(backend=FLAG)(logits.requires_grad_(), labels)
     assert _programs() - before <= 2
+
+
+@compiled
+def test_switches_of_the_process_cost_no_program():
+    """With a program for each state, the ninth call would fail: torch.compile gives up after eight."""
+    arguments = {
+        "student_logits": torch.randn(4, 37, requires_grad=True),
+        "teacher_logits": torch.randn(4, 37),
+        "labels": torch.arange(4),
+    }
+    loss, matmul = KDLossConfig().build(backend=FLAG), torch.backends.cuda.matmul
+    expected, before = run(loss, arguments, 1.0), _programs()
+    switches = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "fp32_precision")
+    kept = {name: getattr(matmul, name) for name in switches}
+    try:
+        for *states, is_deterministic in product((True, False), (True, False), ("ieee", "tf32"), (True, False)):
+            torch.use_deterministic_algorithms(is_deterministic)
+            for name, state in zip(switches, states, strict=True):
+                setattr(matmul, name, state)
+            assert_same(run(loss, arguments, 1.0), expected, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name, state in kept.items():
+            setattr(matmul, name, state)
+    assert _programs() == before
 
 
 @compiled
