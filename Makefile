@@ -1,21 +1,21 @@
-# Every target does its own set-up. Needs Python >= 3.11, make and pip; nothing but POSIX sh, and the make of a Mac (3.81).
+# Every target does its own set-up. Needs Python >= 3.11, make and pip. Runs with POSIX sh and GNU make 3.81 (macOS).
 
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# To bytecode goes what is imported, when it is: most of what is installed never is, and takes as long as installing.
+# No compilation to bytecode: it takes as long as the installation, and most installed modules are never imported.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
-# What an environment has; the targets below that have one of their own say something else.
+# Requirements of the environment; targets with a separate environment override them.
 INSTALL ?= --editable '.[dev]' --constraint constraints.txt
-# What it has besides, without what that demands.
+# Further requirements, installed without their dependencies.
 ALONE ?=
 TOOLS := pytest pytest-xdist hypothesis mpmath
 oldest = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\).*/\1/p' pyproject.toml | head -n 1).*
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadgroup -m 'not slow'
 
-# Tests start some two hundred processes; without bytecode each would compile torch and JAX anew, for some seconds.
+# Tests start about two hundred processes; without cached bytecode each would compile torch and JAX for some seconds.
 unexport PYTHONDONTWRITEBYTECODE
-# NumPy multiplies small matrices here, beside as many processes as there are cores: a second thread of it only waits.
+# NumPy multiplies small matrices here, in as many processes as there are cores: a second thread would only wait.
 export OPENBLAS_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ help: ## show this list
 
 setup: $(STAMP) ## create .venv and install the library for development
 
-# What it needs and no development tools, unless .venv has these already. `make setup` after it adds them.
+# Installs no development tools unless .venv already has them; a later `make setup` adds them.
 demo: ## check the losses on this machine, then train a small model on torch and on jax (writes demo.html)
 	@[ -e $(STAMP) ] || $(MAKE) --no-print-directory setup STAMP=$(VENV)/.installed-demo \
 	  INSTALL="--editable .[all] --constraint constraints.txt"
@@ -39,42 +39,42 @@ demo: ## check the losses on this machine, then train a small model on torch and
 test: setup ## run all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-slow: setup ## run what `make test` leaves out: torch.compile, the other dtypes, paths that it has met once; an hour
+test-slow: setup ## run the tests that `make test` skips: torch.compile, the other dtypes, repeated paths; an hour
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow
 
-# An environment of its own: transformers does not import beside peft and the transformer-engine of $(VENV).
-# What stands under ALONE demands other libraries than these, and runs with these; pyproject.toml says which.
-setup-integrations: ## create .venv-integrations, with the libraries that the adapters are for
+# A separate environment: transformers does not import with peft and the transformer-engine of $(VENV).
+# The packages of ALONE require other libraries than these but run with these; see pyproject.toml.
+setup-integrations: ## create .venv-integrations, with the libraries that have adapters
 	@$(MAKE) --no-print-directory setup VENV=.venv-integrations ALONE="nemo-automodel torchtitan" \
 	  INSTALL="--editable .[integrations] --constraint constraints.txt"
 
-test-integrations: setup-integrations ## the adapters beside their libraries
+test-integrations: setup-integrations ## run the tests of the adapters with their libraries
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup \
 	  tests/on_torch/integrations tests/on_jax/integrations tests/test_docs.py -k 'integrations or recipes'
 
-test-oldest-jax: ## the tests of the JAX backend with the oldest JAX that pyproject.toml allows
+test-oldest-jax: ## run the tests of the JAX backend with the oldest JAX that pyproject.toml allows
 	@$(MAKE) --no-print-directory setup VENV=.venv-oldest-jax INSTALL="--editable .[jax,cli] $(call oldest,jax) $(TOOLS)"
 	.venv-oldest-jax/bin/python -m pytest $(PYTEST_ARGS) tests/on_jax
 
-# Both ends of every range in pyproject.toml. On Linux an old torch, and the newest, are CUDA builds of some GB.
-matrix: test-oldest-jax ## the tests with the oldest and the newest versions of what the library needs; more than an hour
+# Both ends of every range in pyproject.toml. On Linux the oldest and the newest torch are CUDA builds of several GB.
+matrix: test-oldest-jax ## run the tests with the oldest and the newest supported dependencies; more than an hour
 	@$(MAKE) --no-print-directory setup VENV=.venv-oldest-torch \
 	  INSTALL="--editable .[torch,cli] $(call oldest,torch) $(call oldest,numpy) $(TOOLS)"
 	.venv-oldest-torch/bin/python -m pytest $(PYTEST_ARGS) tests/core tests/losses tests/check tests/on_torch
 	@$(MAKE) --no-print-directory setup VENV=.venv-newest INSTALL="--upgrade --editable .[dev]"
 	.venv-newest/bin/python -m pytest $(PYTEST_ARGS)
 
-mutants: ## whether the tests notice a changed operator or number in what a loss is; MUTANTS_ARGS='--only rounding --count 40'
+mutants: ## mutation tests of the losses: changed operators and numbers; MUTANTS_ARGS='--only rounding --count 40'
 	@$(MAKE) --no-print-directory setup VENV=.venv-mutants \
 	  INSTALL="--editable .[torch,jax,cli] cosmic-ray $(TOOLS) --constraint constraints.txt"
 	.venv-mutants/bin/python tests/mutants.py $(MUTANTS_ARGS)
 
-# The dtype that tests/helpers/matrix.py leaves to it for what compiles; `loss-core check` by itself has all four. What
-# torch.compile makes of arithmetic in float32 is the same for inputs in bfloat16: one loss shows how they are read and
-# written, and `make test-slow` has the others.
+# Compiled flags in the dtype that tests/helpers/matrix.py leaves to this target; a plain `loss-core check` has all four.
+# torch.compile generates the same float32 arithmetic for bfloat16 inputs: one loss covers how they are read and written,
+# and `make test-slow` has the others.
 ON_TORCH := --backend torch:plain --backend torch:eager
 
-check: setup ## every loss on both backends and on torch:compile against float64, in float32; on torch in bfloat16
+check: setup ## compare every loss with float64: both backends and torch:compile in float32, torch in bfloat16
 	$(VENV)/bin/loss-core check $(ON_TORCH) --backend torch:compile --backend jax:xla --dtype float32
 	$(VENV)/bin/loss-core check $(ON_TORCH) --dtype bfloat16
 	$(VENV)/bin/loss-core check --config MaskedCrossEntropy --backend torch:compile --dtype bfloat16
@@ -84,16 +84,16 @@ lint: setup ## ruff and the import rules
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 
-format: setup ## let ruff mend what it can
+format: setup ## apply the fixes and the format of ruff
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 types: setup ## mypy, strict
 	$(PY) -m mypy
 
-# From the wheel, and from a folder that is not the checkout: what a user's editor finds. What is unknown in NumPy's own
-# types, and in those of other libraries, does not count.
-public-types: ## pyright --verifytypes: whether every public name of loss_core has its type; in .venv-public-types
+# From the wheel, in a folder outside the checkout, as in a user's editor. Types that are unknown in NumPy and other
+# libraries are ignored.
+public-types: ## check with pyright --verifytypes that every public name of loss_core has a type; in .venv-public-types
 	@$(MAKE) --no-print-directory setup VENV=.venv-public-types INSTALL=".[cli] pyright[nodejs] --constraint constraints.txt"
 	.venv-public-types/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	cd "$$(mktemp -d)" && PATH="$(CURDIR)/.venv-public-types/bin:$$PATH" pyright --ignoreexternal --verifytypes loss_core
@@ -108,9 +108,9 @@ kernels: setup ## compile every Triton kernel for real GPUs without one: registe
 gpu: setup ## on a machine with a GPU: check, compute-sanitizer, benchmark, goals; under 8 minutes (writes outputs/gpu)
 	$(PY) examples/gpu_report.py
 
-# Each size over a factor of 16, the others fixed: small enough for two cores, and with the fewest tokens torch's block of
-# 48 MiB of logits is full, so that its memory has nothing left to grow by. Logits are larger than the caches from the
-# start, and their gradients than what malloc keeps.
+# Each size over a factor of 16, the others fixed, small enough for two cores. Even the fewest tokens fill torch's block
+# of 48 MiB of logits, so that its memory can't grow. The smallest logits exceed the caches, and their gradients the
+# memory that malloc keeps.
 GROWTH := $(VENV)/bin/loss-core bench --baselines none --rounds 3
 BOTH := --backend torch:eager --backend jax:xla
 FUSED := --config FusedLinearCrossEntropy
@@ -118,7 +118,7 @@ LOGITS := --config MaskedCrossEntropy --config KDLoss
 SHARES := $(foreach share,0 0.5 0.75 0.875 0.9375,--ignored $(share))
 RESULT := --json examples/benchmarks/cpu-growth
 
-growth: setup ## how time and memory grow with T, V and the share that counts; 8 quiet minutes, then: make benchmarks
+growth: setup ## measure growth with T, V and the share of valid tokens; 8 minutes, idle machine; then: make benchmarks
 	$(GROWTH) $(BOTH) $(FUSED) $(foreach t,512 1024 2048 4096 8192,--shape $(t),32000,256) $(RESULT)-fused-tokens.json
 	$(GROWTH) $(BOTH) $(FUSED) $(foreach v,2048 4096 8192 16384 32768,--shape 1024,$(v),256) $(RESULT)-fused-vocab.json
 	$(GROWTH) $(BOTH) $(FUSED) --shape 4096,8192,256 $(SHARES) $(RESULT)-fused-share.json
@@ -130,7 +130,7 @@ growth: setup ## how time and memory grow with T, V and the share that counts; 8
 benchmarks: setup ## write the summary of BENCHMARKS.md and the pages of examples/benchmarks from the results there
 	$(PY) examples/benchmark_page.py
 
-check-wheel: setup ## build the wheel and try it without torch and jax, with one, with the other
+check-wheel: setup ## build the wheel and test it without torch and jax, and with either
 	$(PY) tests/wheel_check.py
 
 clean: ## remove .venv and everything built
@@ -138,8 +138,8 @@ clean: ## remove .venv and everything built
 	rm -f demo.html demo.png report.html
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Re-done only when what is installed would change: the checkout itself is used in place.
-# A Python without ensurepip (Debian has one) gets pip from the pip that stands beside it.
+# Runs again only if the requirements change: the checkout itself is installed in place.
+# For a Python without ensurepip (as on Debian), its pip installs pip into the environment.
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(PY) -c '' 2>/dev/null; then \
 	  for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
@@ -156,7 +156,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    "$$found" -m pip --python $(PY) install --quiet --disable-pip-version-check pip; \
 	  fi || exit 1; \
 	fi
-	@echo "Installing loss-core and what else belongs into $(VENV); the first time takes some minutes"
+	@echo "Installing loss-core and its requirements into $(VENV); the first time takes some minutes"
 	@$(PIP) $(INSTALL)
 	@[ -z "$(ALONE)" ] || $(PIP) --no-deps --constraint constraints.txt $(ALONE)
 	@touch $(STAMP)

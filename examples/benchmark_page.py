@@ -1,12 +1,12 @@
 """Write the summary of BENCHMARKS.md, and a page for each result, from the results in examples/benchmarks.
 
     python examples/benchmark_page.py            # after adding or replacing a result
-    python examples/benchmark_page.py --check    # exit code 1 where a page is not what the results say
+    python examples/benchmark_page.py --check    # exit code 1 if a page does not match the results
 
-A result is the JSON of one `loss-core bench --json`. Each gets a page beside it, with its command, device, versions,
-date, tables and pictures: a pair for each call, or, for three or more calls that differ in one size alone, one of how
-time and memory grow over it. The summary between the two marks of BENCHMARKS.md has a row for each call and framework,
-in one table for each kind of device.
+A result is the JSON of one `loss-core bench --json`. Its page in the same folder has the command, device, versions,
+date, tables and figures: two for each call or, for three or more calls that differ in one size alone, one of the growth
+of time and memory. The summary between the two markers in BENCHMARKS.md has a row for each call and framework, in one
+table for each kind of device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GROWTH = ("calls", "ours", "from", "to", "time", "exponent", "memory beside grad
 
 
 def result_page(name: str, report: BenchReport, pictures: Sequence[tuple[str, str]]) -> str:
-    """One result as Markdown. Pictures: title and file beside the page."""
+    """The page of one result as Markdown; `pictures` are titles and file names."""
     facts = " · ".join(f"{key} {value}" for key, value in facts_of(report).items())
     parts = [f"# {name}", "", facts, "", "```", report.command or "loss_core.bench.bench(...)", "```", ""]
     parts += [line for warning in warnings_of(report) for line in (f"**{warning}**", "")]
@@ -63,22 +63,22 @@ def result_page(name: str, report: BenchReport, pictures: Sequence[tuple[str, st
     return "\n".join(parts)
 
 
-def alone(report: BenchReport) -> list[list[BenchRow]]:
-    """Calls that are in no series whose growth is told: those would be buried under rows of their own."""
-    along = {row.group for series in series_of(report) if growth_of(series) for row in series.rows}
-    return [group for group in report.groups() if group[0].group not in along]
+def single_calls(report: BenchReport) -> list[list[BenchRow]]:
+    """Calls that are in no series with an exponent; the others are summarized by the rows of their series."""
+    in_series = {row.group for series in series_of(report) if growth_of(series) for row in series.rows}
+    return [group for group in report.groups() if group[0].group not in in_series]
 
 
-def drawn(name: str, report: BenchReport) -> Iterator[tuple[str, Path, str]]:
-    """Title, file and SVG of each picture."""
-    pictures = [picture for group in alone(report) for picture in group_pictures(group, file=True)]
+def pictures_of(name: str, report: BenchReport) -> Iterator[tuple[str, Path, str]]:
+    """Title, file and SVG of each figure."""
+    pictures = [picture for group in single_calls(report) for picture in group_pictures(group, file=True)]
     for index, picture in enumerate([*pictures, *growth_pictures(report, file=True)]):
         yield picture.title, RESULTS / f"{name}-{index}.svg", picture.svg
 
 
 def call_rows(name: str, report: BenchReport) -> Iterator[tuple[str, ...]]:
     """Cells of CALLS: our fastest flag in each call and framework."""
-    for group in alone(report):
+    for group in single_calls(report):
         for framework in dict.fromkeys(row.framework for row in group if row.kind == FLAG):
             ours = best_flag_of(group, framework)
             if ours is None or not ours.seconds:
@@ -88,15 +88,15 @@ def call_rows(name: str, report: BenchReport) -> Iterator[tuple[str, ...]]:
                 best_baseline_of(group, framework),
                 roofline_of(group),
             )
-            known = baseline is not None and baseline.seconds
+            has_baseline = baseline is not None and baseline.seconds
             yield (
-                f"{ours.loss} {' x '.join(f'{n:,}' for n in ours.shape)} {ours.dtype}{_special(ours, report)}",
+                f"{ours.loss} {' x '.join(f'{n:,}' for n in ours.shape)} {ours.dtype}{_options(ours, report)}",
                 ours.implementation,
                 time_text(ours.seconds),
                 f"{ours.seconds / plain.seconds:.2f}" if plain and plain.seconds else "",
-                f"{ours.seconds / baseline.seconds:.2f} ({baseline.implementation})" if known else "",
+                f"{ours.seconds / baseline.seconds:.2f} ({baseline.implementation})" if has_baseline else "",
                 f"{roofline / ours.seconds:.0%}" if roofline else "",
-                f"{memory_text(ours.peak)}, {memory_text(baseline.peak)}" if known else memory_text(ours.peak),
+                f"{memory_text(ours.peak)}, {memory_text(baseline.peak)}" if has_baseline else memory_text(ours.peak),
                 _link(name),
             )
 
@@ -120,16 +120,16 @@ def growth_rows(name: str, report: BenchReport) -> Iterator[tuple[str, ...]]:
                 )
 
 
-def _special(row: BenchRow, report: BenchReport) -> str:
+def _options(row: BenchRow, report: BenchReport) -> str:
     ranks = report.settings.get("tp", 1)
     return "".join(
         text
-        for text, wanted in (
+        for text, is_set in (
             (", forward only", report.settings.get("forward_only")),
             (f", {share_text(row.ignored)} ignored", row.ignored),
             (f", over {ranks} ranks", ranks > 1),
         )
-        if wanted
+        if is_set
     )
 
 
@@ -143,33 +143,33 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def summary(reports: Mapping[str, BenchReport]) -> str:
-    """The tables of BENCHMARKS.md: for each kind of device one of calls and one of growth."""
+    """The tables of BENCHMARKS.md: one of calls and one of growth for each kind of device."""
     parts = []
     for device in dict.fromkeys(device_of(report) for report in reports.values()):
-        there = {name: report for name, report in reports.items() if device_of(report) == device}
-        facts = [f"{name} {', '.join(dict.fromkeys(values))}" for name, values in _values(there.values()).items()]
+        results = {name: report for name, report in reports.items() if device_of(report) == device}
+        facts = [f"{name} {', '.join(dict.fromkeys(values))}" for name, values in _values(results.values()).items()]
         parts += [f"### {device}", "", " · ".join(facts), ""]
-        parts += _table(CALLS, (row for name, report in there.items() for row in call_rows(name, report)))
-        parts += _table(GROWTH, (row for name, report in there.items() for row in growth_rows(name, report)))
+        parts += _table(CALLS, (row for name, report in results.items() for row in call_rows(name, report)))
+        parts += _table(GROWTH, (row for name, report in results.items() for row in growth_rows(name, report)))
     return "\n".join(parts) or "No result has been committed yet.\n"
 
 
 def _values(reports: Iterable[BenchReport]) -> dict[str, list[str]]:
-    """What the reports say of threads, versions and days."""
-    found: dict[str, list[str]] = {}
+    """Threads, versions and dates of the reports, by name."""
+    values: dict[str, list[str]] = {}
     for report in reports:
         for name, value in (facts_of(report) | {"date": report.date[:10]}).items():
             if name != "device":
-                found.setdefault(name, []).append(value)
-    return found
+                values.setdefault(name, []).append(value)
+    return values
 
 
 def generate() -> dict[Path, str]:
-    """Every file that the results give, with its text."""
+    """Text of every generated file, by path."""
     reports = {path.stem: BenchReport.from_json(path.read_text("utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     files: dict[Path, str] = {}
     for name, report in reports.items():
-        pictures = list(drawn(name, report))
+        pictures = list(pictures_of(name, report))
         files |= {file: svg for _, file, svg in pictures}
         files[RESULTS / f"{name}.md"] = result_page(name, report, [(title, file.name) for title, file, _ in pictures])
     head, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     stale = []
     for path, text in generate().items():
-        # Pictures may differ between versions of matplotlib; what a reader relies on are the pages.
+        # Figures may differ between versions of matplotlib; the numbers are in the pages.
         if options.check and path.suffix == ".svg":
             continue
         if not path.exists() or path.read_text("utf-8") != text:

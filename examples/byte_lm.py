@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 VOCAB, CONTEXT, WIDTH, HEADS, LAYERS = 256, 128, 128, 4, 2
 MAX_BYTES = 2_000_000
-NUL = b"\0"  # begins each document and pads the last window; no Python source contains it
+NUL = b"\0"  # begins each document and pads its last window; no Python source contains it
 
 
 class ByteLM(nn.Module):
-    """A pre-norm transformer; `forward` stops before the head, whose product is part of the fused loss."""
+    """A pre-norm transformer; `forward` returns hidden states: the product with the head is part of the fused loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def read_windows(ignore_index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
     """Inputs and labels, [N, S] each, of the training and of the held-out documents.
 
     A document is the text between two `def` or `class` lines of a standard library file. It is cut
-    into windows, and the last one is padded: about a tenth of all labels are ignored ones.
+    into windows, and the last one is padded: about a tenth of all labels are ignored.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
@@ -78,7 +78,7 @@ def read_windows(ignore_index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
         num_bytes += len(text)
         if num_bytes > MAX_BYTES:
             break
-        # Whole files are held out, so that no function of theirs is seen in training.
+        # Complete files are held out, so that none of their functions is in the training set.
         splits[number % 20 == 0].extend(re.split(rb"\n(?=[ \t]*(?:class|def|async def) )", text))
     if not (splits[0] and splits[1]):
         raise FileNotFoundError(f"There are no Python sources to train on in {root}.")
@@ -86,12 +86,12 @@ def read_windows(ignore_index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor
 
 
 def pack(documents: list[bytes], ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Windows of documents: the labels are the inputs, one byte further on; padding is ignored."""
+    """Inputs and labels, [N, S] each: the labels are the next bytes; padding is ignored."""
     inputs, labels = bytearray(), bytearray()
     for document in documents:
         shifted = NUL + document
-        for at in range(0, len(document), CONTEXT):
-            labels += document[at : at + CONTEXT].ljust(CONTEXT, NUL)
-            inputs += shifted[at : min(at + CONTEXT, len(document))].ljust(CONTEXT, NUL)
+        for start in range(0, len(document), CONTEXT):
+            labels += document[start : start + CONTEXT].ljust(CONTEXT, NUL)
+            inputs += shifted[start : min(start + CONTEXT, len(document))].ljust(CONTEXT, NUL)
     inputs_NS, labels_NS = (torch.frombuffer(x, dtype=torch.uint8).view(-1, CONTEXT).long() for x in (inputs, labels))
     return inputs_NS, labels_NS.masked_fill(labels_NS == NUL[0], ignore_index)

@@ -1,11 +1,11 @@
-"""Add a loss of your own, for both backends, without touching the library: cross entropy with a z-loss.
+"""Add a custom loss for both backends without changing the library: cross entropy with a z-loss.
 
     python examples/custom_loss.py
 
 The z-loss adds weight * (log Z)^2 per token, Z the softmax's denominator, which keeps logits from
 drifting (PaLM, arXiv:2204.02311, section 5). The script registers a config, a builder per backend
 and a definition in float64, checks both builders against the definition, and trains a torch head
-on either by the flag. The command line knows the loss, too:
+on either by the flag. The command line serves the loss as well:
 
     loss-core check --import custom_loss --config ZLoss      # in the folder of this file
     loss-core bench --import custom_loss --config ZLoss --shape 2048,32000
@@ -33,14 +33,14 @@ class ZLossConfig(LossConfig):
 
     Attributes:
         weight: of the z-loss; a number >= 0.
-        ignore_index: label that marks a position to leave out.
+        ignore_index: label of the positions to ignore.
     """
 
     weight: float = 1e-4
     ignore_index: int = -100
 
     def validate(self) -> None:
-        """Runs when a config is made, and again when it is built."""
+        """Called when a config is created, and again when it is built."""
         if not self.weight >= 0:
             raise ValueError(f"weight must be a number >= 0, got {self.weight!r}.")
 
@@ -51,7 +51,7 @@ def build_torch_z_loss(config: ZLossConfig) -> Any:
     class ZLoss(torch.nn.Module):
         def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             keep = labels != config.ignore_index
-            # Whatever ignored rows hold must reach neither loss nor gradient, not even a NaN.
+            # Ignored rows may hold anything, such as NaN, which must reach neither loss nor gradient.
             logits = torch.where(keep[..., None], logits, 0).to(torch.promote_types(logits.dtype, torch.float32))
             lse = torch.logsumexp(logits, -1)
             target = logits.gather(-1, torch.where(keep, labels, 0)[..., None])[..., 0]
@@ -73,19 +73,19 @@ def build_jax_z_loss(config: ZLossConfig) -> Any:
         target = jnp.take_along_axis(logits, jnp.where(keep, labels, 0)[..., None], -1)[..., 0]
         return jnp.sum(jnp.where(keep, lse - target + weight * lse**2, 0.0))
 
-    return z_loss  # any hashable callable will do
+    return z_loss  # any hashable callable
 
 
 def token_z_loss(config: ZLossConfig, logits_TV: Any, labels_T: Any, keep_T: Any) -> tuple[Any, Any]:
-    """Loss of each token, and its derivative by the logits, in float64: what both builders must give."""
+    """Loss of each token, and its derivative by the logits, in float64: the reference for both builders."""
     loss_T, grad_TV = token_cross_entropy(config, logits_TV, labels_T, keep_T)
-    top_T1 = logits_TV.max(axis=1, keepdims=True)
-    lse_T1 = top_T1 + np.log(np.exp(logits_TV - top_T1).sum(axis=1, keepdims=True))
+    max_T1 = logits_TV.max(axis=1, keepdims=True)
+    lse_T1 = max_T1 + np.log(np.exp(logits_TV - max_T1).sum(axis=1, keepdims=True))
     p_TV = np.exp(logits_TV - lse_T1)
     return loss_T + config.weight * lse_T1[:, 0] ** 2, grad_TV + 2 * config.weight * lse_T1 * p_TV
 
 
-# Its error bound is left out, so `check` estimates one from the definition.
+# Without an error bound, `check` estimates one from the definition.
 DEFINITION = LossDef("z_loss", (Argument("logits", ("T", "V")), LABELS), over_logits(token_z_loss))
 
 register_loss("ZLoss", ZLossConfig, {"torch": build_torch_z_loss, "jax": build_jax_z_loss}, definition=DEFINITION)

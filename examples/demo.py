@@ -1,4 +1,4 @@
-"""Train one model twice, with the loss on PyTorch and on JAX by the flag alone, and show how far apart they are.
+"""Train one model twice, with the loss on PyTorch and on JAX by the flag alone, and compare the runs.
 
     python examples/demo.py            # about a minute; writes demo.html
 
@@ -6,15 +6,15 @@ Three runs of train_byte_lm.py with one seed: on the first backend, on the secon
 several steps of the first run both backends compute the gradients at the same parameters and batch,
 which are compared with each other and with float64.
 
-The gradients are the proof; the curves are the picture. Training in float32 is chaotic: a difference
+The gradients are the proof; the curves are an illustration. Training in float32 is chaotic: a difference
 in the last bit of one gradient grows from step to step, through Adam's division by small numbers
-above all, so curves of two correct backends drift apart. The control shows by how much: it is the
-first backend again, each initial parameter moved to the next float32. At the same parameters
-there is nothing to drift, and every element must be within the allowance that
+above all, so the curves of two correct backends diverge. The control shows by how much: it is the
+first backend again, with each initial parameter replaced by the next float32. At the same parameters
+nothing accumulates, and every element must be within the allowance that
 `loss_core.losses.bounds.rounding` derives from the rounding of each operation.
 
-Exit code: 0; 1 when an element is beyond its allowance or a loss is not finite; 2 when a backend
-can't be used here; 130 after Ctrl-C.
+Exit code: 0; 1 if an element exceeds its allowance or a loss is not finite; 2 if a backend is not
+usable here; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ U = float_format("float32").u  # unit roundoff, half the distance from 1 to the 
 
 @dataclass(frozen=True)
 class GradientGap:
-    """How far the gradients of two backends are apart at one step, in 2-norms relative to the gradient.
+    """Differences between the gradients of two backends at one step, in 2-norms relative to the gradient.
 
     Attributes:
         between: between the backends, for each floating argument of the loss and for all parameters.
-        allowed: what rounding allows for `between`, for the loss's arguments.
-        allowed_loss: what it allows the losses to differ, in nats.
+        allowed: bound on `between` from rounding, for the loss's arguments.
+        allowed_loss: bound on the difference of the losses, in nats.
         from_float64: of each backend from the float64 oracle, over the loss's arguments together.
-        error_ratio: the worst element of loss and gradients, of either backend against float64, as a ratio
-            of its allowance; above 1 no rounding explains it.
+        error_ratio: largest error / allowance over the elements of loss and gradients, of either backend
+            against float64; above 1 rounding does not explain it.
     """
 
     step: int
@@ -75,14 +75,14 @@ class GradientProbe:
     seconds: float = 0.0
 
     def __call__(self, step: int, model: ByteLM, inputs_BS: Tensor, labels_BS: Tensor) -> None:
-        """Measure at NUM_PROBES steps, the first and the last among them; changes nothing."""
+        """Compare at NUM_PROBES steps, including the first and the last. Changes neither model nor batch."""
         if step not in np.linspace(0, self.steps - 1, NUM_PROBES).round():
             return
         start = time.perf_counter()
-        self.gaps.append(self._measure(step, model, inputs_BS, labels_BS))
+        self.gaps.append(self._compare(step, model, inputs_BS, labels_BS))
         self.seconds += time.perf_counter() - start
 
-    def _measure(self, step: int, model: ByteLM, inputs_BS: Tensor, labels_BS: Tensor) -> GradientGap:
+    def _compare(self, step: int, model: ByteLM, inputs_BS: Tensor, labels_BS: Tensor) -> GradientGap:
         import torch
         from train_byte_lm import loss_arguments
 
@@ -95,9 +95,9 @@ class GradientProbe:
             loss = loss_fn(**arguments)
             grads = torch.autograd.grad(loss, targets, retain_graph=True)
             values = [grad.double().numpy() for grad in grads]
-            everything = np.concatenate([value.reshape(-1) for value in values[len(names) :]])
+            of_parameters = np.concatenate([value.reshape(-1) for value in values[len(names) :]])
             of_arguments = dict(zip(names, values, strict=False))
-            results.append({"loss": loss.detach().double().numpy(), **of_arguments, ALL_PARAMETERS: everything})
+            results.append({"loss": loss.detach().double().numpy(), **of_arguments, ALL_PARAMETERS: of_parameters})
 
         arrays = {name: value.detach().numpy() for name, value in arguments.items()}
         arrays |= {name: arrays[name].astype(np.float64) for name in names}
@@ -152,49 +152,49 @@ class Result:
 
     @property
     def worst(self) -> GradientGap:
-        """Where the gradients of the two backends are furthest apart."""
+        """The step with the largest difference between the gradients of the two backends."""
         return max(self.gaps, key=lambda gap: max(gap.between.values()))
 
     @property
     def error_ratio(self) -> float:
-        """The worst element of all, as a share of its allowance."""
+        """Largest error / allowance over all steps."""
         return max(gap.error_ratio for gap in self.gaps)
 
     @property
-    def apart(self) -> float:
+    def loss_gap(self) -> float:
         """Difference of the held-out losses of the two backends."""
         return abs(self.first.valid_loss - self.second.valid_loss)
 
     @property
-    def apart_control(self) -> float:
+    def control_gap(self) -> float:
         """The same for the control."""
         return abs(self.first.valid_loss - self.control.valid_loss)
 
     @property
     def agree(self) -> bool:
-        """Whether rounding explains every difference at the same parameters, and no run broke."""
+        """Whether rounding explains every difference at the same parameters, and all losses are finite."""
         finite = np.isfinite([*self.first.losses, *self.second.losses]).all()
-        return bool(finite) and all(gap.error_ratio <= 1.0 for gap in self.gaps)  # a NaN fails, too
+        return bool(finite) and all(gap.error_ratio <= 1.0 for gap in self.gaps)  # a NaN fails as well
 
     def line(self) -> str:
-        """How far apart they ended, in one line."""
+        """One-line summary of the differences."""
         first, second = self.first, self.second
         gap = max(self.worst.between.values())
         return (
             f"{'Agree' if self.agree else 'DISAGREE'}: held-out loss {first.valid_loss:.6f} on {first.kernel} and "
-            f"{second.valid_loss:.6f} on {second.kernel} nats per byte, {self.apart:.1e} apart (control "
-            f"{self.apart_control:.1e}); largest relative gradient difference {gap:.1e} = {gap / U:.1f} u at step "
+            f"{second.valid_loss:.6f} on {second.kernel} nats per byte, {self.loss_gap:.1e} apart (control "
+            f"{self.control_gap:.1e}); largest relative gradient difference {gap:.1e} = {gap / U:.1f} u at step "
             f"{self.worst.step + 1}; worst element at {self.error_ratio:.0%} of its allowance."
         )
 
 
 def run(config: CrossEntropyConfig, flags: tuple[str, str], steps: int, seed: int) -> Result | None:
-    """The three runs; None when one of them was interrupted."""
+    """The three runs; None if one of them was interrupted."""
     from train_byte_lm import train
 
     from loss_core_bridge import build_torch_loss
 
-    # Both are built before the first step: a missing library is no surprise after half a minute.
+    # Both are built before the first step, so that a missing library is reported at once.
     probe = GradientProbe(config, {flag: build_torch_loss(config, backend=flag) for flag in flags}, steps)
     curves: list[Curve] = []
     for flag, title, hook in (

@@ -77,12 +77,12 @@ pre { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 
 
 
 def write_page(path: Path, result: Result, steps: int) -> None:
-    """Write the page."""
+    """Write the HTML page of a result."""
     first, second = result.first, result.second
     gap = max(result.worst.between.values())
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numpy"))
     verdict = (
-        f"At every step looked at the gradients agree: no element is beyond {result.error_ratio:.0%} of what rounding "
+        f"At every compared step the gradients agree: no element is beyond {result.error_ratio:.0%} of what rounding "
         "allows."
         if result.agree
         else f"The backends DISAGREE: the worst element is {result.error_ratio:.3g} times what rounding allows."
@@ -91,7 +91,7 @@ def write_page(path: Path, result: Result, steps: int) -> None:
         f'<div class="card {kind}"><b>{value}</b><span>{label}</span></div>'
         for value, label, kind in (
             (f"{first.valid_loss:.4f}", f"nats per held-out byte ({second.kernel}: {second.valid_loss:.4f})", ""),
-            (_power(result.apart), f"between the two held-out losses (control: {_power(result.apart_control)})", ""),
+            (_power(result.loss_gap), f"between the two held-out losses (control: {_power(result.control_gap)})", ""),
             (_power(gap), f"largest relative gradient difference: {gap / U:.1f} unit roundoffs of float32", ""),
             (f"{result.error_ratio:.0%}", "of its allowance: the worst element, against float64",
              "good" if result.agree else "bad"),
@@ -127,8 +127,8 @@ loss and gradients, of either backend against float64; above 100% rounding does 
 <h2>Why curves may drift while gradients agree</h2>
 <p>Training in float32 is chaotic: a difference in the last bit can grow from step to step, so two correct backends may
 end at losses that differ, as may two runs of one backend that start one rounding apart (the control). At the same
-parameters there is nothing to drift: there each element of loss and gradients is held against a bound that is derived,
-not chosen, and that decides.</p>
+parameters nothing accumulates: there each element of loss and gradients is compared with a derived bound, and this
+comparison decides.</p>
 <h2>What was run</h2>
 <pre>{escape(_settings(result, steps))}</pre>
 <p class="note">{escape(versions)}, Python {platform.python_version()},
@@ -141,7 +141,7 @@ not chosen, and that decides.</p>
 
 
 def _power(value: float) -> str:
-    """A small number as people write it."""
+    """A number in scientific notation, as HTML."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits, exponent = f"{value:.1e}".split("e")
@@ -218,7 +218,7 @@ def _bits_to_nats(bits: Any) -> Any:
 def _differences(ax: Axes, result: Result) -> None:
     first = np.array(result.first.losses)
     ulp = float(np.spacing(np.float32(np.median(first))))
-    # Losses are float32: they differ by multiples of their spacing, or not at all, which has no logarithm.
+    # float32 losses differ by multiples of their spacing, or by 0, which has no logarithm.
     floor = ulp / 4
     for curve, color, label in (
         (result.control, GREY, f"control: {result.first.kernel}, parameters one rounding off"),
@@ -241,7 +241,7 @@ def _differences(ax: Axes, result: Result) -> None:
 
 
 def _mark(ax: Axes, y: float, text: str) -> None:
-    """A dotted line across, named at its right end."""
+    """A dotted horizontal line, labelled at its right end."""
     ax.axhline(y, color="#30343b", lw=0.9, ls=":")
     ax.text(1.008, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="#30343b")
 

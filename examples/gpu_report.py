@@ -1,13 +1,13 @@
-"""Everything that a GPU is needed for, in one command: check, compute-sanitizer, kernels, benchmarks, and the goals.
+"""Everything that needs a GPU, in one command: check, compute-sanitizer, kernels, benchmarks, and the goals.
 
     python examples/gpu_report.py                               # under 8 minutes on an H100
     python examples/gpu_report.py --device cpu --small          # the same steps on a CPU, at small sizes
-    python examples/gpu_report.py --dry-run                     # what would be done
+    python examples/gpu_report.py --dry-run                     # print the steps
 
 Runs from a checkout without an install: `PYTHONPATH=.:backends`. Needs torch and Triton; the baselines that are
-importable are measured beside, and those whose wheels lie in --wheels. Every step has a time limit and writes its
-results into --out when it ends, so that a session that is cut off leaves what was done by then: JSON, and report.md.
-Exit code: 0; 1 when a check failed or a result was wrong.
+importable are measured as well, and those whose wheels are in --wheels. Every step has a time limit and writes its
+results into --out when it ends, JSON and report.md, so that an interrupted session keeps them.
+Exit code: 0; 1 if a check failed or a result was wrong.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class Step:
     """One benchmark of the session.
 
     Attributes:
-        name: of the file with its results.
+        name: part of the name of the result file.
         config: the loss.
         shapes: each (T, V) or (T, V, H).
         seconds: time limit.
-        flags: that run.
-        framework: whose baselines run beside.
+        flags: to measure.
+        framework: its baselines are measured as well.
         ignored: share of labels that are ignored.
-        of_roofline: goal, as roofline / time; 0 where there is none.
-        most_bytes: goal for the memory above the inputs, at the first shape; 0 where there is none.
+        of_roofline: goal, as roofline / time; 0: none.
+        max_bytes: goal for the peak memory above the inputs, at the first shape; 0: none.
     """
 
     name: str
@@ -74,19 +74,19 @@ class Step:
     framework: str = "torch"
     ignored: float = 0.0
     of_roofline: float = 0.0
-    most_bytes: int = 0
+    max_bytes: int = 0
 
 
 _LLAMA, _QWEN = (8192, 128_256, 4096), (8192, 151_936, 4096)
 
 _JAX = {"framework": "jax", "flags": ("jax:xla",)}
-# The most important first: what is cut off is at the end. torch:eager and torch:compile take four to twenty times as
-# long (8192x128256, cross entropy, on an H200).
+# The most important first, as an interrupted session lacks the last. torch:eager and torch:compile take four to twenty
+# times as long (8192x128256, cross entropy, on an H200).
 STEPS = (
-    Step("fused", _FUSED, (_QWEN, _LLAMA), 110, of_roofline=1 / 1.15, most_bytes=3 * GIB),
+    Step("fused", _FUSED, (_QWEN, _LLAMA), 110, of_roofline=1 / 1.15, max_bytes=3 * GIB),
     Step("ce", _LOGITS, ((8192, 128_256), (8192, 32_000)), 60, of_roofline=0.85),
     Step("kd", _KD, ((4096, 128_256), (8192, 32_000)), 45, of_roofline=0.80),
-    Step("log-probs", FusedLinearLogProbsConfig(entropy=True), ((4096, 131_072, 4096),), 40, most_bytes=2_400_000_000),
+    Step("log-probs", FusedLinearLogProbsConfig(entropy=True), ((4096, 131_072, 4096),), 40, max_bytes=2_400_000_000),
     Step("fused-kd", FusedLinearKDConfig(), ((4096, 128_256, 4096),), 40),
     Step("fused-half-ignored", _FUSED, (_LLAMA,), 40, ignored=0.5),
     Step("fused-gemma", _FUSED, ((16_384, 248_320, 2048),), 60),
@@ -94,37 +94,37 @@ STEPS = (
     Step("jax-kd", _KD, ((4096, 128_256),), 25, **_JAX),
 )
 _CHECK_SECONDS, _SANITIZER_SECONDS, _KERNELS_SECONDS = 120.0, 45.0, 30.0
-# Rows that several programs share, and the cases of them.
-_LONG_ROWS, _OF_LONG_ROWS = (6, 70_001), ["basic", "minus-inf", "huge-logits", "smoothing", "metrics", "ruled-out"]
-# Those that take the longest to compile last.
+# Rows that several programs share: their shape and cases.
+_LONG_ROWS, _LONG_ROW_CASES = (6, 70_001), ["basic", "minus-inf", "huge-logits", "smoothing", "metrics", "ruled-out"]
+# Ordered by compile time, the longest last.
 _CHECKED = ("torch:triton", "torch:plain", "torch:eager", "torch:compile")
 
 
 def small(step: Step) -> Step:
-    """The step at sizes for a CPU, where no goal applies."""
+    """The step at sizes for a CPU, without goals."""
     shapes = tuple((t // 128, v // 64 + 1, *(h // 64 for h in rest)) for t, v, *rest in step.shapes)
-    return replace(step, shapes=shapes, of_roofline=0.0, most_bytes=0)
+    return replace(step, shapes=shapes, of_roofline=0.0, max_bytes=0)
 
 
-class _TimeIsUpError(Exception):
-    """Raised between two cases of a check."""
+class _DeadlineError(Exception):
+    """Raised between two cases of a check, after its deadline."""
 
 
 def run_checks(device: str, deadline: float, quick: bool) -> Iterator[Report]:
-    """Every flag, dtype and loss, one report after the other, until the time is used up."""
+    """Reports of every flag, dtype and loss, until the deadline."""
     only = ["basic", "strided", "mean"] if quick else None
     if device != "cpu":
         for dtype in ("bfloat16", "float32"):
             losses = ["MaskedCrossEntropy", "KDLoss"]
             report = check(
-                losses, ["torch:triton"], dtypes=[dtype], shape=_LONG_ROWS, only=_OF_LONG_ROWS, device=device
+                losses, ["torch:triton"], dtypes=[dtype], shape=_LONG_ROWS, only=_LONG_ROW_CASES, device=device
             )
             print(report, flush=True)
             yield report
 
-    def look_at_the_clock(*_: object) -> None:
+    def check_time(*_: object) -> None:
         if time.perf_counter() > deadline:
-            raise _TimeIsUpError
+            raise _DeadlineError
 
     for flag in _CHECKED:
         if not flag_status(flag).usable:
@@ -132,16 +132,16 @@ def run_checks(device: str, deadline: float, quick: bool) -> Iterator[Report]:
         for dtype in ("bfloat16", "float32", "float16", "float64"):
             for loss in LOSS_CONFIG_REGISTRY:
                 try:
-                    report = check(loss, [flag], dtypes=[dtype], only=only, device=device, progress=look_at_the_clock)
-                except _TimeIsUpError:
+                    report = check(loss, [flag], dtypes=[dtype], only=only, device=device, progress=check_time)
+                except _DeadlineError:
                     print(f"check: the time is used up at {flag} {dtype} {loss}")
                     return
-                if report.rows:  # else the flag does not have this loss
+                if report.rows:  # empty if the flag does not have this loss
                     print(report, flush=True)
                     yield report
 
 
-# One pass over every kernel: small, for each memory access is looked at.
+# One pass over every kernel at small sizes, since every memory access is checked.
 _SANITIZED = """
 import sys
 from loss_core.check import check
@@ -159,14 +159,14 @@ for loss in ("MaskedCrossEntropy", "KDLoss"):  # rows that several programs shar
 
 
 def run_sanitizer(device: str, out: Path) -> str:
-    """compute-sanitizer over one pass of the Triton kernels; the outcome in words."""
+    """Run compute-sanitizer over one pass of the Triton kernels; return the outcome as text."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if device == "cpu" or tool is None:
         return "not run: " + ("no GPU" if device == "cpu" else "compute-sanitizer is not on PATH")
     # torch's caching allocator would hide an access beyond the end of a tensor.
     command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "99",
                sys.executable, "-c", _SANITIZED]  # fmt: skip
-    # A group of its own, to end it whole: the tool is a process that starts the program.
+    # In a separate process group, to kill both: the tool starts the program as a child process.
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
@@ -240,7 +240,7 @@ def run_kernels(out: Path) -> list[str]:
 
 
 def add_wheels(folder: Path, out: Path) -> None:
-    """Make the packages of pure Python wheels importable, here and in the processes of the benchmark."""
+    """Make pure Python wheels importable, in this process and in those of the benchmark."""
     for wheel in sorted(folder.glob("*-none-any.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(out / "site")
@@ -252,7 +252,7 @@ def add_wheels(folder: Path, out: Path) -> None:
 def run_step(
     step: Step, device: str, rounds: int, seconds: float, save: Callable[[str, BenchReport], None]
 ) -> BenchReport:
-    """One benchmark; its report is saved as it grows."""
+    """Run one benchmark; its report is saved after every call."""
     report = bench(
         step.config,
         [flag for flag in step.flags if flag_status(flag).usable],
@@ -271,7 +271,7 @@ def run_step(
 
 
 def against_goal(step: Step, group: Sequence[BenchRow]) -> str:
-    """One line of the summary."""
+    """Line of the summary: time, memory, goals and the best baseline of a call."""
     head = f"{step.name:19}{'x'.join(map(str, group[0].shape)):19}"
     ours, baseline, roofline = (
         best_flag_of(group, step.framework),
@@ -286,9 +286,9 @@ def against_goal(step: Step, group: Sequence[BenchRow]) -> str:
         parts.append(f"(goal {step.of_roofline:.0%}: {'met' if share >= step.of_roofline else 'NOT met'})")
     if ours.peak is not None:
         parts.append(memory_text(ours.peak))
-    if step.most_bytes and ours.peak is not None and group[0].shape == step.shapes[0]:
-        goal = memory_text(step.most_bytes)
-        parts.append(f"(goal {goal}: {'met' if ours.peak <= step.most_bytes else 'NOT met'})")
+    if step.max_bytes and ours.peak is not None and group[0].shape == step.shapes[0]:
+        goal = memory_text(step.max_bytes)
+        parts.append(f"(goal {goal}: {'met' if ours.peak <= step.max_bytes else 'NOT met'})")
     if baseline is not None and baseline.seconds:
         parts.append(
             f"{ours.seconds / baseline.seconds:.2f} of {baseline.implementation}'s {time_text(baseline.seconds)}"
@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         try:
             report = run_step(step, options.device, options.rounds, seconds, save)
-        except ImportError as error:  # a framework that is not here: the other steps go on
+        except ImportError as error:  # a framework is missing: the other steps still run
             summary.append(f"{step.name:19}not run: {error}")
             continue
         summary += [against_goal(step, group) for group in report.groups()]
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_page(out: Path, summary: Sequence[str], pages: Sequence[str]) -> None:
-    """What is known by now."""
+    """Write report.md from the results so far."""
     text = "\n".join(["# GPU report", "", "```text", *summary, "```", "", *pages])
     (out / "report.md").write_text(text + "\n", "utf-8")
 

@@ -3,9 +3,9 @@
     python examples/jax_step.py
     python examples/jax_step.py --backend jax:xla --steps 500
 
-The built loss is a function of arrays: `jax.jit` and `jax.grad` take it as it is. A torch flag
-works, too, where torch is installed: JAX then calls the torch loss on the host. The model
-predicts a byte of Python's argparse module from the 8 bytes before it.
+The built loss is a function of arrays, which `jax.jit` and `jax.grad` accept directly. With torch
+installed a torch flag works as well: JAX then calls the torch loss on the host. The model predicts
+a byte of Python's argparse module from the 8 bytes before it.
 """
 
 # N = windows in all, B = batch, C = context, E = embedding, H = hidden, V = vocabulary (the 256 bytes)

@@ -1,11 +1,11 @@
-"""Port a loss of your own from PyTorch to JAX, and let `compare` find what went wrong on the way.
+"""Port a custom loss from PyTorch to JAX, and find the error in the port with `compare`.
 
     python examples/port_a_loss.py
 
 The loss is PPO's clipped objective over the tokens of a completion (arXiv:1707.06347, equation 7).
-The first port has a usual mistake. `compare` runs both functions, value and gradients, in float32
-and in float64, and names the tensor, the position and both values where they part by more than
-rounding explains. Neither function needs to know of loss_core.
+The first port has a common mistake. `compare` runs both functions, value and gradients, in float32
+and in float64, and names the tensor, the position and both values where they differ by more than
+rounding explains. Neither function depends on loss_core.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLIP = 0.2
 def ppo_torch(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """What has been in use: every argument is [B, S]."""
+    """The loss to port; every argument is [B, S]."""
     ratio = torch.exp(logprobs - old_logprobs)
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
     return -(gain * mask).sum() / mask.sum()
@@ -44,7 +44,7 @@ def second_port(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Ar
 
 
 def main() -> int:
-    # Better still: arrays captured in a real run, np.load("captured.npz").
+    # Better: arrays captured in a real run, np.load("captured.npz").
     rng = np.random.default_rng(0)
     shape = (8, 100)
     old_logprobs = -rng.exponential(1.0, shape)

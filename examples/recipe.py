@@ -9,7 +9,7 @@ import yaml
 
 
 def loss_of(path: Path) -> Any:
-    """What stands under `loss:` of the file."""
+    """Value of the key `loss` of a YAML file; ValueError if it has none."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 examples/tensor_parallel.py --backend torch   # a 2 x 2 mesh, dp x tp
     python examples/tensor_parallel.py --backend jax                          # 4 forced CPU devices
 
-Every run prints the same numbers: the loss of all tokens, and the norm of each gradient over all ranks. The problem is
-made here, whole, in NumPy; how it is spread and computed is in tensor_parallel_torch.py and tensor_parallel_jax.py,
-which say what to change on GPUs and on several hosts.
+Every run prints the same values: the loss of all tokens, and the norm of each gradient over all ranks. The unsharded
+problem is created here in NumPy; tensor_parallel_torch.py and tensor_parallel_jax.py shard and compute it, and say what
+to change on GPUs and on several hosts.
 """
 
 # B = sequences, S = positions of a sequence, V = vocabulary, H = hidden
@@ -24,23 +24,23 @@ from numpy.typing import NDArray
 
 from loss_core import BackendUnavailable
 
-# V divides by no number of ranks: the last one holds fewer classes.
+# V is a multiple of no count of ranks: the last rank has fewer classes.
 BATCH, SEQUENCE, VOCAB, HIDDEN = 4, 64, 1003, 32
 IGNORE_INDEX = -100
 
-# Norm of each gradient by the argument's name, and the loss under "loss"; by the name of the loss.
+# By name of the loss: the norm of each gradient by name of the argument, and the loss under "loss".
 Results = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All of it, as one device would hold it.
+    """The unsharded problem.
 
     Attributes:
-        backend: the flag that was given.
+        backend: the flag.
         hidden_BSH, weight_VH: float32; the logits are their product.
         teacher_BSV: float32 logits to distil from.
-        labels_BS: int64, half of them IGNORE_INDEX; num_label_tokens: how many are not.
+        labels_BS: int64, half of them IGNORE_INDEX; num_label_tokens: count of the others.
     """
 
     backend: str
@@ -83,7 +83,7 @@ def main() -> int:
         results = run(make_problem(args.backend, args.seed))
     except (BackendUnavailable, ImportError, ValueError) as error:
         parser.exit(2, f"{error}\n")
-    # Of several processes, one has the results.
+    # With several processes, only rank 0 has the results.
     if results is not None:
         print(table(results), flush=True)
     return 0
@@ -92,6 +92,6 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Not sys.exit: a thread of gloo may still hold a tensor, and letting go of it while the interpreter shuts down
-    # aborts the process now and then (torch 2.13).
+    # Not sys.exit: a thread of gloo may still hold a tensor, and freeing it while the interpreter shuts down
+    # sometimes aborts the process (torch 2.13).
     os._exit(status)

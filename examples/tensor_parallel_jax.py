@@ -1,14 +1,14 @@
-"""The JAX half of tensor_parallel.py: one process, with four CPU devices that are forced to be there.
+"""The JAX half of tensor_parallel.py: one process with four forced CPU devices.
 
 The mesh is dp x tp: tokens over dp, classes over tp. `tp_group="tp"` is all that the losses need; under `jax.set_mesh`
-they wrap themselves in `jax.shard_map` over that axis, and pad the vocabulary, which does not divide by it. Inside a
-`jax.shard_map` of your own the same losses take this device's share of the classes.
+they wrap themselves in `jax.shard_map` over that axis, and pad the vocabulary, which is not a multiple of its size. In
+your own `jax.shard_map` the same losses take this device's shard of the classes.
 
-On GPUs or TPUs the devices are there: leave `jax_num_cpu_devices` out. On several hosts, call
-`jax.distributed.initialize()` first, in one process per host (under SLURM, MPI or on TPUs it finds the others by
-itself; elsewhere pass it `coordinator_address`, `num_processes` and `process_id`); `jax.devices()` then holds those of
-all hosts. Make each array from what its host has read, with `jax.make_array_from_process_local_data`, in place of
-`jax.device_put`. Nothing else changes. Let tp be the devices of one host, the innermost dimension of the mesh.
+On GPUs or TPUs omit `jax_num_cpu_devices`. On several hosts, call `jax.distributed.initialize()` first, in one process
+per host (under SLURM, MPI or on TPUs it finds the others by itself; elsewhere pass it `coordinator_address`,
+`num_processes` and `process_id`); `jax.devices()` then lists those of all hosts. Create each array from the data of its
+host with `jax.make_array_from_process_local_data` instead of `jax.device_put`. Nothing else changes. Let tp be the
+devices of one host, the innermost dimension of the mesh.
 """
 
 # B = sequences, S = positions of a sequence, V = vocabulary, H = hidden
@@ -32,7 +32,7 @@ DATA_PARALLEL, TENSOR_PARALLEL = 2, 2
 
 
 def run(problem: Problem) -> Results:
-    # Before JAX looks for its devices. Where XLA_FLAGS says how many there are, it is to be believed.
+    # Before JAX initializes its devices. A count in XLA_FLAGS takes precedence.
     if jax.config.jax_num_cpu_devices < 0:
         jax.config.update("jax_num_cpu_devices", DATA_PARALLEL * TENSOR_PARALLEL)
     jax.config.update("jax_platforms", "cpu")
@@ -42,39 +42,39 @@ def run(problem: Problem) -> Results:
 
 
 def _results(problem: Problem, mesh: jax.sharding.Mesh) -> Results:
-    def placed(value: Any, *axes: str | None) -> jax.Array:
+    def place(value: Any, *axes: str | None) -> jax.Array:
         return jax.device_put(value, NamedSharding(mesh, P(*axes)))
 
-    labels = placed(problem.labels_BS, "dp")
-    hidden_states = placed(problem.hidden_BSH, "dp")
-    # P("tp") where V divides by the axis: then no device ever holds the whole head.
-    lm_weight = placed(problem.weight_VH)
-    logits = placed(problem.hidden_BSH @ problem.weight_VH.T, "dp")
-    teacher_logits = placed(problem.teacher_BSV, "dp")
+    labels = place(problem.labels_BS, "dp")
+    hidden_states = place(problem.hidden_BSH, "dp")
+    # With V a multiple of the axis, P("tp"): then no device ever holds the full head.
+    lm_weight = place(problem.weight_VH)
+    logits = place(problem.hidden_BSH @ problem.weight_VH.T, "dp")
+    teacher_logits = place(problem.teacher_BSV, "dp")
 
-    found: Results = {}
+    results: Results = {}
 
     def record(name: str, loss_fn: Callable[..., jax.Array], **inputs: jax.Array) -> None:
-        loss, grads = jax.jit(jax.value_and_grad(lambda given: loss_fn(**given)))(inputs)
+        loss, grads = jax.jit(jax.value_and_grad(lambda arguments: loss_fn(**arguments)))(inputs)
         norms = {key: float(jnp.linalg.norm(grad)) for key, grad in grads.items()}
-        found[name] = {"loss": float(loss), **norms}
+        results[name] = {"loss": float(loss), **norms}
 
     count = problem.num_label_tokens
     fused = FusedLinearCEConfig(tp_group="tp").build(backend=problem.backend)
     record(
         "FusedLinearCrossEntropy",
-        lambda **given: fused(labels=labels, num_label_tokens=count, **given),
+        lambda **args: fused(labels=labels, num_label_tokens=count, **args),
         hidden_states=hidden_states,
         lm_weight=lm_weight,
     )
 
     masked = MaskedCrossEntropyConfig(tp_group="tp").build(backend=problem.backend)
-    record("MaskedCrossEntropy", lambda **given: masked(labels=labels, num_label_tokens=count, **given), logits=logits)
+    record("MaskedCrossEntropy", lambda **args: masked(labels=labels, num_label_tokens=count, **args), logits=logits)
 
     distil = KDLossConfig(temperature=2.0, tp_group="tp").build(backend=problem.backend)
     record(
         "KDLoss",
-        lambda **given: distil(teacher_logits=teacher_logits, labels=labels, num_batch_labels=count, **given),
+        lambda **args: distil(teacher_logits=teacher_logits, labels=labels, num_batch_labels=count, **args),
         student_logits=logits,
     )
-    return found
+    return results

@@ -1,8 +1,7 @@
 """The torch half of tensor_parallel.py: one process per rank, started by torchrun.
 
-The tensors are DTensors on a mesh dp x tp. Their placements say all that the losses need: tokens over dp, classes over
-tp. With plain local tensors it is the same, with `tp_group=mesh["tp"]` in the config and the loss that of the local
-tokens.
+The tensors are DTensors on a mesh dp x tp. Their placements are all that the losses need: tokens over dp, classes over
+tp. With plain local tensors, set `tp_group=mesh["tp"]` in the config; the loss is then that of the local tokens.
 
 On GPUs, three things change: the backend of the process group ("nccl"), the device of the mesh ("cuda"), and
 `torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))` before the first tensor. On several hosts torchrun is started on
@@ -39,7 +38,7 @@ def run(problem: Problem) -> Results | None:
             "Start this with torchrun, which starts the processes: "
             "torchrun --nproc-per-node 2 examples/tensor_parallel.py --backend torch"
         )
-    # No rank waits for another one longer than this.
+    # Limit on the time that a rank waits for another.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
         ranks = dist.get_world_size()
@@ -52,27 +51,27 @@ def run(problem: Problem) -> Results | None:
 
 
 def _results(problem: Problem, mesh: DeviceMesh) -> Results:
-    def placed(value: np.ndarray[Any, Any], *placements: Placement) -> Any:
+    def place(value: np.ndarray[Any, Any], *placements: Placement) -> Any:
         return distribute_tensor(torch.from_numpy(value), mesh, placements)
 
     tokens = (Shard(0), Replicate())
-    labels = placed(problem.labels_BS, *tokens)
-    hidden_states = placed(problem.hidden_BSH, *tokens).requires_grad_()
-    # V is not a multiple of the ranks: DTensor gives the last one fewer rows, and so may you.
-    lm_weight = placed(problem.weight_VH, Replicate(), Shard(0)).requires_grad_()
-    logits = placed(problem.hidden_BSH @ problem.weight_VH.T, Shard(0), Shard(2)).requires_grad_()
-    teacher_logits = placed(problem.teacher_BSV, Shard(0), Shard(2))
+    labels = place(problem.labels_BS, *tokens)
+    hidden_states = place(problem.hidden_BSH, *tokens).requires_grad_()
+    # V is not a multiple of the ranks: the last shard has fewer rows, as local tensors may have.
+    lm_weight = place(problem.weight_VH, Replicate(), Shard(0)).requires_grad_()
+    logits = place(problem.hidden_BSH @ problem.weight_VH.T, Shard(0), Shard(2)).requires_grad_()
+    teacher_logits = place(problem.teacher_BSV, Shard(0), Shard(2))
 
-    found: Results = {}
+    results: Results = {}
 
     def record(name: str, loss: torch.Tensor, **inputs: Any) -> None:
         loss.backward()
         norms = {key: float(value.grad.full_tensor().norm()) for key, value in inputs.items()}
-        found[name] = {"loss": float(loss.detach()), **norms}
+        results[name] = {"loss": float(loss.detach()), **norms}
         for value in inputs.values():
             value.grad = None
 
-    # The count is that of all tokens, on all ranks.
+    # The count over all ranks, on every rank.
     count = problem.num_label_tokens
     fused = FusedLinearCEConfig().build(backend=problem.backend)
     loss = fused(hidden_states, labels, lm_weight, num_label_tokens=count)
@@ -84,4 +83,4 @@ def _results(problem: Problem, mesh: DeviceMesh) -> Results:
     distil = KDLossConfig(temperature=2.0).build(backend=problem.backend)
     loss = distil(logits, teacher_logits, labels, num_batch_labels=count)
     record("KDLoss", loss, student_logits=logits)
-    return found
+    return results

@@ -3,13 +3,13 @@
     python examples/train_byte_lm.py --backend torch
     python examples/train_byte_lm.py --backend jax
 
-Four things here are about loss_core, each marked with its number; the rest is any training script,
-with its model and its data in byte_lm.py, and recipe.py to read the file:
+Four parts are specific to loss_core, each marked with its number; the rest is any training script,
+with its model and data in byte_lm.py, and recipe.py to read the file:
 
 1. the config is read from YAML and names no framework;
-2. the flag builds it: `--backend jax` gives a torch module, too, which runs the JAX loss;
-3. the loss gets hidden states and the head's weight, so that the logits never exist as a whole;
-4. padding carries `ignore_index` as its label, and the sum is divided by the count of label tokens.
+2. the flag selects the backend: `--backend jax` also builds a torch module, which runs the JAX loss;
+3. the loss takes hidden states and the head's weight, so that the full logits are never materialized;
+4. padding has the label `ignore_index`, and the sum is divided by the count of label tokens.
 """
 
 # N = windows in all, B = windows of a batch, S = positions of a window, H = width
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# PyTorch's and XLA's threads share the cores: those that wait must sleep, not spin.
+# PyTorch's and XLA's threads share the cores: idle threads must sleep, not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -42,19 +42,19 @@ BATCH, LEARNING_RATE, WARMUP_STEPS, MAX_GRAD_NORM = 16, 3e-3, 20, 1.0
 LOSS_FILE = Path(__file__).with_name("byte_lm.yaml")
 
 CrossEntropyConfig = FusedLinearCEConfig | MaskedCrossEntropyConfig | TEParallelCEConfig
-# Called before each step with the step, the model, the inputs and the labels: how demo.py looks inside a run.
+# Called before each step with the step, the model, the inputs and the labels; demo.py compares gradients with it.
 Probe = Callable[[int, ByteLM, Tensor, Tensor], None]
 
 
 @dataclass
 class Curve:
-    """What a run leaves behind.
+    """Results of a training run.
 
     Attributes:
-        backend: the flag that was given; kernel: the flag of the kernel that ran.
+        backend: the flag; kernel: the flag of the kernel that ran.
         config: the loss config, as a dict.
         losses: of each step's batch; valid_loss: of the held-out windows at the end. In nats per byte.
-        seconds: of the whole run, compilation included.
+        seconds: of the run, compilation included.
         interrupted: whether Ctrl-C ended it.
     """
 
@@ -80,9 +80,9 @@ def read_loss_config(path: Path) -> CrossEntropyConfig:
 def loss_arguments(
     model: ByteLM, config: CrossEntropyConfig, inputs_BS: Tensor, labels_BS: Tensor
 ) -> dict[str, Tensor]:
-    """(3, 4) What the loss is called with: hidden states and weight for a fused loss, logits for the others."""
+    """(3, 4) Arguments of the loss: hidden states and weight for a fused loss, logits for the others."""
     hidden_BSH = model(inputs_BS)
-    num_label_tokens = (labels_BS != config.ignore_index).sum()  # stays a tensor: no wait for a device
+    num_label_tokens = (labels_BS != config.ignore_index).sum()  # a tensor: no device sync
     arguments = {"labels": labels_BS, "num_label_tokens": num_label_tokens}
     if isinstance(config, FusedLinearCEConfig):
         return arguments | {"hidden_states": hidden_BSH, "lm_weight": model.lm_head.weight}
@@ -98,7 +98,7 @@ def train(
     dtype: str = "float32",
     probe: Probe | None = None,
 ) -> Curve:
-    """Train a fresh model; Ctrl-C ends it early, with what was trained so far."""
+    """Train a new model; Ctrl-C ends the run early and keeps the results so far."""
     loss_fn = build_torch_loss(config, backend=backend)  # (2)
     kernel = getattr(getattr(loss_fn, "kernel_choice", None), "flag", backend)
     curve = Curve(backend, kernel, config.to_dict(), seed, dtype)

@@ -1,4 +1,4 @@
-"""Each example, run as a user runs it: a process of its own in an empty folder."""
+"""Each example, run as a user runs it: in a separate process and an empty folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loss_core.losses import oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-# One thread each: the tests run side by side.
+# One thread each: the tests run in parallel.
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends"), str(EXAMPLES)]),
@@ -37,7 +37,7 @@ def example(folder: Path, name: str, *options: str) -> subprocess.CompletedProce
     return run(folder, str(EXAMPLES / name), *options)
 
 
-# Held-out text is most of what a short run takes.
+# The held-out text takes most of the time of a short run.
 LESS_TEXT = """
 import runpy, sys, byte_lm
 byte_lm.MAX_BYTES = 30_000
@@ -56,7 +56,7 @@ def loss_file(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_training_gives_the_same_losses_on_both_backends(tmp_path):
+def test_training_has_the_same_losses_on_both_backends(tmp_path):
     curves = []
     for flag in ("torch:eager", "jax:xla"):
         out = tmp_path / f"{flag.partition(':')[0]}.json"
@@ -67,12 +67,12 @@ def test_training_gives_the_same_losses_on_both_backends(tmp_path):
     assert [curve["kernel"] for curve in curves] == ["torch:eager", "jax:xla"]
     losses = [np.array([*curve["losses"], curve["valid_loss"]]) for curve in curves]
     assert losses[0].shape == (4,)
-    # The first loss of a byte model that knows nothing is log 256.
+    # The first loss of an untrained byte model is near log 256.
     assert abs(losses[0][0] - np.log(256)) < 0.2
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_another_loss_by_the_file_alone(tmp_path):
+def test_the_file_alone_selects_another_loss(tmp_path):
     path = loss_file(tmp_path, "name: MaskedCrossEntropy, ignore_index: -1")
     done = on_less_text(tmp_path, "train_byte_lm.py", "--loss", path, "--steps", "1", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
@@ -89,8 +89,8 @@ def test_another_loss_by_the_file_alone(tmp_path):
     ],
     ids=["unknown flag", "typo", "no YAML", "a loss with a teacher", "a reduction that is not summed"],
 )
-def test_a_mistake_is_a_message_and_no_traceback(tmp_path, monkeypatch, capsys, options, text, message):
-    # In this process, which has torch already: whatever is not an orderly exit is no SystemExit here.
+def test_a_user_error_is_a_message_without_traceback(tmp_path, monkeypatch, capsys, options, text, message):
+    # In this process, which has imported torch; an uncaught error would not be a SystemExit.
     monkeypatch.syspath_prepend(str(EXAMPLES))
     script = str(EXAMPLES / "train_byte_lm.py")
     monkeypatch.setattr(sys, "argv", [script, "--steps", "1", "--loss", loss_file(tmp_path, text), *options])
@@ -100,9 +100,9 @@ def test_a_mistake_is_a_message_and_no_traceback(tmp_path, monkeypatch, capsys, 
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
-def test_ctrl_c_leaves_quietly_with_what_was_trained(tmp_path):
-    # A shell that starts the tests in the background has them ignore SIGINT, and children inherit that.
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent differently")
+def test_ctrl_c_exits_without_traceback_and_keeps_the_curve(tmp_path):
+    # Tests that a shell starts in the background ignore SIGINT, and their children inherit that.
     code = (
         "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_quietly_with_what_was_trained(tmp_path):
     assert len(json.loads((tmp_path / "curve.json").read_text())["losses"]) >= 1
 
 
-def test_demo_writes_its_page_and_says_how_far_apart(tmp_path):
+def test_demo_writes_its_page_and_prints_the_differences(tmp_path):
     done = on_less_text(tmp_path, "demo.py", "--steps", "3")
     assert done.returncode == 0, done.stderr
     assert "Agree: held-out loss" in done.stdout
@@ -133,8 +133,8 @@ def test_demo_writes_its_page_and_says_how_far_apart(tmp_path):
     ).replace("https://matplotlib.org", ""), "the page loads something from elsewhere"
 
 
-def test_demo_fails_when_a_backend_is_wrong(tmp_path):
-    # The torch loss in both places; the second one is right, but its gradient is 1e-4 too large.
+def test_demo_fails_if_a_backend_is_wrong(tmp_path):
+    # The torch loss on both flags; the second has the right value, but a gradient that is 1e-4 too large.
     broken = f"""
 import runpy, sys
 import torch, byte_lm, loss_core_bridge
@@ -183,13 +183,13 @@ def test_jax_step_learns_without_loading_torch(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"), [("custom_loss.py", "trained with --backend jax"), ("port_a_loss.py", "second_port: agrees")]
 )
-def test_script_does_what_it_says(tmp_path, name, line):
+def test_script_prints_its_result(tmp_path, name, line):
     done = example(tmp_path, name)
     assert done.returncode == 0, done.stdout + done.stderr
     assert line in done.stdout
 
 
-# What the command line needs and a machine with a GPU may lack, and what then runs the session.
+# Runs a script without the libraries of the command line, which a machine with a GPU may lack.
 WITHOUT_CLI = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("typer", "rich", "yaml", "jinja2", "matplotlib", "safetensors"))
@@ -198,7 +198,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_the_gpu_report_runs_on_a_cpu_without_the_extras_of_the_command_line(tmp_path):
+def test_the_gpu_report_runs_on_a_cpu_without_the_cli_extra(tmp_path):
     done = run(
         tmp_path, "-c", WITHOUT_CLI, str(EXAMPLES / "gpu_report.py"), "--device", "cpu", "--small", "--rounds", "1",
         "--only", "sanitizer", "jax-kd", "--out", "results",
@@ -210,24 +210,24 @@ def test_the_gpu_report_runs_on_a_cpu_without_the_extras_of_the_command_line(tmp
     assert "jax:xla" in (tmp_path / "results" / "report.md").read_text()
 
 
-def test_the_gpu_report_shows_its_steps_and_refuses_others(tmp_path):
+def test_the_gpu_report_lists_its_steps_and_rejects_others(tmp_path):
     done = example(tmp_path, "gpu_report.py", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "KDLossConfig 4096x128256" in done.stdout
     assert example(tmp_path, "gpu_report.py", "--only", "lunch").returncode == 2
 
 
-def test_the_benchmark_page_is_what_its_results_say(tmp_path):
+def test_the_benchmark_pages_match_their_results(tmp_path):
     done = example(tmp_path, "benchmark_page.py", "--check")
     assert done.returncode == 0, f"run `make benchmarks`: {done.stdout}{done.stderr}"
 
 
 def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
-    """What tensor_parallel.py must print, by the oracle: loss, and the norm of each gradient."""
+    """Expected output of tensor_parallel.py, from the oracle: loss, and the norm of each gradient."""
     problem = runpy.run_path(str(EXAMPLES / "tensor_parallel.py"), run_name="tensor_parallel")["make_problem"]("", seed)
     logits = problem.hidden_BSH @ problem.weight_VH.T
     count = np.asarray(problem.num_label_tokens)
-    given = {"labels": problem.labels_BS, "num_label_tokens": count, "num_batch_labels": count}
+    shared = {"labels": problem.labels_BS, "num_label_tokens": count, "num_batch_labels": count}
     calls = {
         "FusedLinearCrossEntropy": (
             FusedLinearCEConfig(),
@@ -239,7 +239,7 @@ def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
     expected = {}
     for name, (config, inputs) in calls.items():
         teacher = {"teacher_logits": problem.teacher_BSV} if name == "KDLoss" else {}
-        found = oracle.evaluate(config, inputs | teacher | given)
+        found = oracle.evaluate(config, inputs | teacher | shared)
         expected[name] = [float(found.loss), *(float(np.linalg.norm(found.grads[of])) for of in inputs)]
     return expected
 
@@ -248,7 +248,7 @@ def _tensor_parallel_expected(seed: int) -> dict[str, list[float]]:
     ("backend", "processes"),
     [("torch:eager", 2), pytest.param("torch:eager", 4, marks=pytest.mark.slow), ("jax:xla", 1)],
 )
-def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, backend, processes):
+def test_tensor_parallel_prints_the_values_of_the_unsharded_problem(tmp_path, backend, processes):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     command = (str(EXAMPLES / "tensor_parallel.py"), "--backend", backend, "--seed", "3")
     done = run(tmp_path, *(torchrun if processes > 1 else ()), *command)
@@ -260,7 +260,7 @@ def test_tensor_parallel_prints_the_numbers_of_the_whole_problem(tmp_path, backe
         np.testing.assert_allclose(np.array(printed[name], float), numbers, atol=1e-5)
 
 
-def test_tensor_parallel_without_torchrun_says_how_to_start_it(tmp_path):
+def test_tensor_parallel_without_torchrun_prints_how_to_start_it(tmp_path):
     done = example(tmp_path, "tensor_parallel.py", "--backend", "torch")
     assert done.returncode == 2
     assert "torchrun --nproc-per-node 2" in done.stderr

@@ -1,4 +1,4 @@
-"""One list of versions, and every make target documented: what drifts when nobody looks."""
+"""One list of versions, documented make targets, and the release workflow."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LINUX_ONLY = {"triton", "transformer-engine", "megatron-core"}
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
-def test_a_requirement_is_a_range_that_the_pin_is_in(requirement):
+def test_a_requirement_is_a_range_that_includes_the_pin(requirement):
     name = canonicalize_name(requirement.name)
     if name == PROJECT["name"]:
         assert requirement.extras <= set(PROJECT["optional-dependencies"])
         return
-    assert {clause.operator for clause in requirement.specifier} <= {">=", "<"}, "pins belong into constraints.txt"
+    assert {clause.operator for clause in requirement.specifier} <= {">=", "<"}, "pins belong in constraints.txt"
     if name in NOT_PINNED:
         assert name not in PINS
     else:
@@ -67,14 +67,14 @@ def test_no_second_list_of_versions(name):
     assert re.findall(r"\w==\s*\d\S*", (ROOT / name).read_text()) == []
 
 
-def test_the_release_publishes_what_the_checks_have_passed():
+def test_the_release_publishes_only_after_the_checks():
     # "on" is a boolean in YAML 1.1.
     workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
     assert workflow[True] == {"push": {"tags": ["v*"]}}
     jobs = workflow["jobs"]
     assert (jobs["publish"]["needs"], jobs["build"]["needs"]) == ("build", "check")
     assert [name for name, job in jobs.items() if "permissions" in job] == ["publish"]
-    # The version is read as the workflow reads it.
+    # The pattern with which the workflow reads the version.
     assert re.findall(r'^__version__ = "(.*)"$', (ROOT / "loss_core/__init__.py").read_text(), re.MULTILINE)
 
 

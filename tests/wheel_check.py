@@ -1,8 +1,8 @@
-"""The wheel as a stranger meets it: in an empty environment, then with torch only, then with jax only.
+"""Install and test the wheel as a user does: in an empty environment, then with torch only, then with jax only.
 
-Builds the sdist, and the wheel from the sdist, so that both are tried. Prints a line for each thing that
-held; stops with what went wrong. `make check-wheel` runs it; it needs `build` and `hatchling`, and pip's
-registry or its cache.
+Builds the sdist, and the wheel from the sdist, so that both are tested. Prints a line for each check that
+passed, and stops at the first failure. `make check-wheel` runs it; it needs `build` and `hatchling`, and
+pip's registry or cache.
 
     python tests/wheel_check.py
 """
@@ -22,7 +22,7 @@ PACKAGES = (
     "loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench", "loss_core_baselines",
 )  # fmt: skip
 
-# Each of these runs with -I in a folder of its own, so that nothing of the checkout is on its path.
+# Each of these runs with -I outside the checkout, so that none of its files is on the path.
 LOADS_NEITHER = """
 import sys, loss_core
 from pathlib import Path
@@ -31,9 +31,7 @@ assert site.name == "site-packages", site
 assert not {"torch", "jax"} & set(sys.modules), "import loss_core loaded a framework"
 for name in ("backends", "tests", "examples"):
     assert not (site / name).exists(), f"the wheel put {name} into site-packages"
-for name in (
-    "loss_core", "loss_core_torch", "loss_core_jax", "loss_core_bridge", "loss_core_bench", "loss_core_baselines",
-):
+for name in PACKAGES:
     assert (site / name / "py.typed").is_file(), f"{name} has no py.typed"
 """
 REFUSES = """
@@ -80,7 +78,7 @@ assert math.isclose(value, 2 * math.log(4), rel_tol=1e-6), value
 assert KDLossConfig().build(backend="jax")(jnp.zeros((2, 4)), jnp.zeros((2, 4)), labels) == 0
 assert "torch" not in sys.modules
 """
-# Each adapter imports its library when it is used, and says what to install. torchtitan imports its own by itself.
+# Each adapter imports its library on use, with an error that names the install command. titan does so on import.
 INTEGRATIONS = """
 import importlib, sys
 for name in ("heads", "hf", "megatron", "nemo", "trl"):
@@ -97,7 +95,7 @@ for line, use in (
     except ImportError as error:
         assert line in str(error), error
     else:
-        raise AssertionError(f"nothing told to {line}")
+        raise AssertionError(f"no error names {line}")
 """
 SCHEMA = """
 import json, subprocess, sys
@@ -111,43 +109,42 @@ JAX_FLAGS = "['jax', 'jax:xla']"
 
 
 def refuses(missing: str, flags: str) -> str:
-    """Code that expects every config to be refused for these flags, for want of that library."""
+    """Code that asserts that no config can be built for these flags without the library."""
     return f"MISSING, FLAGS = {missing!r}, {flags}\n{REFUSES}"
 
 
 def main() -> None:
-    """Build, look inside, install three times."""
+    """Build, inspect the archives, and test three environments."""
     with tempfile.TemporaryDirectory(prefix="loss-core-wheel-") as folder:
-        there = Path(folder)
-        sdist, wheel = build(there / "dist")
-        look_inside(sdist, wheel)
+        root = Path(folder)
+        sdist, wheel = build(root / "dist")
+        inspect_archives(sdist, wheel)
 
-        empty = environment(there / "empty", f"{wheel}")
-        lacks(empty, "torch", "jax", "typer", "rich", "yaml")
-        holds(
+        empty = environment(root / "empty", f"{wheel}")
+        check_absent(empty, "torch", "jax", "typer", "rich", "yaml")
+        run_check(
             empty, "import loads neither torch nor jax; no 'backends'; typed", f"PACKAGES = {PACKAGES}{LOADS_NEITHER}"
         )
-        holds(empty, "without torch: BackendUnavailable, the reason, the install line", refuses("torch", TORCH_FLAGS))
-        holds(empty, "without jax: BackendUnavailable, the reason, the install line", refuses("jax", JAX_FLAGS))
+        run_check(empty, "without torch: BackendUnavailable, reason and install line", refuses("torch", TORCH_FLAGS))
+        run_check(empty, "without jax: BackendUnavailable, reason and install line", refuses("jax", JAX_FLAGS))
         command_without_its_extra(empty)
 
-        with_torch = environment(there / "torch", f"{wheel}[torch]")
-        lacks(with_torch, "jax")
-        holds(with_torch, "torch only: every config builds on torch", TORCH_BUILDS)
-        holds(with_torch, "torch only: jax flags are refused", refuses("jax", JAX_FLAGS))
+        with_torch = environment(root / "torch", f"{wheel}[torch]")
+        check_absent(with_torch, "jax")
+        run_check(with_torch, "torch only: every config builds on torch", TORCH_BUILDS)
+        run_check(with_torch, "torch only: jax flags are refused", refuses("jax", JAX_FLAGS))
+        run_check(with_torch, "torch only: the adapters import, and say what to install", INTEGRATIONS)
 
-        holds(with_torch, "torch only: the adapters import, and say what to install", INTEGRATIONS)
-
-        with_jax = environment(there / "jax", f"{wheel}[jax,cli]")
-        lacks(with_jax, "torch")
-        holds(with_jax, "jax only: every config builds on jax", JAX_BUILDS)
-        holds(with_jax, "jax only: torch flags are refused", refuses("torch", TORCH_FLAGS))
-        holds(with_jax, "jax only, cli: loss-core losses --schema is a schema", SCHEMA)
+        with_jax = environment(root / "jax", f"{wheel}[jax,cli]")
+        check_absent(with_jax, "torch")
+        run_check(with_jax, "jax only: every config builds on jax", JAX_BUILDS)
+        run_check(with_jax, "jax only: torch flags are refused", refuses("torch", TORCH_FLAGS))
+        run_check(with_jax, "jax only, cli: loss-core losses --schema is a schema", SCHEMA)
         check = ["check", "--backend", "jax:xla", "--config", "KDLoss", "--dtype", "float32"]
         for arguments in (["--help"], ["losses"], ["backends"], check):
-            run([with_jax.parent / "loss-core", *arguments], cwd=there)
-            say(f"jax only, cli: loss-core {' '.join(arguments)}")
-    say("all held")
+            run([with_jax.parent / "loss-core", *arguments], cwd=root)
+            report(f"jax only, cli: loss-core {' '.join(arguments)}")
+    report("all passed")
 
 
 def build(target: Path) -> tuple[Path, Path]:
@@ -155,24 +152,24 @@ def build(target: Path) -> tuple[Path, Path]:
     # Without isolation: hatchling is among the development tools, at the version of constraints.txt.
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", target, ROOT], cwd=ROOT)
     (sdist,), (wheel,) = target.glob("*.tar.gz"), target.glob("*.whl")
-    say(f"built {sdist.name} and, from it, {wheel.name}")
+    report(f"built {sdist.name} and, from it, {wheel.name}")
     return sdist, wheel
 
 
-def look_inside(sdist: Path, wheel: Path) -> None:
-    """The wheel holds the four packages and nothing else, the sdist what a packager needs and no litter."""
+def inspect_archives(sdist: Path, wheel: Path) -> None:
+    """Check that the wheel has the packages and nothing else, and the sdist the files that a packager needs."""
     names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.partition("/")[0] for name in names}
-    info = {top for top in tops if top.endswith(".dist-info")}
-    expect(tops - info == set(PACKAGES), f"the wheel holds {sorted(tops)}")
+    top_level = {name.partition("/")[0] for name in names}
+    info = {top for top in top_level if top.endswith(".dist-info")}
+    expect(top_level - info == set(PACKAGES), f"the wheel has {sorted(top_level)}")
     expect(any(name.endswith("licenses/LICENSE") for name in names), "the wheel has no LICENSE")
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "tests/wheel_check.py"}
     expect(needed <= files, f"the sdist lacks {sorted(needed - files)}")
     for name in (*names, *files):
-        expect("__pycache__" not in name and not name.endswith((".pyc", ".so")), f"litter: {name}")
-    say(f"wheel: {len(names)} files, {', '.join(PACKAGES)}; sdist: {len(files)} files")
+        expect("__pycache__" not in name and not name.endswith((".pyc", ".so")), f"build output in an archive: {name}")
+    report(f"wheel: {len(names)} files, {', '.join(PACKAGES)}; sdist: {len(files)} files")
 
 
 def environment(folder: Path, requirement: str) -> Path:
@@ -184,9 +181,9 @@ def environment(folder: Path, requirement: str) -> Path:
     return python
 
 
-def lacks(python: Path, *modules: str) -> None:
-    """The environment is as empty as the trial supposes."""
-    holds(
+def check_absent(python: Path, *modules: str) -> None:
+    """Check that the environment lacks the modules."""
+    run_check(
         python,
         f"{python.parts[-3]}: no {', '.join(modules)}",
         f"""
@@ -198,37 +195,37 @@ for name in {modules}:
 
 
 def command_without_its_extra(python: Path) -> None:
-    """`loss-core` without its libraries says what to install, in place of a traceback."""
+    """Check that `loss-core` without its libraries prints what to install instead of a traceback."""
     done = subprocess.run([python.parent / "loss-core", "--help"], capture_output=True, text=True)
     text = done.stdout + done.stderr
     expect(done.returncode != 0, "loss-core --help exits with 0 although its libraries are missing")
     expect("pip install 'loss-core[cli]'" in text, f"loss-core --help without the cli extra says: {text}")
     expect("Traceback" not in text, f"loss-core --help without the cli extra shows a traceback: {text}")
-    say(f"empty: loss-core --help says {text.strip()!r}")
+    report(f"empty: loss-core --help says {text.strip()!r}")
 
 
-def holds(python: Path, what: str, code: str) -> None:
-    """Run code in an environment, away from the checkout."""
+def run_check(python: Path, what: str, code: str) -> None:
+    """Run code in an environment, outside the checkout."""
     run([python, "-I", "-c", code], cwd=python.parent)
-    say(what)
+    report(what)
 
 
 def run(command: list[str | Path], cwd: Path) -> None:
-    """Run a command; its output is shown only when it fails."""
+    """Run a command; print its output only if it fails."""
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     shown = [str(part) if "\n" not in str(part) else "<code>" for part in command]
     expect(done.returncode == 0, f"{' '.join(shown)}\n{done.stdout}")
 
 
-def expect(held: bool, message: str) -> None:
-    """Stop with a message."""
-    if not held:
+def expect(condition: bool, message: str) -> None:
+    """Exit with a message unless the condition holds."""
+    if not condition:
         sys.exit(f"wheel check FAILED: {message}")
 
 
-def say(line: str) -> None:
-    """One line for each thing that held, at once."""
+def report(line: str) -> None:
+    """Print a line for a check that passed, unbuffered."""
     print(f"wheel check: {line}", flush=True)
 
 

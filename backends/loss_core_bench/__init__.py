@@ -1,4 +1,4 @@
-"""What runs inside the worker processes of `loss-core bench`: ours and the baselines, on torch and on JAX.
+"""Code of the worker processes of `loss-core bench`: our losses and the baselines, on torch and on JAX.
 
-loss_core.bench starts `python -m loss_core_bench.worker`, one per implementation, and imports nothing from here.
+loss_core.bench serves `loss_core_bench.worker.Worker` in separate processes and imports nothing from here.
 """

@@ -1,4 +1,4 @@
-"""Times of calls on CUDA: of the device by events, and of the host."""
+"""Timing on CUDA: device time by events, and host time."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ import torch
 
 from loss_core_bench.torch_ranks import Ranks
 
-# Of the device's clock, in one second of a sleep: more than any has.
-_CYCLES = 2.5e9
+# Converts seconds to cycles of `torch.cuda._sleep`; above the clock rate of every device.
+_CYCLES_PER_SECOND = 2.5e9
 
 
-def cuda_times(step: Callable[[], Any], budget: float, most: int, ranks: Ranks, device: str) -> list[float]:
-    """Seconds of each call by events on the device, which leaves out what the host does beside it.
+def cuda_times(step: Callable[[], Any], budget: float, max_calls: int, ranks: Ranks, device: str) -> list[float]:
+    """Seconds of each call on the device, measured by events.
 
-    The device sleeps before each call while the host asks for it: a queue that is empty would show the host's time.
+    The device sleeps before each call until the host has launched all of it: with an empty queue the events would
+    measure the host.
     """
     host = host_seconds(step)
     start = time.perf_counter()
     step()
     torch.cuda.synchronize()
-    count = ranks.least(max(1, min(most, int(budget / max(time.perf_counter() - start + host, 1e-6)))))
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for before, after in marks:
-        torch.cuda._sleep(int(_CYCLES * host))
-        ranks.line_up(device)
+    count = ranks.all_reduce_min(max(1, min(max_calls, int(budget / max(time.perf_counter() - start + host, 1e-6)))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for before, after in events:
+        torch.cuda._sleep(int(_CYCLES_PER_SECOND * host))
+        ranks.device_barrier(device)
         before.record()
         result = step()
         after.record()
         del result
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in marks]
+    return [before.elapsed_time(after) / 1e3 for before, after in events]
 
 
 def host_seconds(step: Callable[[], Any]) -> float:
-    """What the host takes to ask for a call, the second of two."""
+    """Seconds that the host takes to launch a call, the second of two."""
     step()
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The baselines on JAX, each behind a function that takes the forward arguments of our losses. The runner adds jit."""
+"""The baselines on JAX, each as a function of the forward arguments of our losses. The runner adds jit."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -21,17 +21,17 @@ Loss = Callable[..., jax.Array]
 
 
 def baseline_loss(name: str, config: LossConfig, job: Job) -> Loss:
-    """The loss that stands for a baseline.
+    """The loss function of a baseline.
 
     Raises:
-        BackendUnavailable: not for this config.
+        BackendUnavailable: if the baseline does not support the config or the job.
     """
     BASELINES[name].check(config)
     return _ADAPTERS[name](config, job)
 
 
 def _reduced(config: Any, loss_T: jax.Array, labels_T: jax.Array) -> jax.Array:
-    """What users of a loss per token write around it."""
+    """Masking and reduction of a loss per token, as its users write them."""
     keep_T = labels_T != config.ignore_index
     loss_T = jnp.where(keep_T, loss_T, 0)
     reduction = getattr(config, "reduction", "mean")
@@ -41,14 +41,14 @@ def _reduced(config: Any, loss_T: jax.Array, labels_T: jax.Array) -> jax.Array:
 
 
 def _over_logits(config: Any, job: Job, per_token: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
-    """A loss per token of float32 logits, as a loss over logits or over hidden states."""
+    """A loss over logits or over hidden states, from a loss per token of float32 logits."""
 
     def logits_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         wide_TV = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if cap := config.logit_softcapping:
             wide_TV = cap * jnp.tanh(wide_TV / cap)
-        known_T = jnp.where(labels == config.ignore_index, 0, labels)
-        return _reduced(config, per_token(wide_TV, known_T), labels)
+        safe_labels_T = jnp.where(labels == config.ignore_index, 0, labels)
+        return _reduced(config, per_token(wide_TV, safe_labels_T), labels)
 
     def fused_loss(hidden_states: jax.Array, lm_weight: jax.Array, labels: jax.Array) -> jax.Array:
         wide = jnp.promote_types(hidden_states.dtype, jnp.float32)
@@ -58,7 +58,7 @@ def _over_logits(config: Any, job: Job, per_token: Callable[[jax.Array, jax.Arra
 
 
 def _over_distributions(config: Any, per_token: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
-    """A divergence per token of float32 log-probabilities of the student and probabilities of the teacher."""
+    """A distillation loss, from a divergence per token of student log-probabilities and teacher probabilities."""
 
     def loss(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
         wide = jnp.promote_types(student_logits.dtype, jnp.float32)
@@ -99,9 +99,9 @@ def _tokamax(config: Any, job: Job) -> Loss:
     return build("tokamax", config)
 
 
-def _refuse_ignored(job: Job, who: str) -> None:
-    if job.num_kept < job.shape[0]:
-        raise BackendUnavailable(f"{who} has no ignore_index: use --ignored 0.")
+def _refuse_ignored(job: Job, name: str) -> None:
+    if job.num_valid_tokens < job.shape[0]:
+        raise BackendUnavailable(f"{name} has no ignore_index: use --ignored 0.")
 
 
 _ADAPTERS: dict[str, Callable[[Any, Job], Loss]] = {

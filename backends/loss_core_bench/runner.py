@@ -1,4 +1,4 @@
-"""What the worker asks of a runner, whatever the framework; timing and memory that both frameworks share."""
+"""The interface of a runner, which the worker calls; timing and memory code for both frameworks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loss_core.bench.measure.shards import Arrays
 
 
 class Runner(Protocol):
-    """One implementation, ready to be measured."""
+    """One implementation to measure, on one framework."""
 
     @property
     def loaded(self) -> bool:
@@ -29,32 +29,32 @@ class Runner(Protocol):
         ...
 
     def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
-        """Loss and gradients ("loss", and by argument name) of one call."""
+        """Return the loss (under "loss") and the gradients (by argument name) of one call."""
         ...
 
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
-        """Put the inputs on the device."""
+        """Copy the inputs to the device."""
         ...
 
     def unload(self) -> None:
-        """Take them away again."""
+        """Free the inputs."""
         ...
 
     def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
-        """The first calls at the full shape; `tokens` are those whose gradients are kept."""
+        """Run the first calls at the full shape; the sample holds the gradient rows of `tokens`."""
         ...
 
     def warm_up(self) -> None:
-        """One call that is not timed."""
+        """Run one call that is not timed."""
         ...
 
-    def round(self, budget: float, most: int) -> list[float] | Rates:
-        """Seconds of timed calls; of the roofline the rates."""
+    def round(self, budget: float, max_calls: int) -> list[float] | Rates:
+        """Return the seconds of each timed call; for the roofline the rates."""
         ...
 
 
-class MeasuresRates:
-    """What is no loss: a `Runner` but for `load`, `unload` and `round`."""
+class RatesRunner:
+    """Base of the roofline runners, which compute no loss; they add `load`, `unload` and `round`."""
 
     def evaluate(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> Arrays:
         return {}
@@ -65,12 +65,12 @@ class MeasuresRates:
     def warm_up(self) -> None:
         self.round(0.0, 1)
 
-    def round(self, budget: float, most: int) -> Rates:
+    def round(self, budget: float, max_calls: int) -> Rates:
         raise NotImplementedError
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call; what it returns is freed outside of the time."""
+    """Seconds of one call; its result is freed outside of the timed region."""
     start = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
@@ -78,44 +78,41 @@ def timed(call: Callable[[], Any]) -> float:
     return seconds
 
 
-def timed_calls(call: Callable[[], Any], budget: float, most: int, ready: Callable[[bool], bool] = bool) -> list[float]:
+def timed_calls(
+    call: Callable[[], Any], budget: float, max_calls: int, all_ready: Callable[[bool], bool] = bool
+) -> list[float]:
     """Seconds of each call, as many as fit the budget, at least one.
 
     Args:
-        ready: asked before each call with whether this process wants it; over ranks it waits for the others, and gives
-            all of them the same answer.
+        all_ready: called before each call with whether this process is to go on; over ranks it is a barrier that
+            returns the same value on all of them.
     """
     gc.collect()
     seconds: list[float] = []
     end = time.perf_counter() + budget
-    while ready(not seconds or (len(seconds) < most and time.perf_counter() < end)):
+    while all_ready(not seconds or (len(seconds) < max_calls and time.perf_counter() < end)):
         seconds.append(timed(call))
     return seconds
 
 
 def host_peak(call: Callable[[], Any]) -> int:
-    """Most memory of this process during a call, above what it held before, in bytes.
+    """Peak resident memory of this process during a call, above that before it, in bytes.
 
-    On Linux the high-water mark of resident memory, which is set back first. Elsewhere it can't be set back, and
-    the growth of the mark of the whole life is a lower bound.
+    On Linux the high-water mark, reset before the call. Elsewhere it can't be reset, and its growth over the life of
+    the process is a lower bound.
     """
     gc.collect()
     if sys.platform != "linux":
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        del_result(call())
+        call()
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # so that what is free counts as free
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory would be part of the baseline
     Path("/proc/self/clear_refs").write_text("5", "ascii")
     before = _status_bytes("VmRSS")
-    del_result(call())
+    call()
     return max(_status_bytes("VmHWM") - before, 0)
-
-
-def del_result(result: Any) -> None:
-    """Drop a result that is not needed."""
-    del result
 
 
 def _status_bytes(name: str) -> int:

@@ -1,7 +1,7 @@
-"""The baselines on PyTorch, each behind a function that takes the forward arguments of our losses.
+"""The baselines on PyTorch, each as a function of the forward arguments of our losses.
 
-An adapter returns candidates (note, loss): more than one where the baseline has a size to choose, of which the runner
-keeps the fastest. It raises BackendUnavailable where the baseline can't do what the config asks for.
+An adapter returns candidates (note, loss): several if the baseline has a tunable size, of which the runner keeps the
+fastest. It raises BackendUnavailable if the baseline does not support the config or the job.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -30,38 +30,38 @@ Candidates = list[tuple[str, Loss]]
 
 
 def candidates(name: str, config: LossConfig, job: Job) -> Candidates:
-    """The losses that stand for a baseline.
+    """The loss functions of a baseline.
 
     Raises:
-        BackendUnavailable: not for this config, device or version.
+        BackendUnavailable: if the baseline does not support the config, device or version.
     """
     BASELINES[name].check(config)
     return _ADAPTERS[name](config, job)
 
 
 def _gathered(config: Any, job: Job) -> Candidates:
-    """What everybody writes, on logits that every rank has whole."""
+    """The plain loss, on logits that every rank gathers."""
     over_logits = config
     if job.definition.products:
         over_logits = MaskedCrossEntropyConfig(
             ignore_index=config.ignore_index, reduction=config.reduction, logit_softcapping=config.logit_softcapping
         )
-    whole = build_loss_module(over_logits, backend="torch:plain")
-    return [("gathers the logits first", _over_ranks().over_gathered(job, whole))]
+    loss = build_loss_module(over_logits, backend="torch:plain")
+    return [("gathers the logits first", _parallel_baselines().on_gathered_logits(job, loss))]
 
 
 def _loss_parallel(config: Any, job: Job) -> Candidates:
-    return [("", _over_ranks().over_dtensors(config, job))]
+    return [("", _parallel_baselines().on_dtensors(config, job))]
 
 
-def _over_ranks() -> Any:
-    # DTensor takes a while to import, which workers that hold the whole vocabulary need not wait for.
+def _parallel_baselines() -> Any:
+    # Imported on use: DTensor is slow to import, and workers with the full vocabulary do not need it.
     return importlib.import_module("loss_core_bench.torch_parallel_baselines")
 
 
 def _compiled(config: Any, job: Job) -> Candidates:
     torch._dynamo.reset()
-    # fullgraph: a graph that breaks would be timed as something that it is not.
+    # fullgraph: with a graph break the time would not be that of a compiled loss.
     return [("", torch.compile(build_loss_module(config, backend="torch:plain"), fullgraph=True, dynamic=False))]
 
 
@@ -70,10 +70,10 @@ def _linear_ce(config: Any, job: Job) -> Candidates:
         return [("", torch_own.linear_cross_entropy(config))]
     options = torch.nn.LinearCrossEntropyOptions
     chunks = [chunk for chunk in (256, 512, 1024, 2048, 4096) if chunk < 2 * job.shape[0]]
-    found = [
+    chunked = [
         (f"chunk {chunk}", torch_own.linear_cross_entropy(config, options(batch_chunk_size=chunk))) for chunk in chunks
     ]
-    return [("its own choice of chunk", torch_own.linear_cross_entropy(config)), *found]
+    return [("its own choice of chunk", torch_own.linear_cross_entropy(config)), *chunked]
 
 
 def _cce(impl: str) -> Callable[[Any, Job], Candidates]:
@@ -92,8 +92,8 @@ def _cce(impl: str) -> Callable[[Any, Job], Candidates]:
 def _liger(config: Any, job: Job) -> Candidates:
     if job.device == "cpu":
         raise BackendUnavailable("Liger's Triton kernels need a GPU.")
-    # Later calls of a benchmark see what it wrote; its time does not depend on the values. The comparison with
-    # float64 runs on inputs of its own.
+    # It overwrites the inputs of later calls, but its time does not depend on the values. The comparison with float64
+    # uses separate inputs.
     return [("" if job.definition.products else "writes the gradient over the logits", build("liger", config))]
 
 
@@ -103,7 +103,9 @@ def _te(config: Any, job: Job) -> Candidates:
     if job.dtype not in ("float32", "bfloat16"):
         raise BackendUnavailable(f"Transformer Engine takes float32 and bfloat16 logits, not {job.dtype}.")
     if config.ignore_index != -100:
-        raise BackendUnavailable("asked with ignore_index -100 only, which all its versions take.")
+        raise BackendUnavailable(
+            "Transformer Engine is measured with ignore_index -100 only, which all its versions accept."
+        )
     if len(set(job.sizes)) > 1:
         raise BackendUnavailable(
             f"Transformer Engine takes equal parts of the vocabulary, not {', '.join(map(str, job.sizes))}."

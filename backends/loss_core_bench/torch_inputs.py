@@ -1,6 +1,6 @@
-"""The inputs of a call on a torch device: whole tensors, or some columns of one that is never made whole."""
+"""Inputs of a call on a torch device: full tensors, or a column shard without the full tensor."""
 
-# T = tokens, V = vocabulary
+# T = tokens, V = vocabulary, W = classes of a shard
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {
 
 
 def place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
-    """The whole tensor, repeated on the device; indices as they are."""
+    """The full tensor, repeated on the device; integers keep their dtype."""
     block = torch.from_numpy(tile.block)
     block = block.to(device=device, dtype=dtype if block.is_floating_point() else block.dtype)
     size = int(np.prod(tile.shape))
@@ -27,13 +27,13 @@ def place(tile: Tiled, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def place_columns(tile: Tiled, start: int, stop: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Some columns of the whole tensor, which is made a few rows at a time."""
+    """Columns start:stop of the full tensor, of which a few rows are materialized at a time."""
     tokens, vocab = tile.shape
     block = torch.from_numpy(tile.block).to(device=device, dtype=dtype)
-    part = torch.empty(tokens, stop - start, dtype=dtype, device=device)
+    shard_TW = torch.empty(tokens, stop - start, dtype=dtype, device=device)
     step = max(len(block) // vocab, 1)
     for first in range(0, tokens, step):
         size = min(step, tokens - first) * vocab
-        numbers = block.roll(-first * vocab % len(block)).repeat(-(-size // len(block)))[:size]
-        part[first : first + step] = numbers.view(-1, vocab)[:, start:stop]
-    return part
+        rows = block.roll(-first * vocab % len(block)).repeat(-(-size // len(block)))[:size]
+        shard_TW[first : first + step] = rows.view(-1, vocab)[:, start:stop]
+    return shard_TW

@@ -1,4 +1,4 @@
-"""What else there is for a vocabulary that is sharded over ranks: gathering the logits, and torch's loss_parallel."""
+"""Baselines for a vocabulary that is sharded over ranks: gathered logits, and torch's loss_parallel."""
 
 # T = tokens, V = vocabulary, W = classes of this rank, H = hidden
 
@@ -20,56 +20,56 @@ from loss_core.bench.measure.job import Job
 Loss = Callable[..., Tensor]
 
 
-def over_gathered(job: Job, whole: Loss) -> Loss:
-    """A loss over all logits, as a loss over this rank's: they are gathered first.
+def on_gathered_logits(job: Job, loss: Loss) -> Loss:
+    """A loss of this rank's shards that gathers the logits and computes the unsharded loss.
 
     Args:
-        whole: takes the forward arguments of a loss over logits, or of distillation.
+        loss: takes the forward arguments of a loss over logits, or of distillation.
     """
     sizes = job.sizes
     if job.definition.name == "cross_entropy":
-        return lambda logits, labels: whole(gathered(logits, sizes), labels)
+        return lambda logits, labels: loss(gather_logits(logits, sizes), labels)
     if job.definition.name == "distillation":
-        return lambda student_logits, teacher_logits, labels: whole(
-            gathered(student_logits, sizes), gathered(teacher_logits, sizes), labels
+        return lambda student_logits, teacher_logits, labels: loss(
+            gather_logits(student_logits, sizes), gather_logits(teacher_logits, sizes), labels
         )
 
     def fused(hidden_states: Tensor, lm_weight: Tensor, labels: Tensor) -> Tensor:
-        return whole(gathered(F.linear(shared(hidden_states), lm_weight), sizes), labels)
+        return loss(gather_logits(F.linear(sum_grad(hidden_states), lm_weight), sizes), labels)
 
     return fused
 
 
-def gathered(part_TW: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """[T, V] from every rank's [T, W]; the gradient is this rank's part of that of the whole."""
-    whole_TV: Tensor = _Gathered.apply(part_TW, sizes)
-    return whole_TV
+def gather_logits(logits_TW: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """[T, V] from the [T, W] of all ranks; backward returns this rank's slice of the gradient."""
+    logits_TV: Tensor = _GatherLogits.apply(logits_TW, sizes)
+    return logits_TV
 
 
-class _Gathered(torch.autograd.Function):
+class _GatherLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part_TW: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, logits_TW: Tensor, sizes: tuple[int, ...]) -> Tensor:
         start = sum(sizes[: dist.get_rank()])
-        ctx.part = slice(start, start + part_TW.shape[1])
-        # A collective takes equal parts. Only the last ones can be short, so that what pads them comes at the end.
-        padded_TW = F.pad(part_TW, (0, sizes[0] - part_TW.shape[1])).contiguous()
+        ctx.shard = slice(start, start + logits_TW.shape[1])
+        # all_gather needs equal shapes. Only the last shards can be smaller, so all padding is at the end.
+        padded_TW = F.pad(logits_TW, (0, sizes[0] - logits_TW.shape[1])).contiguous()
         parts = [torch.empty_like(padded_TW) for _ in sizes]
         dist.all_gather(parts, padded_TW)
         return torch.cat(parts, -1)[:, : sum(sizes)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # Every rank computes the loss of the whole, so that nothing has to be summed.
-        return grads[0][:, ctx.part].contiguous(), None
+        # Every rank computes the unsharded loss, so its gradient is complete without a sum over the ranks.
+        return grads[0][:, ctx.shard].contiguous(), None
 
 
-def shared(hidden_TH: Tensor) -> Tensor:
-    """What every rank holds whole and uses for its own classes: its gradient is the sum over the ranks."""
-    same_TH: Tensor = _Shared.apply(hidden_TH)
+def sum_grad(hidden_TH: Tensor) -> Tensor:
+    """A replicated input, unchanged; backward sums its gradient over the ranks."""
+    same_TH: Tensor = _SumGrad.apply(hidden_TH)
     return same_TH
 
 
-class _Shared(torch.autograd.Function):
+class _SumGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -81,9 +81,9 @@ class _Shared(torch.autograd.Function):
         return total
 
 
-def over_dtensors(config: Any, job: Job) -> Loss:
-    """F.cross_entropy over DTensors under loss_parallel."""
-    # Its backward has to run in the context, too; this process is of this baseline alone, so that it never leaves it.
+def on_dtensors(config: Any, job: Job) -> Loss:
+    """F.cross_entropy of DTensors under loss_parallel."""
+    # Backward has to run in the context as well. It is never left: this process serves this baseline alone.
     loss_parallel().__enter__()
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu" if job.device == "cpu" else "cuda")  # type: ignore[arg-type]
     vocab = job.shape[1]
@@ -104,10 +104,10 @@ def over_dtensors(config: Any, job: Job) -> Loss:
     return fused if job.definition.products else over_logits
 
 
-def _sharded(part: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:
-    """This rank's part, as a DTensor of the whole, whose shape no collective has to find out."""
-    shape = list(part.shape)
+def _sharded(local: Tensor, mesh: DeviceMesh, dim: int, size: int) -> DTensor:
+    """DTensor of this rank's shard; the global shape is passed, so that no collective computes it."""
+    shape = list(local.shape)
     shape[dim] = size
     return DTensor.from_local(
-        part, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
+        local, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The ranks of one torch implementation: how they meet, count together, and begin each call at the same moment."""
+"""The ranks of one torch implementation: rendezvous, agreement on the count of calls, and barriers before each call."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ import torch.distributed as dist
 
 from loss_core.dispatch.protocol import BackendUnavailable
 
-# Seconds to wait for the first rank, which may still be loading torch.
-_MEET_LIMIT = 120.0
+# Seconds to wait for rank 0, which may still be importing torch.
+_RENDEZVOUS_LIMIT = 120.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share the vocabulary; alone by default."""
+    """Rank of this process among those that shard the vocabulary; a single process by default."""
 
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
 
     def device(self, name: str) -> str:
-        """This rank's device: of accelerators each has its own."""
-        return name if self.ranks == 1 or name == "cpu" else f"{name}:{self.rank}"
+        """This rank's device: one accelerator per rank, or the CPU."""
+        return name if self.world_size == 1 or name == "cpu" else f"{name}:{self.rank}"
 
-    def least(self, value: int) -> int:
-        """The smallest of the ranks' numbers. None returns before all have come."""
-        if self.ranks == 1:
+    def all_reduce_min(self, value: int) -> int:
+        """Minimum of the value over all ranks; a barrier for the hosts."""
+        if self.world_size == 1:
             return value
-        number = torch.tensor(value)
-        dist.all_reduce(number, dist.ReduceOp.MIN)
-        return int(number)
+        smallest = torch.tensor(value)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return int(smallest)
 
-    def ready(self, wanted: bool) -> bool:
-        """Whether every rank wants another call, which then begins for all of them now."""
-        return bool(self.least(int(wanted)))
+    def all_ready(self, ready: bool) -> bool:
+        """Whether every rank is ready for another call; a barrier, so that all start it together."""
+        return bool(self.all_reduce_min(int(ready)))
 
-    def line_up(self, device: str) -> None:
-        """Make the device wait, behind its work so far, for the other ranks' devices; the host goes on."""
-        if self.ranks > 1:
+    def device_barrier(self, device: str) -> None:
+        """Enqueue a barrier over the ranks' devices; the host does not wait."""
+        if self.world_size > 1:
             dist.all_reduce(torch.zeros(1, device=device))
 
 
-def join(rank: int, ranks: int, meet: str, device: str) -> Ranks:
-    """Meet the other ranks in a process group, gloo on the CPU and NCCL on CUDA.
+def join(rank: int, ranks: int, rendezvous: str, device: str) -> Ranks:
+    """Join the process group of all ranks, gloo on the CPU and NCCL on CUDA.
 
     Args:
-        meet: an empty folder that all ranks know.
+        rendezvous: path of an empty folder, the same for all ranks.
     Raises:
-        BackendUnavailable: there are fewer devices than ranks.
+        BackendUnavailable: if there are fewer devices than ranks.
     """
     if ranks == 1:
         return Ranks()
@@ -63,28 +63,29 @@ def join(rank: int, ranks: int, meet: str, device: str) -> Ranks:
                 f"{ranks} ranks need {ranks} CUDA devices; torch sees {count} for device {device!r}."
             )
         torch.cuda.set_device(rank)
-    # A store over TCP, as torchrun gives it: over files, what the ranks ask each other there would take much longer.
-    store = _store(rank, ranks, Path(meet) / "port")
-    # CPU tensors go over gloo also beside NCCL: the ranks agree on how many calls they make without the device.
+    # A TCP store, as with torchrun: a file store is much slower.
+    store = _store(rank, ranks, Path(rendezvous) / "port")
+    # Beside NCCL, gloo serves CPU tensors: the ranks agree on the count of calls without the device.
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", store=store, rank=rank,
                             world_size=ranks)  # fmt: skip
     return Ranks(rank, ranks)
 
 
 def _store(rank: int, ranks: int, file: Path) -> Any:
-    """The first rank takes a port that is free and leaves its number in the file."""
-    # Not at the top: builds of torch without distributed have no such name.
+    """The TCP store of the ranks. Rank 0 listens on a free port and writes its number to the file."""
+    # Not at module level: builds of torch without distributed lack it.
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if rank == 0:
         store = TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
-        beside = file.with_suffix(".new")
-        beside.write_text(str(store.port), "ascii")
-        os.replace(beside, file)
+        # Renamed into place, so that no rank reads an incomplete number.
+        partial = file.with_suffix(".new")
+        partial.write_text(str(store.port), "ascii")
+        os.replace(partial, file)
         return store
-    deadline = time.monotonic() + _MEET_LIMIT
+    deadline = time.monotonic() + _RENDEZVOUS_LIMIT
     while not file.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank 0 did not come within {_MEET_LIMIT:.0f} s.")
+            raise TimeoutError(f"rank 0 did not publish its port within {_RENDEZVOUS_LIMIT:.0f} s.")
         time.sleep(0.01)
     return TCPStore("127.0.0.1", int(file.read_text("ascii")), ranks, is_master=False, wait_for_workers=False)

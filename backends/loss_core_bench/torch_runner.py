@@ -1,4 +1,4 @@
-"""Measuring on PyTorch: our losses by flag, the baselines, and the rates of the roofline; on a CPU and on CUDA."""
+"""Measurement on PyTorch, CPU and CUDA: our losses by flag, the baselines, and the rates of the roofline."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loss_core.bench.measure.job import Job, Tiled, known_count
+from loss_core.bench.measure.job import Job, Tiled, count_argument
 from loss_core.bench.measure.processes import Prepared, Rates
 from loss_core.bench.measure.shards import Arrays
 from loss_core.bench.report import BASELINE, ROOFLINE
@@ -27,7 +27,7 @@ from loss_core.build import build_loss_module
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_bench import torch_baselines
 from loss_core_bench.cuda_times import cuda_times, host_seconds
-from loss_core_bench.runner import MeasuresRates, Runner, host_peak, timed, timed_calls
+from loss_core_bench.runner import RatesRunner, Runner, host_peak, timed, timed_calls
 from loss_core_bench.torch_inputs import DTYPES, place, place_columns
 from loss_core_bench.torch_ranks import Ranks, join
 from loss_core_torch.evaluate import as_one
@@ -37,18 +37,18 @@ __all__ = ["device_name", "join", "make_runner", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Versions that a time depends on."""
-    found = {"torch": str(torch.__version__)}
+    """Versions that timings depend on."""
+    result = {"torch": str(torch.__version__)}
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        result["cuda"] = torch.version.cuda
+    return result
 
 
 def device_name(device: str) -> str:
     """The accelerator's name, or "cpu".
 
     Raises:
-        BackendUnavailable: torch sees no such device.
+        BackendUnavailable: if torch has no such device.
     """
     if device == "cpu":
         return "cpu"
@@ -60,14 +60,14 @@ def device_name(device: str) -> str:
 
 
 def make_runner(job: Job, kind: str, name: str, ranks: Ranks) -> Runner:
-    """The runner of a flag, a baseline, or the roofline, on the rank that this process is."""
+    """Runner of a flag, a baseline, or the roofline, for the rank of this process."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if kind == ROOFLINE:
         return RooflineRunner(job, ranks)
     config: Any = job.loss_config()
     if kind == BASELINE:
         return LossRunner(replace(job, count_known=False), torch_baselines.candidates(name, config, job), ranks)
-    if ranks.ranks > 1:
+    if ranks.world_size > 1:
         config = replace(config, tp_group=dist.group.WORLD)
     loss = build_loss_module(config, backend=name)
     choice = getattr(loss, "kernel_choice", None)
@@ -77,7 +77,7 @@ def make_runner(job: Job, kind: str, name: str, ranks: Ranks) -> Runner:
 
 
 class LossRunner:
-    """A loss, forward and backward, or forward only; over ranks, one rank's part of it."""
+    """A loss, forward and backward, or forward only; over ranks, on one rank's shard."""
 
     def __init__(self, job: Job, candidates: torch_baselines.Candidates, ranks: Ranks) -> None:
         self.job = job
@@ -86,25 +86,25 @@ class LossRunner:
         self.candidates = candidates
         self.note, self.loss = candidates[0]
         self.grad_of = job.trained
-        self.sets: list[dict[str, Any]] = []
-        self.turn = 0
+        self.input_sets: list[dict[str, Any]] = []
+        self.set_index = 0
 
     @property
     def loaded(self) -> bool:
         """Whether the inputs are on the device."""
-        return bool(self.sets)
+        return bool(self.input_sets)
 
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
         first = self._inputs(tiles, labels)
-        self.sets = [first]
+        self.input_sets = [first]
         if self._on_cuda:
-            # Inputs that fit the cache would be read from it: rotate among copies that do not.
+            # Inputs that fit the L2 cache would be read from it: rotate among copies that exceed it.
             size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-            self.sets += [self._inputs(tiles, labels) for _ in range(min(int(3 * cache // size), 64))]
+            self.input_sets += [self._inputs(tiles, labels) for _ in range(min(int(3 * cache // size), 64))]
 
     def unload(self) -> None:
-        self.sets = []
+        self.input_sets = []
         gc.collect()
         if self._on_cuda:
             torch.cuda.empty_cache()
@@ -114,16 +114,16 @@ class LossRunner:
         if self.job.forward_only:
             with torch.no_grad():
                 return {"loss": _to_numpy(as_one(self.loss(**inputs)))}
-        value, grads = self._with_grads(inputs)
+        value, grads = self._forward_backward(inputs)
         return {"loss": _to_numpy(value), **{name: _to_numpy(g) for name, g in zip(self.grad_of, grads, strict=True)}}
 
     def prepare(self, tokens: NDArray[np.int64]) -> Prepared:
-        self.ranks.ready(True)
+        self.ranks.all_ready(True)
         start = time.perf_counter()
         result = self._call()
         first = time.perf_counter() - start
         if len(self.candidates) > 1:
-            self.note, self.loss = min(self.candidates, key=self._second_call)
+            self.note, self.loss = min(self.candidates, key=self._time_second_call)
             result = self._call()
         sample = self._sample(result, tokens)
         del result
@@ -139,12 +139,12 @@ class LossRunner:
         rows = grads[0][torch.from_numpy(tokens).to(self.device)]
         sample = {"loss": _to_numpy(value), "rows": _to_numpy(rows)}
         if self.job.definition.products:
-            inputs = self.sets[self.turn]
+            inputs = self.input_sets[self.set_index]
             pairs = zip(self.grad_of, grads, strict=True)
             sample["inner"] = np.array([_inner(inputs[name].detach(), grad) for name, grad in pairs])
         return sample
 
-    def _second_call(self, candidate: tuple[str, torch_baselines.Loss]) -> float:
+    def _time_second_call(self, candidate: tuple[str, torch_baselines.Loss]) -> float:
         _, self.loss = candidate
         self._call()
         return timed(self._call)
@@ -152,10 +152,10 @@ class LossRunner:
     def warm_up(self) -> None:
         self._call()
 
-    def round(self, budget: float, most: int) -> list[float]:
+    def round(self, budget: float, max_calls: int) -> list[float]:
         if not self._on_cuda:
-            return timed_calls(self._call, budget, most, self.ranks.ready)
-        return cuda_times(self._step, budget, most, self.ranks, self.device)
+            return timed_calls(self._call, budget, max_calls, self.ranks.all_ready)
+        return cuda_times(self._step, budget, max_calls, self.ranks, self.device)
 
     @property
     def _on_cuda(self) -> bool:
@@ -163,17 +163,17 @@ class LossRunner:
 
     def _inputs(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> dict[str, Any]:
         dtype = DTYPES[self.job.dtype]
-        inputs: dict[str, Any] = {name: self._part(name, tile, dtype) for name, tile in tiles.items()}
+        inputs: dict[str, Any] = {name: self._shard(name, tile, dtype) for name, tile in tiles.items()}
         if not self.job.forward_only:
             for name in self.grad_of:
                 inputs[name].requires_grad_()
         inputs["labels"] = torch.from_numpy(labels).to(self.device)
-        return inputs | known_count(self.job, labels)
+        return inputs | count_argument(self.job, labels)
 
-    def _part(self, name: str, tile: Tiled, dtype: torch.dtype) -> Tensor:
-        """What this rank holds of an input."""
+    def _shard(self, name: str, tile: Tiled, dtype: torch.dtype) -> Tensor:
+        """This rank's shard of an input."""
         axis = self.job.definition.vocab_axes.get(name)
-        if self.ranks.ranks == 1 or axis is None:
+        if self.ranks.world_size == 1 or axis is None:
             return place(tile, dtype, self.device)
         start = sum(self.job.sizes[: self.ranks.rank])
         stop = start + self.job.sizes[self.ranks.rank]
@@ -182,13 +182,13 @@ class LossRunner:
         return place_columns(tile, start, stop, dtype, self.device)
 
     def _step(self) -> Any:
-        """One call, without waiting for the device."""
-        self.turn = (self.turn + 1) % len(self.sets)
-        inputs = self.sets[self.turn]
+        """One call on the next set of inputs; does not wait for the device."""
+        self.set_index = (self.set_index + 1) % len(self.input_sets)
+        inputs = self.input_sets[self.set_index]
         if self.job.forward_only:
             with torch.no_grad():
                 return self.loss(**inputs)
-        return self._with_grads(inputs)
+        return self._forward_backward(inputs)
 
     def _call(self) -> Any:
         result = self._step()
@@ -196,7 +196,7 @@ class LossRunner:
             torch.cuda.synchronize(self.device)
         return result
 
-    def _with_grads(self, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _forward_backward(self, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         value = as_one(self.loss(**inputs))
         upstream = None if value.dim() == 0 else torch.ones_like(value)
         return value, torch.autograd.grad(value, [inputs[name] for name in self.grad_of], upstream)
@@ -211,39 +211,38 @@ class LossRunner:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-# By device: bytes of a copy, rows and columns of a product.
-_ENOUGH = {"cpu": (2**28, 1024, 8192), "cuda": (2**30, 8192, 32768)}
+# By device type: bytes of a copy, rows and columns of a product, beyond which the rates do not grow.
+_MAX_SIZES = {"cpu": (2**28, 1024, 8192), "cuda": (2**30, 8192, 32768)}
 
 
-class RooflineRunner(MeasuresRates):
-    """How fast this machine copies and multiplies, on arrays of the size of the job's."""
+class RooflineRunner(RatesRunner):
+    """Rates of a copy and of a matrix product on this machine, on arrays of the sizes of the job, up to a limit."""
 
     def __init__(self, job: Job, ranks: Ranks) -> None:
-        # All ranks measure at the same time, on arrays of the size that the largest part has.
+        # All ranks measure at the same time, on arrays of the size of the largest shard.
         self.job = job.of_largest_rank()
         self.ranks = ranks
         self.device = ranks.device(job.device)
-        self.where = "cuda" if job.device.startswith("cuda") else "cpu"
-        # A copy needs no more than this to show its rate, nor a product more rows and columns.
-        self.most_bytes, self.most_tokens, self.most_vocab = _ENOUGH[self.where]
+        self.device_type = "cuda" if job.device.startswith("cuda") else "cpu"
+        self.max_bytes, self.max_tokens, self.max_vocab = _MAX_SIZES[self.device_type]
         self.loaded = False
 
     def load(self, tiles: Mapping[str, Tiled], labels: NDArray[np.int64]) -> None:
         job = self.job
-        # On a CPU without 16-bit matrix units float32 is faster: the roofline takes the faster of the two.
-        dtypes = {DTYPES[job.dtype]} | ({torch.float32} if self.where == "cpu" else set())
+        # On a CPU without 16-bit matrix units float32 is faster: the roofline uses the faster of the two.
+        dtypes = {DTYPES[job.dtype]} | ({torch.float32} if self.device_type == "cpu" else set())
         self.products: list[tuple[Tensor, Tensor]] = []
         if job.definition.products:
             tokens, vocab, hidden = job.shape
-            # Of the first head, where there are two.
+            # The first head, where there are two.
             rows, weight = (argument.name for argument in job.definition.inputs[:2])
-            hidden_TH = place(Tiled(tiles[rows].block, (min(tokens, self.most_tokens), hidden)),
+            hidden_TH = place(Tiled(tiles[rows].block, (min(tokens, self.max_tokens), hidden)),
                                torch.float32, self.device)  # fmt: skip
-            weight_VH = place(Tiled(tiles[weight].block, (min(vocab, self.most_vocab), hidden)),
+            weight_VH = place(Tiled(tiles[weight].block, (min(vocab, self.max_vocab), hidden)),
                                torch.float32, self.device)  # fmt: skip
             self.products = [(hidden_TH.to(d), weight_VH.to(d)) for d in dtypes]
         size = torch.empty(0, dtype=DTYPES[job.dtype]).element_size()
-        length = min(job.shape[0] * job.shape[1], self.most_bytes // size)
+        length = min(job.shape[0] * job.shape[1], self.max_bytes // size)
         name = next(iter(tiles))
         self.source = place(Tiled(tiles[name].block, (length,)), DTYPES[job.dtype], self.device)
         self.target = torch.zeros_like(self.source)
@@ -252,26 +251,26 @@ class RooflineRunner(MeasuresRates):
     def unload(self) -> None:
         self.products, self.loaded = [], False
         self.source = self.target = torch.empty(0)
-        if self.where == "cuda":
+        if self.device_type == "cuda":
             torch.cuda.empty_cache()
 
-    def round(self, budget: float, most: int) -> Rates:
-        """The copy rate in bytes read and written per second, the product rate in operations per second."""
-        moved = 2 * self.source.numel() * self.source.element_size()
-        copying = self._fastest(lambda: self.target.copy_(self.source), budget, most)
+    def round(self, budget: float, max_calls: int) -> Rates:
+        """The copy rate in bytes read and written per second, and the product rate in operations per second."""
+        num_bytes = 2 * self.source.numel() * self.source.element_size()
+        copy_seconds = self._seconds(lambda: self.target.copy_(self.source), budget, max_calls)
         rates = [0.0]
         for hidden_TH, weight_VH in self.products:
             operations = 2 * hidden_TH.numel() * weight_VH.shape[0]
-            # The roofline is that of the machine, not of the library that PyTorch takes.
+            # The roofline is that of the machine, not of the library that PyTorch uses by default.
             for multiply in (torch.mm, Products(hidden_TH.dtype, hidden_TH.device).new):
                 step = functools.partial(multiply, hidden_TH, weight_VH.T)
-                rates.append(operations / self._fastest(step, budget, most))
-        return Rates(moved / copying, max(rates))
+                rates.append(operations / self._seconds(step, budget, max_calls))
+        return Rates(num_bytes / copy_seconds, max(rates))
 
-    def _fastest(self, step: Callable[[], Any], budget: float, most: int) -> float:
-        if self.where == "cuda":
-            return float(np.median(cuda_times(step, budget, most, self.ranks, self.device)))
-        return float(np.median(timed_calls(step, budget, most, self.ranks.ready)))
+    def _seconds(self, step: Callable[[], Any], budget: float, max_calls: int) -> float:
+        if self.device_type == "cuda":
+            return float(np.median(cuda_times(step, budget, max_calls, self.ranks, self.device)))
+        return float(np.median(timed_calls(step, budget, max_calls, self.ranks.all_ready)))
 
 
 def _inner(x: Tensor, y: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""The benchmark: every flag and every baseline on the same inputs, beside the roofline and beside float64.
+"""The benchmark: every flag and every baseline on the same inputs, compared with the roofline and with float64.
 
-Each implementation runs in a process of its own that lives through all rounds; one process works at a time, and
-every round asks them in a new random order, because a fixed one makes identical code differ.
+Each implementation runs in a separate process that lives through all rounds. One process works at a time, and every
+round has a new random order: in a fixed order, identical code has different times.
 
 >>> from loss_core.bench import bench
 >>> report = bench("KDLoss", ["torch:eager"], shapes=[(64, 1000)], rounds=3)  # doctest: +SKIP

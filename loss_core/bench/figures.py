@@ -1,4 +1,4 @@
-"""The pictures of a benchmark: time beside the roofline, memory against time, growth over sizes."""
+"""Figures of a benchmark report: time and roofline, memory against time, growth over sizes."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -13,42 +13,40 @@ from loss_core.bench.report import FLAG, ROOFLINE, BenchReport, BenchRow, roofli
 from loss_core.bench.tables import series_heading, size_text, time_text
 from loss_core.page import blank_figure, svg_of, without_frame
 
-# Colour-blind safe (Okabe & Ito). Ours is blue, a baseline grey: the eye finds what the page is about.
+# Colour-blind safe (Okabe & Ito). Ours stand out in blue, baselines are grey.
 _OURS, _BASELINE, _WRONG = "#0072b2", "#8a94a6", "#c62828"
 _LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8a94a6")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it shows, in words."""
+    """A figure as SVG, with its title and caption."""
 
     title: str
-    words: str
+    caption: str
     svg: str
 
 
 def group_pictures(group: Sequence[BenchRow], *, file: bool = False) -> list[Picture]:
-    """Time beside the roofline, and memory against time, of one call. Empty where nothing was timed."""
+    """Time and roofline, and memory against time, of one call; empty if nothing was timed."""
     timed = sorted((r for r in group if r.seconds and r.kind != ROOFLINE), key=lambda r: r.seconds or 0.0)
     if not timed:
         return []
     roofline = roofline_of(group)
     fastest = timed[0]
-    words = f"{len(timed)} implementations; the fastest is {fastest.implementation}, {time_text(fastest.seconds)}"
-    made = [Picture("Time", words, _time_picture(timed, roofline, file))]
+    caption = f"{len(timed)} implementations; the fastest is {fastest.implementation}, {time_text(fastest.seconds)}"
+    pictures = [Picture("Time", caption, _time_picture(timed, roofline, file))]
     if any(row.peak for row in timed):
-        words = "towards the lower left is better; memory above the inputs, gradients included"
-        made.append(Picture("Memory against time", words, _memory_picture(timed, roofline, file)))
-    return made
+        caption = "towards the lower left is better; memory above the inputs, gradients included"
+        pictures.append(Picture("Memory against time", caption, _memory_picture(timed, roofline, file)))
+    return pictures
 
 
 def growth_pictures(report: BenchReport, *, file: bool = False) -> list[Picture]:
-    """Time and memory of each series of calls that differ in one size alone."""
-    words = (
-        "both axes logarithmic, a decade as long up as along; dashed grey: linear; dashed below: without the gradients"
-    )
+    """Time and memory over each series of calls that differ in one size alone."""
+    caption = "both axes logarithmic; dashed grey: linear; dashed below: without the gradients"
     return [
-        Picture(series_heading(series, report), words, _growth_picture(series, file)) for series in series_of(report)
+        Picture(series_heading(series, report), caption, _growth_picture(series, file)) for series in series_of(report)
     ]
 
 
@@ -57,12 +55,12 @@ def _colour(row: BenchRow) -> str:
 
 
 def _time_picture(rows: Sequence[BenchRow], roofline: float | None, file: bool) -> str:
-    """Horizontal bars, the fastest on top, with the roofline as a line; each bar says its share of the roofline."""
+    """Horizontal bars, fastest first, labelled with time and share of the roofline, which is a vertical line."""
     unit, name = _unit(rows[0].seconds or 1.0)
     with blank_figure(6.2, 0.9 + 0.34 * len(rows)) as figure:
         axes = figure.subplots()
         lengths = [(row.seconds or 0.0) / unit for row in rows]
-        # Of one that is ten times slower the end is cut off, so that the others can be told apart.
+        # Bars beyond six times the fastest are cut off, so that the others can be compared.
         limit = min(max(lengths), 6 * lengths[0]) * 1.28
         axes.barh(range(len(rows)), lengths, color=[_colour(row) for row in rows], height=0.66)
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -79,7 +77,7 @@ def _time_picture(rows: Sequence[BenchRow], roofline: float | None, file: bool) 
         axes.set_yticks(range(len(rows)), [row.implementation for row in rows])
         axes.invert_yaxis()
         axes.set_xlabel(f"{name} per call (red: the roofline)")
-        _plain(axes)
+        _style(axes)
         return svg_of(figure, file=file)
 
 
@@ -96,11 +94,11 @@ def _memory_picture(rows: Sequence[BenchRow], roofline: float | None, file: bool
         if roofline:
             axes.axvline(roofline / unit, color=_WRONG, linewidth=1.4)
         axes.margins(x=0.25, y=0.15)
-        for line in (axes.xaxis, axes.yaxis):
-            _number_axis(line)
+        for axis in (axes.xaxis, axes.yaxis):
+            _number_axis(axis)
         axes.set_xlabel(f"{name} per call (red: the roofline)")
         axes.set_ylabel("MiB above the inputs")
-        _plain(axes)
+        _style(axes)
         return svg_of(figure, file=file)
 
 
@@ -110,7 +108,7 @@ def _growth_picture(series: Series, file: bool) -> str:
         above, below = figure.subplots(2, 1, sharex=True)
         names = series.implementations
         for i, implementation in enumerate(names):
-            rows = series.of(implementation)
+            rows = series.rows_of(implementation)
             sizes = [size_of(row, axis) for row in rows]
             is_roofline = implementation == ROOFLINE
             style: dict[str, Any] = {
@@ -124,8 +122,8 @@ def _growth_picture(series: Series, file: bool) -> str:
                 below.plot(sizes, [_mebibytes(row.peak) for row in rows], **style)
             if not is_roofline and all(row.gradients for row in rows):
                 below.plot(sizes, [_mebibytes(row.working) for row in rows], **style | {"linestyle": "--"})
-        # Through the largest size, where what a call costs whatever its size weighs least.
-        last = series.of(next((name for name in names if name != ROOFLINE), names[0]))[-1]
+        # Through the largest size, where the constant cost of a call matters least.
+        last = series.rows_of(next((name for name in names if name != ROOFLINE), names[0]))[-1]
         line = [(last.seconds or 0.0) * 1e3 * size / size_of(last, axis) for size in series.sizes]
         above.plot(series.sizes, line, label="linear", color="#8a94a6", linestyle="--", linewidth=1.0, zorder=1)
         for axes, label in ((above, "ms per call"), (below, "MiB above the inputs")):
@@ -134,7 +132,7 @@ def _growth_picture(series: Series, file: bool) -> str:
             _widen(axes, series.sizes[-1] / series.sizes[0])
             _number_axis(axes.yaxis)
             axes.set_ylabel(label)
-            _plain(axes)
+            _style(axes)
         below.set_xticks(series.sizes, [size_text(size, axis) for size in series.sizes])
         below.minorticks_off()
         below.set_xlabel(axis)
@@ -143,15 +141,15 @@ def _growth_picture(series: Series, file: bool) -> str:
 
 
 def _mebibytes(size: int | None) -> float:
-    """At least 1, for an axis that has no 0."""
+    """MiB, at least 1 for a logarithmic axis."""
     return max((size or 0) / 2**20, 1.0)
 
 
 def _widen(axes: Any, factor: float) -> None:
-    """Make a logarithmic y axis span at least a factor: a line that is flat must look flat."""
+    """Extend a logarithmic y axis to span at least a factor, so that a flat line looks flat."""
     low, high = axes.get_ylim()
-    more = max(factor / (high / low), 1.0) ** 0.5
-    axes.set_ylim(low / more, high * more)
+    margin = max(factor / (high / low), 1.0) ** 0.5
+    axes.set_ylim(low / margin, high * margin)
 
 
 def _unit(seconds: float) -> tuple[float, str]:
@@ -160,16 +158,16 @@ def _unit(seconds: float) -> tuple[float, str]:
     )
 
 
-def _number_axis(line: Any) -> None:
-    """Numbers instead of powers of ten: the axis spans one or two decades."""
+def _number_axis(axis: Any) -> None:
+    """Label ticks with plain numbers instead of powers of ten: the axis spans one or two decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    line.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    line.set_minor_locator(LogLocator(subs=()))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(LogLocator(subs=()))
 
 
-def _plain(axes: Any) -> None:
+def _style(axes: Any) -> None:
     without_frame(axes)
     axes.grid(color="#e4e7ec", linewidth=0.8)
     axes.set_axisbelow(True)

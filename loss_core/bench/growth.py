@@ -1,7 +1,7 @@
-"""How time and memory grow over T, over V, and over the share of valid tokens.
+"""How time and memory grow with T, V, and the share of valid tokens.
 
-A series holds the calls of a report that differ in one of the three alone. What an implementation costs at its two ends
-and the exponent between them tell how it grows: an exponent of 1 is linear, of 2 quadratic, of 0 constant.
+A series holds the calls of a report that differ in one of the three alone. The growth of an implementation is its costs
+at both ends and the exponent of time over size: 1 is linear, 2 quadratic, 0 constant.
 
 >>> exponent([1, 2, 4], [3.0, 6.0, 12.0])
 1.0
@@ -23,8 +23,8 @@ from loss_core.bench.report import BenchReport, BenchRow
 T, V, SHARE = "T", "V", "the share of valid tokens"
 AXES = (T, V, SHARE)
 
-# Two sizes make an exponent out of one quotient, with nothing that could contradict it.
-_LEAST_SIZES = 3
+# With two sizes the exponent is a single quotient, which nothing could contradict.
+_MIN_SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Series:
     """Calls that differ in one size alone.
 
     Attributes:
-        axis: T, V, or SHARE: what differs.
-        rows: of all these calls, from the smallest to the largest, without those that are wrong or have no time.
+        axis: the size that differs: T, V, or SHARE.
+        rows: of all calls, from the smallest to the largest; wrong ones and those without a time are excluded.
     """
 
     axis: str
@@ -46,17 +46,17 @@ class Series:
 
     @property
     def sizes(self) -> list[float]:
-        """What was measured, from the smallest to the largest."""
+        """Sizes along the axis, from the smallest to the largest."""
         return sorted({size_of(row, self.axis) for row in self.rows})
 
-    def of(self, implementation: str) -> list[BenchRow]:
+    def rows_of(self, implementation: str) -> list[BenchRow]:
         """Rows of one implementation, from the smallest to the largest."""
         return [row for row in self.rows if row.implementation == implementation]
 
 
 @dataclass(frozen=True)
 class Growth:
-    """One implementation along a series.
+    """Growth of one implementation along a series.
 
     Attributes:
         first, last: rows at the smallest and the largest size.
@@ -73,46 +73,46 @@ class Growth:
 
 
 def size_of(row: BenchRow, axis: str) -> float:
-    """Size of a call along an axis: T, V, or the share of 0 to 1."""
+    """Size of a call along an axis: T, V, or the share of valid tokens in [0, 1]."""
     return 1 - row.ignored if axis == SHARE else row.shape[AXES.index(axis)]
 
 
 def series_of(report: BenchReport) -> list[Series]:
-    """Every set of calls of a report, two at least, whose loss, dtype and sizes are equal but for one size."""
-    found: list[Series] = []
+    """All series of a report: two or more calls with the same loss, dtype and sizes except for one size."""
+    all_series: list[Series] = []
     timed = [row for row in report.rows if row.seconds and not row.wrong]
     for axis in AXES:
-        alike: dict[str, list[BenchRow]] = {}
+        by_key: dict[str, list[BenchRow]] = {}
         for row in timed:
-            # The config, not its name: two of one class may differ in a field.
+            # The config, not its name: two configs of one class may differ in a field.
             fixed = [size_of(row, other) for other in AXES if other != axis]
             key = json.dumps([row.config, row.dtype, fixed, row.shape[2:]], sort_keys=True)
-            alike.setdefault(key, []).append(row)
-        for rows in alike.values():
+            by_key.setdefault(key, []).append(row)
+        for rows in by_key.values():
             series = Series(axis, tuple(sorted(rows, key=lambda row: size_of(row, axis))))
             if len(series.sizes) > 1:
-                found.append(series)
-    return found
+                all_series.append(series)
+    return all_series
 
 
 def growth_of(series: Series) -> list[Growth]:
-    """How each implementation grows; none for one that was measured at fewer than three sizes."""
-    found = []
+    """Growth of each implementation that was measured at three or more sizes."""
+    growths = []
     for implementation in series.implementations:
-        rows = series.of(implementation)
+        rows = series.rows_of(implementation)
         sizes = [size_of(row, series.axis) for row in rows]
-        if len(set(sizes)) < _LEAST_SIZES:
+        if len(set(sizes)) < _MIN_SIZES:
             continue
         times = [row.seconds or 0.0 for row in rows]
-        found.append(Growth(rows[0], rows[-1], sizes[-1] / sizes[0], times[-1] / times[0], exponent(sizes, times)))
-    return found
+        growths.append(Growth(rows[0], rows[-1], sizes[-1] / sizes[0], times[-1] / times[0], exponent(sizes, times)))
+    return growths
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     """Slope of log(time) over log(size), by least squares.
 
     Args:
-        sizes: positive, two of them different.
+        sizes: positive, at least two distinct.
         times: positive, one per size.
     """
     x, y = np.log(np.asarray(sizes, np.float64)), np.log(np.asarray(times, np.float64))

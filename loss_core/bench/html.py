@@ -1,4 +1,4 @@
-"""The report of a benchmark as one self-contained page: no script, no link, pictures inside."""
+"""The report of a benchmark as one self-contained HTML page: no scripts, no links, inline figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loss_core.page import render_page
 
 
 def bench_page(report: BenchReport) -> str:
-    """The page; everything that comes from the report is escaped."""
+    """The page as HTML; everything from the report is escaped."""
     return render_page(
         "bench/page.html.j2",
         verdict=verdict(report).splitlines(),

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of measurements, and what follows from setting them beside each other."""
+"""The report of a benchmark: rows of measurements, and selections such as the fastest flag of a call."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 # Kinds of rows.
 ROOFLINE, FLAG, BASELINE = "roofline", "flag", "baseline"
 
-# The plain implementation of a framework: on torch the flag, or over ranks a baseline; on JAX a baseline.
+# Names of a framework's plain implementation: on torch a flag, over ranks a baseline; on JAX a baseline.
 PLAIN = ("torch:plain", "plain-torch", "plain-jax")
 
-# Relative error beyond which a result is none: 16-bit arithmetic throughout stays below it. Such a row is shown, and
-# is neither the best baseline nor a choice. Smaller errors are shown beside the time, for the reader to judge.
+# Relative error beyond which a result is wrong: 16-bit arithmetic throughout stays below it. A wrong row is shown, but
+# is neither a best baseline nor a choice of `--tune`. Smaller errors are shown beside the time.
 WRONG = 0.05
 
 
@@ -29,22 +29,21 @@ class BenchRow:
         loss: display name of the config.
         implementation: flag, baseline's name, or "roofline".
         kind: "roofline", "flag" or "baseline".
-        framework: that it runs on, "torch" or "jax".
+        framework: "torch" or "jax".
         shape: (T, V) or (T, V, H).
         dtype: of the inputs.
-        config: the loss, as `LossConfig.to_dict` gives it.
+        config: the loss, as returned by `LossConfig.to_dict`.
         ignored: share of labels that are ignore_index.
-        rounds: seconds of one call, the median of each round; over ranks those of the slowest rank.
-        calls: how many calls were timed.
-        peak: most bytes held above the inputs during a call, results included; None where not measured. Over ranks that
-            of the rank with most.
-        gradients: bytes of the gradients among the results; None where not noted.
-        first_call: seconds of the first call, with what it compiled.
+        rounds: seconds of one call, a median for each round; over ranks those of the slowest rank.
+        calls: count of timed calls.
+        peak: peak bytes above the inputs during a call, results included; over ranks the largest. None: not measured.
+        gradients: bytes of the gradients among the results; None: not recorded.
+        first_call: seconds of the first call, compilation included.
         loss_error: relative error of the loss against float64.
         grad_error: largest over the gradients of ||error|| / ||gradient||; None for forward only.
-        error_ratio: largest error / what rounding explains, as `loss-core check` counts it.
+        error_ratio: largest error / allowance for rounding, as in `loss-core check`.
         error_shape: shape of the call that was compared with float64.
-        note: what the implementation chose, or how the roofline is counted.
+        note: what the implementation chose, or what the roofline counts.
         error: why there is no time.
     """
 
@@ -75,12 +74,12 @@ class BenchRow:
 
     @property
     def working(self) -> int | None:
-        """Bytes of `peak` beside the gradients: what an implementation needs to make them."""
+        """Bytes of `peak` without the gradients: the working memory of the implementation."""
         return None if self.peak is None or self.gradients is None else max(self.peak - self.gradients, 0)
 
     @property
     def spread(self) -> float | None:
-        """Largest distance of a round from the median, as a share of it; the extreme quarter at either end left out."""
+        """Largest relative deviation of a round from the median, without the extreme quarter at either end."""
         if not self.rounds or not self.seconds:
             return None
         ordered = sorted(self.rounds)
@@ -90,19 +89,19 @@ class BenchRow:
 
     @property
     def wrong(self) -> bool:
-        """Whether the result is so far from float64 that its time says nothing."""
+        """Whether the result is so far from float64 that its time is meaningless."""
         errors = [error for error in (self.loss_error, self.grad_error) if error is not None]
         return any(not error <= WRONG for error in errors)
 
     @property
     def group(self) -> tuple[str, tuple[int, ...], str, float]:
-        """Rows of one group are of the same call."""
+        """Key of the call: rows with the same key measured the same call."""
         return self.loss, tuple(self.shape), self.dtype, self.ignored
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A flag or baseline that was not measured, and what would change that."""
+    """A flag or baseline that was not measured, the reason, and the command that installs it."""
 
     name: str
     reason: str
@@ -111,18 +110,18 @@ class Missing:
 
 @dataclass
 class BenchReport:
-    """Rows, and what they were measured with.
+    """Rows, and the conditions of their measurement.
 
     Attributes:
         rows: groups one after the other; the roofline is the first row of each.
-        missing: what could not be run here.
+        missing: flags, baselines and calls that could not be run here.
         settings: options of the run.
         versions: of this library, Python and the frameworks.
-        machine: processor, accelerator, other processes.
+        machine: processor, accelerators, other processes.
         orders: for each group, the order of the implementations in each round.
-        seconds: of the whole run.
-        date: when it began, ISO 8601.
-        command: what was typed, "" for a call of `bench`.
+        seconds: of the run.
+        date: start of the run, ISO 8601.
+        command: the command line; "" for a call of `bench`.
     """
 
     rows: list[BenchRow] = field(default_factory=list)
@@ -136,13 +135,13 @@ class BenchReport:
     command: str = ""
 
     def groups(self) -> list[list[BenchRow]]:
-        """Rows of the same call together."""
+        """Rows grouped by call."""
         return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.group)]
 
     def to_json(self) -> str:
-        """As JSON; `from_json` reads it back."""
+        """The report as JSON text, which `from_json` reads."""
         rows = [
-            {name: _finite(value) for name, value in asdict(row).items()}
+            {name: _json_value(value) for name, value in asdict(row).items()}
             | {"seconds": row.seconds, "spread": row.spread}
             for row in self.rows
         ]
@@ -153,11 +152,11 @@ class BenchReport:
         """A report from `to_json`'s text.
 
         Raises:
-            ValueError: the text is no such report.
+            ValueError: if the text is no such report.
         """
         try:
             data = json.loads(text)
-            rows = [_row(row) for row in data.pop("rows")]
+            rows = [_row_from_json(row) for row in data.pop("rows")]
             missing = [Missing(**entry) for entry in data.pop("missing")]
             return cls(rows=rows, missing=missing, **data)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
@@ -171,12 +170,12 @@ def call_text(loss: str, shape: Iterable[int], dtype: str, ignored: float) -> st
 
 
 def share_text(share: float) -> str:
-    """A share of 0 to 1 as percent, with its decimals where it has some."""
+    """A share of 0 to 1 as a percentage of up to four digits."""
     return f"{100 * share:.4g}%"
 
 
-def _row(data: Mapping[str, Any]) -> BenchRow:
-    # What JSON has no number for is written as a string.
+def _row_from_json(data: Mapping[str, Any]) -> BenchRow:
+    # inf and NaN are written as strings.
     values: dict[str, Any] = {
         key: float(value) if key in ("loss_error", "grad_error", "error_ratio") and isinstance(value, str) else value
         for key, value in data.items()
@@ -185,8 +184,8 @@ def _row(data: Mapping[str, Any]) -> BenchRow:
     return BenchRow(**{**values, "shape": tuple(values["shape"]), "error_shape": tuple(values["error_shape"])})
 
 
-def _finite(value: Any) -> Any:
-    """JSON has neither inf nor NaN."""
+def _json_value(value: Any) -> Any:
+    """inf and NaN as strings: JSON has neither."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

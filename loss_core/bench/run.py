@@ -1,4 +1,4 @@
-"""`bench`: which calls are measured, and of which implementations."""
+"""`bench`: choose the calls and implementations, and measure them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import need_definition
 from loss_core.registry import LOSS_CONFIG_REGISTRY, our_losses
 
-# Small enough for a laptop, with a vocabulary of the usual size.
+# Small enough for a laptop, with a vocabulary of common size.
 DEFAULT_SHAPE = (2048, 32000, 512)
 
 
@@ -53,40 +53,39 @@ def bench(
     progress: Progress | None = None,
     save: Callable[[BenchReport], None] | None = None,
 ) -> BenchReport:
-    """Measure losses: time, memory, first call, and error, for flags and baselines.
+    """Measure time, peak memory, first call and error of losses, for flags and baselines.
 
     Args:
         config: registry name (then with reduction "mean", as in training), a config, a list of these, or None for
-            the four losses. A loss of your own needs a definition: `loss_core.register_loss(..., definition=...)`.
-        backends: flags; None for every flag that can be used here.
-        shapes: each (T, V) or (T, V, H); losses over hidden states need H, the others leave it out. Without shapes and
+            our losses. A user-defined loss needs a definition: `loss_core.register_loss(..., definition=...)`.
+        backends: flags; None for every flag that is usable here.
+        shapes: each (T, V) or (T, V, H); losses over hidden states need H, the others ignore it. Without shapes and
             workloads: DEFAULT_SHAPE.
-        workloads: shapes of real models, such as `loss_core.bench.workloads.WORKLOADS["qwen3-8b"]`; a loss with a
-            softcap takes theirs as well.
+        workloads: shapes of real models, such as `loss_core.bench.workloads.WORKLOADS["qwen3-8b"]`; they also set the
+            softcap of losses that have one.
         dtypes: of the inputs, such as "bfloat16".
         device: "cpu", "cuda", "cuda:1".
-        ignored: share of labels that are ignore_index, in [0, 1); each of several makes calls of its own.
+        ignored: share of labels that are ignore_index, in [0, 1); several shares are separate calls.
         baselines: names of `loss_core.baselines.TIMED`; None for all that are installed, () for none.
-        tp: ranks that share the vocabulary, in parts as torch.chunk makes them. On torch a process each, with NCCL and
-            a device each on CUDA, else gloo, and `threads` shared among them; on JAX one process with as many devices.
-            A call takes as long as on the slowest rank, and as much memory as on the one that holds most.
-        count_known: give our fused loss the number of labels that are not ignored, as num_valid_tokens, as a caller who
-            knows it does: without it, ignored tokens take part in products under jit and on accelerators. Baselines
-            have no such argument.
-        forward_only: the loss alone, without gradients.
-        rounds: how often each implementation is asked, in a new order each time.
-        threads: of each process; None for all cores.
-        seed: of the inputs and of the orders.
-        timeout: seconds after which one answer of a process is given up.
-        time_limit: seconds for the whole; no call is begun after that.
-        imports: modules that register losses of your own, for the worker processes.
+        tp: ranks that shard the vocabulary, split as by torch.chunk. On torch one process per rank, with NCCL and one
+            device per rank on CUDA, else with gloo, and `threads` divided among them; on JAX one process with as many
+            devices. The time of a call is that of the slowest rank, its memory that of the rank with the largest peak.
+        count_known: pass the count of valid tokens to our fused loss as num_valid_tokens. Without it, ignored tokens
+            take part in products under jit and on accelerators. Baselines have no such argument.
+        forward_only: the loss without gradients.
+        rounds: how often each implementation is timed, in a new order each time.
+        threads: per implementation; None for all cores.
+        seed: of the inputs and of the order of each round.
+        timeout: of one request to a process, in seconds.
+        time_limit: of the run, in seconds; no call is started after it.
+        imports: modules that register user-defined losses, for the worker processes.
         progress: called as progress(done, total, label).
-        save: called with the report after each call that was measured, so that a run that is cut off leaves something.
+        save: called with the report after each measured call, so that an interrupted run keeps its results.
     Returns:
         A BenchReport; an implementation that failed is a row with its error.
     Raises:
-        BackendUnavailable: a flag that is named can't be used here, or none can.
-        ValueError, TypeError: for names, shapes, dtypes and shares that don't exist.
+        BackendUnavailable: if a named flag is not usable here.
+        ValueError, TypeError: for invalid names, shapes, dtypes or shares.
     """
     start = time.perf_counter()
     losses = _losses(config)
@@ -107,11 +106,11 @@ def bench(
     flags = _flags(backends, report)
     losses = _shardable(losses, tp, report)
     usable = _baselines(baselines, tp, report)
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "device": device, "seed": seed, "forward_only": forward_only, "tp": tp, "count_known": count_known
     }  # fmt: skip
     jobs = [
-        (name, Job(loss.to_dict(), shape, dtype, ignored=share, **how))
+        (name, Job(loss.to_dict(), shape, dtype, ignored=share, **options))
         for name, loss, shape in _calls(losses, shapes, workloads)
         for dtype in dtypes
         for share in shares
@@ -120,11 +119,11 @@ def bench(
     with Run(report, threads, imports, timeout, deadline, seed, progress) as run:
         run.total = len(jobs) * (rounds + 1)
         for index, (name, job) in enumerate(jobs):
-            if index and run.late():
+            if index and run.past_deadline():
                 call = call_text(name, job.shape, job.dtype, job.ignored)
                 report.missing.append(Missing(call, "the time limit was reached"))
                 continue
-            run.group(_rows(name, job, flags, usable), job, rounds)
+            run.measure_group(_rows(name, job, flags, usable), job, rounds)
             report.seconds = time.perf_counter() - start
             if save:
                 save(report)
@@ -137,11 +136,11 @@ def bench(
 
 def _rows(loss: str, job: Job, flags: Sequence[str], baselines: Sequence[str]) -> list[BenchRow]:
     """An empty row for each implementation of a call, the roofline first."""
-    fitting = [TIMED[name] for name in baselines if TIMED[name].fits(job.definition.name, job.tp)]
+    supported = [TIMED[name] for name in baselines if TIMED[name].fits(job.definition.name, job.tp)]
     names = [
         (ROOFLINE, ROOFLINE, "jax" if TIMED["compiled-torch"].missing() else "torch"),
         *((flag, FLAG, parse_flag(flag).backend) for flag in flags),
-        *((baseline.name, BASELINE, baseline.framework) for baseline in fitting),
+        *((baseline.name, BASELINE, baseline.framework) for baseline in supported),
     ]
     return [BenchRow(loss, *name, job.shape, job.dtype, dict(job.config), job.ignored) for name in names]
 
@@ -149,17 +148,17 @@ def _rows(loss: str, job: Job, flags: Sequence[str], baselines: Sequence[str]) -
 def _losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[LossConfig]:
     if config is None:
         config = our_losses()
-    given = [config] if isinstance(config, str | LossConfig) else list(config)
-    made = [_named(loss) if isinstance(loss, str) else loss for loss in given]
-    for loss in made:
+    configs = [config] if isinstance(config, str | LossConfig) else list(config)
+    losses = [_config_by_name(loss) if isinstance(loss, str) else loss for loss in configs]
+    for loss in losses:
         if not isinstance(loss, LossConfig):
             raise TypeError(f"Expected a registry name or a LossConfig, got {type(loss).__name__}.")
         need_definition(loss)
-    return made
+    return losses
 
 
-def _named(name: str) -> LossConfig:
-    """A loss by its name, with the mean over the valid tokens, as most training steps take it."""
+def _config_by_name(name: str) -> LossConfig:
+    """Default config of a registered loss, with reduction "mean" where it has one, as in most training steps."""
     config_cls = LOSS_CONFIG_REGISTRY.get(name)
     if config_cls is None:
         raise ValueError(f"Unknown loss {name!r}. Choose one of: {', '.join(LOSS_CONFIG_REGISTRY)}.")
@@ -191,14 +190,14 @@ def _check_ranks(tp: int, device: str) -> None:
 
 
 def _shardable(losses: Sequence[LossConfig], tp: int, report: BenchReport) -> list[LossConfig]:
-    """The losses that so many ranks can share; the others are noted."""
-    kept = []
+    """The losses whose vocabulary can be sharded over `tp` ranks; the others are listed as missing."""
+    shardable = []
     for name, loss in zip(distinct_names(losses), losses, strict=True):
         if tp == 1 or can_be_sharded(loss):
-            kept.append(loss)
+            shardable.append(loss)
         else:
             report.missing.append(Missing(name, "it has no tp_group"))
-    return kept
+    return shardable
 
 
 def _check_count(count_known: bool, losses: Sequence[LossConfig], tp: int) -> None:
@@ -218,7 +217,7 @@ def _num_cores() -> int:
 
 
 def _flags(backends: Sequence[str] | None, report: BenchReport) -> list[str]:
-    """Flags in full. What can't be used is noted where all were asked for, and raises where it was named."""
+    """Full names of the flags to run. An unusable flag raises if it is named; with None it is listed as missing."""
     if backends is not None:
         return list(dict.fromkeys(usable_flag(flag) for flag in backends))
     statuses = [flag_status(flag) for flag in all_flags()]
@@ -227,7 +226,7 @@ def _flags(backends: Sequence[str] | None, report: BenchReport) -> list[str]:
 
 
 def _baselines(names: Sequence[str] | None, tp: int, report: BenchReport) -> list[str]:
-    """Baselines to run. One that is not installed, or not for so many ranks, is noted; the latter where named."""
+    """Baselines to run. Others are listed as missing: not installed, or not for `tp` ranks (for tp=1 only if named)."""
     for name in names or ():
         if name not in TIMED:
             raise ValueError(f"Unknown baseline {name!r}. Choose among: {', '.join(TIMED)}.")
@@ -248,18 +247,18 @@ def _baselines(names: Sequence[str] | None, tp: int, report: BenchReport) -> lis
 def _calls(
     losses: Sequence[LossConfig], shapes: Sequence[tuple[int, ...]], workloads: Sequence[Workload]
 ) -> list[tuple[str, LossConfig, tuple[int, ...]]]:
-    """Every loss on every shape: display name, config, and the sizes that the loss takes; each call once."""
+    """Distinct calls, every loss on every shape: display name, config, and the sizes that the loss takes."""
     if not shapes and not workloads:
         shapes = [DEFAULT_SHAPE]
-    found: list[tuple[str, LossConfig, tuple[int, ...]]] = []
+    calls: list[tuple[str, LossConfig, tuple[int, ...]]] = []
     for name, loss in zip(distinct_names(losses), losses, strict=True):
         num_sizes = 3 if any("H" in argument.dims for argument in need_definition(loss).inputs) else 2
         for shape in shapes:
             if len(shape) < num_sizes:
                 raise ValueError(f"{name} needs a shape (T, V, H) with the hidden size, got {tuple(shape)}.")
-            found.append((name, loss, tuple(shape[:num_sizes])))
-        for load in workloads:
+            calls.append((name, loss, tuple(shape[:num_sizes])))
+        for workload in workloads:
             has_softcap = any(f.name == "logit_softcapping" for f in fields(loss))
-            sized: LossConfig = replace(loss, logit_softcapping=load.softcap) if has_softcap else loss
-            found.append((f"{name}, {load.name}", sized, load.shape[:num_sizes]))
-    return [call for i, call in enumerate(found) if call not in found[:i]]
+            sized: LossConfig = replace(loss, logit_softcapping=workload.softcap) if has_softcap else loss
+            calls.append((f"{name}, {workload.name}", sized, workload.shape[:num_sizes]))
+    return [call for i, call in enumerate(calls) if call not in calls[:i]]

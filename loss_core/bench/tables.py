@@ -1,4 +1,4 @@
-"""The tables of a benchmark: headings, cells and the words around them; `bench_text` shows them."""
+"""The tables of a benchmark report: headings, cells, legends, warnings and verdict, as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADINGS = ("", "time", "±", "x plain", "x baseline", "of roofline", "memory", 
 
 LEGEND = (
     "time: median of the rounds; ±: spread of the middle half; x plain, x baseline: share of the time of the plain "
-    "implementation and of the best baseline, on the same framework; of roofline: roofline / time; memory: most held "
+    "implementation and of the best baseline, on the same framework; of roofline: roofline / time; memory: peak "
     "above the inputs, gradients included; errors: relative, against float64"
 )
 
@@ -32,9 +32,8 @@ GROWTH_HEADINGS = ("", "x size", "time", "x time", "exponent", "of roofline", "m
 
 GROWTH_LEGEND = (
     "x size, x time: the largest over the smallest; exponent: slope of log time over log size by least squares, 1 is "
-    "linear; of roofline: roofline / time, which load on the machine that changes from call to call moves less; "
-    "memory: most held above the inputs, then without the gradients, which grow with T or V by their nature; to: from "
-    "the smallest size to the largest"
+    "linear; of roofline: roofline / time, on which a changing load of the machine has less effect; memory: peak above "
+    "the inputs, then without the gradients, whose size is that of T or V; to: from the smallest size to the largest"
 )
 
 
@@ -44,7 +43,7 @@ class Line:
 
     Attributes:
         cells: one per heading.
-        note: what stands behind the cells.
+        note: text after the cells.
         style: "roofline", "best" (our fastest), "flag", "baseline", "wrong" or "failed".
     """
 
@@ -54,14 +53,14 @@ class Line:
 
 
 def lines_of(group: Sequence[BenchRow]) -> list[Line]:
-    """The rows of a group: the roofline, then ours and the baselines from fast to slow, then what failed."""
+    """Table lines of a group: the roofline, then flags and baselines from fast to slow, then failures."""
     roofline = roofline_of(group)
     ours = best_flag_of(group)
     ordered = sorted(group, key=lambda row: (row.kind != ROOFLINE, row.seconds is None, row.seconds or 0.0))
-    made = []
+    lines = []
     for row in ordered:
-        # The roofline's time is compared with nothing.
-        compared = [other for other in group if row.kind != ROOFLINE]
+        # The roofline is a bound, not an implementation: it has no ratios.
+        compared = [] if row.kind == ROOFLINE else group
         plain, baseline = plain_of(compared, row.framework), best_baseline_of(compared, row.framework)
         style = "failed" if row.seconds is None else "wrong" if row.wrong else "best" if row is ours else row.kind
         cells = (
@@ -76,12 +75,12 @@ def lines_of(group: Sequence[BenchRow]) -> list[Line]:
             error_text(row.loss_error),
             error_text(row.grad_error),
         )
-        made.append(Line(cells, f"WRONG: {row.note}".rstrip(": ") if row.wrong else row.error or row.note, style))
-    return made
+        lines.append(Line(cells, f"WRONG: {row.note}".rstrip(": ") if row.wrong else row.error or row.note, style))
+    return lines
 
 
 def time_text(seconds: float | None) -> str:
-    """A time with three digits and its unit."""
+    """A time with three digits and a unit."""
     if seconds is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -109,13 +108,13 @@ def _ratio(seconds: float | None, other: float | None) -> str:
 
 
 def heading_of(group: Sequence[BenchRow], report: BenchReport) -> str:
-    """What the rows of a group measure."""
+    """Heading of a group: what its rows measure."""
     row = group[0]
     share = f", {share_text(row.ignored)} ignored" if row.ignored else ""
-    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {_how(report)}{share}{_ranks(report)}"
+    return f"{row.loss}, {' x '.join(f'{n:,}' for n in row.shape)}, {row.dtype}, {_mode(report)}{share}{_ranks(report)}"
 
 
-def _how(report: BenchReport) -> str:
+def _mode(report: BenchReport) -> str:
     return "forward only" if report.settings.get("forward_only") else "forward + backward"
 
 
@@ -124,16 +123,16 @@ def _ranks(report: BenchReport) -> str:
 
 
 def growth_tables(report: BenchReport) -> list[tuple[str, list[Line]]]:
-    """How the implementations grow: heading and rows of each series that is long enough to tell."""
-    made = []
+    """Heading and lines of each series that is long enough for an exponent."""
+    tables = []
     for series in series_of(report):
         lines = []
         for growth in growth_of(series):
             first, last = growth.first, growth.last
-            beside = "", "", ""
+            roofline_and_memory = "", "", ""
             if first.kind != ROOFLINE:
                 shares = [_roofline_share(row, series) for row in (first, last)]
-                beside = (
+                roofline_and_memory = (
                     " to ".join(shares) if all(shares) else "",
                     _from_to(first.peak, last.peak),
                     _from_to(first.working, last.working),
@@ -144,18 +143,18 @@ def growth_tables(report: BenchReport) -> list[tuple[str, list[Line]]]:
                 f"{time_text(first.seconds)} to {time_text(last.seconds)}",
                 f"{growth.time_factor:.3g}",
                 f"{growth.exponent:.2f}",
-                *beside,
+                *roofline_and_memory,
             )
-            # The roofline's note is the rates of one call.
+            # The roofline's note has the rates of one call.
             note = first.note if first.kind != ROOFLINE and first.note == last.note else ""
             lines.append(Line(cells, note, first.kind))
         if lines:
-            made.append((series_heading(series, report), lines))
-    return made
+            tables.append((series_heading(series, report), lines))
+    return tables
 
 
 def series_heading(series: Series, report: BenchReport) -> str:
-    """What differs between the calls of a series, and what does not."""
+    """Heading of a series: the size that differs between its calls, and those that do not."""
     row = series.rows[0]
     losses = {row.loss for row in series.rows}
     loss = row.loss if len(losses) == 1 else str(row.config.get("name"))
@@ -163,8 +162,8 @@ def series_heading(series: Series, report: BenchReport) -> str:
     fixed = " x ".join(f"{row.shape['TVH'.index(name)]:,}" for name in names)
     share = f", {share_text(row.ignored)} ignored" if row.ignored and series.axis != SHARE else ""
     ends = [size_text(size, series.axis) for size in (series.sizes[0], series.sizes[-1])]
-    what = f"over {series.axis}, {ends[0]} to {ends[1]}, at {' x '.join(names)} = {fixed}"
-    return f"{loss}, {row.dtype}, {_how(report)}{share}{_ranks(report)}: {what}"
+    sizes = f"over {series.axis}, {ends[0]} to {ends[1]}, at {' x '.join(names)} = {fixed}"
+    return f"{loss}, {row.dtype}, {_mode(report)}{share}{_ranks(report)}: {sizes}"
 
 
 def size_text(size: float, axis: str) -> str:
@@ -191,7 +190,7 @@ def facts_of(report: BenchReport) -> dict[str, str]:
 
 
 def device_of(report: BenchReport) -> str:
-    """The accelerator, or the processor and its widest vectors."""
+    """Name of the accelerator, or of the processor with its widest vector instructions."""
     device = str(report.machine.get("device", "cpu"))
     if device != "cpu":
         return device
@@ -200,32 +199,32 @@ def device_of(report: BenchReport) -> str:
 
 
 def warnings_of(report: BenchReport) -> list[str]:
-    """What makes the times doubtful."""
-    found = []
+    """Reasons to doubt the times."""
+    warnings = []
     load, cores = report.machine.get("load"), report.machine.get("cores") or 1
     if load is not None and load > cores / 2:
-        found.append(f"The machine was busy: load {load} on {cores} cores when the run began. Times are uncertain.")
+        warnings.append(f"The machine was busy: load {load} on {cores} cores when the run began. Times are uncertain.")
     spreads = [row.spread for row in report.rows if row.kind != ROOFLINE and row.spread is not None]
     if spreads and median(spreads) > 0.25:
-        found.append(f"The rounds differ by {median(spreads):.0%} in the median: run it again on a quiet machine.")
+        warnings.append(f"The rounds differ by {median(spreads):.0%} in the median: run it again on a quiet machine.")
     if others := report.machine.get("accelerator_processes"):
-        found.append(f"Other processes held memory of the accelerator: {others}.")
-    return found
+        warnings.append(f"Other processes held memory of the accelerator: {others}.")
+    return warnings
 
 
 def verdict(report: BenchReport) -> str:
     """For each call and framework: our fastest flag and the best baseline."""
-    said = []
+    lines = []
     for group in report.groups():
         head = call_text(*group[0].group)
         frameworks = dict.fromkeys(row.framework for row in group if row.kind == FLAG)
         for framework in frameworks:
             ours, other = best_flag_of(group, framework), best_baseline_of(group, framework)
             if ours is None or not ours.seconds:
-                said.append(f"{head}: no flag of {framework} gave a result")
+                lines.append(f"{head}: no flag of {framework} gave a result")
                 continue
             text = f"{head}: {ours.implementation} {time_text(ours.seconds)}"
             if other is not None and other.seconds:
                 text += f", {ours.seconds / other.seconds:.2f} of {other.implementation}'s {time_text(other.seconds)}"
-            said.append(text)
-    return "\n".join(said)
+            lines.append(text)
+    return "\n".join(lines)

@@ -35,18 +35,18 @@ _STYLES = {
 
 
 def print_bench(console: Console, report: BenchReport) -> None:
-    """The whole report on a terminal."""
+    """Print the full report on a terminal."""
     for text, style in _text_lines(report, max(console.width - 1, 40)):
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def bench_text(report: BenchReport, width: int = 119) -> str:
-    """The whole report as plain text."""
+    """The full report as plain text."""
     return "\n".join(text for text, _ in _text_lines(report, width))
 
 
 def _text_lines(report: BenchReport, width: int) -> Iterator[tuple[str, str]]:
-    """Lines and their styles. Tables are not wrapped: they are read by their columns."""
+    """Lines and their styles. Tables are not wrapped, so that their columns stay aligned."""
     yield from _wrapped(" · ".join(f"{name} {value}" for name, value in facts_of(report).items()), width)
     for warning in warnings_of(report):
         yield from _wrapped(warning, width, "yellow")
@@ -93,7 +93,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def missing_text(missing: Missing) -> str:
-    """Why something was not measured, and the line that installs it."""
+    """Why a flag or baseline was not measured, and the command that installs it."""
     install = f": {missing.install}" if missing.install and missing.install not in missing.reason else ""
     return f"{missing.name}: {missing.reason}{install}"
 
@@ -106,7 +106,7 @@ def _wrapped(text: str, width: int, style: str = "") -> Iterator[tuple[str, str]
 
 
 def markdown(report: BenchReport) -> str:
-    """The tables as Markdown, those of growth first: they say what the many after them come to."""
+    """The tables as Markdown; those of growth first, which summarize the tables of the calls."""
     growth = [part for heading, lines in growth_tables(report) for part in _markdown(heading, GROWTH_HEADINGS, lines)]
     calls = [part for g in report.groups() for part in _markdown(heading_of(g, report), HEADINGS, lines_of(g))]
     return "\n".join([*growth, *calls])

@@ -1,4 +1,4 @@
-"""`loss-core bench --tune`: which flags a report shows to be fastest, as entries of the machine's cache."""
+"""`loss-core bench --tune`: the fastest flags of a report, as entries of the machine's cache of tuned choices."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from loss_core.bench.report import FLAG, BenchReport, best_flag_of
 
 
 def choices_of(report: BenchReport) -> list[dict[str, Any]]:
-    """For each call and backend the fastest flag that is not wrong, with the rows that justify it.
+    """The fastest flag that is not wrong, for each call and backend, with the rows that justify it.
 
-    Flags that let the backend choose (`auto`) are no answer and are left out.
+    `auto` flags are excluded: they name no kernel.
     """
     device = str(report.machine.get("device", report.settings.get("device", "")))
-    found = []
+    choices = []
     for group in report.groups():
         rows = [row for row in group if row.kind == FLAG and not row.implementation.endswith(":auto")]
         for backend in dict.fromkeys(row.framework for row in rows):
             best = best_flag_of(rows, backend)
             if best is None:
                 continue
-            found.append(
+            choices.append(
                 {
                     "loss": best.config["name"],
                     "device": device,
@@ -43,4 +43,4 @@ def choices_of(report: BenchReport) -> list[dict[str, Any]]:
                     ],
                 }
             )  # fmt: skip
-    return found
+    return choices

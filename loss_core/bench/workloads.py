@@ -1,4 +1,4 @@
-"""Real models as shapes, so that a benchmark can be asked for by name.
+"""Shapes of the output layers of real models, which a benchmark takes by name.
 
 Sizes are those of each model's published config.json on the Hugging Face Hub (`hidden_size`, `vocab_size`,
 `final_logit_softcapping`), named in `source`. Each was compared with a copy in another public repository, named in
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Workload:
-    """The output layer of one model, and how many tokens meet it in one call.
+    """The output layer of one model, and the count of tokens in one call.
 
     Attributes:
-        name: on the command line.
+        name: as on the command line.
         tokens: T of one call.
         vocab: V.
         hidden: H.

@@ -1,4 +1,4 @@
-"""Calls on CUDA are timed while the device is behind the host, which a stand-in for the device shows here."""
+"""Calls on CUDA are launched while the device still sleeps, shown here with a stand-in for the device."""
 
 import time
 
@@ -13,41 +13,41 @@ HOST = 3e-3
 
 @pytest.fixture
 def device(monkeypatch):
-    """What the device was asked for, in order."""
-    asked = []
+    """Operations of the device, in the order of their launch."""
+    launched = []
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            asked.append("mark")
+            launched.append("event")
 
         def elapsed_time(self, other):
             return 2.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: asked.append("waited for"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append(cycles))
-    return asked
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: launched.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: launched.append(cycles))
+    return launched
 
 
-def test_the_device_sleeps_while_the_host_asks_for_a_call(device):
-    """And then waits for the other ranks, which may have slept longer."""
+def test_the_device_sleeps_while_the_host_launches_a_call(device):
+    """And then waits for the other ranks, which may sleep longer."""
 
-    class Meeting(Ranks):
-        def line_up(self, where):
-            device.append(f"meeting on {where}")
+    class RecordingRanks(Ranks):
+        def device_barrier(self, name):
+            device.append(f"barrier on {name}")
 
     def step():
         time.sleep(HOST)
         device.append("call")
 
-    assert cuda_times(step, 1.0, 3, Meeting(), "cuda") == [2e-3] * 3
-    calls = device[device.index("mark") - 2 : -1]
+    assert cuda_times(step, 1.0, 3, RecordingRanks(), "cuda") == [2e-3] * 3
+    calls = device[device.index("event") - 2 : -1]
     assert len(calls) == 3 * 5
     for sleep, *rest in zip(*[iter(calls)] * 5, strict=True):
-        assert rest == ["meeting on cuda", "mark", "call", "mark"]
-        # No chip's clock is faster than 2.5 GHz.
+        assert rest == ["barrier on cuda", "event", "call", "event"]
+        # No device has a clock faster than 2.5 GHz.
         assert sleep >= 2.5e9 * HOST
-    assert device[-1] == "waited for"
+    assert device[-1] == "synchronize"

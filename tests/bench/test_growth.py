@@ -1,4 +1,4 @@
-"""Growth over T, V and the share of valid tokens, on rows made by hand: a time depends on the machine."""
+"""Growth over T, V and the share of valid tokens, on hand-written rows: measured times depend on the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from helpers.bench import row as made
+from helpers.bench import row as make_row
 from helpers.command import ROOT
 from loss_core.bench.figures import growth_pictures
 from loss_core.bench.growth import SHARE, T, V, exponent, growth_of, series_of
@@ -17,7 +17,7 @@ from loss_core.bench.text import bench_text, markdown
 
 
 def row(seconds: float, shape: tuple[int, ...] = (8, 10), name: str = "torch:eager", **more: object) -> BenchRow:
-    return made(name, seconds, shape=shape, **more)
+    return make_row(name, seconds, shape=shape, **more)
 
 
 def over_t(*points: tuple[int, float], **more: object) -> list[BenchRow]:
@@ -30,14 +30,14 @@ def test_the_exponent_of_a_power_is_that_power(power):
     assert exponent(sizes, [3e-3 * size**power for size in sizes]) == pytest.approx(power, abs=1e-12)
 
 
-def test_the_exponent_is_that_of_all_points_not_of_the_ends():
-    # log2 of the times 0, 2, 2 over 0, 1, 2: the ends give 1 and so do the squares; then 0, 0, 3 over 0, 1, 3.
+def test_the_exponent_is_fitted_to_all_points_not_to_the_ends():
+    # log2 of the times 0, 2, 2 over 0, 1, 2: slope 1 by the ends and by least squares; then 0, 0, 3 over 0, 1, 3.
     assert exponent([1, 2, 4], [1, 4, 4]) == pytest.approx(1)
     assert exponent([1, 2, 8], [1, 1, 8]) == pytest.approx(15 / 14)
 
 
-def test_a_series_tells_factors_exponent_and_both_ends():
-    # Not in order, as a report need not be.
+def test_a_series_has_factors_exponent_and_both_ends():
+    # Unsorted, as a report may be.
     rows = over_t((1024, 8.0), (64, 0.5), (256, 2.0)) + over_t((64, 1.0), (256, 16.0), (1024, 256.0), name="jax:xla")
     (series,) = series_of(BenchReport(rows=rows))
     assert (series.axis, series.sizes) == (T, [64, 256, 1024])
@@ -50,13 +50,13 @@ def test_a_series_tells_factors_exponent_and_both_ends():
     assert quadratic.exponent == pytest.approx(2)
 
 
-def test_two_sizes_are_drawn_and_give_no_exponent():
+def test_two_sizes_have_a_figure_but_no_exponent():
     report = BenchReport(rows=over_t((64, 0.5), (128, 1.0)))
     (series,) = series_of(report)
     assert growth_of(series) == []
     assert growth_tables(report) == []
     assert len(growth_pictures(report)) == 1
-    # Three calls at two sizes are two sizes still.
+    # Three calls, but still two sizes.
     (series,) = series_of(BenchReport(rows=over_t((64, 0.5), (64, 0.6), (128, 1.0))))
     assert growth_of(series) == []
 
@@ -75,7 +75,7 @@ def test_one_size_is_no_series():
     ],
     ids=["V", "share", "config", "H"],
 )
-def test_calls_that_differ_in_two_things_are_no_series(other):
+def test_calls_that_differ_in_two_respects_are_no_series(other):
     rows = [row(1.0, (64, 1000)), row(2.0, **{"shape": (128, 1000)} | other)]
     assert series_of(BenchReport(rows=rows)) == []
     rows[1].dtype = "bfloat16"
@@ -109,7 +109,7 @@ def test_every_axis_is_found_and_the_others_stay_fixed():
     ]
 
 
-def test_wrong_and_failed_rows_are_left_out():
+def test_wrong_and_failed_rows_are_excluded():
     rows = over_t((64, 1.0), (128, 2.0), (256, 4.0), (512, 1e-3), (1024, 1.0))
     rows[3].grad_error = 0.5
     rows[4].rounds, rows[4].error = [], "out of memory"
@@ -119,8 +119,8 @@ def test_wrong_and_failed_rows_are_left_out():
     assert growth.exponent == pytest.approx(1)
 
 
-def grown() -> BenchReport:
-    """Times that are linear in T, memory that is flat but for the gradients; a roofline that is not linear."""
+def growth_report() -> BenchReport:
+    """Times linear in T, memory constant except for the gradients, and a roofline that is not linear."""
     mib = 2**20
     rows = []
     for t, roofline in ((64, 6.4e-3), (256, 36e-3), (1024, 204.8e-3)):
@@ -131,7 +131,7 @@ def grown() -> BenchReport:
 
 
 def test_the_table_shows_time_exponent_and_memory_of_both_ends():
-    ((heading, lines),) = growth_tables(grown())
+    ((heading, lines),) = growth_tables(growth_report())
     assert [line.note for line in lines] == ["", "runs torch:eager"]
     assert heading == "KDLoss, float32, forward + backward: over T, 64 to 1,024, at V = 1,000"
     assert [line.cells for line in lines] == [
@@ -149,15 +149,15 @@ def test_the_table_shows_time_exponent_and_memory_of_both_ends():
     ]
 
 
-def test_memory_beside_the_gradients_is_told_only_where_they_are_known():
+def test_working_memory_is_none_unless_peak_and_gradients_are_known():
     assert row(1.0, peak=5, gradients=3).working == 2
     assert row(1.0, peak=3, gradients=5).working == 0
     assert row(1.0, peak=3).working is None
     assert row(1.0, gradients=3).working is None
 
 
-def test_terminal_page_and_markdown_hold_table_and_picture():
-    report = grown()
+def test_terminal_page_and_markdown_have_table_and_figure():
+    report = growth_report()
     row_text = "64.0 ms to 1.02 s"
     assert row_text in bench_text(report)
     assert (
@@ -166,7 +166,7 @@ def test_terminal_page_and_markdown_hold_table_and_picture():
     )
     page = bench_page(report)
     assert row_text in page
-    # Time and memory of each call, and one picture of growth.
+    # Time and memory of each call, and one figure of growth.
     assert page.count("<svg") == 3 * 2 + 1
     (picture,) = growth_pictures(report)
     assert "linear" in picture.svg
@@ -174,10 +174,10 @@ def test_terminal_page_and_markdown_hold_table_and_picture():
     assert picture.title == series_heading(series_of(report)[0], report)
 
 
-def test_the_benchmark_page_draws_growth_in_place_of_each_call():
-    drawn = runpy.run_path(str(ROOT / "examples/benchmark_page.py"), run_name="page")["drawn"]
-    report = grown()
-    titles = [title for title, _, _ in drawn("name", report)]
+def test_the_benchmark_page_has_a_figure_of_growth_instead_of_one_per_call():
+    pictures_of = runpy.run_path(str(ROOT / "examples/benchmark_page.py"), run_name="page")["pictures_of"]
+    report = growth_report()
+    titles = [title for title, _, _ in pictures_of("name", report)]
     assert titles == [series_heading(series_of(report)[0], report)]
     report.rows = report.rows[:4]
-    assert len(list(drawn("name", report))) == 2 * 2 + 1
+    assert len(list(pictures_of("name", report))) == 2 * 2 + 1

@@ -1,4 +1,4 @@
-"""`bench`: real processes on small shapes. What a time is depends on the machine, so no time is asserted."""
+"""`bench`: real processes on small shapes. Times depend on the machine, so none is asserted."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from loss_core.bench.tune import choices_of
 from loss_core.bench.workloads import Workload
 from loss_core.dispatch.protocol import BackendUnavailable
 
-# Fewer threads than a test machine has cores: tests run beside others.
+# One thread: other tests run at the same time.
 SMALL = {"threads": 1, "rounds": 2}
 
 
-# One process of pytest-xdist runs them, so that they share the report.
+# In one process of pytest-xdist, so that the tests share the report.
 pytestmark = pytest.mark.xdist_group("bench")
 
 
 @pytest.fixture(scope="module")
 def report():
-    """One run on both frameworks, which several tests look at."""
+    """One run on both frameworks, shared by several tests."""
     return bench(
         "KDLoss",
         ["torch:eager", "jax:xla"],
@@ -67,14 +67,14 @@ def test_the_roofline_is_below_every_time(report):
     assert "2 reads + 1 write of the logits" in rows["roofline"].note
 
 
-def test_the_order_is_another_one_in_each_round(report):
+def test_each_round_has_a_different_order(report):
     (orders,) = report.orders
     assert len(orders) == 2
     assert len({tuple(sorted(order)) for order in orders}) == 1
     assert len({tuple(order) for order in orders}) > 1
 
 
-def test_json_holds_the_whole_report(report):
+def test_json_has_the_full_report(report):
     text = report.to_json()
     assert BenchReport.from_json(text) == report
     data = json.loads(text)
@@ -104,7 +104,7 @@ class DiesConfig(MaskedCrossEntropyConfig):
     pass
 
 @dataclass
-class ForgetsConfig(MaskedCrossEntropyConfig):
+class SkipsConfig(MaskedCrossEntropyConfig):
     pass
 
 class Dies(torch.nn.Module):
@@ -118,33 +118,33 @@ def twice(config):
     return lambda logits, labels: 2 * right(logits, labels)
 
 register_loss("Twice", TwiceConfig, {"torch": twice})
-def forgets(config):
+def skips(config):
     right = MaskedCrossEntropy(reduction="sum")
     return lambda logits, labels: right(logits[:256], labels[:256]) / len(labels)
 
-register_loss("Forgets", ForgetsConfig, {"torch": forgets})
+register_loss("Skips", SkipsConfig, {"torch": skips})
 register_loss("Dies", DiesConfig, {"torch": lambda c: Dies()})
 """
 
 
 @pytest.fixture
 def wrong_losses(tmp_path, monkeypatch):
-    """A module of a user, whose losses are wrong and deadly."""
+    """A user's module with losses that are wrong or kill their process."""
     (tmp_path / "wrong_losses.py").write_text(WRONG)
     monkeypatch.syspath_prepend(str(tmp_path))
     __import__("wrong_losses")
     yield "wrong_losses"
     unregister_loss("Twice")
     unregister_loss("Dies")
-    unregister_loss("Forgets")
+    unregister_loss("Skips")
     del sys.modules["wrong_losses"]
 
 
-def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wrong_losses):
-    # The deadly one last, so that the process of the others serves it, too.
-    report = bench(["Twice", "Forgets", "Dies"], ["torch:eager"], shapes=[(300, 100)], baselines=[],
+def test_a_wrong_loss_is_never_best_and_one_that_kills_its_process_is_a_row_with_its_error(wrong_losses):
+    # Dies last, so that the process that measured the others serves it as well.
+    report = bench(["Twice", "Skips", "Dies"], ["torch:eager"], shapes=[(300, 100)], baselines=[],
                    imports=[wrong_losses], rounds=1, threads=1)  # fmt: skip
-    twice, forgets, dies = report.groups()
+    twice, skips, dies = report.groups()
     rows = {row.implementation: row for row in twice}
     assert rows["torch:eager"].wrong
     assert rows["torch:eager"].loss_error == pytest.approx(1.0, rel=1e-3)
@@ -153,12 +153,12 @@ def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wron
     assert "WRONG" in bench_text(report)
 
     # Right on the 256 tokens of the reduced call, wrong beyond them.
-    rows = {row.implementation: row for row in forgets}
+    rows = {row.implementation: row for row in skips}
     assert rows["torch:eager"].loss_error < 1e-5
     assert rows["torch:eager"].grad_error > 0.1
     assert rows["torch:eager"].wrong
 
-    # A process that dies is a row with its error, and the others go on.
+    # A process that dies is a row with its error; the others are still measured.
     rows = {row.implementation: row for row in dies}
     assert rows["torch:eager"].error == "its process was ended by SIGKILL (out of memory?): the last words"
     assert rows["torch:eager"].seconds is None
@@ -166,7 +166,7 @@ def test_a_wrong_loss_wins_nothing_and_a_deadly_one_is_a_row_with_its_error(wron
     assert "SIGKILL" in bench_text(report)
 
 
-def test_a_workload_brings_its_softcap_and_baselines_that_cannot_run_are_listed(monkeypatch):
+def test_a_workload_sets_its_softcap_and_baselines_that_cannot_run_are_listed(monkeypatch):
     absent = Baseline("absent", "nowhere", "torch", ("linear_cross_entropy",), ("no_such_package",),
                       "pip install no-such-package")  # fmt: skip
     monkeypatch.setitem(TIMED, "absent", absent)
@@ -207,12 +207,12 @@ def test_a_workload_brings_its_softcap_and_baselines_that_cannot_run_are_listed(
         ({"config": "FusedLinearCrossEntropy", "count_known": True, "tp": 2}, ValueError, "not for tp=2"),
     ],
 )
-def test_a_wrong_request_is_refused_before_anything_is_started(options, error, text):
+def test_an_invalid_request_raises_before_any_process_is_started(options, error, text):
     with pytest.raises(error, match=text):
         bench(**{"config": "KDLoss", "shapes": [(8, 10)], "baselines": []} | options)
 
 
-def test_the_page_holds_every_table_and_escapes_what_it_shows(report):
+def test_the_page_has_every_table_and_escapes_its_text(report):
     text = report.to_json().replace("KDLoss", "KD<b>Loss")
     page = bench_page(BenchReport.from_json(text))
     assert "KD&lt;b&gt;Loss, 64 x 1,000" in page
@@ -227,7 +227,7 @@ def test_markdown_has_a_row_for_each_implementation(report):
     assert len({line.count("|") for line in table}) == 1
 
 
-def test_several_shares_are_several_calls():
+def test_several_shares_are_separate_calls():
     report = bench("MaskedCrossEntropy", ["torch:eager"], shapes=[(64, 100)], ignored=[0.0, 0.5, 0.75, 0.5],
                    baselines=[], rounds=1, threads=1)  # fmt: skip
     assert [(r.implementation, r.ignored) for r in report.rows] == [
@@ -242,49 +242,49 @@ def test_several_shares_are_several_calls():
     assert BenchReport.from_json(report.to_json()) == report
 
 
-# That nothing is told unasked is the same for both frameworks, and a baseline takes no count either way.
+# Without count_known one framework is enough, and a baseline receives no count in either case.
 @pytest.mark.parametrize(
     ("known", "flags", "baselines"),
     [(False, ["jax:xla"], []), (True, ["torch:eager", "jax:xla"], ["plain-jax"])],
-    ids=["untold", "told"],
+    ids=["unknown", "known"],
 )
-def test_a_count_that_is_known_reaches_our_fused_loss_and_no_baseline(tmp_path, monkeypatch, known, flags, baselines):
-    # A loss of one's own that counts how often it is told, in place of a time, which shows nothing on a small call.
-    (tmp_path / "told_losses.py").write_text(TOLD)
+def test_a_known_count_is_passed_to_our_fused_loss_and_to_no_baseline(tmp_path, monkeypatch, known, flags, baselines):
+    # A user-defined loss that asserts the count: on a small call the time would not show it.
+    (tmp_path / "counted_losses.py").write_text(COUNTED)
     monkeypatch.syspath_prepend(str(tmp_path))
-    told = importlib.import_module("told_losses")
+    counted = importlib.import_module("counted_losses")
     try:
-        report = bench(told.ToldConfig(reduction="mean"), flags, shapes=[(300, 50, 8)],
-                       baselines=baselines, ignored=0.5, count_known=known, imports=["told_losses"],
+        report = bench(counted.CountedConfig(reduction="mean"), flags, shapes=[(300, 50, 8)],
+                       baselines=baselines, ignored=0.5, count_known=known, imports=["counted_losses"],
                        rounds=1, threads=1)  # fmt: skip
     finally:
-        unregister_loss("Told")
-        del sys.modules["told_losses"]
+        unregister_loss("Counted")
+        del sys.modules["counted_losses"]
     rows = {row.implementation: row for row in report.rows}
     assert report.settings["count_known"] is known
     for flag in flags:
-        assert rows[flag].error == ("" if known else "AssertionError: told None"), flag
+        assert rows[flag].error == ("" if known else "AssertionError: num_valid_tokens is None"), flag
         assert not known or ("num_valid_tokens" in rows[flag].note and not rows[flag].wrong)
     assert all((rows[baseline].error, rows[baseline].note) == ("", "") for baseline in baselines)
 
 
-TOLD = """
+COUNTED = """
 from dataclasses import dataclass
 from loss_core import FusedLinearCEConfig, register_loss
 
 @dataclass
-class ToldConfig(FusedLinearCEConfig):
+class CountedConfig(FusedLinearCEConfig):
     pass
 
-def told(backend):
+def counted(backend):
     def build(config):
         right = FusedLinearCEConfig(reduction="mean").build(backend=backend)
         def loss(*, num_valid_tokens=None, labels, **arrays):
-            # Half of the labels of the call, and of the smaller one that is compared with float64.
-            assert num_valid_tokens == len(labels) // 2, f"told {num_valid_tokens}"
+            # Half of the labels, of the full call and of the reduced one.
+            assert num_valid_tokens == len(labels) // 2, f"num_valid_tokens is {num_valid_tokens}"
             return right(labels=labels, num_valid_tokens=num_valid_tokens, **arrays)
         return loss
     return build
 
-register_loss("Told", ToldConfig, {"torch": told("torch:eager"), "jax": told("jax:xla")})
+register_loss("Counted", CountedConfig, {"torch": counted("torch:eager"), "jax": counted("jax:xla")})
 """

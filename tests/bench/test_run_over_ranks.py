@@ -1,4 +1,4 @@
-"""`bench` over ranks that share the vocabulary."""
+"""`bench` over ranks that shard the vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loss_core import unregister_loss
 from loss_core.bench import bench
 from loss_core.bench.text import bench_text
 
-DEADLY = """
+DIES = """
 import os
 import torch.distributed as dist
 from dataclasses import dataclass
@@ -35,19 +35,19 @@ register_loss("Dies", DiesConfig, {"torch": dies})
 
 def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_its_error(tmp_path, monkeypatch):
     before = workers_of(os.getpid())
-    (tmp_path / "deadly.py").write_text(DEADLY)
+    (tmp_path / "dying_loss.py").write_text(DIES)
     monkeypatch.syspath_prepend(str(tmp_path))
-    __import__("deadly")
+    __import__("dying_loss")
     try:
         report = bench(["FusedLinearCrossEntropy", "Dies"], ["torch:eager"], shapes=[(40, 301, 16)], tp=2, rounds=1,
-                       threads=2, imports=["deadly"], baselines=["compiled-torch", "torch-linear-ce"])  # fmt: skip
+                       threads=2, imports=["dying_loss"], baselines=["compiled-torch", "torch-linear-ce"])  # fmt: skip
     finally:
         unregister_loss("Dies")
-        del sys.modules["deadly"]
+        del sys.modules["dying_loss"]
     (roofline, ours), (_, dead) = report.groups()
     assert roofline.seconds > 0
     assert "of the largest of 2 parts" in roofline.note
-    assert "not counted: what the ranks tell each other, at least 3 numbers per token" in roofline.note
+    assert "not counted: communication between the ranks, at least 3 numbers per token" in roofline.note
     assert ours.error == ""
     assert ours.error_ratio <= 1
     assert len(ours.rounds) == 1
@@ -62,7 +62,7 @@ def test_a_run_over_ranks_has_every_column_and_a_rank_that_dies_is_a_row_with_it
     assert workers_of(os.getpid()) == before
 
 
-def test_a_loss_that_ranks_can_not_share_is_left_out_and_listed():
+def test_a_loss_that_cannot_be_sharded_is_not_run_and_listed():
     report = bench("ChunkedCrossEntropy", ["torch:eager"], shapes=[(8, 10, 4)], tp=2, baselines=[])
     assert report.rows == []
     assert [(missing.name, missing.reason) for missing in report.missing] == [
@@ -71,6 +71,6 @@ def test_a_loss_that_ranks_can_not_share_is_left_out_and_listed():
 
 
 @pytest.mark.parametrize("options", [{"tp": 0}, {"tp": True}, {"tp": 2, "device": "cuda:1"}])
-def test_a_wrong_number_of_ranks_is_refused_before_anything_is_started(options):
+def test_an_invalid_count_of_ranks_raises_before_any_process_is_started(options):
     with pytest.raises(ValueError, match=r"tp must be a whole number >= 1|name the kind alone, 'cuda'"):
         bench("KDLoss", ["torch:eager"], shapes=[(8, 10)], baselines=[], **options)

@@ -1,4 +1,4 @@
-"""Tuned choices: what is kept, and for which calls it is read back."""
+"""Tuned choices: which are stored, and for which calls they are read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loss_core.bench.report import BenchReport
 from loss_core.bench.tune import choices_of
 from loss_core.dispatch.tuned import cache_file, store_choices, tuned_choice
 
-# A call as `torch:auto` asks about it.
+# Arguments with which `torch:auto` reads a tuned choice.
 CALL = {"loss": "KDLoss", "device": "cpu", "dtype": "float32", "shape": (64, 1000), "version": "2.13.0", "threads": 4}
 ENTRY = {**CALL, "backend": "torch", "flag": "torch:eager"}
 
 
 def report() -> BenchReport:
-    """Two flags of torch and one of JAX on a call."""
+    """Flags of torch and JAX on one call."""
     rows = [row("roofline", 0.1), row("torch:eager", 1.0), row("torch:compile", 2.0), row("torch:auto", 0.5),
             row("jax:xla", 3.0)]  # fmt: skip
     versions = {"torch": "2.13.0", "jax": "0.10.2"}
@@ -26,7 +26,7 @@ def report() -> BenchReport:
                        settings={"threads": 4, "device": "cpu"})  # fmt: skip
 
 
-def test_the_fastest_flag_that_names_a_kernel_is_kept_and_read_back(tmp_path):
+def test_the_fastest_flag_that_names_a_kernel_is_stored_and_read(tmp_path):
     file = tmp_path / "new" / "choices.json"
     store_choices(choices_of(report()), file)
     assert tuned_choice(**CALL, file=file) == "torch:eager"
@@ -44,21 +44,21 @@ def test_the_fastest_flag_that_names_a_kernel_is_kept_and_read_back(tmp_path):
         {"threads": 8},
     ],
 )
-def test_a_choice_is_not_used_for_another_call_version_or_number_of_threads(tmp_path, other):
+def test_a_choice_is_not_used_for_another_call_version_or_count_of_threads(tmp_path, other):
     file = tmp_path / "choices.json"
     store_choices([ENTRY], file)
     assert tuned_choice(**CALL, file=file) == "torch:eager"
     assert tuned_choice(**CALL | other, file=file) is None
 
 
-def test_threads_are_of_no_account_on_an_accelerator(tmp_path):
+def test_threads_are_ignored_on_an_accelerator(tmp_path):
     file = tmp_path / "choices.json"
     store_choices([ENTRY | {"device": "NVIDIA H100", "flag": "torch:triton"}], file)
     assert tuned_choice(**CALL | {"device": "NVIDIA H100", "threads": 96}, file=file) == "torch:triton"
 
 
 @pytest.mark.parametrize("field", ["version", "threads", "loss_core"])
-def test_an_entry_that_does_not_say_what_it_was_measured_with_is_ignored(tmp_path, field):
+def test_an_entry_without_the_conditions_of_its_measurement_is_ignored(tmp_path, field):
     file = tmp_path / "choices.json"
     store_choices([ENTRY], file)
     data = json.loads(file.read_text())
@@ -76,12 +76,12 @@ def test_a_newer_choice_replaces_the_older_one(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99, "choices": []}', '{"format": 1, "choices": [3]}'])
-def test_a_cache_that_cannot_be_read_chooses_nothing(tmp_path, text):
+def test_an_invalid_cache_has_no_choices(tmp_path, text):
     file = tmp_path / "choices.json"
     file.write_text(text)
     assert tuned_choice(**CALL, file=file) is None
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+def test_the_environment_sets_the_folder_of_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LOSS_CORE_CACHE", str(tmp_path))
     assert cache_file() == tmp_path / "choices.json"

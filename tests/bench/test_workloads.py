@@ -6,7 +6,7 @@ from loss_core.bench.workloads import WORKLOADS
 
 
 def test_workloads_have_sizes_and_a_source():
-    for name, load in WORKLOADS.items():
-        assert load.name == name
-        assert all(size > 0 for size in load.shape)
-        assert "/" in load.source
+    for name, workload in WORKLOADS.items():
+        assert workload.name == name
+        assert all(size > 0 for size in workload.shape)
+        assert "/" in workload.source

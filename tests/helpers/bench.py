@@ -14,17 +14,17 @@ LOSSES = {
 
 
 def job(loss: str, vocab: int, tp: int = 2, **more: object) -> Job:
-    """A call of one of LOSSES, over two ranks."""
+    """A call of one of LOSSES, over two ranks unless tp is another count."""
     shape = (24, vocab, 16) if loss == "linear_cross_entropy" else (24, vocab)
     return Job(LOSSES[loss].to_dict(), shape, "float32", ignored=0.25, tp=tp, **more)  # type: ignore[arg-type]
 
 
 def row(name: str, seconds: float, kind: str = "", shape: tuple[int, ...] = (8, 10), **more: object) -> BenchRow:
-    """A row of KDLoss that took so long; its kind and framework follow from the name, where they are not given."""
+    """A row of KDLoss with one time; framework, and kind if empty, follow from the name."""
     kind = kind or (ROOFLINE if name == ROOFLINE else FLAG)
     framework = "jax" if "jax" in name or name == "optax" else "torch"
-    settled = {"config": {"name": "KDLoss"}, "rounds": [seconds], **more}
-    return BenchRow("KDLoss", name, kind, framework, shape, "float32", **settled)  # type: ignore[arg-type]
+    fields = {"config": {"name": "KDLoss"}, "rounds": [seconds], **more}
+    return BenchRow("KDLoss", name, kind, framework, shape, "float32", **fields)  # type: ignore[arg-type]
 
 
 def by_name(report: BenchReport) -> dict[str, BenchRow]:

@@ -16,7 +16,7 @@ from loss_core import (
     unregister_loss,
 )
 from loss_core.bench.measure.job import Job, make_inputs
-from loss_core.bench.measure.roofline import least_work, words
+from loss_core.bench.measure.roofline import counted_text, least_work
 from loss_core.check import check
 from loss_core.losses import (
     LABELS,
@@ -152,8 +152,8 @@ def test_labels_of_distillation_only_say_what_is_ignored():
 )
 def test_the_least_work_of_a_call(config, shape, counted, moved, operations):
     job = Job(config.to_dict(), shape, "float32", ignored=0.25)
-    assert words(job) == counted
-    assert (least_work(job).moved, least_work(job).operations) == (4 * moved, operations)
+    assert counted_text(job) == counted
+    assert (least_work(job).num_bytes, least_work(job).num_flops) == (4 * moved, operations)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_users_loss_has_inputs_and_a_roofline_for_bench(half):
     tiles, labels = make_inputs(job)
     assert job.float_shapes == {"logits": (8, 10)} == {name: tile.shape for name, tile in tiles.items()}
     assert labels.shape == (8,)
-    assert words(job) == "1 read + 1 write of the logits"
+    assert counted_text(job) == "1 read + 1 write of the logits"
 
 
 def test_unregistering_forgets_the_definition(half):

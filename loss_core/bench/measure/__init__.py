@@ -1,1 +1,1 @@
-"""How one call is measured on every implementation: its inputs, least work and accuracy; processes and rounds."""
+"""Measurement of one call on every implementation: inputs, roofline, accuracy, worker processes and rounds."""

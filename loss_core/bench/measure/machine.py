@@ -1,4 +1,4 @@
-"""What a time depends on besides the code: processor, accelerators with their clocks, other processes."""
+"""Machine properties and state that timings depend on: processor, accelerators and their clocks, other processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GPU_FIELDS = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine and its state at this moment."""
+    """The machine and its current state, for the report."""
     described: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         **_processor(),
@@ -30,19 +30,19 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _processor() -> dict[str, str]:
-    """Its name, and the widest vectors that it has: on some processors a library multiplies twice as fast with them."""
+    """Its name and widest vector instructions, with which libraries on some processors multiply twice as fast."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
-    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    instructions = known.get("flags", "").split()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    instructions = fields.get("flags", "").split()
     vector = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in instructions), "")
-    return {"processor": known.get("model name") or platform.processor() or platform.machine(), "vector": vector}
+    return {"processor": fields.get("model name") or platform.processor() or platform.machine(), "vector": vector}
 
 
 def _nvidia(what: str, names: tuple[str, ...]) -> list[dict[str, str]]:
-    """A query of nvidia-smi; empty where there is none."""
+    """Rows of an nvidia-smi query; empty if it is missing or fails."""
     command = ["nvidia-smi", f"--query-{what}={','.join(names)}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -53,12 +53,12 @@ def _nvidia(what: str, names: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def free_memory() -> int:
-    """Bytes that new arrays may take without swapping."""
+    """Bytes that can be allocated without swapping."""
     try:
         for line in Path("/proc/meminfo").read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    # Where it can't be read: what a small laptop has to spare.
+    # Without /proc/meminfo: what a small laptop can spare.
     return 4 * 2**30

@@ -1,7 +1,7 @@
-"""The processes of one implementation, asked and answered as if they were one.
+"""The worker processes of one implementation, called as one.
 
-One process, or over tensor parallel on torch one for each rank; on JAX one process holds all ranks. They run
-`loss_core_bench.worker`, which loads one framework, and which is therefore never imported here.
+There is one process; over tensor parallel on torch there is one per rank, on JAX one for the devices of all ranks. They
+run `loss_core_bench.worker`, which loads one framework and is therefore never imported here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from loss_core.workers.pool import Pool, Start
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a process found when it made a call for the first time.
+    """Results of the first calls of one process.
 
     Attributes:
-        first_call: seconds.
-        peak: most bytes held above the inputs during a later call.
+        first_call: seconds, compilation included.
+        peak: peak bytes above the inputs during a later call.
         note: what the implementation chose.
-        sample: of the call at the full shape what can be compared with float64: "loss"; "rows", the rows of the first
-            gradient that belong to the sampled tokens; and where the loss makes its own logits "inner", the inner
-            products of hidden states and weight with their gradients, which are equal.
+        sample: results of the call at the full shape to compare with float64: "loss"; "rows", the rows of the first
+            gradient at the sampled tokens; and for a loss that computes its logits "inner", the inner products of
+            hidden states and weight with their gradients, which are equal.
     """
 
     first_call: float
@@ -39,24 +39,23 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the machine is: bytes read and written per second, operations of a matrix product per second."""
+    """Rates of the machine: bytes read and written per second by a copy, operations per second of a matrix product."""
 
     copy: float
     product: float
 
 
 class Processes:
-    """Processes that measure one implementation. Use `stop` in a `finally`.
+    """Processes that measure one implementation. Call `stop` in a `finally`.
 
     Args:
         framework: "torch" or "jax".
-        ranks: that share the vocabulary.
-        threads: of all processes together, at least one each; on Linux also the number of cores that they may use.
-        device: "cpu", or an accelerator, of which each rank has its own.
+        ranks: count of ranks that shard the vocabulary.
+        threads: total over the processes, at least one each; on Linux also the count of cores that they may use.
+        device: "cpu", or an accelerator, one per rank.
         imports: modules that register the user's losses.
-        folder: of the run, where compilers keep what they made: with the caches of earlier runs a first call would cost
-            less than it does.
-        limit: seconds for one answer.
+        folder: of the run, for compiler caches: with the caches of earlier runs a first call would be too fast.
+        limit: timeout of one request in seconds.
     """
 
     def __init__(
@@ -64,12 +63,12 @@ class Processes:
     ) -> None:
         self.limit = limit
         count = ranks if framework == "torch" else 1
-        each = max(1, threads // count)
-        environment = _environment(each, device, folder, ranks if framework == "jax" else 1)
+        threads_each = max(1, threads // count)
+        environment = _environment(threads_each, device, folder, ranks if framework == "jax" else 1)
         arguments = {
             "framework": framework, "device": device, "imports": tuple(imports), "ranks": ranks,
-            # For the rendezvous of the ranks; a folder, because its name must be new.
-            "meet": tempfile.mkdtemp(dir=folder),
+            # A new folder for each start: a port file of an earlier one would be stale.
+            "rendezvous": tempfile.mkdtemp(dir=folder),
         }  # fmt: skip
         self.pool: Pool = Pool(
             [
@@ -78,70 +77,70 @@ class Processes:
                     "loss_core_bench.worker:Worker",
                     {**arguments, "rank": rank},
                     environment,
-                    _cores(rank * each % max(threads, 1), each),
+                    _cores(rank * threads_each % max(threads, 1), threads_each),
                 )
                 for rank in range(count)
             ]
         )
 
-    def started(self, limit: float) -> dict[str, Any]:
-        """Wait for them; "versions" of the framework, and the "device" by its own name."""
+    def wait_started(self, limit: float) -> dict[str, Any]:
+        """Wait until all have started; return the "versions" of the framework and the name of the "device"."""
         self.pool.started(limit)
-        about: dict[str, Any] = self.pool.ask(self.limit, "about")[0]
-        return about
+        info: dict[str, Any] = self.pool.ask(self.limit, "info")[0]
+        return info
 
     def setup(self, job: Job, kind: str, name: str) -> None:
-        """Build the implementation: kind "flag", "baseline" or "roofline"."""
+        """Build an implementation of kind "flag", "baseline" or "roofline"."""
         self.pool.ask(self.limit, "setup", job=job, kind=kind, name=name)
 
     def prepare(self) -> list[Prepared]:
-        """The first calls of the job, by each process."""
+        """Run the first calls; return one result per process."""
         return self.pool.ask(self.limit, "prepare")
 
     def evaluate(self, job: Job) -> list[Arrays]:
-        """Loss and gradients of a job of another shape, by argument name, of each process."""
+        """Loss and gradients by argument name of a job of another shape, one dict per process."""
         return self.pool.ask(self.limit, "evaluate", job=job)
 
-    def times(self, budget: float, most: int) -> list[float]:
-        """Seconds of calls, as many as fit the budget."""
-        return slowest_times(self.pool.ask(self.limit, "round", budget=budget, most=most))
+    def times(self, budget: float, max_calls: int) -> list[float]:
+        """Seconds of each timed call, as many as fit the budget in seconds."""
+        return slowest_times(self.pool.ask(self.limit, "round", budget=budget, max_calls=max_calls))
 
-    def rates(self, budget: float, most: int) -> Rates:
-        """The rates of one rank while all are busy."""
-        return slowest_rates(self.pool.ask(self.limit, "round", budget=budget, most=most))
+    def rates(self, budget: float, max_calls: int) -> Rates:
+        """Rates of one rank while all are busy."""
+        return slowest_rates(self.pool.ask(self.limit, "round", budget=budget, max_calls=max_calls))
 
-    def drop(self) -> None:
-        """Give the memory of the inputs back."""
-        self.pool.ask(self.limit, "drop")
+    def unload(self) -> None:
+        """Free the memory of the inputs."""
+        self.pool.ask(self.limit, "unload")
 
     def stop(self) -> None:
-        """End the processes and everything that they started. May be called more than once."""
+        """End the processes and their children. May be called more than once."""
         self.pool.stop()
 
 
-def slowest_times(of_ranks: Sequence[Sequence[float]]) -> list[float]:
-    """Seconds of calls that all ranks began together: each as slow as on its slowest rank."""
-    return [max(seconds) for seconds in zip(*of_ranks, strict=True)]
+def slowest_times(per_rank: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of calls that all ranks start together: for each call, those of its slowest rank."""
+    return [max(seconds) for seconds in zip(*per_rank, strict=True)]
 
 
-def slowest_rates(of_ranks: Sequence[Rates]) -> Rates:
-    """The rates that every rank has."""
-    return Rates(min(rates.copy for rates in of_ranks), min(rates.product for rates in of_ranks))
+def slowest_rates(per_rank: Sequence[Rates]) -> Rates:
+    """The smallest of each rate over the ranks."""
+    return Rates(min(rates.copy for rates in per_rank), min(rates.product for rates in per_rank))
 
 
 def _cores(first: int, count: int) -> list[int] | None:
-    """Some of the cores of this process."""
+    """`count` of the cores that this process may use, from index `first`, wrapping around; None where not supported."""
     if not hasattr(os, "sched_getaffinity"):
         return None
-    known = sorted(os.sched_getaffinity(0))
-    return [known[(first + i) % len(known)] for i in range(count)]
+    allowed = sorted(os.sched_getaffinity(0))
+    return [allowed[(first + i) % len(allowed)] for i in range(count)]
 
 
 def _environment(threads: int, device: str, folder: Path, cpu_devices: int) -> dict[str, str]:
     environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    # Idle threads of one worker must not spin on the cores that another is being measured on.
+    # Idle threads of one worker must not spin on the cores on which another is measured.
     environment["OMP_WAIT_POLICY"] = "PASSIVE"
-    # JAX takes three quarters of a GPU by default, which leaves nothing for the others.
+    # JAX preallocates three quarters of a GPU's memory by default, which leaves too little for the others.
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if device == "cpu":
         # Hides accelerators.

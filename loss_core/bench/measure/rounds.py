@@ -1,6 +1,6 @@
-"""The course of a benchmark: every implementation prepared, then rounds in random order, then the next call.
+"""The measurement loop: for each call, prepare every implementation, then time it in rounds of random order.
 
-The processes live through the whole run; one works at a time.
+The worker processes live through the whole run; one works at a time.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from pathlib import Path
 
 import numpy as np
 
-from loss_core.bench.measure.accuracy import Judge
+from loss_core.bench.measure.accuracy import AccuracyCheck
 from loss_core.bench.measure.job import Job, gradient_bytes, input_bytes
 from loss_core.bench.measure.machine import free_memory
 from loss_core.bench.measure.processes import Processes, Rates
-from loss_core.bench.measure.roofline import least_work, left_out, words
+from loss_core.bench.measure.roofline import counted_text, least_work, uncounted_text
 from loss_core.bench.report import BASELINE, ROOFLINE, BenchReport, BenchRow, Missing, call_text
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.workers.pool import RequestFailed, WorkerFailed
 
 Progress = Callable[[int, int, str], None]
 
-# Seconds of timed calls of one implementation in one round; at least one call is made.
+# Seconds of timed calls of one implementation in one round, at least one call.
 _ROUND_SECONDS = 0.5
-_MOST_CALLS = 1000
+_MAX_CALLS = 1000
 
-# A process that loads torch or JAX, on a machine that is busy.
+# For a process to import torch or JAX on a busy machine.
 _IMPORT_SECONDS = 120.0
 
 
 class Run:
-    """The processes of a run, which serve all its groups. A context manager: they end with the block.
+    """The worker processes of a run, which measure all its calls. A context manager: they end with the block.
 
     Args:
-        report: gets the rows.
-        threads: of each implementation.
+        report: rows are appended to it.
+        threads: per implementation.
         imports: modules that register the user's losses.
-        timeout: seconds after which one answer is given up.
-        deadline: of `time.perf_counter`, after which no round and no baseline is begun; None for none.
-        seed: of the orders.
+        timeout: of one request, in seconds.
+        deadline: value of `time.perf_counter` after which no round and no baseline is started; None for no limit.
+        seed: of the order of each round.
         progress: called as progress(done, total, label).
     """
 
@@ -59,7 +59,7 @@ class Run:
         self.progress = progress
         self.total: int = 0
         self.done: int = 0
-        self.running: dict[str, Processes] = {}
+        self.processes: dict[str, Processes] = {}
         self.folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(
             prefix="loss-core-bench-", ignore_cleanup_errors=True
         )
@@ -68,106 +68,106 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for processes in self.running.values():
+        for processes in self.processes.values():
             processes.stop()
         self.folder.cleanup()
 
-    def group(self, rows: Sequence[BenchRow], job: Job, rounds: int) -> None:
-        """Measure one call on every implementation, of which the first is the roofline."""
-        rows[0].note = f"{words(job)}{left_out(job)}"
+    def measure_group(self, rows: Sequence[BenchRow], job: Job, rounds: int) -> None:
+        """Measure one call on every implementation; the first row is the roofline."""
+        rows[0].note = f"{counted_text(job)}{uncounted_text(job)}"
         self.report.rows += rows
         self._start(rows, job)
-        judge = Judge(job)
+        check = AccuracyCheck(job)
         for row in rows:
-            self._step(f"{_label(row)} prepare")
-            if self.late() and row.kind == BASELINE:
+            self._report_progress(f"{_label(row)} prepare")
+            if self.past_deadline() and row.kind == BASELINE:
                 row.error = row.error or "left out: the time limit was reached"
-            self._measure(row, job, lambda row=row: self._prepare(row, job, judge))  # type: ignore[misc]
-        judge.compare_losses(rows)
+            self._measure(row, job, lambda row=row: self._prepare(row, job, check))  # type: ignore[misc]
+        check.compare_losses(rows)
         self.done += 1
         orders: list[list[str]] = []
         for _ in range(rounds):
             order = [row for row in rows if not row.error]
             self.random.shuffle(order)
-            if self.late() and orders:
+            if self.past_deadline() and orders:
                 break
             orders.append([row.implementation for row in order])
             for row in order:
-                self._step(f"{_label(row)} round {len(orders)} of {rounds}")
+                self._report_progress(f"{_label(row)} round {len(orders)} of {rounds}")
                 self._measure(row, job, lambda row=row: self._round(row, job))  # type: ignore[misc]
             self.done += 1
         self.done += rounds - len(orders)
         self.report.orders.append(orders)
         for row in rows:
-            # XLA keeps what it once took of an accelerator until its process ends.
+            # XLA frees memory of an accelerator only when its process ends.
             if job.device != "cpu" and row.framework == "jax":
-                self._end(row)
+                self._stop(row)
             elif not row.error:
-                with self._noted(row):
-                    self.running[row.implementation].drop()
+                with self._record_errors(row):
+                    self.processes[row.implementation].unload()
 
-    def late(self) -> bool:
+    def past_deadline(self) -> bool:
         """Whether the time limit has been reached."""
         return self.deadline is not None and time.perf_counter() > self.deadline
 
     def _start(self, rows: Sequence[BenchRow], job: Job) -> None:
-        """Start what is not running, all at once: they only load their libraries."""
-        new = [row for row in rows if row.implementation not in self.running]
+        """Start the processes that are not running, all at once: they only import their libraries."""
+        new = [row for row in rows if row.implementation not in self.processes]
         for row in new:
-            self.running[row.implementation] = Processes(
+            self.processes[row.implementation] = Processes(
                 row.framework, job.tp, self.threads, job.device, self.imports, Path(self.folder.name), self.timeout
             )
         for row in new:
-            self._step(f"{_label(row)} import")
-            with self._noted(row):
-                about = self.running[row.implementation].started(max(self.timeout, _IMPORT_SECONDS))
-                self.report.versions |= about["versions"]
-                self.report.machine.setdefault("device", about["device"])
+            self._report_progress(f"{_label(row)} import")
+            with self._record_errors(row):
+                info = self.processes[row.implementation].wait_started(max(self.timeout, _IMPORT_SECONDS))
+                self.report.versions |= info["versions"]
+                self.report.machine.setdefault("device", info["device"])
             if row.error:
-                self._end(row)
+                self._stop(row)
 
     def _measure(self, row: BenchRow, job: Job, action: Callable[[], None]) -> None:
-        """Do something with a row that has not failed, and give its inputs' memory back where not all fit."""
+        """Run an action for a row without an error, then free its inputs if those of all processes do not fit."""
         if row.error:
             return
-        with self._noted(row):
+        with self._record_errors(row):
             action()
-            # On a CPU all processes may keep their inputs between rounds, where they fit.
-            if job.device != "cpu" or input_bytes(job) * len(self.running) >= free_memory() / 2:
-                self.running[row.implementation].drop()
+            # On a CPU, inputs stay loaded between rounds where those of all processes fit.
+            if job.device != "cpu" or input_bytes(job) * len(self.processes) >= free_memory() / 2:
+                self.processes[row.implementation].unload()
 
-    def _prepare(self, row: BenchRow, job: Job, judge: Judge) -> None:
-        """Build, make the first calls, compare with float64."""
-        processes = self.running[row.implementation]
+    def _prepare(self, row: BenchRow, job: Job, check: AccuracyCheck) -> None:
+        """Build, run the first calls, compare with float64."""
+        processes = self.processes[row.implementation]
         processes.setup(job, row.kind, row.implementation)
         prepared = processes.prepare()
-        row.first_call = max(found.first_call for found in prepared)
-        row.peak = max(found.peak for found in prepared)
+        row.first_call = max(result.first_call for result in prepared)
+        row.peak = max(result.peak for result in prepared)
         row.note = row.note or prepared[0].note
-        # After the first call, which is to include what it compiles.
+        # After the first call, whose time includes compilation.
         if row.kind != ROOFLINE:
             row.gradients = gradient_bytes(job)
-            judge.judge(row, processes.evaluate(judge.job), [found.sample for found in prepared])
+            check.fill_errors(row, processes.evaluate(check.job), [result.sample for result in prepared])
 
     def _round(self, row: BenchRow, job: Job) -> None:
-        processes = self.running[row.implementation]
+        processes = self.processes[row.implementation]
         if row.kind == ROOFLINE:
-            rates = processes.rates(_ROUND_SECONDS, _MOST_CALLS)
+            rates = processes.rates(_ROUND_SECONDS, _MAX_CALLS)
             row.rounds.append(least_work(job).seconds(rates.copy, rates.product))
-            row.note = f"{words(job)} at {_rates(rates)}{left_out(job)}"
+            row.note = f"{counted_text(job)} at {_rates_text(rates)}{uncounted_text(job)}"
         else:
-            times = processes.times(_ROUND_SECONDS, _MOST_CALLS)
+            times = processes.times(_ROUND_SECONDS, _MAX_CALLS)
             row.rounds.append(float(np.median(times)))
             row.calls += len(times)
 
     @contextlib.contextmanager
-    def _noted(self, row: BenchRow) -> Iterator[None]:
-        """What goes wrong in a row's processes becomes the row's error; what can't run here is listed apart."""
+    def _record_errors(self, row: BenchRow) -> Iterator[None]:
+        """Turn a failure of a row's processes into the row's error; list what can't run here as missing instead."""
         try:
             yield
         except WorkerFailed as failure:
             row.error = str(failure)
-            self._end(row)
+            self._stop(row)
         except RequestFailed as failure:
             row.error = " ".join(str(failure).split())[:600]
         except BackendUnavailable as reason:
@@ -177,11 +177,11 @@ class Run:
                 self.report.missing.append(missing)
             self.report.rows = [other for other in self.report.rows if other is not row]
 
-    def _end(self, row: BenchRow) -> None:
-        if processes := self.running.pop(row.implementation, None):
+    def _stop(self, row: BenchRow) -> None:
+        if processes := self.processes.pop(row.implementation, None):
             processes.stop()
 
-    def _step(self, label: str) -> None:
+    def _report_progress(self, label: str) -> None:
         if self.progress:
             self.progress(self.done, self.total, label)
 
@@ -190,6 +190,6 @@ def _label(row: BenchRow) -> str:
     return f"{call_text(*row.group)} {row.implementation}"
 
 
-def _rates(rates: Rates) -> str:
+def _rates_text(rates: Rates) -> str:
     products = f", {rates.product / 1e12:.3g} TFLOP/s" if rates.product else ""
     return f"{rates.copy / 1e9:.3g} GB/s copied (read + written){products}"

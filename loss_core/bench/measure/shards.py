@@ -1,4 +1,4 @@
-"""A benchmark's call over ranks that share the vocabulary: which rank holds what, and their results, merged."""
+"""A benchmark call with the vocabulary sharded over ranks: the classes of each rank, and their results, merged."""
 
 # T = tokens, V = vocabulary, H = hidden, R = tensor-parallel ranks, n = sampled tokens
 
@@ -13,40 +13,40 @@ Arrays = dict[str, NDArray[np.float64]]
 
 
 def rank_sizes(vocab: int, ranks: int) -> tuple[int, ...]:
-    """Classes of each rank, in rank order, as torch.chunk and DTensor split them: the last ranks have fewer, or none.
+    """Count of classes on each rank, as torch.chunk and DTensor split them: the last ranks have fewer, or none.
 
     >>> rank_sizes(12, 4), rank_sizes(10, 4), rank_sizes(2, 3)
     ((3, 3, 3, 3), (3, 3, 3, 1), (1, 1, 0))
     """
-    most = -(-vocab // ranks)
-    return tuple(min(most, max(vocab - rank * most, 0)) for rank in range(ranks))
+    largest = -(-vocab // ranks)
+    return tuple(min(largest, max(vocab - rank * largest, 0)) for rank in range(ranks))
 
 
-def views(of_ranks: Sequence[Arrays], axes: Mapping[str, int], trained: Sequence[str]) -> list[Arrays]:
-    """The results of the whole call as each rank sees them; one entry where all see the same.
+def merge_ranks(per_rank: Sequence[Arrays], axes: Mapping[str, int], trained: Sequence[str]) -> list[Arrays]:
+    """Results of the unsharded call, one entry for each distinct set of replicated values; one entry if ranks agree.
 
-    Parts of gradients by the vocabulary are concatenated, and inner products with them summed. Of what every
-    rank holds whole, each entry has another rank's copy: one that is wrong on a single rank must be found.
+    Gradients sharded over the vocabulary are concatenated, and inner products with them summed. Replicated values are
+    kept per rank, so that an error on a single rank is found.
 
     Args:
-        of_ranks: of each process, in rank order: loss and gradients by argument name, "rows" and "inner" as
-            `loss_core.bench.measure.processes.Prepared.sample` has them.
+        per_rank: one entry per process, in rank order: loss and gradients by argument name, "rows" and "inner" as in
+            `loss_core.bench.measure.processes.Prepared.sample`.
         axes: axis over the vocabulary, by name of the arguments that are sharded.
         trained: arguments with a gradient, in the order of "inner"; "rows" are those of the first.
     """
-    if len(of_ranks) == 1:
-        return list(of_ranks)
-    joined: Arrays = {}
-    for name in of_ranks[0]:
+    if len(per_rank) == 1:
+        return list(per_rank)
+    gathered: Arrays = {}
+    for name in per_rank[0]:
         axis = axes.get(trained[0] if name == "rows" else name)
         if axis is not None:
-            joined[name] = np.concatenate([found[name] for found in of_ranks], axis=axis)
-    seen: list[Arrays] = []
-    for found in of_ranks:
-        whole = {name: value for name, value in found.items() if name not in joined}
-        if "inner" in whole:
-            total = np.sum([other["inner"] for other in of_ranks], axis=0)
-            whole["inner"] = np.where([name in axes for name in trained], total, whole["inner"])
-        if not any(all(np.array_equal(whole[name], other[name], equal_nan=True) for name in whole) for other in seen):
-            seen.append({**joined, **whole})
-    return seen
+            gathered[name] = np.concatenate([results[name] for results in per_rank], axis=axis)
+    merged: list[Arrays] = []
+    for results in per_rank:
+        local = {name: value for name, value in results.items() if name not in gathered}
+        if "inner" in local:
+            total = np.sum([other["inner"] for other in per_rank], axis=0)
+            local["inner"] = np.where([name in axes for name in trained], total, local["inner"])
+        if not any(all(np.array_equal(local[name], other[name], equal_nan=True) for name in local) for other in merged):
+            merged.append({**gathered, **local})
+    return merged

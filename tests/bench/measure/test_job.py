@@ -1,4 +1,4 @@
-"""What one benchmark call is: inputs, sizes, bytes."""
+"""One benchmark call: inputs, sizes, bytes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfi
 from loss_core.bench.measure.job import BLOCK, Job, Tiled, gradient_bytes, input_bytes, make_inputs
 
 
-def test_inputs_are_equal_everywhere_and_ignored_labels_are_counted():
+def test_inputs_are_reproducible_and_have_the_exact_share_of_ignored_labels():
     job = Job(FusedLinearCEConfig().to_dict(), (40, 30, 8), "float32", ignored=0.25)
     (tiles, labels), (again, labels_again) = make_inputs(job), make_inputs(job)
     assert all(np.array_equal(tiles[name].full(), again[name].full()) for name in tiles)
     assert np.array_equal(labels, labels_again)
     assert (labels == -100).sum() == 10
-    assert job.num_kept == 30
+    assert job.num_valid_tokens == 30
     assert tiles["lm_weight"].full().shape == (30, 8)
     assert input_bytes(job) == 4 * (40 * 8 + 30 * 8)
 
@@ -30,7 +30,7 @@ def test_no_two_rows_of_a_repeated_block_are_equal():
     assert np.array_equal(tile.rows(np.array([0, 7, 299])), rows[[0, 7, 299]])
 
 
-def test_torch_and_jax_get_the_same_values():
+def test_torch_and_jax_have_the_same_inputs():
     torch_inputs = importlib.import_module("loss_core_bench.torch_inputs")
     jax_runner = importlib.import_module("loss_core_bench.jax_runner")
     tile = Tiled(np.random.default_rng(0).standard_normal(1000, np.float32), (70, 50))
@@ -51,5 +51,5 @@ def test_torch_and_jax_get_the_same_values():
         (KDLossConfig(), (6, 10), {"forward_only": True}, 0),
     ],
 )
-def test_gradient_bytes_are_those_of_what_a_call_returns(config, shape, more, size):
+def test_gradient_bytes_are_those_of_the_returned_gradients(config, shape, more, size):
     assert gradient_bytes(Job(config.to_dict(), shape, **{"dtype": "float32"} | more)) == size

@@ -1,4 +1,4 @@
-"""Processes that measure one implementation, alone and as ranks."""
+"""Processes that measure one implementation, on one process and over ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers.bench import LOSSES, job
 from helpers.processes import all_gone
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.baselines import TIMED
-from loss_core.bench.measure.accuracy import Judge
+from loss_core.bench.measure.accuracy import AccuracyCheck
 from loss_core.bench.measure.job import Job
 from loss_core.bench.measure.processes import Processes, Rates, slowest_rates, slowest_times
 from loss_core.bench.report import BASELINE, FLAG, ROOFLINE, BenchRow
@@ -18,10 +18,10 @@ from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.workers.pool import RequestFailed
 
 
-def started(framework, ranks, folder, imports=()):
+def start(framework, ranks, folder, imports=()):
     processes = Processes(framework, ranks, ranks, "cpu", imports, folder, limit=120)
     try:
-        assert framework in processes.started(180)["versions"]
+        assert framework in processes.wait_started(180)["versions"]
     except BaseException:
         processes.stop()
         raise
@@ -30,16 +30,16 @@ def started(framework, ranks, folder, imports=()):
 
 @pytest.fixture(scope="module")
 def torch_ranks(tmp_path_factory):
-    """Two ranks on gloo, which serve one implementation after the other."""
-    processes = started("torch", 2, tmp_path_factory.mktemp("torch"))
+    """Two ranks on gloo, which serve one implementation after another."""
+    processes = start("torch", 2, tmp_path_factory.mktemp("torch"))
     yield processes
     processes.stop()
 
 
 @pytest.fixture(scope="module")
 def torch_process(tmp_path_factory):
-    """One process that holds everything whole."""
-    processes = started("torch", 1, tmp_path_factory.mktemp("whole"))
+    """One process with the full vocabulary."""
+    processes = start("torch", 1, tmp_path_factory.mktemp("unsharded"))
     yield processes
     processes.stop()
 
@@ -47,18 +47,18 @@ def torch_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def jax_devices(tmp_path_factory):
     """One process with two devices."""
-    processes = started("jax", 2, tmp_path_factory.mktemp("jax"))
+    processes = start("jax", 2, tmp_path_factory.mktemp("jax"))
     yield processes
     processes.stop()
 
 
 def measured(processes, call, name, kind):
-    """One implementation, prepared and judged: its row, and what it found first."""
+    """Prepare one implementation and compare it with float64; return its row and the first process's results."""
     row = BenchRow("loss", name, kind, "", call.shape, call.dtype)
-    judge = Judge(call)
+    check = AccuracyCheck(call)
     processes.setup(call, kind, name)
     prepared = processes.prepare()
-    judge.judge(row, processes.evaluate(judge.job), [found.sample for found in prepared])
+    check.fill_errors(row, processes.evaluate(check.job), [result.sample for result in prepared])
     return row, prepared[0]
 
 
@@ -75,7 +75,7 @@ TORCH = [("torch:eager", FLAG), ("plain-torch", BASELINE), ("torch-loss-parallel
     ],
 )
 def test_torch_over_ranks_is_within_what_rounding_explains(torch_ranks, loss, name, kind):
-    # Two ranks don't divide it. What divides is the easier case, and `check --tp` has it.
+    # 301 is not a multiple of the ranks; `check --tp` has the easier case.
     row, prepared = measured(torch_ranks, job(loss, 301), name, kind)
     assert row.error_ratio <= 1
     assert row.grad_error < 1e-5
@@ -84,11 +84,11 @@ def test_torch_over_ranks_is_within_what_rounding_explains(torch_ranks, loss, na
     assert len(torch_ranks.times(0.0, 3)) == 1
 
 
-def test_ranks_make_the_same_number_of_calls_though_each_has_its_own_clock(torch_ranks):
+def test_ranks_run_the_same_count_of_calls_although_each_has_its_own_clock(torch_ranks):
     torch_ranks.setup(job("cross_entropy", 301), FLAG, "torch:eager")
-    # Rank 1 would go on, and wait for the other for ever.
+    # Rank 1 has budget left and would wait for rank 0 forever.
     for worker, budget in zip(torch_ranks.pool.workers, (0.0, 10.0), strict=True):
-        worker.send("round", {"budget": budget, "most": 50})
+        worker.send("round", {"budget": budget, "max_calls": 50})
     assert [len(times) for times in torch_ranks.pool.receive(60)] == [1, 1]
 
 
@@ -102,7 +102,7 @@ def test_jax_over_devices_is_within_what_rounding_explains(jax_devices, loss):
         assert prepared.peak > 0
 
 
-def test_jax_takes_whole_arrays_where_the_ranks_do_not_divide(jax_devices):
+def test_jax_takes_unsharded_arrays_if_the_ranks_do_not_divide_the_vocabulary(jax_devices):
     row, prepared = measured(jax_devices, job("cross_entropy", 301), "jax:xla", FLAG)
     assert row.error_ratio <= 1
     assert prepared.note == "2 does not divide 301: takes whole arrays, which it pads and shards itself"
@@ -118,26 +118,26 @@ def test_the_roofline_is_measured_on_every_rank_at_once(torch_ranks, jax_devices
         assert rates.product > 0
 
 
-def test_an_error_on_every_rank_is_raised_and_the_ranks_go_on(torch_ranks):
+def test_an_error_on_every_rank_is_raised_and_the_ranks_still_serve(torch_ranks):
     with pytest.raises(RequestFailed, match=r"^KeyError"):
-        torch_ranks.setup(job("cross_entropy", 300), BASELINE, "nobody")
+        torch_ranks.setup(job("cross_entropy", 300), BASELINE, "no-such-baseline")
     torch_ranks.setup(job("cross_entropy", 300), FLAG, "torch:eager")
     assert len(torch_ranks.times(0.0, 1)) == 1
 
 
-def test_a_call_before_its_setup_and_a_module_that_is_missing_are_told(torch_process, tmp_path):
-    # Of a setup that fails, nothing is left.
+def test_a_call_before_setup_and_a_missing_module_raise(torch_process, tmp_path):
+    # A setup that fails leaves no runner.
     with pytest.raises(RequestFailed, match=r"^KeyError"):
-        torch_process.setup(job("cross_entropy", 300), BASELINE, "nobody")
+        torch_process.setup(job("cross_entropy", 300), BASELINE, "no-such-baseline")
     with pytest.raises(RequestFailed, match="AssertionError: setup comes first"):
-        torch_process.drop()
+        torch_process.unload()
     absent = Processes("jax", 1, 1, "cpu", ["no_such_module"], tmp_path, limit=120)
     with pytest.raises(BackendUnavailable, match="no_such_module"):
-        absent.started(180)
+        absent.wait_started(180)
     assert all_gone([worker.pid for worker in absent.pool.workers])
 
 
-def test_too_few_devices_are_told():
+def test_too_few_devices_raise():
     torch = importlib.import_module("torch")
     ranks = torch.cuda.device_count() + 2
     with pytest.raises(BackendUnavailable, match=f"{ranks} ranks need {ranks} CUDA devices; torch sees {ranks - 2}"):
@@ -146,8 +146,8 @@ def test_too_few_devices_are_told():
         importlib.import_module("loss_core_bench.jax_runner").join(0, 99, "", "cpu")
 
 
-def test_memory_is_that_of_the_gradient_and_more(torch_process):
-    # 16 MiB of logits: the gradient takes as much, and a plain implementation a multiple of it.
+def test_peak_memory_includes_the_gradient(torch_process):
+    # 16 MiB of logits: the gradient takes as much, and a plain implementation a multiple of that.
     call = Job(MaskedCrossEntropyConfig(reduction="mean").to_dict(), (512, 8192), "float32")
     size = 512 * 8192 * 4
     for name, kind, least in (("torch:eager", FLAG, 0.9), ("torch:plain", FLAG, 1.9)):

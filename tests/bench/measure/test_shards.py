@@ -1,4 +1,4 @@
-"""Who holds what of a call over ranks, and what they found, joined."""
+"""Shards of a call over ranks, and the merged results of the ranks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from loss_core.bench.measure.job import Tiled
-from loss_core.bench.measure.shards import rank_sizes, views
+from loss_core.bench.measure.shards import merge_ranks, rank_sizes
 
 
-def test_ranks_share_the_vocabulary_as_torch_does():
+def test_the_vocabulary_is_sharded_as_torch_does():
     torch = importlib.import_module("torch")
     for vocab in (1, 2, 7, 12, 301):
         for ranks in (1, 2, 3, 4):
@@ -21,32 +21,33 @@ def test_ranks_share_the_vocabulary_as_torch_does():
             assert len(sizes) == ranks
 
 
-def test_what_a_rank_holds_is_its_part_of_the_whole():
+def test_the_inputs_of_a_rank_are_a_slice_of_the_full_arrays():
     torch_inputs = importlib.import_module("loss_core_bench.torch_inputs")
-    # A block shorter than the array, so that it is repeated, and rows start anywhere in it.
+    # A block shorter than the array, so that it is repeated and rows start at any offset in it.
     tile = Tiled(np.random.default_rng(0).standard_normal(997, np.float32), (50, 70))
-    whole = tile.full()
+    full = tile.full()
     columns = torch_inputs.place_columns(tile, 20, 45, torch_inputs.DTYPES["float32"], "cpu").numpy()
-    assert np.array_equal(columns, whole[:, 20:45])
-    assert np.array_equal(tile.row_range(11, 30).full(), whole[11:30])
+    assert np.array_equal(columns, full[:, 20:45])
+    assert np.array_equal(tile.row_range(11, 30).full(), full[11:30])
     wide = Tiled(tile.block, (3, 2000))
     columns = torch_inputs.place_columns(wide, 1500, 2000, torch_inputs.DTYPES["float32"], "cpu").numpy()
     assert np.array_equal(columns, wide.full()[:, 1500:])
 
 
-def test_views_join_parts_and_keep_the_copy_of_every_rank():
-    parts = [
+def test_merged_results_concatenate_shards_and_keep_distinct_replicated_values():
+    per_rank = [
         {"loss": np.array(1.0), "lm_weight": np.ones((3, 2)), "hidden_states": np.zeros((4, 2)),
          "rows": np.zeros((1, 2)), "inner": np.array([5.0, 2.0])},
         {"loss": np.array(1.0), "lm_weight": np.ones((2, 2)), "hidden_states": np.zeros((4, 2)),
          "rows": np.zeros((1, 2)), "inner": np.array([5.0, 3.0])},
     ]  # fmt: skip
-    (same,) = views(parts, {"lm_weight": 0}, ("hidden_states", "lm_weight"))
+    (same,) = merge_ranks(per_rank, {"lm_weight": 0}, ("hidden_states", "lm_weight"))
     assert same["lm_weight"].shape == (5, 2)
     assert list(same["inner"]) == [5.0, 5.0]
-    parts[1]["hidden_states"] = np.full((4, 2), np.nan)
+    per_rank[1]["hidden_states"] = np.full((4, 2), np.nan)
     assert [
-        view["hidden_states"][0, 0] for view in views(parts, {"lm_weight": 0}, ("hidden_states", "lm_weight"))
+        merged["hidden_states"][0, 0]
+        for merged in merge_ranks(per_rank, {"lm_weight": 0}, ("hidden_states", "lm_weight"))
     ] == pytest.approx([0, np.nan], nan_ok=True)
     rows = [{"rows": np.zeros((2, size))} for size in (3, 2)]
-    assert views(rows, {"logits": -1}, ("logits",))[0]["rows"].shape == (2, 5)
+    assert merge_ranks(rows, {"logits": -1}, ("logits",))[0]["rows"].shape == (2, 5)
