@@ -15,7 +15,7 @@ from loss_core.baselines import JUDGED
 from loss_core.check import Interrupted, Report, check
 from loss_core.check.captured import CapturedCall, read_call
 from loss_core.check.html import check_page
-from loss_core.check.judge.implementation import Implementation, implementation_named, in_words
+from loss_core.check.judge.implementation import Implementation, error_text, implementation_named
 from loss_core.check.text import print_check, print_reasons
 from loss_core.cli.common import (
     Backends,
@@ -217,7 +217,7 @@ def _implementations(specs: Sequence[str], framework: str | None) -> list[Implem
         try:
             found.append(implementation_named(spec, framework))
         except Exception as error:  # whatever a user's module raises is told in one line
-            raise UsageProblem(f"--implementation {spec}: {in_words(error)}") from error
+            raise UsageProblem(f"--implementation {spec}: {error_text(error)}") from error
     return found
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from loss_core.array_files import read_arrays
 from loss_core.check import compare
-from loss_core.check.judge.implementation import in_words, object_at
+from loss_core.check.judge.implementation import error_text, import_object
 from loss_core.check.text import print_check
 from loss_core.cli.common import (
     Json,
@@ -77,7 +77,7 @@ def compare_command(
     try:
         report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=named, seed=seed)
     except Exception as error:  # what a user's function raises is told in one line
-        raise UsageProblem(f"{in_words(error)} (called with --frameworks {frameworks})") from error
+        raise UsageProblem(f"{error_text(error)} (called with --frameworks {frameworks})") from error
     print_check(out, report)
     write_outputs([(json, lambda: report.to_json() + "\n")], err)
     return 0 if report.passed else 1
@@ -101,6 +101,6 @@ def _drawn(specs: Sequence[str], seed: int) -> dict[str, NDArray[Any]]:
 def _function(spec: str) -> Any:
     look_in_working_directory()
     try:
-        return object_at(spec)
+        return import_object(spec)
     except Exception as error:  # whatever a user's module raises is told in one line
-        raise UsageProblem(f"{spec}: {in_words(error)}") from error
+        raise UsageProblem(f"{spec}: {error_text(error)}") from error
