@@ -1,4 +1,4 @@
-"""Configs as the command line takes them: a name, a YAML file, a mapping written inline."""
+"""Parse the configs of --config: a name, a YAML file, or an inline mapping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loss_core.usage import UsageProblem, closest
 
 
 def read_configs(source: str) -> list[str | LossConfig]:
-    """Configs from a registry name, a YAML file, or a YAML or JSON mapping written inline.
+    """Configs from a registry name, a YAML file, or an inline YAML or JSON mapping.
 
     Args:
         source: such as "KDLoss", "recipe.yaml" or "{name: KDLoss, temperature: 2.0}".
@@ -53,12 +53,12 @@ def _parse_yaml(text: str, place: str) -> Any:
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UsageProblem(f"{place}{at}: not valid YAML: {error.problem or error.context}.") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        # ValueError: what looks like a date but is none, as 2024-13-45.
+        # ValueError: an invalid date, such as 2024-13-45.
         raise UsageProblem(f"{place}: not valid YAML: {error}.") from error
 
 
 def _configs_in(data: Any, place: str) -> list[str | LossConfig]:
-    """Configs from what a YAML text holds: a mapping, a list of them, or a recipe with the key `loss`."""
+    """Configs from parsed YAML: a name, a mapping, a list of these, or a recipe with the key `loss`."""
     if isinstance(data, Mapping) and "loss" in data:
         return _configs_in(data["loss"], f"{place}, loss")
     if isinstance(data, list) and data:
@@ -83,8 +83,8 @@ def _config_from(data: Mapping[Any, Any], place: str) -> LossConfig:
     if "name" not in data:
         keys = ", ".join(map(str, data)) or "none"
         raise UsageProblem(
-            f"{place}: the key 'name' is missing, which says which loss is meant: one of "
-            f"{', '.join(LOSS_CONFIG_REGISTRY)}. Keys found: {keys}."
+            f"{place}: the key 'name' is missing; it must be one of {', '.join(LOSS_CONFIG_REGISTRY)}. "
+            f"Keys found: {keys}."
         )
     name = data["name"]
     if not isinstance(name, str) or name not in LOSS_CONFIG_REGISTRY:
@@ -97,7 +97,7 @@ def _config_from(data: Mapping[Any, Any], place: str) -> LossConfig:
         if is_runtime_field(f) and data.get(f.name) is not None:
             raise UsageProblem(f"{place}: {f.name} is a live handle of a process; it can't come from text.")
     if "backend" in data and all(f.name != "backend" for f in known):
-        # A recipe's flag says what a training builds; a command is told which it is about.
+        # A recipe's flag selects what a training builds; for a command it is an option.
         raise UsageProblem(
             f"{place}: the key 'backend' is no field of a loss; leave it out, and give --backend {data['backend']}."
         )
