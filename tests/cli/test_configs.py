@@ -49,7 +49,7 @@ def test_yaml_files(text, expected, tmp_path):
         ("\0", "not valid YAML"),
     ],
 )
-def test_yaml_that_is_wrong_is_told_where(text, message, tmp_path):
+def test_errors_in_yaml_are_located(text, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     result = run("check", "--config", path)
@@ -66,7 +66,7 @@ def test_files_that_cannot_be_read(tmp_path):
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_several_configs_of_one_loss_stay_apart():
+def test_several_configs_of_one_loss_have_distinct_names():
     result = run("check", "--config", "[KDLoss, {name: KDLoss, temperature: 2.0}]", *QUICK)
     assert result.exit_code == 0
     assert "\nKDLoss\n" in result.stdout
