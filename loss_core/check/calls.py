@@ -90,11 +90,14 @@ def _name(loss: str | LossConfig) -> str:
 def distinct_names(losses: Sequence[str | LossConfig]) -> list[str]:
     """A distinct name for each loss; several configs of one loss are named with their non-default fields."""
     names = [_name(loss) for loss in losses]
-    long = [
+    qualified = [
         name if names.count(name) == 1 or isinstance(loss, str) else f"{name}({_non_default_fields(loss)})"
         for loss, name in zip(losses, names, strict=True)
     ]
-    return [name if long.count(name) == 1 else f"{name} #{long[: i + 1].count(name)}" for i, name in enumerate(long)]
+    return [
+        name if qualified.count(name) == 1 else f"{name} #{qualified[: i + 1].count(name)}"
+        for i, name in enumerate(qualified)
+    ]
 
 
 def _non_default_fields(config: LossConfig) -> str:

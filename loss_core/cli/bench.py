@@ -85,8 +85,7 @@ def bench_command(
     Without options: every loss and flag (also --backend all), 2,048 tokens, vocabulary 32,000, hidden size 512,
     float32. A loss given by name only has reduction mean.
 
-    May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --baselines,
-    --import.
+    May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --baselines, --import.
 
     Exit code: 0 all flags ran and are right, 1 none ran, or one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
     """

@@ -107,17 +107,15 @@ def check_command(
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
-    Without options: every loss, flag, dtype and named case; torch:compile only where --backend names it, since it
-    compiles for about a minute.
+    Without options: every loss, flag, dtype and named case, except torch:compile, which compiles for about a minute.
 
     May be repeated: --config, --backend, --dtype, --case, --import, --implementation.
 
     --minutes and Ctrl-C stop it with a report of what was run and the command that continues from there.
 
-    Exit code: 0 all agree, 1 something does not (or a clause is broken, or a rank of --tp failed), 2 wrong usage, 130
-    Ctrl-C.
+    Exit code: 0 all agree, 1 they do not, or a clause is broken, or a rank of --tp failed, 2 wrong usage, 130 Ctrl-C.
 
-    With --logprobs: 0 where one computation explains both systems (without a head in the dump: every ratio of
+    With --logprobs: 0 if one computation explains both systems (without a head in the dump: if every ratio of
     probabilities is within 1e-3 of 1), else 1.
     """
     if logprobs is not None:

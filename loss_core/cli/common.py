@@ -34,7 +34,8 @@ Backends = Annotated[
     list[str] | None, typer.Option("--backend", metavar="FLAG", help="Flag such as torch:plain, torch:eager or jax.")
 ]
 Dtypes = Annotated[
-    list[str] | None, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16, float16 or float64.")
+    list[str] | None,
+    typer.Option("--dtype", metavar="DTYPE", help="Of the inputs: float32, bfloat16, float16 or float64."),
 ]
 _SHAPE = typer.Option("--shape", metavar="T,V[,H]", help="Tokens, vocabulary and hidden size.")
 Shape = Annotated[str | None, _SHAPE]

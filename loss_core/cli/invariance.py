@@ -10,7 +10,6 @@ from rich.console import Console
 
 from loss_core.check.invariance.batches import check_invariance
 from loss_core.cli.common import print_text, write_outputs
-from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.usage import UsageProblem
 
 
@@ -26,7 +25,7 @@ def run_invariance(
     out, err = Console(), Console(stderr=True)
     try:
         report = check_invariance(config, backends, **options)
-    except (BackendUnavailable, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageProblem(str(error)) from error
     if not report.rows:
         raise UsageProblem("Nothing could be run: " + "; ".join(report.skipped).rstrip(".") + ".")

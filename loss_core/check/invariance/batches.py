@@ -75,7 +75,7 @@ def check_invariance(
 
     Args:
         config: as in `check`; a config keeps its fields, except for the reduction and the chunk size.
-        backends: flags; None for every usable flag except torch:compile.
+        backends: flags, of which unusable ones are skipped; None for every usable flag except torch:compile.
         dtypes: of the inputs; None for float32 and bfloat16.
         shape: (T, V) or (T, V, H); None for `SHAPES`.
         seed: of the batch.
@@ -84,7 +84,6 @@ def check_invariance(
     Returns:
         A report. It fails if a call raises, or if a flag that promises invariance for such a call violates it.
     Raises:
-        BackendUnavailable: for a named flag that can't be used here.
         ValueError, TypeError: for unknown flags, losses, dtypes and shapes.
     """
     report = InvarianceReport()
@@ -97,16 +96,16 @@ def check_invariance(
     options += f" --device {device}" if device else ""
     for loss, name in zip(losses, distinct_names(losses), strict=True):
         config = config_of(loss)
-        if (problem := _scale_depends(config)) is not None:
+        if (problem := _batch_dependence(config)) is not None:
             report.skipped.append(f"{name}: {problem}")
             continue
         for dtype in dtypes or DTYPES:
             for sizes in [shape] if shape is not None else SHAPES:
                 case = _draw(config, sizes, seed)
-                text = ",".join(map(str, sizes))
+                sizes_text = ",".join(map(str, sizes))
                 for flag in flags:
-                    suffix = f"--shape {text}{options}{reproduce_options}"
-                    row = InvarianceRow(name, flag, dtype, text, reproduce=_reproduce(loss, flag, dtype, suffix))
+                    suffix = f"--shape {sizes_text}{options}{reproduce_options}"
+                    row = InvarianceRow(name, flag, dtype, sizes_text, reproduce=_reproduce(loss, flag, dtype, suffix))
                     try:
                         _check_row(row, case, sizes, device)
                     except BackendUnavailable as error:
@@ -127,12 +126,12 @@ def _flags(backends: Sequence[str] | None) -> list[str]:
     return [flag for flag in named if flag_status(flag).usable]
 
 
-def _scale_depends(config: LossConfig) -> str | None:
+def _batch_dependence(config: LossConfig) -> str | None:
     """Why a token's gradient depends on the batch by definition of the loss; None where it does not."""
     definition = need_definition(config)
     if _has(config, "reduction") or definition.reduction(config) != "mean" or definition.find("count") is not None:
         return None
-    return "its mean is over the tokens of the call, so that a token's gradient depends on how many there are"
+    return "its mean is over the tokens of the call, so a token's gradient depends on how many there are"
 
 
 def _draw(config: LossConfig, sizes: tuple[int, ...], seed: int) -> Case:
@@ -196,7 +195,7 @@ def _batches(case: Case, dtype: str) -> Iterator[Batch]:
         gathered = arrays | {a.name: arrays[a.name][order] for a in by_token}
         return Batch(name, case.config, gathered, None if upstream is None else upstream[..., order], rows, order[rows])
 
-    yield batch("the whole batch", every)
+    yield batch("the full batch", every)
     for token in dict.fromkeys([0, half, num_tokens - 1]):
         yield batch(f"token {token} alone", every[token : token + 1])
     if half:
