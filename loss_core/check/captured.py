@@ -63,7 +63,7 @@ def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
     dtype = dtypes[floats[0]]
     others = {n: d for n, d in dtypes.items() if d in FORMATS and d != dtype and n in (*floats, "loss_weights")}
     notes = tuple(
-        f"{path}: {other} is {d}, but {floats[0]} is {dtype}; all inputs are given in the dtype of the check."
+        f"{path}: {other} is {d}, but {floats[0]} is {dtype}; all inputs are rounded to the dtype of the check."
         for other, d in others.items()
     )
     return CapturedCall(arrays, dtype, notes)

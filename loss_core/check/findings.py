@@ -42,16 +42,16 @@ def add_findings(
         smallest = smallest_found(expected[tensor], allowed[tensor], dtypes[tensor], rounded)
         if smallest < np.inf:
             row.finds[tensor] = min(smallest, row.finds.get(tensor, smallest))
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
+        worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
         finding = replace(
             template,
             tensor=tensor,
-            error_ratio=float(ratio[at]),
-            error=float(error[at]),
-            allowed=float(limit[at]),
-            position=at,
-            got=float(value[at]),
-            expected=float(expected[tensor][at]),
+            error_ratio=float(ratio[worst]),
+            error=float(error[worst]),
+            allowed=float(limit[worst]),
+            position=worst,
+            got=float(value[worst]),
+            expected=float(expected[tensor][worst]),
             rounded_to=dtypes[tensor] if rounded and is_rounded(dtypes[tensor]) else "",
         )
         if finding.failed:

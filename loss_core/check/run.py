@@ -277,7 +277,7 @@ def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
     problems = []
     for name, dtype in _promised_dtypes(call, got).items():
         if got.dtypes[name] != dtype:
-            problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
+            problems.append(_problem(call, flag, name, f"has dtype {got.dtypes[name]}, not {dtype}"))
     for name in got.mutated:
         problems.append(_problem(call, flag, name, "the caller's input was changed"))
     for name in got.ranks_differ:

@@ -30,7 +30,7 @@ def check_ranks(tp: Sequence[int], against: str | None, device: str | None) -> N
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
             raise ValueError(f"tp must be whole numbers >= 1, got {ranks!r}.")
     if tp and against is not None:
-        raise ValueError(f"tp compares with the oracle on the whole problem; leave out against={against!r}.")
+        raise ValueError(f"tp compares with the oracle on the unsharded problem; leave out against={against!r}.")
     if tp and device not in (None, "cpu"):
         raise ValueError(f"tp runs its ranks on the CPU; leave out device={device!r}.")
 

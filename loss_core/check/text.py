@@ -77,7 +77,7 @@ def insensitive_notes(report: Report) -> list[str]:
         f"{row.loss} {row.flag} against {row.against}, {row.dtype}: {' and '.join(row.insensitive)} would have passed "
         "in every case; "
         + ("try more rows, larger logits or more cases (--shape, --cases)" if row.harder
-           else "without --case and --inputs, harder cases are drawn")
+           else "without --case and --inputs, harder cases are added")
         for row in report.rows
         if row.insensitive
     ]  # fmt: skip

@@ -140,11 +140,11 @@ def check_command(
         return run_invariance(losses or None, backend or None, json, dtypes=dtypes, **options)
     _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])
     if inputs is not None and (case or shape or cases):
-        raise UsageProblem("--case, --cases and --shape choose generated inputs; leave them out beside --inputs.")
+        raise UsageProblem("--case, --cases and --shape choose generated inputs; they can't be used beside --inputs.")
     call = _captured(inputs, losses)
     for text in call.notes if call else ():
         print_text(err, text)
-    reproduce = f" --inputs {shlex.quote(str(inputs))}" if inputs else ""
+    inputs_option = f" --inputs {shlex.quote(str(inputs))}" if inputs else ""
     stop: Interrupted | None = None
     with progress_bar(err) as progress:
         try:
@@ -163,7 +163,7 @@ def check_command(
                 device=device,
                 tp=ranks,
                 modules=modules or (),
-                reproduce_options=reproduce + imports,
+                reproduce_options=inputs_option + imports,
                 progress=progress,
                 implementations=judged,
             )

@@ -80,8 +80,8 @@ def write_dump(path: str | os.PathLike[str], **arrays: Any) -> None:
 
     Args:
         path: of the file; .npz.
-        arrays: by the names above; torch tensors, JAX or NumPy arrays, or numbers. None is skipped. bfloat16 is stored
-            as float32, which represents its values exactly.
+        arrays: torch tensors, JAX or NumPy arrays, or numbers, named as the fields of `Dump`, or hidden_states for both
+            systems. None is skipped. bfloat16 is stored as float32, which represents its values exactly.
     Raises:
         ValueError: the arrays are not a valid dump; or the file's name doesn't end in .npz.
     """

@@ -72,7 +72,7 @@ def _median_size(residual_N: Floats) -> float:
 
 
 def _refined(residual: Callable[[float | None], Floats], value: float) -> float:
-    """The value of the least squared residual near `value`, by Gauss-Newton steps."""
+    """The value that minimizes the squared residual, by Gauss-Newton steps from `value`."""
     for _ in range(_STEPS):
         here, there = residual(value), residual(value * np.exp(_DIFFERENCE))
         if here.shape != there.shape or not here.size:

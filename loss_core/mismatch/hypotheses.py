@@ -74,8 +74,8 @@ class System:
         """Labels and observed log-probabilities for these rows of hidden states; NaN where nothing was observed."""
         labels = self._shifted(self.labels_T, formula.label_shift, self.ignore_index)[rows]
         observed = self._shifted(self.observed_T, formula.position_shift, np.nan)[rows]
-        used = formula.extra_columns if formula.extra_columns < 0 else 0
-        usable = (labels != self.ignore_index) & (labels < len(self.weight_VH) + used)
+        vocab = len(self.weight_VH) + min(formula.extra_columns, 0)
+        usable = (labels != self.ignore_index) & (labels < vocab)
         return np.where(usable, labels, 0), np.where(usable, observed, np.nan)
 
     def _shifted(self, values_T: NDArray[Any], shift: int, missing: float) -> NDArray[Any]:

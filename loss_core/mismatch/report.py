@@ -51,10 +51,9 @@ class Explanation:
     def finding(self) -> str:
         """What explains this system, as text."""
         if not self.causes:
-            near = (
-                f"; the nearest, {self.nearest[0].hypothesis.name}, explains {self.nearest[0].share:.1%} of the tokens"
-            )
-            return f"none of {self.tried} hypotheses explains it{near if self.nearest else ''}"
+            near = self.nearest[0]
+            nearest = f"the nearest, {near.hypothesis.name}, explains {near.share:.1%} of the tokens"
+            return f"none of {self.tried} hypotheses explains it; {nearest}"
         if len(self.names) == 1:
             return self.names[0]
         return f"one of {len(self.names)}, which these tokens can't tell apart: {'; or '.join(self.names)}"
@@ -71,13 +70,13 @@ class Explanation:
             return ""
         if not self.causes:
             return "check what comes before the head: dump trainer_hidden_states and engine_hidden_states"
-        advice = [
+        texts = [
             text
             for outcome in self.causes
             for text in (outcome.hypothesis.cause.advice, outcome.hypothesis.precision.advice)
             if text
         ]
-        return (" and " if len(self.names) == 1 else "; or ").join(dict.fromkeys(advice))
+        return (" and " if len(self.names) == 1 else "; or ").join(dict.fromkeys(texts))
 
 
 @dataclass(frozen=True)

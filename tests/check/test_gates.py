@@ -14,7 +14,7 @@ from loss_core.losses.bounds.sensitivity import condition_number
 
 
 def in_bfloat16(loss_of):
-    """A loss over bfloat16 logits, in their arithmetic; the result comes in float32."""
+    """A loss computed in bfloat16; the result is converted to float32."""
 
     def wrong(right, config, labels, **logits):
         keep, vocab = labels != config.ignore_index, next(iter(logits.values())).shape[-1]
@@ -34,7 +34,7 @@ def distillation(student, teacher, labels):
 
 
 class TF32(torch.autograd.Function):
-    """Rounds to the 11 bits that an operand has, and lets the gradient through."""
+    """Rounds to the 11 significant bits of an operand; its backward is the identity."""
 
     @staticmethod
     def forward(ctx, x):

@@ -224,7 +224,7 @@ def test_a_users_loss_without_a_definition_is_refused():
         (("--json", "/absent/report.json"), "there is no folder /absent"),
         (("--report", "."), "is a folder"),
         (("--inputs", "x.npz"), "needs exactly one --config"),
-        (("--inputs", "x.npz", "--config", "KDLoss", "--case", "basic"), "leave them out beside --inputs"),
+        (("--inputs", "x.npz", "--config", "KDLoss", "--case", "basic"), "they can't be used beside --inputs"),
         (("--inputs", "x.csv", "--config", "KDLoss"), ".npz or .safetensors"),
         (("--inputs", "x.npz", "--config", "KDLoss"), "No such file"),
         (("--device", "cdua", "--backend", "torch:eager", "--case", "basic"), "--device cdua: nothing runs there"),

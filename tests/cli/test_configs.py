@@ -40,7 +40,7 @@ def test_yaml_files(text, expected, tmp_path):
         ("name: KDLoss\nx: [1,\n", "line 3, column 1: not valid YAML"),
         ("name: MaskedCrossEntropy\nreduction: average", "reduction must be one of 'sum', 'mean', 'none'"),
         ("name: KDLoss\ntp_group: world", "tp_group is a live handle"),
-        ("name: KDLoss\nbackend: torch:eager", "leave it out, and give --backend torch:eager"),
+        ("name: KDLoss\nbackend: torch:eager", "remove it, and use --backend torch:eager"),
         ("temperature: 2.0", "the key 'name' is missing"),
         ("", "got nothing"),
         ("[]", "got an empty list"),
@@ -61,7 +61,7 @@ def test_errors_in_yaml_are_located(text, message, tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for path, message in (("absent.yaml", "No such file"), ("binary.yaml", "no text in UTF-8"), (".", "can't be read")):
+    for path, message in (("absent.yaml", "No such file"), ("binary.yaml", "not UTF-8 text"), (".", "can't be read")):
         result = run("check", "--config", tmp_path / path)
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 

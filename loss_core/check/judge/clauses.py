@@ -155,7 +155,7 @@ def _within_allowance(tensor: str) -> Callable[[Trial, Case], Iterator[Finding]]
         if tensor in run.no_gradient:
             raise Refused(run.no_gradient[tensor])
         if tensor not in run.judged:
-            raise NotSeen(f"no case gives {tensor}")
+            raise NotSeen(f"no case has {tensor}")
         if tensor in run.failures:
             yield run.failures[tensor]
 
@@ -165,7 +165,7 @@ def _within_allowance(tensor: str) -> Callable[[Trial, Case], Iterator[Finding]]
 def _dtype(trial: Trial, case: Case) -> Iterator[Finding]:
     run = trial.run(case, plain)
     for tensor, dtype in run.wrong_dtypes().items():
-        yield run.problem(tensor, f"comes in {run.got.dtypes[tensor]}, not in {dtype}")
+        yield run.problem(tensor, f"has dtype {run.got.dtypes[tensor]}, not {dtype}")
 
 
 def _inputs(trial: Trial, case: Case) -> Iterator[Finding]:
@@ -238,6 +238,9 @@ def _host_reads(trial: Trial, case: Case) -> Iterator[Finding]:
         raise NotSeen(f"does not run without values: {type(error).__name__}: {first}") from error
     if reads:
         yield trial.run(case, plain).problem("loss", f"the host reads a value of a tensor: {reads}")
+
+
+# Why a case can't test a clause; "" where it can.
 
 
 def _is_scalar(trial: Trial, case: Case) -> str:

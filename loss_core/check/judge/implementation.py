@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loss_core.baselines import JUDGED
-from loss_core.check.calls import Call
+from loss_core.check.calls import Call, config_option
 from loss_core.dispatch.flags import BACKENDS, all_flags, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import LossDef, need_definition
-from loss_core.registry import LOSS_CONFIG_REGISTRY, our_losses
+from loss_core.registry import our_losses
 
 Loss = Callable[..., Any]
 
@@ -52,16 +51,13 @@ class Implementation:
 
     def reproduce(self, call: Call) -> str:
         """The command that judges this call alone, or a line of Python where no command can."""
-        loss, case = call.loss, call.case.name
-        if self.options and (isinstance(loss, str) or type(loss) in LOSS_CONFIG_REGISTRY.values()):
-            config = loss if isinstance(loss, str) else json.dumps(loss.to_dict())
+        config, case = config_option(call.loss), call.case.name
+        if self.options and config is not None:
             only = "" if call.captured else f" --case {case}"
-            return (
-                f"loss-core check{self.options} --config {shlex.quote(config)} --dtype {call.dtype}{only}{call.suffix}"
-            )
+            return f"loss-core check{self.options} --config {config} --dtype {call.dtype}{only}{call.suffix}"
         framework = "" if self.framework == "torch" else f", framework={self.framework!r}"
         given = f"implementations={{{self.name!r}: ...}}{framework}"
-        return f"check({loss!r}, {given}, dtypes=[{call.dtype!r}], only=[{case!r}])"
+        return f"check({call.loss!r}, {given}, dtypes=[{call.dtype!r}], only=[{case!r}])"
 
 
 def implementation_of(name: str, given: Any, framework: str = "torch", options: str = "") -> Implementation:
