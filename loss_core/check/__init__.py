@@ -1,4 +1,4 @@
-"""The proof that backends agree: every loss, flag, dtype and case against float64, and against each other.
+"""Checks of every loss, backend flag, dtype and case against a float64 oracle, and of backends against each other.
 
 >>> from loss_core.check import check
 >>> report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"])  # doctest: +SKIP

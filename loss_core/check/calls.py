@@ -1,4 +1,4 @@
-"""The calls of a check: which losses, with which cases, how each is named and run again alone."""
+"""The calls of a check: which losses and flags are run, how each call is named, and the command that reproduces it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loss_core.losses.bounds.rounding import result_dtype
 from loss_core.losses.definition import need_definition
 from loss_core.registry import LOSS_CONFIG_REGISTRY, config_class_for, our_losses
 
-# What a finding is "against" when it is the oracle.
+# `Finding.against` of a comparison with the oracle.
 ORACLE = "float64"
 
 
@@ -30,14 +30,14 @@ class Call:
     """One case of one loss in one dtype.
 
     Attributes:
-        loss: registry name or config, as the caller gave it.
-        name: of the loss in the table.
-        suffix: options that reproduce lines need besides.
-        captured: whether the inputs are the caller's own.
-        ranks: over how many the vocabulary is sharded; 0 where the call runs whole, in this process.
-        split: name of the way it is sharded; sizes: classes of each rank's shard.
-        number: of a random case.
-        harder: whether it was drawn because all others would let a lower arithmetic pass.
+        loss: registry name or config, as the caller passed it.
+        name: the loss's name in the table.
+        suffix: further options of the reproduce line.
+        captured: whether the inputs are a captured call of the user's.
+        ranks: number of ranks that share the vocabulary; 0: unsharded, in this process.
+        split: name of the vocabulary split ("even", "uneven", ...); sizes: classes in each rank's shard.
+        number: index of a random case.
+        harder: whether the case was added because all others would pass a lower arithmetic.
     """
 
     loss: str | LossConfig
@@ -59,11 +59,11 @@ class Call:
         return f"{self.case.name}/{self.split}" if self.ranks else self.case.name
 
     def flag_name(self, flag: str) -> str:
-        """The flag, with the number of ranks: "torch:eager tp=2"."""
+        """The flag, with the rank count: "torch:eager tp=2"."""
         return f"{flag} tp={self.ranks}" if self.ranks else flag
 
     def reproduce(self, flag: str, against: str) -> str:
-        """The command that runs this call alone; a line of Python for a class that no registry knows."""
+        """The command that runs this call alone; a line of Python for a config class that is not registered."""
         other = "" if against == ORACLE else f" --against {against}"
         if (config := config_option(self.loss)) is None:
             return f"check({self.loss!r}, [{flag!r}], dtypes=[{self.dtype!r}], only=[{self.case.name!r}])"
@@ -73,7 +73,7 @@ class Call:
 
 
 def config_option(loss: str | LossConfig) -> str | None:
-    """What a command line has behind --config; None for a class that no registry knows."""
+    """The value of --config on a command line, quoted; None for a config class that is not registered."""
     if isinstance(loss, str):
         return shlex.quote(loss)
     return shlex.quote(json.dumps(loss.to_dict())) if type(loss) in LOSS_CONFIG_REGISTRY.values() else None
@@ -88,16 +88,19 @@ def _name(loss: str | LossConfig) -> str:
 
 
 def distinct_names(losses: Sequence[str | LossConfig]) -> list[str]:
-    """A name for each; where several configs of one loss are checked, with the fields that are not the default."""
+    """A distinct name for each loss; several configs of one loss are named with their non-default fields."""
     names = [_name(loss) for loss in losses]
-    told = [
-        name if names.count(name) == 1 or isinstance(loss, str) else f"{name}({_changed_fields(loss)})"
+    qualified = [
+        name if names.count(name) == 1 or isinstance(loss, str) else f"{name}({_non_default_fields(loss)})"
         for loss, name in zip(losses, names, strict=True)
     ]
-    return [name if told.count(name) == 1 else f"{name} #{told[: i + 1].count(name)}" for i, name in enumerate(told)]
+    return [
+        name if qualified.count(name) == 1 else f"{name} #{qualified[: i + 1].count(name)}"
+        for i, name in enumerate(qualified)
+    ]
 
 
-def _changed_fields(config: LossConfig) -> str:
+def _non_default_fields(config: LossConfig) -> str:
     changed = [
         f"{f.name}={value!r}"
         for f in fields(config)
@@ -107,14 +110,14 @@ def _changed_fields(config: LossConfig) -> str:
     return ", ".join(changed)
 
 
-def filters_in_words(shape: tuple[int, ...] | None, only: Sequence[str] | None) -> str:
-    """Which cases were asked for, for messages."""
+def filters_text(shape: tuple[int, ...] | None, only: Sequence[str] | None) -> str:
+    """The requested case names and shape, for messages."""
     names = f" named {' or '.join(only)}" if only is not None else ""
     return names + (f" at the shape {','.join(map(str, shape))}" if shape is not None else "")
 
 
 def chosen_losses(config: str | LossConfig | Sequence[str | LossConfig] | None) -> list[str | LossConfig]:
-    """What `check` was asked for, as a list; None is every loss of this library. Refuses what has no definition."""
+    """The losses to check, as a list; None: all of this library. Raises TypeError for a loss without a definition."""
     if config is None:
         return list(our_losses())
     losses = [config] if isinstance(config, str | LossConfig) else list(config)
@@ -127,7 +130,7 @@ def chosen_losses(config: str | LossConfig | Sequence[str | LossConfig] | None) 
 
 
 def chosen_flags(backends: Sequence[str] | None, against: str | None, report: Report) -> list[str]:
-    """Flags to run, each naming its kernel or `auto`; notes what can't be used."""
+    """The flags to run, each with its kernel or `auto`; records versions, unusable and skipped flags in the report."""
     if backends is None:
         statuses = [flag_status(flag) for flag in all_flags()]
         report.unusable = [status for status in statuses if not status.usable]
@@ -152,12 +155,12 @@ def chosen_flags(backends: Sequence[str] | None, against: str | None, report: Re
 
 
 def config_of(loss: str | LossConfig) -> LossConfig:
-    """The config of a registry name, with its defaults; a config as it is."""
+    """The default config of a registry name; a config is returned unchanged."""
     return config_class_for(loss)() if isinstance(loss, str) else loss
 
 
 def reproduce_suffix(shape: tuple[int, ...] | None, num_random: int, seed: int, device: str | None) -> str:
-    """Options that a reproduce line must repeat."""
+    """Options that a reproduce line repeats."""
     parts = []
     if shape is not None:
         parts.append(f" --shape {','.join(map(str, shape))}")
@@ -168,17 +171,17 @@ def reproduce_suffix(shape: tuple[int, ...] | None, num_random: int, seed: int, 
     return "".join(parts)
 
 
-def rounded(call: Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
-    """The arrays and the upstream gradient as the tested dtype holds them."""
+def rounded_inputs(call: Call) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
+    """The call's arrays, rounded to its dtype (views of longer arrays in a strided case), and upstream gradient."""
     case, dtype = call.case, call.dtype
-    # A weight's rows, and a teacher's logits, come as they are.
+    # Weights and teacher logits stay contiguous.
     arguments = need_definition(case.config).arguments
     sliced = [a.name for a in arguments if case.strided and a.dims[:1] == ("T",) and a.trained]
     arrays = {}
     for name, value in case.arrays.items():
         value = round_to(value, dtype) if value.dtype.kind == "f" else value
         if name in sliced and value.dtype.kind == "f" and value.ndim > 1:
-            # A slice of the rows of two dimensions would be contiguous: there it is one of the columns.
+            # A slice of the rows of a 2-D array would be contiguous, so a 2-D array is sliced along its columns.
             axis = -2 if value.ndim > 2 else -1
             longer = np.concatenate([value, np.zeros_like(value[..., :1, :] if axis == -2 else value[..., :1])], axis)
             value = longer[..., :-1, :] if axis == -2 else longer[..., :-1]

@@ -1,4 +1,4 @@
-"""A user's own call of a loss, read from .npz or .safetensors and looked over before it is run."""
+"""A captured call of a loss, read from .npz or .safetensors and validated before it is run."""
 
 # T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden
 
@@ -25,12 +25,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class CapturedCall:
-    """One call of a loss, as the user stored it.
+    """One call of a loss, as stored by the user.
 
     Attributes:
-        arrays: arguments by name; bfloat16 as float32, which holds its values exactly.
+        arrays: arguments by name; bfloat16 as float32, which represents its values exactly.
         dtype: of the logits or hidden states in the file.
-        notes: what the reader should know, such as inputs of another dtype.
+        notes: remarks for the user, such as inputs of another dtype.
     """
 
     arrays: dict[str, Array]
@@ -39,11 +39,11 @@ class CapturedCall:
 
 
 def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
-    """The arguments of one call, from a file that names them as the loss's forward does.
+    """Read the arguments of one call from a file whose array names are those of the loss's forward.
 
     Args:
         path: .npz (numpy.savez) or .safetensors.
-        loss: what the call is for.
+        loss: the loss that is called.
     Raises:
         UsageProblem: the file can't be read, an argument is missing, unknown, or of a wrong kind or shape.
     """
@@ -63,7 +63,7 @@ def read_call(path: Path, loss: str | LossConfig) -> CapturedCall:
     dtype = dtypes[floats[0]]
     others = {n: d for n, d in dtypes.items() if d in FORMATS and d != dtype and n in (*floats, "loss_weights")}
     notes = tuple(
-        f"{path}: {other} is {d}, but {floats[0]} is {dtype}; all inputs are given in the dtype of the check."
+        f"{path}: {other} is {d}, but {floats[0]} is {dtype}; all inputs are rounded to the dtype of the check."
         for other, d in others.items()
     )
     return CapturedCall(arrays, dtype, notes)
@@ -90,7 +90,7 @@ def _shape_text(argument: Argument) -> str:
 
 
 def _checked(definition: LossDef, config: LossConfig, found: Mapping[str, Array]) -> dict[str, Array]:
-    """The arrays, after what every backend would refuse has been refused with a message."""
+    """Validate the arrays, so that errors come before any backend runs; returns them with counts as integers."""
     arrays = dict(found)
     labels = arrays["labels"]
     if labels.dtype.kind not in "iu":
@@ -120,7 +120,7 @@ def _checked(definition: LossDef, config: LossConfig, found: Mapping[str, Array]
 
 
 def _check_shapes(definition: LossDef, arrays: Mapping[str, Array]) -> int:
-    """Compare all shapes with that of labels, and with each other; returns V."""
+    """Check all shapes against that of labels, and against each other; returns V."""
     lead = arrays["labels"].shape
     sizes: dict[str, tuple[int, str]] = {}
     for argument in definition.arguments:

@@ -1,4 +1,4 @@
-"""What the columns of a check's table hold, in text and on the page."""
+"""Contents of the table's columns, as text; shared by the terminal report and the HTML page."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from loss_core.check.report import Finding, Row
 
 
 def ratio_text(ratio: float) -> str:
-    """An error ratio, short."""
+    """An error ratio in at most 3 digits."""
     return f"{ratio:.3f}" if 0.001 <= ratio < 100 else f"{ratio:.2g}"
 
 
 def finds_text(row: Row) -> str:
-    """The smallest relative error that would have been found in whichever tensor, short: 3e-6."""
+    """The smallest relative error that would have been detected in every tensor, such as "3e-6"; "-" for none."""
     return "-" if row.coarsest is None else f"{row.coarsest:.0e}".replace("e-0", "e-")
 
 
 def condition_text(row: Row) -> str:
-    """Condition of the loss in the call that is the row's worst, short."""
+    """Condition number of the loss in the call with the row's worst error; "-" where it is undefined."""
     worst = worst_of(row)
     return "-" if worst is None or np.isnan(worst.condition) else f"{worst.condition:.2g}".replace("e+0", "e")
 
 
 def lower_text(row: Row) -> str:
-    """In how many cases each lower arithmetic would have failed: the least of these; or that one never would have."""
+    """How many cases detect a lower arithmetic, the minimum over these; "insensitive" if one is never detected."""
     return "-" if not row.lower else "insensitive" if row.insensitive else str(min(row.lower.values()))
 
 
 def worst_of(row: Row) -> Finding | None:
-    """What the table names for a row: its worst failure, or else its largest error."""
+    """The finding that the table shows for a row: its worst failure, or else its largest error."""
     numbers = [finding for finding in row.failures if not finding.problem]
     return max(numbers, key=lambda finding: finding.error_ratio, default=row.failures[0] if row.failures else row.worst)
 
 
 def worst_text(finding: Finding | None) -> tuple[str, str]:
-    """Share of the allowance, and where."""
+    """The error ratio, and the case and position of the error."""
     if finding is None:
         return "-", "nothing to compare"
     ratio = "-" if finding.problem else ratio_text(finding.error_ratio)

@@ -1,7 +1,7 @@
-"""Compare two implementations of any loss, without a definition of it: for someone who ports his own.
+"""Compare two implementations of any loss without a definition of it, such as a port of a user's own loss.
 
-The reference is the first implementation run in float64; how far rounding may move a result is estimated from it
-(`loss_core.losses.bounds.sensitivity`). The two float64 results must agree too: they find a wrong formula however
+The reference is the first implementation run in float64; the rounding error that is allowed is estimated from it
+(`loss_core.losses.bounds.sensitivity`). The two float64 results must agree too: that detects a wrong formula however
 coarse the dtype is.
 """
 
@@ -39,24 +39,24 @@ def compare(
     """Compare value and gradients of two callables on the same inputs.
 
     Args:
-        fn_torch: takes the inputs as keyword arguments, as torch tensors, and returns one tensor. It must also run
+        fn_torch: accepts the inputs as keyword arguments, as torch tensors, and returns one tensor. It must also run
             in float64.
         fn_jax: the same with JAX arrays.
         inputs: NumPy arrays by argument name; floating ones are rounded to dtype first.
         dtype: of the floating inputs: "float32", "bfloat16", "float16" or "float64".
-        arithmetic: dtype in which the callables compute inside; None: float32 (float64 for float64).
+        arithmetic: dtype of the callables' internal arithmetic; None: float32 (float64 for float64).
         grad_of: arguments to differentiate; None: all floating ones.
-        upstream: derivative of the objective by the result; None for ones.
+        upstream: upstream gradient of the result; None for ones.
         frameworks: of the two callables, so that two of the same framework can be compared as well.
-        seed: of the disturbances.
+        seed: of the perturbations from which the sensitivity is estimated.
     Returns:
-        A Report with four rows: each against float64, one against the other, and both in float64.
+        A Report with four rows: each callable against float64, one against the other, and both in float64.
     Raises:
         ValueError: for names and dtypes that don't exist. Errors of the callables pass through.
     """
     start = time.perf_counter()
     fmt = float_format(dtype)
-    inner = float_format(arithmetic) if arithmetic else compute_format(dtype)
+    internal = float_format(arithmetic) if arithmetic else compute_format(dtype)
     arrays = {name: np.asarray(value) for name, value in inputs.items()}
     floats = [name for name, value in arrays.items() if value.dtype.kind == "f"]
     wanted = tuple(floats if grad_of is None else grad_of)
@@ -71,21 +71,22 @@ def compare(
         backend = load_backend(parse_flag(frameworks[which]).backend)
         return backend.evaluate(functions[which], values, dtype=kind, upstream=upstream, grad_of=wanted)
 
-    sensitivity = Sensitivity(lambda values: _results(run(0, values, "float64")), rounded, floats, inner.u, seed)
+    sensitivity = Sensitivity(lambda values: _results(run(0, values, "float64")), rounded, floats, internal.u, seed)
     reference, second = sensitivity.reference, _results(run(1, rounded, "float64"))
     report = Report(versions={name: framework_version(name) for name in dict.fromkeys(frameworks)})
     names = [getattr(fn, "__name__", type(fn).__name__) for fn in functions]
     both = names[0] if names[0] == names[1] else f"{names[0]}, {names[1]}"
     got = [_results(run(which, rounded, dtype)) for which in (0, 1)]
     double = float_format("float64")
-    one = sensitivity.allowed(inner.u, dict.fromkeys(reference, fmt))
-    two = {name: 2 * value for name, value in one.items()}
-    exact = {name: 2 * value for name, value in sensitivity.allowed(double.u, dict.fromkeys(reference, double)).items()}
+    allowed = sensitivity.allowed(internal.u, dict.fromkeys(reference, fmt))
+    # Between two computed results, each may be off by its own allowance.
+    twice = {name: 2 * value for name, value in allowed.items()}
+    in_float64 = sensitivity.allowed(double.u, dict.fromkeys(reference, double))
     pairs = [
-        (names[0], labels[0], "float64", dtype, got[0], reference, one),
-        (names[1], labels[1], "float64", dtype, got[1], reference, one),
-        (both, labels[0], labels[1], dtype, got[0], got[1], two),
-        (both, labels[1], labels[0], "float64", second, reference, exact),
+        (names[0], labels[0], "float64", dtype, got[0], reference, allowed),
+        (names[1], labels[1], "float64", dtype, got[1], reference, allowed),
+        (both, labels[0], labels[1], dtype, got[0], got[1], twice),
+        (both, labels[1], labels[0], "float64", second, reference, {n: 2 * x for n, x in in_float64.items()}),
     ]
     for loss, flag, against, kind, values, expected, limits in pairs:
         row = Row(loss, flag, against, kind, cases=1)

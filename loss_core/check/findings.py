@@ -1,4 +1,4 @@
-"""Results of a call compared with what is expected, and what a row of the report notes of it."""
+"""Compare the results of a call with expected values, and record errors and failures in a row of the report."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def add_findings(
     dtypes: Mapping[str, str],
     rounded: bool = False,
 ) -> list[Floats]:
-    """Compare results by name, note failures, the worst finding, and how small an error would have failed, in the row.
+    """Compare results by name; record failures, the worst finding and the smallest detectable error in the row.
 
     Args:
-        template: a finding with everything filled in that is the same for all tensors.
-        dtypes: dtype by name, for what overflow may do.
-        rounded: whether results of 16 bits were computed in more and rounded once, to nearest.
+        template: a finding with the fields that all tensors share.
+        dtypes: dtype by name; decides what may overflow.
+        rounded: whether 16-bit results were computed in a wider format and rounded once, to nearest.
     Returns:
-        The error ratios of each tensor that could be compared.
+        The error ratios of each tensor whose shape is the expected one.
     """
     ratios, errors_of = [], errors_before_rounding if rounded else errors_as_stored
     for tensor, value in got.items():
@@ -42,16 +42,16 @@ def add_findings(
         smallest = smallest_found(expected[tensor], allowed[tensor], dtypes[tensor], rounded)
         if smallest < np.inf:
             row.finds[tensor] = min(smallest, row.finds.get(tensor, smallest))
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
+        worst = tuple(int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
         finding = replace(
             template,
             tensor=tensor,
-            error_ratio=float(ratio[at]),
-            error=float(error[at]),
-            allowed=float(limit[at]),
-            position=at,
-            got=float(value[at]),
-            expected=float(expected[tensor][at]),
+            error_ratio=float(ratio[worst]),
+            error=float(error[worst]),
+            allowed=float(limit[worst]),
+            position=worst,
+            got=float(value[worst]),
+            expected=float(expected[tensor][worst]),
             rounded_to=dtypes[tensor] if rounded and is_rounded(dtypes[tensor]) else "",
         )
         if finding.failed:
@@ -69,11 +69,11 @@ def add_lower(
     dtypes: Mapping[str, str],
     rounded: bool = False,
 ) -> None:
-    """Compare as `add_findings` what lower arithmetics would give, and note in the row those that would have failed.
+    """Compare results of lower arithmetics as `add_findings` does, and count in the row those that would have failed.
 
     Args:
-        lower: see `loss_core.losses.lower.lower_results`.
-        dtypes: of the results that are compared, by name.
+        lower: from `loss_core.losses.lower.lower_results`.
+        dtypes: of the results to compare, by name.
     """
     errors_of = errors_before_rounding if rounded else errors_as_stored
     for name, results in lower.items():

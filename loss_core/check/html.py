@@ -1,4 +1,4 @@
-"""The report of a check as one self-contained page: no script, no link, pictures inside."""
+"""The report of a check as one self-contained HTML page: no scripts, no external files, figures inline."""
 
 from __future__ import annotations
 
@@ -22,13 +22,10 @@ _BAD = "#c62828"
 
 
 def check_page(report: Report, command: str) -> str:
-    """The page.
+    """The HTML page of a report; all text from the report is escaped.
 
     Args:
-        report: what a check found.
-        command: what was typed to get it.
-    Returns:
-        HTML; everything that comes from the report is escaped.
+        command: the command line that produced the report.
     """
     return render_page(
         "check/page.html.j2",
@@ -40,7 +37,7 @@ def check_page(report: Report, command: str) -> str:
         harder=harder_notes(report),
         insensitive=insensitive_notes(report),
         failures=list(failures_by_command(report)),
-        pictures=_pictures(report),
+        figures=_figures(report),
         unusable=[(status.flag, reason_without_install(status), status.install) for status in report.unusable],
         skipped=report.skipped,
     )
@@ -62,31 +59,28 @@ def _cells(row: Row) -> dict[str, Any]:
         "ratio": ratio,
         "finds": finds_text(row),
         "where": where,
-        # Length of the bar; an error beyond the allowance fills it.
+        # Length of the bar; an error above the allowance fills it.
         "percent": round(100 * min(number, 1.0), 1) if np.isfinite(number) else 100,
         "failures": len(row.failures),
     }
 
 
-def _pictures(report: Report) -> list[tuple[str, str, str]]:
-    """For each flag: its name, the picture in words, the picture as SVG."""
-    made = []
+def _figures(report: Report) -> list[tuple[str, str, str]]:
+    """For each flag: its name, the caption, the histograms as SVG."""
+    figures = []
+    # Bin 0 counts errors below all edges.
+    first_above = int(np.searchsorted(HISTOGRAM_EDGES, 0.0)) + 1
     for flag in dict.fromkeys(flag for flag, _ in report.histograms):
         counts = {dtype: c for (name, dtype), c in report.histograms.items() if name == flag}
-        beyond = sum(int(c[_first_beyond() :].sum()) for c in counts.values())
+        above = sum(int(c[first_above:].sum()) for c in counts.values())
         total = sum(int(c.sum()) for c in counts.values())
-        words = f"{total:,} values compared with float64; {beyond:,} beyond their allowance"
-        made.append((flag, words, _error_picture(counts)))
-    return made
+        caption = f"{total:,} values compared with float64; {above:,} beyond their allowance"
+        figures.append((flag, caption, _histograms(counts)))
+    return figures
 
 
-def _first_beyond() -> int:
-    """Index of the first bin above the allowance; bin 0 is what lies below all edges."""
-    return int(np.searchsorted(HISTOGRAM_EDGES, 0.0)) + 1
-
-
-def _error_picture(counts: Mapping[str, NDArray[np.int64]]) -> str:
-    """Histograms of log10(error / allowance), one below the other, one colour per dtype, as an SVG element."""
+def _histograms(counts: Mapping[str, NDArray[np.int64]]) -> str:
+    """Stacked histograms of log10(error / allowance), one per dtype, as an SVG element."""
     with blank_figure(6.2, 0.9 + 0.95 * len(counts)) as figure:
         panels = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, dtype in zip(panels, sorted(counts, key=DTYPES.index), strict=True):
@@ -102,14 +96,14 @@ def _error_picture(counts: Mapping[str, NDArray[np.int64]]) -> str:
         return svg_of(figure)
 
 
-# Exact results, and those beyond the last edge, get a wide bin of their own at either end.
+# Wide bins at the ends count exact results, and those above the last edge.
 _END = 3 * float(HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0])
 _BINS = np.concatenate([[HISTOGRAM_EDGES[0] - _END], HISTOGRAM_EDGES, [HISTOGRAM_EDGES[-1] + _END]])
 
 
 def _draw(axes: Any, counts: NDArray[np.int64], colour: str) -> None:
     axes.axvspan(0, _BINS[-1], color=_BAD, alpha=0.08, linewidth=0)
-    # From 0.5, so that a single value can be seen on the logarithmic axis.
+    # From 0.5, so that a count of 1 is visible on the logarithmic axis.
     axes.stairs(counts, _BINS, baseline=0.5, color=colour, alpha=0.30, fill=True)
     axes.stairs(np.maximum(counts, 0.5), _BINS, baseline=0.5, color=colour, linewidth=1.4)
     axes.axvline(0, color=_BAD, linewidth=1.6)

@@ -1,4 +1,4 @@
-"""Which calls a check makes: named cases first, then random ones, then harder ones, drawn as they are needed."""
+"""The calls of a check, generated lazily: named cases first, then random ones, then harder ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.calls import Call, config_of, distinct_names, filters_in_words, reproduce_suffix
+from loss_core.check.calls import Call, config_of, distinct_names, filters_text, reproduce_suffix
 from loss_core.check.report import Row
 from loss_core.check.sharded import EVEN_SHAPE, can_be_sharded, sharded_calls
 from loss_core.loss_config import LossConfig
@@ -22,12 +22,13 @@ from loss_core.losses.definition import need_definition
 
 @dataclass(frozen=True)
 class Cases:
-    """Which cases of each loss.
+    """Which cases of each loss are run.
 
     Attributes:
-        shape: in place of those of the cases; only: their names, None for all.
-        inputs: arguments of one captured call, in place of all cases.
-        num_random: random cases of a seed; first: the number of the first one to run, without named ones; None for all.
+        shape: replaces the shapes of the cases; only: names of cases, None for all.
+        inputs: arguments of one captured call, which replaces all cases.
+        num_random: count of random cases, drawn from `seed`.
+        first: index of the random case to begin with, without named cases; None for all.
     """
 
     shape: tuple[int, ...] | None
@@ -39,7 +40,7 @@ class Cases:
 
     @property
     def numbers(self) -> Sequence[int]:
-        """Of the random cases."""
+        """Indices of the random cases."""
         numbers = range(self.first or 0, self.num_random if self.inputs is None else 0)
         return numbers if self.only is None else [n for n in numbers if f"random-{self.seed}-{n}" in self.only]
 
@@ -47,7 +48,7 @@ class Cases:
         """The named cases, or the one captured call.
 
         Args:
-            even: at a shape that can be shared evenly, unless they have one of their own.
+            even: use `EVEN_SHAPE`, whose vocabulary divides evenly, for cases without a shape of their own.
         """
         if self.inputs is not None:
             return [] if even else [_captured(loss, self.inputs)]
@@ -57,7 +58,7 @@ class Cases:
         return named_cases(loss, shape=EVEN_SHAPE if even else self.shape, only=only)
 
     def random(self, loss: str | LossConfig) -> Iterator[Case]:
-        """The random cases, drawn as they are needed."""
+        """The random cases, drawn lazily."""
         return (random_case(loss, number, self.seed, self.shape) for number in self.numbers)
 
 
@@ -70,10 +71,10 @@ def _captured(loss: str | LossConfig, inputs: Mapping[str, NDArray[Any]]) -> Cas
 
 
 class Plan(NamedTuple):
-    """Calls, in groups of the same number of ranks.
+    """Calls, grouped by rank count.
 
     Attributes:
-        total: how many; skipped: losses that have none, with reasons.
+        total: count of calls; skipped: losses without any, with reasons.
     """
 
     calls: Iterable[Call]
@@ -85,11 +86,11 @@ def plan_calls(
     losses: Sequence[str | LossConfig], dtypes: Sequence[str], cases: Cases, tp: Sequence[int], device: str | None,
     suffix: str,
 ) -> Plan:  # fmt: skip
-    """Every loss, dtype and case.
+    """One call for each loss, dtype and case.
 
     Args:
-        tp: numbers of ranks, see `check`.
-        suffix: options that reproduce lines need besides.
+        tp: rank counts, see `check`.
+        suffix: further options of the reproduce lines.
     """
     named, even, chosen, skipped = list[Call](), list[Call](), [], []
     for loss, name in zip(losses, distinct_names(losses), strict=True):
@@ -98,7 +99,7 @@ def plan_calls(
             continue
         of_loss, even_of_loss = cases.named(loss), cases.named(loss, even=True) if tp else []
         if not of_loss and not cases.numbers:
-            skipped.append(f"{name}: no case{filters_in_words(cases.shape, cases.only)}")
+            skipped.append(f"{name}: no case{filters_text(cases.shape, cases.only)}")
         for dtype in dtypes:
             captured = cases.inputs is not None
             both = [Call(loss, name, case, dtype, suffix, device, captured) for case in (*of_loss, *even_of_loss)]
@@ -107,7 +108,7 @@ def plan_calls(
         chosen.append((loss, name))
 
     def random() -> Iterator[Call]:
-        # The first case of every loss, then the second: a check that is stopped has seen each.
+        # The first case of every loss, then the second, so that a check that is stopped early has run every loss.
         for number in cases.numbers:
             for loss, name in chosen:
                 case = random_case(loss, number, cases.seed, cases.shape)
@@ -125,15 +126,15 @@ def harder_calls(
     losses: Sequence[str | LossConfig], dtypes: Sequence[str], cases: Cases, tp: Sequence[int], device: str | None,
     reproduce_options: str, rows: Mapping[Any, Row],
 ) -> Iterator[Call]:  # fmt: skip
-    """Harder cases of each loss and dtype, one by one, for as long as one of its rows is insensitive.
+    """Harder cases of each loss and dtype, one at a time, as long as one of its rows is insensitive.
 
     Args:
-        cases: that came before; none follow those that were named one by one, or captured.
-        rows: of the table, looked at before each call: they change as calls are run.
+        cases: the cases already run; selected (`only`) and captured ones are followed by no harder ones.
+        rows: of the table; read again before each call, since running the calls updates them.
     """
     if cases.only is not None or cases.inputs is not None:
         return
-    # Without the shape that was asked for: they have their own.
+    # Without the requested shape: these cases have their own.
     suffix = reproduce_suffix(None, 0, 0, device) + reproduce_options
     for loss, name in zip(losses, distinct_names(losses), strict=True):
         for dtype in dtypes:

@@ -1,4 +1,4 @@
-"""What a check finds: findings, rows of the table, and the report that holds them."""
+"""The results of a check: findings, rows of the table, verdicts on clauses, and the report with all of them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ HISTOGRAM_EDGES = np.linspace(-6, 2, 33)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or the worst of what is right.
+    """The largest error of one tensor, which may be a failure, or another kind of failure.
 
     Attributes:
         loss, flag, against, dtype, case: what was run; against is "float64" or another flag.
-        tensor: "loss" or the argument whose gradient it is.
+        tensor: "loss", or the argument whose gradient was compared.
         error_ratio: error over allowance; above 1 is a failure.
         error, allowed, got, expected: at the worst position.
         position: index of the worst element.
-        rounded_to: dtype to which a result was rounded after the error; "" where it is that of the result itself.
-        condition: of the loss in this call, see `loss_core.losses.bounds.sensitivity`; NaN where it has none.
-        problem: what is wrong where it is not a number (dtype, mutated input, exception), else "".
+        rounded_to: dtype of the rounding that followed the error; "" where the stored values were compared.
+        condition: condition number of the loss in this call, see `loss_core.losses.bounds.sensitivity`; NaN where it
+            is undefined.
+        problem: a failure that is no numerical error (wrong dtype, mutated input, exception), else "".
         reproduce: command that runs this case alone.
     """
 
@@ -63,7 +64,7 @@ class Finding:
 
     @property
     def what(self) -> str:
-        """What is wrong there, in words."""
+        """Description of the error."""
         if self.problem:
             return self.problem
         before = f" before it was rounded to {self.rounded_to}" if self.rounded_to else ""
@@ -84,11 +85,11 @@ class Row:
 
     Attributes:
         worst: the finding with the largest error ratio; None when nothing was run.
-        cases: how many cases were run; failures: findings that failed.
-        finds: for each tensor, the smallest relative error common to all its elements that would have failed; without
-            those that are 0 throughout.
+        cases: count of cases that were run; failures: findings that failed.
+        finds: for each tensor, the smallest relative error common to all its elements that would have failed; tensors
+            that are 0 everywhere have no entry.
         lower: for each lower arithmetic (`loss_core.losses.lower`), how many of the cases would have failed in it.
-        harder: names of those cases that were drawn because all others would have let such an arithmetic pass.
+        harder: names of the cases that were added because all others would have passed such an arithmetic.
     """
 
     loss: str
@@ -108,26 +109,26 @@ class Row:
 
     @property
     def insensitive(self) -> list[str]:
-        """The lower arithmetics that every case would have let pass."""
-        return [name for name, seen in self.lower.items() if not seen]
+        """The lower arithmetics that would have passed in every case."""
+        return [name for name, failed in self.lower.items() if not failed]
 
     @property
     def coarsest(self) -> float | None:
-        """A relative error of this size would have been found in whichever tensor; None where all are 0."""
+        """The smallest relative error that would have been detected in every tensor; None where all are 0."""
         return max(self.finds.values(), default=None)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check says of one clause of the contract, for one implementation of one loss.
+    """The result of a check for one clause of the contract and one implementation of one loss.
 
     Attributes:
-        asserts: what the clause asserts, in words.
-        status: "ok"; "broken"; "unsupported", where every call is refused before it gives a result; or "not seen",
-            where nothing here can show it.
+        asserts: what the clause requires.
+        status: "ok"; "broken"; "unsupported", where every call raises before it returns a result; or "not seen", where
+            no case can test the clause.
         calls: how many calls were judged.
-        words: the implementation's own words for what it refuses, or why the clause was not seen.
-        findings: what is wrong.
+        words: error messages of the calls that the implementation refuses, or why the clause could not be tested.
+        findings: the violations.
     """
 
     implementation: str
@@ -141,24 +142,24 @@ class Verdict:
 
     @property
     def worst(self) -> Finding | None:
-        """The finding that is furthest off; one that is no number, where there is no other."""
+        """The finding with the largest error ratio; one without a numerical error only if there is no other."""
         return max(self.findings, key=lambda f: -1.0 if f.problem else f.error_ratio, default=None)
 
 
 @dataclass
 class Report:
-    """What a check found.
+    """The results of a check.
 
     Attributes:
         rows: in the order of the table.
-        verdicts: of implementations that were judged clause by clause.
-        unusable: flags that were asked for, or exist, and can't be used here, with reasons.
-        skipped: losses and flags that can't be combined, and flags that are to be named, with reasons.
-        histograms: for each flag and dtype, how many results fell between HISTOGRAM_EDGES (with one
-            bin below for smaller and exact ones, and one above).
+        verdicts: on implementations that were judged clause by clause.
+        unusable: flags that can't be used here, with reasons.
+        skipped: losses and flags that can't be combined, and flags that run only when named, with reasons.
+        histograms: for each flag and dtype, counts of error ratios between HISTOGRAM_EDGES, with one bin below for
+            smaller and exact ones, and one above.
         versions: of Python, NumPy and the frameworks.
-        calls, total: how many cases were run, over all losses and dtypes, and how many there are.
-        next_first: where the random cases go on after a check that was stopped; None where it has to begin again.
+        calls, total: how many calls were run, over all losses and dtypes, and how many were planned.
+        next_first: index of the random case from which a stopped check can be continued; None where it can't be.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -185,7 +186,7 @@ class Report:
 
     @property
     def broken(self) -> list[Verdict]:
-        """The clauses that an implementation does not hold."""
+        """The verdicts on clauses that an implementation violates."""
         return [verdict for verdict in self.verdicts if verdict.status == "broken"]
 
     @property
@@ -194,7 +195,7 @@ class Report:
         return of_rows + [finding for verdict in self.broken for finding in verdict.findings]
 
     def count(self, flag: str, dtype: str, ratios: Sequence[Floats]) -> None:
-        """Enter error ratios in the histogram of a flag and dtype."""
+        """Add error ratios to the histogram of a flag and dtype."""
         edges = np.concatenate([[-np.inf], HISTOGRAM_EDGES, [np.inf]])
         counts = self.histograms.setdefault((flag, dtype), np.zeros(len(edges) - 1, np.int64))
         for ratio in ratios:
@@ -240,7 +241,7 @@ class Report:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with the report of what was seen until then."""
+    """KeyboardInterrupt with the report of the calls that were completed."""
 
     def __init__(self, report: Report) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`check`: every loss, flag, dtype and case against float64, and backends against each other."""
+"""`check`: compare every loss, flag, dtype and case with float64, and backends with each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loss_core.check.calls import ORACLE, Call, chosen_flags, chosen_losses, reproduce_suffix, rounded
+from loss_core.check.calls import ORACLE, Call, chosen_flags, chosen_losses, reproduce_suffix, rounded_inputs
 from loss_core.check.findings import add_findings, add_lower
 from loss_core.check.judge.implementation import Implementation, implementations_of
-from loss_core.check.judge.trial import Question, judge_all
+from loss_core.check.judge.trial import Settings, judge_all
 from loss_core.check.plan import Cases, harder_calls, plan_calls
 from loss_core.check.report import Finding, Interrupted, Report, Row
 from loss_core.check.sharded import Evaluate, check_ranks, over_ranks
@@ -62,37 +62,38 @@ def check(
     """Check losses on backends against the float64 oracle, and backends against each other.
 
     Args:
-        config: registry name (its cases then set fields of their own), a config (kept as it is), a
-            list of these, or None for all losses.
-        backends: flags; None for every flag that can be used here, but for those that compile at their first call
-            (torch:compile), which are to be named.
-        against: a flag; the others are then compared with it alone, besides the oracle. None: pairwise,
-            the first flag of each framework against those of the other frameworks.
+        config: registry name (its cases may set config fields), a config (used unchanged), a list of these, or None
+            for all losses.
+        backends: flags; None for every usable flag except those that compile at their first call (torch:compile),
+            which run only when named.
+        against: a flag; the others are compared with it alone, besides the oracle. None: every two flags of different
+            frameworks are compared.
         dtypes: of the inputs; None for float32, bfloat16, float16 and float64.
-        shape: (T, V) or (T, V, H) in place of the shapes of the named cases.
-        only: names of cases; None for all, and harder ones for a row that a lower arithmetic would pass.
-        num_random: random cases on top, of each loss in each dtype; seed: theirs.
-        first: number of the random case to begin with, and no named ones; None for all.
-        minutes: after which the check ends with what it has seen; `report.next_first` then says where to go on.
-        inputs: arguments of one captured call, in place of the named cases.
+        shape: (T, V) or (T, V, H); replaces the shapes of the named cases.
+        only: names of cases; None for all, plus harder ones for rows that a lower arithmetic would pass.
+        num_random: count of additional random cases for each loss and dtype; seed: their seed.
+        first: index of the random case to begin with, without named cases; None for all.
+        minutes: time limit, after which the check returns what was run; `report.next_first` says where to continue.
+        inputs: arguments of one captured call, which replaces the named cases.
         device: such as "cuda"; None for each backend's default.
-        tp: numbers of ranks. The calls then run with the vocabulary sharded over so many processes (torch, gloo) or
-            devices (JAX), in even, uneven and empty shards, and not in this process: against the oracle on the
-            whole problem, and bitwise between ranks. On the CPU.
-        modules: names of Python modules that register the losses, to be imported by these processes.
-        reproduce_options: what reproduce lines need besides, such as " --inputs call.npz".
+        tp: rank counts. For each, the calls run with the vocabulary sharded over that many processes (torch, gloo) or
+            devices (JAX) on the CPU, in even, uneven and empty shards. Results are compared with the oracle on the
+            unsharded problem, and bitwise between ranks.
+        modules: names of Python modules that register the losses, imported by these processes.
+        reproduce_options: further options of reproduce lines, such as " --inputs call.npz".
         progress: called as progress(done, total, label).
         implementations: by name, each a loss (a callable that takes the forward's arguments by keyword) or a builder
-            (a callable whose one parameter is called config). They are judged against the oracle, clause by clause
-            (`Report.verdicts`); flags then run only where `backends` names them. A loss is judged with the config
-            that is given, or with the defaults of the one that it takes the arguments of.
-        framework: whose tensors the implementations take, "torch" or "jax".
+            (a callable whose only parameter is called config). They are judged against the oracle, clause by clause
+            (`Report.verdicts`); flags then run only if `backends` names them. A loss is judged with the given config,
+            or with the defaults of the first loss whose arguments it accepts.
+        framework: whose tensors the implementations accept, "torch" or "jax".
     Returns:
-        A Report; `report.passed` says it all. A flag that is named but can't be used raises.
+        A Report; `report.passed` is the overall result.
     Raises:
-        BackendUnavailable, ValueError, TypeError: for flags, names, dtypes and shapes that don't exist.
-        WorkerFailed: a process of `tp` died, or did not answer in time.
-        Interrupted: on Ctrl-C, once something was run; it has the report of that.
+        BackendUnavailable: for a named flag that can't be used here.
+        ValueError, TypeError: for unknown flags, losses, dtypes and shapes.
+        WorkerFailed: a process of `tp` died or timed out.
+        Interrupted: on Ctrl-C after the first call; it carries the report of what was run.
     """
     start = time.perf_counter()
     check_ranks(tp, against, device)
@@ -110,9 +111,9 @@ def check(
     cases = Cases(shape, only, inputs, num_random, seed, first)
     if implementations:
         if tp or minutes is not None:
-            raise ValueError(f"{'tp' if tp else 'minutes'} is for flags: implementations run whole, in this process.")
-        question = Question("", wanted, cases, device, suffix)
-        judge_all(config, implementations_of(implementations, framework), question, report, progress)
+            raise ValueError(f"{'tp' if tp else 'minutes'} is for flags: implementations run unsharded and in full.")
+        settings = Settings("", wanted, cases, device, suffix)
+        judge_all(config, implementations_of(implementations, framework), settings, report, progress)
         if backends is None and against is None:
             report.seconds = time.perf_counter() - start
             return report
@@ -126,14 +127,14 @@ def check(
     table: dict[tuple[str, str, str, str], Row] = {}
     calls = chain(plan.calls, harder_calls(losses, wanted, cases, tp, device, reproduce_options, table))
 
-    def in_time(call: Call) -> bool:
+    def within_time_limit(call: Call) -> bool:
         return minutes is None or not report.calls or time.perf_counter() - start < 60 * minutes
 
     try:
-        for ranks, group in groupby(takewhile(in_time, calls), key=lambda call: call.ranks):
+        for ranks, group in groupby(takewhile(within_time_limit, calls), key=lambda call: call.ranks):
             with ExitStack() as stack:
                 pool = ThreadPoolExecutor(max_workers=max(len(flags), 1))
-                # Without waiting, so that Ctrl-C leaves at once; when all is well nothing is running here.
+                # Without waiting, so that Ctrl-C exits at once; after a normal loop nothing is running any more.
                 stack.callback(pool.shutdown, wait=False, cancel_futures=True)
                 if progress and ranks:
                     progress(report.calls, report.total, f"starting {ranks} ranks")
@@ -162,10 +163,10 @@ def check(
 def assert_backends_agree(
     config: str | LossConfig, backends: Sequence[str] = ("torch", "jax"), **options: Any
 ) -> Report:
-    """`check`, as an assertion for a test suite.
+    """`check` as an assertion for a test suite.
 
     Raises:
-        AssertionError: something failed; the message names each failure and how to run it alone.
+        AssertionError: something failed; the message has each failure with the command that reproduces it.
     """
     report = check(config, backends, **options)
     if not report.passed:
@@ -182,7 +183,7 @@ def _check_case(
     pool: ThreadPoolExecutor,
     evaluate: Evaluate,
 ) -> None:
-    arrays, upstream = rounded(call)
+    arrays, upstream = rounded_inputs(call)
     running = {flag: pool.submit(evaluate, call, flag, arrays, upstream) for flag in flags}
     config, dtype = call.case.config, call.dtype
     expected = oracle(config, arrays, upstream)
@@ -198,13 +199,13 @@ def _check_case(
             note = f"{call.name} {call.flag_name(flag)}: {error}"
             if note not in report.skipped:
                 report.skipped.append(note)
-            # Of a flag that can't do this case alone, the row of the others stays.
+            # A row with other cases stays: the flag may support all but this one.
             if not row.cases:
                 table.pop(key, None)
             continue
         except WorkerFailed:
             raise
-        except Exception as error:  # a kernel that breaks is a finding, not the end of the check
+        except Exception as error:  # a kernel that raises is a finding, not the end of the check
             _count(row, call)
             text = str(error) if isinstance(error, RequestFailed) else f"{type(error).__name__}: {error}"
             row.failures.append(_problem(call, flag, "loss", text))
@@ -250,7 +251,7 @@ def _in_this_process(
 
 
 def _pairs(flags: list[str], against: str | None) -> Iterable[tuple[str, str]]:
-    """Which flags are compared with which."""
+    """The pairs of flags to compare."""
     if against is not None:
         target = str(parse_flag(against))
         return [(flag, target) for flag in flags if flag != target and target in flags]
@@ -272,23 +273,23 @@ def _promised_dtypes(call: Call, got: Evaluation) -> dict[str, str]:
 
 
 def _contract_problems(call: Call, flag: str, got: Evaluation) -> list[Finding]:
-    """What is wrong besides the numbers: dtypes, inputs that were changed, another kernel than the flag's."""
+    """Failures other than numerical errors: wrong dtypes, mutated inputs, ranks that differ, another kernel."""
     problems = []
     for name, dtype in _promised_dtypes(call, got).items():
         if got.dtypes[name] != dtype:
-            problems.append(_problem(call, flag, name, f"comes in {got.dtypes[name]}, not in {dtype}"))
+            problems.append(_problem(call, flag, name, f"has dtype {got.dtypes[name]}, not {dtype}"))
     for name in got.mutated:
         problems.append(_problem(call, flag, name, "the caller's input was changed"))
     for name in got.ranks_differ:
         problems.append(_problem(call, flag, name, "is not bitwise the same on all ranks"))
-    # A user's own loss need not say which kernels it ran.
+    # A user-defined loss need not record which kernels it ran.
     if parse_flag(flag).kernel != AUTO and got.kernel != flag and (got.kernel or not is_registered(call.case.config)):
         problems.append(_problem(call, flag, "loss", f"{flag!r} was asked for, but {got.kernel or 'no kernel'!r} ran"))
     return problems
 
 
 def _template(call: Call, flag: str, against: str) -> Finding:
-    """A finding with what all tensors of a call share."""
+    """A finding with the fields that all tensors of a call share."""
     reproduce = call.reproduce(flag, against)
     return Finding(call.name, call.flag_name(flag), against, call.dtype, call.case_name, reproduce=reproduce)
 

@@ -1,4 +1,4 @@
-"""What `loss-core check` prints: tables, failures, the verdict."""
+"""The report of `loss-core check` as text: tables, failures, the verdict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUMBERS = range(4, 9)
 
 
 def verdict(report: Report) -> str:
-    """The check in one line: passed or failed, on what, and how close it was; clauses come first."""
+    """The check in one line: PASS or FAIL, what was run, and the largest error; clauses come first."""
     sentences = [_verdict_on_clauses(report)] if any(v.calls or v.findings for v in report.verdicts) else []
     sentences += [_verdict_on_rows(report)] if report.rows else []
     return " ".join(sentences) or "NOTHING CHECKED: no loss could be run."
@@ -40,9 +40,9 @@ def _verdict_on_rows(report: Report) -> str:
         return f"FAIL{so_far}: {bad} of {of} beyond what rounding explains ({size})."
     worst = max((row.worst for row in report.rows if row.worst), key=lambda finding: finding.error_ratio, default=None)
     close = f"; the largest error is {ratio_text(worst.error_ratio)} of its allowance" if worst else ""
-    blind = sum(bool(row.insensitive) for row in report.rows)
-    told = f"; {_counted(blind, 'row')} insensitive to a lower arithmetic" if blind else ""
-    return f"PASS{so_far}: everything within what rounding explains ({size}){close}{told}."
+    count = sum(bool(row.insensitive) for row in report.rows)
+    insensitive = f"; {_counted(count, 'row')} insensitive to a lower arithmetic" if count else ""
+    return f"PASS{so_far}: everything within what rounding explains ({size}){close}{insensitive}."
 
 
 def _verdict_on_clauses(report: Report) -> str:
@@ -59,12 +59,12 @@ def _counted(number: int, noun: str) -> str:
 
 
 def versions_text(report: Report) -> str:
-    """Versions of this library and of what it ran on."""
+    """Versions of this library, Python, NumPy and the frameworks."""
     return " · ".join(f"{name} {version}" for name, version in {"loss-core": __version__, **report.versions}.items())
 
 
 def failures_by_command(report: Report) -> Iterator[tuple[str, list[Finding]]]:
-    """Failures of one call together, with the line that reproduces them."""
+    """Failures grouped by call, with the command that reproduces them."""
     by_command: dict[str, list[Finding]] = {}
     for finding in (finding for row in report.rows for finding in row.failures):
         by_command.setdefault(finding.reproduce, []).append(finding)
@@ -72,31 +72,31 @@ def failures_by_command(report: Report) -> Iterator[tuple[str, list[Finding]]]:
 
 
 def insensitive_notes(report: Report) -> list[str]:
-    """The rows of which a lower arithmetic would have passed every case, and what to do."""
+    """The rows in which a lower arithmetic would have passed every case, and what to do."""
     return [
         f"{row.loss} {row.flag} against {row.against}, {row.dtype}: {' and '.join(row.insensitive)} would have passed "
         "in every case; "
-        + ("more rows, larger logits or more cases (--shape, --cases) tell more" if row.harder
-           else "without --case and --inputs, harder cases are drawn")
+        + ("try more rows, larger logits or more cases (--shape, --cases)" if row.harder
+           else "without --case and --inputs, harder cases are added")
         for row in report.rows
         if row.insensitive
     ]  # fmt: skip
 
 
 def harder_notes(report: Report) -> list[str]:
-    """The harder cases of each loss and dtype, which all its flags ran."""
+    """The harder cases that were run for each loss and dtype, by all its flags."""
     notes = [f"{row.loss}, {row.dtype}: {', '.join(row.harder)}" for row in report.rows if row.harder]
     return list(dict.fromkeys(notes))
 
 
 def reason_without_install(status: FlagStatus) -> str:
-    """Why a flag can't be used; its install line is shown apart."""
+    """Why a flag can't be used, without its install command, which is shown separately."""
     reason = status.reason.removesuffix(status.install) if status.install else status.reason
     return reason.rstrip().removesuffix(":")
 
 
 def print_check(console: Console, report: Report) -> None:
-    """The whole report as text; lines that are meant to be copied are never wrapped."""
+    """Print the full report; lines that are meant to be copied are never wrapped."""
     print_lines(console, versions_text(report))
     if report.verdicts:
         print_verdicts(console, report)
@@ -137,7 +137,7 @@ def print_check(console: Console, report: Report) -> None:
 
 
 def print_verdicts(console: Console, report: Report) -> None:
-    """A matrix of clauses and implementations for each loss, and below it what is broken and what is not judged."""
+    """Print a matrix of clauses and implementations for each loss, then broken clauses and those not judged."""
     from rich.text import Text
 
     styles = {"ok": "green", "BROKEN": "bold red"}
@@ -164,7 +164,7 @@ def print_verdicts(console: Console, report: Report) -> None:
 
 
 def _print_rows(console: Console, rows: list[Row]) -> None:
-    """One heading per config, and below it a line per row; all tables share their widths."""
+    """Print one heading per config and one line per row; all tables share their column widths."""
     from rich.text import Text
 
     cells = {id(row): _cells(row) for row in rows}
@@ -189,7 +189,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def print_reasons(console: Console, statuses: Iterable[FlagStatus]) -> None:
-    """Why flags can't be used, those with the same reason together, each with its install line."""
+    """Print why flags can't be used, grouped by reason, with the install commands."""
     for (reason, install), group in groupby(statuses, key=lambda s: (reason_without_install(s), s.install)):
         flags = [status.flag for status in group if f"'{status.flag}'" not in reason]
         print_wrapped(console, f"{', '.join(flags)}: {reason}" if flags else reason, indent="  ")

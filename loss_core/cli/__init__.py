@@ -1,4 +1,4 @@
-"""The command `loss-core`: check, bench, backends, losses. Needs the extra `cli`, which importing this does not."""
+"""The command `loss-core`. Running it needs the extra `cli`; importing this module does not."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process with its exit code.
+    """Run the command line and exit the process with its exit code.
 
     Args:
         argv: arguments after the program's name; None for those of the process.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    # torch and JAX take turns here, and torch's idle threads would spin on the cores that JAX needs.
+    # torch and JAX run alternately, and torch's idle threads would otherwise spin on the cores that JAX needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         make_app()(args=arguments, prog_name="loss-core", obj=shlex.join(["loss-core", *arguments]))
@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("loss-core: stopped.", file=sys.stderr)
-        _leave_at_once(_INTERRUPTED)
+        _exit_at_once(_INTERRUPTED)
     except SystemExit as exit_:
         if exit_.code == _INTERRUPTED:
-            _leave_at_once(_INTERRUPTED)
+            _exit_at_once(_INTERRUPTED)
         raise
 
 
@@ -51,15 +51,15 @@ def make_app() -> typer.Typer:
     Raises:
         ImportError: typer, rich or PyYAML is missing.
     """
-    import yaml  # noqa: F401  (needed by --config; told missing at once, not in the middle)
+    import yaml  # noqa: F401  (needed by --config; a missing library is reported at once)
 
     from loss_core.cli.app import app
 
     return app
 
 
-def _leave_at_once(code: int) -> None:
-    # A kernel may still be running in a thread; an ordinary exit would wait for it.
+def _exit_at_once(code: int) -> None:
+    # A kernel may still be running in a thread; sys.exit would wait for it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""`python -m loss_core.cli`: the command, where its script is not on the path."""
+"""`python -m loss_core.cli`: the command `loss-core`, if its script is not on the path."""
 
 from loss_core.cli import main
 

@@ -1,4 +1,4 @@
-"""The commands of `loss-core`; what `check` and `bench` do is in the files beside this one."""
+"""The typer application of `loss-core`, with its smaller commands; the others are imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app: typer.Typer = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="LLM training losses with one typed config each, on PyTorch and JAX; and the proof that they agree.",
+    help="LLM training losses for PyTorch and JAX, each from one typed config, and checks that they agree.",
 )
 app.command("check")(check_command)
 app.command("bench")(bench_command)
@@ -37,7 +37,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -46,7 +46,7 @@ def _root(
 @app.command("backends")
 @command
 def backends_command() -> int:
-    """List every backend flag: usable here, version, and if not, why and what to install."""
+    """List every backend flag: whether it is usable here, its version, or why not and what to install."""
     print_backends(Console(), [flag_status(flag) for flag in all_flags()])
     return 0
 
@@ -56,7 +56,7 @@ def backends_command() -> int:
 def losses_command(
     modules: Modules = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print a JSON Schema of recipes instead, for editors and validators.")
+        bool, typer.Option("--schema", help="Print the JSON Schema of recipes instead, for editors and validators.")
     ] = False,
 ) -> int:
     """List every loss config: fields, types, defaults and meaning."""

@@ -1,4 +1,4 @@
-"""`loss-core bench`: from options to a report on the terminal, as JSON and as a page."""
+"""`loss-core bench`: parse options, run the benchmark, write the report to the terminal, as JSON and as HTML."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from loss_core.cli.common import (
     Seed,
     Shapes,
     check_outputs,
+    checked_choice,
+    checked_dtypes,
     command,
     import_modules,
-    known_dtypes,
-    known_word,
-    note,
+    parse_shape,
+    print_text,
     progress_bar,
     read_losses,
-    shape_of,
+    reporting_write_errors,
     write_outputs,
-    writing,
 )
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.dispatch.tuned import store_choices
@@ -50,62 +50,57 @@ def bench_command(
     backend: Backends = None,
     shape: Shapes = None,
     workload: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help=f"The output layer of {', '.join(WORKLOADS)}.")
+        list[str] | None, typer.Option(metavar="NAME", help=f"Size of a model's output layer: {', '.join(WORKLOADS)}.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(metavar="T", min=1, help="Tokens of each --workload.")] = None,
     dtype: Dtypes = None,
     device: Device = "cpu",
     ignored: Annotated[
-        list[float] | None, typer.Option(metavar="SHARE", help="Share of labels that are ignored. Default: 0.")
+        list[float] | None, typer.Option(metavar="SHARE", help="Fraction of labels that are ignored. Default: 0.")
     ] = None,
     baselines: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(TIMED)}; all or none. Default: all.")
+        list[str] | None, typer.Option(metavar="NAME", help=f"Any of {', '.join(TIMED)}; all or none. Default: all.")
     ] = None,
     tp: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Ranks that share the vocabulary, started and ended by bench.")
+        int, typer.Option(metavar="N", min=1, help="Shard the vocabulary over N ranks, started by bench.")
     ] = 1,
     count_known: Annotated[
-        bool, typer.Option("--count-known", help="Tell the fused loss how many labels count: num_valid_tokens.")
+        bool, typer.Option("--count-known", help="Pass num_valid_tokens, the count of valid labels.")
     ] = False,
-    forward_only: Annotated[bool, typer.Option("--forward-only", help="The loss alone, no gradients.")] = False,
-    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often each is asked.")] = 7,
+    forward_only: Annotated[bool, typer.Option("--forward-only", help="Measure the forward only.")] = False,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each implementation.")] = 7,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Threads of each process.")] = None,
     seed: Seed = 0,
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="After which one implementation is given up.")
-    ] = 300.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Time limit of one implementation.")] = 300.0,
     time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=1, help="After which nothing new is begun.")
+        float | None, typer.Option(metavar="SECONDS", min=1, help="Start no new measurement after this time.")
     ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Keep the fastest flags for this machine, for auto to read.")
-    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Store the fastest flags of this machine for auto.")] = False,
     json: Json = None,
     page: Page = None,
     modules: Modules = None,
 ) -> int:
-    """Measure losses beside the baselines that are installed: time, memory, error.
+    """Measure time, memory and error of losses, and of the baselines that are installed.
 
     Without options: every loss and flag (also --backend all), 2,048 tokens, vocabulary 32,000, hidden size 512,
-    float32. A loss by its bare name has reduction mean.
+    float32. A loss given by name only has reduction mean.
 
-    May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --baselines,
-    --import.
+    May be repeated: --config, --backend, --shape, --workload, --dtype, --ignored, --baselines, --import.
 
-    Exit code: 0, or 1 when no flag ran, one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
+    Exit code: 0 all flags ran and are right, 1 none ran, or one failed or was wrong, 2 wrong usage, 130 Ctrl-C.
     """
     out, err = Console(), Console(stderr=True)
     import_modules(modules or ())
     check_outputs(json, page)
     losses = read_losses(config)
-    shapes = [shape_of(text) for text in shape or ()]
+    shapes = [parse_shape(text) for text in shape or ()]
     workloads = _workloads(workload or (), tokens)
-    dtypes = known_dtypes(dtype)
+    dtypes = checked_dtypes(dtype)
     named = _baselines(baselines or ())
     for why, clash in (
-        ("keeps choices for training steps; leave out --forward-only", forward_only),
-        ("keeps one choice for each shape; give --ignored once", len(ignored or ()) > 1),
-        ("keeps choices for losses that one process holds whole; leave out --tp", tp > 1),
+        ("stores choices for training steps; leave out --forward-only", forward_only),
+        ("stores one choice for each shape; give --ignored once", len(ignored or ()) > 1),
+        ("stores choices for unsharded losses; leave out --tp", tp > 1),
     ):
         if tune and clash:
             raise UsageProblem(f"--tune {why}.")
@@ -143,28 +138,28 @@ def bench_command(
 
 
 def _workloads(names: Sequence[str], tokens: int | None) -> list[Workload]:
-    found = [WORKLOADS[known_word("--workload", name, WORKLOADS)] for name in names]
+    found = [WORKLOADS[checked_choice("--workload", name, WORKLOADS)] for name in names]
     if tokens and not found:
         raise UsageProblem("--tokens goes with --workload; a --shape has its own T.")
     return [replace(load, tokens=tokens or load.tokens) for load in found]
 
 
 def _baselines(names: Sequence[str]) -> list[str] | None:
-    """None for all; each option may name several, with commas."""
+    """Names of baselines, of which each option may have several, separated by commas; None for all."""
     wanted = [name for text in names for name in text.split(",") if name]
     if not wanted or "all" in wanted:
         return None
     if wanted == ["none"]:
         return []
-    return [known_word("--baselines", name, TIMED, also=", all, none") for name in wanted]
+    return [checked_choice("--baselines", name, TIMED, also=", all, none") for name in wanted]
 
 
 def _tune(report: BenchReport, err: Console) -> None:
     chosen = choices_of(report)
     if not chosen:
-        raise UsageProblem("--tune found nothing to keep: no flag that names a kernel gave a result.")
-    with writing():
+        raise UsageProblem("--tune found nothing to store: no flag that names a kernel returned a result.")
+    with reporting_write_errors():
         path = store_choices(chosen)
     for entry in chosen:
-        note(err, f"{entry['loss']} {'x'.join(map(str, entry['shape']))} {entry['dtype']}: {entry['flag']}")
-    note(err, f"wrote {path}")
+        print_text(err, f"{entry['loss']} {'x'.join(map(str, entry['shape']))} {entry['dtype']}: {entry['flag']}")
+    print_text(err, f"wrote {path}")

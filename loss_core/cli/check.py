@@ -1,4 +1,4 @@
-"""`loss-core check`: from options to a report on the terminal, as JSON and as a page."""
+"""`loss-core check`: parse options, run the check, write the report to the terminal, as JSON and as HTML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loss_core.baselines import JUDGED
 from loss_core.check import Interrupted, Report, check
 from loss_core.check.captured import CapturedCall, read_call
 from loss_core.check.html import check_page
-from loss_core.check.judge.implementation import Implementation, implementation_named, in_words
+from loss_core.check.judge.implementation import Implementation, error_text, implementation_named
 from loss_core.check.text import print_check, print_reasons
 from loss_core.cli.common import (
     Backends,
@@ -27,17 +27,17 @@ from loss_core.cli.common import (
     Page,
     Seed,
     Shape,
+    add_working_directory_to_path,
     check_outputs,
+    checked_choice,
+    checked_dtypes,
     command,
     import_modules,
-    known_dtypes,
-    known_word,
-    look_in_working_directory,
-    note,
-    only_options,
+    parse_shape,
+    print_text,
     progress_bar,
     read_losses,
-    shape_of,
+    reject_others,
     write_outputs,
 )
 from loss_core.cli.invariance import run_invariance
@@ -49,7 +49,7 @@ from loss_core.losses.cases.drawing import recipe_names
 from loss_core.usage import UsageProblem
 from loss_core.workers.pool import WorkerFailed
 
-# Each rank is a process with a framework in it.
+# Each rank is a process that loads a framework.
 _MOST_RANKS = 64
 
 
@@ -60,27 +60,27 @@ def check_command(
     backend: Backends = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="FLAG", help="Compare with this flag alone, besides float64. Default: torch with jax."),
+        typer.Option(metavar="FLAG", help="Compare with this flag and float64 only. Default: torch with jax."),
     ] = None,
     dtype: Dtypes = None,
     shape: Shape = None,
-    case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this named case only.")] = None,
-    cases: Annotated[int, typer.Option(metavar="N", min=0, help="Random cases on top of the named ones.")] = 0,
+    case: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run only this case.")] = None,
+    cases: Annotated[int, typer.Option(metavar="N", min=0, help="Number of additional random cases.")] = 0,
     seed: Seed = 0,
     first: Annotated[
-        int | None, typer.Option(metavar="K", min=0, help="Begin with random case K, without the named ones.")
+        int | None, typer.Option(metavar="K", min=0, help="Start at random case K, without named cases.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(metavar="M", help="End after M minutes with a report of what was run.")
+        float | None, typer.Option(metavar="M", help="Stop after M minutes and report what was run.")
     ] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A captured call, .npz or .safetensors with the forward's arguments."),
+        typer.Option(metavar="FILE", help="Check a captured call: .npz or .safetensors with the forward's arguments."),
     ] = None,
     device: Device = None,
     tp: Annotated[
         str | None,
-        typer.Option(metavar="N[,N]", help="Share the vocabulary over N ranks, started here, and check these."),
+        typer.Option(metavar="N[,N]", help="Shard the vocabulary over N ranks, started by check."),
     ] = None,
     json: Json = None,
     page: Page = None,
@@ -89,64 +89,62 @@ def check_command(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Judge clause by clause, in place of the flags: MODULE:OBJECT, a loss or a builder of losses; another "
-            f"project by its name ({', '.join(JUDGED)}); or a flag.",
+            help="Judge an implementation clause by clause, instead of the flags: MODULE:OBJECT (a loss or a builder), "
+            f"another project by name ({', '.join(JUDGED)}), or a flag.",
         ),
     ] = None,
     framework: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Whose tensors MODULE:OBJECT takes: torch (default) or jax.")
+        str | None, typer.Option(metavar="NAME", help="Framework of MODULE:OBJECT: torch (default) or jax.")
     ] = None,
     invariance: Annotated[
         bool,
-        typer.Option("--invariance", help="Check instead that no token's result depends on the others, bitwise."),
+        typer.Option("--invariance", help="Check batch invariance instead: whether a token depends on the others."),
     ] = False,
     logprobs: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Explain a trainer that differs from its engine; .npz or .safetensors."),
+        typer.Option(metavar="FILE", help="Explain why a trainer differs from its engine; .npz or .safetensors."),
     ] = None,
 ) -> int:
     """Check losses and gradients against float64, and backends against each other.
 
-    Without options: every loss, flag, dtype and named case; torch:compile only where --backend names it, since it
-    compiles for about a minute.
+    Without options: every loss, flag, dtype and named case, except torch:compile, which compiles for about a minute.
 
     May be repeated: --config, --backend, --dtype, --case, --import, --implementation.
 
-    --minutes and Ctrl-C end it with a report of what was run, and with the command that goes on from there.
+    --minutes and Ctrl-C stop it with a report of what was run and the command that continues from there.
 
-    Exit code: 0 all agree, 1 something does not (or a clause is broken, or a rank of --tp failed), 2 wrong usage, 130
-    Ctrl-C.
+    Exit code: 0 all agree, 1 they do not, or a clause is broken, or a rank of --tp failed, 2 wrong usage, 130 Ctrl-C.
 
-    With --logprobs: 0 where one computation explains both systems (without a head in the dump: every ratio of
+    With --logprobs: 0 if one computation explains both systems (without a head in the dump: if every ratio of
     probabilities is within 1e-3 of 1), else 1.
     """
     if logprobs is not None:
         return explain_logprobs(ctx, logprobs, seed, json, page)
     if invariance:
-        only_options(ctx, "invariance", ("config", "backend", "dtype", "shape", "seed", "device", "json", "modules"))
+        reject_others(ctx, "invariance", ("config", "backend", "dtype", "shape", "seed", "device", "json", "modules"))
     if framework is not None and not implementation:
         raise UsageProblem(f"--framework {framework} says whose tensors an --implementation takes; name one.")
     out, err = Console(), Console(stderr=True)
     import_modules(modules or ())
     check_outputs(json, page)
     losses = read_losses(config)
-    sizes = shape_of(shape) if shape is not None else None
+    sizes = parse_shape(shape) if shape is not None else None
     ranks = _ranks(tp, against, device)
     judged = _implementations(implementation or (), framework)
     if not judged or backend:
         _check_flags(backend or [], against, err)
-    dtypes = known_dtypes(dtype)
-    again = "".join(f" --import {module}" for module in modules or ())
+    dtypes = checked_dtypes(dtype)
+    imports = "".join(f" --import {module}" for module in modules or ())
     if invariance:
-        options = {"shape": sizes, "seed": seed, "device": device, "reproduce_options": again}
+        options = {"shape": sizes, "seed": seed, "device": device, "reproduce_options": imports}
         return run_invariance(losses or None, backend or None, json, dtypes=dtypes, **options)
     _check_cases(case or [], [f"random-{seed}-{i}" for i in range(cases)])
     if inputs is not None and (case or shape or cases):
-        raise UsageProblem("--case, --cases and --shape choose generated inputs; leave them out beside --inputs.")
+        raise UsageProblem("--case, --cases and --shape choose generated inputs; they can't be used beside --inputs.")
     call = _captured(inputs, losses)
     for text in call.notes if call else ():
-        note(err, text)
-    reproduce = f" --inputs {shlex.quote(str(inputs))}" if inputs else ""
+        print_text(err, text)
+    inputs_option = f" --inputs {shlex.quote(str(inputs))}" if inputs else ""
     stop: Interrupted | None = None
     with progress_bar(err) as progress:
         try:
@@ -165,7 +163,7 @@ def check_command(
                 device=device,
                 tp=ranks,
                 modules=modules or (),
-                reproduce_options=reproduce + again,
+                reproduce_options=inputs_option + imports,
                 progress=progress,
                 implementations=judged,
             )
@@ -174,24 +172,24 @@ def check_command(
         except Interrupted as interrupted:
             report, stop = interrupted.report, interrupted
         except WorkerFailed as error:
-            note(err, f"loss-core: {error}.")
+            print_text(err, f"loss-core: {error}.")
             return 1
     _check_ran(report, device)
     print_check(out, report)
-    typed = ctx.obj or "loss-core check"
-    write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: check_page(report, typed))], err)
+    command_line = ctx.obj or "loss-core check"
+    write_outputs([(json, lambda: report.to_json() + "\n"), (page, lambda: check_page(report, command_line))], err)
     if report.stopped:
-        note(err, _how_to_go_on(report, typed))
+        print_text(err, _how_to_continue(report, command_line))
     if stop is not None:
         raise stop
     return 0 if report.passed else 1
 
 
-def _how_to_go_on(report: Report, typed: str) -> str:
+def _how_to_continue(report: Report, command_line: str) -> str:
     if report.next_first is None:
-        return "loss-core: to run the others, begin again with more --minutes; --first 0 leaves out the named cases."
-    begun = re.sub(r" --first[ =]\d+", "", typed)
-    return f"loss-core: it goes on from there with:\n{begun} --first {report.next_first}"
+        return "loss-core: to run the other cases, repeat with more --minutes; --first 0 skips the named cases."
+    without_first = re.sub(r" --first[ =]\d+", "", command_line)
+    return f"loss-core: to continue from there:\n{without_first} --first {report.next_first}"
 
 
 def _ranks(tp: str | None, against: str | None, device: str | None) -> tuple[int, ...]:
@@ -207,22 +205,22 @@ def _ranks(tp: str | None, against: str | None, device: str | None) -> tuple[int
 
 
 def _implementations(specs: Sequence[str], framework: str | None) -> list[Implementation]:
-    """What is to be judged; the working directory counts as on the path."""
+    """The implementations to judge; imported as if the working directory were on the path."""
     if framework is not None:
-        known_word("--framework", framework, BACKENDS)
+        checked_choice("--framework", framework, BACKENDS)
     if specs:
-        look_in_working_directory()
+        add_working_directory_to_path()
     found = []
     for spec in specs:
         try:
             found.append(implementation_named(spec, framework))
-        except Exception as error:  # whatever a user's module raises is told in one line
-            raise UsageProblem(f"--implementation {spec}: {in_words(error)}") from error
+        except Exception as error:  # an error in a user's module is reported in one line
+            raise UsageProblem(f"--implementation {spec}: {error_text(error)}") from error
     return found
 
 
 def _check_flags(backends: Sequence[str], against: str | None, err: Console) -> None:
-    """Flags that can't be used: with the reason and what to install."""
+    """Raise UsageProblem for unknown and unusable flags, after printing the reasons and what to install."""
     named = [*backends, *([against] if against else [])]
     try:
         parsed = [parse_flag(flag) for flag in named]
@@ -231,7 +229,7 @@ def _check_flags(backends: Sequence[str], against: str | None, err: Console) -> 
     if against and backends and len(set(map(str, parsed))) == 1:
         raise UsageProblem(f"--against {against} is the only flag: name another one with --backend.")
     for flag in parsed:
-        # `auto` can be used where any kernel of its backend can.
+        # `auto` is usable if any kernel of its backend is.
         kernels = [str(flag)] if flag.kernel != AUTO else _kernels(flag.backend)
         unusable = [status for status in map(flag_status, kernels) if not status.usable]
         if len(unusable) == len(kernels):
@@ -256,7 +254,7 @@ def _check_cases(names: Sequence[str], random: Sequence[str]) -> None:
                 "number) --seed S (its first)."
             )
         if name not in random:
-            known_word("--case", name, recipe_names())
+            checked_choice("--case", name, recipe_names())
 
 
 def _captured(path: Path | None, losses: Sequence[str | LossConfig]) -> CapturedCall | None:
@@ -270,7 +268,7 @@ def _captured(path: Path | None, losses: Sequence[str | LossConfig]) -> Captured
 
 
 def _check_ran(report: Report, device: str | None) -> None:
-    """Tell a wrong request from a wrong kernel."""
+    """Raise UsageProblem if nothing was run, or if every call failed with the same error on a named device."""
     if not (report.rows or any(verdict.calls for verdict in report.verdicts)):
         report.skipped += [f"{verdict.clause}: {text}" for verdict in report.verdicts for text in verdict.words][:1]
         raise UsageProblem("Nothing could be run: " + "; ".join(report.skipped).rstrip(".") + ".")

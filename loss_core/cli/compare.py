@@ -1,4 +1,4 @@
-"""`loss-core compare`: two implementations of any loss on given or drawn inputs, without a definition of it."""
+"""`loss-core compare`: compare two implementations of any loss, without a definition, on given or drawn inputs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rich.console import Console
 
 from loss_core.array_files import read_arrays
 from loss_core.check import compare
-from loss_core.check.judge.implementation import in_words, object_at
+from loss_core.check.judge.implementation import error_text, import_object
 from loss_core.check.text import print_check
 from loss_core.cli.common import (
     Json,
     Seed,
+    add_working_directory_to_path,
     check_outputs,
+    checked_dtypes,
     command,
-    known_dtypes,
-    look_in_working_directory,
     write_outputs,
 )
 from loss_core.dispatch.flags import BACKENDS
@@ -31,24 +31,24 @@ from loss_core.usage import UsageProblem
 
 @command
 def compare_command(
-    first: Annotated[str, typer.Argument(metavar="MODULE:FN", help="The reference: it must run in float64, too.")],
-    second: Annotated[str, typer.Argument(metavar="MODULE:FN", help="What is compared with it.")],
+    first: Annotated[str, typer.Argument(metavar="MODULE:FN", help="Reference function; must run in float64, too.")],
+    second: Annotated[str, typer.Argument(metavar="MODULE:FN", help="Function to compare with it.")],
     inputs: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=".npz or .safetensors with the arguments of both, by name.")
+        Path | None, typer.Option(metavar="FILE", help=".npz or .safetensors with the arguments by name.")
     ] = None,
     draw: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=SIZES[:N]",
-            help="In place of a file, an argument to draw: logits=16,507 for normal numbers, labels=16:507 for "
-            "integers below 507.",
+            help="Draw an argument, instead of a file: logits=16,507 for normally distributed values, labels=16:507 "
+            "for integers below 507.",
         ),
     ] = None,
     seed: Seed = 0,
     frameworks: Annotated[
-        str, typer.Option(metavar="A,B", help="Whose tensors the two take: torch,torch or torch,jax or …")
+        str, typer.Option(metavar="A,B", help="Frameworks of the two: torch,torch or torch,jax or …")
     ] = "torch,jax",
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Of the floating inputs, which are rounded to it.")] = (
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Dtype to which floating inputs are rounded.")] = (
         "float32"
     ),
     grad_of: Annotated[
@@ -58,7 +58,7 @@ def compare_command(
 ) -> int:
     """Compare value and gradients of two functions on the same inputs, in one dtype and in float64.
 
-    Both take the arrays as keyword arguments and return one tensor.
+    Both accept the arrays as keyword arguments and return one tensor.
 
     May be repeated: --draw, --grad-of.
 
@@ -66,7 +66,7 @@ def compare_command(
     """
     out, err = Console(), Console(stderr=True)
     check_outputs(json, None)
-    known_dtypes([dtype])
+    checked_dtypes([dtype])
     named = (frameworks.partition(",")[0], frameworks.partition(",")[2])
     if not set(named) <= set(BACKENDS):
         raise UsageProblem(f"--frameworks {frameworks!r}: expected two of {', '.join(BACKENDS)}, such as torch,jax.")
@@ -76,8 +76,8 @@ def compare_command(
     one, other = _function(first), _function(second)
     try:
         report = compare(one, other, arrays, dtype=dtype, grad_of=grad_of, frameworks=named, seed=seed)
-    except Exception as error:  # what a user's function raises is told in one line
-        raise UsageProblem(f"{in_words(error)} (called with --frameworks {frameworks})") from error
+    except Exception as error:  # an error in a user's function is reported in one line
+        raise UsageProblem(f"{error_text(error)} (called with --frameworks {frameworks})") from error
     print_check(out, report)
     write_outputs([(json, lambda: report.to_json() + "\n")], err)
     return 0 if report.passed else 1
@@ -87,7 +87,7 @@ _DRAWN = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<sizes>\d+(,\d+)*)(:(?P<below>[1
 
 
 def _drawn(specs: Sequence[str], seed: int) -> dict[str, NDArray[Any]]:
-    """Arguments by name: normal numbers, or integers below N."""
+    """Drawn arguments by name: normally distributed values, or integers below N."""
     rng, arrays = np.random.default_rng(seed), {}
     for spec in specs:
         if (found := _DRAWN.fullmatch(spec)) is None:
@@ -99,8 +99,8 @@ def _drawn(specs: Sequence[str], seed: int) -> dict[str, NDArray[Any]]:
 
 
 def _function(spec: str) -> Any:
-    look_in_working_directory()
+    add_working_directory_to_path()
     try:
-        return object_at(spec)
-    except Exception as error:  # whatever a user's module raises is told in one line
-        raise UsageProblem(f"{spec}: {in_words(error)}") from error
+        return import_object(spec)
+    except Exception as error:  # an error in a user's module is reported in one line
+        raise UsageProblem(f"{spec}: {error_text(error)}") from error

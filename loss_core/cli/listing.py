@@ -1,4 +1,4 @@
-"""What `loss-core backends` and `loss-core losses` print."""
+"""The tables of `loss-core backends` and `loss-core losses`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loss_core.registry import LOSS_CONFIG_REGISTRY
 
 
 def print_backends(console: Console, statuses: Iterable[FlagStatus]) -> None:
-    """Every flag, with the version behind it, or why it can't be used and what to install."""
+    """Print every flag with its version, or why it can't be used and what to install."""
     statuses = list(statuses)
     cells = [("flag", "usable", "version")]
     cells += [(status.flag, "yes" if status.usable else "no", status.version or "-") for status in statuses]
@@ -35,7 +35,7 @@ def print_backends(console: Console, statuses: Iterable[FlagStatus]) -> None:
 
 
 def print_losses(console: Console) -> None:
-    """Every config of the registry: fields, types, defaults, and what they mean."""
+    """Print every config of the registry: fields, types, defaults, and meanings."""
     for i, (name, config_cls) in enumerate(LOSS_CONFIG_REGISTRY.items()):
         if i:
             console.print()
@@ -65,11 +65,11 @@ def _default_text(f: Field[Any]) -> str:
 
 
 def described(config_cls: type) -> tuple[str, dict[str, str]]:
-    """First line of a config's docstring, and what its Attributes section says of each field."""
+    """First line of a config's docstring, and the meaning of each field from its Attributes section."""
     summary, meanings = "", dict[str, str]()
     for cls in reversed(config_cls.__mro__):
         text = cls.__dict__.get("__doc__") or ""
-        if cls is object or text.startswith(f"{cls.__name__}("):  # what dataclass writes where there is no docstring
+        if cls is object or text.startswith(f"{cls.__name__}("):  # dataclass's default docstring
             continue
         text = inspect.cleandoc(text)
         summary = text.partition("\n")[0]

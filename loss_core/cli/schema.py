@@ -1,4 +1,4 @@
-"""A JSON Schema of recipes, from the config classes of the registry: what editors complete and check a recipe with."""
+"""JSON Schema of recipes, from the config classes of the registry, for completion and validation in editors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", 
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of what `build_loss_module` takes, as plain values.
+    """JSON Schema (draft 2020-12) of the recipes that `build_loss_module` accepts, as plain values.
 
-    A document is a loss, a list of losses, or a recipe with a loss under the key `loss` and other keys of its own. A
-    loss is a name, or a mapping of `name`, fields, and `backend`. Fields with a live handle of a process are left out.
+    A document is a loss, a list of losses, or a recipe with a loss under the key `loss` and any other keys. A loss is a
+    name, or a mapping of `name`, fields, and `backend`. Fields for live handles of a process are excluded.
     """
     losses = {name: loss_schema(name, config_cls) for name, config_cls in LOSS_CONFIG_REGISTRY.items()}
     loss = {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in losses]}
@@ -39,7 +39,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def loss_schema(name: str, config_cls: type[LossConfig]) -> dict[str, Any]:
-    """JSON Schema of a mapping that makes this config: from its fields, what its checks accept, and its docstring."""
+    """JSON Schema of a mapping for this config, from its fields, its validation, and its docstring."""
     summary, meanings = described(config_cls)
     hints = get_type_hints(config_cls)
     accepted = _accepted(config_cls)
@@ -65,7 +65,7 @@ def loss_schema(name: str, config_cls: type[LossConfig]) -> dict[str, Any]:
 
 
 def _accepted(config_cls: type[LossConfig]) -> dict[str, dict[str, Any]]:
-    """What the checks of `validate` accept; nothing for a class that can't be made without arguments."""
+    """Values that `validate` accepts, by field; empty for a class that can't be created without arguments."""
     with accepted_values() as noted:
         try:
             config_cls()
@@ -75,7 +75,7 @@ def _accepted(config_cls: type[LossConfig]) -> dict[str, dict[str, Any]]:
 
 
 def _of_type(hint: Any) -> dict[str, Any]:
-    """What an annotation says; nothing for one that JSON has no word for."""
+    """JSON Schema of a type annotation; empty for a type without one."""
     if hint is type(None):
         return {"type": "null"}
     if get_origin(hint) is Literal:

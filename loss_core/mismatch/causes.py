@@ -1,4 +1,4 @@
-"""What may be different in the formula, apart from its precision: one function for each cause."""
+"""Possible causes of a mismatch other than precision: variations of the formula, one function for each kind."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -10,21 +10,21 @@ from typing import NamedTuple
 import numpy as np
 
 from loss_core.mismatch.dump import Dump
-from loss_core.mismatch.predict.head import Formula, with_number
+from loss_core.mismatch.predict.head import Formula, with_parameter
 
-# Sizes to a multiple of which inference engines and trainers pad a vocabulary.
+# Inference engines and trainers pad a vocabulary to a multiple of one of these.
 PAD_MULTIPLES = (64, 128, 256, 512)
 
 # Softcaps of logits that models use (Gemma 2 and Grok-1: 30). Where logits are small or rounded coarsely, a softcap
-# can't be estimated, but these can be told from none.
-USUAL_SOFTCAPS = (15.0, 30.0, 50.0)
+# can't be estimated, but these can be distinguished from none.
+COMMON_SOFTCAPS = (15.0, 30.0, 50.0)
 
 
 class Cause(NamedTuple):
-    """A formula that is tried.
+    """A formula to try.
 
     Attributes:
-        name: what is different from what was recorded, in reports.
+        name: its difference from the recorded formula, for reports.
         advice: what to do about it; "" for the recorded formula.
     """
 
@@ -37,25 +37,25 @@ RECORDED = "as recorded"
 
 
 def recorded(dump: Dump) -> Formula:
-    """The formula as the dump records it."""
+    """The formula recorded in the dump."""
     return Formula(dump.temperature, dump.logit_softcapping, dump.logit_scale)
 
 
 def causes_of(dump: Dump) -> list[Cause]:
-    """The recorded formula, and each that differs from it in one thing that is known beforehand."""
+    """The recorded formula, and its variations in one point each that need no estimate."""
     formula = recorded(dump)
     found = [Cause(RECORDED, "", formula)]
-    for variations in (_left_out, _usual_softcaps, _shifted, _other_columns):
+    for variations in (_omitted, _common_softcaps, _shifted, _other_columns):
         found += variations(dump, formula)
     return found
 
 
-def _left_out(dump: Dump, formula: Formula) -> Iterator[Cause]:
-    """Each recorded number, not applied."""
+def _omitted(dump: Dump, formula: Formula) -> Iterator[Cause]:
+    """Each recorded parameter, and the bias, not applied."""
     for name in ("temperature", "logit_softcapping", "logit_scale"):
         value, neutral = getattr(formula, name), Formula._field_defaults[name]
         if value != neutral:
-            without = with_number(formula, name, neutral)
+            without = with_parameter(formula, name, neutral)
             yield Cause(f"without {name} {value:g}", f"apply {name} {value:g} here, or drop it elsewhere", without)
     if formula.logit_scale != 1:
         inverse = 1 / formula.logit_scale
@@ -68,8 +68,8 @@ def _left_out(dump: Dump, formula: Formula) -> Iterator[Cause]:
         yield Cause("without lm_bias", "add lm_bias to the logits", formula._replace(bias=False))
 
 
-def changed(formula: Formula, name: str, value: float) -> Cause:
-    """The formula with another value of one number."""
+def with_value(formula: Formula, name: str, value: float) -> Cause:
+    """The cause that one parameter of the formula has another value."""
     recorded = getattr(formula, name)
     was = f"{recorded:g}" if recorded else "none"
     also = ""
@@ -78,19 +78,19 @@ def changed(formula: Formula, name: str, value: float) -> Cause:
     return Cause(
         f"{name} {value:.6g} instead of {was}{also}",
         f"use one {name} in both systems: here it is {value:.6g}, recorded is {was}",
-        with_number(formula, name, value),
+        with_parameter(formula, name, value),
     )
 
 
-def _usual_softcaps(dump: Dump, formula: Formula) -> Iterator[Cause]:
-    """Softcaps that are not the recorded one."""
-    for cap in USUAL_SOFTCAPS:
+def _common_softcaps(dump: Dump, formula: Formula) -> Iterator[Cause]:
+    """`COMMON_SOFTCAPS` other than the recorded one."""
+    for cap in COMMON_SOFTCAPS:
         if cap != formula.logit_softcapping:
-            yield changed(formula, "logit_softcapping", cap)
+            yield with_value(formula, "logit_softcapping", cap)
 
 
 def _shifted(dump: Dump, formula: Formula) -> Iterator[Cause]:
-    """Labels, or the results themselves, one position off along the sequence."""
+    """Labels, or log-probabilities, shifted by one position along the sequence."""
     if dump.labels.shape[-1] == 1:
         return
     for shift, word in ((1, "later"), (-1, "earlier")):

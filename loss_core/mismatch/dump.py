@@ -1,11 +1,11 @@
-"""The file that says what a trainer and an inference engine gave for the same tokens: written, read and checked.
+"""Dumps: files with the results of a trainer and an inference engine for the same tokens; writing, reading, validation.
 
-    labels               [...] integers; ignore_index where a position is left out
-    trainer_logprobs     [...] log-probability of each label, as the trainer had it
-    engine_logprobs      [...] and as the engine had it
-    hidden_states        [..., H] what the head multiplies; or trainer_hidden_states and engine_hidden_states
+    labels               [...] integers; ignore_index at ignored positions
+    trainer_logprobs     [...] log-probability of each label, computed by the trainer
+    engine_logprobs      [...] the same, computed by the engine
+    hidden_states        [..., H] input of the head; or trainer_hidden_states and engine_hidden_states
     lm_weight            [V, H] the head; lm_bias [V]
-    temperature, logit_softcapping, logit_scale, ignore_index: one number each, as the run was configured
+    temperature, logit_softcapping, logit_scale, ignore_index: scalars, as the run was configured
 
 The last dimension of labels is the sequence. All but the first three are optional.
 """
@@ -31,22 +31,22 @@ Array = NDArray[Any]
 SYSTEMS = ("trainer", "engine")
 _REQUIRED = ("labels", "trainer_logprobs", "engine_logprobs")
 _HIDDEN = ("hidden_states", "trainer_hidden_states", "engine_hidden_states")
-# Each number's default changes nothing: none of it in the file means none of it in the formula.
-_NUMBERS = {"temperature": 1.0, "logit_softcapping": 0.0, "logit_scale": 1.0, "ignore_index": -100.0}
-_NAMES = (*_REQUIRED, *_HIDDEN, "lm_weight", "lm_bias", *_NUMBERS)
+# The first three defaults are neutral: a scalar that is not in the file is not applied.
+_SCALARS = {"temperature": 1.0, "logit_softcapping": 0.0, "logit_scale": 1.0, "ignore_index": -100.0}
+_NAMES = (*_REQUIRED, *_HIDDEN, "lm_weight", "lm_bias", *_SCALARS)
 
 
 @dataclass(frozen=True)
 class Dump:
-    """What two systems gave for the same tokens.
+    """The results of two systems for the same tokens.
 
     Attributes:
-        labels, trainer_logprobs, engine_logprobs: [...], of one shape.
-        trainer_hidden_states, engine_hidden_states: [T, H], the same array where one was given; None without a head.
+        labels, trainer_logprobs, engine_logprobs: [...], of the same shape.
+        trainer_hidden_states, engine_hidden_states: [T, H]; the same array if both share one, None without a head.
         lm_weight: [V, H], or None.
         lm_bias: [V], or None.
-        temperature, logit_softcapping, logit_scale: as recorded; 1, 0 and 1 where nothing was.
-        ignore_index: label of positions that are left out.
+        temperature, logit_softcapping, logit_scale: as recorded; 1, 0 and 1 by default.
+        ignore_index: label of ignored positions.
     """
 
     labels: Array
@@ -66,11 +66,11 @@ class Dump:
         return self.trainer_hidden_states is self.engine_hidden_states
 
     def logprobs(self, system: str) -> NDArray[np.float64]:
-        """Of "trainer" or "engine" [T], in float64."""
+        """Log-probabilities [T] of "trainer" or "engine", in float64."""
         return np.asarray(getattr(self, f"{system}_logprobs"), np.float64).reshape(-1)
 
     def hidden_states(self, system: str) -> Array | None:
-        """Of "trainer" or "engine" [T, H]."""
+        """Hidden states [T, H] of "trainer" or "engine"; None without a head."""
         found: Array | None = getattr(self, f"{system}_hidden_states")
         return found
 
@@ -80,10 +80,10 @@ def write_dump(path: str | os.PathLike[str], **arrays: Any) -> None:
 
     Args:
         path: of the file; .npz.
-        arrays: by the names of this module; tensors of torch, arrays of JAX or NumPy, numbers. None is left out.
-            bfloat16 is stored as float32, which holds its values exactly.
+        arrays: torch tensors, JAX or NumPy arrays, or numbers, named as the fields of `Dump`, or hidden_states for both
+            systems. None is skipped. bfloat16 is stored as float32, which represents its values exactly.
     Raises:
-        ValueError: the arrays are no dump, with the reason; or the file's name doesn't end in .npz.
+        ValueError: the arrays are not a valid dump; or the file's name doesn't end in .npz.
     """
     if Path(path).suffix != ".npz":
         raise ValueError(f"write_dump writes .npz, got the name {os.fspath(path)!r}.")
@@ -98,18 +98,18 @@ def _as_numpy(values: Any) -> Array:
         values = values.detach().cpu()
         values = values.float() if str(values.dtype) == "torch.bfloat16" else values
     array = np.asarray(values)
-    # NumPy has no bfloat16 of its own: ml_dtypes, which JAX brings, adds one.
+    # JAX's bfloat16 is a dtype of ml_dtypes, which NumPy can't store.
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def read_dump(path: Path, option: str = "--logprobs") -> Dump:
-    """The dump in a file.
+    """Read a dump from a file.
 
     Args:
         path: .npz or .safetensors.
-        option: to begin a message with.
+        option: prefix of error messages.
     Raises:
-        UsageProblem: the file can't be read, or is no dump.
+        UsageProblem: the file can't be read, or is not a valid dump.
     """
     arrays, _ = read_arrays(path, option)
     try:
@@ -119,7 +119,7 @@ def read_dump(path: Path, option: str = "--logprobs") -> Dump:
 
 
 def dump_of(arrays: Mapping[str, Array]) -> Dump:
-    """The dump that these arrays are.
+    """A dump from arrays by name.
 
     Raises:
         ValueError: an array is missing, unknown, or of a wrong kind or shape.
@@ -132,15 +132,15 @@ def dump_of(arrays: Mapping[str, Array]) -> Dump:
         raise ValueError(f"labels is empty (shape {labels.shape}).")
     for name in _REQUIRED[1:]:
         _check_floats(name, arrays[name], labels.shape)
-    numbers = {name: _number(name, arrays.get(name, np.asarray(default))) for name, default in _NUMBERS.items()}
+    scalars = {name: _scalar(name, arrays.get(name, np.asarray(default))) for name, default in _SCALARS.items()}
     head = _head_of(arrays, labels.shape) if "lm_weight" in arrays else {}
-    ignore_index = int(numbers.pop("ignore_index"))
+    ignore_index = int(scalars.pop("ignore_index"))
     keep = labels != ignore_index
     if problem := outside_vocab(labels, keep, len(head["lm_weight"]) if head else None, ignore_index):
         raise ValueError(problem)
     if not keep.any():
         raise ValueError(f"every label is ignore_index ({ignore_index}), so there is nothing to compare.")
-    values: dict[str, Any] = {name: arrays[name] for name in _REQUIRED} | head | numbers
+    values: dict[str, Any] = {name: arrays[name] for name in _REQUIRED} | head | scalars
     return Dump(**values, ignore_index=ignore_index)
 
 
@@ -187,7 +187,7 @@ def _check_floats(name: str, array: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {array.shape}, but must have {shape}, from labels and lm_weight.")
 
 
-def _number(name: str, value: Array) -> float:
+def _scalar(name: str, value: Array) -> float:
     if value.size != 1 or value.dtype.kind not in "iuf" or not np.isfinite(number := float(value.reshape(()))):
         raise ValueError(f"{name} must be one finite number, got {value.dtype} of shape {value.shape}.")
     if name in ("temperature", "logit_scale") and number <= 0:

@@ -1,10 +1,11 @@
-"""Which of the hypotheses that are within their bounds are left, when each is weighed against each other.
+"""Statistical test between hypotheses that are all within their bounds.
 
-Bounds hold for any order of summation, and so are wide: float32 and TF32 may both be within theirs. But where B is
-what was computed, the signs of its residual r = observed - predicted, which is made of roundings, are independent of d,
-the prediction of another hypothesis A less that of B. Then |sum r d| exceeds SUM_GROWTH sqrt(sum r^2 d^2) with
-probability 2 exp(-SUM_GROWTH^2 / 2) = 3e-8 (Hoeffding 1963, J. Am. Stat. Assoc. 58, Theorem 2, given |r|). Where A is
-what was computed, r is d and A's own roundings, and the sum is that of d^2, which is beyond for some hundred tokens.
+Bounds hold for any order of summation, so they are wide: float32 and TF32 may both be within theirs. If B is what was
+computed, its residual r = observed - predicted consists of roundings, whose signs are independent of d, the prediction
+of another hypothesis A minus that of B. Then |sum r d| exceeds SUM_GROWTH sqrt(sum r^2 d^2) with probability
+2 exp(-SUM_GROWTH^2 / 2) = 3e-8 (Hoeffding 1963, J. Am. Stat. Assoc. 58, Theorem 2, given |r|), and B is refuted. If A
+is what was computed, r is d plus A's own roundings, and the sum is about that of d^2, which exceeds the threshold for
+some hundred tokens.
 """
 
 # N = tokens of a sample
@@ -21,13 +22,13 @@ from loss_core.mismatch.hypotheses import Outcome
 
 
 class Evidence(NamedTuple):
-    """What is left of the hypotheses that explain every token.
+    """The hypotheses that explain every token, by the result of the test.
 
     Attributes:
-        causes: those that no other refutes; one alone is the explanation, several are equally possible.
-        same: for each of these, those that predict the same bits, or differ from the recorded formula in nothing that
-            these tokens show.
-        refuted: within their bounds, but what was observed follows, or lies closer to, another one's prediction.
+        causes: those that no other refutes; a single one is the explanation, several are equally possible.
+        same: for each cause, those that predict the same bits, or whose change of the recorded formula has no visible
+            effect on these tokens.
+        refuted: within their bounds, but the observations follow, or are closer to, another prediction.
     """
 
     causes: list[Outcome]
@@ -36,9 +37,9 @@ class Evidence(NamedTuple):
 
 
 def weigh(outcomes: Sequence[Outcome]) -> Evidence:
-    """The evidence of outcomes, in the order in which they are to be preferred.
+    """Test outcomes against each other; the order of `outcomes` is the order of preference.
 
-    What has a wide bound is no explanation where something that is outside of its own bound is closer.
+    A hypothesis within a wide bound is refuted if one outside of its own, tighter bound is closer.
     """
     closest = min((o.rms for o in outcomes if not o.explains), default=np.inf)
     explaining = [o for o in outcomes if o.explains]
@@ -46,14 +47,14 @@ def weigh(outcomes: Sequence[Outcome]) -> Evidence:
     follows = [[_follows(b, a) for a in causes] for b in causes]
     indices = range(len(causes))
     refuted = {b for b in indices for a in indices if follows[b][a] and not follows[a][b]}
-    if len(refuted) == len(causes):  # each by another: no evidence against any
+    if len(refuted) == len(causes):  # each by another one: no evidence for any
         refuted = set()
     left = [i for i in indices if i not in refuted]
-    # A cause that changes nothing visible is not needed beside the recorded formula in the same precision.
-    needless = {a: b for a in left for b in left if _is_recorded_form_of(causes[b], causes[a]) and not follows[b][a]}
-    for a, b in needless.items():
+    # A change without a visible effect is redundant with the recorded formula in the same precision.
+    redundant = {a: b for a in left for b in left if _is_recorded_form_of(causes[b], causes[a]) and not follows[b][a]}
+    for a, b in redundant.items():
         same[b] += [causes[a], *same[a]]
-    kept = [i for i in left if i not in needless]
+    kept = [i for i in left if i not in redundant]
     return Evidence(
         [causes[i] for i in kept],
         [same[i] for i in kept],
@@ -62,7 +63,7 @@ def weigh(outcomes: Sequence[Outcome]) -> Evidence:
 
 
 def _distinct(explaining: Sequence[Outcome]) -> tuple[list[Outcome], list[list[Outcome]]]:
-    """Outcomes that predict different bits, and beside each the ones that predict its own."""
+    """Outcomes whose predictions differ, and for each those with bitwise the same prediction."""
     causes: list[Outcome] = []
     same: list[list[Outcome]] = []
     for outcome in explaining:
@@ -90,7 +91,7 @@ def _is_recorded_form_of(b: Outcome, a: Outcome) -> bool:
 
 
 def _follows(b: Outcome, a: Outcome) -> bool:
-    """Whether B's residual follows the difference to A's prediction more than independent signs do."""
+    """Whether B's residual correlates with the difference to A's prediction more than independent signs allow."""
     both = np.isfinite(a.residual) & np.isfinite(b.residual)
     d_N, r_N = (a.predicted.value - b.predicted.value)[both], b.residual[both]
     return bool(abs(np.sum(r_N * d_N)) > SUM_GROWTH * np.sqrt(np.sum(r_N**2 * d_N**2)))

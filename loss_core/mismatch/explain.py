@@ -1,7 +1,7 @@
 """Explain a trainer whose log-probabilities differ from its inference engine's.
 
-Every hypothesis (a precision and a cause) is tried on a few tokens; those that explain them, and the nearest others, on
-all tokens of a sample. Only where nothing explains a system are numbers of its formula estimated.
+Every hypothesis (a precision and a cause) is tried on a few tokens, then those that explain them and the nearest others
+on all tokens of a sample. Parameters of the formula are estimated only if no hypothesis explains a system.
 """
 
 # T = tokens of the dump, V = vocabulary, H = hidden
@@ -23,24 +23,23 @@ from loss_core.mismatch.predict.precision import PRECISIONS
 from loss_core.mismatch.report import Explanation, MismatchReport
 from loss_core.mismatch.statistics import compared, statistics_of, worst_rows
 
-# A sample has at most so many logits (12 bytes each), and so many products for one format of
-# operands (some seconds on two cores).
+# Limits of a sample: logits (12 bytes each), and products for one format of operands (some seconds on two cores).
 MOST_LOGITS = 2**25
 MOST_PRODUCTS = 2**36
-# Every hypothesis is tried on the fewest tokens, and what is left of them on more; with at most so many logits.
+# Every hypothesis is tried on 4 tokens, then those that pass on 32; either stage has at most FIRST_LOGITS logits.
 FIRST_TOKENS = (4, 32)
 FIRST_LOGITS = 2**20
-# Hypotheses that fail there, and are reported nevertheless: the nearest.
+# How many failing hypotheses, the nearest, are kept for the report.
 NUM_NEAREST = 4
 
 
 def explain(dump: Dump, *, seed: int = 0, most_logits: int = MOST_LOGITS) -> MismatchReport:
-    """How far the two systems are apart, and, where the dump has a head, what explains each of them.
+    """Report how far the two systems differ and, if the dump has a head, what explains each of them.
 
     Args:
-        dump: of `read_dump` or `dump_of`.
-        seed: of the sample, where the dump has more tokens than `most_logits` allows.
-        most_logits: of the sample, tokens times vocabulary.
+        dump: from `read_dump` or `dump_of`.
+        seed: of the sample, if the dump has more tokens than `most_logits` allows.
+        most_logits: largest size of the sample, tokens times vocabulary.
     """
     statistics, keep_T, notes = statistics_of(dump), compared(dump), []
     if dump.lm_weight is None or not keep_T.any():
@@ -69,7 +68,7 @@ def _not_finite(dump: Dump) -> list[str]:
 
 
 def _sample(dump: Dump, keep_T: NDArray[np.bool_], seed: int, most_logits: int) -> NDArray[np.intp]:
-    """Tokens in random order, and last those that differ most."""
+    """Indices of the sampled tokens: random ones, then those that differ most."""
     vocab, hidden = np.asarray(dump.lm_weight).shape
     most = max(1, min(most_logits // vocab, MOST_PRODUCTS // (vocab * hidden)))
     worst = worst_rows(dump, keep_T)[:most]
@@ -82,20 +81,20 @@ def _explain(system: System, dump: Dump, rows: NDArray[np.intp]) -> Explanation:
     most = max(1, FIRST_LOGITS // len(system.weight_VH))
     stages = [*(rows[: min(tokens, most)] for tokens in FIRST_TOKENS), rows]
     tried = [Hypothesis(precision, cause) for cause in causes_of(dump) for precision in PRECISIONS]
-    outcomes = _tried_on(system, tried, stages)
+    outcomes = _filtered(system, tried, stages)
     if not any(outcome.explains for outcome in outcomes):
-        guesses = _guesses(system, recorded(dump), stages[-2])
-        outcomes += _tried_on(system, guesses, stages[-2:])
-        tried += guesses
+        estimates = _estimates(system, recorded(dump), stages[-2])
+        outcomes += _filtered(system, estimates, stages[-2:])
+        tried += estimates
     evidence = weigh(outcomes)
     others = _nearest(outcomes)
     return Explanation(system.name, len(rows), len(tried), evidence.causes, evidence.same, evidence.refuted, others)
 
 
-def _tried_on(system: System, tried: Sequence[Hypothesis], stages: Sequence[NDArray[np.intp]]) -> list[Outcome]:
-    """Outcomes on the last stage's rows, in the order of `tried`, of those that are left after the stages before.
+def _filtered(system: System, tried: Sequence[Hypothesis], stages: Sequence[NDArray[np.intp]]) -> list[Outcome]:
+    """Outcomes on the last stage's rows, in the order of `tried`, of the hypotheses that pass every stage.
 
-    After each stage, what explains its rows and the nearest others go on.
+    A hypothesis passes a stage if it explains all of its rows, or is among the nearest of the others.
     """
     for rows in stages:
         outcomes = [outcome for outcome in outcomes_of(system, tried, rows) if outcome.tokens]
@@ -108,8 +107,8 @@ def _nearest(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted((o for o in outcomes if not o.explains), key=lambda o: (-o.share, o.rms))[:NUM_NEAREST]
 
 
-def _guesses(system: System, formula: Formula, rows: NDArray[np.intp]) -> list[Hypothesis]:
-    """Of each number that was estimated: the roundest value that explains these rows, or else the exact one."""
+def _estimates(system: System, formula: Formula, rows: NDArray[np.intp]) -> list[Hypothesis]:
+    """For each estimated parameter, the value with fewest digits that explains these rows, or else the exact one."""
     chosen = []
     for hypotheses in estimated(system, formula, rows):
         found = outcomes_of(system, hypotheses, rows)

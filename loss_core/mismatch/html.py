@@ -1,4 +1,4 @@
-"""The report on a trainer and its engine as one self-contained page."""
+"""The report on a trainer and its engine as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -22,19 +22,16 @@ _BLUE, _RED = "#0072b2", "#c62828"
 
 
 def mismatch_page(report: MismatchReport, command: str) -> str:
-    """The page.
+    """The HTML page of a report from `explain`; all text from the report is escaped.
 
     Args:
-        report: of `explain`.
-        command: what was typed to get it.
-    Returns:
-        HTML; everything that comes from the report is escaped.
+        command: the command line that produced the report.
     """
     return render_page(
         "mismatch/page.html.j2",
         **head(report.conclusion, good=report.agree, command=command, versions={}),
         lines=statistics_lines(report.statistics),
-        picture=_picture(report.statistics),
+        histogram=_histogram(report.statistics),
         token_headings=TOKEN_HEADINGS,
         tokens=[token_cells(token) for token in report.statistics.worst],
         headings=HYPOTHESIS_HEADINGS,
@@ -47,8 +44,8 @@ def mismatch_page(report: MismatchReport, command: str) -> str:
     )
 
 
-def _picture(statistics: Statistics) -> str:
-    """Histogram of log10 |difference|, with the bands as lines, as an SVG element."""
+def _histogram(statistics: Statistics) -> str:
+    """Histogram of log10 |difference|, with the bands as vertical lines, as an SVG element."""
     width = float(HISTOGRAM_EDGES[1] - HISTOGRAM_EDGES[0])
     edges = np.concatenate([[HISTOGRAM_EDGES[0] - width], HISTOGRAM_EDGES, [HISTOGRAM_EDGES[-1] + width]])
     with blank_figure(6.2, 2.4) as figure:

@@ -1,4 +1,4 @@
-"""A hypothesis is a precision and a cause; its outcome, how far a system is from what it predicts."""
+"""Hypotheses (a precision and a cause), and their outcomes: predictions beside a system's log-probabilities."""
 
 # T = tokens of the dump, N = tokens of a sample, V = vocabulary, H = hidden
 
@@ -18,7 +18,7 @@ from loss_core.mismatch.predict.head import Formula, Products, log_probs, produc
 from loss_core.mismatch.predict.interval import Floats, Interval
 from loss_core.mismatch.predict.precision import Precision
 
-# Logits that are predicted at a time.
+# How many logits are predicted at a time.
 _CHUNK = 2**21
 
 
@@ -30,7 +30,7 @@ class Hypothesis(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as "bfloat16 logits, without temperature 0.9"; the recorded formula goes without saying."""
+        """Such as "bfloat16 logits, without temperature 0.9"; only the precision for the recorded formula."""
         return self.precision.name if self.is_recorded else f"{self.precision.name}, {self.cause.name}"
 
     @property
@@ -44,8 +44,9 @@ class System:
 
     Attributes:
         name: "trainer" or "engine".
-        observed_T, labels_T: flattened; sequence: length of labels' last dimension, along which positions shift.
-        hidden_TH, weight_VH, bias_V: of the head.
+        observed_T: its log-probabilities, flattened like labels_T.
+        sequence: length of labels' last dimension, along which positions are shifted.
+        hidden_TH, weight_VH, bias_V: input and parameters of the head.
     """
 
     name: str
@@ -59,7 +60,7 @@ class System:
 
     @classmethod
     def of(cls, dump: Dump, name: str) -> System:
-        """Of a dump that has a head."""
+        """The system of this name in a dump that has a head."""
         hidden_TH = dump.hidden_states(name)
         if hidden_TH is None or dump.lm_weight is None:
             raise ValueError("The dump has no hidden_states and lm_weight.")
@@ -70,29 +71,29 @@ class System:
         )
 
     def targets(self, formula: Formula, rows: NDArray[np.intp]) -> tuple[NDArray[np.int64], Floats]:
-        """Label and observed log-probability that belong to these rows of hidden states; NaN where there is none."""
-        labels = self._later(self.labels_T, formula.label_shift, self.ignore_index)[rows]
-        observed = self._later(self.observed_T, formula.position_shift, np.nan)[rows]
-        used = formula.extra_columns if formula.extra_columns < 0 else 0
-        usable = (labels != self.ignore_index) & (labels < len(self.weight_VH) + used)
+        """Labels and observed log-probabilities for these rows of hidden states; NaN where nothing was observed."""
+        labels = self._shifted(self.labels_T, formula.label_shift, self.ignore_index)[rows]
+        observed = self._shifted(self.observed_T, formula.position_shift, np.nan)[rows]
+        vocab = len(self.weight_VH) + min(formula.extra_columns, 0)
+        usable = (labels != self.ignore_index) & (labels < vocab)
         return np.where(usable, labels, 0), np.where(usable, observed, np.nan)
 
-    def _later(self, values_T: NDArray[Any], shift: int, missing: float) -> NDArray[Any]:
-        """The value so many positions later in the same sequence."""
+    def _shifted(self, values_T: NDArray[Any], shift: int, missing: float) -> NDArray[Any]:
+        """The value `shift` (-1, 0 or 1) positions later in the same sequence; `missing` beyond its end."""
         if not shift:
             return values_T
-        moved = np.roll(values_T.reshape(-1, self.sequence), -shift, axis=1)
-        moved[:, -1 if shift > 0 else 0] = missing
-        return moved.reshape(-1)
+        shifted = np.roll(values_T.reshape(-1, self.sequence), -shift, axis=1)
+        shifted[:, -1 if shift > 0 else 0] = missing
+        return shifted.reshape(-1)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a hypothesis predicts for a sample of tokens, beside what was observed.
+    """The prediction of a hypothesis for a sample of tokens, and the observations.
 
     Attributes:
         predicted: [N].
-        observed_N: NaN for tokens that the hypothesis says nothing of.
+        observed_N: NaN for tokens without a prediction.
     """
 
     hypothesis: Hypothesis
@@ -109,7 +110,7 @@ class Outcome:
 
     @property
     def ratio(self) -> Floats:
-        """Error over allowance of each token; up to 1 is explained, NaN stays NaN."""
+        """Error over allowance of each token; up to 1, the token is explained. NaN where an operand is."""
         above = self.observed_N > self.predicted.value
         allowed_N = np.where(above, self.predicted.high, self.predicted.low) - self.predicted.value
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -117,7 +118,7 @@ class Outcome:
 
     @property
     def within(self) -> int:
-        """How many tokens are explained."""
+        """Count of explained tokens."""
         return int((self.ratio <= 1).sum())
 
     @property
@@ -136,15 +137,15 @@ class Outcome:
 
     @property
     def rms(self) -> float:
-        """Root of the mean square of observed - predicted."""
+        """Root mean square of observed - predicted."""
         residual = self.residual[np.isfinite(self.observed_N)]
         return float(np.sqrt(np.mean(residual**2))) if residual.size else np.inf
 
 
-def each_product(
+def with_products(
     system: System, precisions: Iterable[Precision], rows: NDArray[np.intp]
 ) -> Iterator[tuple[Precision, Products]]:
-    """Each precision with its product for these rows; those with the same operands share one."""
+    """Each precision with its products for these rows, computed once for each format of operands."""
     ordered = sorted(dict.fromkeys(precisions), key=lambda precision: precision.operands)
     for operands, group in groupby(ordered, key=lambda precision: precision.operands):
         raw = products(system.hidden_TH[rows], system.weight_VH, system.bias_V, operands)
@@ -153,19 +154,19 @@ def each_product(
 
 
 def outcomes_of(system: System, hypotheses: Sequence[Hypothesis], rows: NDArray[np.intp]) -> list[Outcome]:
-    """What comes of each hypothesis for these rows, in the order of the hypotheses."""
+    """The outcome of each hypothesis on these rows, in the order of the hypotheses."""
     found: dict[Hypothesis, Outcome] = {}
     with np.errstate(over="ignore", invalid="ignore"):
-        for precision, raw in each_product(system, (h.precision for h in hypotheses), rows):
-            mine = [h for h in hypotheses if h.precision == precision]
-            found |= zip(mine, _predict(system, mine, raw, rows), strict=True)
+        for precision, raw in with_products(system, (h.precision for h in hypotheses), rows):
+            group = [h for h in hypotheses if h.precision == precision]
+            found |= zip(group, _predict(system, group, raw, rows), strict=True)
     return [found[h] for h in hypotheses]
 
 
 def _predict(
     system: System, hypotheses: Sequence[Hypothesis], raw: Products, rows: NDArray[np.intp]
 ) -> Iterator[Outcome]:
-    """Outcomes of hypotheses of one precision, some tokens at a time."""
+    """Outcomes of hypotheses of one precision, predicted in chunks of tokens."""
     targets = [system.targets(h.cause.formula, rows) for h in hypotheses]
     parts: list[list[Interval]] = [[] for _ in hypotheses]
     vocab, hidden = system.weight_VH.shape
@@ -179,5 +180,5 @@ def _predict(
                 logits[bias] = stored_logits(raw.rows(part), precision, bias, hidden)
             done.append(log_probs(logits[bias], labels[part], precision, cause.formula))
     for hypothesis, (_, observed), done in zip(hypotheses, targets, parts, strict=True):
-        joined = Interval(*(np.concatenate([getattr(p, end) for p in done]) for end in ("low", "value", "high")))
-        yield Outcome(hypothesis, joined, observed)
+        predicted = Interval(*(np.concatenate([getattr(p, end) for p in done]) for end in ("low", "value", "high")))
+        yield Outcome(hypothesis, predicted, observed)

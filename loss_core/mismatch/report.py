@@ -1,4 +1,4 @@
-"""What an explanation says, and the line to act on."""
+"""The report on a trainer and its engine: what explains each of them, and a conclusion with advice."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Explanation:
 
     Attributes:
         system: "trainer" or "engine".
-        tokens, tried: how many tokens and hypotheses.
-        causes: hypotheses that explain every token and that no other refutes: one is the explanation, several are
-            equally possible, none is none.
-        same: for each cause, those that can't be told from it by these tokens.
-        refuted: within their bounds, but their residuals are what another one predicts.
-        nearest: those that explain the most of the tokens, but not all.
+        tokens, tried: counts of tokens and hypotheses.
+        causes: hypotheses that explain every token and that no other refutes: a single one is the explanation, several
+            are equally possible; empty if nothing explains the system.
+        same: for each cause, the hypotheses that these tokens can't distinguish from it.
+        refuted: within their bounds, but another hypothesis predicts their residuals.
+        nearest: those that explain most tokens, but not all.
     """
 
     system: str
@@ -39,29 +39,28 @@ class Explanation:
 
     @property
     def names(self) -> list[str]:
-        """Of the causes, each once."""
+        """Names of the causes, without duplicates."""
         return list(dict.fromkeys(outcome.hypothesis.name for outcome in self.causes))
 
     @property
     def possible(self) -> dict[Hypothesis, Outcome]:
-        """The causes and what can't be told from them."""
+        """The causes and the hypotheses that can't be distinguished from them."""
         return {o.hypothesis: o for o in (*self.causes, *(o for part in self.same for o in part))}
 
     @property
     def finding(self) -> str:
-        """What explains this system, in words."""
+        """What explains this system, as text."""
         if not self.causes:
-            near = (
-                f"; the nearest, {self.nearest[0].hypothesis.name}, explains {self.nearest[0].share:.1%} of the tokens"
-            )
-            return f"none of {self.tried} hypotheses explains it{near if self.nearest else ''}"
+            near = self.nearest[0]
+            nearest = f"the nearest, {near.hypothesis.name}, explains {near.share:.1%} of the tokens"
+            return f"none of {self.tried} hypotheses explains it; {nearest}"
         if len(self.names) == 1:
             return self.names[0]
         return f"one of {len(self.names)}, which these tokens can't tell apart: {'; or '.join(self.names)}"
 
     @property
     def is_clean(self) -> bool:
-        """Whether the recorded formula in float32 is possible."""
+        """Whether the recorded formula in float32 is a possible explanation."""
         return any(h.is_recorded and h.precision == FLOAT32 for h in self.possible)
 
     @property
@@ -70,15 +69,14 @@ class Explanation:
         if self.is_clean:
             return ""
         if not self.causes:
-            return "look at what comes before the head: dump trainer_hidden_states and engine_hidden_states"
-        said = [
+            return "check what comes before the head: dump trainer_hidden_states and engine_hidden_states"
+        texts = [
             text
             for outcome in self.causes
             for text in (outcome.hypothesis.cause.advice, outcome.hypothesis.precision.advice)
             if text
         ]
-        distinct = list(dict.fromkeys(said))
-        return (" and " if len(self.names) == 1 else "; or ").join(distinct)
+        return (" and " if len(self.names) == 1 else "; or ").join(dict.fromkeys(texts))
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ class MismatchReport:
 
     Attributes:
         statistics: of the differences.
-        explanations: by system; empty where the dump has no head.
+        explanations: by system; empty without a head in the dump.
         shares_hidden_states: whether both systems were explained from the same hidden states.
-        notes: what the reader should know, such as that a sample was taken.
+        notes: remarks for the reader, such as the size of a sample.
     """
 
     statistics: Statistics
@@ -107,7 +105,7 @@ class MismatchReport:
 
     @property
     def hidden_states_differ(self) -> bool:
-        """Whether the head's predictions for the two systems' own hidden states lie apart for some token."""
+        """Whether the head's predictions from the two systems' own hidden states are disjoint for some token."""
         if self.shares_hidden_states or not self.in_common:
             return False
         trainer, engine = (self.explanations[system].possible[self.in_common[0]].predicted for system in SYSTEMS)
@@ -115,7 +113,7 @@ class MismatchReport:
 
     @property
     def agree(self) -> bool:
-        """Whether one computation explains both systems; without a head, whether every ratio is within 1e-3 of 1."""
+        """Whether one hypothesis explains both systems; without a head, whether every ratio is within 1e-3 of 1."""
         if any(self.statistics.not_finite.values()) or not self.statistics.tokens:
             return False
         if not self.explanations:
@@ -124,11 +122,11 @@ class MismatchReport:
 
     @property
     def conclusion(self) -> str:
-        """The line to act on."""
+        """The result in one line, with advice."""
         statistics = self.statistics
-        lost = [f"{count:,} of the {system}" for system, count in statistics.not_finite.items() if count]
-        if lost:
-            return f"DIFFER: log-probabilities are NaN or infinite: {', '.join(lost)}. Look for these first."
+        not_finite = [f"{count:,} of the {system}" for system, count in statistics.not_finite.items() if count]
+        if not_finite:
+            return f"DIFFER: log-probabilities are NaN or infinite: {', '.join(not_finite)}. Fix these first."
         if not self.explanations:
             apart = f"the largest |difference| is {statistics.quantiles[1.0]:.3g}"
             if self.agree:
@@ -138,11 +136,11 @@ class MismatchReport:
             return f"AGREE: one computation explains both systems: {self.in_common[0].name}."
         if self.hidden_states_differ:
             same = self.in_common[0].name
-            return f"DIFFER: the hidden states do. The heads compute the same ({same}): look at what comes before them."
+            return f"DIFFER: the hidden states do. The heads compute the same ({same}): check what comes before them."
         return "DIFFER: " + " ".join(_sentence(self.explanations[system]) for system in SYSTEMS)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; what is not finite is None."""
+        """Plain values for JSON; NaN and infinities become None."""
         statistics = self.statistics._asdict()
         statistics["worst"] = [token._asdict() for token in self.statistics.worst]
         found = {
@@ -167,7 +165,7 @@ def _sentence(explanation: Explanation) -> str:
 
 
 def rows_of(explanation: Explanation) -> list[tuple[str, Outcome]]:
-    """The table of one system: what became of each hypothesis, and its outcome."""
+    """The table of one system: ("explains", "possible", "same", "refuted" or "no", outcome) for each hypothesis."""
     word = "explains" if len(explanation.names) == 1 else "possible"
     rows = []
     for cause, same in zip(explanation.causes, explanation.same, strict=True):

@@ -1,4 +1,4 @@
-"""What `loss-core check --logprobs` prints."""
+"""The report of `loss-core check --logprobs` as text."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ LEGEND = (
 
 
 def statistics_lines(statistics: Statistics) -> list[str]:
-    """The distribution of differences, in words."""
+    """The distribution of differences as lines of text."""
     quantiles = ", ".join(
         f"{'max' if q == 1 else f'{q:.1%}'.replace('.0%', '%')} {value:.3g}"
         for q, value in statistics.quantiles.items()
     )
     bands = ", ".join(f"{band:g}: {share:.2%}" for band, share in statistics.bands.items())
-    lost = ", ".join(f"{count:,} not finite ({system})" for system, count in statistics.not_finite.items() if count)
+    not_finite = "".join(f", {count:,} not finite ({name})" for name, count in statistics.not_finite.items() if count)
     estimates = f"k1 {statistics.k1:.3g}, k3 {statistics.k3:.3g}"
     return [
-        f"{statistics.tokens:,} tokens compared, {statistics.ignored:,} ignored{', ' + lost if lost else ''}",
+        f"{statistics.tokens:,} tokens compared, {statistics.ignored:,} ignored{not_finite}",
         f"difference = trainer - engine, in nats; mean {statistics.mean:.3g}",
         f"|difference|: {quantiles}",
         f"tokens whose ratio exp(difference) is within a band of 1: {bands}",
@@ -41,10 +41,9 @@ def statistics_lines(statistics: Statistics) -> list[str]:
 
 
 def token_cells(token: Token) -> tuple[str, ...]:
-    """A line of the worst tokens."""
-    place = "".join(f"[{i}]" for i in token.position)
+    """One line of the table of worst tokens."""
     return (
-        place,
+        "".join(f"[{i}]" for i in token.position),
         str(token.label),
         f"{token.trainer:.6g}",
         f"{token.engine:.6g}",
@@ -53,7 +52,7 @@ def token_cells(token: Token) -> tuple[str, ...]:
 
 
 def hypothesis_cells(word: str, outcome: Outcome) -> tuple[str, ...]:
-    """A line of one system's table."""
+    """One line of a system's table of hypotheses."""
     return (
         word,
         f"{outcome.within:,} of {outcome.tokens:,}",
@@ -64,14 +63,14 @@ def hypothesis_cells(word: str, outcome: Outcome) -> tuple[str, ...]:
 
 
 def explanation_heading(explanation: Explanation) -> str:
-    """One system in one line."""
+    """The result for one system in one line."""
     return (
         f"{explanation.system} ({explanation.tokens:,} tokens, {explanation.tried} hypotheses): {explanation.finding}"
     )
 
 
 def print_mismatch(console: Console, report: MismatchReport) -> None:
-    """The whole report as text."""
+    """Print the full report."""
     for line in (f"loss-core {__version__}", *statistics_lines(report.statistics)):
         print_wrapped(console, line)
     if report.statistics.worst:

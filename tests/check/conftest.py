@@ -1,4 +1,4 @@
-"""A loss with a bug, made of a right one."""
+"""A fixture that registers a loss with an injected bug."""
 
 from dataclasses import fields, make_dataclass
 
@@ -10,7 +10,7 @@ from loss_core import LOSS_CONFIG_REGISTRY, register_loss, unregister_loss
 
 @pytest.fixture
 def inject():
-    """Registers a loss "Wrong" that is the right one but for a bug."""
+    """Registers a loss "Wrong": the right one with a bug."""
 
     def register(loss, wrong, **changed):
         right_cls = LOSS_CONFIG_REGISTRY[loss]

@@ -1,4 +1,4 @@
-"""How fine a check is: errors far below the rounding of 16 bits turn their row red, and right kernels none."""
+"""The smallest errors that a check detects: some far below the rounding of 16 bits; right kernels pass."""
 
 import json
 
@@ -35,7 +35,7 @@ def count_off_by_one(right, config, logits, labels):
 
 
 def tile_dropped_from_one_row(right, config, logits, labels):
-    """The sum over the vocabulary leaves out 16 columns of the last row: those with the least of its probability."""
+    """The sum over the vocabulary excludes 16 columns of the last row: those with the least probability."""
     keep = labels != config.ignore_index
     with torch.no_grad():
         tiles = logits[-1, :496].float().exp().unflatten(0, (31, 16)).sum(-1)
@@ -75,14 +75,14 @@ def test_a_tile_dropped_from_the_sum_of_one_row_in_a_thousand_is_found(inject):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_right_kernels_raise_no_alarm(dtype):
+def test_right_kernels_pass_random_cases(dtype):
     random = [f"random-0-{i}" for i in range(20)]
     report = check(our_losses(), ["torch:eager"], dtypes=[dtype], only=random, num_random=len(random))
     assert report.passed, str(report)
     assert sum(row.cases for row in report.rows) == 20 * len(our_losses())
 
 
-def test_a_row_says_how_fine_it_is_and_the_report_for_each_tensor():
+def test_a_row_has_the_smallest_error_it_detects_and_json_that_of_each_tensor():
     report = check("MaskedCrossEntropy", ["torch:eager", "torch:plain"], dtypes=["float32", "bfloat16"], only=["basic"])
     fine = {row.dtype: row for row in report.rows}
     assert set(fine["float32"].finds) == {"loss", "logits"}
@@ -92,7 +92,7 @@ def test_a_row_says_how_fine_it_is_and_the_report_for_each_tensor():
     assert read["coarsest"] == max(read["finds"].values())
 
 
-def test_the_finest_case_counts_and_then_the_coarsest_tensor():
+def test_finds_is_the_minimum_over_cases_and_coarsest_the_maximum_over_tensors():
     one = check("KDLoss", ["torch:eager"], dtypes=["float32"], only=["basic"]).rows[0]
     other = check("KDLoss", ["torch:eager"], dtypes=["float32"], only=["huge-logits"]).rows[0]
     both = check("KDLoss", ["torch:eager"], dtypes=["float32"], only=["basic", "huge-logits"]).rows[0]
@@ -100,7 +100,7 @@ def test_the_finest_case_counts_and_then_the_coarsest_tensor():
     assert both.coarsest == max(both.finds.values())
 
 
-def test_zeros_throughout_say_nothing_of_relative_errors():
+def test_tensors_of_zeros_have_no_relative_error():
     (row,) = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"], only=["all-ignored"]).rows
     assert (row.finds, row.coarsest, row.cases) == ({}, None, 1)
 

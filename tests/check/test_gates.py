@@ -1,4 +1,4 @@
-"""Each gate can fail: kernels that compute in the next lower arithmetic turn their row red, as the row has said."""
+"""The allowances can fail: kernels that compute in the next lower arithmetic do, as `Row.lower` predicts."""
 
 import json
 
@@ -14,7 +14,7 @@ from loss_core.losses.bounds.sensitivity import condition_number
 
 
 def in_bfloat16(loss_of):
-    """A loss over bfloat16 logits, in their arithmetic; the result comes in float32."""
+    """A loss computed in bfloat16; the result is converted to float32."""
 
     def wrong(right, config, labels, **logits):
         keep, vocab = labels != config.ignore_index, next(iter(logits.values())).shape[-1]
@@ -34,7 +34,7 @@ def distillation(student, teacher, labels):
 
 
 class TF32(torch.autograd.Function):
-    """Rounds to the 11 bits that an operand has, and lets the gradient through."""
+    """Rounds to the 11 significant bits of an operand; its backward is the identity."""
 
     @staticmethod
     def forward(ctx, x):
@@ -85,7 +85,7 @@ def test_kernels_in_lower_arithmetic_fail_where_the_row_says_so(loss, dtype, ari
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_a_row_in_which_nothing_can_be_seen_says_so(dtype):
+def test_a_row_of_cases_that_detect_nothing_is_insensitive(dtype):
     report = check("FusedLinearCrossEntropy", ["torch:eager"], dtypes=[dtype], only=["all-ignored", "vocab-1"])
     (row,) = report.rows
     assert report.passed
@@ -104,7 +104,7 @@ def test_a_row_counts_the_cases_that_each_lower_arithmetic_fails():
     assert row.insensitive == []
 
 
-# Few tokens: every named case lets a sum of the weight's gradient in 16 bits pass.
+# Few tokens: a sum of the weight's gradient in 16 bits passes every named case.
 SMALL = {"dtypes": ["bfloat16"], "shape": (4, 16, 8)}
 
 
@@ -120,7 +120,7 @@ def test_an_insensitive_row_gets_a_harder_case():
     assert [row["harder"] for row in json.loads(report.to_json())["rows"]] == [["harder-1"]] * len(report.rows)
 
 
-def test_the_harder_case_fails_a_kernel_that_all_others_let_pass(inject):
+def test_the_harder_case_fails_a_kernel_that_passes_all_others(inject):
     config = inject("FusedLinearCrossEntropy", bfloat16_accumulator)
     # One random case alone, of those without optional arguments.
     report = check(config, ["torch"], num_random=1, seed=22, first=0, **SMALL)
@@ -144,25 +144,25 @@ def test_the_harder_case_fails_a_kernel_that_all_others_let_pass(inject):
     ],
     ids=["second", "none"],
 )
-def test_harder_cases_end_when_one_is_seen_or_after_three(config, harder, insensitive):
+def test_harder_cases_end_when_one_is_sensitive_or_after_three(config, harder, insensitive):
     (row,) = check(config, ["torch:eager"], dtypes=["float16"]).rows
     assert (row.harder, row.insensitive) == (harder, insensitive)
 
 
-def test_nothing_is_drawn_beside_cases_that_were_chosen():
+def test_no_harder_cases_are_added_to_selected_ones():
     (case,) = named_cases("FusedLinearCrossEntropy", shape=SMALL["shape"], only=("basic",))
-    for chosen in ({"only": ["basic"]}, {"inputs": case.arrays}):
-        options = {"dtypes": ["bfloat16"]} if "inputs" in chosen else SMALL
-        (row,) = check("FusedLinearCrossEntropy", ["torch:eager"], **options, **chosen).rows
+    for selected in ({"only": ["basic"]}, {"inputs": case.arrays}):
+        options = {"dtypes": ["bfloat16"]} if "inputs" in selected else SMALL
+        (row,) = check("FusedLinearCrossEntropy", ["torch:eager"], **options, **selected).rows
         assert (row.cases, row.harder, row.insensitive) == (1, [], ["bfloat16 accumulator"])
 
 
-def test_one_arithmetic_that_is_not_seen_is_enough():
+def test_one_undetected_arithmetic_is_enough():
     (row,) = check("FusedLinearCrossEntropy", ["torch:eager"], dtypes=["bfloat16"], only=["huge-logits"]).rows
     assert row.insensitive == ["bfloat16 accumulator"]
 
 
-def test_two_flags_against_each_other_are_gates_as_well():
+def test_two_flags_against_each_other_can_fail_as_well():
     report = check("MaskedCrossEntropy", ["torch:eager", "jax:xla"], dtypes=["float32"], only=["basic", "all-ignored"])
     assert [(row.against, row.lower) for row in report.rows] == [
         ("float64", {"bfloat16 softmax": 1}),
@@ -171,7 +171,7 @@ def test_two_flags_against_each_other_are_gates_as_well():
     ]
 
 
-def test_between_two_flags_with_allowances_of_their_own_more_passes():
+def test_between_two_flags_allowances_add_up_and_more_passes():
     report = check("FusedLinearCrossEntropy", ["torch:eager"], dtypes=["bfloat16"], only=["softcap-ragged"],
                    against="torch:plain")  # fmt: skip
     lower = {row.against: row.lower for row in report.rows if row.flag == "torch:eager"}
@@ -179,7 +179,7 @@ def test_between_two_flags_with_allowances_of_their_own_more_passes():
     assert lower["torch:plain"] == {"bfloat16 logits": 0, "bfloat16 accumulator": 1}
 
 
-def test_the_condition_of_the_worst_call_stands_beside_it():
+def test_a_row_has_the_condition_of_its_worst_call():
     (row,) = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float64"], only=["offset", "mean"]).rows
     (case,) = named_cases("MaskedCrossEntropy", only=(row.worst.case,))
     assert row.worst.condition == pytest.approx(condition_number(case.arrays, evaluate(case.config, case.arrays)))

@@ -1,6 +1,6 @@
-"""The check can fail: realistic bugs, put around a right loss one at a time, turn its rows red, and no others.
+"""The check can fail: realistic bugs, injected into a right loss one at a time, fail its rows and no others.
 
-Each bug is what someone could have written, as a loss of his own that is registered in the place of the right one.
+Each bug is one that a user could write, in a loss that is registered in place of the right one.
 """
 
 from dataclasses import fields, make_dataclass
@@ -14,8 +14,8 @@ from helpers.wrong_gradients import with_gradient
 from loss_core import LOSS_CONFIG_REGISTRY, register_loss, unregister_loss
 from loss_core.check import assert_backends_agree, check
 
-# Name -> (the loss it breaks, a case that must notice it, dtype, the bug): a bug is called as bug(right loss, config,
-# **arguments of the call) and returns what the wrong loss returns.
+# Name -> (the loss it breaks, a case that must detect it, dtype, the bug): a bug is called as bug(right loss, config,
+# **arguments of the call) and returns the result of the wrong loss.
 BUGS = {}
 JAX_BUGS = {}
 
@@ -78,7 +78,7 @@ def upstream_gradient_ignored(right, config, **call):
 
 
 @bug("FusedLinearCrossEntropy", "softcap")
-def softcap_left_out_of_the_gradient(right, config, hidden_states, labels, lm_weight):
+def softcap_missing_in_the_gradient(right, config, hidden_states, labels, lm_weight):
     logits = hidden_states @ lm_weight.T
     capped = config.logit_softcapping * torch.tanh(logits / config.logit_softcapping)
     logits = logits + (capped - logits).detach()
@@ -158,7 +158,7 @@ def jax_missing_temperature_squared(right, config, **call):
 
 @pytest.fixture
 def inject():
-    """Registers a loss "Wrong" that is the right one but for a bug, on torch or on jax."""
+    """Registers a loss "Wrong": the right one with a bug, on torch or on jax."""
 
     def register(loss, wrong, framework="torch"):
         right_cls = LOSS_CONFIG_REGISTRY[loss]
@@ -189,11 +189,11 @@ def inject():
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_an_injected_bug_turns_its_row_red_and_no_other(name, inject):
+def test_an_injected_bug_fails_its_row_and_no_other(name, inject):
     loss, case, dtype, wrong = BUGS[name]
     report = check(inject(loss, wrong), ["torch:eager", "jax:xla"], dtypes=[dtype], only=[case])
     rows = {(row.flag, row.against): row.passed for row in report.rows}
-    assert not rows["torch:eager", "float64"], f"{name} went unnoticed"
+    assert not rows["torch:eager", "float64"], f"{name} was not detected"
     assert rows["jax:xla", "float64"], str(report)
     finding = report.failures[0]
     assert finding.case == case
@@ -201,7 +201,7 @@ def test_an_injected_bug_turns_its_row_red_and_no_other(name, inject):
 
 
 @pytest.mark.parametrize("name", JAX_BUGS)
-def test_an_injected_bug_in_jax_turns_its_row_red_and_not_torchs(name, inject):
+def test_an_injected_bug_in_jax_fails_its_row_and_not_torchs(name, inject):
     loss, case, dtype, wrong = JAX_BUGS[name]
     report = check(inject(loss, wrong, "jax"), ["torch:eager", "jax:xla"], dtypes=[dtype], only=[case])
     assert {(row.flag, row.against): row.passed for row in report.rows} == {
@@ -211,7 +211,7 @@ def test_an_injected_bug_in_jax_turns_its_row_red_and_not_torchs(name, inject):
     }
 
 
-def test_the_bug_of_one_loss_leaves_the_others_green(inject):
+def test_a_bug_in_one_loss_does_not_fail_the_others(inject):
     wrong = inject("KDLoss", missing_temperature_squared)
     report = check([wrong, "KDLoss", "MaskedCrossEntropy"], ["torch:eager"], dtypes=["float32"])
     assert {row.loss for row in report.rows if not row.passed} == {"Wrong"}

@@ -1,4 +1,4 @@
-"""Which kernel ran, and whether inputs were changed: observed, and a failure where it is not what was asked for."""
+"""Which kernel ran, and whether inputs were changed: observed, and a failure if it is not what was requested."""
 
 import threading
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def test_kernels_are_observed_once_each_in_order():
     assert names(nothing) == ""
 
 
-def test_threads_do_not_see_each_other():
+def test_threads_observe_only_their_own_kernels():
     met = threading.Barrier(2)
     found = {}
 
@@ -58,7 +58,7 @@ class OwnConfig(LossConfig):
 
 @pytest.fixture
 def own(request):
-    """A right loss that records the kernels it is told to."""
+    """A right loss that records the kernels of the test's parameter."""
 
     class Own(torch.nn.Module):
         def forward(self, logits, labels):
@@ -89,7 +89,7 @@ def test_another_kernel_is_a_failure_that_names_both(own, request):
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -0.0])
-def test_a_kernel_that_overwrites_what_the_caller_has_there_is_found(junk):
+def test_a_kernel_that_overwrites_its_input_is_detected(junk):
     def overwrites(logits, labels):
         with torch.no_grad():
             logits.copy_(torch.where(labels[:, None] == -100, torch.zeros_like(logits), logits))

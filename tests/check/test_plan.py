@@ -1,4 +1,4 @@
-"""Which calls a check makes, in which order, and how one that is stopped ends and goes on."""
+"""Which calls a check makes, in which order, and how a stopped check ends and is continued."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def test_named_cases_come_first_and_then_each_random_one_of_all_losses():
     assert calls[4:] == [(f"random-0-{n}", loss, dtype) for n in (1, 2) for loss in LOSSES for dtype in DTYPES]
 
 
-def test_a_first_random_case_leaves_out_those_before_it_and_the_named_ones():
+def test_a_first_random_case_skips_those_before_it_and_the_named_ones():
     plan = planned(num_random=5, first=3)
     assert {call.case.name for call in plan.calls} == {"random-0-3", "random-0-4"}
     assert plan.total == 8
@@ -71,7 +71,7 @@ def test_the_kinds_change_with_the_cases():
     assert set(later) - set(kinds)
 
 
-def test_a_check_of_a_billion_cases_ends_at_its_time_limit_and_goes_on_from_there():
+def test_a_check_of_a_billion_cases_stops_at_its_time_limit_and_can_be_continued():
     report = check("KDLoss", num_random=10**9, first=7, minutes=1e-9, **QUICK)
     assert report.passed
     assert report.stopped
@@ -97,7 +97,7 @@ def test_a_check_that_is_stopped_among_named_cases_begins_again():
         ({"minutes": 0}, "minutes must be above 0, got 0"),
     ],
 )
-def test_limits_that_make_no_sense_are_refused(options, message):
+def test_invalid_limits_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check("KDLoss", **QUICK, **options)
 
@@ -108,7 +108,7 @@ class StoppedConfig(KDLossConfig):
 
 
 @pytest.mark.parametrize("calls", [0, 2])
-def test_ctrl_c_has_the_report_of_what_was_seen(calls):
+def test_ctrl_c_has_the_report_of_completed_calls(calls):
     right, done = KDLossConfig().build(backend="torch:eager"), []
 
     def stopped(**arguments):
@@ -123,7 +123,7 @@ def test_ctrl_c_has_the_report_of_what_was_seen(calls):
             check("Stopped", only=["basic", "none-ignored", "temperature"], **QUICK)
     finally:
         unregister_loss("Stopped")
-    # With nothing to tell, Ctrl-C is Ctrl-C.
+    # Without a completed call, Ctrl-C is a plain KeyboardInterrupt.
     assert isinstance(raised.value, Interrupted) == (calls > 0)
     if calls:
         assert raised.value.report.calls == calls

@@ -93,7 +93,7 @@ def test_compare_accepts_two_ways_to_compute_the_same(dtype):
     assert {row.worst.tensor for row in report.rows} <= {"loss", "x"}
 
 
-def test_compare_sees_a_formula_that_is_off_by_a_millionth():
+def test_compare_detects_a_formula_that_is_off_by_a_millionth():
     def off(x, y):
         return _logsumexp_loss(x, y) * (1 + 1e-6)
 
@@ -101,7 +101,7 @@ def test_compare_sees_a_formula_that_is_off_by_a_millionth():
     assert not report.passed
 
 
-def test_compare_sees_sums_in_bfloat16():
+def test_compare_detects_sums_in_bfloat16():
     def coarse(x, y):
         return F.cross_entropy(x, y)
 

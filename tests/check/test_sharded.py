@@ -1,4 +1,4 @@
-"""`check --tp`: what it says to wrong numbers of ranks; the ranks themselves are tested in tests/workers."""
+"""`check --tp`: invalid rank counts and options; the ranks themselves are tested in tests/workers."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_bad_numbers_of_ranks(tp, text):
         check(TEParallelCEConfig(), ["torch:eager"], tp=tp)
 
 
-def test_what_tp_can_not_be_combined_with():
+def test_options_that_tp_can_not_be_combined_with():
     with pytest.raises(ValueError, match="leave out against"):
         check(TEParallelCEConfig(), ["torch:eager"], tp=[2], against="jax")
     with pytest.raises(ValueError, match="leave out device"):

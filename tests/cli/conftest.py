@@ -1,4 +1,4 @@
-"""A loss whose kernel is wrong, and machines without frameworks."""
+"""Fixtures: a loss whose kernel is wrong, and machines without frameworks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loss_core import KDLossConfig, register_loss
 class ForgetfulConfig(KDLossConfig):
     pass
 
-# A realistic bug: the temperature is forgotten.
+# A realistic bug: the temperature is ignored.
 def build(config):
     return KDLossConfig(config.ignore_index, temperature=1.0).build(backend="torch:eager")
 
@@ -28,7 +28,7 @@ register_loss("ForgetfulKD", ForgetfulConfig, {"torch:eager": build})
 
 @pytest.fixture
 def forgetful(tmp_path, monkeypatch):
-    """The module that registers `ForgetfulKD`, which forgets its temperature; it lies in tmp_path."""
+    """The module in tmp_path that registers `ForgetfulKD`, which ignores its temperature."""
     (tmp_path / "forgetful_loss.py").write_text(FORGETFUL)
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.import_module("forgetful_loss")

@@ -1,4 +1,4 @@
-"""The commands, and what they need."""
+"""The commands, and the libraries that they need."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from loss_core.bench.report import BenchReport
 from loss_core.dispatch.tuned import tuned_choice
 
 
-def test_a_device_that_is_not_there_is_told_and_no_success():
+def test_a_missing_device_is_reported_and_exits_1():
     done = spawn("bench", "--config", "KDLoss", "--backend", "torch:eager", "--shape", "8,10", "--baselines", "none",
                    "--device", "cuda:99")  # fmt: skip
     assert done.returncode == 1
@@ -68,8 +68,8 @@ def test_wrong_usage_is_one_line(arguments, text):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_ctrl_c_stops_every_worker_and_leaves_quietly():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_stops_every_worker_and_exits_quietly():
     workers = []
 
     def ready(process):

@@ -1,4 +1,4 @@
-"""`loss-core check`: exit codes, messages, and that what it prints can be copied and run."""
+"""`loss-core check`: exit codes, messages, and commands in its output, which can be copied and run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_a_good_check_exits_0_with_table_and_verdict():
     assert result.stdout.strip().splitlines()[-1].startswith("PASS: ")
 
 
-def test_a_row_that_sees_no_lower_arithmetic_is_told_and_is_no_failure():
+def test_an_insensitive_row_is_reported_and_is_no_failure():
     result = run("check", "--config", "MaskedCrossEntropy", *QUICK[:-1], "all-ignored")
     assert result.exit_code == 0, result.output
     assert re.search(r"^ok torch:eager float64 float32 +1 insensitive ", result.stdout, re.MULTILINE)
-    told = "MaskedCrossEntropy torch:eager against float64, float32: bfloat16 softmax would have passed in every case"
-    assert told in " ".join(result.stdout.split())
+    note = "MaskedCrossEntropy torch:eager against float64, float32: bfloat16 softmax would have passed in every case"
+    assert note in " ".join(result.stdout.split())
     assert result.stdout.strip().splitlines()[-1].endswith("; 1 row insensitive to a lower arithmetic.")
     assert "insensitive" not in run("check", "--config", "MaskedCrossEntropy", *QUICK).stdout
 
@@ -46,8 +46,8 @@ def test_a_harder_case_is_named_and_its_command_runs():
     options = ("--config", "MaskedCrossEntropy", "--backend", "torch:eager", "--dtype", "float32")
     result = run("check", *options, "--shape", "1,1")
     assert result.exit_code == 0, result.output
-    told = "Harder cases, since a lower arithmetic would have passed all others: MaskedCrossEntropy, float32: harder-1"
-    assert told in " ".join(result.stdout.split())
+    note = "Harder cases, since a lower arithmetic would have passed all others: MaskedCrossEntropy, float32: harder-1"
+    assert note in " ".join(result.stdout.split())
     assert "insensitive" not in result.stdout
     again = run("check", *options, "--case", "harder-1")
     assert re.search(r"^ok torch:eager float64 float32 +1 +1 ", again.stdout, re.MULTILINE)
@@ -55,7 +55,7 @@ def test_a_harder_case_is_named_and_its_command_runs():
     assert run("check", *options, "--case", "harder-4").exit_code == 2
 
 
-def test_the_condition_of_the_loss_stands_beside_the_worst_error():
+def test_the_condition_of_the_loss_is_in_the_row_of_the_worst_error():
     result = run("check", "--config", "MaskedCrossEntropy", *QUICK[:-1], "offset")
     heading = next(line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["flag"])
     row = next(line.split() for line in result.stdout.splitlines() if line.startswith("ok"))
@@ -157,7 +157,7 @@ def test_ctrl_c_is_quiet_and_does_not_wait_for_a_kernel(stopped):
     assert stopped(slow, "check", *QUICK) == (130, "", "loss-core: stopped.\n")
 
 
-def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(stopped):
+def test_ctrl_c_reports_what_was_run_and_how_to_continue(stopped):
     slow = (
         "built = []\n"
         "def slow(config):\n"
@@ -173,7 +173,7 @@ def test_ctrl_c_tells_what_was_seen_and_how_to_go_on(stopped):
     assert err.endswith("loss-core: stopped.\n")
 
 
-def test_a_time_limit_ends_the_check_with_what_it_has(tmp_path):
+def test_a_time_limit_stops_the_check_with_a_report(tmp_path):
     drawn = ("--config", "KDLoss", "--backend", "torch:eager", "--dtype", "float32", "--cases", "1000", "--first", "5")
     result = run("check", *drawn, "--minutes", "1e-9", "--json", tmp_path / "r.json", obj="loss-core check --typed")
     assert result.exit_code == 0, result.output
@@ -224,13 +224,13 @@ def test_a_users_loss_without_a_definition_is_refused():
         (("--json", "/absent/report.json"), "there is no folder /absent"),
         (("--report", "."), "is a folder"),
         (("--inputs", "x.npz"), "needs exactly one --config"),
-        (("--inputs", "x.npz", "--config", "KDLoss", "--case", "basic"), "leave them out beside --inputs"),
+        (("--inputs", "x.npz", "--config", "KDLoss", "--case", "basic"), "they can't be used beside --inputs"),
         (("--inputs", "x.csv", "--config", "KDLoss"), ".npz or .safetensors"),
         (("--inputs", "x.npz", "--config", "KDLoss"), "No such file"),
         (("--device", "cdua", "--backend", "torch:eager", "--case", "basic"), "--device cdua: nothing runs there"),
     ],
 )
-def test_wrong_words_are_2_and_told(options, message):
+def test_invalid_options_exit_2_with_a_message(options, message):
     result = run("check", *options)
     assert result.exit_code == 2, result.output
     # typer's own messages stand in a box.

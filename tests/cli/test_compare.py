@@ -1,4 +1,4 @@
-"""`loss-core compare`: two functions of the user's, on inputs from a file, or drawn."""
+"""`loss-core compare`: two user-defined functions, on inputs from a file, or drawn."""
 
 import sys
 
@@ -88,7 +88,7 @@ def test_arguments_are_drawn_by_their_sizes(folder):
         (("--draw", "y=6:0"), "--draw 'y=6:0': expected NAME=SIZES[:N]"),
     ],
 )
-def test_arguments_that_cannot_be_had_exit_2(folder, options, message):
+def test_missing_and_malformed_arguments_exit_2(folder, options, message):
     result = run("compare", "compared:first", "compared:second", *options, "--frameworks", "torch,torch")
     assert result.exit_code == 2
     assert message in result.stderr

@@ -40,7 +40,7 @@ def test_yaml_files(text, expected, tmp_path):
         ("name: KDLoss\nx: [1,\n", "line 3, column 1: not valid YAML"),
         ("name: MaskedCrossEntropy\nreduction: average", "reduction must be one of 'sum', 'mean', 'none'"),
         ("name: KDLoss\ntp_group: world", "tp_group is a live handle"),
-        ("name: KDLoss\nbackend: torch:eager", "leave it out, and give --backend torch:eager"),
+        ("name: KDLoss\nbackend: torch:eager", "remove it, and use --backend torch:eager"),
         ("temperature: 2.0", "the key 'name' is missing"),
         ("", "got nothing"),
         ("[]", "got an empty list"),
@@ -49,7 +49,7 @@ def test_yaml_files(text, expected, tmp_path):
         ("\0", "not valid YAML"),
     ],
 )
-def test_yaml_that_is_wrong_is_told_where(text, message, tmp_path):
+def test_errors_in_yaml_are_located(text, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     result = run("check", "--config", path)
@@ -61,12 +61,12 @@ def test_yaml_that_is_wrong_is_told_where(text, message, tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for path, message in (("absent.yaml", "No such file"), ("binary.yaml", "no text in UTF-8"), (".", "can't be read")):
+    for path, message in (("absent.yaml", "No such file"), ("binary.yaml", "not UTF-8 text"), (".", "can't be read")):
         result = run("check", "--config", tmp_path / path)
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_several_configs_of_one_loss_stay_apart():
+def test_several_configs_of_one_loss_have_distinct_names():
     result = run("check", "--config", "[KDLoss, {name: KDLoss, temperature: 2.0}]", *QUICK)
     assert result.exit_code == 0
     assert "\nKDLoss\n" in result.stdout

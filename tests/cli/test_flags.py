@@ -1,4 +1,4 @@
-"""Flags on the command line: what can't be used is told, what compiles is left out."""
+"""Flags on the command line: unusable ones are reported, those that compile run only when named."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_flags_that_cannot_be_used_are_listed_with_reason_and_install_line():
 
 @pytest.mark.usefixtures("no_jax")
 @pytest.mark.parametrize("options", [("--backend", "jax:xla"), ("--backend", "jax"), ("--against", "jax:xla")])
-def test_naming_a_flag_that_cannot_be_used_is_2(options):
+def test_naming_a_flag_that_cannot_be_used_exits_2(options):
     result = run("check", "--config", "KDLoss", "--case", "basic", *options)
     assert result.exit_code == 2
     assert "needs absent_framework" in result.stderr
@@ -34,7 +34,7 @@ def test_naming_a_flag_that_cannot_be_used_is_2(options):
     assert result.stdout == ""
 
 
-def test_check_never_skips_the_flag_to_compare_with_in_silence(monkeypatch):
+def test_check_never_skips_the_flag_to_compare_with_silently(monkeypatch):
     from loss_core_torch import backend
 
     def status(kernel):
@@ -56,7 +56,7 @@ def test_without_any_framework_there_is_nothing_to_check():
     assert run("backends").exit_code == 0
 
 
-def test_a_kernel_that_compiles_is_left_out_unless_it_is_named(monkeypatch):
+def test_a_kernel_that_compiles_is_skipped_unless_it_is_named(monkeypatch):
     assert "torch:compile" in calls.COMPILED_AT_FIRST_CALL
     # Another in its place: compiling takes a while, and `make check` names torch:compile itself.
     monkeypatch.setattr(calls, "COMPILED_AT_FIRST_CALL", {"torch:plain"})
@@ -74,7 +74,7 @@ def test_a_kernel_that_compiles_is_left_out_unless_it_is_named(monkeypatch):
         assert "it compiles" not in result.stdout
 
 
-def test_a_loss_that_a_flag_does_not_serve_is_listed_as_skipped(forgetful):
+def test_a_loss_that_a_flag_does_not_support_is_listed_as_skipped(forgetful):
     result = run("check", "--config", "KDLoss", "--config", "ForgetfulKD", "--backend", "torch:plain", *QUICK[2:])
     assert result.exit_code == 0
     assert re.search(r"Skipped:\n  ForgetfulKD torch:plain: ", result.stdout)

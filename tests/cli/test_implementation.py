@@ -1,4 +1,4 @@
-"""`loss-core check --implementation`: what it takes, what it prints, exit codes, and that its commands reproduce."""
+"""`loss-core check --implementation`: accepted values, output, exit codes, and the commands that reproduce failures."""
 
 import json
 import shlex
@@ -78,14 +78,14 @@ def test_a_broken_clause_exits_1_and_its_command_reproduces_it(losses):
     assert {v["clause"] for v in verdicts if v["status"] == "broken"} == {"values", "gradient of logits"}
 
 
-def test_a_loss_that_refuses_everything_is_told_in_its_own_words(losses):
+def test_a_loss_that_refuses_everything_is_reported_with_its_error(losses):
     result = run("check", "--implementation", "judged:refuses", *QUICK)
     assert result.exit_code == 2
     assert "Nothing could be run" in result.stderr
     assert "NotImplementedError: on Tuesdays" in result.stderr
 
 
-def test_tensors_of_the_other_framework_are_a_matter_of_an_option(losses):
+def test_the_framework_of_an_implementation_is_an_option(losses):
     result = run("check", "--implementation", "judged:right", "--framework", "jax", "--config", "MaskedCrossEntropy",
                  *QUICK)  # fmt: skip
     assert result.exit_code == 2, "plain torch takes no arrays of JAX"
@@ -103,7 +103,7 @@ def test_tensors_of_the_other_framework_are_a_matter_of_an_option(losses):
         ("judged", "'judged' is neither a flag, nor MODULE:OBJECT, nor one of cce,"),
     ],
 )
-def test_what_cannot_be_had_exits_2(losses, spec, message):
+def test_implementations_that_do_not_exist_exit_2(losses, spec, message):
     result = run("check", "--implementation", spec)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -123,7 +123,7 @@ def test_options_that_would_be_ignored_are_refused(options, message):
     assert message in result.stderr
 
 
-def test_a_broken_clause_beside_a_flag_that_passes_is_the_first_thing_said(losses):
+def test_a_broken_clause_comes_before_a_flag_that_passes(losses):
     named = ("--implementation", "judged:doubled", "--config", "MaskedCrossEntropy")
     result = run("check", *named, "--backend", "torch:eager", *QUICK)
     assert result.exit_code == 1

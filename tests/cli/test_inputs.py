@@ -144,7 +144,7 @@ def test_a_captured_call_must_fit_the_config_and_the_other_losses_shapes(tmp_pat
     assert read_call(path, "MaskedCrossEntropy").dtype == "float32", "a masked label may be anything"
 
 
-def test_broken_files_are_told(tmp_path):
+def test_broken_files_are_refused(tmp_path):
     for name, content in (
         ("a.npz", b"PK\x03\x04"),
         ("b.npz", b"nothing"),

@@ -35,7 +35,7 @@ def dump(tmp_path):
     return write
 
 
-def test_a_cause_is_printed_written_and_an_exit_code_of_1(dump, tmp_path):
+def test_a_cause_is_printed_and_written_and_exits_1(dump, tmp_path):
     result = run("check", "--logprobs", dump(0.8), "--json", tmp_path / "r.json", "--report", tmp_path / "r.html",
                  obj="loss-core check --logprobs <dump>")  # fmt: skip
     assert result.exit_code == 1, result.output
@@ -53,26 +53,26 @@ def test_a_cause_is_printed_written_and_an_exit_code_of_1(dump, tmp_path):
     assert "<script" not in page
 
 
-def test_systems_that_agree_are_an_exit_code_of_0(dump):
+def test_systems_that_agree_exit_0(dump):
     result = run("check", "--logprobs", dump())
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "AGREE: one computation explains both systems: float32."
 
 
-def test_without_a_head_the_line_says_what_to_add(dump):
+def test_without_a_head_the_conclusion_names_what_to_add(dump):
     result = run("check", "--logprobs", dump(0.8, hidden_states=None, lm_weight=None))
     assert result.exit_code == 1
     assert "Add hidden_states and lm_weight to the dump to learn why." in result.stdout
 
 
-def test_options_that_mean_nothing_here_are_refused_by_name(dump):
+def test_options_that_would_be_ignored_are_refused_by_name(dump):
     result = run("check", "--logprobs", dump(), "--config", "KDLoss", "--tp", "2", "--seed", "3")
     assert result.exit_code == 2
     assert "--config, --tp can't be used beside --logprobs, which takes --seed, --json and --report." in result.output
 
 
 @pytest.mark.parametrize(("name", "message"), [("absent.npz", "can't be read"), ("dump.txt", "ends in .npz or")])
-def test_files_that_are_no_dump_are_told(name, message, tmp_path):
+def test_files_that_are_no_dump_are_refused(name, message, tmp_path):
     result = run("check", "--logprobs", tmp_path / name)
     assert result.exit_code == 2
     assert message in result.output

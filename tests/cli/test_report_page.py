@@ -15,7 +15,7 @@ from loss_core.check.html import check_page
 
 
 class Page(html.parser.HTMLParser):
-    """Text of the table's cells by row, the tags, and the attributes that could load something."""
+    """Text of the table's cells by row, the tags, and the attributes that would load a resource."""
 
     def __init__(self, text):
         super().__init__()
@@ -40,8 +40,8 @@ class Page(html.parser.HTMLParser):
             self.rows[-1][-1] += data
 
 
-def page_of(report, typed="loss-core check"):
-    text = check_page(report, typed)
+def page_of(report, command="loss-core check"):
+    text = check_page(report, command)
     page = Page(text)
     assert page.loads == []
     assert "http" not in text
@@ -50,7 +50,7 @@ def page_of(report, typed="loss-core check"):
     return text, page
 
 
-def test_the_page_has_the_table_a_picture_per_flag_and_nothing_from_outside(tmp_path):
+def test_the_page_has_the_table_and_a_figure_per_flag_and_loads_nothing(tmp_path):
     result = run("check", *QUICK, "--dtype", "bfloat16", "--report", tmp_path / "r.html", obj="loss-core check --typed")
     assert result.exit_code == 0, result.output
     page = Page((tmp_path / "r.html").read_text("utf-8"))
@@ -69,7 +69,7 @@ def test_the_page_has_the_table_a_picture_per_flag_and_nothing_from_outside(tmp_
 
 
 @pytest.mark.usefixtures("forgetful", "no_jax")
-def test_the_page_marks_failures_and_tells_what_could_not_run():
+def test_the_page_marks_failures_and_lists_unusable_flags():
     report = check("ForgetfulKD", dtypes=["float32"], only=["temperature"])
     text, page = page_of(report)
     assert [row[0] for row in page.rows[2:]] == ["FAIL"]
@@ -78,7 +78,7 @@ def test_the_page_marks_failures_and_tells_what_could_not_run():
     assert "pip install &#39;loss-core[jax]&#39;" in text
 
 
-def test_the_page_marks_a_row_that_sees_no_lower_arithmetic():
+def test_the_page_marks_an_insensitive_row():
     report = check("MaskedCrossEntropy", ["torch:eager"], dtypes=["float32"], only=["all-ignored"])
     text, page = page_of(report)
     assert page.rows[2][4:6] == ["1", "insensitive"]

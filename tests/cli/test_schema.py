@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes accepts what is built and refuses what is refused; nothing of it is written per loss."""
+"""The JSON Schema of recipes accepts and refuses what `build_loss_module` does, for every registered loss."""
 
 import json
 from dataclasses import dataclass, field

@@ -10,7 +10,7 @@ BF16 = torch.bfloat16
 
 
 class Model:
-    """Hidden states, head and labels; `logprobs` takes logits as a system would."""
+    """Hidden states, head and labels; `logprobs` computes a system's log-probabilities from its logits."""
 
     def __init__(self, sequences=5, length=40, vocab=150, hidden=48, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -27,7 +27,7 @@ class Model:
         return found.reshape(labels.shape).float().numpy()
 
     def arrays(self, **arrays):
-        """Of a dump; the trainer computes in float32."""
+        """Arrays of a dump; both systems compute in float32 unless replaced."""
         known = {
             "labels": self.labels.numpy(),
             "trainer_logprobs": self.logprobs(self.logits()),

@@ -1,4 +1,4 @@
-"""Dumps: what is written is what is read, and what is no dump is told."""
+"""Dumps are read as they were written, and invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_safetensors_are_read(tmp_path):
         ({"logit_softcapping": np.asarray(-1.0)}, "logit_softcapping must be >= 0 (0 for none), got -1"),
     ],
 )
-def test_what_is_no_dump_is_told(change, message, tmp_path):
+def test_invalid_dumps_are_refused(change, message, tmp_path):
     arrays = {
         "labels": np.array([0, 1, -100, 4]), "trainer_logprobs": -np.ones(4), "engine_logprobs": -np.ones(4),
         "hidden_states": np.ones((4, 3)), "lm_weight": np.ones((5, 3)),

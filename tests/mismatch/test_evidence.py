@@ -1,4 +1,4 @@
-"""Hypotheses that are all within their bounds are weighed by what was observed."""
+"""Hypotheses that are all within their bounds are tested against each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def outcome(precision, predicted, observed, cause=RECORDED, width=1.0):
     return Outcome(hypothesis, Interval(predicted - width, predicted, predicted + width), observed)
 
 
-def weighed(num_tokens, noise, seed=0):
+def evidence_of(num_tokens, noise, seed=0):
     rng = np.random.default_rng(seed)
     a = rng.standard_normal(num_tokens)
     b = a + 1e-2 * rng.standard_normal(num_tokens)
@@ -26,13 +26,13 @@ def weighed(num_tokens, noise, seed=0):
 
 
 def test_a_residual_that_follows_another_prediction_refutes():
-    evidence = weighed(1000, 1e-4)
+    evidence = evidence_of(1000, 1e-4)
     assert [o.hypothesis.precision for o in evidence.causes] == [PRECISIONS[1]]
     assert [o.hypothesis.precision for o in evidence.refuted] == [FLOAT32]
 
 
 def test_few_tokens_and_large_noise_refute_nothing():
-    for evidence in (weighed(20, 1e-4), weighed(200, 0.1)):
+    for evidence in (evidence_of(20, 1e-4), evidence_of(200, 0.1)):
         assert len(evidence.causes) == 2
         assert evidence.refuted == []
 
@@ -40,7 +40,7 @@ def test_few_tokens_and_large_noise_refute_nothing():
 def test_no_hypothesis_is_refuted_wrongly_in_many_draws():
     # B is true, with noise from far below to far above the difference to A.
     for seed, noise in enumerate(np.geomspace(1e-6, 0.1, 400)):
-        kept = weighed(150, noise, seed=seed).causes
+        kept = evidence_of(150, noise, seed=seed).causes
         assert PRECISIONS[1] in [o.hypothesis.precision for o in kept]
 
 
@@ -66,7 +66,7 @@ def test_the_same_bits_and_what_changes_nothing_visible_are_one_cause():
     assert [o.hypothesis.cause.name for o in evidence.same[0]] == [RECORDED, "padded"]
 
 
-def test_two_that_refute_each_other_are_left_beside_one_that_they_refute():
+def test_two_that_refute_each_other_remain_and_the_third_is_refuted():
     # Both equally far from what was observed, on either side of it; the third much further.
     rng = np.random.default_rng(0)
     observed, apart = rng.standard_normal(1000), 1e-3 * rng.standard_normal(1000)

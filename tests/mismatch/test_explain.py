@@ -1,4 +1,4 @@
-"""Each cause, injected into one system of a small model, is named, and no other."""
+"""Each cause, injected into one system of a small model, is reported, and no other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def late(model):
     return np.roll(model.logprobs(model.logits()), 1, axis=1)
 
 
-# Name of what is found, and what the engine does.
+# Name of the reported cause -> the engine's log-probabilities.
 CAUSES = {
     "float32": lambda m: m.logprobs(m.logits()),
     "bfloat16 operands": lambda m: m.logprobs(m.hidden.to(BF16).float() @ m.weight.to(BF16).float().T),
@@ -71,10 +71,10 @@ def test_another_temperature_is_estimated(temperature, dtype, model):
     assert name.endswith(f"instead of 1 (the same as a logit_scale of {1 / temperature:.4g})")
 
 
-def test_recorded_numbers_are_applied_in_their_order_and_missed_where_left_out(model):
+def test_recorded_parameters_are_applied_in_order_and_their_absence_is_named(model):
     bias = torch.linspace(-1, 1, 150)
     logits = model.logits() + bias
-    whole = model.logprobs(20 * torch.tanh(1.5 * logits / 20) / 0.7)
+    correct = model.logprobs(20 * torch.tanh(1.5 * logits / 20) / 0.7)
     recorded = {"temperature": 0.7, "logit_softcapping": 20.0, "logit_scale": 1.5, "lm_bias": bias.numpy()}
     wrong = {
         "without temperature 0.7": 20 * torch.tanh(1.5 * logits / 20),
@@ -85,20 +85,20 @@ def test_recorded_numbers_are_applied_in_their_order_and_missed_where_left_out(m
         "logit_scale 2 instead of 1.5": 20 * torch.tanh(2 * logits / 20) / 0.7,
     }
     for name, logits_of_engine in wrong.items():
-        arrays = model.arrays(trainer_logprobs=whole, engine_logprobs=model.logprobs(logits_of_engine), **recorded)
+        arrays = model.arrays(trainer_logprobs=correct, engine_logprobs=model.logprobs(logits_of_engine), **recorded)
         report = explain(dump_of(arrays))
         assert report.explanations["trainer"].names == ["float32"]
         assert report.explanations["engine"].names == [f"float32, {name}"]
 
 
-def test_rows_of_zeros_at_the_end_of_the_head_that_one_system_leaves_out(model):
+def test_rows_of_zeros_at_the_end_of_the_head_that_one_system_excludes(model):
     weight = np.concatenate([model.weight.numpy(), np.zeros((10, 48), np.float32)])
     trainer = model.logprobs(padded(model.logits(), 10))
     report = explain(dump_of(model.arrays(lm_weight=weight, trainer_logprobs=trainer)))
     assert report.explanations["engine"].names == ["float32, without the last 10 rows of lm_weight, which are zeros"]
 
 
-def test_what_no_hypothesis_explains_is_said(model):
+def test_what_no_hypothesis_explains_is_reported(model):
     order = np.random.default_rng(0).permutation(200)
     trainer = model.logprobs(model.logits())
     noise = model.logprobs(model.logits() + 1e-3 * torch.randn(200, 150, generator=torch.Generator().manual_seed(1)))
@@ -156,7 +156,7 @@ def test_few_tokens_leave_several_causes_and_say_so(model):
     assert len(names) != 1
 
 
-def test_what_is_not_finite_is_counted_and_left_out(model):
+def test_what_is_not_finite_is_counted_and_excluded(model):
     arrays = model.arrays()
     arrays["engine_logprobs"] = arrays["engine_logprobs"].copy()
     arrays["engine_logprobs"][0, :3] = [np.nan, np.inf, -np.inf]
@@ -170,7 +170,7 @@ def test_what_is_not_finite_is_counted_and_left_out(model):
     assert report.conclusion.startswith("DIFFER: log-probabilities are NaN or infinite: 3 of the engine")
 
 
-def test_a_sample_is_seeded_has_the_worst_tokens_and_is_told(model):
+def test_a_sample_is_seeded_has_the_worst_tokens_and_is_reported(model):
     engine = model.logprobs(model.logits())
     engine[4, 7] += 1
     dump = dump_of(model.arrays(engine_logprobs=engine))

@@ -1,4 +1,4 @@
-"""The distribution of differences, against numbers computed by hand."""
+"""The distribution of differences, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loss_core.mismatch import Token, dump_of
 from loss_core.mismatch.statistics import statistics_of
 
 
-def test_numbers_by_hand():
+def test_statistics_computed_by_hand():
     trainer = np.log([0.5, 0.25, 0.125, 0.5, 0.5])
     engine = np.log([0.5, 0.5, 0.125 / 1.005, 0.5, 0.9])
     labels = np.array([1, 0, 2, 7, -100])
@@ -29,7 +29,7 @@ def test_numbers_by_hand():
     assert sum(found.histogram) == 3
 
 
-def test_nothing_to_compare_is_no_crash():
+def test_nothing_to_compare_gives_nan():
     found = statistics_of(
         dump_of({"labels": np.array([1]), "trainer_logprobs": np.array([np.nan]), "engine_logprobs": np.array([-1.0])})
     )

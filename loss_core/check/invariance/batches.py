@@ -1,9 +1,9 @@
 """Batch invariance: whether a token's loss and gradient depend, in any bit, on the other tokens of a call.
 
-One batch is drawn for each loss, dtype and shape. Its tokens are then evaluated again alone, in halves, in another
-order, among other tokens and between ignored ones, and with another chunk size where the config has a field for it.
-Compared are the loss of each token and its row of each gradient. The gradient of a weight is a sum over tokens, which
-depends on all of them, and is not compared.
+One batch is drawn for each loss, dtype and shape. Its tokens are then evaluated again one at a time, in halves, in
+another order, among other tokens and between ignored ones, and with another chunk size where the config has a field
+for it. The loss of each token and its row of each gradient are compared. The gradient of a weight is a sum over
+tokens, which depends on all of them, and is not compared.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -29,33 +29,32 @@ from loss_core.losses.definition import LossDef, Recipe, need_definition
 
 DTYPES = ("float32", "bfloat16")
 
-# V = 507 is no multiple of a vector, so that rows begin and end between two of them. V = 504 is one of 16 bytes in
-# every dtype: some kernels keep their promise for such rows alone.
+# Rows of V = 507 are no multiple of a vector, so they begin and end between two of them. Rows of V = 504 are multiples
+# of 16 bytes in every dtype: some kernels are batch-invariant for such rows only.
 SHAPES = ((24, 507, 24), (24, 504, 24))
 
 # Config fields that bound the tokens of a block.
 _CHUNK_FIELDS = ("chunk_size", "chunk_len")
 
-# A token among the others whose logits have this factor: kernels that choose a formula by the largest value of a block
-# choose another one beside it.
+# Factor of one inserted token's logits, for kernels that choose a formula by the largest value of a block.
 _HUGE = 2.0**22
 
 
 class Batch(NamedTuple):
-    """A call with some of the tokens of the whole batch.
+    """A call with some of the tokens of the full batch.
 
     Attributes:
-        name: how it differs from the whole batch.
-        config: that of the whole batch, but for a chunk size.
+        name: how it differs from the full batch.
+        config: that of the full batch, except for a chunk size.
         arrays, upstream: as in `Case`, rounded to the dtype.
-        places: where the compared tokens are in this call; tokens: where they are in the whole batch.
+        rows: indices of the compared tokens in this call; tokens: their indices in the full batch.
     """
 
     name: str
     config: Any
     arrays: dict[str, NDArray[Any]]
     upstream: NDArray[np.float64] | None
-    places: NDArray[np.int64]
+    rows: NDArray[np.int64]
     tokens: NDArray[np.int64]
 
 
@@ -72,20 +71,20 @@ def check_invariance(
     """Check that a token's loss and its rows of the gradients do not depend on the rest of the call, bitwise.
 
     Losses are computed with reduction="none" where the config has it. A loss that is always reduced is called with a
-    count, so that a token's gradient does not depend on how many there are, and its gradients alone are compared.
+    count, so that a token's gradient does not depend on the number of tokens, and only its gradients are compared.
 
     Args:
-        config: as of `check`; a config keeps its fields, but for the reduction and the chunk size.
-        backends: flags; None for every flag that can be used here but torch:compile.
+        config: as in `check`; a config keeps its fields, except for the reduction and the chunk size.
+        backends: flags, of which unusable ones are skipped; None for every usable flag except torch:compile.
         dtypes: of the inputs; None for float32 and bfloat16.
         shape: (T, V) or (T, V, H); None for `SHAPES`.
         seed: of the batch.
         device: such as "cuda"; None for each backend's default.
-        reproduce_options: what reproduce lines need besides.
+        reproduce_options: further options of reproduce lines.
     Returns:
-        A report. It fails where a flag that promises invariance for such a call does not have it, or raises.
+        A report. It fails if a call raises, or if a flag that promises invariance for such a call violates it.
     Raises:
-        BackendUnavailable, ValueError, TypeError: for flags, names, dtypes and shapes that don't exist.
+        ValueError, TypeError: for unknown flags, losses, dtypes and shapes.
     """
     report = InvarianceReport()
     losses, flags = chosen_losses(config), _flags(backends)
@@ -97,22 +96,22 @@ def check_invariance(
     options += f" --device {device}" if device else ""
     for loss, name in zip(losses, distinct_names(losses), strict=True):
         config = config_of(loss)
-        if (problem := _scale_depends(config)) is not None:
+        if (problem := _batch_dependence(config)) is not None:
             report.skipped.append(f"{name}: {problem}")
             continue
         for dtype in dtypes or DTYPES:
             for sizes in [shape] if shape is not None else SHAPES:
                 case = _draw(config, sizes, seed)
-                words = ",".join(map(str, sizes))
+                sizes_text = ",".join(map(str, sizes))
                 for flag in flags:
-                    suffix = f"--shape {words}{options}{reproduce_options}"
-                    row = InvarianceRow(name, flag, dtype, words, reproduce=_reproduce(loss, flag, dtype, suffix))
+                    suffix = f"--shape {sizes_text}{options}{reproduce_options}"
+                    row = InvarianceRow(name, flag, dtype, sizes_text, reproduce=_reproduce(loss, flag, dtype, suffix))
                     try:
                         _check_row(row, case, sizes, device)
                     except BackendUnavailable as error:
                         report.skip(f"{name} {flag}: {error}")
                         continue
-                    except Exception as error:  # a kernel that breaks is a finding, not the end of the check
+                    except Exception as error:  # a kernel that raises is a finding, not the end of the check
                         row.problem = f"{type(error).__name__}: {error}"
                     report.rows.append(row)
     if not report.rows and not report.skipped:
@@ -127,16 +126,16 @@ def _flags(backends: Sequence[str] | None) -> list[str]:
     return [flag for flag in named if flag_status(flag).usable]
 
 
-def _scale_depends(config: LossConfig) -> str | None:
-    """Why a token's gradient can't be the same in every batch, whatever computes it; None where it can."""
+def _batch_dependence(config: LossConfig) -> str | None:
+    """Why a token's gradient depends on the batch by definition of the loss; None where it does not."""
     definition = need_definition(config)
     if _has(config, "reduction") or definition.reduction(config) != "mean" or definition.find("count") is not None:
         return None
-    return "its mean is over the tokens of the call, so that a token's gradient depends on how many there are"
+    return "its mean is over the tokens of the call, so a token's gradient depends on how many there are"
 
 
 def _draw(config: LossConfig, sizes: tuple[int, ...], seed: int) -> Case:
-    """The whole batch, of which no token is ignored."""
+    """Draw the full batch, without ignored tokens."""
     definition = need_definition(config)
     config = replace(config, reduction="none") if _has(config, "reduction") else config
     extras = ("upstream",) if definition.reduction(config) == "none" else ("count",)
@@ -150,10 +149,10 @@ def _has(config: LossConfig, name: str) -> bool:
 
 
 def _check_row(row: InvarianceRow, case: Case, sizes: tuple[int, ...], device: str | None) -> None:
-    """Evaluate the whole batch and each of the others, and enter what differs."""
+    """Evaluate the full batch and each of the others, and record the differences in the row."""
     definition, flag = need_definition(case.config), parse_flag(row.flag)
     backend = load_backend(flag.backend)
-    whole, *others = _batches(case, row.dtype)
+    full, *others = _batches(case, row.dtype)
 
     def evaluate(batch: Batch) -> Evaluation:
         loss = batch.config.build(backend=row.flag)
@@ -161,29 +160,29 @@ def _check_row(row: InvarianceRow, case: Case, sizes: tuple[int, ...], device: s
             loss, batch.arrays, dtype=row.dtype, upstream=batch.upstream, grad_of=case.grad_of, device=device
         )
 
-    first = evaluate(whole)
-    # The products of a fused loss are the vendor's, whose kernels differ by the number of rows; and another's loss of
-    # whatever flag, in which none of our kernels ran, promises nothing.
+    first = evaluate(full)
+    # No promise for fused losses, whose products run in vendor kernels that depend on the number of rows, nor for
+    # user-defined losses in which none of our kernels ran.
     ours = not definition.products and first.kernel == row.flag
     row.promised = ours and backend.batch_invariant(flag.kernel, sizes[1] * FORMATS[row.dtype].itemsize)
-    expected = _rows(first, definition, whole.tokens)
+    expected = _rows_of(first, definition, full.tokens)
     for batch in others:
         found = evaluate(batch)
-        for tensor, values in _rows(found, definition, batch.places).items():
+        for tensor, values in _rows_of(found, definition, batch.rows).items():
             a, b = (ordered(x, found.dtypes[tensor]) for x in (values, expected[tensor][batch.tokens]))
             row.add(tensor, batch.name, a.reshape(len(a), -1), b.reshape(len(b), -1))
 
 
-def _rows(found: Evaluation, definition: LossDef, places: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """What is compared, [tokens, ...]: the loss of each token where it has one, and its row of each gradient."""
+def _rows_of(found: Evaluation, definition: LossDef, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """These rows of the results to compare [tokens, ...]: per-token losses, unless reduced, and gradients."""
     by_token = {a.name for a in definition.arguments if a.dims[:1] == ("T",)}
-    rows = {name: grad[places] for name, grad in found.grads.items() if name in by_token}
-    # Results of several are stacked in front.
-    return rows if found.loss.ndim == 0 else {"loss": np.moveaxis(found.loss, -1, 0)[places], **rows}
+    grads = {name: grad[rows] for name, grad in found.grads.items() if name in by_token}
+    # Several results per token are stacked along the first dimension.
+    return grads if found.loss.ndim == 0 else {"loss": np.moveaxis(found.loss, -1, 0)[rows], **grads}
 
 
 def _batches(case: Case, dtype: str) -> Iterator[Batch]:
-    """The whole batch, then those that hold its tokens again."""
+    """The full batch, then batches that contain its tokens in other surroundings."""
     definition, rng = need_definition(case.config), np.random.default_rng(1)
     by_token = [a for a in definition.arguments if a.dims[:1] == ("T",) and a.name in case.arrays]
     num_tokens = len(case.arrays["labels"])
@@ -192,13 +191,11 @@ def _batches(case: Case, dtype: str) -> Iterator[Batch]:
     arrays = {name: round_to(x, dtype) if x.dtype.kind == "f" else x for name, x in case.arrays.items()}
 
     def batch(name: str, order: NDArray[np.int64], compared: NDArray[np.bool_] | None = None) -> Batch:
-        places = np.arange(len(order)) if compared is None else np.flatnonzero(compared)
-        taken = arrays | {a.name: arrays[a.name][order] for a in by_token}
-        return Batch(
-            name, case.config, taken, None if upstream is None else upstream[..., order], places, order[places]
-        )
+        rows = np.arange(len(order)) if compared is None else np.flatnonzero(compared)
+        gathered = arrays | {a.name: arrays[a.name][order] for a in by_token}
+        return Batch(name, case.config, gathered, None if upstream is None else upstream[..., order], rows, order[rows])
 
-    yield batch("the whole batch", every)
+    yield batch("the full batch", every)
     for token in dict.fromkeys([0, half, num_tokens - 1]):
         yield batch(f"token {token} alone", every[token : token + 1])
     if half:
@@ -206,9 +203,9 @@ def _batches(case: Case, dtype: str) -> Iterator[Batch]:
         yield batch("the second half", every[half:])
     yield batch("in another order", rng.permutation(num_tokens))
 
-    # Each token, behind one that is not compared.
+    # Each token after an inserted one that is not compared.
     among = batch("among other tokens", np.repeat(every, 2), np.arange(2 * num_tokens) % 2 == 1)
-    others = np.setdiff1d(np.arange(2 * num_tokens), among.places)
+    others = np.setdiff1d(np.arange(2 * num_tokens), among.rows)
     for argument in by_token:
         if argument.kind == "float":
             among.arrays[argument.name] = _other_rows(among.arrays[argument.name], others, argument.dims, dtype)
@@ -229,7 +226,7 @@ def _batches(case: Case, dtype: str) -> Iterator[Batch]:
 def _other_rows(
     values: NDArray[np.float64], others: NDArray[np.int64], dims: tuple[str, ...], dtype: str
 ) -> NDArray[np.float64]:
-    """The values with rows turned round, the first of which is huge, and in logits the second almost ruled out."""
+    """The values with the rows `others` reversed, the first of them huge, and logits of the second -inf but for one."""
     values = values.copy()
     values[others] = values[others][::-1]
     values[others[0]] = round_to(values[others[0]] * min(_HUGE, FORMATS[dtype].max / 64), dtype)
@@ -239,7 +236,7 @@ def _other_rows(
 
 
 def _reproduce(loss: str | LossConfig, flag: str, dtype: str, suffix: str) -> str:
-    """The command that checks this alone; a line of Python for a class that no registry knows."""
+    """The command that runs this row alone; a line of Python for a config class that is not registered."""
     if (config := config_option(loss)) is None:
         return f"check_invariance({loss!r}, [{flag!r}], dtypes=[{dtype!r}])"
     return f"loss-core check --invariance --config {config} --backend {flag} --dtype {dtype} {suffix}"

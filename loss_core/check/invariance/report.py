@@ -1,4 +1,4 @@
-"""What `check --invariance` finds: rows of its table, and the report that holds them."""
+"""The results of `check --invariance`: rows of its table, and the report with all of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class InvarianceRow:
 
     Attributes:
         shape: "T,V,H".
-        promised: whether the flag promises that no token depends on the others in such a call.
-        compared: tokens that were compared, over all batches; differing: those that differ in any bit.
-        ulps: largest difference, in units of the last place.
-        tensor, batch: where that is: "loss", or the argument whose gradient it is, and how the batch differs.
-        problem: the error of a call that failed, else "".
+        promised: whether the flag promises batch invariance for such a call.
+        compared: rows that were compared, over all tensors and batches; differing: those that differ in any bit.
+        ulps: largest difference, in units in the last place.
+        tensor, batch: where the largest difference is: "loss" or the argument of the gradient, and the batch.
+        problem: the error of a call that raised, else "".
         reproduce: command that runs this row alone.
     """
 
@@ -49,7 +49,7 @@ class InvarianceRow:
 
     @property
     def what(self) -> str:
-        """What was found, in words."""
+        """The result as text."""
         if self.problem:
             return self.problem
         if self.holds:
@@ -58,10 +58,10 @@ class InvarianceRow:
         return f"differs: {self.differing} of {self.compared} rows, by up to {self.ulps} ulp ({of}, {self.batch})"
 
     def add(self, tensor: str, batch: str, got: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
-        """Enter the rows of one tensor of one batch, [tokens, ...] as `ordered` gives them."""
+        """Compare the rows of one tensor of one batch, [tokens, ...] as returned by `ordered`, and add the result."""
         self.compared += len(got)
         self.differing += int((got != expected).any(-1).sum())
-        # Two numbers of opposite signs may be further apart than int64 reaches, but not uint64.
+        # The distance of two numbers of opposite signs may exceed the range of int64, but not that of uint64.
         apart = np.maximum(got, expected).astype(np.uint64) - np.minimum(got, expected).astype(np.uint64)
         if (most := int(apart.max(initial=0))) > self.ulps:
             self.ulps, self.tensor, self.batch = most, tensor, batch
@@ -69,7 +69,7 @@ class InvarianceRow:
 
 @dataclass
 class InvarianceReport:
-    """What `check_invariance` found.
+    """The results of `check_invariance`.
 
     Attributes:
         rows: in the order of the table.
@@ -81,7 +81,7 @@ class InvarianceReport:
 
     @property
     def passed(self) -> bool:
-        """Whether something was run, and each promise was kept."""
+        """Whether something was run, nothing raised, and every promise was kept."""
         return bool(self.rows) and not self.failures
 
     @property
@@ -89,7 +89,7 @@ class InvarianceReport:
         return [row for row in self.rows if not row.passed]
 
     def skip(self, note: str) -> None:
-        """A note of what was not checked, once."""
+        """Add a note on what was not checked, unless it is there already."""
         if note not in self.skipped:
             self.skipped.append(note)
 
@@ -102,7 +102,7 @@ class InvarianceReport:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        """The table, what was skipped, the commands of what failed, and the verdict."""
+        """The table, skipped losses, failures with their commands, and the verdict."""
         cells = [
             ("" if row.passed and not row.promised else "ok" if row.passed else "FAIL", row.flag, row.dtype, row.shape,
              "promised" if row.promised else "-", row.what)

@@ -1,1 +1,1 @@
-"""Anybody's implementation of a loss, judged clause by clause of the contract."""
+"""Judge any implementation of a loss, clause by clause of the contract."""

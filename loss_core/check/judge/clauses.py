@@ -1,7 +1,7 @@
-"""The contract as a table of clauses: what each asserts, from which named cases it is read, and how.
+"""The contract as a table of clauses: what each asserts, on which named cases it is judged, and how.
 
-A clause about one circumstance (ignored positions, an upstream gradient, strides, …) is judged beside the plain call,
-the same without that circumstance: a result that is wrong there already is no defect of this clause.
+A clause about one property of a call (ignored positions, an upstream gradient, strides, …) is judged relative to the
+plain call, which is the same call without that property: a result that is wrong there is no violation of this clause.
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class NotSeen(Exception):
-    """A clause that can't be judged here; the message says why."""
+    """A case that can't test a clause; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Clause:
     """One clause.
 
     Attributes:
-        asserts: in words.
-        cases: names of the cases it is read from; () for all that no circumstance is special of.
-        judge: (trial, case) -> what is wrong. Raises Refused and NotSeen.
+        asserts: what it requires.
+        cases: names of the cases on which it is judged; () for all but `SPECIAL_CASES`.
+        judge: (trial, case) -> violations. Raises Refused and NotSeen.
     """
 
     name: str
@@ -44,21 +44,21 @@ class Clause:
     cases: tuple[str, ...]
     judge: Callable[[Trial, Case], Iterator[Finding]]
 
-    def takes(self, case: Case) -> bool:
-        """Whether the clause is read from a case."""
-        return case.name in self.cases if self.cases else case.name not in SPECIAL
+    def applies_to(self, case: Case) -> bool:
+        """Whether the clause is judged on a case."""
+        return case.name in self.cases if self.cases else case.name not in SPECIAL_CASES
 
 
 # Cases that are about ignored positions or strides.
-SPECIAL = ("all-ignored", "ignore-index-0", "ignore-index-in-vocab", "mask", "nan-where-ignored", "strided")
+SPECIAL_CASES = ("all-ignored", "ignore-index-0", "ignore-index-in-vocab", "mask", "nan-where-ignored", "strided")
 
 
 def clauses_of(definition: LossDef) -> tuple[Clause, ...]:
-    """The clauses of a loss: one for the gradient of each argument, and those of every loss."""
+    """The clauses of a loss: `CLAUSES`, and one for the gradient of each differentiable argument."""
     gradients = [
         Clause(
             f"gradient of {a.name}", f"the gradient of {a.name} is within what rounding explains of float64", (),
-            _plain(a.name),
+            _within_allowance(a.name),
         )
         for a in definition.arguments
         if a.differentiated
@@ -66,7 +66,7 @@ def clauses_of(definition: LossDef) -> tuple[Clause, ...]:
     return (CLAUSES[0], *gradients, *CLAUSES[1:])
 
 
-# Changes of a case. Each returns a case of the same name.
+# Variants of a case. Each is a case of the same name.
 
 
 def plain(case: Case) -> Case:
@@ -83,7 +83,7 @@ def plain(case: Case) -> Case:
 
 
 def _flat(case: Case) -> Case:
-    """One leading dimension in the place of several."""
+    """The leading dimensions flattened to one."""
     lead = case.arrays["labels"].ndim
     arrays = dict(case.arrays)
     for argument in need_definition(case.config).arguments:
@@ -97,7 +97,7 @@ def _flat(case: Case) -> Case:
 
 
 def some_ignored(case: Case) -> Case:
-    """As it was drawn, but for the upstream gradient, leading dimensions and strides."""
+    """The case with its ignored positions; no upstream gradient, one leading dimension, contiguous."""
     return _flat(replace(case, upstream=None, strided=False))
 
 
@@ -109,13 +109,13 @@ def all_ignored(case: Case) -> Case:
 
 
 def with_upstream(case: Case) -> Case:
-    """With the upstream gradient that was drawn, as every dtype holds it: it takes that of the result."""
+    """The plain case with the upstream gradient, rounded to bfloat16 so that it is the same in every result dtype."""
     upstream = _flat(case).upstream
     return replace(plain(case), upstream=None if upstream is None else round_to(upstream, "bfloat16"))
 
 
 def more_dimensions(case: Case) -> Case:
-    """With the leading dimensions that were drawn."""
+    """The plain case with its leading dimensions."""
     return replace(case, arrays={n: v.reshape(case.arrays[n].shape) for n, v in plain(case).arrays.items()},
                    upstream=None, strided=False)  # fmt: skip
 
@@ -130,16 +130,16 @@ def strided_columns(case: Case) -> Case:
     return replace(plain(case), strided=True)
 
 
-def no_class(label: int) -> Callable[[Case], Case]:
-    """One label outside of the vocabulary, in the middle, where a kernel that reads there stays within the array."""
+def invalid_label(label: int) -> Callable[[Case], Case]:
+    """One label outside of the vocabulary, in a middle row, so that a read beyond the row stays within the array."""
 
-    def change(case: Case) -> Case:
+    def variant(case: Case) -> Case:
         flat = plain(case)
         labels = flat.arrays["labels"].copy()
         labels[labels.size // 2] = label
         return replace(flat, arrays={**flat.arrays, "labels": labels})
 
-    return change
+    return variant
 
 
 def _ignore_index(case: Case) -> int:
@@ -149,13 +149,13 @@ def _ignore_index(case: Case) -> int:
 # Judges.
 
 
-def _plain(tensor: str) -> Callable[[Trial, Case], Iterator[Finding]]:
+def _within_allowance(tensor: str) -> Callable[[Trial, Case], Iterator[Finding]]:
     def judge(trial: Trial, case: Case) -> Iterator[Finding]:
         run = trial.run(case, plain)
         if tensor in run.no_gradient:
             raise Refused(run.no_gradient[tensor])
         if tensor not in run.judged:
-            raise NotSeen(f"no case gives {tensor}")
+            raise NotSeen(f"no case has {tensor}")
         if tensor in run.failures:
             yield run.failures[tensor]
 
@@ -165,32 +165,32 @@ def _plain(tensor: str) -> Callable[[Trial, Case], Iterator[Finding]]:
 def _dtype(trial: Trial, case: Case) -> Iterator[Finding]:
     run = trial.run(case, plain)
     for tensor, dtype in run.wrong_dtypes().items():
-        yield run.problem(tensor, f"comes in {run.got.dtypes[tensor]}, not in {dtype}")
+        yield run.problem(tensor, f"has dtype {run.got.dtypes[tensor]}, not {dtype}")
 
 
 def _inputs(trial: Trial, case: Case) -> Iterator[Finding]:
-    for change in (plain, some_ignored):
-        run = trial.run(case, change)
+    for variant in (plain, some_ignored):
+        run = trial.run(case, variant)
         for name in run.got.mutated:
             yield run.problem(name, "the caller's input was changed")
 
 
-def _beside(
-    plainer: Callable[[Case], Case],
-    change: Callable[[Case], Case],
-    unseen: Callable[[Trial, Case], str] = lambda trial, case: "",
+def _relative_to(
+    simpler: Callable[[Case], Case],
+    variant: Callable[[Case], Case],
+    not_testable: Callable[[Trial, Case], str] = lambda trial, case: "",
 ) -> Callable[[Trial, Case], Iterator[Finding]]:
-    """A judge of a call that differs from a plainer one, which may have failed by itself.
+    """Judge of a variant that yields only the tensors that are right in a simpler variant.
 
     Args:
-        unseen: why the case does not show it; "" where it does.
+        not_testable: why a case can't test the clause; "" where it can.
     """
 
     def judge(trial: Trial, case: Case) -> Iterator[Finding]:
-        if reason := unseen(trial, case):
+        if reason := not_testable(trial, case):
             raise NotSeen(reason)
-        before = trial.run(case, plainer).failures
-        run = trial.run(case, change)
+        before = trial.run(case, simpler).failures
+        run = trial.run(case, variant)
         if before.keys() >= run.judged:
             raise NotSeen("the plain call is wrong already")
         yield from (finding for tensor, finding in run.failures.items() if tensor not in before)
@@ -201,14 +201,14 @@ def _beside(
 def _labels(trial: Trial, case: Case) -> Iterator[Finding]:
     definition = need_definition(case.config)
     if definition.find("label") is None:
-        raise NotSeen("labels say here only what is ignored")
+        raise NotSeen("labels only select the ignored tokens here")
     vocab = next(v.shape[definition.vocab_axes[n]] for n, v in case.arrays.items() if n in definition.vocab_axes)
-    trial.run(case, plain)  # what is refused anyway shows nothing
+    trial.run(case, plain)  # raises if the implementation refuses this case with valid labels, too
     for label in (vocab, -1):
         if label == _ignore_index(case):
             continue
-        run = trial.run_if_taken(case, no_class(label))
-        # Refused is right, and so is NaN: for that token, or for the whole.
+        run = trial.run_unless_refused(case, invalid_label(label))
+        # An error is right, and so is NaN for that token or for the reduced loss.
         if run is not None and np.all(np.isfinite(run.got.loss)):
             got = float(run.got.loss.reshape(-1)[run.got.loss.size // 2])
             yield run.problem("loss", f"is the finite number {got:.9g} for the label {label}, with V = {vocab}")
@@ -233,17 +233,20 @@ def _backward_twice(trial: Trial, case: Case) -> Iterator[Finding]:
 def _host_reads(trial: Trial, case: Case) -> Iterator[Finding]:
     try:
         reads = trial.host_reads(some_ignored(case))
-    except Exception as error:  # a kernel that needs memory to run on, or a call that is refused
+    except Exception as error:  # a kernel that needs real memory, or a call that is refused
         first = str(error).strip().partition("\n")[0]
         raise NotSeen(f"does not run without values: {type(error).__name__}: {first}") from error
     if reads:
         yield trial.run(case, plain).problem("loss", f"the host reads a value of a tensor: {reads}")
 
 
+# Why a case can't test a clause; "" where it can.
+
+
 def _is_scalar(trial: Trial, case: Case) -> str:
     if need_definition(case.config).reduction(case.config) == "none":
         return ""
-    return "the config's result is a scalar: give one with reduction 'none'"
+    return "the result is a scalar: use a config with reduction 'none'"
 
 
 def _has_no_strides(trial: Trial, case: Case) -> str:
@@ -251,7 +254,7 @@ def _has_no_strides(trial: Trial, case: Case) -> str:
 
 
 def _has_one_dimension(trial: Trial, case: Case) -> str:
-    return "the shape that was asked for has one leading dimension" if case.arrays["labels"].ndim == 1 else ""
+    return "the requested shape has one leading dimension" if case.arrays["labels"].ndim == 1 else ""
 
 
 def _has_no_strided_rows(trial: Trial, case: Case) -> str:
@@ -259,26 +262,26 @@ def _has_no_strided_rows(trial: Trial, case: Case) -> str:
 
 
 CLAUSES = (
-    Clause("values", "the loss is within what rounding explains of float64", (), _plain("loss")),
+    Clause("values", "the loss is within what rounding explains of float64", (), _within_allowance("loss")),
     Clause("result dtype", "float32 for the loss (float64 for float64), the inputs' for gradients", (), _dtype),
     Clause("inputs left alone", "no input is changed", ("basic", "none", "mask"), _inputs),
-    Clause("ignored positions", "they give loss 0 and gradient exactly 0, and count in no mean",
+    Clause("ignored positions", "their loss and gradient are exactly 0, and no mean counts them",
            ("basic", "mean", "none", "ignore-index-0", "ignore-index-in-vocab", "mask", "nan-where-ignored"),
-           _beside(plain, some_ignored)),
+           _relative_to(plain, some_ignored)),
     Clause("all ignored", "loss and gradients are 0, and backward works", ("all-ignored", "basic", "none"),
-           _beside(plain, all_ignored)),
+           _relative_to(plain, all_ignored)),
     Clause("labels that are no class", "an error or NaN, never a silent finite number", ("basic", "none"), _labels),
-    Clause("upstream gradient", "a factor of the loss is one of its gradients", ("basic",),
-           _beside(plain, with_upstream)),
-    Clause("upstream per token", "with reduction none, each token's is honoured", ("none",),
-           _beside(plain, with_upstream, _is_scalar)),
+    Clause("upstream gradient", "scaling the loss scales its gradients", ("basic",),
+           _relative_to(plain, with_upstream)),
+    Clause("upstream per token", "with reduction none, each token's upstream gradient is applied", ("none",),
+           _relative_to(plain, with_upstream, _is_scalar)),
     Clause("more dimensions", "any number of leading dimensions", ("basic", "none"),
-           _beside(plain, more_dimensions, _has_one_dimension)),
-    Clause("strided rows", "slices along the sequence, as logits[:, :-1] of a batch", ("strided",),
-           _beside(more_dimensions, strided_rows, _has_no_strided_rows)),
+           _relative_to(plain, more_dimensions, _has_one_dimension)),
+    Clause("strided rows", "slices along the sequence, such as logits[:, :-1] of a batch", ("strided",),
+           _relative_to(more_dimensions, strided_rows, _has_no_strided_rows)),
     Clause("strided columns", "slices along the last dimension", ("strided",),
-           _beside(plain, strided_columns, _has_no_strides)),
+           _relative_to(plain, strided_columns, _has_no_strides)),
     Clause("determinism", "the same inputs give bitwise the same results", ("basic", "none"), _deterministic),
-    Clause("backward twice", "a second backward of the same graph gives the same", ("basic", "none"), _backward_twice),
+    Clause("backward twice", "a second backward gives the same gradients", ("basic", "none"), _backward_twice),
     Clause("no host sync", "no value of a tensor is read on the host", ("basic", "none"), _host_reads),
 )  # fmt: skip

@@ -1,45 +1,44 @@
-"""Somebody's implementation of a loss: how it is given, what it takes, and what it refuses.
+"""Implementations of a loss that are judged: how they are specified, which arguments they accept, what they refuse.
 
-It is given as a loss (a callable or module that takes the forward's arguments by keyword), as a builder (a callable
-whose one parameter is called `config`, which returns such a loss), or as a flag of this library.
+An implementation is a loss (a callable or module that takes the forward's arguments by keyword), a builder (a callable
+whose only parameter is called `config`, which returns such a loss), or a flag of this library.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loss_core.baselines import JUDGED
-from loss_core.check.calls import Call
+from loss_core.check.calls import Call, config_option
 from loss_core.dispatch.flags import BACKENDS, all_flags, parse_flag
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core.loss_config import LossConfig
 from loss_core.losses.definition import LossDef, need_definition
-from loss_core.registry import LOSS_CONFIG_REGISTRY, our_losses
+from loss_core.registry import our_losses
 
 Loss = Callable[..., Any]
 
 
 class Refused(Exception):
-    """A call that an implementation does not take, with its own words: an error that it raises before its result."""
+    """A call that an implementation does not support: it raised, with this message, before it returned a result."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation, of a name.
+    """A named implementation.
 
     Attributes:
-        framework: "torch" or "jax", whose tensors it takes.
-        build: the loss for a config.
-        options: what follows `loss-core check` to have it judged; "" where only Python can name it.
-        config_is_fixed: whether `build` gives the same loss for every config, so that no case may set fields.
-        loss: name of the loss that it is taken for where none is asked for; "" for every loss.
-        version: of the package that it is from.
+        framework: "torch" or "jax", whose tensors it accepts.
+        build: returns the loss for a config.
+        options: options of `loss-core check` that select it; "" where it can be passed only in Python.
+        config_is_fixed: whether `build` returns the same loss for every config, so that no case may set fields.
+        loss: name of the loss as which it is judged by default; "" for every loss.
+        version: of its package.
     """
 
     name: str
@@ -51,24 +50,21 @@ class Implementation:
     version: str = ""
 
     def reproduce(self, call: Call) -> str:
-        """The command, or the line of Python, that judges this call alone."""
-        loss, case = call.loss, call.case.name
-        if self.options and (isinstance(loss, str) or type(loss) in LOSS_CONFIG_REGISTRY.values()):
-            config = loss if isinstance(loss, str) else json.dumps(loss.to_dict())
+        """The command that judges this call alone, or a line of Python where no command can."""
+        config, case = config_option(call.loss), call.case.name
+        if self.options and config is not None:
             only = "" if call.captured else f" --case {case}"
-            return (
-                f"loss-core check{self.options} --config {shlex.quote(config)} --dtype {call.dtype}{only}{call.suffix}"
-            )
+            return f"loss-core check{self.options} --config {config} --dtype {call.dtype}{only}{call.suffix}"
         framework = "" if self.framework == "torch" else f", framework={self.framework!r}"
         given = f"implementations={{{self.name!r}: ...}}{framework}"
-        return f"check({loss!r}, {given}, dtypes=[{call.dtype!r}], only=[{case!r}])"
+        return f"check({call.loss!r}, {given}, dtypes=[{call.dtype!r}], only=[{case!r}])"
 
 
 def implementation_of(name: str, given: Any, framework: str = "torch", options: str = "") -> Implementation:
-    """An implementation from the loss or builder that a user gives.
+    """An implementation from a user's loss or builder.
 
     Raises:
-        TypeError: it is neither; ValueError: no such framework.
+        TypeError: `given` is neither; ValueError: no such framework.
     """
     if framework not in BACKENDS:
         raise ValueError(f"framework must be one of {', '.join(BACKENDS)}, got {framework!r}.")
@@ -81,11 +77,11 @@ def implementation_of(name: str, given: Any, framework: str = "torch", options: 
             f"Implementation {name!r} is the class {given.__name__}: give an object of it, or a builder, a function "
             "whose one parameter is called config."
         )
-    return Implementation(name, framework, lambda config: given, options, True, _first_loss_that_fits(given))
+    return Implementation(name, framework, lambda config: given, options, True, _first_matching_loss(given))
 
 
 def implementations_of(given: Mapping[str, Any] | Sequence[Implementation], framework: str) -> list[Implementation]:
-    """Implementations from what `check` takes: losses and builders by name, or implementations as they are."""
+    """Implementations from an argument of `check`: losses and builders by name, or implementations."""
     if not isinstance(given, Mapping):
         return list(given)
     return [implementation_of(name, loss, framework) for name, loss in given.items()]
@@ -102,7 +98,7 @@ def baseline_implementation(name: str) -> Implementation:
     """Another project's losses, by the name of its adapter."""
 
     def build(config: LossConfig) -> Loss:
-        # Some adapters import torch, which check does not need for the others.
+        # Imported here since some adapters import torch, which the others do not need.
         loss: Loss = importlib.import_module("loss_core_baselines").build(name, config)
         return loss
 
@@ -111,10 +107,10 @@ def baseline_implementation(name: str) -> Implementation:
 
 
 def implementation_named(spec: str, framework: str | None = None) -> Implementation:
-    """An implementation from what the command line takes: a flag, a baseline's name, or MODULE:OBJECT.
+    """An implementation from its name on the command line: a flag, a baseline's name, or MODULE:OBJECT.
 
     Raises:
-        ImportError, AttributeError, TypeError, ValueError: what is named can't be had, or is none.
+        ImportError, AttributeError, ValueError: no such object; TypeError: it is neither loss nor builder.
     """
     if spec in (*BACKENDS, *all_flags()):
         return flag_implementation(spec)
@@ -122,13 +118,13 @@ def implementation_named(spec: str, framework: str | None = None) -> Implementat
         return baseline_implementation(spec)
     if ":" not in spec:
         raise ValueError(f"{spec!r} is neither a flag, nor MODULE:OBJECT, nor one of {', '.join(JUDGED)}.")
-    found = object_at(spec)
+    found = import_object(spec)
     options = f" --implementation {shlex.quote(spec)}" + (f" --framework {framework}" if framework else "")
     return implementation_of(spec, found, framework or "torch", options)
 
 
-def object_at(spec: str) -> Any:
-    """What MODULE:OBJECT names; OBJECT may have dots.
+def import_object(spec: str) -> Any:
+    """Import the object that MODULE:OBJECT names; OBJECT may have dots.
 
     Raises:
         ImportError, AttributeError, ValueError: there is none.
@@ -144,9 +140,9 @@ def object_at(spec: str) -> Any:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A loss whose errors are `Refused`: what fails after its result, in backward, is another matter.
+    """A loss whose forward raises `Refused` for any error; errors in backward are not converted.
 
-    Equal for the same loss, so that JAX compiles once.
+    Wrappers of the same loss are equal, so that JAX compiles once.
     """
 
     loss: Loss
@@ -155,11 +151,11 @@ class Guarded:
         try:
             return self.loss(**arguments)
         except Exception as error:
-            raise Refused(in_words(error)) from error
+            raise Refused(error_text(error)) from error
 
 
-def in_words(error: BaseException) -> str:
-    """An error as the user would see it: its type and its message's first line; of one of ours, the message."""
+def error_text(error: BaseException) -> str:
+    """An error's type and the first line of its message; of a BackendUnavailable, only the message."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, BackendUnavailable):
         return text
@@ -167,10 +163,10 @@ def in_words(error: BaseException) -> str:
 
 
 def accepted(loss: Loss, definition: LossDef, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of a call that the loss takes; a hint, which changes no result, may be left out.
+    """The arguments of a call that the loss accepts; hints, which change no result, are dropped where it has none.
 
     Raises:
-        Refused: it does not take one of the others.
+        Refused: it does not accept another one.
     """
     parameters = _parameters(loss)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -183,17 +179,17 @@ def accepted(loss: Loss, definition: LossDef, arguments: Mapping[str, Any]) -> d
 
 
 def _parameters(given: Any) -> Mapping[str, inspect.Parameter]:
-    # The forward of a module, whose __call__ takes anything.
+    # The forward of a module: its __call__ has no signature of its own.
     target = given.forward if not isinstance(given, type) and hasattr(given, "forward") else given
     try:
         return inspect.signature(target).parameters
     except (TypeError, ValueError):
-        # Without a signature, as some built-in functions are: it is found out by calling.
+        # Some built-in functions have no signature: every argument is passed, and the call decides.
         return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
 
 
-def _first_loss_that_fits(loss: Loss) -> str:
-    """The first loss of the registry whose arguments these are; "" for none."""
+def _first_matching_loss(loss: Loss) -> str:
+    """Name of the first loss of this library whose arguments the callable accepts; "" for none."""
     parameters = _parameters(loss)
     needed = {
         n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)

@@ -1,4 +1,4 @@
-"""Verdicts on clauses as reports show them: a matrix for each loss, and what was not judged in the words given."""
+"""Verdicts on clauses arranged for reports: a matrix for each loss, and the reasons why clauses were not judged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Matrix(NamedTuple):
     """The verdicts on one loss.
 
     Attributes:
-        status: what stands in a cell, by (clause, implementation).
+        status: text of each cell, by (clause, implementation).
     """
 
     loss: str
@@ -22,7 +22,7 @@ class Matrix(NamedTuple):
 
 
 def matrices(report: Report) -> Iterator[Matrix]:
-    """One for each loss."""
+    """One matrix for each loss."""
     for loss in dict.fromkeys(verdict.loss for verdict in report.verdicts):
         of_loss = [verdict for verdict in report.verdicts if verdict.loss == loss]
         yield Matrix(
@@ -34,7 +34,7 @@ def matrices(report: Report) -> Iterator[Matrix]:
 
 
 def reasons_not_judged(report: Report) -> list[tuple[str, str]]:
-    """What implementations refuse, in their own words, and what could not be seen: (who and which clauses, words)."""
+    """Why clauses were not judged: pairs of "implementation, loss, clauses" and the error message or reason."""
     by_words: dict[tuple[str, str], list[str]] = {}
     for verdict in report.verdicts:
         for text in verdict.words:

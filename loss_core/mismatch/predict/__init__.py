@@ -1,1 +1,1 @@
-"""What a head gives in a given precision and by a given formula, as intervals."""
+"""Predictions of a head's log-probabilities in a given precision and by a given formula, as intervals."""

@@ -1,9 +1,9 @@
-"""The log-probabilities that a head gives if it is computed in a given precision by a given formula, as intervals.
+"""Intervals of a head's log-probabilities, for a given precision and formula.
 
 The formula is log softmax(softcap(scale (h W' + b)) / temperature) at the label.
 
-Every system that computes in that way lies within them, whatever the order of its sums: each rounding that is known is
-carried out, and the others are bounded with the pieces of `loss_core.losses.bounds.rounding`.
+Every system that computes in that way is within them, whatever the order of its sums: known roundings are applied, and
+the others are bounded with the parts of `loss_core.losses.bounds.rounding`.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -20,21 +20,21 @@ from loss_core.mismatch.predict.interval import FLOAT32, Floats, Interval
 from loss_core.mismatch.predict.log_softmax import log_softmax_at
 from loss_core.mismatch.predict.precision import Precision, rounded_operand
 
-# Numbers of lm_weight that are held in float64 at a time.
+# How many elements of lm_weight are converted to float64 at a time.
 _BLOCK = 2**24
 
 Array = NDArray[Any]
 
 
 class Formula(NamedTuple):
-    """What is computed from the product of hidden states and head.
+    """How log-probabilities are computed from the product of hidden states and head.
 
     Attributes:
-        temperature, logit_softcapping, logit_scale: 1, 0 and 1 change nothing.
-        bias: whether lm_bias is added, where there is one.
-        extra_columns: zeros that take part in the softmax beside the V logits; negative: the last columns left out.
+        temperature, logit_softcapping, logit_scale: 1, 0 and 1 are neutral.
+        bias: whether lm_bias is added, if there is one.
+        extra_columns: count of zeros in the softmax after the V logits; negative: count of excluded last columns.
         label_shift: the log-probability is that of the label so many positions later.
-        position_shift: the log-probability stands so many positions later in the array.
+        position_shift: the log-probability is stored so many positions later.
     """
 
     temperature: float = 1.0
@@ -46,20 +46,20 @@ class Formula(NamedTuple):
     position_shift: int = 0
 
 
-def with_number(formula: Formula, name: str, value: float) -> Formula:
-    """The formula with another value of the number of this name."""
+def with_parameter(formula: Formula, name: str, value: float) -> Formula:
+    """The formula with another value of the field `name`."""
     replaced: dict[str, Any] = {name: value}
     return formula._replace(**replaced)
 
 
 class Products(NamedTuple):
-    """Hidden states times head, of operands that were rounded to one format.
+    """Hidden states times head, with operands rounded to one format.
 
     Attributes:
         products_TV: exact sums over H.
-        spread_TV: root of the sum of the products' squares, float32.
-        bias_V: rounded likewise; zeros where there is none.
-        unit: of the sums in float32: error of one addition, relative to its result.
+        spread_TV: square root of the sum of the squared products, float32.
+        bias_V: rounded to the same format; zeros without a bias.
+        unit: relative error of one addition of the float32 sums.
     """
 
     products_TV: Floats
@@ -74,8 +74,7 @@ class Products(NamedTuple):
 def products(hidden_TH: Array, weight_VH: Array, bias_V: Array | None, operands: str) -> Products:
     """Hidden states [T, H] times weight [V, H], with the operands rounded to a format of `rounded_operand`.
 
-    Matrix engines, which take operands of fewer than 32 bits, may cut a sum's last bits off instead of rounding them:
-    2 u instead of u.
+    Matrix engines, whose operands have fewer than 32 bits, may truncate a sum instead of rounding it: 2 u instead of u.
     """
     vocab, hidden = weight_VH.shape
     h_TH = rounded_operand(hidden_TH, operands)
@@ -93,13 +92,13 @@ def products(hidden_TH: Array, weight_VH: Array, bias_V: Array | None, operands:
 
 
 def stored_logits(raw: Products, precision: Precision, bias: bool, hidden: int) -> Interval:
-    """Logits [T, V] as the product stores them.
+    """Intervals of the logits [T, V], in the format in which the product stores them.
 
-    A sum of n = H + 1 numbers is off by the errors of its partial sums, each u |partial sum|: together by sum_growth(n)
-    u times their size. In any order that has nothing to do with the values, a partial sum of k of n numbers x is k/n of
-    the whole sum, give or take a variance of at most sum x^2 / 4 (sampling without replacement): |sum x| +
-    SUM_GROWTH / 2 sqrt(sum x^2) bounds it. The worst order (all positive terms first) would give sum |x|, which is some
-    sqrt(n) times larger and would hide TF32 behind float32.
+    The error of a sum of n = H + 1 numbers is that of its partial sums, each u |partial sum|: sum_growth(n) u times
+    their size in total. In any order that is independent of the values, a partial sum of k of n numbers x has mean k/n
+    of the full sum and a variance of at most sum x^2 / 4 (sampling without replacement): |sum x| +
+    SUM_GROWTH / 2 sqrt(sum x^2) bounds it. The worst order (all positive terms first) would give sum |x|, which is
+    about sqrt(n) times larger and would make TF32 indistinguishable from float32.
     """
     bias_V = raw.bias_V if bias else np.zeros_like(raw.bias_V)
     logits_TV = raw.products_TV + bias_V
@@ -109,13 +108,13 @@ def stored_logits(raw: Products, precision: Precision, bias: bool, hidden: int) 
 
 
 def log_probs(logits: Interval, labels_T: NDArray[np.int64], precision: Precision, formula: Formula) -> Interval:
-    """Log-probability of each label [T], from stored logits [T, V]."""
+    """Intervals of the labels' log-probabilities [T], from stored logits [T, V]."""
     z = _with_columns(_scaled(logits, precision.steps, formula), formula.extra_columns)
     return log_softmax_at(z, labels_T, precision.result, precision.softmax)
 
 
 def _scaled(z: Interval, fmt: str, formula: Formula) -> Interval:
-    """Scale, softcap and temperature, each step stored in a format."""
+    """Scale, softcap and temperature, with each result stored in a format."""
     scale, cap, temperature = formula.logit_scale, formula.logit_softcapping, formula.temperature
     if scale != 1:
         # The scale itself may have been rounded, or be the inverse of a divisor.

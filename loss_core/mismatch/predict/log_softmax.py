@@ -1,4 +1,4 @@
-"""Log-softmax at one column of each row, as an interval, with none or some of its steps stored in 16 bits."""
+"""Interval of the log-softmax at one column of each row, with none or some of its steps stored in 16 bits."""
 
 # T = tokens, V = vocabulary
 
@@ -20,12 +20,12 @@ from loss_core.mismatch.predict.interval import FLOAT32, Interval
 
 
 def log_softmax_at(z: Interval, labels_T: NDArray[np.int64], fmt: str, stored: tuple[str, ...]) -> Interval:
-    """Log-probability of each label [T].
+    """Interval of each label's log-probability [T].
 
     Args:
         z: logits [T, V].
-        fmt: format in which it is stored.
-        stored: SOFTMAX_STEPS whose results are stored in that format, too.
+        fmt: format in which the result is stored.
+        stored: the SOFTMAX_STEPS whose results are stored in that format, too.
     """
     at = (np.arange(len(labels_T)), labels_T)
     if not stored:
@@ -47,16 +47,16 @@ def log_softmax_at(z: Interval, labels_T: NDArray[np.int64], fmt: str, stored: t
 
 
 def _stored_once(z: Interval, at: tuple[NDArray[np.intp], NDArray[np.int64]]) -> Interval:
-    """In float32 throughout: log p grows with the label's own logit and falls with every other."""
+    """Computed in float32 throughout; log p increases with the label's own logit and decreases with every other."""
     low_TV, high_TV = z.high.copy(), z.low.copy()
     low_TV[at], high_TV[at] = z.low[at], z.high[at]
     softmax = softmax_errors(z.value, np.zeros(len(z.value)), FLOAT32)
     value_T = softmax.log_p_TV[at]
-    # The label's logit less the log-sum-exp, as in losses/log_probs.py.
+    # The label's logit minus the log-sum-exp, as in losses/log_probs.py.
     error_T = softmax.err_lse_T + FLOAT32.u * (3 * np.abs(z.value[at]) + 2 * np.abs(value_T))
     return Interval(log_softmax(low_TV)[at], value_T, log_softmax(high_TV)[at]).widened(error_T)
 
 
 def _rounded(values: Interval, fmt: str) -> Interval:
-    """A sum or difference of two numbers, rounded in float32, as every platform does it, and then to a format."""
+    """Round a sum or difference of two numbers to float32, as every platform does, and then to a format."""
     return values.map(lambda x_T: round_to(x_T, FLOAT32.name)).rounded(fmt)

@@ -1,6 +1,6 @@
-"""`check_invariance` finds a token whose result depends on the others, and says whether its flag had promised not to.
+"""`check_invariance` detects tokens whose results depend on the others, and reports what the flag promises.
 
-That torch's kernels keep their promises is in tests/on_torch/test_batch_invariance.py.
+The promises of torch's kernels are tested in tests/on_torch/test_batch_invariance.py.
 """
 
 from dataclasses import fields, make_dataclass, replace
@@ -24,7 +24,7 @@ SMALL = (5, 24)
 
 @pytest.fixture
 def wrapped():
-    """Registers a loss that is `wrong(right loss, config, **arguments)` in the place of the right one."""
+    """Registers a loss that is `wrong(right loss, config, **arguments)` in place of the right one."""
 
     def register(loss, wrong, kernel="torch:eager", definition=None):
         right_cls = LOSS_CONFIG_REGISTRY[loss]
@@ -41,7 +41,7 @@ def wrapped():
     unregister_loss("Wrong")
 
 
-def less_the_largest_of_the_batch(right, config, logits, labels):
+def minus_the_maximum_of_the_batch(right, config, logits, labels):
     finite = torch.where(logits.isfinite(), logits, 0.0)
     return right(logits - finite.amax(), labels)
 
@@ -58,7 +58,7 @@ def nan_of_ignored_tokens(right, config, logits, labels):
 @pytest.mark.parametrize(
     ("wrong", "tensor", "batch"),
     [
-        (less_the_largest_of_the_batch, "logits", "among other tokens"),
+        (minus_the_maximum_of_the_batch, "logits", "among other tokens"),
         (mean_over_the_batch, "logits", "token 0 alone"),
         (nan_of_ignored_tokens, "loss", "between ignored tokens"),
     ],

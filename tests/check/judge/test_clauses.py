@@ -14,7 +14,7 @@ from loss_core.check import check
 from loss_core.check.judge.clauses import CLAUSES
 from loss_core.check.judge.implementation import flag_implementation
 
-# One case for each circumstance, so that a verdict takes a second.
+# One case for each kind of clause, so that a verdict takes a second.
 CASES = ("basic", "mean", "none", "all-ignored", "nan-where-ignored", "strided")
 QUICK = {"dtypes": ["float32", "bfloat16"], "only": CASES}
 
@@ -26,7 +26,7 @@ def reduced(loss_T, keep, config):
 
 
 def torch_tokens(config, logits, labels):
-    """The loss of each token, and which count."""
+    """The loss of each token, and which tokens are valid."""
     keep = labels != config.ignore_index
     logits = torch.where(keep[..., None], logits, 0).to(torch.promote_types(logits.dtype, torch.float32))
     known = (labels >= 0) & (labels < logits.shape[-1])
@@ -65,7 +65,7 @@ def test_a_right_torch_loss_is_ok_in_every_clause():
     assert {clause for clause, status in statuses(report).items() if status != "ok"} == {"gradient of loss_weights"}
 
 
-def test_a_right_jax_loss_is_ok_in_every_clause_that_jax_shows():
+def test_a_right_jax_loss_is_ok_in_every_clause_that_jax_can_test():
     report = check("MaskedCrossEntropy", implementations={"mine": right_jax}, framework="jax",
                    dtypes=["float32"], only=CASES)  # fmt: skip
     assert report.passed, str(report)
@@ -76,11 +76,11 @@ def test_a_right_jax_loss_is_ok_in_every_clause_that_jax_shows():
 
 
 @pytest.mark.parametrize("loss", ["MaskedCrossEntropy", "FusedLinearCrossEntropy", "KDLoss", "LogProbs"])
-def test_this_library_holds_its_contract(loss):
+def test_this_library_satisfies_its_contract(loss):
     report = check(loss, implementations=[flag_implementation("torch:eager")], dtypes=["float32"])
     assert report.passed, str(report)
-    unseen = [verdict for verdict in report.verdicts if verdict.status == "not seen"]
-    assert all("labels say" in verdict.words[0] or "no case" in verdict.words[0] for verdict in unseen), str(report)
+    not_seen = [verdict for verdict in report.verdicts if verdict.status == "not seen"]
+    assert all("labels only" in verdict.words[0] or "no case" in verdict.words[0] for verdict in not_seen), str(report)
 
 
 # Clause -> a loss for a config that breaks it.
@@ -134,7 +134,7 @@ def mean_over_all_tokens(config):
 
 
 @defect("all ignored")
-def nothing_divided_by_nothing(config):
+def zero_divided_by_zero(config):
     def loss(logits, labels):
         loss_T, keep = torch_tokens(config, logits, labels)
         return loss_T.sum() / keep.sum() if config.reduction == "mean" else reduced(loss_T, keep, config)
@@ -151,7 +151,7 @@ def last_class_taken_for_labels_beyond_it(config):
 
 
 @defect("upstream gradient")
-def factor_of_the_loss_left_out(config):
+def factor_of_the_loss_ignored(config):
     def loss(logits, labels):
         result = right(config)(logits, labels)
         return with_gradient(result, torch.ones_like) if result.ndim == 0 else result
@@ -277,14 +277,14 @@ def test_a_loss_is_judged_with_the_config_that_is_given():
     assert {verdict.loss for verdict in report.verdicts} == {"MaskedCrossEntropy"}
 
 
-def test_without_a_config_a_loss_is_taken_for_the_one_whose_arguments_it_takes():
+def test_without_a_config_a_loss_is_judged_as_the_first_whose_arguments_it_accepts():
     kd = KDLossConfig().build(backend="torch:plain")
     report = check(implementations={"mine": kd}, dtypes=["float32"], only=["basic"])
     assert report.passed
     assert {verdict.loss for verdict in report.verdicts} == {"KDLoss"}
 
 
-def test_arguments_that_a_loss_does_not_take_are_unsupported_in_words():
+def test_arguments_that_a_loss_does_not_accept_are_unsupported_and_named():
     report = check("MaskedCrossEntropy", implementations={"mine": right}, dtypes=["float32"], only=["mask", "basic"])
     (verdict,) = [v for v in report.verdicts if v.clause == "ignored positions"]
     assert verdict.words == ("takes no mask; its arguments are logits, labels (float32 mask)",)
@@ -313,7 +313,7 @@ def test_flags_run_beside_implementations_where_they_are_named():
     assert json.loads(report.to_json())["verdicts"][0]["status"] == "ok"
 
 
-def test_cross_entropy_of_torch_has_the_defects_that_are_known_of_it():
+def test_cross_entropy_of_torch_has_its_known_defects():
     def torch_own(config):
         return lambda logits, labels: F.cross_entropy(
             logits, labels, ignore_index=config.ignore_index, reduction=config.reduction

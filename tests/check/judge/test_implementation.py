@@ -1,4 +1,4 @@
-"""Other projects judged by name: their adapters, versions, and what is said where they are not installed."""
+"""Other projects judged by name: their adapters, versions, and the error if they are not installed."""
 
 import importlib
 import re
@@ -35,7 +35,7 @@ def test_the_defects_of_torch_itself_are_found_by_name():
     assert "--implementation torch-own " in report.failures[0].reproduce
 
 
-def test_a_missing_project_is_told_with_its_install_line(monkeypatch):
+def test_a_missing_project_is_reported_with_its_install_command(monkeypatch):
     absent = Baseline("absent", "", "torch", (), ("torch", "no_such_package"), "pip install absent", adapter="liger")
     monkeypatch.setitem(BASELINES, "absent", absent)
     monkeypatch.setitem(JUDGED, "absent", absent)
@@ -47,7 +47,7 @@ def test_a_missing_project_is_told_with_its_install_line(monkeypatch):
     assert report.verdicts[0].words[0].startswith("absent needs no_such_package: pip install absent")
 
 
-def test_what_a_baseline_has_not_is_refused_by_name():
+def test_what_a_baseline_lacks_is_refused_by_name():
     with pytest.raises(BackendUnavailable, match=re.escape("torch-own has no z_loss=0.1.")):
         build("torch-own", MaskedCrossEntropyConfig(z_loss=0.1))
     with pytest.raises(BackendUnavailable, match="torch-own has no loss for KDLossConfig"):

@@ -1,4 +1,4 @@
-"""Rounding of operands, and the 16-bit log-softmaxes of torch and JAX, which lie within what is predicted."""
+"""Rounding of operands, and the 16-bit log-softmaxes of torch and JAX, which are within the predicted intervals."""
 
 from __future__ import annotations
 
