@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from loss_core import LOSS_CONFIG_REGISTRY
 from loss_core.losses import Sizes, allowances, definition_of, error_ratio, evaluate
-from loss_core.losses.reduction import kept_tokens
+from loss_core.losses.reduction import valid_tokens
 
 B, S, V, H = 4, 8, 11, 5
 PLACES = np.arange(B * S).reshape(B, S)
@@ -135,5 +135,5 @@ def _whole(config: Any, step: Step) -> dict[str, NDArray[Any]]:
         if step.optional and argument.optional and argument.dims and definition.accepts(config, argument.name):
             values = 2.0 * rng.random(sizes.shape(argument.dims))
             arrays[argument.name] = values if argument.kind == "float" else (values > 0.5).astype(np.int64)
-    arrays[definition.find("count").name] = np.asarray(kept_tokens(arrays, config.ignore_index).sum())
+    arrays[definition.find("count").name] = np.asarray(valid_tokens(arrays, config.ignore_index).sum())
     return arrays

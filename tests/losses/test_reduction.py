@@ -6,7 +6,7 @@ import pytest
 from helpers.roundings import COEFFICIENT, NEAR_ZERO, U, softmax
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.losses import allowances, evaluate
-from loss_core.losses.reduction import Reduction, kept_rows, kept_tokens, times_rows
+from loss_core.losses.reduction import Reduction, masked_rows, times_rows, valid_tokens
 
 LOGITS_TV = np.array([[0.5, -1.0, 2.25], [3.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, -2.0, 1.0]])
 LABELS_T = np.array([1, 0, -100, 2])
@@ -40,12 +40,12 @@ def test_a_token_counts_unless_its_label_is_ignore_index_or_the_mask_is_0(mask, 
     arrays = {"labels": labels} | ({} if mask is None else {"mask": np.array(mask)})
     of_mask = np.ones((2, 2), bool) if mask is None else np.broadcast_to(np.array(mask) != 0, (2, 2))
     expected = [label != ignore_index and of for label, of in zip(labels.flat, of_mask.flat, strict=True)]
-    assert kept_tokens(arrays, ignore_index).tolist() == expected
+    assert valid_tokens(arrays, ignore_index).tolist() == expected
 
 
 def test_what_an_ignored_row_holds_does_not_matter():
     keep_T = np.array([True, False])
-    np.testing.assert_array_equal(kept_rows(np.array([[[1, 2]], [[np.nan, np.inf]]]), keep_T), [[1, 2], [0, 0]])
+    np.testing.assert_array_equal(masked_rows(np.array([[[1, 2]], [[np.nan, np.inf]]]), keep_T), [[1, 2], [0, 0]])
     with np.errstate(invalid="ignore"):
         products = times_rows(np.array([-2.0, 0.0]), np.array([[1, 2], [np.nan, np.inf]]))
     np.testing.assert_array_equal(products, [[-2, -4], [0, 0]])
