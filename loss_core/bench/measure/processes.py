@@ -86,33 +86,33 @@ class Processes:
 
     def started(self, limit: float) -> dict[str, Any]:
         """Wait for them; "versions" of the framework, and the "device" by its own name."""
-        self.pool.started(limit)
-        about: dict[str, Any] = self.pool.ask(self.limit, "about")[0]
+        self.pool.wait_started(limit)
+        about: dict[str, Any] = self.pool.call(self.limit, "about")[0]
         return about
 
     def setup(self, job: Job, kind: str, name: str) -> None:
         """Build the implementation: kind "flag", "baseline" or "roofline"."""
-        self.pool.ask(self.limit, "setup", job=job, kind=kind, name=name)
+        self.pool.call(self.limit, "setup", job=job, kind=kind, name=name)
 
     def prepare(self) -> list[Prepared]:
         """The first calls of the job, by each process."""
-        return self.pool.ask(self.limit, "prepare")
+        return self.pool.call(self.limit, "prepare")
 
     def evaluate(self, job: Job) -> list[Arrays]:
         """Loss and gradients of a job of another shape, by argument name, of each process."""
-        return self.pool.ask(self.limit, "evaluate", job=job)
+        return self.pool.call(self.limit, "evaluate", job=job)
 
     def times(self, budget: float, most: int) -> list[float]:
         """Seconds of calls, as many as fit the budget."""
-        return slowest_times(self.pool.ask(self.limit, "round", budget=budget, most=most))
+        return slowest_times(self.pool.call(self.limit, "round", budget=budget, most=most))
 
     def rates(self, budget: float, most: int) -> Rates:
         """The rates of one rank while all are busy."""
-        return slowest_rates(self.pool.ask(self.limit, "round", budget=budget, most=most))
+        return slowest_rates(self.pool.call(self.limit, "round", budget=budget, most=most))
 
     def drop(self) -> None:
         """Give the memory of the inputs back."""
-        self.pool.ask(self.limit, "drop")
+        self.pool.call(self.limit, "drop")
 
     def stop(self) -> None:
         """End the processes and everything that they started. May be called more than once."""
