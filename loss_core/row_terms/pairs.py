@@ -49,7 +49,7 @@ def combine_pairs(xp: Namespace, a: PairTerms, b: PairTerms) -> PairTerms:
     """Merge the pair terms of two pieces of a row."""
     m_t = xp.maximum(a.m_t, b.m_t)
     m_s = xp.maximum(a.m_s, b.m_s)
-    (s_t_a, a_a, s_s_a), (s_t_b, a_b, s_s_b) = (_rescaled(xp, piece, m_t, m_s) for piece in (a, b))
+    (s_t_a, a_a, s_s_a), (s_t_b, a_b, s_s_b) = [_rescaled(xp, piece, m_t, m_s) for piece in (a, b)]
     return PairTerms(m_t, s_t_a + s_t_b, a_a + a_b, m_s, s_s_a + s_s_b)
 
 

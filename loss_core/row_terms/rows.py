@@ -45,7 +45,7 @@ class Coefficients(NamedTuple):
     Attributes:
         scale: factor of exp(z - m).
         target: gradient at the columns of the targets, shape of t.
-        uniform: subtracted from every other column; None for 0.
+        uniform: subtracted from the other columns; None for 0.
         slope: factor of exp(z - m) * (z - m), which is 0 where exp(z - m) is 0; None for 0.
         factor: scalar array that multiplies the gradient; None for 1.
     """
@@ -148,10 +148,10 @@ def with_target(
 ) -> Coefficients:
     """Coefficients for rows with one target; `added` is added to the gradient at the target's column."""
     x = relative(xp, terms.t, terms.m)
-    power = xp.exp(x)
-    target = power * scale + added
+    exp_x = xp.exp(x)
+    target = exp_x * scale + added
     if slope is not None:
-        target = target + weighted(xp, power, x) * slope
+        target = target + weighted(xp, exp_x, x) * slope
     return Coefficients(scale, target if uniform is None else target - uniform, uniform, slope)
 
 

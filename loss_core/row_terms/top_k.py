@@ -42,8 +42,8 @@ class TopK(NamedTuple):
 
     def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array]:
         """The divergence; +inf where the student gives probability 0 to a class to which the teacher does not."""
-        p, p_tail = _teacher(xp, self)
-        log_q, log_rest = _student(xp, terms)
+        p, p_tail = _teacher_probs(xp, self)
+        log_q, log_rest = _student_log_probs(xp, terms)
         loss = xp.sum(weighted(xp, p, self.log_p - log_q), -1)
         return (loss if p_tail is None else loss + weighted(xp, p_tail, log(xp, p_tail) - log_rest),)
 
@@ -55,8 +55,8 @@ class TopK(NamedTuple):
         exp(z_v - m) (W rest - p_tail) / s, which needs no division by rest.
         """
         (upstream,) = upstreams
-        p, p_tail = _teacher(xp, self)
-        log_q, log_rest = _student(xp, terms)
+        p, p_tail = _teacher_probs(xp, self)
+        log_q, log_rest = _student_log_probs(xp, terms)
         weight = xp.sum(p, -1) if p_tail is None else xp.sum(p, -1) + p_tail
         pull = weight * xp.exp(log_rest) if p_tail is None else weight * xp.exp(log_rest) - p_tail
         # Where all other classes have logits of -inf, exp(z - m) is 0, and so must their gradient be.
@@ -66,8 +66,8 @@ class TopK(NamedTuple):
 
     def teacher_gradient(self, xp: Namespace, terms: RowTerms) -> Array:
         """Gradient of the value by log_p, [..., K], with p_tail = 1 - sum p; where p_tail is 0, as without a tail."""
-        p, p_tail = _teacher(xp, self)
-        log_q, log_rest = _student(xp, terms)
+        p, p_tail = _teacher_probs(xp, self)
+        log_q, log_rest = _student_log_probs(xp, terms)
         ratio = self.log_p - log_q
         if p_tail is None:
             return weighted(xp, p, ratio + 1.0)
@@ -75,13 +75,13 @@ class TopK(NamedTuple):
         return weighted(xp, p, ratio - of_tail[..., None])
 
 
-def _teacher(xp: Namespace, teacher: TopK) -> tuple[Array, Array | None]:
+def _teacher_probs(xp: Namespace, teacher: TopK) -> tuple[Array, Array | None]:
     """p of the K targets [..., K], and of the tail [...], at least 0 despite rounding; None without a tail."""
     p = xp.exp(teacher.log_p)
     return p, xp.clip(1.0 - xp.sum(p, -1), 0.0, None) if teacher.tail else None
 
 
-def _student(xp: Namespace, terms: RowTerms) -> tuple[Array, Array]:
+def _student_log_probs(xp: Namespace, terms: RowTerms) -> tuple[Array, Array]:
     """log q of the K targets [..., K], and of all other classes together [...]; -inf where there are none."""
     t = terms.t
     m = xp.maximum(terms.m, xp.amax(t, -1))

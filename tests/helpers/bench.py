@@ -20,11 +20,11 @@ def job(loss: str, vocab: int, tp: int = 2, **more: object) -> Job:
 
 
 def row(name: str, seconds: float, kind: str = "", shape: tuple[int, ...] = (8, 10), **more: object) -> BenchRow:
-    """A row of KDLoss that took so long; its kind and framework follow from the name, where they are not given."""
+    """A row of KDLoss with this time; its framework, and its kind unless given, follow from the name."""
     kind = kind or (ROOFLINE if name == ROOFLINE else FLAG)
     framework = "jax" if "jax" in name or name == "optax" else "torch"
-    settled = {"config": {"name": "KDLoss"}, "rounds": [seconds], **more}
-    return BenchRow("KDLoss", name, kind, framework, shape, "float32", **settled)  # type: ignore[arg-type]
+    values = {"config": {"name": "KDLoss"}, "rounds": [seconds], **more}
+    return BenchRow("KDLoss", name, kind, framework, shape, "float32", **values)  # type: ignore[arg-type]
 
 
 def by_name(report: BenchReport) -> dict[str, BenchRow]:
