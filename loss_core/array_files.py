@@ -41,11 +41,9 @@ def outside_vocab(labels: Array, keep: NDArray[np.bool_], vocab: int | None, ign
     wrong = np.argwhere(keep & ((labels < 0) | above))
     if not wrong.size:
         return ""
-    index = tuple(int(i) for i in wrong[0])
-    position, end = "".join(f"[{i}]" for i in index), "..." if vocab is None else vocab
-    return (
-        f"labels{position} is {int(labels[index])}, which is outside [0, {end}) and not ignore_index ({ignore_index})."
-    )
+    first = tuple(int(i) for i in wrong[0])
+    index, end = "".join(f"[{i}]" for i in first), "..." if vocab is None else vocab
+    return f"labels{index} is {int(labels[first])}, which is outside [0, {end}) and not ignore_index ({ignore_index})."
 
 
 def _read_npz(path: Path, option: str) -> tuple[dict[str, Array], dict[str, str]]:

@@ -175,9 +175,9 @@ def _jsd_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Fl
     """Each KL(p || M) = sum p x with x = log p - log M: errors of the weights p times |x|, and errors of x.
 
     Whether x is computed from log p_t - log p_s, or from log p and a log M that lies between the two, log-probabilities
-    enter twice. To these add an exp, the rounding of its argument (r e^-r <= 0.4), the log of a sum that is at most 2,
-    the logarithms of beta and 1 - beta (rounded, added, subtracted), and x itself. The factors beta and 1 - beta are
-    rounded, and so are the products with them.
+    enter twice. In addition: an exp, the rounding of its argument (r e^-r <= 0.4), the log of a sum that is at most 2,
+    the logarithms of beta and 1 - beta (rounded, added, subtracted), and x. Beta and 1 - beta are rounded, and so are the
+    products with them.
     """
     log_shares = abs(np.log(beta)) + abs(np.log1p(-beta))
     log_m_TV = np.logaddexp(np.log(beta) + teacher.sm.log_p_TV, np.log1p(-beta) + student.sm.log_p_TV)
@@ -208,7 +208,7 @@ def _same_logits(drawn: Any) -> None:
     drawn.arrays["teacher_logits"] = drawn.arrays["student_logits"].copy()
 
 
-def _mask_classes(*names: str) -> Callable[[Any], None]:
+def _mask_half(*names: str) -> Callable[[Any], None]:
     """A change that sets half of the classes of these logits to -inf, but never the first."""
 
     def change(drawn: Any) -> None:
@@ -220,7 +220,7 @@ def _mask_classes(*names: str) -> Callable[[Any], None]:
     return change
 
 
-def _labels_outside_vocab(drawn: Any) -> None:
+def _invalid_labels(drawn: Any) -> None:
     labels = drawn.arrays["labels"]
     others = drawn.rng.choice([-1, drawn.recipe.vocab, 2**31 - 1, -(2**31)], labels.shape)
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, others)
@@ -240,22 +240,16 @@ RECIPES = (
     Recipe("many-tokens-kd", "errors between row blocks", {"chunk_size": 5}),
     Recipe("temperature", "a missing T^2, or a T in the wrong place", {"temperature": 2.5}),
     Recipe("cold", "a temperature below 1", {"temperature": 0.5}, extras=("count",)),
-    Recipe(
-        "no-classes",
-        "labels used as classes, where they only mark ignored tokens",
-        change=_labels_outside_vocab,
-    ),
+    Recipe("no-classes", "labels used as classes, where they only mark ignored tokens", change=_invalid_labels),
     Recipe("same-logits", "a divergence of equal distributions that is not 0", change=_same_logits),
-    Recipe("ruled-out", "NaN from -inf in the teacher's logits alone", change=_mask_classes("teacher_logits")),
+    Recipe("ruled-out", "NaN from -inf in the teacher's logits alone", change=_mask_half("teacher_logits")),
     Recipe(
         "reverse",
         "roles exchanged in the loss, but not in a gradient",
         _REVERSE | {"temperature": 2.0},
         extras=("loss_weights", "count", "upstream"),
     ),
-    Recipe(
-        "reverse-ruled-out", "NaN from -inf in the student's logits", _REVERSE, change=_mask_classes("student_logits")
-    ),
+    Recipe("reverse-ruled-out", "NaN from -inf in the student's logits", _REVERSE, change=_mask_half("student_logits")),
     Recipe(
         "jsd",
         "the shares of teacher and student exchanged",
@@ -267,7 +261,7 @@ RECIPES = (
         "jsd-ruled-out",
         "NaN from -inf in the logits of one or of both",
         _JSD,
-        change=_mask_classes("student_logits", "teacher_logits"),
+        change=_mask_half("student_logits", "teacher_logits"),
     ),
     Recipe("jsd-huge-logits", "overflow of a ratio of probabilities", _JSD | {"beta": 0.9}, scale=1e4),
 )

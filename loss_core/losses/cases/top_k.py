@@ -83,7 +83,7 @@ def _masked_targets(drawn: Any) -> None:
     drawn.arrays["teacher_logprobs"] = np.where(banned, -np.inf, drawn.arrays["teacher_logprobs"])
 
 
-def _labels_outside_vocab(drawn: Any) -> None:
+def _invalid_labels(drawn: Any) -> None:
     labels = drawn.arrays["labels"]
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, drawn.recipe.vocab + 7)
 
@@ -100,5 +100,5 @@ RECIPES = (
     Recipe("ruled-out", "NaN from -inf on both sides", change=_masked_targets, over_logits=True),
     Recipe("junk-where-ignored", "indices and log-probabilities of ignored tokens", change=_junk_where_ignored),
     Recipe("no-classes", "labels used as classes, where they only mark ignored tokens",
-           change=_labels_outside_vocab),
+           change=_invalid_labels),
 )  # fmt: skip
