@@ -176,8 +176,8 @@ def _jsd_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Fl
 
     Whether x is computed from log p_t - log p_s, or from log p and a log M that lies between the two, log-probabilities
     enter twice. In addition: an exp, the rounding of its argument (r e^-r <= 0.4), the log of a sum that is at most 2,
-    the logarithms of beta and 1 - beta (rounded, added, subtracted), and x. Beta and 1 - beta are rounded, and so are the
-    products with them.
+    the logarithms of beta and 1 - beta (rounded, added, subtracted), and x. Beta and 1 - beta are rounded, and so are
+    the products with them.
     """
     log_shares = abs(np.log(beta)) + abs(np.log1p(-beta))
     log_m_TV = np.logaddexp(np.log(beta) + teacher.sm.log_p_TV, np.log1p(-beta) + student.sm.log_p_TV)

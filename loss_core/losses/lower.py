@@ -61,7 +61,7 @@ def lower_inputs(
 ) -> dict[str, OracleResult]:
     """`LossDef.lower` derived from the arguments: a lower softmax for logits, else lower products of floating inputs.
 
-    Products of 16-bit operands are exact in every arithmetic, so for those the result is rounded to 16 bits instead.
+    Operands in 16 bits are exact in every product, so for those the result is rounded to 16 bits instead.
     """
     if logits := [a.name for a in definition.inputs if a.dims == ("T", "V")]:
         fmt = _LOWER.get(dtype, dtype)
@@ -98,7 +98,7 @@ def lower_products(of_logits: Oracle[OracleResult], heads: Sequence[Head]) -> Lo
 def _round_softmax_input(z: NDArray[Any], fmt: str) -> Floats:
     """Logits [..., V] with z - max z rounded to the format."""
     top = np.max(z, axis=-1, keepdims=True)
-    # -inf - (-inf) is NaN. Rows with inf or NaN are ignored rows, whose values do not matter.
+    # -inf - (-inf) would be NaN. Values of ignored rows, such as inf or NaN, do not matter.
     top = np.where(np.isfinite(top), top, 0.0)
     return np.asarray(top + round_to(z - top, fmt))
 
