@@ -96,7 +96,7 @@ RECIPES = (
     Recipe("nothing-left", "0 log 0, and a tail of 0 in the teacher's gradient", change=_certain_teacher),
     Recipe("all-classes", "a tail where there are no other classes", vocab=5, change=_all_classes,
            over_logits=True),
-    Recipe("sure", "1 minus a sum that is 1 but for rounding", change=_certain_student, over_logits=True),
+    Recipe("sure", "1 - sum q, where the sum rounds to 1", change=_certain_student, over_logits=True),
     Recipe("ruled-out", "NaN from -inf on both sides", change=_masked_targets, over_logits=True),
     Recipe("junk-where-ignored", "indices and log-probabilities of ignored tokens", change=_junk_where_ignored),
     Recipe("no-classes", "labels used as classes, where they only mark ignored tokens",
