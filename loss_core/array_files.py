@@ -1,4 +1,4 @@
-"""Arrays that a user has stored by name in .npz or .safetensors, in NumPy's own dtypes."""
+"""Read named arrays from .npz and .safetensors files as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Array = NDArray[Any]
 
 
 def read_arrays(path: Path, option: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays of a file; bfloat16 as float32, which holds its values exactly.
+    """Read the arrays of a file; bfloat16 as float32, which represents its values exactly.
 
     Args:
-        option: of the command line, to begin a message with.
+        option: command-line option that error messages begin with.
     Returns:
-        Arrays by name, and the dtype in which each was stored.
+        Arrays by name, and the name of the dtype in which each is stored.
     Raises:
-        UsageProblem: the file can't be read, is of another kind, or holds what NumPy can't.
+        UsageProblem: the file can't be read, has another format, or has a dtype that is not supported.
     """
     if path.suffix not in (".npz", ".safetensors"):
         raise UsageProblem(f"{option} {path}: expected a file that ends in .npz or .safetensors.")
@@ -31,23 +31,24 @@ def read_arrays(path: Path, option: str) -> tuple[dict[str, Array], dict[str, st
 
 
 def outside_vocab(labels: Array, keep: NDArray[np.bool_], vocab: int | None, ignore_index: int) -> str:
-    """What is wrong with the first of the labels to keep that is no class of [0, vocab); "" where all are.
+    """Message for the first valid label outside [0, vocab); "" if there is none.
 
     Args:
-        vocab: None where it is not known: then labels below 0 are none.
+        keep: valid tokens, shape of labels.
+        vocab: None if unknown: then only labels below 0 are outside.
     """
     above = False if vocab is None else labels >= vocab
     wrong = np.argwhere(keep & ((labels < 0) | above))
     if not wrong.size:
         return ""
-    at = tuple(int(i) for i in wrong[0])
-    place, end = "".join(f"[{i}]" for i in at), "..." if vocab is None else vocab
-    return f"labels{place} is {int(labels[at])}, which is outside [0, {end}) and not ignore_index ({ignore_index})."
+    first = tuple(int(i) for i in wrong[0])
+    index, end = "".join(f"[{i}]" for i in first), "..." if vocab is None else vocab
+    return f"labels{index} is {int(labels[first])}, which is outside [0, {end}) and not ignore_index ({ignore_index})."
 
 
 def _read_npz(path: Path, option: str) -> tuple[dict[str, Array], dict[str, str]]:
     try:
-        # Opened here: np.load leaves a file open that it then finds broken.
+        # Opened here: np.load does not close a file that turns out to be corrupt.
         with path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):

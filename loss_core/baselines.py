@@ -1,6 +1,6 @@
-"""The other implementations that `bench` sets beside ours and `check` judges: what they need, how they are installed.
+"""Baselines, the implementations of other projects that `bench` times and `check` can test: requirements and features.
 
-None is a dependency. Their adapters are in loss_core_baselines, one file a project.
+None is a dependency. Their adapters are in loss_core_baselines, one file per project.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from loss_core.row_terms import OPTIONS
 
 @dataclass(frozen=True)
 class Baseline:
-    """One implementation of another project, or what can be made of a framework's own functions.
+    """One implementation of another project, or one built from a framework's own functions.
 
     Attributes:
         name: on the command line.
-        title: what it is.
+        title: shown in tables.
         framework: "torch" or "jax".
-        losses: that it computes in a benchmark, by the name of their definition; () where check alone takes it.
-        needs: packages to import, by import name.
+        losses: definition names of the losses that it computes in a benchmark; () if only check supports it.
+        needs: required packages, by import name.
         install: command that installs them.
-        options: of cross entropy that it has: fields that are off at 0.
-        adapter: its file in loss_core_baselines, by which check takes it; "" where the benchmark alone has it.
-        ranks: "one": needs the whole vocabulary in one process; "many": exists over tensor parallel only; "any".
+        options: config fields of cross entropy that it supports, among those that are off at 0.
+        adapter: its module in loss_core_baselines, for check; "" if only bench supports it.
+        ranks: "one": needs the full vocabulary in one process; "many": tensor parallel only; "any".
     """
 
     name: str
@@ -41,18 +41,18 @@ class Baseline:
     adapter: str = ""
 
     def fits_ranks(self, tp: int) -> bool:
-        """Whether it can share the vocabulary over so many ranks."""
+        """Whether it runs with the vocabulary sharded over `tp` ranks."""
         return self.ranks in ("any", "one" if tp == 1 else "many")
 
     def fits(self, loss: str, tp: int) -> bool:
-        """Whether it takes the inputs of a loss, by the name of its definition, over so many ranks."""
+        """Whether it computes a loss, by the name of its definition, over `tp` ranks."""
         return loss in self.losses and self.fits_ranks(tp)
 
     def check(self, config: LossConfig) -> None:
-        """Refuse an option that it does not have.
+        """Check that it supports the options that a config turns on.
 
         Raises:
-            BackendUnavailable: names it.
+            BackendUnavailable: names an option that it does not support.
         """
         for option in fields(config):
             is_on = type(option.default) is float and option.default == 0 != getattr(config, option.name)
@@ -60,11 +60,11 @@ class Baseline:
                 raise BackendUnavailable(f"{self.name} has no {option.name}.")
 
     def missing(self) -> tuple[str, ...]:
-        """Packages that are not installed; looked up without importing them."""
+        """Required packages that are not installed, found without importing them."""
         return tuple(name for name in self.needs if importlib.util.find_spec(name) is None)
 
     def version(self) -> str:
-        """Of the package that it is named for; "" where that is not installed."""
+        """Version of its package (the last of `needs`); "" if it is not installed."""
         distributions = importlib.metadata.packages_distributions().get(self.needs[-1])
         return importlib.metadata.version(distributions[0]) if distributions else ""
 
@@ -121,6 +121,6 @@ BASELINES = {
     )
 }  # fmt: skip
 
-# What a benchmark sets beside ours, and what check takes.
+# The baselines of bench, and those of check.
 TIMED = {name: baseline for name, baseline in BASELINES.items() if baseline.losses}
 JUDGED = {name: baseline for name, baseline in BASELINES.items() if baseline.adapter}

@@ -1,4 +1,4 @@
-"""From whatever a caller or a recipe has (config, name, class, callable) to a config, and to a built loss."""
+"""Build a config, and a loss, from what a caller or a recipe has: config, mapping, name, class or callable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from loss_core.config.factory import LossFromFactoryConfig
-from loss_core.dispatch.builders import forget_builders, register_builders, takes_backend
+from loss_core.dispatch.builders import accepts_backend, register_builders, unregister_builders
 from loss_core.loss_config import LossConfig, make_config
 from loss_core.registry import DEFINITIONS, LOSS_CONFIG_REGISTRY, config_class_for, is_ours
 
@@ -24,20 +24,20 @@ def register_loss(
     *,
     definition: LossDef | None = None,
 ) -> None:
-    """Add a loss of your own to the registry, with a builder per backend flag.
+    """Add a user-defined loss to the registry, with a builder per backend flag.
 
     Args:
         name: registry name, usable in `build_loss_config(name)`, dicts and YAML.
         config_cls: a dataclass that derives from LossConfig.
         builders: flag -> function that takes the config and returns the loss. "torch" stands for
             "torch:eager", "jax" for "jax:xla". The function may import its framework inside.
-        definition: what the loss computes, a `loss_core.losses.LossDef`: with it `loss_core.check.check`,
-            `loss_core.bench.bench` and their commands serve the loss like ours. None: a class that derives from one
-            of ours has that one's, another has none. See examples/custom_loss.py.
+        definition: a `loss_core.losses.LossDef`, with which `loss_core.check.check`, `loss_core.bench.bench` and their
+            commands support the loss like the built-in ones. None: a class that derives from a built-in config
+            inherits its definition, any other has none. See examples/custom_loss.py.
     Raises:
-        ValueError: the name is taken by another class, or a flag is unknown.
-        TypeError: config_cls is no dataclass derived from LossConfig, a builder is not callable, or
-            definition is no LossDef.
+        ValueError: the name is registered for another class, or a flag is unknown.
+        TypeError: config_cls is not a dataclass that derives from LossConfig, a builder is not callable, or
+            definition is not a LossDef.
 
     Example:
         >>> from dataclasses import dataclass
@@ -49,7 +49,7 @@ def register_loss(
         6.0
         >>> unregister_loss("ZLoss")
     """
-    # is_dataclass would accept a subclass that merely inherits the decorator's work.
+    # is_dataclass would accept a subclass that inherits __dataclass_fields__ but is not decorated itself.
     own_dataclass = isinstance(config_cls, type) and "__dataclass_fields__" in vars(config_cls)
     if not (own_dataclass and issubclass(config_cls, LossConfig)):
         raise TypeError(f"config_cls must be a dataclass that derives from LossConfig, got {config_cls!r}.")
@@ -72,31 +72,31 @@ def register_loss(
 
 
 def unregister_loss(name: str) -> None:
-    """Undo a `register_loss`. The losses of this library can't be unregistered."""
+    """Remove a loss that was added with `register_loss`. Built-in losses can't be removed."""
     config_cls = LOSS_CONFIG_REGISTRY.get(name)
     if config_cls is None or is_ours(config_cls):
         raise ValueError(f"{name!r} is not a loss that was registered with register_loss.")
     del LOSS_CONFIG_REGISTRY[name]
     if config_cls not in LOSS_CONFIG_REGISTRY.values():
-        forget_builders(config_cls)
+        unregister_builders(config_cls)
         DEFINITIONS.pop(config_cls, None)
 
 
 def build_loss_config(loss: LossLike, **loss_kwargs: Any) -> LossConfig:
-    """Normalise a loss target to a LossConfig.
+    """Normalise a loss specification to a LossConfig.
 
     | loss | result |
     |---|---|
     | LossConfig instance | the same object; kwargs are refused |
     | registry name | its typed config |
-    | mapping with the key "name", as `to_dict` makes it | the named loss's config; kwargs are refused |
-    | class with a registered name whose kwargs fit | the typed config |
+    | mapping with the key "name", as returned by `to_dict` | the named loss's config; kwargs are refused |
+    | class with a registered name, if kwargs are fields of its config | the typed config |
     | any other callable | LossFromFactoryConfig |
 
     Raises:
-        ValueError: kwargs beside a config instance, or a field value that is not accepted.
+        ValueError: kwargs together with a config instance or mapping, or a field value that is not accepted.
         TypeError: a config class instead of an instance, an unknown name, an unknown field, or
-            something that is no loss.
+            an object of any other type.
     """
     if isinstance(loss, LossConfig | Mapping):
         if loss_kwargs:
@@ -121,10 +121,10 @@ def build_loss_config(loss: LossLike, **loss_kwargs: Any) -> LossConfig:
 
 
 def split_backend(loss: LossLike, backend: str | None) -> tuple[LossLike, str | None]:
-    """The loss without the key "backend" that a recipe's mapping may have, and the flag.
+    """Split the optional key "backend" off a mapping: the loss without it, and the flag.
 
     Raises:
-        ValueError: the mapping names one flag, and the argument another.
+        ValueError: the mapping and the argument name different flags.
     """
     if not isinstance(loss, Mapping) or "backend" not in loss:
         return loss, backend
@@ -138,21 +138,21 @@ def split_backend(loss: LossLike, backend: str | None) -> tuple[LossLike, str | 
 def build_loss_module(loss: LossLike, *, backend: str | None = None, **loss_kwargs: Any) -> Any:
     """Build a loss: `build_loss_config(loss, **loss_kwargs).build(backend=backend)`.
 
-    `backend` is a reserved word: it is the flag and never reaches the loss. A factory that has an
-    argument of that name is bound first, with `functools.partial`.
+    `backend` is reserved for the flag and is never passed on as a loss argument. If a factory has an
+    argument of that name, bind it first with `functools.partial`.
 
     Args:
         loss: as in build_loss_config; a mapping may have the flag under "backend".
         backend: flag `BACKEND[:KERNEL]`; None is "torch" for typed configs.
     Raises:
-        ValueError: also when a flag is given with a raw factory, or with a config whose own `build`
-            takes none: it would be ignored.
+        ValueError: also for a flag with a raw factory, or with a config whose `build` has no `backend` argument:
+            it would be ignored.
     """
     loss, backend = split_backend(loss, backend)
     config = build_loss_config(loss, **loss_kwargs)
     if backend is None:
         return config.build()
-    if not takes_backend(config):
+    if not accepts_backend(config):
         raise ValueError(
             f"backend={backend!r} can't be applied: {type(config).__name__}.build() takes no backend. "
             "Leave the flag out, or register the loss with loss_core.register_loss."

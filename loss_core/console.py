@@ -1,4 +1,4 @@
-"""Text on a terminal: lines, wrapped text, and tables without lines around their cells."""
+"""Terminal output: lines, wrapped text, and tables without borders."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def print_lines(console: Console, *lines: str) -> None:
-    """Lines as they are: not wrapped, no markup."""
+    """Print lines unchanged: no wrapping, no markup."""
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_wrapped(console: Console, text: str, indent: str = "") -> None:
-    """A text within the width of the terminal; its second line and what follows are indented by two more."""
+    """Print text wrapped to the width of the terminal; lines after the first are indented by two more columns."""
     print_lines(console, *textwrap.wrap(
         text, console.width - 1, initial_indent=indent, subsequent_indent=indent + "  ",
         break_long_words=False, break_on_hyphens=False,
@@ -26,10 +26,11 @@ def print_wrapped(console: Console, text: str, indent: str = "") -> None:
 
 
 def plain_table(console: Console, widths: list[int], numbers: Container[int] = ()) -> Table:
-    """An empty table without lines, of columns of these widths, of which the last may wrap.
+    """An empty table without borders; the text of its last column wraps.
 
     Args:
-        numbers: columns that are aligned to the right.
+        widths: of the columns.
+        numbers: indices of the columns that are right-aligned.
     """
     from rich.table import Table
 

@@ -1,6 +1,6 @@
-"""Floating-point formats as NumPy sees them: unit roundoff, and rounding float64 values to a format.
+"""Floating-point formats: unit roundoff and range, and rounding float64 values to a format in NumPy.
 
-NumPy has no bfloat16, so values are kept in float64 and rounded to what the format can hold.
+NumPy has no bfloat16, so values are stored as float64 and rounded to numbers of the format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FloatFormat:
         u: unit roundoff, half the distance from 1 to the next number.
         tiny: smallest normal number.
         max: largest finite number.
-        itemsize: bytes of a number.
+        itemsize: bytes per number.
     """
 
     name: str
@@ -32,9 +32,9 @@ class FloatFormat:
 
     @property
     def near_zero(self) -> float:
-        """Largest error of a stored number below the normal range.
+        """Largest error of a stored number below the normal range (subnormal).
 
-        CPUs and GPUs run float32 (and bfloat16, which has its range) with a flush of such numbers to 0;
+        CPUs and GPUs may flush subnormal numbers to 0 in float32 (and bfloat16, which has the same range);
         conversions to float16 keep them, in steps of 2 u tiny.
         """
         return self.u * self.tiny if self.name == "float16" else self.tiny
@@ -50,25 +50,24 @@ FORMATS = {
     )
 }
 
-
-# Of an operand of NVIDIA's TF32, which is stored as float32: 10 and the leading one.
+# Significant bits of NVIDIA's TF32, an operand format stored as float32: 10 and the implicit leading one.
 TF32_BITS = 11
 
 
 def float_format(name: str) -> FloatFormat:
-    """The format of a name; a ValueError lists the known ones."""
+    """The format of a dtype name; ValueError with the known names if it is unknown."""
     if name not in FORMATS:
         raise ValueError(f"Unknown dtype {name!r}. Choose one of: {', '.join(FORMATS)}.")
     return FORMATS[name]
 
 
 def compute_format(name: str) -> FloatFormat:
-    """The format of the arithmetic inside for inputs of this dtype: float64 for float64, else float32."""
+    """The compute format for inputs of this dtype: float64 for float64, else float32."""
     return FORMATS["float64" if name == "float64" else "float32"]
 
 
 def round_to(values: NDArray[Any], name: str) -> NDArray[np.float64]:
-    """Round to nearest even in the format; the result holds those values as float64.
+    """Round to nearest even in the format; returns float64.
 
     >>> round_to(np.array([1.001, 257.0]), "bfloat16")
     array([  1., 256.])
@@ -88,13 +87,13 @@ def round_to(values: NDArray[Any], name: str) -> NDArray[np.float64]:
 
 
 def round_bits(values: NDArray[Any], bits: int) -> NDArray[np.float64]:
-    """Round to nearest even to numbers of so many bits, with the exponents of float32 and no largest number.
+    """Round to nearest even to `bits` significant bits, with the smallest exponent of float32 and no overflow.
 
     >>> round_bits(np.array([1 + 2**-11, 1 + 3 * 2**-11]), TF32_BITS).tolist() == [1, 1 + 2**-9]
     True
     """
     values = np.asarray(values, np.float64)
-    # frexp gives |mantissa| in [0.5, 1): 8 bits of it are a bfloat16, rounded once from float64.
+    # frexp returns |mantissa| in [0.5, 1); values are rounded once, from float64.
     _, exponent = np.frexp(values)
     exponent = np.maximum(exponent, -125)  # below the normal range the spacing stays constant
     rounded = np.ldexp(np.round(np.ldexp(values, bits - exponent)), exponent - bits)
@@ -102,22 +101,22 @@ def round_bits(values: NDArray[Any], bits: int) -> NDArray[np.float64]:
 
 
 def ordered(values: NDArray[Any], name: str) -> NDArray[np.int64]:
-    """Integers that count the numbers of a format in their order: those of neighbours differ by 1.
+    """Integers in the order of the numbers of a format: adjacent numbers differ by 1.
 
-    -0 is the neighbour of 0, and all NaN are one number.
+    -0 and 0 are adjacent, and all NaN map to one integer.
 
     >>> ordered(np.array([-0.0, 0.0, 1.0, 1.0 + 2**-7]), "bfloat16")
     array([   -1,     0, 16256, 16257])
 
     Args:
-        values: that are exact in the format.
+        values: exact in the format.
     """
     float_format(name)
     kind = {"float64": np.float64, "float16": np.float16}.get(name, np.float32)
-    held = np.asarray(values, kind)
-    bits = np.where(np.isnan(held), np.array(np.nan, kind), held).view(f"i{held.itemsize}").astype(np.int64)
+    stored = np.asarray(values, kind)
+    bits = np.where(np.isnan(stored), np.array(np.nan, kind), stored).view(f"i{stored.itemsize}").astype(np.int64)
     if name == "bfloat16":
-        # Its bits are the upper half of a float32's.
+        # A bfloat16 is the upper half of a float32.
         bits = bits >> 16
     width = 8 * float_format(name).itemsize
     return np.where(bits < 0, bits ^ ((1 << width - 1) - 1), bits)

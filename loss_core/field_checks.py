@@ -1,7 +1,7 @@
-"""Fields of configs: which there are, and what they accept.
+"""Validation of config fields.
 
-A check raises a ValueError that names field, value and what is accepted. Within `accepted_values` it also notes, in the
-words of JSON Schema, what it would accept.
+A check raises a ValueError that names field, value and what is accepted. Inside `accepted_values` it also records what
+it accepts as JSON Schema keywords.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from typing import Any
 
 REDUCTIONS = ("sum", "mean", "none")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-# Those that each token has, and the number of tokens.
+# Metrics of each token, and the number of valid tokens.
 TOKEN_METRICS = ("accuracy", "entropy", "lse", "z_loss")
 NUM_VALID = "num_valid"
 METRICS = (*TOKEN_METRICS, NUM_VALID)
 
 _INT64 = 2**63
 
-# Field -> what its check accepts, while someone asks.
-_NOTED: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("_NOTED", default=None)
+# Field -> JSON Schema keywords, inside `accepted_values`.
+_RECORDED: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("_RECORDED", default=None)
 
 
 @contextmanager
 def accepted_values() -> Iterator[dict[str, dict[str, Any]]]:
-    """Within it, checks note what each field accepts: by field, keywords of JSON Schema such as "enum", "minimum"."""
-    noted: dict[str, dict[str, Any]] = {}
-    token = _NOTED.set(noted)
+    """Record what checks accept inside this context: field -> JSON Schema keywords such as "enum", "minimum"."""
+    recorded: dict[str, dict[str, Any]] = {}
+    token = _RECORDED.set(recorded)
     try:
-        yield noted
+        yield recorded
     finally:
-        _NOTED.reset(token)
+        _RECORDED.reset(token)
 
 
-def _note(name: str, **keywords: Any) -> None:
-    noted = _NOTED.get()
-    if noted is not None:
-        noted[name] = keywords
+def _record(name: str, **keywords: Any) -> None:
+    recorded = _RECORDED.get()
+    if recorded is not None:
+        recorded[name] = keywords
 
 
 def check_reduction(name: str, value: object) -> None:
-    """Refuse what is no reduction."""
-    _note(name, enum=list(REDUCTIONS))
+    """Require one of REDUCTIONS."""
+    _record(name, enum=list(REDUCTIONS))
     if not isinstance(value, str) or value not in REDUCTIONS:
         raise ValueError(f"Invalid reduction: {value!r}. {name} must be one of {', '.join(map(repr, REDUCTIONS))}.")
 
 
 def check_bool(name: str, value: object) -> None:
-    """Refuse what is no bool; a NumPy one neither."""
-    _note(name, type="boolean")
+    """Require a Python bool; a NumPy bool is refused."""
+    _record(name, type="boolean")
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_integer(name: str, value: object, low: int = -_INT64) -> None:
-    """Refuse what is no integer, is below `low`, or does not fit 64 bits."""
-    _note(name, type="integer", **({"minimum": low} if low > -_INT64 else {}))
+    """Require an integer >= `low` that fits 64 bits."""
+    _record(name, type="integer", **({"minimum": low} if low > -_INT64 else {}))
     accepted = "an integer of 64 bits" if low == -_INT64 else f"an integer >= {low}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) < _INT64:
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
 
 
 def check_number(name: str, value: object, accepted: str, *, zero: bool = False, below: float = math.inf) -> None:
-    """Refuse what is no finite number > 0 (or 0, if accepted) and below a limit, or does not fit float32."""
-    _note(
+    """Require a number in 2**-63 to 2**63 that is less than `below`, or 0 if `zero`."""
+    _record(
         name,
         type="number",
         **({"minimum": 0} if zero else {"exclusiveMinimum": 0}),
@@ -81,14 +81,14 @@ def check_number(name: str, value: object, accepted: str, *, zero: bool = False,
         raise ValueError(f"{name} must be {accepted}, got {value!r}{hint}.")
     if value < 0 or (value == 0 and not zero) or float(value) >= below:
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
-    # Kernels use its square and its reciprocal in float32, which holds 2**-126 to 2**127.
+    # Kernels compute its square and reciprocal in float32, whose normal range is 2**-126 to 2**127.
     if value != 0 and not 2.0**-63 <= float(value) <= 2.0**63:
         raise ValueError(f"{name} must be {accepted}, in 2**-63 to 2**63 (1.1e-19 to 9.2e18), got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of the words to choose from."""
-    _note(name, enum=list(choices))
+    """Require one of the choices."""
+    _record(name, enum=list(choices))
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
@@ -97,9 +97,9 @@ def check_metrics(value: object) -> tuple[str, ...]:
     """The names of metrics as a tuple.
 
     Raises:
-        ValueError: no list of names, one that does not exist, or one twice.
+        ValueError: not a list of names, or an unknown or repeated name.
     """
-    _note("metrics", type="array", items={"enum": list(METRICS)}, uniqueItems=True)
+    _record("metrics", type="array", items={"enum": list(METRICS)}, uniqueItems=True)
     accepted = f"a list of names among {', '.join(map(repr, METRICS))}, each once"
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"metrics must be {accepted}, got {value!r}.")
@@ -110,8 +110,8 @@ def check_metrics(value: object) -> tuple[str, ...]:
 
 
 def check_fraction(name: str, value: object) -> None:
-    """Refuse what is no number in [0, 1]."""
-    _note(name, type="number", minimum=0, maximum=1)
+    """Require a number in [0, 1]."""
+    _record(name, type="number", minimum=0, maximum=1)
     # NaN fails the comparison.
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
@@ -119,7 +119,7 @@ def check_fraction(name: str, value: object) -> None:
 
 _OFF_AT_0 = "a finite number >= 0 (0 is off)"
 
-# What a field accepts, in every loss that has it.
+# Field -> its check, the same in every loss that has the field.
 _CHECKS: Mapping[str, Callable[[str, object], None]] = {
     "reduction": check_reduction,
     "ignore_index": check_integer,
@@ -141,47 +141,47 @@ _CHECKS: Mapping[str, Callable[[str, object], None]] = {
 
 
 def check_fields(config: Any, *names: str) -> None:
-    """Refuse values of these fields that no loss accepts."""
+    """Check the values of these fields of a config."""
     for name in names:
         _CHECKS[name](name, getattr(config, name))
 
 
 def plain_value(value: Any) -> Any:
-    """What YAML and JSON can store: a NumPy scalar as the Python number it holds, a tuple as a list."""
+    """The value as YAML and JSON can store it: NumPy scalars as Python numbers, tuples as lists."""
     if isinstance(value, tuple):
         return list(value)
     return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
 
 
 def is_runtime_field(f: Any) -> bool:
-    """Whether a dataclass field holds a live handle rather than a value."""
+    """Whether a dataclass field holds a runtime handle, such as a process group, rather than a value."""
     return not f.repr and not f.compare
 
 
 def fields_of(config_cls: type[Any]) -> tuple[Any, ...]:
-    """The fields of a class; none of one that is no dataclass."""
+    """The fields of a dataclass; () for any other class."""
     return fields(config_cls) if is_dataclass(config_cls) else ()
 
 
-# Fields of the same loss in NeMo AutoModel -> what stands for them here.
-_INSTEAD = {
+# Fields of the same losses in NeMo AutoModel -> what to use here.
+_REPLACEMENTS = {
     "impl": "The flag names the kernels: backend='torch:triton' for impl='cce', backend='torch:eager' for "
     "impl='torch_compile'.",
 }
 
 
 def check_known(config_cls: type[Any], values: Mapping[str, Any]) -> None:
-    """Refuse names that are no fields.
+    """Check that all names are fields of the class.
 
     Raises:
-        TypeError: says what to use instead, or names the closest field.
+        TypeError: a name is not a field; says what to use instead, or names the closest field.
     """
     known = [f.name for f in fields_of(config_cls) if f.init]
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            hint = f" {_INSTEAD[name]}" if name in _INSTEAD else hint
+            hint = f" {_REPLACEMENTS[name]}" if name in _REPLACEMENTS else hint
             raise TypeError(
                 f"{config_cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(known) or 'none'}."
             )

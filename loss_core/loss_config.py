@@ -1,4 +1,4 @@
-"""`LossConfig`, from which every config derives: dicts, copies, pydantic, and `build`."""
+"""`LossConfig`, the base of every config: `build`, dicts, copies, pydantic."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from loss_core.field_checks import check_known, fields_of, is_runtime_field, pla
 from loss_core.registry import config_class_for, registered_name
 
 
-# No dataclass itself: parsers that fill dataclasses from mappings (dacite) would take it for a loss without fields.
+# Not a dataclass itself: parsers that fill dataclasses from mappings (dacite) would construct it as an empty loss.
 class LossConfig:
     """Base of every loss config.
 
     Subclass it as a dataclass and either register builders for it with
     `loss_core.register_loss`, or override `build(self)`.
 
-    A field made with `field(default=None, repr=False, compare=False)` holds a live handle, such as a process group: it
-    belongs to one process, so it enters no dict either.
+    A field declared with `field(default=None, repr=False, compare=False)` holds a runtime handle, such as a process
+    group. It belongs to one process, so `to_dict` omits it as well.
     """
 
     if TYPE_CHECKING:
-        # Every class that derives from it is one, so that `fields` and `replace` take a LossConfig.
+        # Every subclass is a dataclass, so type checkers may let `fields` and `replace` accept a LossConfig.
         __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class LossConfig:
         return build(self, backend)
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values, with the registry name under "name". Runtime handles are left out."""
+        """Fields as plain values, with the registry name under "name". Runtime handles are omitted."""
         name = registered_name(type(self))
         values = {
             f.name: plain_value(copy.deepcopy(getattr(self, f.name))) for f in fields(self) if not is_runtime_field(f)
@@ -58,10 +58,10 @@ class LossConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Make a config from `to_dict`'s result, or from a YAML mapping of the same form.
+        """Construct a config from the result of `to_dict`, or from a YAML mapping of the same form.
 
-        Called on `LossConfig`, "name" chooses the class; called on a subclass, "name" may be left
-        out and must agree when it is there.
+        Called on `LossConfig`, "name" selects the class. Called on a subclass, "name" is optional and
+        must match that class.
         """
         if not isinstance(data, Mapping):
             raise TypeError(f"from_dict expects a mapping of field names to values, got {type(data).__name__}.")
@@ -80,7 +80,7 @@ class LossConfig:
         return cast(Self, make_config(config_cls, values))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A process group can't be copied; copies of a config share it.
+        # Runtime handles, such as process groups, can't be copied; copies of a config share them.
         twin = copy.copy(self)
         for f in fields_of(type(self)):
             if not is_runtime_field(f):
@@ -89,8 +89,8 @@ class LossConfig:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> dict[str, Any]:
-        """How pydantic fills a field of this type: a config stays as it is, a mapping is read by `from_dict`."""
-        # A core schema is a plain dict: pydantic need not be imported for it.
+        """How pydantic validates a field of this type: a config is kept, a mapping goes to `from_dict`."""
+        # A core schema is a plain dict, so pydantic need not be imported.
         return {
             "type": "function-plain",
             "function": {"type": "no-info", "function": cls._parsed},
@@ -108,11 +108,11 @@ class LossConfig:
             return value
         try:
             return cls.from_dict(value)
-        except TypeError as error:  # of which pydantic makes no validation error
+        except TypeError as error:  # pydantic reports only ValueErrors as validation errors
             raise ValueError(str(error)) from error
 
 
 def make_config(config_cls: type[LossConfig], values: Mapping[str, Any]) -> LossConfig:
-    """Call the config class; an unknown field is a TypeError that names the closest one."""
+    """Construct a config; an unknown field is a TypeError that names the closest field."""
     check_known(config_cls, values)
     return config_cls(**values)

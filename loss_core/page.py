@@ -1,4 +1,4 @@
-"""What the pages of check, bench and mismatch have in common: one self-contained HTML file, pictures as SVG inside."""
+"""Shared parts of the HTML reports of check, bench and mismatch: one self-contained file with inline SVG figures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from loss_core import __version__
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page from a template such as "check/page.html.j2"; everything that comes from the values is escaped.
+    """Render a template such as "check/page.html.j2"; all values are escaped.
 
-    The template extends loss_core/page.html.j2, which takes "bad", "command" and "facts" besides its own values.
+    The template extends loss_core/page.html.j2, which uses the values that `head` returns.
     """
     import jinja2
 
@@ -30,12 +30,12 @@ def _text(file: str) -> str:
 
 
 def head(verdict: str, *, good: bool, command: str, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Values for the head of a page that tells a verdict.
+    """Template values for the head of a report.
 
     Args:
         verdict: such as "PASS: all agree".
-        command: what was typed to get it.
-        versions: by name, of what took part besides this library.
+        command: command line that produced the report.
+        versions: name -> version of the other libraries that were used.
     """
     state, _, summary = verdict.partition(": ")
     date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -50,12 +50,12 @@ def head(verdict: str, *, good: bool, command: str, versions: Mapping[str, str])
 
 @contextmanager
 def blank_figure(width: float, height: float) -> Iterator[Any]:
-    """An empty matplotlib figure that becomes an SVG; its text is drawn while the context lasts."""
+    """An empty matplotlib figure for `svg_of`, which must be called inside the context."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # Text stays text: small, selectable, and in the font of the page.
+    # Text is stored as text: small, selectable, and in the font of the page.
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "loss-core",
@@ -69,7 +69,7 @@ def blank_figure(width: float, height: float) -> Iterator[Any]:
 
 
 def without_frame(axes: Any) -> None:
-    """Leave out the lines above and to the right of a picture."""
+    """Hide the top and right borders of a plot."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -82,7 +82,7 @@ def svg_of(figure: Any, *, file: bool = False) -> str:
 
 
 def _inline(svg: str) -> str:
-    """The SVG element alone, without the names of namespaces, which HTML knows."""
+    """The svg element for HTML, without metadata, size and namespaces, which HTML does not need."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     head, _, rest = element.partition(">")

@@ -1,4 +1,4 @@
-"""Which losses there are: names, config classes, and where each loss's definition is."""
+"""The registry of losses: names, config classes and definitions."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="type[Any]")
 
-# Name, as recipes and the command line have it -> config class. Ours first, then what users register.
+# Name in recipes and on the command line -> config class. Built-in losses first, then those that users register.
 LOSS_CONFIG_REGISTRY: dict[str, type[LossConfig]] = {}
 
-# Config class -> its definition; for ours the file of loss_core/losses that holds it, which is imported when needed.
+# Config class -> its definition; for built-in losses the module of loss_core/losses with it, imported on first use.
 DEFINITIONS: dict[type[Any], LossDef | str] = {}
 
 _OURS: set[type[Any]] = set()
 
 
 def typed_loss(name: str, definition: str) -> Callable[[Config], Config]:
-    """Class decorator that enters a config of this library.
+    """Class decorator that registers a built-in config.
 
     Args:
-        name: in the registry.
-        definition: file of loss_core/losses with the loss's `DEFINITION`.
+        name: registry name.
+        definition: module of loss_core/losses with the loss's `DEFINITION`.
     """
 
-    def enter(config_cls: Config) -> Config:
+    def register(config_cls: Config) -> Config:
         LOSS_CONFIG_REGISTRY[name] = config_cls
         DEFINITIONS[config_cls] = definition
         _OURS.add(config_cls)
         return config_cls
 
-    return enter
+    return register
 
 
 def is_ours(config_cls: type[Any]) -> bool:
-    """Whether this very class is one of the typed configs of this library."""
+    """Whether this class itself, not a base of it, is a built-in config."""
     return config_cls in _OURS
 
 
 def our_losses() -> tuple[str, ...]:
-    """Names of the losses of this library."""
+    """Registry names of the built-in losses."""
     return tuple(name for name, config_cls in LOSS_CONFIG_REGISTRY.items() if is_ours(config_cls))
 
 
@@ -62,7 +62,7 @@ def config_class_for(name: object) -> type[LossConfig]:
     """The config class of a registry name.
 
     Raises:
-        TypeError: not a registry name (as from NeMo AutoModel's).
+        TypeError: not a registry name (NeMo AutoModel raises the same type).
     """
     config_cls = LOSS_CONFIG_REGISTRY.get(name) if isinstance(name, str) else None
     if config_cls is None:

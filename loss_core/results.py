@@ -1,4 +1,4 @@
-"""What losses return that is more than one array."""
+"""Result types of losses that return more than one array."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class TokenLogProbs(NamedTuple):
 
     Attributes:
         logprobs: [...] log-probability of each label, float32 (float64 for float64 inputs); 0 where ignored.
-        entropy: [...] entropy of each token's distribution, in nats, as logprobs; None where it was not asked for.
+        entropy: [...] entropy of each token's distribution, in nats, same dtype; None if the config has entropy=False.
     """
 
     logprobs: Any

@@ -1,4 +1,4 @@
-"""What is told to someone whose input can't be used: one exception, and a hint at the closest word."""
+"""Usage errors: the exception for unusable user input, and a hint with the closest known word."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class UsageProblem(Exception):
-    """Something that the user gave can't be used; the message says what, and what is accepted."""
+    """User input that can't be used; the message says what is wrong, and what is accepted."""
 
 
 def closest(word: object, known: Iterable[str]) -> str:
-    """A full stop, or a question that names the closest known word."""
+    """End of an error message: "; did you mean ...?" with the closest known word, or "."."""
     found = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else "."

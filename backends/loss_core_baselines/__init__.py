@@ -1,7 +1,7 @@
-"""Losses of other projects with the forward arguments of ours: one file a project, for `check` and `bench`.
+"""Losses of other projects with the forward arguments of loss_core: one file per project, for `check` and `bench`.
 
-An adapter renames arguments and sets options; it mends nothing. A file has a table `LOSSES`: by the name of a loss's
-definition, a builder of it from our config, and the fields of the config that it takes besides their defaults.
+An adapter renames arguments and sets options; it corrects nothing. Each file has a table `LOSSES`: name of a loss's
+definition -> (builder from a loss_core config, config fields that it supports with values other than their defaults).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Losses = Mapping[str, tuple[Callable[[Any], Loss], tuple[str, ...]]]
 
 
 def build(name: str, config: Any) -> Loss:
-    """The loss of a baseline for a config.
+    """Build the loss of a baseline for a config.
 
     Raises:
         BackendUnavailable: its packages are missing, or it has no such loss or option.
@@ -30,7 +30,7 @@ def build(name: str, config: Any) -> Loss:
         raise BackendUnavailable(f"{name} needs {', '.join(missing)}: {baseline.install}")
     losses: Losses = importlib.import_module(f"loss_core_baselines.{baseline.adapter}").LOSSES
     builder, options = losses.get(need_definition(config).name, (None, ()))
-    # ChunkedCEConfig has the arguments of another loss, without its options.
+    # ChunkedCEConfig has the arguments of FusedLinearCEConfig without its options.
     if builder is None or not {field.name for field in fields(config)}.issuperset(options):
         raise BackendUnavailable(f"{name} has no loss for {type(config).__name__}.")
     for field in fields(config):
@@ -40,7 +40,7 @@ def build(name: str, config: Any) -> Loss:
 
 
 def reduced(loss_T: Any, labels: Any, config: Any) -> Any:
-    """The result of a project that gives the loss of each token alone; its labels of ignored tokens are -100."""
+    """Reduce the loss of each token, for projects without reductions; ignored labels are -100."""
     if config.reduction == "none":
         return loss_T
     return loss_T.sum() / (labels != -100).sum() if config.reduction == "mean" else loss_T.sum()

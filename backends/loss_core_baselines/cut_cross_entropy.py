@@ -10,7 +10,7 @@ from loss_core_baselines import Loss, Losses
 
 
 def linear_cross_entropy(impl: str) -> Callable[[Any], Loss]:
-    """A builder of one of its implementations: "cce" or "torch_compile"."""
+    """Builder for one of its implementations: "cce" or "torch_compile"."""
 
     def build(config: Any) -> Loss:
         function = importlib.import_module("cut_cross_entropy").linear_cross_entropy

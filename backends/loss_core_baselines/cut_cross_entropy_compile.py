@@ -1,4 +1,4 @@
-"""cut-cross-entropy's implementation for torch.compile, which runs on a CPU, too."""
+"""cut-cross-entropy's implementation for torch.compile, which also runs on a CPU."""
 
 from __future__ import annotations
 

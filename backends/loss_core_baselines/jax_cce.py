@@ -1,4 +1,4 @@
-"""jax-cce's linear_cross_entropy: a mean over all tokens."""
+"""jax-cce's linear_cross_entropy, which is a mean over all tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Megatron-core's cross entropy over a vocabulary that may be sharded; here with the whole of it on one rank."""
+"""Megatron-core's vocabulary-parallel cross entropy, with the full vocabulary on one rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _cross_entropy(config: Any) -> Loss:
 
 
 def _start_group_of_one() -> None:
-    """The group over which it reduces: this process alone, where the program has set up none."""
+    """Set up the group over which it reduces, with this process only, unless the program has set one up."""
     dist, state = (importlib.import_module(name) for name in ("torch.distributed", "megatron.core.parallel_state"))
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""NeMo AutoModel (nemo_automodel.components.loss), whose classes have the arguments of ours."""
+"""NeMo AutoModel (nemo_automodel.components.loss), whose classes have the forward arguments of loss_core."""
 
 from __future__ import annotations
 

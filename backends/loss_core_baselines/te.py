@@ -9,15 +9,15 @@ from loss_core_baselines import Loss, Losses
 
 
 def cross_entropy(config: Any) -> Loss:
-    """Its loss of each token, the sum of these, or its own mean."""
+    """The loss of each token, their sum, or the mean that the kernel computes."""
     function = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
     mean, group = config.reduction == "mean", config.tp_group
-    # Left to its default where it is that: 2.5 and 2.6 fail in backward once it is passed.
+    # Passed only if not the default: with it, the backward of 2.5 and 2.6 fails.
     ignored = () if config.ignore_index == -100 else (config.ignore_index,)
 
     def loss(logits: Any, labels: Any) -> Any:
         batched = (x[None] if labels.ndim == 1 else x for x in (logits, labels))
-        # By position: the names differ between versions, and some take none.
+        # Positional: the names differ between versions, and some accept no keywords.
         result = function(*batched, config.label_smoothing, mean, group, *ignored)
         if mean:
             return result

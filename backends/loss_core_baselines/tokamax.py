@@ -11,7 +11,7 @@ from loss_core_baselines import Loss, Losses
 
 
 def linear_cross_entropy(implementation: str | None = None) -> Callable[[Any], Loss]:
-    """A builder of one of its implementations, or of its own choice."""
+    """Builder for one of its implementations; None: the one that tokamax chooses."""
 
     def build(config: Any) -> Loss:
         if config.reduction == "none":

@@ -19,7 +19,7 @@ def _cross_entropy(config: Any) -> Loss:
 
 
 def linear_cross_entropy(config: Any, options: Any = None) -> Loss:
-    """F.linear_cross_entropy, with its own choice of chunks where no options say otherwise."""
+    """F.linear_cross_entropy, with its default chunks unless options are passed."""
     if not hasattr(F, "linear_cross_entropy"):
         raise BackendUnavailable(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has it.")
     chosen = torch.nn.LinearCrossEntropyOptions() if options is None else options

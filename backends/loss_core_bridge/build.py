@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loss_core import BackendUnavailable, LossConfig, LossFromFactoryConfig, build_loss_config, parse_flag
 from loss_core.build import LossLike, split_backend
-from loss_core.dispatch.builders import takes_backend
+from loss_core.dispatch.builders import accepts_backend
 from loss_core.dispatch.flags import install_line
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ def _build(
     """(config, framework that the flag names, built loss); no framework for a loss that takes no flag."""
     loss, backend = split_backend(loss, backend)
     config = build_loss_config(loss, **loss_kwargs)
-    flagless = isinstance(config, LossFromFactoryConfig) or not takes_backend(config)
+    flagless = isinstance(config, LossFromFactoryConfig) or not accepts_backend(config)
     if backend is None and flagless:
         return config, None, config.build()
     flag = parse_flag(default if backend is None else backend)
-    if not takes_backend(config):
+    if not accepts_backend(config):
         raise ValueError(
             f"backend={backend!r} can't be applied: {type(config).__name__}.build() takes no backend. "
             "Leave the flag out, or register the loss with loss_core.register_loss."

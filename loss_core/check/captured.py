@@ -16,7 +16,7 @@ from loss_core.array_files import outside_vocab, read_arrays
 from loss_core.dtypes import FORMATS
 from loss_core.loss_config import LossConfig
 from loss_core.losses import Argument, LossDef, definition_of
-from loss_core.losses.reduction import kept_tokens
+from loss_core.losses.reduction import valid_tokens
 from loss_core.registry import config_class_for
 from loss_core.usage import UsageProblem, closest
 
@@ -113,7 +113,7 @@ def _checked(definition: LossDef, config: LossConfig, found: Mapping[str, Array]
             arrays[argument.name] = _count(argument.name, arrays[argument.name])
     if definition.find("label") is not None:
         ignore_index = int(getattr(config, "ignore_index", -100))
-        keep = kept_tokens(arrays, ignore_index).reshape(labels.shape)
+        keep = valid_tokens(arrays, ignore_index).reshape(labels.shape)
         if problem := outside_vocab(labels, keep, vocab, ignore_index):
             raise UsageProblem(problem)
     return arrays

@@ -9,7 +9,7 @@ from loss_core.field_checks import check_fields, check_metrics
 from loss_core.loss_config import LossConfig
 from loss_core.registry import typed_loss
 
-# Fields of all cross entropies but the chunked one.
+# Fields of all cross entropies except the chunked one.
 _OPTIONS = ("ignore_index", "reduction", "label_smoothing", "z_loss", "logit_softcapping")
 
 
@@ -19,20 +19,20 @@ class MaskedCrossEntropyConfig(LossConfig):
     """Cross entropy over logits `[..., V]`, with a mask.
 
     Attributes:
-        fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
-            False: in the dtype of the logits, as F.cross_entropy gives it.
-        ignore_index: label that marks a position to leave out; any integer of 64 bits.
-        reduction: "sum", "mean" (over valid positions) or "none".
+        fp32_upcast: True: the loss is returned in float32 (float64 for float64 logits);
+            False: in the dtype of the logits, as by F.cross_entropy.
+        ignore_index: label of the tokens to ignore; any 64-bit integer.
+        reduction: "sum", "mean" (over valid tokens) or "none".
         tp_group: as in TEParallelCEConfig.
-        inplace_grad: True: the backward writes the gradient over the caller's logits (torch only).
-        label_smoothing: e in [0, 1): (1 - e) * cross entropy, plus e times its mean over all V classes taken as the
-            label, as F.cross_entropy has it.
-        z_loss: l in l * (log-sum-exp of the logits)^2, which each token's loss has besides; 0 is off.
+        inplace_grad: True: the backward writes the gradient in place of the caller's logits (torch only).
+        label_smoothing: e in [0, 1): (1 - e) times the cross entropy, plus e times its mean over all V classes as
+            labels, as in F.cross_entropy.
+        z_loss: l in l * (log-sum-exp of the logits)^2, which is added to each token's loss; 0 is off.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; 0 is off, else 2**-63 to 2**63.
-        metrics: names among "accuracy", "entropy", "lse", "z_loss", "num_valid"; with any, a call returns the loss and
-            a dict of them, not differentiated: of each token whether no logit is above its label's, the entropy of
-            its distribution in nats, log-sum-exp, its share of z_loss, each reduced as the loss is (count and weights
-            included); and how many tokens count.
+        metrics: names among "accuracy", "entropy", "lse", "z_loss", "num_valid". If not empty, a call returns the loss
+            and a dict of metrics without gradients. Per token: whether the label has the largest logit, the entropy of
+            the distribution in nats, log-sum-exp, the z_loss term; each reduced as the loss is, count and weights
+            included. num_valid is the number of valid tokens.
     """
 
     fp32_upcast: bool = True
@@ -56,14 +56,14 @@ class FusedLinearCEConfig(LossConfig):
     """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
 
     Attributes:
-        ignore_index: label that marks a position to leave out; any integer of 64 bits.
+        ignore_index: label of the tokens to ignore; any 64-bit integer.
         logit_softcapping: c in `c * tanh(logits / c)`, in logit units; 0 is off, else 2**-63 to 2**63.
-        reduction: "sum", "mean" (over valid positions) or "none".
+        reduction: "sum", "mean" (over valid tokens) or "none".
         tp_group: as in TEParallelCEConfig, for the rows of lm_weight.
-        sequence_parallel: True: each rank of tp_group holds an equal share of the sequence of hidden_states, which
-            are gathered, and their gradient is reduce-scattered; False: every rank holds all of them.
-        skip_ignored: whether ignored tokens stay out of the matrix products. None: where it costs nothing (on a
-            CPU; in JAX by chunks of 512 tokens); True: everywhere, for one host sync per call on an accelerator;
+        sequence_parallel: True: hidden_states are sharded evenly along the sequence over tp_group; they are gathered,
+            and their gradient is reduce-scattered. False: they are replicated on every rank.
+        skip_ignored: whether to exclude ignored tokens from the matrix products. None: where it costs nothing (on a
+            CPU; in JAX by chunks of 512 tokens); True: everywhere, with one host sync per call on an accelerator;
             False: never.
         label_smoothing: as in MaskedCrossEntropyConfig.
         z_loss: as in MaskedCrossEntropyConfig.
@@ -93,10 +93,10 @@ class TEParallelCEConfig(LossConfig):
     """Cross entropy over logits whose vocabulary may be sharded over a tensor-parallel group.
 
     Attributes:
-        ignore_index: label that marks a position to leave out; any integer of 64 bits.
-        reduction: "sum", "mean" (over valid positions) or "none".
-        tp_group: over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax: the
-            name of a mesh axis, or a tuple of names. A runtime handle: left out of dicts, repr and comparison.
+        ignore_index: label of the tokens to ignore; any 64-bit integer.
+        reduction: "sum", "mean" (over valid tokens) or "none".
+        tp_group: group over which the vocabulary is sharded, or None. torch: a ProcessGroup or a 1-D DeviceMesh; jax:
+            the name of a mesh axis, or a tuple of names. A runtime handle: omitted from dicts, repr and comparison.
         inplace_grad: as in MaskedCrossEntropyConfig.
         label_smoothing: as in MaskedCrossEntropyConfig.
         z_loss: as in MaskedCrossEntropyConfig.
@@ -121,18 +121,18 @@ class TEParallelCEConfig(LossConfig):
 @typed_loss("ChunkedCrossEntropy", "linear_cross_entropy")
 @dataclass
 class ChunkedCEConfig(LossConfig):
-    """Cross entropy of `hidden_states @ lm_weight.T`, with a bound on the tokens whose logits exist at a time.
+    """Cross entropy of `hidden_states @ lm_weight.T`, with a limit on the tokens whose logits are stored at a time.
 
-    The fields of `ChunkedCrossEntropy` of NeMo AutoModel and no more: FusedLinearCEConfig has softcap, label smoothing,
-    z-loss and tensor parallel, and lets the kernels choose their blocks.
+    The fields are those of `ChunkedCrossEntropy` in NeMo AutoModel. FusedLinearCEConfig also has softcap, label
+    smoothing, z-loss and tensor parallel, and lets the kernels choose their block sizes.
 
     Attributes:
-        chunk_len: most tokens whose logits exist at a time, >= 1; kernels may take fewer. The logits' gradient takes no
-            more entries than so many rows have.
-        compile: whether kernels may run that torch.compile or XLA compiles. False: jax can't be used; on torch no
-            kernel of this loss is such a one.
-        ignore_index: label that marks a position to leave out; any integer of 64 bits.
-        reduction: "sum", "mean" (over valid positions) or "none".
+        chunk_len: maximum number of tokens whose logits are stored at a time, >= 1; kernels may use fewer. The same
+            limit holds for the logits' gradient.
+        compile: whether kernels compiled by torch.compile or XLA may be used. False: jax can't be used; torch has no
+            compiled kernel of this loss.
+        ignore_index: label of the tokens to ignore; any 64-bit integer.
+        reduction: "sum", "mean" (over valid tokens) or "none".
     """
 
     chunk_len: int = 512
@@ -140,7 +140,7 @@ class ChunkedCEConfig(LossConfig):
     ignore_index: int = -100
     reduction: str = "sum"
 
-    # No field: what its definition asks for and this loss does not have.
+    # Not a field: the definition reads it, but this loss has no softcap.
     logit_softcapping: ClassVar[float] = 0.0
 
     def validate(self) -> None:

@@ -16,18 +16,18 @@ class KDLossConfig(LossConfig):
     """Knowledge distillation: a divergence of the student from the teacher at temperature T, times T^2.
 
     Attributes:
-        ignore_index: label that marks a position to leave out; any integer of 64 bits.
+        ignore_index: label of the tokens to ignore; any 64-bit integer.
         temperature: softmax temperature T, no unit; 2**-63 to 2**63.
-        fp32_upcast: True: the loss comes in float32 (float64 for float64 logits);
+        fp32_upcast: True: the loss is returned in float32 (float64 for float64 logits);
             False: in the dtype of the student's logits.
         tp_group: as in TEParallelCEConfig.
-        chunk_size: tokens computed at a time, >= 0; 0 lets the kernel choose.
+        chunk_size: tokens per block, >= 0; 0 lets the kernel choose.
         divergence: "forward_kl": KL(teacher || student); "reverse_kl": KL(student || teacher); "jsd": the generalized
             Jensen-Shannon divergence, beta KL(teacher || M) + (1 - beta) KL(student || M) with the mixture
             M = beta teacher + (1 - beta) student (Agarwal et al. 2024, arXiv:2306.13649, equation 1).
-        beta: share of the teacher in the mixture, in [0, 1]; for "jsd" alone. At 0 and 1 that divergence is 0, and the
-            loss is its limit after division by beta and by 1 - beta: 0 is "forward_kl", 1 is "reverse_kl", as in TRL's
-            GKDTrainer.
+        beta: weight of the teacher in the mixture, in [0, 1]; used only by "jsd". At 0 and 1, where that divergence is
+            0, the loss is its limit after division by beta or by 1 - beta: 0 is "forward_kl", 1 is "reverse_kl", as in
+            TRL's GKDTrainer.
     """
 
     ignore_index: int = -100
@@ -53,7 +53,7 @@ class FusedLinearKDConfig(LossConfig):
         tp_group: as in TEParallelCEConfig, for the rows of both lm_weights.
         divergence: as in KDLossConfig.
         beta: as in KDLossConfig.
-        sequence_parallel: as in FusedLinearCEConfig, for the hidden states of both.
+        sequence_parallel: as in FusedLinearCEConfig, for both hidden_states.
     """
 
     ignore_index: int = -100
@@ -70,10 +70,10 @@ class FusedLinearKDConfig(LossConfig):
 @typed_loss("TopKDistillation", "top_k_distillation")
 @dataclass
 class TopKDistillationConfig(LossConfig):
-    """Distillation from a teacher of which K log-probabilities per token are known: KL(teacher || student), times T^2.
+    """Distillation from K log-probabilities of the teacher per token: KL(teacher || student), times T^2.
 
-    The teacher's log-probabilities are taken as they are given, as those at temperature T; temperature and softcap are
-    the student's. With all classes known the loss is that of KDLossConfig, T^2 included.
+    The teacher's log-probabilities are used unchanged, as those at temperature T; temperature and softcap apply to the
+    student only. With the log-probabilities of all classes the loss equals that of KDLossConfig, T^2 included.
 
     Attributes:
         ignore_index: as in KDLossConfig.
@@ -81,8 +81,8 @@ class TopKDistillationConfig(LossConfig):
         fp32_upcast: as in KDLossConfig.
         tp_group: as in TEParallelCEConfig.
         logit_softcapping: as in MaskedCrossEntropyConfig; before the temperature.
-        tail: True: all other classes together are one more class, which has the rest of either's probability; False:
-            the sum of p (log p - log q) over the K classes, with p and q as they are: neither is renormalised, and
+        tail: True: all other classes together form one more class with the remaining probability of teacher and
+            student. False: the sum of p (log p - log q) over the K classes only; neither p nor q is renormalised, and
             the sum may be negative.
     """
 

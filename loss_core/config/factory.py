@@ -1,4 +1,4 @@
-"""The config of a loss that any callable makes."""
+"""The config of a loss that is built by any callable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from loss_core.loss_config import LossConfig
 
 @dataclass
 class LossFromFactoryConfig(LossConfig):
-    """A loss made by any class or callable: `factory(**kwargs)`.
+    """A loss built by any class or callable: `factory(**kwargs)`.
 
-    The factory decides the framework, so `build` takes no backend flag.
+    The factory determines the framework, so `build` accepts no backend flag.
 
     Attributes:
         factory: callable that returns the loss.
@@ -28,11 +28,10 @@ class LossFromFactoryConfig(LossConfig):
         """Call the factory.
 
         Raises:
-            AssertionError: factory is not callable (as NeMo AutoModel's).
+            AssertionError: factory is not callable (as in NeMo AutoModel).
             ValueError: a backend flag was given.
         """
-        # An AssertionError is what callers of NeMo AutoModel's class catch; raised by hand so that
-        # `python -O` keeps it.
+        # Callers of NeMo AutoModel's class catch AssertionError; raised explicitly, because `python -O` removes assert.
         if not callable(self.factory):
             raise AssertionError(f"LossFromFactoryConfig.factory must be a callable, got {self.factory!r}.")
         if backend is not None:

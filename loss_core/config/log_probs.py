@@ -16,8 +16,8 @@ class LogProbsConfig(LossConfig):
     """Log-probability of each label over logits `[..., V]`, and the entropy of its distribution, both differentiable.
 
     Attributes:
-        ignore_index: label that marks a position to leave out: 0 in the results; any integer of 64 bits.
-        temperature: divides the logits, no unit; 2**-63 to 2**63. A call may bring one of its own.
+        ignore_index: label of the tokens to ignore, whose results are 0; any 64-bit integer.
+        temperature: divides the logits, no unit; 2**-63 to 2**63. The argument `temperature` of a call overrides it.
         logit_softcapping: as in MaskedCrossEntropyConfig; before the temperature.
         entropy: whether the entropy is returned as well.
         tp_group: as in TEParallelCEConfig.

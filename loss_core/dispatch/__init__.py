@@ -1,1 +1,1 @@
-"""From a flag `BACKEND[:KERNEL]` to a built loss: what a backend offers, what a flag means, who builds what."""
+"""From a flag `BACKEND[:KERNEL]` to a built loss: backend protocol, flags, and the tables of builders."""

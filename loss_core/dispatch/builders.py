@@ -1,6 +1,6 @@
-"""Which builder makes which config for which flag.
+"""Select the builder of a config for a flag.
 
-A name that is spelled out never falls back to another kernel; only `auto` chooses.
+A flag that names a kernel never falls back to another one; only `auto` chooses.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from loss_core.registry import is_ours
 if TYPE_CHECKING:
     from loss_core.loss_config import LossConfig
 
-# Never `auto`'s choice: whether it can be used is known only by importing a large library, which takes seconds and
-# can fail in ways of its own.
+# Never chosen by `auto`: checking whether it is usable imports a large library, which takes seconds and may fail.
 _ONLY_BY_NAME = frozenset({"torch:te"})
 
-# What a backend's name alone stands for where a user registers a builder.
+# The kernel that a backend's name alone stands for when a user registers a builder.
 _REGISTERED_AS = {"torch": "eager", "jax": "xla"}
 
-# What users have registered: config class -> {full flag: builder}.
+# User-registered builders: config class -> {full flag: builder}.
 _USER_BUILDERS: dict[type[Any], dict[str, Callable[[Any], Any]]] = {}
 
 
 def register_builders(config_cls: type[LossConfig], builders: Mapping[str, Callable[[Any], Any]]) -> None:
-    """Add builders of a user's config by flag; see `loss_core.register_loss`."""
+    """Register the builders of a user's config, by flag; see `loss_core.register_loss`."""
     table: dict[str, Callable[[Any], Any]] = {}
     for flag, builder in builders.items():
         parsed = parse_flag(flag)
@@ -39,13 +38,13 @@ def register_builders(config_cls: type[LossConfig], builders: Mapping[str, Calla
     _USER_BUILDERS[config_cls] = table
 
 
-def forget_builders(config_cls: type[LossConfig]) -> None:
+def unregister_builders(config_cls: type[LossConfig]) -> None:
     """Undo `register_builders`."""
     _USER_BUILDERS.pop(config_cls, None)
 
 
 def _user_table(config_cls: type[Any]) -> dict[str, Callable[[Any], Any]] | None:
-    """Builders by flag of the nearest class that a user registered; None when a class of ours is nearer."""
+    """Builders by flag of the first user-registered class in the MRO; None if a built-in config comes first."""
     for cls in config_cls.__mro__:
         if cls in _USER_BUILDERS:
             return _USER_BUILDERS[cls]
@@ -55,26 +54,26 @@ def _user_table(config_cls: type[Any]) -> dict[str, Callable[[Any], Any]] | None
 
 
 def is_registered(config: LossConfig) -> bool:
-    """Whether a user's builders make this config."""
+    """Whether this config is built by a user's builders."""
     return _user_table(type(config)) is not None
 
 
 def flags_for(config_cls: type[LossConfig]) -> tuple[str, ...]:
-    """Every flag that a recipe of this class may name, usable here or not; for a user's class, those with builders."""
+    """Every flag for this config class, usable here or not; for a user-defined class, those with builders."""
     table = _user_table(config_cls)
     named = all_flags() if table is None else tuple(table)
     autos = dict.fromkeys(parse_flag(flag).backend for flag in named)
     return (*(choice for name in autos for choice in (name, f"{name}:{AUTO}")), *named)
 
 
-def takes_backend(config: LossConfig) -> bool:
-    """Whether the config's own `build` has a `backend` argument (a user's override may have none)."""
+def accepts_backend(config: LossConfig) -> bool:
+    """Whether the config's `build` has a `backend` argument (a user's override may not)."""
     parameters = inspect.signature(config.build).parameters
     return "backend" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def build(config: LossConfig, flag: str) -> Any:
-    """Build a validated config for a flag. `LossConfig.build` is the public way here."""
+    """Build a validated config for a flag. The public function is `LossConfig.build`."""
     parsed = parse_flag(flag)
     table = _user_table(type(config))
     if table is not None:
@@ -103,7 +102,7 @@ def _build_ours(config: LossConfig, flag: BackendFlag, backend: Backend) -> Any:
         kernel: builder for (config_cls, kernel), builder in builders.items() if config_cls in type(config).__mro__
     }
     if flag.kernel != AUTO:
-        # Before the status: no install line helps where the kernel has no such loss.
+        # Checked before the status: an install line would not help if the kernel does not implement this loss.
         if flag.kernel not in by_kernel and any(kernel == flag.kernel for _, kernel in builders):
             raise BackendUnavailable(
                 f"'{flag}' has no kernel for {type(config).__name__}; it is served by "

@@ -1,6 +1,6 @@
-"""The flag `BACKEND[:KERNEL]`: which there are, parsing, lazy loading, and whether one can be used here.
+"""The flag `BACKEND[:KERNEL]`: known flags, parsing, lazy loading, and whether a flag is usable here.
 
-A backend is a package that is imported only when its flag is used.
+A backend is a package that is imported only when one of its flags is used.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from loss_core.dispatch.protocol import Backend, BackendFlag, BackendUnavailable
 
 AUTO = "auto"
 
-# Kernels in the order in which tables list them; the module is imported on first use.
+# Backend -> (module, imported on first use; kernels in the order of tables).
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch": ("loss_core_torch.backend", ("plain", "eager", "compile", "triton", "te")),
     "jax": ("loss_core_jax.backend", ("xla",)),
 }
 
-# Compiled at its first call for each kind of input: seconds, which over all cases and dtypes add up to a minute.
+# Compiles at the first call for each kind of input: seconds each, about a minute over all cases and dtypes.
 COMPILED_AT_FIRST_CALL = frozenset({"torch:compile"})
 
 
@@ -36,7 +36,7 @@ def parse_flag(flag: str) -> BackendFlag:
     'jax:xla'
 
     Raises:
-        ValueError: not a known flag; lists the choices.
+        ValueError: unknown flag; lists the choices.
     """
     if not isinstance(flag, str):
         raise ValueError(f"backend must be a string BACKEND[:KERNEL], got {flag!r}. {_choices()}")
@@ -62,19 +62,19 @@ def load_backend(name: str) -> Backend:
         return cast(Backend, importlib.import_module(module))
     except ImportError as error:
         if (error.name or "").startswith("loss_core"):
-            raise  # a part of this library is missing: no install line would help
+            raise  # a module of this library is missing: an install line would not help
         raise BackendUnavailable(
             f"backend {name!r} needs {error.name or name} ({error}): {install_line(name)}"
         ) from error
 
 
 def install_line(extra: str) -> str:
-    """The command that installs what a backend or kernel needs."""
+    """The command that installs the requirements of a backend or kernel."""
     return f"pip install 'loss-core[{extra}]'"
 
 
 def flag_status(flag: str) -> FlagStatus:
-    """Whether a flag that names a kernel can be used here, and why not. Imports its framework."""
+    """Whether a flag that names a kernel is usable here, and if not, why. Imports its framework."""
     parsed = parse_flag(flag)
     try:
         backend = load_backend(parsed.backend)
@@ -84,10 +84,10 @@ def flag_status(flag: str) -> FlagStatus:
 
 
 def usable_flag(flag: str) -> str:
-    """A flag in full, such as "torch:auto" for "torch".
+    """The full flag, such as "torch:auto" for "torch".
 
     Raises:
-        BackendUnavailable: it names a kernel that can't be used here.
+        BackendUnavailable: it names a kernel that is not usable here.
     """
     parsed = parse_flag(flag)
     if parsed.kernel != AUTO and not (status := flag_status(flag)).usable:

@@ -1,7 +1,7 @@
-"""Which kernels really ran: told by the kernel sets where they run, read by whoever evaluates a call.
+"""Which kernels ran: recorded by the kernel sets themselves, read by the `evaluate` function of a backend.
 
-A kernel set calls `record("torch:eager")` in each of its methods; `evaluate` of a backend wraps the call in
-`observing()` and reports what it found. Nothing is kept where nobody observes.
+A kernel set calls `record("torch:eager")` in each of its methods; `evaluate` wraps the call in `observing()` and
+returns the recorded flags. Outside of `observing()`, `record` does nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _OBSERVER: ContextVar[dict[str, None] | None] = ContextVar("loss_core.observed",
 
 
 def record(flag: str) -> None:
-    """Note that a kernel of this flag, such as "torch:eager", runs now, or is traced to run."""
+    """Record that a kernel of this flag, such as "torch:eager", is running or being traced."""
     seen = _OBSERVER.get()
     if seen is not None:
         seen[flag] = None
@@ -22,7 +22,7 @@ def record(flag: str) -> None:
 
 @contextmanager
 def observing() -> Iterator[dict[str, None]]:
-    """Collect the flags of the kernels that run in this thread while the context lasts, each once, in order.
+    """Collect the flags of the kernels that run in this thread inside the context, each once, in order.
 
     >>> with observing() as seen:
     ...     record("torch:eager")
@@ -39,5 +39,5 @@ def observing() -> Iterator[dict[str, None]]:
 
 
 def names(seen: dict[str, None]) -> str:
-    """What `Evaluation.kernel` says: the flags in the order in which they ran; "" where none of ours ran."""
+    """The value of `Evaluation.kernel`: the flags in the order in which they ran; "" if none ran."""
     return " and ".join(seen)

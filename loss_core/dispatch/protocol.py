@@ -1,4 +1,4 @@
-"""What a backend offers and what it answers: types alone."""
+"""The `Backend` protocol and the types of its arguments and results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class BackendUnavailable(ImportError):
-    """A flag that is known but can't be used on this machine; the message says why and what to install."""
+    """A known flag that can't be used on this machine; the message says why and what to install."""
 
 
 @dataclass(frozen=True)
 class BackendFlag:
-    """A parsed flag. `str(flag)` gives it back in full, such as "torch:eager"."""
+    """A parsed flag. `str(flag)` is the full flag, such as "torch:eager"."""
 
     backend: str
     kernel: str
@@ -32,10 +32,10 @@ class BackendFlag:
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Which kernel runs, and why: what a built loss answers to `loss.kernel_choice`.
+    """Which kernel runs, and why: the value of `loss.kernel_choice`.
 
     Attributes:
-        candidates: kernels among which `auto` may take another one for a call; empty where the flag named one.
+        candidates: kernels among which `auto` chooses for each call; empty if the flag names a kernel.
     """
 
     flag: str
@@ -45,13 +45,13 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class FlagStatus:
-    """Whether one flag can be used here."""
+    """Whether a flag is usable here."""
 
     flag: str
     usable: bool
-    reason: str  # empty when usable
-    version: str  # of the library behind it, empty when absent
-    install: str  # command that would make it usable, empty when there is none
+    reason: str  # why not; empty if usable
+    version: str  # of the library that it needs; empty if not installed
+    install: str  # command that would make it usable; empty if there is none
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Evaluation:
         loss: scalar, or the shape of labels for reduction="none".
         grads: gradient by argument name, each of the argument's shape.
         dtypes: dtype name by result ("loss", or argument name of the gradient).
-        mutated: names of the arguments that the call changed; must be empty.
-        kernel: flag of the kernel that ran, observed where it ran (`loss_core.dispatch.observed`); several are joined
-            by " and "; "" where none of ours ran.
+        mutated: names of the arguments that the call modified; must be empty.
+        kernel: flag of the kernel that ran, recorded by the kernel itself (`loss_core.dispatch.observed`); several are
+            joined by " and "; "" if none of this library ran.
         product_dtype: dtype to which the logits' gradient was rounded for the products of a fused
-            loss; None when it kept the dtype of the arithmetic.
-        ranks_differ: names of the results that ranks hold whole and that were not bitwise the same on all.
+            loss; None if it stayed in the compute dtype.
+        ranks_differ: names of the replicated results that were not bitwise equal on all ranks.
     """
 
     loss: np.ndarray
@@ -81,12 +81,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RankSetup:
-    """How a backend runs a call over ranks: what `loss_core.workers.ranks` starts.
+    """How a backend runs a call over ranks: which processes `loss_core.workers.ranks` starts.
 
     Attributes:
-        processes: one for each rank, or one that holds them all.
+        processes: number of processes: one per rank, or one for all ranks.
         environment: variables that must be set before the framework is imported.
-        splits: which of the ways in `loss_core.workers.vocab_split.splits` it can share a vocabulary.
+        splits: names of the splits in `loss_core.workers.vocab_split.splits` that it supports.
     """
 
     processes: int
@@ -95,10 +95,10 @@ class RankSetup:
 
 
 class Backend(Protocol):
-    """What a backend package's `backend` module offers."""
+    """The functions of a backend package's `backend` module."""
 
     def kernel_status(self, kernel: str) -> FlagStatus:
-        """Whether a kernel can be used here, and why not."""
+        """Whether a kernel is usable here, and if not, why."""
         ...
 
     def builders(self) -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
@@ -106,15 +106,15 @@ class Backend(Protocol):
         ...
 
     def choose_kernel(self, config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
-        """What `auto` takes among the kernels that are built and usable."""
+        """The choice of `auto` among usable kernels that implement the loss."""
         ...
 
     def batch_invariant(self, kernel: str, row_bytes: int) -> bool:
-        """Whether a kernel promises that results of a row of logits do not depend on the other rows, bitwise.
+        """Whether a kernel guarantees that the results of a row do not depend on the other rows, bitwise.
 
         Args:
-            kernel: as in the flag; `auto` chooses by the size of a call and promises nothing.
-            row_bytes: of a row of logits.
+            kernel: as in the flag; always False for `auto`, which chooses by the size of a call.
+            row_bytes: size of a row of logits.
         """
         ...
 
@@ -133,33 +133,33 @@ class Backend(Protocol):
         """Run a built loss and its gradient on NumPy inputs.
 
         Args:
-            arrays: keyword arguments of the loss; float arrays are float64 with values that are
-                exact in `dtype`, integer arrays are passed on as they are.
+            arrays: keyword arguments of the loss; floating arrays are float64 with values that are
+                exact in `dtype`, integer arrays are passed unchanged.
             dtype: "float32", "bfloat16", "float16" or "float64".
-            upstream: gradient of the loss result (its shape), None for ones.
+            upstream: upstream gradient of the result (its shape); None for ones.
             grad_of: names of the arguments to differentiate.
             device: such as "cuda"; None for the backend's default.
-            backwards: how often the gradient is made of the one forward; the last one is returned.
-            leaves: False gives the loss what an operation made of the inputs, as a model does, in place of leaves of
-                the graph, which torch protects from most changes in place.
+            backwards: how often the backward runs after the one forward; the last gradients are returned.
+            leaves: False: the loss is called with outputs of an operation, as in a model, instead of leaves of the
+                autograd graph, which torch protects from most in-place changes.
         """
         ...
 
     def host_reads(self, loss: Any, arrays: Mapping[str, np.ndarray], *, dtype: str, grad_of: tuple[str, ...]) -> str:
-        """What a loss reads on the host, seen on inputs without values: "" for nothing.
+        """What a loss reads on the host, found by running it on inputs without values; "" for nothing.
 
-        Errors of a loss that can't run without values pass through.
+        A loss that can't run without values raises its own error.
         """
         ...
 
     def rank_setup(self, ranks: int) -> RankSetup:
-        """What to start for calls whose vocabulary is sharded over ranks."""
+        """The processes to start for calls whose vocabulary is sharded over ranks."""
         ...
 
     def join_ranks(self, rank: int, ranks: int, folder: Path) -> None:
-        """In a process of `loss_core.workers.ranks`: meet the others, who have the same empty folder."""
+        """In a process of `loss_core.workers.ranks`: connect to the other ranks through a shared empty folder."""
         ...
 
     def evaluate_shards(self, request: Request) -> list[Evaluation]:
-        """In such a process: this rank's part of a call, or that of each rank where one process holds them all."""
+        """In such a process: the results of this rank, or of each rank if one process runs them all."""
         ...

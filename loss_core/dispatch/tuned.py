@@ -1,8 +1,8 @@
-"""Which flag was fastest on this machine: the cache that `loss-core bench --tune` writes and `auto` may read.
+"""The fastest flag on this machine: the cache that `loss-core bench --tune` writes and `auto` may read.
 
-One JSON file, in $LOSS_CORE_CACHE or else the user's cache folder. An entry holds for one loss, dtype, device and
-class of shapes (sizes that agree when rounded to a power of two), and for the versions and the number of threads that
-it was measured with: with another of these another kernel may be faster.
+One JSON file, in $LOSS_CORE_CACHE or else the user's cache folder. An entry is valid for one loss, dtype, device and
+shape class (sizes rounded to powers of two), and for the versions and number of threads with which it was measured;
+with others, another kernel may be faster.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 def cache_file() -> Path:
-    """Where the choices of this machine are kept; the file need not exist."""
+    """Path of the cache of this machine; the file need not exist."""
     if named := os.environ.get("LOSS_CORE_CACHE"):
         folder = Path(named)
     elif sys.platform == "win32":
@@ -37,7 +37,7 @@ def cache_file() -> Path:
 
 
 def shape_class(shape: Sequence[int]) -> list[int]:
-    """Each size as the nearest power of two.
+    """Each size rounded to a power of two.
 
     >>> shape_class((8192, 128256, 4096))
     [8192, 131072, 4096]
@@ -49,20 +49,20 @@ def tuned_choice(
     loss: str, device: str, dtype: str, shape: Sequence[int], *, version: str, threads: int, backend: str = "torch",
     file: Path | None = None,
 ) -> str | None:  # fmt: skip
-    """The flag that was fastest here for such calls, or None where nothing was measured.
+    """The fastest flag for such calls, or None if nothing was measured.
 
     Args:
         loss: registry name, such as "KDLoss".
-        device: "cpu", or the accelerator's name as the framework gives it, such as "NVIDIA H100 80GB HBM3".
+        device: "cpu", or the framework's name of the accelerator, such as "NVIDIA H100 80GB HBM3".
         dtype: such as "bfloat16".
         shape: (T, V), or (T, V, H) for the fused loss.
         version: of the framework, such as "2.13.0+cpu".
-        threads: that the framework uses on a CPU; of no account on an accelerator.
-        backend: "torch" or "jax": the choice is among its flags.
-        file: in place of `cache_file()`.
+        threads: number of threads of the framework on a CPU; ignored for an accelerator.
+        backend: "torch" or "jax": only its flags are considered.
+        file: used instead of `cache_file()`.
     Returns:
-        A flag that names a kernel. An entry of other versions or another number of threads, or that does not say them,
-        is ignored, and so is a file that can't be read: a cache is never a reason to fail.
+        A flag that names a kernel. Entries with other or missing versions or threads are ignored, and so is a file
+        that can't be read: the cache never causes an error.
     """
     path = cache_file() if file is None else file
     try:
@@ -78,10 +78,10 @@ def tuned_choice(
 
 
 def store_choices(entries: Sequence[Mapping[str, Any]], file: Path | None = None) -> Path:
-    """Add choices to the cache; an entry for the same calls is replaced.
+    """Add choices to the cache; entries for the same calls are replaced.
 
     Args:
-        entries: each with loss, device, dtype, shape, backend, version, threads (as `tuned_choice` has them) and flag.
+        entries: each with loss, device, dtype, shape, backend, version, threads (as in `tuned_choice`) and flag.
     Raises:
         OSError: the file can't be written.
     """
@@ -95,17 +95,17 @@ def store_choices(entries: Sequence[Mapping[str, Any]], file: Path | None = None
         kept = [old for old in kept if any(old.get(name) != value for name, value in key.items())]
         kept.append({**entry, **key})
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved over: a reader never sees half a file.
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"format": FORMAT, "choices": kept}, indent=1) + "\n", "utf-8")
-    beside.replace(path)
+    # Written to a temporary file and renamed: readers never see a partial file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"format": FORMAT, "choices": kept}, indent=1) + "\n", "utf-8")
+    temporary.replace(path)
     return path
 
 
 def _key(
     loss: str, device: str, dtype: str, shape: Sequence[int], backend: str, version: str, threads: int
 ) -> dict[str, Any]:
-    """What an entry must agree in; `threads` is None where the device is no CPU."""
+    """The fields by which entries are matched; `threads` is None unless the device is a CPU."""
     return {
         "loss": loss, "device": device, "dtype": dtype, "shape_class": shape_class(shape), "backend": backend,
         "loss_core": __version__, "version": version, "threads": threads if device == "cpu" else None,
@@ -114,7 +114,7 @@ def _key(
 
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int) -> tuple[dict[str, Any], ...]:
-    """The entries of a file; `changed` makes a file that was written anew be read anew."""
+    """The entries of a file; `changed`, its modification time, invalidates the cached result when it is rewritten."""
     try:
         data = json.loads(path.read_text("utf-8"))
         entries = data["choices"] if data["format"] == FORMAT else []

@@ -1,4 +1,4 @@
-"""What a loss is, apart from its kernels: `LossDef`, and the definitions of the losses of this library."""
+"""`LossDef`, everything about a loss except its kernels, and the definitions of the built-in losses."""
 
 from loss_core.losses.bounds.errors import error_ratio
 from loss_core.losses.cases.drawing import Case, named_cases, random_cases

@@ -1,8 +1,8 @@
 """Cross entropy over logits: -sum_v q_v log softmax(z)_v per token, d/dz = softmax(z) - q.
 
 q is 1 at the label; with smoothing e it is 1 - e + e/V there and e/V elsewhere (Szegedy et al. 2016, arXiv:1512.00567,
-section 7). A z-loss adds l lse^2, d/dz = 2 l lse softmax(z), with lse the log-sum-exp of z (Chowdhery et al. 2022,
-arXiv:2204.02311, section 5).
+section 7). A z-loss with factor l adds l lse^2, d/dz = 2 l lse softmax(z), with lse the log-sum-exp of z (Chowdhery et
+al. 2022, arXiv:2204.02311, section 5).
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
@@ -41,10 +41,10 @@ from loss_core.losses.definition import (
     Upstream,
 )
 from loss_core.losses.metrics import result_and_metric_errors, results_of, upstream_of_loss, with_metrics
-from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
+from loss_core.losses.reduction import Reduction, TokenResult, masked_rows, times_rows, valid_tokens
 
 # (config, logits [T, V], labels [T], valid tokens [T]) -> loss of each token [T], its derivative by the logits [T, V].
-# Rows that are ignored hold zeros, and what is returned for them is not used.
+# Logits of ignored rows are zeros, and the values returned for these rows are not used.
 TokenLoss = Callable[[Any, Floats, NDArray[Any], NDArray[np.bool_]], tuple[Floats, Floats]]
 
 
@@ -85,32 +85,32 @@ def softcap(z_TV: Floats, cap: float) -> tuple[Floats, Floats]:
 
 
 def _option(config: Any, name: str) -> float:
-    """A field that is off at 0; also of a config that has no such field."""
+    """The value of a field that is off at 0; 0 for a config that has no such field."""
     return float(getattr(config, name, 0.0))
 
 
 def reduction_of(config: Any, arrays: Arrays) -> Reduction:
-    """The reduction of a call that has the fields and arguments of cross entropy, or some of them."""
+    """The reduction of a call; fields and arguments of cross entropy that it lacks take their defaults."""
     return Reduction(
         getattr(config, "reduction", "sum"),
         np.shape(arrays["labels"]),
-        kept_tokens(arrays, config.ignore_index),
+        valid_tokens(arrays, config.ignore_index),
         arrays.get("num_label_tokens"),
         arrays.get("loss_weights"),
     )
 
 
 def over_logits(token_loss: TokenLoss) -> Oracle[TokenResult]:
-    """The oracle of a loss over `logits` and `labels` from its loss per token.
+    """The oracle of a loss over `logits` and `labels`, from its loss per token.
 
-    Labels, mask, loss_weights, num_label_tokens, ignore_index, reduction and logit_softcapping mean what they mean for
-    cross entropy.
+    Labels, mask, loss_weights, num_label_tokens, ignore_index, reduction and logit_softcapping have the same meaning as
+    for cross entropy.
     """
 
     def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
         reduction = reduction_of(config, arrays)
         keep_T, logits = reduction.keep_T, arrays["logits"]
-        z_TV, slope_TV = softcap(kept_rows(logits, keep_T), _option(config, "logit_softcapping"))
+        z_TV, slope_TV = softcap(masked_rows(logits, keep_T), _option(config, "logit_softcapping"))
         labels_T, upstream = np.asarray(arrays["labels"]).reshape(-1), upstream_of_loss(config, upstream)
         loss_T, dz_TV = token_loss(config, z_TV, labels_T, keep_T)
         loss_T = np.where(keep_T, loss_T, 0.0)
@@ -129,8 +129,8 @@ oracle: Oracle[TokenResult] = over_logits(token_cross_entropy)
 def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
-    """Rounding of the softcap, the softmax, of each token's loss, of the sum, and of the stored results."""
-    raw_TV, cap = kept_rows(arrays["logits"], expected.reduction.keep_T), _option(config, "logit_softcapping")
+    """Rounding errors of the softcap, the softmax, each token's loss, the sum, and the stored results."""
+    raw_TV, cap = masked_rows(arrays["logits"], expected.reduction.keep_T), _option(config, "logit_softcapping")
     (z_TV, slope_TV), u = softcap(raw_TV, cap), compute_format(dtype).u
     err_z_T = (TANH_ULPS * u if cap else 0.0) * np.max(np.abs(finite(raw_TV)), axis=-1)
     result, dz_TV, error_TV = logits_errors(config, z_TV, err_z_T, arrays, expected, dtype, upstream)
@@ -150,7 +150,7 @@ def logits_errors(
     dtype: str,
     upstream: Upstream,
 ) -> tuple[dict[str, Floats], Floats, Floats]:
-    """What holds for any cross entropy of logits z, which are off by err_z.
+    """Error bounds of a cross entropy of logits z that are off by err_z; over logits and fused.
 
     Returns:
         Errors of the loss and of the gradient of loss_weights; the gradient by z [T, V]; its error.
@@ -168,11 +168,11 @@ def logits_errors(
 def _token_errors(
     config: Any, sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_z_T: Floats, u: float
 ) -> Floats:
-    """Error of each token's loss: of lse, of the target's logit, of their difference.
+    """Error of each token's loss: errors of lse, of the target's logit, and of their difference.
 
-    Smoothed: also of the mean of all logits, which is a sum and a division, of its difference to lse (all parts of
-    the loss are >= 0), and of two products with factors that are rounded themselves, and their sum. A z-loss l lse^2 is
-    off by 2 l lse times the error of lse, by the roundings of l, of the square and of the product, and is added.
+    Smoothing adds the errors of the mean logit (a sum and a division), of its difference to lse (all parts of the loss
+    are >= 0), of two products whose factors are rounded as well, and of their sum. A z-loss l lse^2 is off by 2 l lse
+    times the error of lse and by the roundings of l, of the square, of the product, and of the addition.
     """
     smoothing, z_loss = _option(config, "label_smoothing"), _option(config, "z_loss")
     rows = np.arange(labels_T.size)
@@ -191,11 +191,11 @@ def _token_errors(
 def _gradient_errors(
     config: Any, sm: SoftmaxErrors, labels_T: NDArray[Any], coef_T: Floats, inner: FloatFormat
 ) -> tuple[Floats, Floats]:
-    """coef (f p - q) with f = 1 + 2 l lse for a z-loss l, else 1; and its error.
+    """coef (f p - q), where f = 1 + 2 l lse for a z-loss factor l, else 1; and its error.
 
-    Smoothed: e/V and 1 - e are rounded as they are made, multiplied and added (4 each); and who multiplies p with the
-    sum of q in place of 1 has the error of a sum of V terms e/V in it. f is off by 2 l times the error of lse; its two
-    parts are rounded (l, the product) and added, and so is its product with p.
+    Smoothing: e/V and 1 - e are rounded when computed, multiplied and added (4 each); and an implementation that
+    multiplies p by the sum of q instead of 1 has the error of a sum of V terms e/V. f is off by 2 l times the error of
+    lse; its two parts are rounded (l, the product) and added, and its product with p is rounded.
     """
     smoothing, z_loss = _option(config, "label_smoothing"), _option(config, "z_loss")
     factor_T1, vocab = 1 + 2 * z_loss * sm.lse_T[:, None], sm.z_TV.shape[-1]

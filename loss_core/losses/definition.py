@@ -1,12 +1,11 @@
-"""`LossDef`: all that a loss is apart from its kernels, said once per loss.
+"""`LossDef`: everything about a loss except its kernels, defined once per loss.
 
-check, bench, captured calls, the splits over tensor parallel and the command line ask the definition; none of them
-knows a loss by its class. `loss_core.register_loss(..., definition=LossDef(...))` makes a user's loss as known to
-them as ours.
+check, bench, captured calls, tensor-parallel splits and the command line read the definition; none of them branches on
+the config class. `loss_core.register_loss(..., definition=LossDef(...))` gives a user-defined loss the same support.
 """
 
-# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden, H_t = hidden of a teacher, K = classes of a
-# teacher per token
+# T = tokens (all leading dimensions of labels), V = vocabulary, H = hidden, H_t = hidden of the teacher,
+# K = classes per token whose teacher log-probabilities are given
 
 from __future__ import annotations
 
@@ -22,22 +21,21 @@ from loss_core.registry import DEFINITIONS, config_class_for
 
 Floats = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
-# A gradient of the result, of its shape; None is ones.
+# Upstream gradient of the result, of its shape; None is ones.
 Upstream = NDArray[Any] | None
-# Config field -> function that draws a value of it.
+# Config field -> function that draws a value for it.
 RandomFields = Mapping[str, Callable[[np.random.Generator], Any]]
 
-
-# Classes of a teacher per token, as inference engines and files of log-probabilities have them.
+# K: what inference engines and files of log-probabilities commonly store per token.
 TOP_K = 64
 
 
 class Sizes(NamedTuple):
-    """Sizes of one call; K is `TOP_K`, or half of V where that is less.
+    """Sizes of one call; K is `TOP_K`, or half of V if that is smaller.
 
     Attributes:
         lead: leading dimensions of labels, whose product is T.
-        vocab, hidden: V and H; hidden is 0 where the loss has none.
+        vocab, hidden: V and H; hidden is 0 if the loss has no hidden states.
     """
 
     lead: tuple[int, ...]
@@ -45,7 +43,7 @@ class Sizes(NamedTuple):
     hidden: int = 0
 
     def shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
-        """The shape of an argument of these dimensions.
+        """The shape of an argument with these dimensions.
 
         >>> Sizes((4, 6), 507).shape(("T", "V"))
         (4, 6, 507)
@@ -54,7 +52,7 @@ class Sizes(NamedTuple):
             "T": self.lead,
             "V": (self.vocab,),
             "H": (self.hidden,),
-            # Another number than H, so that one taken for the other shows; and a teacher is larger.
+            # Not H, so that a mix-up of the two shows; and teachers are usually larger.
             "H_t": (2 * self.hidden,),
             "K": (max(min(self.vocab // 2, TOP_K), 1),),
         }
@@ -68,14 +66,14 @@ class Argument:
     Attributes:
         name: keyword of the forward.
         dims: "T" (any number of leading dimensions), "V", "H", "H_t", "K"; () for a scalar.
-        kind: "float"; "label" (integers, class or ignore_index), "mark" (integers that say only what is ignored),
-            "index" (integers, classes), "mask", "count" (an integer that divides a sum), or "hint" (the number
-            of valid tokens, given for speed).
+        kind: "float"; "label" (integers: a class or ignore_index), "mark" (integers that are only compared with
+            ignore_index), "index" (integers: classes), "mask", "count" (an integer that divides a sum), or "hint" (the
+            number of valid tokens, which only saves work).
         differentiated: whether it has a gradient; trained: whether training needs that gradient.
-        optional: whether it may be left out.
-        sum_only: whether it is refused with another reduction than "sum".
-        with_count: whether it is refused without the argument of kind "count".
-        draw: (shape, V, random generator) -> numbers; None: normal ones, or random classes.
+        optional: whether it may be omitted.
+        sum_only: whether it is accepted only with the reduction "sum".
+        with_count: whether it is accepted only together with the argument of kind "count".
+        draw: (shape, V, random generator) -> values; None: standard normal values, or random classes.
     """
 
     name: str
@@ -90,13 +88,13 @@ class Argument:
 
     @property
     def vocab_axis(self) -> int | None:
-        """0 or -1: the axis over the vocabulary, which tensor parallel shards; None where every rank has it whole."""
+        """0 or -1: the vocabulary axis, which tensor parallelism shards; None where it is replicated on every rank."""
         if "V" not in self.dims:
             return None
         return 0 if self.dims[0] == "V" else -1
 
     def spread(self, sizes: Sizes, logit_scale: float) -> float:
-        """Standard deviation at which the logits have about `logit_scale`."""
+        """Standard deviation of this argument for which that of the logits is about `logit_scale`."""
         if "V" not in self.dims:
             return 1.0
         return logit_scale if "T" in self.dims else logit_scale / float(np.sqrt(sizes.shape(self.dims)[-1]))
@@ -120,7 +118,7 @@ class OracleResult:
     grads: dict[str, Floats]
 
     def size(self, upstream: Upstream) -> float:
-        """Sum of |upstream x result| over all that the gradients are of."""
+        """Sum of |upstream * loss| over all differentiated results."""
         up = 1.0 if upstream is None else np.asarray(upstream, np.float64)
         return float(np.sum(np.abs(up * self.loss)))
 
@@ -132,19 +130,20 @@ Oracle = Callable[[Any, Arrays, Upstream], Result]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is special about a test case; `loss_core.losses.cases.drawing` turns it into arrays.
+    """The parameters of a test case; `loss_core.losses.cases.drawing` draws its arrays.
 
     Attributes:
         name: id in tables and on the command line.
         catches: the failure that it would catch.
-        fields: config fields that the case sets, where the config has them and is not the user's own.
-        needs: names of fields without which the case makes no sense.
+        fields: config fields that the case sets, if the config has them; a config that the user passed is not changed.
+        needs: config fields without which the case is skipped.
         lead, vocab, hidden: shape of the inputs. V = 507 is no multiple of a block, so that padding shows.
         scale: standard deviation of the logits.
-        ignored: share of labels set to ignore_index.
-        change: a further change of what was drawn; over_logits: it is about arguments [T, V].
+        ignored: fraction of labels set to ignore_index.
+        change: edits the drawn arrays in place; over_logits: whether it needs an argument [T, V].
         extras: arguments to add: "mask", "loss_weights", "count", "lm_bias"; or "upstream", a gradient of the result.
-        strided: give floating inputs as slices of longer ones; the teacher's stay contiguous, so that the two differ.
+        strided: pass floating inputs as slices of longer arrays; those of the teacher stay contiguous, so that the
+            layouts of student and teacher differ.
     """
 
     name: str
@@ -163,7 +162,7 @@ class Recipe:
 
 
 def draw_floats(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Floats]:
-    """Independent normal numbers for every floating argument that must be given."""
+    """Independent normal values for every required floating argument."""
     drawn = {}
     for argument in definition.inputs:
         values = rng.standard_normal(sizes.shape(argument.dims))
@@ -175,27 +174,28 @@ def draw_floats(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.
 
 @dataclass(frozen=True)
 class LossDef:
-    """What a loss is.
+    """The definition of a loss: arguments, oracle, error bound, test cases, cost.
 
     Attributes:
-        name: of the inputs it takes, by which `bench` finds baselines: "cross_entropy", "linear_cross_entropy",
-            "distillation", or one of your own (which has none).
-        arguments: of its forward.
+        name: by which `bench` finds baselines that take the same inputs: "cross_entropy", "linear_cross_entropy",
+            "distillation", or a new name, which has no baselines.
+        arguments: of the forward.
         oracle: (config, arrays, upstream) -> OracleResult: loss and the gradient of each differentiated argument by
-            definition, dense, in float64 NumPy. It shares no code with what it judges.
+            definition, dense, in float64 NumPy. It shares no code with the implementations under test.
         error_bound: (config, arrays, expected, dtype, upstream, product_dtype) -> largest error that rounding
             explains, elementwise, for "loss" and each gradient; see `loss_core.losses.allowances`. None: it is
             estimated from the oracle, see `loss_core.losses.bounds.sensitivity`.
-        recipes: cases besides those that every loss gets.
-        draw: (definition, sizes, scale, rng) -> the floating arguments that must be given.
+        recipes: cases in addition to those that every loss has.
+        draw: (definition, sizes, scale, rng) -> the required floating arguments.
         random_fields: config field -> function of a random generator, for random cases.
-        reduction: (config) -> "sum", "mean" (over valid tokens) or "none", without a count.
-        products: matrix products [T, H] x [H, V] of a forward, one for each head; 0 where there is none.
-        lower: what the next lower arithmetic would give, see `loss_core.losses.lower`; None: what the arguments tell.
-        results: (config) -> how many results there are; those of several are stacked in front, as is their upstream.
-        row_numbers: numbers per token that ranks exchange when they share the vocabulary.
-        sampled_rows: (config, [n, H] rows, [V, H] weight in blocks, arguments of the n rows) -> the gradient of the
-            rows, for a call too large for the oracle; None where all floating arguments have the dimension T.
+        reduction: (config) -> "sum", "mean" (over valid tokens) or "none", for a call without a count.
+        products: number of matrix products [T, H] x [H, V] of a forward, one per head; 0 for a loss over logits.
+        lower: computes the results in the next lower arithmetic, see `loss_core.losses.lower`; None: it is derived from
+            the arguments.
+        results: (config) -> number of results; two or more are stacked along a new first axis, as is their upstream.
+        row_numbers: numbers per token that ranks exchange when the vocabulary is sharded.
+        sampled_rows: (config, [n, H] rows, [V, H] weight in blocks, arguments of the n rows) -> gradient of the n rows,
+            for a call too large for the oracle; None if all floating arguments have the dimension T.
     """
 
     name: str
@@ -214,17 +214,17 @@ class LossDef:
 
     @property
     def inputs(self) -> tuple[Argument, ...]:
-        """The floating arguments that must be given."""
+        """The required floating arguments."""
         return tuple(a for a in self.arguments if a.kind == "float" and not a.optional)
 
     @property
     def drawn(self) -> tuple[Argument, ...]:
-        """`inputs`, and the indices that must be given."""
+        """The required arguments whose values are drawn: `inputs` and indices."""
         return tuple(a for a in self.arguments if a.kind in ("float", "index") and not a.optional)
 
     @property
     def vocab_axes(self) -> dict[str, int]:
-        """Axis over the vocabulary, by name of the arguments that have one."""
+        """Argument name -> vocabulary axis, for the arguments that have one."""
         return {a.name: a.vocab_axis for a in self.arguments if a.vocab_axis is not None}
 
     def find(self, kind: str) -> Argument | None:
@@ -232,15 +232,15 @@ class LossDef:
         return next((a for a in self.arguments if a.kind == kind), None)
 
     def accepts(self, config: Any, name: str) -> bool:
-        """Whether the loss takes an argument, given by its name or kind, with this config."""
+        """Whether the loss accepts an argument, given by name or kind, with this config."""
         found = next((a for a in self.arguments if name in (a.name, a.kind)), None)
         return found is not None and not (found.sum_only and self.reduction(config) != "sum")
 
 
 def definition_of(loss: Any) -> LossDef | None:
-    """The definition of a config, a config class or a registry name; None where there is none.
+    """The definition of a config, a config class or a registry name; None if it has no definition.
 
-    A class that derives from one with a definition has that one, unless it is registered with another.
+    A subclass inherits the definition, unless it is registered with a definition.
     """
     config_cls = config_class_for(loss) if isinstance(loss, str) else loss if isinstance(loss, type) else type(loss)
     for cls in config_cls.__mro__:
@@ -252,10 +252,10 @@ def definition_of(loss: Any) -> LossDef | None:
 
 
 def need_definition(loss: Any) -> LossDef:
-    """As `definition_of`, where there must be one.
+    """As `definition_of`, but never None.
 
     Raises:
-        TypeError: there is none; says what to do.
+        TypeError: there is no definition; says what to do.
     """
     if (found := definition_of(loss)) is None:
         name = loss if isinstance(loss, str) else type(loss).__name__

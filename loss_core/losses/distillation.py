@@ -38,14 +38,14 @@ from loss_core.losses.bounds.rounding import (
 )
 from loss_core.losses.cases.random_fields import RANDOM_FIELDS
 from loss_core.losses.definition import Argument, Arrays, Floats, LossDef, Recipe, Sizes, Upstream
-from loss_core.losses.reduction import Reduction, TokenResult, kept_rows, kept_tokens, times_rows
+from loss_core.losses.reduction import Reduction, TokenResult, masked_rows, times_rows, valid_tokens
 
 
 def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
-    """Loss, and the gradients of both logits and of the weights. Labels only say which tokens are ignored."""
+    """Loss, and the gradients of both logits and of the weights. Labels only mark ignored tokens."""
     shape, temp = np.shape(arrays["student_logits"]), float(config.temperature)
     reduction = reduction_of(config, arrays)
-    zs_TV, zt_TV = (kept_rows(arrays[name], reduction.keep_T) / temp for name in ("student_logits", "teacher_logits"))
+    zs_TV, zt_TV = (masked_rows(arrays[name], reduction.keep_T) / temp for name in ("student_logits", "teacher_logits"))
     d_T, by_student_TV, by_teacher_TV = token_divergence(beta_of(config), zs_TV, zt_TV)
     loss_T = np.where(reduction.keep_T, temp**2 * d_T, 0.0)
     coef_T = reduction.coefficients(upstream)
@@ -56,14 +56,14 @@ def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> TokenResult:
 
 
 def reduction_of(config: Any, arrays: Arrays) -> Reduction:
-    """A sum divided by the count, or without one the mean."""
+    """Sum divided by the count, or the mean over valid tokens without a count."""
     count, shape = arrays.get("num_batch_labels"), np.shape(arrays["labels"])
     kind = "mean" if count is None else "sum"
-    return Reduction(kind, shape, kept_tokens(arrays, config.ignore_index), count, arrays.get("loss_weights"))
+    return Reduction(kind, shape, valid_tokens(arrays, config.ignore_index), count, arrays.get("loss_weights"))
 
 
 def beta_of(config: Any) -> float:
-    """The divergence as beta of jsd: 0 is forward_kl, 1 is reverse_kl."""
+    """The divergence as the beta of jsd: 0 is forward_kl, 1 is reverse_kl."""
     return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": float(config.beta)}[config.divergence]
 
 
@@ -84,13 +84,13 @@ def token_divergence(beta: float, zs_TV: Floats, zt_TV: Floats) -> tuple[Floats,
         )
         d_T = beta * kl_t_T + (1 - beta) * kl_s_T
         by_student_TV, by_teacher_TV = (1 - beta) * by_student_TV, beta * by_teacher_TV
-    # Where the divergence is not a number, neither is its gradient.
-    known_T1 = np.where(np.isnan(d_T), np.nan, 1.0)[:, None]
-    return d_T, known_T1 * by_student_TV, known_T1 * by_teacher_TV
+    # Where the divergence is NaN, so is its gradient.
+    nan_T1 = np.where(np.isnan(d_T), np.nan, 1.0)[:, None]
+    return d_T, nan_T1 * by_student_TV, nan_T1 * by_teacher_TV
 
 
 def _kl(p_TV: Floats, log_ratio_TV: Floats) -> tuple[Floats, Floats]:
-    """KL = sum p log_ratio, and p (log_ratio - KL); a probability of 0 weighs nothing."""
+    """KL = sum p log_ratio, and p (log_ratio - KL); terms with p = 0 are 0."""
     log_ratio_TV = np.where(p_TV == 0, 0.0, log_ratio_TV)
     kl_T = np.sum(p_TV * log_ratio_TV, axis=-1)
     return kl_T, np.where(p_TV == 0, 0.0, p_TV * (log_ratio_TV - kl_T[:, None]))
@@ -99,13 +99,13 @@ def _kl(p_TV: Floats, log_ratio_TV: Floats) -> tuple[Floats, Floats]:
 def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
-    """Rounding of the divergence, of its derivatives, of the sum, and of the stored results."""
+    """Rounding errors of the divergence, its derivatives, the sum, and the stored results."""
     fmt, inner, temp = float_format(dtype), compute_format(dtype), float(config.temperature)
     # z / T: the reciprocal and the product are each rounded once.
     scaled = 2 * inner.u if temp != 1 else 0.0
 
     def of(name: str) -> Side:
-        z_TV = kept_rows(arrays[name], expected.reduction.keep_T) / temp
+        z_TV = masked_rows(arrays[name], expected.reduction.keep_T) / temp
         return side(z_TV, scaled * np.max(np.abs(finite(z_TV)), axis=-1), inner)
 
     student, teacher = of("student_logits"), of("teacher_logits")
@@ -122,20 +122,20 @@ def error_bound(
 
 
 class Side(NamedTuple):
-    """One of two distributions: its softmax, how far its z are off [T], and their largest size [T]."""
+    """One of two distributions: its softmax, the error of its z [T], and max |z| [T]."""
 
     sm: SoftmaxErrors
     err_z_T: Floats
-    top_T: Floats
+    max_z_T: Floats
 
 
 def side(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> Side:
-    """The errors of a distribution of which z is off by err_z."""
+    """The errors of a distribution whose z are off by err_z."""
     return Side(softmax_errors(z_TV, err_z_T, inner), err_z_T, np.max(np.abs(finite(z_TV)), axis=-1))
 
 
 def divergence_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, Floats]:
-    """Errors of D [T], and of its derivatives by student's and teacher's z [T, V], times a rounded coefficient."""
+    """Errors of D [T], and of its derivatives by student's and teacher's z [T, V], including the coefficient's."""
     if beta == 0:
         return _kl_errors(student, teacher, u)
     if beta == 1:
@@ -145,13 +145,13 @@ def divergence_errors(beta: float, student: Side, teacher: Side, u: float) -> tu
 
 
 def _err_log_ratio(student: Side, teacher: Side, u: float) -> Floats:
-    """Each log-probability is z - lse: both lse's errors, those of both z, and the rounding of the difference."""
+    """Each log-probability is z - lse: the errors of both lse, of both z, and the rounding of the difference."""
     err_lse_T = student.sm.err_lse_T + teacher.sm.err_lse_T
-    return np.asarray(err_lse_T + student.err_z_T + teacher.err_z_T + 2 * u * (student.top_T + teacher.top_T))
+    return np.asarray(err_lse_T + student.err_z_T + teacher.err_z_T + 2 * u * (student.max_z_T + teacher.max_z_T))
 
 
 def _kl_errors(student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, Floats]:
-    """KL = sum p_t d, with d = log p_t - log p_s: errors of the weights p_t times |z_t - z_s|, and of d."""
+    """KL = sum p_t d with d = log p_t - log p_s: errors of the weights p_t times |z_t - z_s|, and errors of d."""
     (sm_s, *_), (sm_t, *_) = student, teacher
     pt_TV = sm_t.p_TV
     d_TV = np.where(pt_TV == 0, 0.0, sm_t.log_p_TV - sm_s.log_p_TV)
@@ -172,11 +172,12 @@ def _kl_errors(student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, 
 
 
 def _jsd_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Floats, Floats, Floats]:
-    """Each KL(p || M) = sum p x, with x = log p - log M: errors of the weights p times |x|, and of x.
+    """Each KL(p || M) = sum p x with x = log p - log M: errors of the weights p times |x|, and errors of x.
 
-    However x is made, from log p_t - log p_s or from log p and a log M that lies between, log-probabilities enter
-    twice; beside them an exp, the rounding of its argument (r e^-r <= 0.4), and the log of their sum, which is at most
-    2; the shares' logarithms, rounded, added and taken off; and x. Beta and 1 - beta are rounded, and multiplied with.
+    Whether x is computed from log p_t - log p_s, or from log p and a log M that lies between the two, log-probabilities
+    enter twice. In addition: an exp, the rounding of its argument (r e^-r <= 0.4), the log of a sum that is at most 2,
+    the logarithms of beta and 1 - beta (rounded, added, subtracted), and x. Beta and 1 - beta are rounded, and so are
+    the products with them.
     """
     log_shares = abs(np.log(beta)) + abs(np.log1p(-beta))
     log_m_TV = np.logaddexp(np.log(beta) + teacher.sm.log_p_TV, np.log1p(-beta) + student.sm.log_p_TV)
@@ -197,7 +198,7 @@ def _jsd_errors(beta: float, student: Side, teacher: Side, u: float) -> tuple[Fl
 
 
 def near_logits(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Floats]:
-    """A teacher that is a disturbed student: two unrelated distributions would have nothing but a large KL."""
+    """Teacher logits are perturbed student logits: two unrelated distributions would only ever have a large KL."""
     shape = sizes.shape(("T", "V"))
     student = rng.standard_normal(shape) * scale
     return {"student_logits": student, "teacher_logits": student + rng.standard_normal(shape) * scale / 2}
@@ -207,8 +208,8 @@ def _same_logits(drawn: Any) -> None:
     drawn.arrays["teacher_logits"] = drawn.arrays["student_logits"].copy()
 
 
-def _rules_out(*names: str) -> Callable[[Any], None]:
-    """Each of these logits rules out half of the classes, but none the first."""
+def _mask_half(*names: str) -> Callable[[Any], None]:
+    """A change that sets half of the classes of these logits to -inf, but never the first."""
 
     def change(drawn: Any) -> None:
         for name in names:
@@ -219,14 +220,14 @@ def _rules_out(*names: str) -> Callable[[Any], None]:
     return change
 
 
-def _no_classes(drawn: Any) -> None:
+def _invalid_labels(drawn: Any) -> None:
     labels = drawn.arrays["labels"]
     others = drawn.rng.choice([-1, drawn.recipe.vocab, 2**31 - 1, -(2**31)], labels.shape)
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, others)
 
 
-# Arguments of every distillation beside student and teacher.
-OF_TOKENS = (
+# Arguments of every distillation in addition to student and teacher.
+TOKEN_ARGUMENTS = (
     Argument("labels", ("T",), "mark", differentiated=False),
     Argument("num_batch_labels", (), "count", differentiated=False, optional=True),
     Argument("loss_weights", ("T",), optional=True, with_count=True),
@@ -239,18 +240,16 @@ RECIPES = (
     Recipe("many-tokens-kd", "errors between row blocks", {"chunk_size": 5}),
     Recipe("temperature", "a missing T^2, or a T in the wrong place", {"temperature": 2.5}),
     Recipe("cold", "a temperature below 1", {"temperature": 0.5}, extras=("count",)),
-    Recipe(
-        "no-classes", "a label compared with the classes, which only says whether its token counts", change=_no_classes
-    ),
+    Recipe("no-classes", "labels used as classes, where they only mark ignored tokens", change=_invalid_labels),
     Recipe("same-logits", "a divergence of equal distributions that is not 0", change=_same_logits),
-    Recipe("ruled-out", "NaN from -inf in the teacher's logits alone", change=_rules_out("teacher_logits")),
+    Recipe("ruled-out", "NaN from -inf in the teacher's logits alone", change=_mask_half("teacher_logits")),
     Recipe(
         "reverse",
         "roles exchanged in the loss, but not in a gradient",
         _REVERSE | {"temperature": 2.0},
         extras=("loss_weights", "count", "upstream"),
     ),
-    Recipe("reverse-ruled-out", "NaN from -inf in the student's logits", _REVERSE, change=_rules_out("student_logits")),
+    Recipe("reverse-ruled-out", "NaN from -inf in the student's logits", _REVERSE, change=_mask_half("student_logits")),
     Recipe(
         "jsd",
         "the shares of teacher and student exchanged",
@@ -262,7 +261,7 @@ RECIPES = (
         "jsd-ruled-out",
         "NaN from -inf in the logits of one or of both",
         _JSD,
-        change=_rules_out("student_logits", "teacher_logits"),
+        change=_mask_half("student_logits", "teacher_logits"),
     ),
     Recipe("jsd-huge-logits", "overflow of a ratio of probabilities", _JSD | {"beta": 0.9}, scale=1e4),
 )
@@ -272,7 +271,7 @@ DEFINITION = LossDef(
     (
         Argument("student_logits", ("T", "V")),
         Argument("teacher_logits", ("T", "V"), trained=False),
-        *OF_TOKENS,
+        *TOKEN_ARGUMENTS,
     ),
     oracle,
     error_bound,

@@ -1,4 +1,4 @@
-"""A loss behind products: its oracle from that of the loss over logits z = h @ W.T + b."""
+"""The oracle of a fused linear loss, logits = h @ W.T + b, from that of the loss over logits."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
 
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loss_core.losses.definition import Arrays, Floats, Oracle, Result, Upstream
-from loss_core.losses.reduction import kept_rows, kept_tokens
+from loss_core.losses.reduction import masked_rows, valid_tokens
 
 
 class Head(NamedTuple):
-    """Names of the arguments of one product: hidden states [T, H], weight [V, H], bias [V], which may be left out.
+    """Argument names of one linear head: hidden states [T, H], weight [V, H], optional bias [V].
 
     Attributes:
-        logits: name of the product in the loss over logits.
-        dim: "H", or "H_t" for a hidden size of its own.
+        logits: argument name of the head's logits in the loss over logits.
+        dim: "H", or "H_t" for the teacher's hidden size.
     """
 
     hidden: str
@@ -40,17 +40,18 @@ EXACT = Products()
 
 
 def over_heads(of_logits: Oracle[Result], heads: Sequence[Head], products: Products = EXACT) -> Oracle[Result]:
-    """The oracle of a loss over hidden states and weights.
+    """The oracle of a fused linear loss.
 
     Args:
-        of_logits: that of the same loss over logits.
+        of_logits: oracle of the same loss over logits.
+        products: how the matrix products are computed.
     """
 
     def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> Result:
-        keep_T, lead = kept_tokens(arrays, config.ignore_index), np.shape(arrays["labels"])
+        keep_T, lead = valid_tokens(arrays, config.ignore_index), np.shape(arrays["labels"])
         operands, call = [], dict(arrays)
         for head in heads:
-            h_TH, w_VH = kept_rows(call.pop(head.hidden), keep_T), np.asarray(call.pop(head.weight), np.float64)
+            h_TH, w_VH = masked_rows(call.pop(head.hidden), keep_T), np.asarray(call.pop(head.weight), np.float64)
             z_TV = products.logits(h_TH, w_VH) + np.asarray(call.pop(head.bias, 0.0), np.float64)
             call[head.logits] = z_TV.reshape(*lead, len(w_VH))
             operands.append((h_TH, w_VH))

@@ -16,7 +16,7 @@ from loss_core.losses.bounds.rounding import TANH_ULPS, through_softcap
 from loss_core.losses.cross_entropy import DEFINITION as OVER_LOGITS
 from loss_core.losses.cross_entropy import logits_errors, reduction_of, softcap, token_cross_entropy
 from loss_core.losses.definition import Argument, Arrays, Floats, Recipe, Upstream
-from loss_core.losses.fused import BIAS, BIAS_RECIPE, behind_heads
+from loss_core.losses.fused import BIAS, BIAS_RECIPE, fused_definition
 from loss_core.losses.heads import Head
 from loss_core.losses.metrics import upstream_of_loss
 from loss_core.losses.reduction import TokenResult, times_rows
@@ -27,11 +27,11 @@ HEADS = (Head("hidden_states", "lm_weight", "logits"),)
 def sampled_rows(
     config: Any, h_nH: Floats, blocks: Iterable[NDArray[Any]], arrays: Arrays, upstream: Upstream
 ) -> Floats:
-    """Gradient of some rows of hidden states [n, H] of a call too large for the oracle.
+    """Gradient of n rows of hidden states [n, H], for a call too large for the oracle.
 
     Args:
-        blocks: the weight, some rows at a time; gone through twice.
-        arrays: the other arguments, of these rows.
+        blocks: the weight [V, H] in blocks of rows.
+        arrays: the other arguments, of these n rows.
     """
     parts = [np.asarray(block, np.float64) for block in blocks]
     z_nV, slope_nV = softcap(np.concatenate([h_nH @ part.T for part in parts], axis=1), config.logit_softcapping)
@@ -48,11 +48,11 @@ def sampled_rows(
 def error_bound(
     config: Any, arrays: Arrays, expected: TokenResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
-    """As cross entropy, with products before and after.
+    """As for cross entropy over logits, plus the errors of the products that compute the logits and the gradients.
 
-    A logit is a sum of H products: sum_growth(H) u |h| |W|. The softcap adds its own roundings, and
-    its slope 1 - tanh^2 moves by 2 err / c. Each gradient is a sum over V (or T) of products whose
-    left factor carries the error of the logits' gradient.
+    A logit is a sum of H products: sum_growth(H) u |h| |W|. The softcap adds its own roundings, and its slope
+    1 - tanh^2 changes by 2 err / c. Each gradient is a sum over V (or T) of products whose left factor carries the
+    error of the logits' gradient.
     """
     u, cap = compute_format(dtype).u, float(config.logit_softcapping)
     raw_TV, err_raw_TV = raw_logits(arrays, expected.reduction.keep_T, u)
@@ -67,7 +67,7 @@ def error_bound(
 RECIPES = (
     BIAS_RECIPE,
     Recipe("many-tokens", "errors between token blocks", lead=(2, 333), vocab=67, hidden=16, scale=1.0),
-    Recipe("chunks", "a last chunk that is shorter, left out or read twice", {"chunk_len": 5}, ("chunk_len",)),
+    Recipe("chunks", "a shorter last chunk that is skipped or read twice", {"chunk_len": 5}, ("chunk_len",)),
     Recipe(
         "chunks-none",
         "upstream gradients or terms of another chunk",
@@ -77,7 +77,7 @@ RECIPES = (
     ),
 )
 
-DEFINITION = behind_heads(
+DEFINITION = fused_definition(
     OVER_LOGITS,
     HEADS,
     Argument("num_valid_tokens", (), "hint", differentiated=False, optional=True),

@@ -4,7 +4,7 @@
     logprob = log p_y,               d/dz = 1(v = y) - p
     entropy = -sum_v p_v log p_v,    d/dz = -p (log p + entropy)
 
-Two results are stacked: loss [2, ...] for the check, and its upstream gradient likewise.
+With the entropy, the two results are stacked as loss [2, ...] for the check, and so is the upstream gradient.
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, R = results, 1 or 2
@@ -31,24 +31,24 @@ from loss_core.losses.bounds.rounding import (
 from loss_core.losses.cases.random_fields import RANDOM_FIELDS
 from loss_core.losses.cross_entropy import softcap
 from loss_core.losses.definition import LABELS, Argument, Arrays, Floats, LossDef, OracleResult, Recipe, Upstream
-from loss_core.losses.reduction import kept_rows, kept_tokens
+from loss_core.losses.reduction import masked_rows, valid_tokens
 
 
-class Tokens(NamedTuple):
-    """What the oracle makes of raw logits.
+class TokenResults(NamedTuple):
+    """The oracle's results per token, before they are reshaped.
 
     Attributes:
-        result_RT: log-probabilities, and entropies where they are asked for.
-        grad_TV: of the objective by the raw logits.
+        result_RT: log-probabilities, then entropies if the config has them.
+        grad_TV: gradient of the objective by the raw logits.
     """
 
     result_RT: Floats
     grad_TV: Floats
 
 
-def of_tokens(config: Any, raw_TV: Floats, arrays: Arrays, upstream: Upstream) -> Tokens:
-    """Results of tokens, and the gradient by their raw logits; 0 where ignored, NaN for a label outside [0, V)."""
-    keep_T, up_RT = kept_tokens(arrays, config.ignore_index), upstream_of(config, arrays, upstream)
+def token_results(config: Any, raw_TV: Floats, arrays: Arrays, upstream: Upstream) -> TokenResults:
+    """Results of each token, and the gradient by raw logits; 0 where ignored, NaN for a label outside [0, V)."""
+    keep_T, up_RT = valid_tokens(arrays, config.ignore_index), upstream_of(config, arrays, upstream)
     tau_T1 = temperature_of(config, arrays)[:, None]
     z_TV, slope_TV = softcap(raw_TV, config.logit_softcapping)
     labels_T, vocab = np.asarray(arrays["labels"]).reshape(-1).astype(np.int64), z_TV.shape[1]
@@ -66,37 +66,37 @@ def of_tokens(config: Any, raw_TV: Floats, arrays: Arrays, upstream: Upstream) -
         entropy_T = -np.sum(weighted_TV, axis=-1)
         result_RT[1] = np.where(keep_T, entropy_T, 0.0)
         dz_TV -= up_RT[1, :, None] * (weighted_TV + p_TV * entropy_T[:, None])
-    return Tokens(result_RT, np.where(keep_T[:, None], dz_TV * slope_TV / tau_T1, 0.0))
+    return TokenResults(result_RT, np.where(keep_T[:, None], dz_TV * slope_TV / tau_T1, 0.0))
 
 
 def temperature_of(config: Any, arrays: Arrays) -> Floats:
-    """Of each token [T]: that of the call, else that of the config."""
+    """Temperature of each token [T]: the argument of the call if given, else the config field."""
     given = arrays.get("temperature")
     value = np.asarray(config.temperature if given is None else given, np.float64)
     return np.broadcast_to(value, np.shape(arrays["labels"])).reshape(-1)
 
 
 def upstream_of(config: Any, arrays: Arrays, upstream: Upstream) -> Floats:
-    """Derivative of the objective by each result [R, T]."""
-    shape = (results_of(config), kept_tokens(arrays, config.ignore_index).size)
+    """Derivative of the objective by each result [R, T]; ones if upstream is None."""
+    shape = (results_of(config), valid_tokens(arrays, config.ignore_index).size)
     return np.ones(shape) if upstream is None else np.asarray(upstream, np.float64).reshape(shape)
 
 
 def results_of(config: Any) -> int:
-    """How many results there are."""
+    """Number of results per token."""
     return 2 if config.entropy else 1
 
 
 def reshaped(config: Any, result_RT: Floats, arrays: Arrays) -> Floats:
-    """In the shape of labels, with a dimension in front for two results."""
+    """Results in the shape of labels, with a first axis for the two results if there are two."""
     lead = np.shape(arrays["labels"])
     return result_RT.reshape((2, *lead) if config.entropy else lead)
 
 
 def oracle(config: Any, arrays: Arrays, upstream: Upstream) -> OracleResult:
     """Log-probabilities, entropies and the gradient by the logits."""
-    raw_TV = kept_rows(arrays["logits"], kept_tokens(arrays, config.ignore_index))
-    found = of_tokens(config, raw_TV, arrays, upstream)
+    raw_TV = masked_rows(arrays["logits"], valid_tokens(arrays, config.ignore_index))
+    found = token_results(config, raw_TV, arrays, upstream)
     grad = found.grad_TV.reshape(np.shape(arrays["logits"]))
     return OracleResult(reshaped(config, found.result_RT, arrays), {"logits": grad})
 
@@ -107,9 +107,9 @@ def token_errors(
     """Errors of the results [R, T], and of the gradient [T, V] by raw logits that are off by err_raw.
 
     z = softcap / temperature is rounded twice. A log-probability is the target's z minus lse. The entropy's gradient
-    p (log p + H) is made of d and H, rounded by themselves before they cancel; d as in `entropy_errors`.
+    p (log p + H) is computed from d and H, each rounded before they cancel; d as in `entropy_errors`.
     """
-    keep_T, up_RT, u = kept_tokens(arrays, config.ignore_index), np.abs(upstream_of(config, arrays, upstream)), inner.u
+    keep_T, up_RT, u = valid_tokens(arrays, config.ignore_index), np.abs(upstream_of(config, arrays, upstream)), inner.u
     cap, tau_T = config.logit_softcapping, temperature_of(config, arrays)
     z_TV, slope_TV = softcap(raw_TV, cap)
     err_z_T = (err_raw_T + (TANH_ULPS * u if cap else 0.0) * np.max(np.abs(finite(raw_TV)), axis=-1)) / tau_T
@@ -138,7 +138,7 @@ def token_errors(
         err_centred_TV = err_d_T1 + err_RT[1, :, None] + u * (3 + COEF_ROUNDINGS) * (d_TV + spread_T[:, None])
         err_dz_TV += up_RT[1, :, None] * (sm.err_p_TV * centred_TV + sm.p_TV * err_centred_TV)
         dz_TV += up_RT[1, :, None] * sm.p_TV * centred_TV
-    # Below the normal range it may be flushed to 0, before 1 / temperature makes a normal number of it.
+    # A gradient below the normal range may be flushed to 0 before 1 / temperature brings it back into the range.
     flushed_T = inner.near_zero / np.minimum(tau_T, 1.0)
     err_dz_TV = (err_dz_TV + scaled_T[:, None] * dz_TV) / tau_T[:, None] + flushed_T[:, None]
     _, err_TV = through_softcap(dz_TV / tau_T[:, None], err_dz_TV, slope_TV, cap, err_raw_T, u)
@@ -148,9 +148,9 @@ def token_errors(
 def error_bound(
     config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: Upstream, product_dtype: str | None
 ) -> dict[str, Floats]:
-    """Rounding of each token's results, and of the stored gradient."""
-    keep_T, inner = kept_tokens(arrays, config.ignore_index), compute_format(dtype)
-    raw_TV = kept_rows(arrays["logits"], keep_T)
+    """Rounding errors of each token's results, and of the stored gradient."""
+    keep_T, inner = valid_tokens(arrays, config.ignore_index), compute_format(dtype)
+    raw_TV = masked_rows(arrays["logits"], keep_T)
     err_RT, err_TV = token_errors(config, raw_TV, np.zeros(len(raw_TV)), arrays, upstream, inner)
     grad = expected.grads["logits"]
     allowed = stored(finite(grad), err_TV.reshape(grad.shape), float_format(dtype))
@@ -166,7 +166,7 @@ TEMPERATURE = Argument("temperature", ("T",), differentiated=False, optional=Tru
 
 RECIPES = (
     Recipe("entropy", "one of two upstream gradients used for both results", {"entropy": True}, extras=("upstream",)),
-    Recipe("temperature", "a temperature before the softcap, or left out of the gradient",
+    Recipe("temperature", "a temperature before the softcap, or missing in the gradient",
            {"entropy": True, "temperature": 2.5, "logit_softcapping": 5.0}, extras=("upstream",)),
     Recipe("temperature-per-token", "the first token's temperature used for all", {"entropy": True},
            change=_temperatures, extras=("upstream",)),

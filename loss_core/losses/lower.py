@@ -1,14 +1,14 @@
-"""The next lower arithmetic: what a call would give in it, rounded to the dtypes that are promised.
+"""Results of a call in the next lower arithmetic, rounded to the dtypes in which a loss returns them.
 
-A comparison that this result passes says nothing of the arithmetic. Each result is the oracle's, with one step computed
-in fewer bits and all else exact, so that it is the least that the arithmetic does:
+A comparison that such a result passes proves nothing about the arithmetic. Each result is the oracle's with one step
+computed in fewer bits and everything else exact, so that its error is a lower bound for that arithmetic:
 
     inputs      over logits                           products
     float64     z - max z rounded to float32          operands rounded to float32
     float32     z - max z rounded to bfloat16         operands rounded to TF32
     16 bits     z - max z rounded to these 16 bits    the logits in these 16 bits; the weight's gradient summed in them
 
-z - max z is what a softmax computes first. A `LossDef` may say otherwise with `lower`.
+z - max z is the first step of a softmax. A `LossDef` can replace this with its `lower`.
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
@@ -26,13 +26,13 @@ from loss_core.losses.bounds.rounding import result_dtypes
 from loss_core.losses.definition import Arrays, Floats, LossDef, Oracle, OracleResult, Upstream, need_definition
 from loss_core.losses.heads import Head, Products, over_heads
 
-# (definition, config, arrays, dtype, upstream) -> results by the name of the arithmetic.
+# (definition, config, arrays, dtype, upstream) -> results by name of the arithmetic.
 Lower = Callable[[LossDef, Any, Arrays, str, Upstream], dict[str, OracleResult]]
 
-# Of dtypes in which the arithmetic inside is that of the inputs.
+# Input dtypes that are also the compute dtype -> the next lower one.
 _LOWER = {"float64": "float32", "float32": "bfloat16"}
 
-# Tokens whose products a weight's gradient takes at a time: few, since cases have few.
+# Tokens per block of a weight gradient; small, because the cases have few tokens.
 _BLOCK = 8
 
 
@@ -43,49 +43,50 @@ def lower_results(config: Any, arrays: Arrays, dtype: str, upstream: Upstream = 
         config, arrays, upstream: as for `evaluate`.
         dtype: of the floating inputs.
     Returns:
-        For each arithmetic, by name such as "TF32 products": "loss" and each gradient, rounded to its promised dtype.
+        Name of the arithmetic, such as "TF32 products" -> "loss" and each gradient, rounded to the dtype of the result.
     """
     definition = need_definition(config)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         found = (definition.lower or lower_inputs)(definition, config, arrays, dtype, upstream)
-        return {name: _as_promised(config, result, dtype) for name, result in found.items()}
+        return {name: _rounded(config, result, dtype) for name, result in found.items()}
 
 
-def _as_promised(config: Any, result: OracleResult, dtype: str) -> dict[str, Floats]:
-    promised = result_dtypes(config, dtype, result.grads)
-    return {name: round_to(value, promised[name]) for name, value in {"loss": result.loss, **result.grads}.items()}
+def _rounded(config: Any, result: OracleResult, dtype: str) -> dict[str, Floats]:
+    dtypes = result_dtypes(config, dtype, result.grads)
+    return {name: round_to(value, dtypes[name]) for name, value in {"loss": result.loss, **result.grads}.items()}
 
 
 def lower_inputs(
     definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: Upstream
 ) -> dict[str, OracleResult]:
-    """What the declared arguments tell: a softmax over logits, or else products of all floating inputs.
+    """`LossDef.lower` derived from the arguments: a lower softmax for logits, else lower products of floating inputs.
 
-    16-bit operands are exact in any product: of a loss that declares no more, the result is rounded to 16 bits.
+    Operands in 16 bits are exact in every product, so for those the result is rounded to 16 bits instead.
     """
     if logits := [a.name for a in definition.inputs if a.dims == ("T", "V")]:
         fmt = _LOWER.get(dtype, dtype)
-        changed = {name: _about_maximum(arrays[name], fmt) for name in logits}
+        changed = {name: _round_softmax_input(arrays[name], fmt) for name in logits}
         return {f"{fmt} softmax": definition.oracle(config, {**arrays, **changed}, upstream)}
     if dtype in _LOWER:
-        name, changed = _operands(arrays, [a.name for a in definition.inputs], dtype)
+        name, changed = _round_operands(arrays, [a.name for a in definition.inputs], dtype)
         return {name: definition.oracle(config, {**arrays, **changed}, upstream)}
     exact = definition.oracle(config, arrays, upstream)
     return {f"{dtype} result": OracleResult(round_to(exact.loss, dtype), exact.grads)}
 
 
 def lower_products(of_logits: Oracle[OracleResult], heads: Sequence[Head]) -> Lower:
-    """`LossDef.lower` of a loss behind products; arguments as of `over_heads`."""
+    """`LossDef.lower` of a fused linear loss; same arguments as `over_heads`."""
 
     def lower(
         definition: LossDef, config: Any, arrays: Arrays, dtype: str, upstream: Upstream
     ) -> dict[str, OracleResult]:
         if dtype in _LOWER:
-            name, changed = _operands(arrays, [name for head in heads for name in (head.hidden, head.weight)], dtype)
+            operands = [name for head in heads for name in (head.hidden, head.weight)]
+            name, changed = _round_operands(arrays, operands, dtype)
             return {name: definition.oracle(config, {**arrays, **changed}, upstream)}
         steps = {
             f"{dtype} logits": Products(logits=lambda h_TH, w_VH: round_to(h_TH @ w_VH.T, dtype)),
-            f"{dtype} accumulator": Products(weight_grad=lambda dz_TV, h_TH: _summed_in(dtype, dz_TV, h_TH)),
+            f"{dtype} accumulator": Products(weight_grad=lambda dz_TV, h_TH: _weight_grad_in(dtype, dz_TV, h_TH)),
         }
         return {
             name: over_heads(of_logits, heads, products)(config, arrays, upstream) for name, products in steps.items()
@@ -94,23 +95,23 @@ def lower_products(of_logits: Oracle[OracleResult], heads: Sequence[Head]) -> Lo
     return lower
 
 
-def _about_maximum(z: NDArray[Any], fmt: str) -> Floats:
-    """Logits [..., V] of which each one's distance from the largest of its row is a number of the format."""
+def _round_softmax_input(z: NDArray[Any], fmt: str) -> Floats:
+    """Logits [..., V] with z - max z rounded to the format."""
     top = np.max(z, axis=-1, keepdims=True)
-    # -inf - (-inf) is no number; and what ignored rows hold does not matter.
+    # -inf - (-inf) would be NaN. Values of ignored rows, such as inf or NaN, do not matter.
     top = np.where(np.isfinite(top), top, 0.0)
     return np.asarray(top + round_to(z - top, fmt))
 
 
-def _operands(arrays: Arrays, names: Iterable[str], dtype: str) -> tuple[str, dict[str, Floats]]:
-    """The arithmetic's name, and these arguments as its products take them."""
+def _round_operands(arrays: Arrays, names: Iterable[str], dtype: str) -> tuple[str, dict[str, Floats]]:
+    """Name of the lower arithmetic, and these arguments rounded to the operands of its products."""
     if dtype == "float64":
         return "float32 products", {name: round_to(arrays[name], "float32") for name in names}
     return "TF32 products", {name: round_bits(arrays[name], TF32_BITS) for name in names}
 
 
-def _summed_in(fmt: str, dz_TV: Floats, h_TH: Floats) -> Floats:
-    """dz.T @ h [V, H], with a sum over blocks of tokens that is rounded after each."""
+def _weight_grad_in(fmt: str, dz_TV: Floats, h_TH: Floats) -> Floats:
+    """dz.T @ h [V, H], accumulated over blocks of tokens and rounded to the format after each block."""
     sum_VH = np.zeros((dz_TV.shape[1], h_TH.shape[1]))
     for start in range(0, len(h_TH), _BLOCK):
         block = slice(start, start + _BLOCK)

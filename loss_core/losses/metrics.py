@@ -1,11 +1,11 @@
-"""Metrics of a cross entropy, beside its loss.
+"""Metrics of cross entropy in the oracle: values and error bounds.
 
-Of each token, with z its logits after the softcap and lse their log-sum-exp,
+Per token, with z its logits after the softcap and lse their log-sum-exp,
 
     accuracy = 1(z_y = max_v z_v),  entropy = -sum_v p_v log p_v,  lse,  z_loss = l lse^2
 
-each reduced as the loss is; and the number of valid tokens. For the check they are stacked behind the loss, in the
-order of their names, and so is the upstream gradient, of which theirs has no effect.
+each reduced as the loss is; and the number of valid tokens. For the check they are stacked after the loss in the order
+of their names, and so is the upstream gradient, whose entries for metrics have no effect.
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, R = results
@@ -34,22 +34,22 @@ from loss_core.losses.reduction import TokenResult
 
 
 def names_of(config: Any) -> tuple[str, ...]:
-    """Those that a config asks for, in the order of their names; none of a config that has no such field."""
+    """The metrics of a config, sorted by name; () for a config without the field."""
     return tuple(sorted(getattr(config, "metrics", ())))
 
 
 def results_of(config: Any) -> int:
-    """How many results there are."""
+    """Number of results: the loss and its metrics."""
     return 1 + len(names_of(config))
 
 
 def upstream_of_loss(config: Any, upstream: Upstream) -> Upstream:
-    """Derivative of the objective by the loss alone."""
+    """Upstream gradient of the loss, without those of the metrics."""
     return upstream if upstream is None or not names_of(config) else np.asarray(upstream)[0]
 
 
 def with_metrics(config: Any, result: TokenResult, z_TV: Floats, labels_T: NDArray[Any]) -> TokenResult:
-    """The oracle's result with metrics behind the loss, where there are any."""
+    """The oracle's result with its metrics stacked after the loss; unchanged without metrics."""
     names = names_of(config)
     if not names:
         return result
@@ -60,10 +60,10 @@ def result_and_metric_errors(
     config: Any, sm: SoftmaxErrors, labels_T: NDArray[Any], expected: TokenResult, err_T: Floats, err_z_T: Floats,
     dtype: str, upstream: Upstream,
 ) -> dict[str, Floats]:  # fmt: skip
-    """As `result_errors`, with those of metrics behind the loss's.
+    """As `result_errors`, with the errors of the metrics stacked after those of the loss.
 
     Args:
-        err_T: of each token's loss; err_z_T: of the logits.
+        err_T: error of each token's loss; err_z_T: of its logits.
     """
     names = names_of(config)
     if not names:
@@ -75,8 +75,8 @@ def result_and_metric_errors(
         if name == NUM_VALID:
             found.append(stored(reduced, np.zeros_like(reduced), float_format(result_dtype(config, dtype))))
             continue
-        metric_T = np.where(expected.reduction.keep_T, _of_tokens(config, name, sm.z_TV, labels_T), 0.0)
-        err_metric_T = _errors(config, name, sm, labels_T, err_z_T, compute_format(dtype).u)
+        metric_T = np.where(expected.reduction.keep_T, _token_metric(config, name, sm.z_TV, labels_T), 0.0)
+        err_metric_T = _token_metric_errors(config, name, sm, labels_T, err_z_T, compute_format(dtype).u)
         err_metric_T = np.where(expected.reduction.keep_T, finite(err_metric_T), 0.0)
         of_metric = replace(alone, loss=reduced, token_loss_T=metric_T)
         found.append(result_errors(config, of_metric, err_metric_T, dtype, None)["loss"])
@@ -84,14 +84,14 @@ def result_and_metric_errors(
 
 
 def _reduced(config: Any, name: str, result: TokenResult, z_TV: Floats, labels_T: NDArray[Any]) -> Floats:
-    """In the shape of the loss."""
+    """One metric, reduced to the shape of the loss."""
     reduction = result.reduction
     if name == NUM_VALID:
         return np.full(np.shape(result.loss), float(reduction.keep_T.sum()))
-    return reduction.loss(np.where(reduction.keep_T, _of_tokens(config, name, z_TV, labels_T), 0.0))
+    return reduction.loss(np.where(reduction.keep_T, _token_metric(config, name, z_TV, labels_T), 0.0))
 
 
-def _of_tokens(config: Any, name: str, z_TV: Floats, labels_T: NDArray[Any]) -> Floats:
+def _token_metric(config: Any, name: str, z_TV: Floats, labels_T: NDArray[Any]) -> Floats:
     if name == "accuracy":
         return np.asarray(_gap(z_TV, labels_T) == 0, np.float64)
     log_p_TV = log_softmax(z_TV)
@@ -109,10 +109,12 @@ def _gap(z_TV: Floats, labels_T: NDArray[Any]) -> Floats:
     return np.asarray(np.max(z_TV, axis=-1) - z_TV[np.arange(labels_T.size), inside_T])
 
 
-def _errors(config: Any, name: str, sm: SoftmaxErrors, labels_T: NDArray[Any], err_z_T: Floats, u: float) -> Floats:
-    """Of each token's metric.
+def _token_metric_errors(
+    config: Any, name: str, sm: SoftmaxErrors, labels_T: NDArray[Any], err_z_T: Floats, u: float
+) -> Floats:
+    """Error of one metric of each token.
 
-    Accuracy may be either where the two logits are as near as their errors, and the 8 u |m| that count as equal, allow.
+    Accuracy may be 0 or 1 where the two logits are closer than their errors and the 8 u |m| up to which they are equal.
     """
     if name == "accuracy":
         gap_T = _gap(sm.z_TV, labels_T)

@@ -1,6 +1,6 @@
-"""What a call must give: loss and gradients by definition in float64, and how far rounding may move them.
+"""Expected results of a call: loss and gradients by definition in float64, and the error that rounding explains.
 
-The definitions themselves stand in the files of the losses beside this one.
+The definition of each loss is in its own file in this folder.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from loss_core.losses.definition import Arrays, Floats, OracleResult, need_defin
 
 
 def evaluate(config: Any, arrays: Arrays, upstream: NDArray[Any] | None = None) -> OracleResult:
-    """Loss and every gradient of one call.
+    """Loss and all gradients of one call, in float64.
 
     Args:
         config: of a loss that has a definition.
-        arrays: keyword arguments of the loss's forward; the values are taken as exact.
+        arrays: keyword arguments of the loss's forward; their values are treated as exact.
         upstream: derivative of the caller's objective by the result; None for ones.
     Raises:
         TypeError: there is no definition for this config.
@@ -40,13 +40,13 @@ def allowances(
     """Largest error that rounding explains, elementwise, for "loss" and each gradient.
 
     Args:
-        config: as it was given to the oracle.
-        arrays: as they were given to the oracle.
-        upstream: as it was given to the oracle.
-        expected: the oracle's result.
+        config: as for `evaluate`.
+        arrays: as for `evaluate`.
+        upstream: as for `evaluate`.
+        expected: the result of `evaluate`.
         dtype: dtype of the floating inputs, and so of the gradients.
-        product_dtype: dtype in which the fused loss hands the logits' gradient to its matrix products
-            (matrix engines take 16-bit operands); None when that is the dtype of the arithmetic.
+        product_dtype: dtype to which a fused loss rounds the logits' gradient for its matrix products (tensor cores
+            take 16-bit operands); None if it is the compute dtype.
     """
     definition = need_definition(config)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):

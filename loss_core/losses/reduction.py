@@ -1,4 +1,4 @@
-"""From the tokens' losses to the result, as the oracle does it."""
+"""The oracle's reduction of the losses of all tokens to the result, and its gradient."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from loss_core.losses.definition import Arrays, Floats, OracleResult, Upstream
 
 
-def kept_tokens(arrays: Arrays, ignore_index: int) -> NDArray[np.bool_]:
-    """Valid tokens [T]: their label is not ignore_index, and their mask, if there is one, is not 0."""
+def valid_tokens(arrays: Arrays, ignore_index: int) -> NDArray[np.bool_]:
+    """Which tokens are valid [T]: the label is not ignore_index, and the mask, if any, is not 0."""
     labels = np.asarray(arrays["labels"])
     keep = labels != ignore_index
     mask = arrays.get("mask")
@@ -31,8 +31,8 @@ class Reduction:
         kind: "sum", "mean" (over valid tokens) or "none".
         shape: of labels.
         keep_T: valid tokens.
-        count: divisor of a sum, None for 1; 0 stands for "no tokens".
-        weights: of the tokens, shape of labels; None for ones.
+        count: divisor of a sum; None for 1. With 0 ("no tokens") the result is 0.
+        weights: weight of each token, shape of labels; None for ones.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Reduction:
 
     @property
     def scale(self) -> float:
-        """Factor of the weighted sum of the tokens' losses."""
+        """Factor of the weighted sum over tokens."""
         kept = int(self.keep_T.sum())
         if self.kind == "mean":
             return 1.0 / kept if kept else 0.0
@@ -52,11 +52,11 @@ class Reduction:
         return 1.0 / float(self.count) if float(self.count) != 0 else 0.0
 
     def loss(self, loss_T: Floats) -> Floats:
-        """The result."""
+        """The result, from the loss of each token."""
         if self.kind == "none":
             return loss_T.reshape(self.shape)
         scale = self.scale
-        # A scale of 0 stands for "no tokens": the loss is 0 whatever the tokens hold.
+        # A scale of 0 means "no tokens": the loss is 0 even if the losses of tokens are NaN.
         return np.asarray(np.sum(np.where(self.keep_T, self._token_weights() * loss_T, 0.0)) * scale if scale else 0.0)
 
     def coefficients(self, upstream: Upstream, *, weighted: bool = True) -> Floats:
@@ -64,7 +64,7 @@ class Reduction:
 
         Args:
             upstream: derivative of the objective by the result; None for ones.
-            weighted: False leaves the weights out.
+            weighted: whether to include the token weights.
         """
         up = np.ones(()) if upstream is None else np.asarray(upstream, np.float64)
         if self.kind == "none":
@@ -73,7 +73,7 @@ class Reduction:
         return np.where(self.keep_T, weights_T * self.scale * up, 0.0)
 
     def weights_grad(self, loss_T: Floats, upstream: Upstream) -> dict[str, Floats]:
-        """The gradient of loss_weights, where they were given."""
+        """The gradient of loss_weights as a dict; empty without weights."""
         if self.weights is None or self.kind == "none":
             return {}
         up = 1.0 if upstream is None else np.asarray(upstream, np.float64)
@@ -85,12 +85,12 @@ class Reduction:
 
 @dataclass(frozen=True)
 class TokenResult(OracleResult):
-    """An oracle's result, with what the error bounds of this library need besides.
+    """An oracle's result, with the intermediate values that the error bounds need.
 
     Attributes:
         token_loss_T: loss of each token before reduction, 0 where ignored.
         coef_T: derivative of the objective by each token's loss.
-        reduction: of the call.
+        reduction: the reduction of the call.
     """
 
     token_loss_T: Floats
@@ -98,15 +98,15 @@ class TokenResult(OracleResult):
     reduction: Reduction
 
     def size(self, upstream: Upstream) -> float:
-        """Sum over the tokens; metrics, of which there is no gradient, are none of it."""
+        """Sum over tokens of |upstream * loss|; metrics have no gradient and are excluded."""
         return float(np.sum(np.abs(self.coef_T * self.token_loss_T)))
 
 
 def times_rows(coef_T: Floats, grad_TV: Floats) -> Floats:
-    """coef * grad, with a coefficient of 0 giving exactly 0."""
+    """coef * grad for each row; exactly 0 where the coefficient is 0."""
     return np.where(coef_T[:, None] == 0, 0.0, coef_T[:, None] * grad_TV)
 
 
-def kept_rows(values: NDArray[Any], keep_T: NDArray[np.bool_]) -> Floats:
-    """[..., n] as float64 rows [T, n], with 0 where ignored: what is there must not matter, not even a NaN."""
+def masked_rows(values: NDArray[Any], keep_T: NDArray[np.bool_]) -> Floats:
+    """[..., n] as float64 rows [T, n], with zeros in ignored rows, whose values (even NaN) must not matter."""
     return np.where(keep_T[:, None], np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1]), 0.0)

@@ -1,12 +1,11 @@
-"""Row terms: the few sums over the vocabulary that every loss and gradient of a row is made of.
+"""Row terms: the few sums over the vocabulary from which every loss and gradient of a row is computed.
 
-Terms of pieces of a row (kernel blocks, vocabulary tiles, tensor-parallel ranks, scans) fold with `combine`. A loss is
-an `Objective`: its values, and the coefficients of their gradient. Both are [T]-sized and are written here once,
-over an array namespace `xp`: `numpy`, `torch` or `jax.numpy`. Kernels make terms, and a gradient from coefficients;
-they know no losses.
+Terms of pieces of a row (kernel blocks, vocabulary tiles, tensor-parallel ranks, scan steps) merge with `combine`. A
+loss is an `Objective`: its values, and the coefficients of their gradient. Both are [T]-sized and are defined here
+once, over an array namespace `xp`: `numpy`, `torch` or `jax.numpy`. Kernels compute terms, and a gradient from
+coefficients; they do not depend on the loss.
 
-Arrays have one shape `[...]` (one entry per row) and the dtype of the arithmetic; those of rows with K targets,
-`[..., K]`.
+Arrays have shape `[...]` (one entry per row), or `[..., K]` for K targets per row, in the compute dtype.
 """
 
 from loss_core.row_terms.cross_entropy import OPTIONS, CrossEntropy, token_metrics

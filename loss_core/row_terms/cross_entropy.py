@@ -1,4 +1,4 @@
-"""Cross entropy with its options, and metrics beside it, as functions of row terms."""
+"""Cross entropy with its options, and per-token metrics, as functions of row terms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from loss_core.row_terms.guarded import Array, Namespace
 from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, is_objective, log_sum_exp, with_target
 
-# Fields that are options of a loss.
+# Config fields that are options of the objective.
 OPTIONS = ("label_smoothing", "z_loss")
 
 
@@ -18,10 +18,10 @@ class CrossEntropy(NamedTuple):
     """An `Objective`: log-sum-exp minus the target's logit; +inf where no piece owns the target.
 
     Attributes:
-        num_classes: V over all pieces.
-        label_smoothing: share of the target's probability that is spread over all classes.
-        z_loss: factor of log-sum-exp squared, which is added to the loss.
-        metrics: whether `token_metrics` will be asked for; m is the maximum itself then.
+        num_classes: V, over all pieces.
+        label_smoothing: share of the target's probability that is spread evenly over all classes.
+        z_loss: factor of the squared log-sum-exp that is added to the loss.
+        metrics: whether `token_metrics` will be called; m must then be the exact maximum, not an approximate one.
     """
 
     num_classes: int
@@ -31,13 +31,13 @@ class CrossEntropy(NamedTuple):
 
     @classmethod
     def of(cls, loss: Any, num_classes: int) -> CrossEntropy:
-        """That of a loss whose fields are named as the options; one that has no such field has the default."""
+        """The objective of a loss or config; an option that it has no field for takes its default."""
         options: dict[str, Any] = {name: getattr(loss, name, cls._field_defaults[name]) for name in OPTIONS}
         return cls(num_classes, **options, metrics=bool(getattr(loss, "metrics", ())))
 
     @property
     def options(self) -> dict[str, Any]:
-        """What its gradient depends on, by name."""
+        """The options that the gradient depends on, by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     @property
@@ -50,7 +50,7 @@ class CrossEntropy(NamedTuple):
 
     @property
     def headroom(self) -> int:
-        # Those of 1 + 2 l 2^14 with a z-loss l: no log-sum-exp of float16 logits is far above 2^14.
+        # Bits of 1 + 2 l 2^14 for a z-loss factor l: the log-sum-exp of float16 logits is hardly above 2^14.
         return math.ceil(math.log2(1.0 + 2.0**15 * self.z_loss))
 
     def of_rows(self, at: Any) -> CrossEntropy:
@@ -59,9 +59,9 @@ class CrossEntropy(NamedTuple):
     def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array]:
         """The loss of each row.
 
-        With smoothing e: (1 - e) of it, and e times log-sum-exp minus the mean of all logits. Written relative to the
-        maximum, so that a large common offset of the logits costs no digits of the first. With a z-loss l: l times
-        log-sum-exp squared more.
+        With smoothing e: (1 - e) times the cross entropy, plus e times (log-sum-exp minus the mean logit). Both are
+        computed relative to the maximum, so that a large common offset of the logits costs no precision. With a z-loss
+        factor l: plus l times log-sum-exp squared.
         """
         loss = xp.log(terms.s) + (terms.m - terms.t)
         if self.label_smoothing:
@@ -83,17 +83,18 @@ class CrossEntropy(NamedTuple):
 
 
 def token_metrics(xp: Namespace, terms: RowTerms, objective: Any, names: Sequence[str]) -> list[Array]:
-    """Per row, what a training loop likes to see beside the loss; see `MaskedCrossEntropyConfig.metrics`.
+    """Metrics of each row, one array per name; see `MaskedCrossEntropyConfig.metrics`.
 
     Args:
-        objective: a `CrossEntropy`, if any names are given.
+        objective: a `CrossEntropy`; unused if names is empty.
         names: among "accuracy", "entropy", "lse", "z_loss".
     """
     return [_METRICS[name](xp, terms, objective) for name in names]
 
 
 def _accuracy(xp: Namespace, terms: RowTerms, objective: CrossEntropy) -> Array:
-    """1 where no logit is above the target's; the two may come from one logit by two roundings of softcap or bias."""
+    """1 where the target has the largest logit, up to rounding, else 0."""
+    # m and t of the same logit may differ: softcap and bias may be rounded differently in the two computations.
     rounding = 4.0 * xp.finfo(terms.m.dtype).eps * xp.abs(terms.m)
     return xp.where(terms.m - terms.t <= rounding, xp.ones_like(terms.m), xp.zeros_like(terms.m))
 

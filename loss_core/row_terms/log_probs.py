@@ -11,10 +11,10 @@ from loss_core.row_terms.rows import Coefficients, RowTerms, Sums, entropy, is_o
 
 @is_objective
 class LogProbability(NamedTuple):
-    """An `Objective`: the log-probability of the target, and the entropy of the distribution if asked for.
+    """An `Objective`: the log-probability of the target and, optionally, the entropy of the distribution.
 
     Attributes:
-        entropy: whether it is.
+        entropy: whether the entropy is a second value.
     """
 
     entropy: bool = False
@@ -35,12 +35,12 @@ class LogProbability(NamedTuple):
         return self
 
     def values(self, xp: Namespace, terms: RowTerms) -> tuple[Array, ...]:
-        """The log-probability, -inf where no piece owns the target; then the entropy."""
+        """The log-probability (-inf where no piece owns the target), then the entropy."""
         log_p = (terms.t - terms.m) - xp.log(terms.s)
         return (log_p, entropy(xp, terms)) if self.entropy else (log_p,)
 
     def coefficients(self, xp: Namespace, terms: RowTerms, upstreams: Sequence[Array]) -> Coefficients:
-        """The gradient of the entropy is -p (log p + entropy), and log p + entropy is (z - m) - e / s."""
+        """Uses d entropy / dz = -p (log p + entropy), where log p + entropy = (z - m) - e / s."""
         of_log_p = xp.zeros_like(terms.s) if upstreams[0] is None else upstreams[0]
         scale = -of_log_p / terms.s
         if not self.entropy or upstreams[1] is None:

@@ -1,1 +1,1 @@
-"""Worker processes: one pool, for the ranks of `check --tp` and for the implementations of `bench`."""
+"""Worker processes: one pool class, for the ranks of `check --tp` and for the implementations of `bench`."""

@@ -1,9 +1,9 @@
-"""Processes that answer one request together: how they are started, asked and ended.
+"""A pool of processes that execute the same method calls together, as the ranks of a process group do.
 
-`check --tp` has a process for each rank; `bench` has a pool for each implementation, which over tensor parallel is a
-process for each rank, too. Each process runs `loss_core.workers.serve` and talks over a pipe. When one dies, or gives
-no answer in time, all are ended: the others may wait for it in a collective. When the caller dies, the pipes close and
-the processes end by themselves. Ctrl-C on a terminal reaches the caller alone, whose `stop` ends the pool.
+`check --tp` has a process per rank; `bench` has a pool per implementation, over tensor parallel with a process per
+rank. Each process runs `loss_core.workers.serve` and communicates over a pipe. When one dies or does not answer in
+time, all are killed, since the others may wait for it in a collective. When the caller dies, the pipes close and the
+processes exit. Ctrl-C on a terminal reaches only the caller, whose `stop` ends the pool.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from loss_core.dispatch.protocol import BackendUnavailable
 # Seconds for a process to start and import its framework (machines are slow when busy).
 START_LIMIT = 180.0
 
-# Seconds for the others after one process has refused: they may meet the same error, or wait for it in a collective.
-_REFUSAL_LIMIT = 10.0
+# Seconds for the others after a call raised in one process: they may raise too, or wait for it in a collective.
+_ERROR_LIMIT = 10.0
 
 
 class WorkerFailed(RuntimeError):
-    """A process died, gave no answer in time, or failed where others did not; all of the pool have been ended."""
+    """A process died, timed out, or raised where others did not; all processes of the pool have been killed."""
 
 
 class RequestFailed(RuntimeError):
-    """The request raised in every process, as it would have in this one; the message names type and text."""
+    """The call raised in every process; the message has type and text of the exception."""
 
 
-class Refusal(NamedTuple):
-    """What a process answers where a request raised.
+class RemoteError(NamedTuple):
+    """The answer of a process in which a call raised.
 
     Attributes:
-        text: type and message of the exception; of a BackendUnavailable the message alone.
-        unavailable: whether it was one.
+        text: type and message of the exception; only the message for a BackendUnavailable.
+        unavailable: whether it was a BackendUnavailable.
     """
 
     text: str
@@ -51,14 +51,14 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """What one process is.
+    """Specification of one process.
 
     Attributes:
-        name: in messages, such as "rank 1 of 2"; may be empty.
-        factory: "module:function", which makes the object that is served.
-        arguments: of the factory.
-        environment: variables to add, before anything is imported.
-        cores: numbers of the cores that it may use; None for all. Heeded on Linux.
+        name: used in messages, such as "rank 1 of 2"; may be empty.
+        factory: "module:function" that constructs the object whose methods are called.
+        arguments: keyword arguments of the factory.
+        environment: variables to add before anything is imported.
+        cores: indices of the CPU cores that it may use; None for all. Linux only.
     """
 
     name: str
@@ -75,26 +75,26 @@ class Worker:
         self.name: str = start.name
         self.pipe: Connection[Any, Any]
         self.pipe, theirs = Pipe()
-        # A file, not a pipe: a library that prints much must not block, and its last words explain a death.
-        self._printed = tempfile.TemporaryFile()  # noqa: SIM115  (closed in stop)
-        # What can be imported here can be imported there, whichever way it came on the path.
+        # A file, not a pipe: long output must not block, and its last line explains an exit.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed in stop)
+        # The same sys.path, so that the process can import whatever this one can.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "loss_core.workers.serve", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
-            stdout=self._printed,
-            stderr=self._printed,
+            stdout=self._output,
+            stderr=self._output,
             pass_fds=[theirs.fileno()],
             env={**os.environ, **start.environment, "PYTHONPATH": paths},
-            # A group of its own, which Ctrl-C does not reach, and which is ended with all that it started.
+            # A separate process group, which Ctrl-C does not reach, and which can be killed with all its children.
             start_new_session=True,
         )
-        # With our copy of its end closed, the pipe ends when the process does.
+        # With our copy of its end closed, the pipe closes when the process exits.
         theirs.close()
         if start.cores is not None and hasattr(os, "sched_setaffinity"):
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(self.pid, start.cores)
-        # What is sent to a process that is gone is told by the answer that does not come.
+        # If the process is already dead, `receive` reports it.
         with contextlib.suppress(OSError):
             self.send(start.factory, start.arguments)
 
@@ -105,23 +105,23 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Whether the process is still running."""
         return self._process.poll() is None
 
     def send(self, method: str, arguments: Mapping[str, Any]) -> None:
-        """Ask for a call of a method of what is served."""
+        """Send a method call; its answer arrives on `pipe`."""
         self.pipe.send((method, dict(arguments)))
 
     def stop(self) -> None:
-        """End the process and everything that it started. May be called more than once."""
+        """Kill the process and its children. May be called more than once."""
         self.pipe.close()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-        self._printed.close()
+        self._output.close()
 
-    def last_words(self) -> str:
+    def exit_report(self) -> str:
         """How the process ended, and the last line that it printed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
@@ -133,16 +133,16 @@ class Worker:
             how = f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         else:
             how = f"its process ended with exit code {code}"
-        self._printed.seek(0)
-        lines = self._printed.read().decode("utf-8", "replace").split("\n")
+        self._output.seek(0)
+        lines = self._output.read().decode("utf-8", "replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return f"{how}: {last[:300]}" if last else how
 
 
 class Pool:
-    """Processes that are asked together. A context manager: they end with the block.
+    """Processes that execute the same calls. A context manager: leaving it kills them.
 
-    They start at once, and beside each other; `started` waits for them.
+    The constructor starts all of them in parallel; `wait_started` waits until they are ready.
     """
 
     def __init__(self, starts: Sequence[Start]) -> None:
@@ -154,11 +154,11 @@ class Pool:
             self.stop()
             raise
 
-    def started(self, limit: float = START_LIMIT) -> None:
-        """Wait until every process has made its object.
+    def wait_started(self, limit: float = START_LIMIT) -> None:
+        """Wait until every process has constructed its object.
 
         Raises:
-            BackendUnavailable, RequestFailed, WorkerFailed: as `ask`; the pool has been stopped.
+            BackendUnavailable, RequestFailed, WorkerFailed: as `call`; the pool has been stopped.
         """
         try:
             self.receive(limit)
@@ -166,29 +166,29 @@ class Pool:
             self.stop()
             raise
 
-    def ask(self, limit: float, method: str, **arguments: Any) -> list[Any]:
+    def call(self, limit: float, method: str, **arguments: Any) -> list[Any]:
         """Call a method in every process.
 
         Args:
-            limit: seconds within which all must have answered.
+            limit: seconds within which all must answer.
         Returns:
-            The answer of each process, in order.
+            The result of each process, in order.
         Raises:
-            BackendUnavailable: the call raised it in every process. They go on.
-            RequestFailed: the call raised something else in every process. They go on.
-            WorkerFailed: a process died, did not answer in time, or raised where others did not. All have been ended.
+            BackendUnavailable: the call raised it in every process. The pool stays usable.
+            RequestFailed: the call raised something else in every process. The pool stays usable.
+            WorkerFailed: a process died, timed out, or raised where others did not. All have been killed.
         """
         for worker in self.workers:
             try:
                 worker.send(method, arguments)
             except OSError:
-                self._fail([(worker, worker.last_words())])
+                self._fail([(worker, worker.exit_report())])
         return self.receive(limit)
 
     def receive(self, limit: float) -> list[Any]:
-        """The answers to what has been sent; as `ask`."""
+        """Wait for the results of the calls that were sent; as `call`."""
         answers: dict[Worker, Any] = {}
-        refusals: dict[Worker, Refusal] = {}
+        errors: dict[Worker, RemoteError] = {}
         deadline = time.monotonic() + limit
         while waiting := {worker.pipe: worker for worker in self.workers if worker not in answers}:
             ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0.0))
@@ -200,29 +200,29 @@ class Pool:
                 try:
                     answers[worker] = pipe.recv()
                 except (EOFError, OSError):
-                    self._fail([(worker, worker.last_words())])
-                if isinstance(answers[worker], Refusal):
-                    refusals[worker] = answers[worker]
-                    deadline = min(deadline, time.monotonic() + _REFUSAL_LIMIT)
-        if refusals and len(refusals) < len(self.workers):
-            # The others went on, so that the next collective of these processes would not match.
-            self._fail([(worker, refusal.text) for worker, refusal in refusals.items()])
+                    self._fail([(worker, worker.exit_report())])
+                if isinstance(answers[worker], RemoteError):
+                    errors[worker] = answers[worker]
+                    deadline = min(deadline, time.monotonic() + _ERROR_LIMIT)
+        if errors and len(errors) < len(self.workers):
+            # The others continued, so the next collectives of these processes would not match.
+            self._fail([(worker, error.text) for worker, error in errors.items()])
         if waiting:
             self._fail([(worker, f"no answer within {limit:.0f} s") for worker in waiting.values()])
-        if refusals:
-            first = refusals[self.workers[0]]
+        if errors:
+            first = errors[self.workers[0]]
             raise (BackendUnavailable if first.unavailable else RequestFailed)(first.text)
         return [answers[worker] for worker in self.workers]
 
     def stop(self) -> None:
-        """End the processes, at once: they hold nothing that must be kept. May be called more than once."""
+        """Kill the processes, which hold no state that must be saved. May be called more than once."""
         for worker in self.workers:
             worker.stop()
 
-    def _fail(self, whys: Sequence[tuple[Worker, str]]) -> NoReturn:
+    def _fail(self, reasons: Sequence[tuple[Worker, str]]) -> NoReturn:
         self.stop()
-        text = "; ".join(f"{worker.name}: {why}" if worker.name else why for worker, why in whys)
-        others = "; the others have been ended" if len(self.workers) > len(whys) else ""
+        text = "; ".join(f"{worker.name}: {reason}" if worker.name else reason for worker, reason in reasons)
+        others = "; the others have been ended" if len(self.workers) > len(reasons) else ""
         raise WorkerFailed(f"{text}{others}")
 
     def __enter__(self) -> Self:

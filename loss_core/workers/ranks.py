@@ -1,6 +1,6 @@
-"""Ranks that compute one call together, the vocabulary sharded over them.
+"""Ranks that compute one call together, with the vocabulary sharded over them.
 
-A backend says what to start (`rank_setup`): a process for each rank, or one that holds all ranks.
+The backend's `rank_setup` determines the processes: one per rank, or one for all ranks.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from loss_core.loss_config import LossConfig
 from loss_core.workers.pool import Pool, RequestFailed, Start, WorkerFailed
 from loss_core.workers.vocab_split import merge
 
-# Seconds to answer one call.
+# Seconds per call.
 CALL_LIMIT = 60.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call, as it is sent to every process: the whole problem, of which each rank takes its part.
+    """One call as it is sent to every process: the unsharded arguments, of which each rank takes its shard.
 
     Attributes:
-        config: without runtime fields, which a process sets for itself.
-        sizes: classes of each rank's shard, in rank order.
+        config: without runtime handles, which each process sets itself.
+        sizes: vocabulary size of each rank's shard, in rank order.
         The others: as in `loss_core.dispatch.protocol.Backend.evaluate`.
     """
 
@@ -46,11 +46,11 @@ class Request:
 
 
 class Ranks:
-    """The processes of one backend and number of ranks. A context manager: they end with the block.
+    """The processes of one backend for a number of ranks. A context manager: leaving it ends them.
 
     Args:
         backend: "torch" or "jax".
-        ranks: how many share the vocabulary.
+        ranks: number of ranks over which the vocabulary is sharded.
         modules: Python modules to import in each process, which register the caller's losses.
         call_limit: seconds within which every rank must answer a call.
     Raises:
@@ -77,7 +77,7 @@ class Ranks:
             ]
         )
         try:
-            self.pool.started()
+            self.pool.wait_started()
         except RequestFailed as error:
             self.close()
             raise WorkerFailed(f"the ranks on {backend} could not start: {error}") from error
@@ -86,15 +86,15 @@ class Ranks:
             raise
 
     def evaluate(self, request: Request) -> Evaluation:
-        """The call's loss and gradients, put together from all ranks.
+        """Loss and gradients of a call, merged from all ranks.
 
         Raises:
             BackendUnavailable: the flag can't compute this call over ranks.
             RequestFailed: the call raised on every rank.
-            WorkerFailed: a rank died or did not answer in time.
+            WorkerFailed: a rank died or timed out.
         """
-        answers = self.pool.ask(self.call_limit, "evaluate_shards", request=request)
-        return merge(request.config, [found for answer in answers for found in answer])
+        results = self.pool.call(self.call_limit, "evaluate_shards", request=request)
+        return merge(request.config, [evaluation for of_process in results for evaluation in of_process])
 
     def close(self) -> None:
         """End the processes. May be called more than once."""
@@ -109,7 +109,7 @@ class Ranks:
 
 
 def join_ranks(backend: str, rank: int, ranks: int, folder: str, modules: Sequence[str]) -> Backend:
-    """In a process of the pool: the backend, whose ranks have met."""
+    """Factory of the pool: the backend, with the process group of all ranks set up."""
     for module in modules:
         importlib.import_module(module)
     loaded = load_backend(backend)
@@ -118,7 +118,7 @@ def join_ranks(backend: str, rank: int, ranks: int, folder: str, modules: Sequen
 
 
 def without_runtime_fields(config: LossConfig) -> LossConfig:
-    """A copy that can be sent to another process: handles of this one are taken out."""
+    """A copy that can be sent to another process: runtime handles are None."""
     twin = copy.copy(config)
     for f in fields(config):
         if is_runtime_field(f):

@@ -1,4 +1,4 @@
-"""One process of `loss_core.workers.pool`: makes an object, then calls its methods as the pipe asks.
+"""Main program of a process of `loss_core.workers.pool`: constructs an object, then calls its methods by request.
 
 Usage: python -m loss_core.workers.serve FD
 """
@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from loss_core.dispatch.protocol import BackendUnavailable
-from loss_core.workers.pool import Refusal
+from loss_core.workers.pool import RemoteError
 
 
 def main() -> None:
-    """Serve until the pipe ends. The first request makes the object, every other one names a method of it."""
+    """Serve until the pipe closes. The first request constructs the object, every later one calls a method of it."""
     pipe = Connection(int(sys.argv[1]))
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, requests), daemon=True).start()
@@ -31,27 +31,27 @@ def main() -> None:
         try:
             name, arguments = pickle.loads(message)
             if served is None:
-                served = _made(name, arguments)
+                served = _construct(name, arguments)
             else:
                 answer = getattr(served, name)(**arguments)
-        except Exception as error:  # told to the caller, who decides what it means
+        except Exception as error:  # sent to the caller, which handles it
             unavailable = isinstance(error, BackendUnavailable)
-            answer = Refusal(str(error) if unavailable else f"{type(error).__name__}: {error}", unavailable)
+            answer = RemoteError(str(error) if unavailable else f"{type(error).__name__}: {error}", unavailable)
         pipe.send(answer)
 
 
-def _made(factory: str, arguments: Mapping[str, Any]) -> Any:
+def _construct(factory: str, arguments: Mapping[str, Any]) -> Any:
     module, _, name = factory.partition(":")
     return getattr(importlib.import_module(module), name)(**arguments)
 
 
 def _listen(pipe: Connection, requests: queue.SimpleQueue[bytes]) -> None:
-    """Pass requests on; end the process when the other side is gone, also in the middle of a collective."""
+    """Queue requests; exit when the pipe closes, even while the main thread waits in a collective."""
     while True:
         try:
             requests.put(pipe.recv_bytes())
         except (EOFError, OSError):
-            # Frameworks keep threads that can abort while the interpreter is taken down.
+            # os._exit: threads of a framework can abort during the shutdown of the interpreter.
             sys.stderr.flush()
             os._exit(0)
 

@@ -1,4 +1,4 @@
-"""A call split over ranks by its vocabulary, and the results of the ranks, merged."""
+"""Split the arguments of a call over ranks along the vocabulary, and merge the results of the ranks."""
 
 # V = vocabulary, R = tensor-parallel ranks
 
@@ -17,17 +17,17 @@ from loss_core.losses.definition import need_definition
 
 
 def vocab_axes(config: Any) -> dict[str, int]:
-    """Axis over the vocabulary, 0 or -1, by argument name; the other arguments are the same on every rank."""
+    """Argument name -> vocabulary axis, 0 or -1; the other arguments are replicated on every rank."""
     return need_definition(config).vocab_axes
 
 
 def vocab_size(config: Any, arrays: Mapping[str, NDArray[Any]]) -> int:
-    """Size of the vocabulary of a call, from its arguments by name."""
+    """Vocabulary size of a call."""
     return int(next(arrays[name].shape[axis] for name, axis in vocab_axes(config).items() if name in arrays))
 
 
 def splits(vocab: int, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Ways to share a vocabulary: name -> size of each rank's shard, in rank order.
+    """Ways to shard a vocabulary: name -> size of each rank's shard, in rank order.
 
     >>> splits(6, 3)
     {'even': (2, 2, 2), 'uneven': (1, 2, 3), 'empty': (3, 3, 0)}
@@ -39,7 +39,7 @@ def splits(vocab: int, ranks: int) -> dict[str, tuple[int, ...]]:
     if ranks == 1:
         return {"whole": (vocab,)}
     found = {"even": (vocab // ranks,) * ranks} if vocab % ranks == 0 else {}
-    # Sizes in the proportion 1 : 2 : 3 ..., so that no rank's offset is a multiple of its own size.
+    # Sizes in the ratio 1 : 2 : 3 ..., so that no rank's offset is a multiple of its size.
     ends = [vocab * i * (i + 1) // (ranks * (ranks + 1)) for i in range(ranks + 1)]
     found["uneven"] = tuple(b - a for a, b in itertools.pairwise(ends))
     found["empty"] = (*(len(part) for part in np.array_split(np.arange(vocab), ranks - 1)), 0)
@@ -47,10 +47,10 @@ def splits(vocab: int, ranks: int) -> dict[str, tuple[int, ...]]:
 
 
 def shard(axis: int | None, array: NDArray[Any], sizes: Sequence[int], rank: int) -> NDArray[Any]:
-    """The part of an argument, or of its gradient, that a rank holds: a view.
+    """A rank's shard of an argument or gradient; a view.
 
     Args:
-        axis: over the vocabulary, 0 or -1; None for an argument that every rank holds whole.
+        axis: vocabulary axis, 0 or -1; None for a replicated argument.
     """
     if axis is None:
         return array
@@ -60,10 +60,10 @@ def shard(axis: int | None, array: NDArray[Any], sizes: Sequence[int], rank: int
 
 
 def merge(config: Any, of_ranks: Sequence[Evaluation]) -> Evaluation:
-    """One evaluation of the whole problem from those of the ranks, in rank order.
+    """Merge the evaluations of the ranks, in rank order, into one of the unsharded call.
 
-    Shards of gradients are joined. What every rank holds whole must be bitwise the same on all of them; the names of
-    what is not are in `ranks_differ`.
+    Shards of gradients are concatenated. Replicated results must be bitwise equal on all ranks; the names of those that
+    are not are in `ranks_differ`.
     """
     first, axes = of_ranks[0], vocab_axes(config)
     grads, differ = {}, []
@@ -81,5 +81,5 @@ def merge(config: Any, of_ranks: Sequence[Evaluation]) -> Evaluation:
 
 
 def _differ(values: Sequence[NDArray[np.float64]]) -> bool:
-    # Bytes, so that a NaN equals itself and -0 is not 0.
+    # Compared as bytes, so that NaN equals itself and -0 differs from 0.
     return any(value.tobytes() != values[0].tobytes() for value in values)

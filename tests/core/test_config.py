@@ -1,4 +1,4 @@
-"""The config layer: fields, validation, errors, the table of build_loss_config, round trips, losses of users."""
+"""Configs: fields, validation, errors, the table of build_loss_config, round trips, user-defined losses."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from loss_core import (
     unregister_loss,
 )
 
-# The peer's fields, in its order, with its defaults (nemo_automodel.components.loss.loss). Written out by hand.
-PEER = {
+# Fields of nemo_automodel.components.loss.loss, in its order, with its defaults. Written out by hand.
+NEMO = {
     MaskedCrossEntropyConfig: {"fp32_upcast": True, "ignore_index": -100, "reduction": "sum"},
     FusedLinearCEConfig: {"ignore_index": -100, "logit_softcapping": 0.0, "reduction": "sum"},
     TEParallelCEConfig: {"ignore_index": -100, "reduction": "sum", "tp_group": None},
@@ -59,7 +59,7 @@ REGISTRY = {
     "LogProbs": LogProbsConfig,
     "FusedLinearLogProbs": FusedLinearLogProbsConfig,
 }
-# Every field off its default, so that a round trip that drops one shows.
+# No field has its default, so that a round trip that drops one shows.
 CHANGED = {
     "MaskedCrossEntropy": MaskedCrossEntropyConfig(fp32_upcast=False, ignore_index=0, reduction="none"),
     "FusedLinearCrossEntropy": FusedLinearCEConfig(
@@ -105,15 +105,15 @@ class Group:
     __hash__ = None
 
 
-@pytest.mark.parametrize("cls", PEER, ids=lambda cls: cls.__name__)
-def test_fields_order_and_defaults_are_the_peers(cls):
+@pytest.mark.parametrize("cls", NEMO, ids=lambda cls: cls.__name__)
+def test_fields_order_and_defaults_are_those_of_nemo_automodel(cls):
     config = cls()
-    assert [(f.name, getattr(config, f.name)) for f in fields(cls)][: len(PEER[cls])] == list(PEER[cls].items())
+    assert [(f.name, getattr(config, f.name)) for f in fields(cls)][: len(NEMO[cls])] == list(NEMO[cls].items())
 
 
 def test_new_fields_come_last_and_have_defaults():
-    for cls, peer in PEER.items():
-        for f in fields(cls)[len(peer) :]:
+    for cls, defaults in NEMO.items():
+        for f in fields(cls)[len(defaults) :]:
             assert f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING, (cls, f.name)
 
 
@@ -140,7 +140,7 @@ def test_factory_kwargs_are_not_shared_between_configs():
     assert two.kwargs == {}
 
 
-@pytest.mark.parametrize("cls", PEER, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", NEMO, ids=lambda cls: cls.__name__)
 def test_configs_are_plain_mutable_dataclasses(cls):
     config = cls()
     assert isinstance(config, LossConfig)
@@ -149,7 +149,7 @@ def test_configs_are_plain_mutable_dataclasses(cls):
     assert not cls.__dataclass_params__.frozen
 
 
-# (class, field, value, how the message goes on after the field's name)
+# (class, field, value, message after the field's name)
 REFUSED = [
     *((cls, "reduction", value, None) for cls in WITH_REDUCTION for value in ("avg", "SUM", "", None, 1, ["mean"])),
     *((cls, "ignore_index", value, "an integer") for cls in TYPED for value in (1.5, "1", None, True, -100.0)),
@@ -268,7 +268,7 @@ def test_registry():
 
 
 @by_config
-def test_table_instance_comes_back_as_it_is(config):
+def test_table_instance_is_returned_unchanged(config):
     assert build_loss_config(config) is config
 
 
@@ -280,7 +280,7 @@ def test_table_instance_with_kwargs_is_refused(config):
     assert "'reduction'" in str(error.value)
 
 
-@pytest.mark.parametrize("cls", [*PEER, LossConfig], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*NEMO, LossConfig], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("kwargs", [{}, {"ignore_index": 0}])
 def test_table_config_class_is_refused(cls, kwargs):
     name = cls.__name__
@@ -321,7 +321,7 @@ def test_table_unknown_field_names_the_closest(name, wrong, right, how):
 
 
 @pytest.mark.parametrize("how", ["build_loss_config", "from_dict"])
-def test_table_the_peers_name_of_an_implementation_leads_to_the_flag(how):
+def test_table_nemo_automodels_name_of_an_implementation_leads_to_the_flag(how):
     with pytest.raises(TypeError) as error:
         build_loss_config("FusedLinearCrossEntropy", impl="cce") if how == "build_loss_config" else (
             LossConfig.from_dict({"name": "FusedLinearCrossEntropy", "impl": "torch_compile"})
@@ -412,7 +412,7 @@ def test_dict_round_trip(config):
 
 
 @by_config
-def test_from_dict_leaves_its_argument_alone(config):
+def test_from_dict_does_not_change_its_argument(config):
     data = config.to_dict()
     before = copy.deepcopy(data)
     LossConfig.from_dict(data)
@@ -430,7 +430,7 @@ def test_to_dict_shares_nothing_with_the_config(zloss):
     assert config.per_class == [1.0, 2.0]
 
 
-def test_from_dict_refuses_what_names_no_loss():
+def test_from_dict_refuses_a_mapping_that_names_no_loss():
     with pytest.raises(TypeError, match="needs the key 'name'"):
         LossConfig.from_dict({"ignore_index": 0})
     with pytest.raises(TypeError, match="Unknown loss name 'Nope'"):
@@ -456,7 +456,7 @@ def test_pickle(config, protocol):
 
 @by_config
 @pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, dataclasses.replace], ids=lambda f: f.__name__)
-def test_copies_are_equal_and_apart(config, copier):
+def test_copies_are_equal_and_independent(config, copier):
     before = copier(config)
     twin = copier(config)
     assert twin == config
@@ -484,7 +484,7 @@ def test_equality_is_by_value_and_class(cls):
     assert all(cls() != other() for other in TYPED if other is not cls)
 
 
-# tp_group is a live handle: it enters no dict, no repr and no comparison.
+# tp_group is a runtime handle: omitted from dicts, repr and comparison.
 
 
 @pytest.mark.parametrize("cls", WITH_GROUP, ids=lambda cls: cls.__name__)
@@ -521,7 +521,7 @@ def test_omegaconf_structured_config_round_trip(config):
     assert OmegaConf.to_object(schema) == type(config)()
 
 
-@pytest.mark.parametrize("cls", PEER, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", NEMO, ids=lambda cls: cls.__name__)
 def test_omegaconf_takes_every_config_as_a_schema(cls):
     assert list(OmegaConf.structured(cls)) == [f.name for f in fields(cls)]
 
@@ -570,7 +570,7 @@ def test_hydra_reaches_build_loss_module_with_a_flag(zloss):
 
 @by_config
 def test_hydra_passes_a_nested_config_on_as_it_is(config):
-    # A recipe may hold a config inside the call that takes it; a config is a dataclass, which Hydra could wrap.
+    # A recipe may nest a config in the arguments of a call; a config is a dataclass, which Hydra could wrap.
     values = {k: v for k, v in config.to_dict().items() if k != "name"}
     nested = {"_target_": f"loss_core.{type(config).__name__}", **values}
     made = instantiate({"_target_": "loss_core.build_loss_config", "loss": nested})
@@ -578,7 +578,7 @@ def test_hydra_passes_a_nested_config_on_as_it_is(config):
     assert made == config
 
 
-# Losses of users.
+# User-defined losses.
 
 
 @dataclass
@@ -593,7 +593,7 @@ class ZLossConfig(LossConfig):
 
 @pytest.fixture
 def zloss():
-    """A loss registered for torch and jax, whose builders tell which of them ran."""
+    """A loss registered for torch and jax, whose builders return the flag that they were called for."""
     builders = {"torch": lambda config: ("torch", config.weight), "jax:xla": lambda config: ("jax", config.weight)}
     register_loss("ZLoss", ZLossConfig, builders)
     yield ZLossConfig
@@ -619,7 +619,7 @@ def test_registered_loss_is_built_by_flag(zloss, flag, ran):
     assert build_loss_module(zloss(4.0), backend=flag) == (ran, 4.0)
 
 
-def test_registered_loss_is_a_citizen_of_the_registry(zloss):
+def test_registered_loss_works_like_a_built_in_one(zloss):
     assert build_loss_config("ZLoss", weight=1.0) == zloss(1.0)
     assert LossConfig.from_dict(zloss(0.5).to_dict()) == zloss(0.5)
     assert zloss(0.5).to_dict() == {"name": "ZLoss", "weight": 0.5, "per_class": []}
@@ -650,7 +650,7 @@ def test_an_unknown_flag_lists_the_choices(zloss, flag):
         build_loss_module("ZLoss", backend=flag)
 
 
-def test_unregistered_means_gone():
+def test_an_unregistered_loss_is_unknown():
     register_loss("ZLoss", ZLossConfig, {"torch": lambda config: None})
     unregister_loss("ZLoss")
     with pytest.raises(TypeError, match="Unknown loss name 'ZLoss'"):
@@ -761,6 +761,6 @@ def test_a_flag_with_a_raw_factory_is_refused(flag):
     assert build_loss_module(dict, a=1) == {"a": 1}
 
 
-def test_everything_public_is_there():
+def test_all_lists_every_public_name():
     assert [name for name in loss_core.__all__ if not hasattr(loss_core, name)] == []
-    assert {cls.__name__ for cls in (LossConfig, *PEER)} <= set(loss_core.__all__)
+    assert {cls.__name__ for cls in (LossConfig, *NEMO)} <= set(loss_core.__all__)

@@ -1,4 +1,4 @@
-"""What a fresh process loads: `make lint` holds the same rules by the source (contracts in pyproject.toml)."""
+"""Modules that a fresh process loads; `make lint` checks the same rules statically (contracts in pyproject.toml)."""
 
 import importlib.util
 import json
@@ -36,9 +36,9 @@ def modules() -> list[str]:
     return [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
 
 
-# The promise is an import in under 0.2 s. It is held by what is loaded, not by a clock: a clock fails on a busy
-# machine and passes on a fast one, whereas everything that could break the promise (torch 1 to 2 s, jax 0.5 s,
-# matplotlib, typer, rich) is one of these names. NumPy (0.1 s) is within it.
+# An import must take less than 0.2 s. Tested by the modules that are loaded, not by time, which depends on the load of
+# the machine: everything slow (torch 1 to 2 s, jax 0.5 s, matplotlib, typer, rich) is one of these names. NumPy takes
+# 0.1 s.
 def test_the_core_loads_only_the_standard_library_and_numpy():
     # The commands' own modules need the extra `cli`; `loss_core.cli` loads them when a command runs.
     light = [name for name in modules() if not name.startswith("loss_core.cli.")]
@@ -57,11 +57,11 @@ for name in {names}:
 
 
 def test_every_module_can_be_the_first():
-    # A circle of imports shows only from some starts.
+    # A circular import fails only from some first modules.
     assert loaded_by(f"exec({EACH_FIRST.format(names=modules())!r})")
 
 
-def test_the_definitions_load_nothing_that_they_judge():
+def test_the_definitions_load_none_of_the_implementations():
     names = [name for name in modules() if name.startswith("loss_core.losses")]
     assert loaded_by("; ".join(f"import {name}" for name in names)) & {"loss_core.row_terms"} == set()
 

@@ -1,4 +1,4 @@
-"""Libraries that fill dataclasses: each gives the registered config, or an error, never a loss without its fields."""
+"""Libraries that parse dataclasses return the registered config or raise, and never drop its fields."""
 
 import argparse
 from dataclasses import dataclass, field, fields
@@ -103,11 +103,11 @@ def test_dacite_reads_the_named_config_with_a_hook(config):
     read = dacite.Config(type_hooks={LossConfig: LossConfig.from_dict})
     assert dacite.from_dict(Recipe, {"loss": config.to_dict()}, read) == Recipe(config)
     values = {k: v for k, v in config.to_dict().items() if k != "name"}
-    # A list where the field is a tuple, as YAML has it.
+    # YAML has a list where the field is a tuple.
     assert dacite.from_dict(type(config), values, dacite.Config(cast=[tuple])) == config
 
 
-def test_the_base_stays():
+def test_the_base_config_is_accepted_but_can_not_be_built():
     assert type(LossConfig()) is LossConfig
     assert Model(loss=LossConfig()).loss is not None
     with pytest.raises(NotImplementedError):
@@ -116,7 +116,7 @@ def test_the_base_stays():
 
 @pytest.mark.parametrize("cls", LOSS_CONFIG_REGISTRY.values(), ids=lambda cls: cls.__name__)
 def test_every_field_can_be_an_argument_of_argparse(cls):
-    # As transformers.HfArgumentParser does it: what a field's metadata holds is handed to add_argument.
+    # As transformers.HfArgumentParser does: the metadata of a field are passed to add_argument.
     parser, hints = argparse.ArgumentParser(), get_type_hints(cls)
     for f in fields(cls):
         kind = hints[f.name] if callable(hints[f.name]) else str
@@ -125,7 +125,7 @@ def test_every_field_can_be_an_argument_of_argparse(cls):
     assert cls(**vars(parser.parse_args(["--ignore_index", "-1"]))) == cls(ignore_index=-1)
 
 
-def test_a_live_handle_enters_no_dict():
+def test_a_runtime_handle_is_omitted_from_dicts():
     @dataclass
     class OwnConfig(LossConfig):
         weight: float = 1.0
@@ -147,7 +147,7 @@ def test_a_mapping_builds_as_a_recipe_has_it(config):
     assert build_loss_module({**config.to_dict(), "backend": "torch:eager"}, backend="torch:eager") is not None
 
 
-def test_a_mapping_that_contradicts_is_refused():
+def test_a_mapping_with_another_backend_than_the_argument_is_refused():
     with pytest.raises(ValueError, match="give one of them"):
         build_loss_module({"name": "KDLoss", "backend": "torch"}, backend="jax")
     with pytest.raises(ValueError, match="must be set on the config"):

@@ -1,4 +1,4 @@
-"""The laws of row terms: identity, any split, any order, blocks of -inf; the same over NumPy, torch and JAX."""
+"""Laws of row terms: identity, any split, any order, blocks of -inf; over NumPy, torch and JAX."""
 
 from typing import NamedTuple
 
@@ -76,7 +76,7 @@ def _pieces(make, cuts, *args):
 
 def _logits(scale=5.0, seed=0):
     rng = np.random.default_rng(seed)
-    # Multiples of 1/64, which float32 holds exactly beside the offset.
+    # Multiples of 1/64, which stay exact in float32 when the offset is added.
     z_TV = np.round(rng.standard_normal((6, 13)) * scale * 64) / 64
     z_TV[1, :7] = -np.inf  # a whole block of -inf
     z_TV[2] += 1e4  # a large common offset
@@ -85,7 +85,7 @@ def _logits(scale=5.0, seed=0):
 
 def _pair_logits():
     zs_TV, zt_TV = _logits(seed=1)[0], _logits(seed=2)[0]
-    zs_TV[1, :7] = 0.5  # the student allows what the teacher rules out in row 1
+    zs_TV[1, :7] = 0.5  # classes of row 1 that only the teacher excludes
     zt_TV[4, :3] = zs_TV[4, :3] = -np.inf
     return zs_TV, zt_TV
 
@@ -96,7 +96,7 @@ def _log_softmax(z_TV):
 
 
 def _kl(zs_TV, zt_TV):
-    """By definition; what the teacher rules out weighs nothing."""
+    """By definition; terms with a teacher probability of 0 are 0."""
     log_s, log_t = _log_softmax(zs_TV), _log_softmax(zt_TV)
     with np.errstate(invalid="ignore"):
         return np.where(np.exp(log_t) == 0, 0.0, np.exp(log_t) * (log_t - log_s)).sum(-1)
@@ -107,7 +107,7 @@ def _kl(zs_TV, zt_TV):
 
 @namespaces
 @CUTS
-def test_any_split_gives_the_whole(name, cuts):
+def test_any_split_merges_to_the_terms_of_the_full_row(name, cuts):
     xp, asarray = _namespace(name)
     z_TV, column_T = _logits()
     pieces, whole = _pieces(_row_terms, cuts, z_TV, column_T), _row_terms(z_TV, column_T)
@@ -118,12 +118,12 @@ def test_any_split_gives_the_whole(name, cuts):
             np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol)
 
 
-def test_a_logarithm_of_0_is_minus_infinity_and_of_less_no_number():
+def test_a_guarded_logarithm_is_minus_infinity_at_0_and_nan_below():
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(guarded.log(np, np.array([0.0, 1.0, -1.0])), [-np.inf, 0, np.nan])
 
 
-def test_only_a_weight_of_0_takes_an_infinite_value_out():
+def test_only_a_weight_of_0_removes_an_infinite_value():
     found = guarded.weighted(np, np.array([0.0, 0.0, -2.0, 0.5]), np.array([np.inf, np.nan, 3.0, -np.inf]))
     np.testing.assert_array_equal(found, [0, 0, -6, -np.inf])
 
@@ -147,7 +147,7 @@ def test_identity_is_exact_and_two_empty_pieces_stay_empty():
             np.testing.assert_array_equal(got, expected)
 
 
-def test_a_sum_that_nobody_needs_stays_none():
+def test_a_sum_that_is_not_needed_stays_none():
     z_TV, column_T = _logits()
     a, b = (piece._replace(z_sum=None, e=None) for piece in _pieces(_row_terms, (4, 13), z_TV, column_T))
     assert row_terms.combine(np, a, b)[3:] == (None, None)
@@ -222,14 +222,14 @@ def test_metrics_of_a_token_are_those_of_the_definition():
         np.testing.assert_allclose(metric_T, expected[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-def test_only_the_sums_that_are_needed_are_asked_for():
+def test_an_objective_requests_only_the_sums_that_it_needs():
     assert TopK(np.zeros((1, 2)), tail=True).sums == (False, False)
     assert CrossEntropy(13).sums == CrossEntropy(13, z_loss=0.5).sums == (False, False)
     assert CrossEntropy(13, label_smoothing=0.1).sums == (True, False)
     assert CrossEntropy(13, metrics=True).sums == (False, True)
 
 
-def test_an_objective_has_as_many_values_as_it_says():
+def test_num_values_is_the_number_of_values():
     z_TV, column_T = _logits()
     terms, of_targets = RowTerms(*_row_terms(z_TV, column_T)), _top_k_terms(z_TV, column_T[:, None])
     teacher = TopK(np.full((6, 1), -1.0), tail=True)
@@ -258,16 +258,16 @@ def test_objectives_of_different_classes_are_not_equal():
     assert len({Other(0.0), Other(0.0), LogProbability(False), CrossEntropy(3), CrossEntropy(3)}) == 3
 
 
-def test_target_that_nobody_owns_is_loud():
+def test_a_target_that_no_piece_owns_gives_an_infinite_loss():
     terms = _row_terms(_logits()[0], np.full(6, 99))
     assert np.all(np.isposinf(OBJECTIVE.values(np, terms)[0]))
     assert np.all(np.isneginf(LogProbability().values(np, terms)[0]))
 
 
-def test_a_large_common_offset_costs_no_digits():
+def test_a_large_common_offset_costs_no_precision():
     z_TV, column_T = _logits(scale=1.0)
     z_TV = np.where(np.isneginf(z_TV), -30.0, z_TV).astype(np.float32)
-    z_TV[:] = z_TV[0]  # same row everywhere, each with another offset that float32 holds exactly
+    z_TV[:] = z_TV[0]  # the same row everywhere
     z_TV = np.round(z_TV * 1024) / 1024
     both = (z_TV, z_TV + np.float32(4096))
     losses = [
@@ -297,7 +297,7 @@ def test_smoothing_and_z_loss_are_those_of_the_definition(name):
 
 
 def _dense(coefficients, z_TV, terms, column_TK):
-    """The gradient that coefficients mean."""
+    """The dense gradient of coefficients."""
     scale, target, uniform, _ = (None if x is None else np.asarray(x) for x in coefficients[:4])
     m_T = np.asarray(terms.m)
     with np.errstate(over="ignore"):
@@ -391,7 +391,7 @@ def test_top_k_of_rows_with_any_leading_dimensions(tail, lead):
         np.testing.assert_array_equal(one.reshape(other.shape), other)
 
 
-def test_what_is_left_beside_the_targets_may_be_far_below_rounding():
+def test_the_probability_outside_the_targets_may_be_far_below_rounding():
     """1 - sum q is 1e-26 there, and 0 in float32: the tail's logarithm must not be that of 0."""
     z = np.asarray([[60.0, 0.5, 1.0, 59.0]])
     columns, log_p = np.asarray([[0, 3]]), np.log([[0.7, 0.2]])
@@ -404,7 +404,7 @@ def test_what_is_left_beside_the_targets_may_be_far_below_rounding():
 
 
 @namespaces
-def test_a_teacher_that_leaves_nothing_has_no_tail(name):
+def test_a_teacher_with_probability_0_outside_the_targets_has_no_tail(name):
     xp, asarray = _namespace(name)
     z, columns, log_p = np.asarray([[1.0, 2.0, 3.0]]), np.asarray([[0]]), np.zeros((1, 1))
     terms = RowTerms(*(None if x is None else asarray(x) for x in _top_k_terms(z, columns)))
@@ -418,14 +418,14 @@ def test_a_teacher_that_leaves_nothing_has_no_tail(name):
 
 
 @namespaces
-def test_targets_that_are_ruled_out_by_one_side(name):
-    """-inf of the teacher weighs nothing; what the student alone rules out is +inf, with a finite gradient."""
+def test_targets_with_probability_0_on_one_side(name):
+    """A teacher probability of 0 contributes 0; a student probability of 0 alone gives +inf, with a finite gradient."""
     xp, asarray = _namespace(name)
     z = np.asarray([[1.0, -np.inf, 3.0, 0.0], [1.0, -np.inf, 3.0, 0.0], [1.0, 2.0, -np.inf, -np.inf]])
     columns = np.asarray([[0, 1], [0, 1], [0, 1]])
     log_p = np.asarray([[np.log(0.5), -np.inf], np.log([0.5, 0.2]), np.log([0.5, 0.2])])
     terms, teacher = (RowTerms(*map(_or_none(asarray), _top_k_terms(z, columns))), TopK(asarray(log_p), True))
-    with np.errstate(invalid="ignore"):  # -inf minus -inf, which weighs nothing
+    with np.errstate(invalid="ignore"):  # -inf minus -inf, with weight 0
         loss = np.asarray(teacher.values(xp, terms)[0])
         by_teacher = np.asarray(teacher.teacher_gradient(xp, terms))
     assert np.isfinite(loss[0])
@@ -446,7 +446,7 @@ def _or_none(asarray):
 
 @namespaces
 @CUTS
-def test_any_split_of_pairs_gives_the_whole(name, cuts):
+def test_any_split_of_pairs_merges_to_the_terms_of_the_full_row(name, cuts):
     xp, asarray = _namespace(name)
     zs_TV, zt_TV = _pair_logits()
     pieces = _pieces(_pair_terms, cuts, zs_TV, zt_TV)
@@ -488,7 +488,7 @@ def test_student_without_any_finite_logit_is_nan():
         assert np.isnan(row_terms.kl_divergence(np, terms)).all()
 
 
-def test_the_unit_of_gaps_costs_no_digits():
+def test_the_unit_of_gaps_is_a_power_of_two():
     assert float(np.frexp(GAP_UNIT)[0]) == 0.5  # a power of two
 
 

@@ -1,4 +1,4 @@
-"""The command line as tests start it."""
+"""Run the command line in tests."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ QUICK = ("--backend", "torch:eager", "--dtype", "float32", "--case", "basic")
 
 
 def run(*arguments, **options):
-    """The command in this process."""
+    """Run the command in this process."""
     return CliRunner().invoke(make_app(), [str(a) for a in arguments], **options)
 
 
 def environment():
-    """Of a user: nothing that forces colours or widths."""
+    """The environment of a user: without variables that force colours or widths."""
     env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TTY_COMPATIBLE")}
     return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "backends")])}
 
 
 def command(*arguments, before=""):
-    """Arguments that start the command in a process of its own, after the Python statement `before`."""
+    """Arguments that start the command in a new process, after the Python statement `before`."""
     # A shell starts its background jobs with SIGINT ignored, which they inherit: these tests may be one.
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {before}\n"
     code += "from loss_core.cli import main; main()"
@@ -36,17 +36,17 @@ def command(*arguments, before=""):
 
 
 def spawn(*arguments, before="", cwd=None):
-    """The command in a process of its own."""
+    """Run the command in a new process."""
     return subprocess.run(
         command(*arguments, before=before), capture_output=True, text=True, env=environment(), cwd=cwd, timeout=240
     )
 
 
 def interrupted(arguments, ready, cwd=None):
-    """Ctrl-C in the middle of a command.
+    """Interrupt a command with Ctrl-C.
 
     Args:
-        ready: called with the process; returns when it is time.
+        ready: called with the process; the interrupt is sent when it returns.
     Returns:
         Exit code, stdout and stderr.
     """

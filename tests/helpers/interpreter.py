@@ -1,7 +1,7 @@
-"""Cells of torch:triton in Triton's interpreter: one process for all of them, a result for each.
+"""Tests of torch:triton in Triton's interpreter: one process runs all of them.
 
-Triton decides when it is imported whether it interprets or compiles. So the tests of a session whose parameter `flag`
-is "torch:triton" run together in one further pytest with TRITON_INTERPRET=1, and each of them takes its result from it.
+Triton selects interpreter or compiler when it is imported. So the tests of a session whose parameter `flag` is
+"torch:triton" ("cells") run together in another pytest process with TRITON_INTERPRET=1, which reports their results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loss_core import (
 )
 
 FLAG = "torch:triton"
-# One process of pytest-xdist takes all cells, so that no other waits for their results.
+# All cells are in one group of pytest-xdist, so that only one worker waits for their results.
 GROUP = "interpreted"
 ON = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -44,9 +44,8 @@ def possible() -> bool:
 def patch_once() -> None:
     """Let Triton's interpreter patch triton.language once for each launch of a kernel.
 
-    It replaces the built-in functions of its modules at each call of a jitted function, also within a kernel, and looks
-    for them among all members each time (seen in Triton 3.9): four fifths of what a call takes. Another version is left
-    as it is.
+    Triton 3.9 searches all members of its modules for built-in functions and replaces them at each call of a jitted
+    function, also within a kernel: four fifths of the time of a call. Versions without these names are not patched.
     """
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
@@ -76,16 +75,16 @@ def patch_once() -> None:
 
 
 def is_interpreted(item: pytest.Item) -> bool:
-    """Whether a test is one of Triton's cells."""
+    """Whether a test is a cell of torch:triton."""
     callspec = getattr(item, "callspec", None)
     return callspec is not None and callspec.params.get("flag") == FLAG
 
 
 def results(session: pytest.Session, folder: Path) -> dict[str, str]:
-    """What became of each of the session's cells: "" where it passed, else the report of the failure.
+    """The result of each of the session's cells: "" if it passed, else the report of the failure.
 
     Args:
-        folder: that the processes of pytest-xdist share; the first to come runs the cells, any other waits.
+        folder: shared by the processes of pytest-xdist; the first one runs the cells, the others wait.
     """
     from filelock import FileLock
 
@@ -108,7 +107,7 @@ def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
     files = sorted({nodeid.partition("::")[0] for nodeid in nodeids})
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", _WANTED: str(wanted), _RESULTS: str(stored)}
-    # Neither the processes nor the reports of the session are meant here.
+    # Without the options of the session for processes and reports.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
     if not stored.exists():
@@ -117,25 +116,25 @@ def _run(nodeids: list[str], folder: Path) -> dict[str, str]:
     return {nodeid: found.get(nodeid, "the interpreter's process ended before it") for nodeid in nodeids}
 
 
-def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+def deselected(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """Tests that a process does not run.
 
-    A call takes the interpreter some tenths of a second: of each test it runs one cell for each loss, the first,
-    whatever its options and the other parameters. The cells of test_matrix.py have every option, and those of
-    torch:eager every one of these tests. In the interpreter's process, only what the session wants is run.
+    A call takes tenths of a second in the interpreter, so each test runs only its first cell per loss, regardless of
+    options and other parameters. The cells of test_matrix.py cover every option, and torch:eager runs all of these
+    tests. The interpreter's process runs only the cells that the session selected.
     """
     if _WANTED in os.environ:
         wanted = set(json.loads(Path(os.environ[_WANTED]).read_text()))
         return {item for item in items if item.nodeid not in wanted}
-    seen, left = set(), set()
+    seen, dropped = set(), set()
     for item in filter(is_interpreted, items):
         parameters = item.callspec.params
         cell_of = _autograd_of(parameters["config"]) if "config" in parameters else item.nodeid
         key = (item.nodeid.partition("[")[0], cell_of)
         if key in seen:
-            left.add(item)
+            dropped.add(item)
         seen.add(key)
-    return left
+    return dropped
 
 
 def _autograd_of(config: LossConfig) -> type[LossConfig]:
@@ -148,7 +147,7 @@ def _autograd_of(config: LossConfig) -> type[LossConfig]:
 
 
 def store(nodeid: str, report: Any) -> None:
-    """In the interpreter's process: write down what became of a cell, at once, so that a crash loses no other."""
+    """In the interpreter's process: store the result of a cell at once, so that a crash loses no other."""
     if _RESULTS in os.environ and (report.when == "call" or not report.passed):
         path = Path(os.environ[_RESULTS])
         found = json.loads(path.read_text()) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""The size of the largest tensor that a piece of code makes."""
+"""The size of the largest tensor that a piece of code allocates."""
 
 import torch
 from torch.utils import _pytree as pytree
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Within it, `numel` is the number of elements of the largest tensor so far that shares no memory with an input."""
+    """Context in which `numel` is the size of the largest tensor so far that shares no memory with an input."""
 
     numel = 0
 

@@ -1,9 +1,9 @@
-"""The matrix: every flag x loss x case x dtype against float64, each cell a test with an id of its own.
+"""The matrix: every flag x loss x case x dtype against float64, each cell a test with its own id.
 
 A new config, kernel, case or dtype is picked up by itself. Ids such as "torch:eager-KDLoss-ragged-bfloat16".
 
-Each case has half of the dtypes, in turn, and one of them where it takes long; the rest is marked slow. `make check`,
-which CI runs as well, has every loss and case in float32, and in bfloat16 on the flags of torch that do not compile;
+Each case runs half of the dtypes, alternating, or one of them if it takes long; the rest is marked slow. `make check`,
+which CI runs as well, covers every loss and case in float32, and in bfloat16 on the flags of torch that do not compile;
 those that compile have the other dtypes here. Triton's kernels, of which `make check` has none without a GPU, have
 float32 and bfloat16 here.
 """
@@ -30,7 +30,7 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
 
     Args:
         backend: "torch" or "jax".
-        interpreted: flags whose cells take their results from a process in which they can be used.
+        interpreted: flags whose cells run in another process, in which they are usable.
     """
     made = []
     for flag in all_flags():
@@ -42,7 +42,7 @@ def cells(backend: str, *, interpreted: Sequence[str] = ()) -> Any:
         dtypes = INTERPRETED if flag in interpreted else compiled
         for number, (loss, case, tokens) in enumerate(_cases()):
             if dtypes is not DTYPES and loss == "TEParallelCrossEntropy":
-                # Computed by what computes MaskedCrossEntropy.
+                # The same code as MaskedCrossEntropy.
                 continue
             if flag in interpreted and tokens > 100:
                 # Blocks of tokens: tests of the kernels have small ones.
@@ -61,7 +61,7 @@ def assert_agrees(flag: str, loss: str, case: str, dtype: str, shape: tuple[int,
     """One cell: loss and gradients within the allowance, by the kernel that the flag names.
 
     Args:
-        shape: (T, V) in place of the case's, unless its shape is the point of the case.
+        shape: (T, V) instead of the shape of the case, unless the case is about its shape.
     """
     if shape is not None and not named_cases(loss, shape=shape, only=(case,)):
         shape = None
@@ -73,7 +73,7 @@ def assert_agrees(flag: str, loss: str, case: str, dtype: str, shape: tuple[int,
 
 @functools.cache
 def _cases() -> tuple[tuple[str, str, int], ...]:
-    """Name of the loss and of the case, and how many tokens it has."""
+    """(loss, case, number of tokens) of every named case."""
     return tuple(
         (loss, case.name, case.arrays["labels"].size) for loss in LOSS_CONFIG_REGISTRY for case in named_cases(loss)
     )

@@ -1,6 +1,6 @@
 """Recipes of NeMo AutoModel on a CPU: its own setup, data, steps and losses, on a tiny model of transformers.
 
-For a process of its own: what a GPU would be asked is answered there for all.
+Run it in a separate process: it replaces functions of torch.cuda.
 """
 
 import os
@@ -33,13 +33,13 @@ RECIPE = {
 
 
 def trained(world, folder, loss_fn, *, without_logits_to_keep=False, sharded=False, **sections):
-    """Losses of five steps, the recipe after them; loss_fn is the section of that name."""
-    # A target that is none of its own has to be allowed, before it is imported.
+    """Losses of five steps, and the recipe after them; loss_fn is the section of that name."""
+    # Targets outside of nemo_automodel must be allowed before it is imported.
     os.environ["NEMO_ENABLE_USER_MODULES"] = "1"
     from nemo_automodel.components.config.loader import ConfigNode
     from nemo_automodel.recipes.llm import kd, train_ft
 
-    # The recipes of nemo-automodel 0.7 ask for a GPU's memory, and move the models that they build to a GPU.
+    # The recipes of nemo-automodel 0.7 read the memory of a GPU, and move the models that they build to a GPU.
     torch.cuda.reset_peak_memory_stats = torch.cuda.empty_cache = lambda *_: None
     torch.cuda.max_memory_allocated = lambda *_: 0
     os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": str(world.ranks)}
@@ -68,7 +68,7 @@ def trained(world, folder, loss_fn, *, without_logits_to_keep=False, sharded=Fal
 
 
 class _Forward:
-    """A forward whose signature says nothing of logits_to_keep."""
+    """A forward whose signature does not have logits_to_keep."""
 
     def __init__(self, model):
         self.own = model.forward

@@ -1,4 +1,4 @@
-"""What a call dispatches to PyTorch: its operations, and the tensors that they make."""
+"""Record the PyTorch operations of a call, and the largest tensor that they allocate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operations(TorchDispatchMode):
-    """Names and operands of the operations of a call, and the memory that it makes.
+    """Context that records the operations of a call and its largest allocation.
 
     Attributes:
         calls: (name such as "aten::amax", shape of the first operand) of each operation.
         names: all of these names.
-        largest: bytes of the largest tensor that was made, views of the inputs left aside.
+        largest: bytes of the largest result that is not a view of an input.
     """
 
     def __init__(self, inputs: Iterable[Any] = ()) -> None:

@@ -34,7 +34,7 @@ _ANSWER = "process_group answers: "
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What a body learns: its rank, the number of ranks, the flag to build losses with."""
+    """The argument of a body: its rank, the number of ranks, the flag to build losses with."""
 
     rank: int
     ranks: int
@@ -46,9 +46,9 @@ class World:
 
 
 def over_processes(*ranks, flag="torch:eager"):
-    """Decorator: a test whose body takes a `World` and runs in each process of a group, once per number of ranks.
+    """Decorator: run a test body, whose first argument is a `World`, in each process of a group, per number of ranks.
 
-    The body may take what further decorators of pytest's give, such as parameters, as far as JSON holds it.
+    Further arguments of the body come from pytest, such as parameters; they must be JSON values.
     """
 
     def decorate(body):
@@ -65,7 +65,7 @@ def over_processes(*ranks, flag="torch:eager"):
                 (number, flag), id=f"{number} ranks", marks=[pytest.mark.xdist_group(f"{flag} {number}"), *later]
             )
             for number in ranks
-            # Three ranks go where two and four go, and each is a process that imports torch.
+            # Three ranks rarely find more than two and four, and each is a process that imports torch.
             for later in [[pytest.mark.slow] if number == 3 and len(ranks) > 1 else []]
         ]
         # Indirect: pytest then runs all tests of one team together, and starts its processes once.
@@ -135,19 +135,19 @@ class Team:
             thread.start()
 
     def _listen(self, rank, process):
-        said = []
+        output = []
         with process.stdout:
             for line in process.stdout:
                 if line.startswith(_ANSWER):
                     self._answers.put((rank, json.loads(line.removeprefix(_ANSWER))))
-                    said = []
+                    output = []
                 else:
-                    said.append(line)
-        self._answers.put((rank, f"the process ended:\n{''.join(said)[-4000:]}"))
+                    output.append(line)
+        self._answers.put((rank, f"the process ended:\n{''.join(output)[-4000:]}"))
 
 
 def _body(file, name):
-    # By its path: a test file has no name that another process could import it by.
+    # Loaded by path: test files are not importable by name.
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = sys.modules.get(spec.name)
     if module is None:

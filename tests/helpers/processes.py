@@ -1,4 +1,4 @@
-"""Looking at the processes of a test."""
+"""Worker processes of a test, found in /proc."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 def wait_for_workers(pid: int, count: int, limit: float = 300.0) -> list[int]:
-    """The workers of a process, once there are so many."""
+    """Wait until a process has `count` workers; their ids."""
     deadline = time.monotonic() + limit
     while len(workers_of(pid)) < count and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -31,7 +31,7 @@ def wait_for_workers(pid: int, count: int, limit: float = 300.0) -> list[int]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet has, too."""
+    """Whether a process has ended; a zombie has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -39,7 +39,7 @@ def gone(pid: int) -> bool:
 
 
 def all_gone(pids: list[int], limit: float = 60.0) -> bool:
-    """Whether they have ended, after a while."""
+    """Whether all processes have ended within `limit` seconds."""
     deadline = time.monotonic() + limit
     while not all(map(gone, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,6 +1,6 @@
-"""Roundings counted by hand for one token of a few classes in float32: what error bounds are compared with.
+"""Rounding errors counted by hand for one token of a few classes in float32, to compare error bounds with.
 
-The counts are those that loss_core.losses.bounds.rounding derives, written down again, so that none changes unseen.
+The counts are those that loss_core.losses.bounds.rounding derives, written out again, so that no change goes unnoticed.
 """
 
 # V = classes, at most 36: until then a sum of n terms is off by n u
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 U, NEAR_ZERO = 2.0**-24, 2.0**-126
-# An upstream gradient with which a gradient is mostly what may be flushed to 0.
+# An upstream gradient with which gradients are mostly below the normal range, and may be flushed to 0.
 TINY = 2.0**-120
 EXP, EXP_ARGUMENT, LOG, TANH, COEFFICIENT = 6, 2.25, 4, 9, 4
 
@@ -33,7 +33,7 @@ def softmax(z_V, err_z=0.0):
     p_V = np.exp(z_V - lse)
     of_exp_V = EXP_ARGUMENT * r_V + EXP
     of_sum = p_V @ of_exp_V + len(z_V)
-    # The log, the sum m + log s, and m - z once more with m + log s in its place.
+    # Roundings of the log, of the sum m + log s, and of z - (m + log s).
     err_lse = err_z + (of_sum + LOG * log_sum + abs(m) + 2 * abs(lse)) * U
     err_p_V = p_V * ((of_exp_V + 2) * U + err_z + err_lse) + NEAR_ZERO
     return Softmax(z_V, z_V - lse, p_V, lse, err_p_V, err_lse)
@@ -76,7 +76,7 @@ def jensen_shannon(student, teacher, err_ratio, beta):
 
 
 def softcapped(raw_V, err_raw, cap):
-    """softcap(raw), its slope, how far it is off in the largest, and how far the slope is."""
+    """softcap(raw), its slope, the largest error of the former, and the error of the slope."""
     if not cap:
         return raw_V, np.ones(len(raw_V)), err_raw, 0.0
     tanh_V = np.tanh(raw_V / cap)
@@ -103,7 +103,7 @@ def log_probs(raw_V, err_raw, label, upstream_R, cap, temp):
         err_V += size * sm.err_p_V * centred_V
         err_V += size * sm.p_V * (err_d + err_h + (3 + COEFFICIENT) * U * (d_V + sm.p_V @ d_V))
         dz_V = dz_V + size * sm.p_V * centred_V
-    # It may be flushed to 0 before 1 / temp makes it larger.
+    # A gradient may be flushed to 0 before 1 / temp increases it.
     err_V = (err_V + scaled * dz_V) / temp + NEAR_ZERO / min(temp, 1)
     return np.array(found), np.array(errors), err_V * slope_V + dz_V / temp * err_slope
 
@@ -116,7 +116,7 @@ def entropy(sm, err_z):
 
 
 class TopK(NamedTuple):
-    """Of one token: T^2 D, its bound; gradient by raw logits, its bound; bound of the gradient by log p."""
+    """One token: T^2 D, its bound; gradient by raw logits, its bound; bound of the gradient by log p."""
 
     loss: float
     err: float
@@ -131,13 +131,13 @@ def top_k(raw_V, err_raw, classes_K, log_p_K, tail, cap, temp):
     z_V, slope_V, err_z, err_slope = softcapped(raw_V, err_raw, cap)
     z_V, err_z = z_V / temp, err_z / temp
     err_z += u2 * np.max(np.abs(z_V)) if temp != 1 else 0.0
-    # The other classes have lse and shares of their own; their sum is one of V terms, too, of which K are 0.
+    # The other classes have a separate softmax; its sum also has V terms, of which K are 0.
     sm, rest = softmax(z_V, err_z), np.setdiff1d(np.arange(vocab), classes_K)
     others = softmax(z_V[rest], err_z)
     err_others, err_others_V = others.err_lse + num * U, others.err_p_V + num * U * others.p_V
     log_q_K, q_rest, r = sm.log_p_V[classes_K], sm.p_V[rest].sum(), np.max(z_V) - np.max(z_V[rest])
     log_q_rest = np.log(q_rest)
-    # The sum of all is that of the others, moved, and of the K.
+    # The sum over all classes is that of the others, rescaled, plus that of the K.
     more = U * q_rest * (EXP_ARGUMENT * r + EXP + 2)
     err_lse = sm.err_lse + more
     err_log_q_K = err_lse + err_z + U * (3 * np.abs(z_V[classes_K]) + 2 * np.abs(log_q_K))
@@ -154,7 +154,7 @@ def top_k(raw_V, err_raw, classes_K, log_p_K, tail, cap, temp):
     err = p_K @ err_log_q_K + err_p_K @ np.abs(ratio_K) + (num + 3) * U * sizes
     if tail:
         err += p_rest * (err_log_q_rest + LOG * U * abs(log_p_rest)) + err_rest * abs(log_q_rest)
-        # x log x moves by its slope.
+        # The error of x log x is that of x times its slope.
         err += err_rest * (abs(np.log(p_rest - err_rest)) + 1)
 
     total, w_V, err_w_V = p_K.sum() + p_rest, np.zeros(vocab), np.zeros(vocab)
@@ -169,7 +169,7 @@ def top_k(raw_V, err_raw, classes_K, log_p_K, tail, cap, temp):
 
     err_ratio_K = err_log_q_K
     if tail:
-        # lse of all, which both log-probabilities have been made with, cancels.
+        # The lse of all classes, which both log-probabilities contain, cancels.
         err_log_p_rest = err_rest / (p_rest - err_rest) + LOG * U * abs(log_p_rest)
         err_ratio_K = err_log_q_K + err_log_p_rest + err_log_q_rest - 2 * err_lse
     sizes_K = np.abs(ratio_K) + abs(ratio) + 1
@@ -196,7 +196,7 @@ class Head(NamedTuple):
 
     @property
     def err(self):
-        """Of the logits: sums of H products and a bias."""
+        """Error of the logits: sums of H products and a bias."""
         sizes_V = np.abs(self.weight_VH) @ np.abs(self.hidden_H) + np.abs(self.bias_V)
         return (len(self.hidden_H) + 1) * U * np.max(sizes_V)
 

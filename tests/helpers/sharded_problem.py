@@ -1,4 +1,4 @@
-"""A case whose vocabulary is split over ranks, with the oracle's answer to the whole of it."""
+"""A case whose vocabulary is sharded over ranks, with the oracle's result of the unsharded call."""
 
 # V = vocabulary, H = hidden, T = tokens
 
@@ -17,7 +17,7 @@ LOSSES = ("MaskedCrossEntropy", "FusedLinearCrossEntropy", "TEParallelCrossEntro
 
 
 class Problem:
-    """A case, rounded to a dtype, with the oracle's answer to all of it."""
+    """A case rounded to a dtype, with the oracle's result of the unsharded call."""
 
     def __init__(self, case, dtype="float32"):
         self.case, self.dtype = case, dtype
@@ -40,7 +40,7 @@ class Problem:
         loss.backward(torch.ones_like(loss) if upstream is None else torch.as_tensor(part(upstream)).to(loss))
 
     def holds(self, name, got, part=lambda x: x):
-        """A result, or part of it, is within what rounding explains."""
+        """Assert that a result, or part of it, is within its allowance."""
         whole = self.expected.loss if name == "loss" else self.expected.grads[name]
         whole, limit = part(whole), part(self.allowed[name])
         assert tuple(got.shape) == whole.shape, (self.case.name, name, tuple(got.shape), whole.shape)
@@ -58,13 +58,13 @@ def vocab_axis(name):
 
 
 def over_heads(problem, **placements):
-    """Placements of hidden_states and lm_weight as those of every head of a problem, whatever it is called."""
+    """Apply placements of hidden_states and lm_weight to every head of a problem, by argument name."""
     of_heads = [name.removesuffix("lm_weight") for name in problem.arrays if name.endswith("lm_weight")]
     return {f"{of}{name}": placement for of in of_heads for name, placement in placements.items()}
 
 
 def part_of(name, sizes, rank):
-    """This rank's columns of logits, rows of the weight; all of anything else."""
+    """Function that takes a rank's columns of logits or rows of a weight; the identity for any other argument."""
     if name not in SHARDED:
         return lambda x: x
     at = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -78,7 +78,7 @@ def same_on_all_ranks(value, group=None):
 
 
 def splits(vocab, ranks):
-    """As even as it goes; as DTensor cuts it; nearly all on the last rank; empty parts at the end and in front."""
+    """Shard sizes: as even as possible; as DTensor; nearly all on the last rank; empty shards at the end, and first."""
     even = [vocab // ranks + (rank < vocab % ranks) for rank in range(ranks)]
     chunk = -(-vocab // ranks)
     chunks = [max(0, min(chunk, vocab - chunk * rank)) for rank in range(ranks)]
@@ -87,9 +87,9 @@ def splits(vocab, ranks):
 
 
 def holds_sharded(world, problem, sizes, with_count=False, kernels=None, **fields):
-    """Loss and gradients are right on every rank, each with its part of the vocabulary.
+    """Assert that loss and gradients are right on every rank, each with its shard of the vocabulary.
 
-    kernels: in place of the flag's own.
+    kernels: used instead of those of the flag.
     """
     inputs = {name: problem.tensor(name, part_of(name, sizes, world.rank)) for name in problem.arrays}
     count = {"num_valid_tokens": int(problem.expected.keep_T.sum())} if with_count else {}

@@ -16,13 +16,13 @@ MINICPM3 = {
 
 
 def made(name="Llama", **settings):
-    """A model of the class {name}ForCausalLM, the same at every call."""
+    """A model of the class {name}ForCausalLM, with the same weights at every call."""
     import transformers
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES | settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    # Larger than at the start of a training, so that a scale or softcap that is left out shows.
+    # Larger than initial weights, so that a missing scale or softcap shows.
     for parameter in model.parameters():
         parameter.data.mul_(3.0)
     if (bias := model.get_output_embeddings().bias) is not None:
@@ -31,7 +31,7 @@ def made(name="Llama", **settings):
 
 
 def with_biased_head(name="Llama", **settings):
-    """As `made`, with a head that has a bias."""
+    """As `made`, but the head has a bias."""
     model = made(name, **settings)
     head = torch.nn.Linear(H, V)
     head.weight.data.copy_(model.get_output_embeddings().weight.data)

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 if importlib.util.find_spec("torchtitan") is None:
     pytest.skip("torchtitan is not installed", allow_module_level=True)
 
-# torchtitan 0.3 takes the kind of the accelerator while it is imported, "cuda" where there is none, and asks its module
-# for what torch.cpu does not have.
+# torchtitan 0.3 reads the accelerator type when it is imported, "cuda" if there is none, and calls functions of its
+# module that torch.cpu does not have.
 torch._utils._get_available_device_type = lambda: "cpu"
 torch.cpu.get_device_name = lambda device=None: "cpu"
 torch.cpu.get_device_properties = lambda device=None: types.SimpleNamespace(total_memory=2**30)
@@ -31,7 +31,7 @@ B, S, STEPS = 2, 16, 5
 
 
 class Tokens(BaseDataLoader):
-    """Random tokens, others on each data-parallel rank; the first labels of a row are ignored, more on later ranks."""
+    """Random tokens, different on each data-parallel rank; the first labels are ignored, more on later ranks."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
@@ -74,7 +74,7 @@ class NoTokenizer(BaseTokenizer):
 
 
 def trained(world, *arguments):
-    """Losses of five steps, and the parameters after them; arguments as torchtitan has them on its command line."""
+    """Losses of five steps, and the parameters after them; arguments are those of torchtitan's command line."""
     os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.rank), "WORLD_SIZE": str(world.ranks)}
     config = ConfigManager().parse_args([
         "--module", "llama3", "--config", "llama3_debugmodel", "--training.local_batch_size", str(B),
@@ -89,7 +89,7 @@ def trained(world, *arguments):
         setattr(parent, name, ScaledDotProductAttention.Config())
     trainer, losses = config.build(), []
     for module in trainer.model_parts[0].modules():
-        # Its factor of 1 is a premultiplied sum, which gloo has not; a plain sum is the same.
+        # Its factor of 1 is a premultiplied sum, which gloo does not support; a plain sum is equal.
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
     log = trainer.metrics_processor.log
@@ -100,7 +100,7 @@ def trained(world, *arguments):
 
     trainer.metrics_processor.log = seen
     data = trainer.batch_generator(trainer.dataloader)
-    # Not train(): after the first step it calls a barrier that gloo has not.
+    # Not train(): after the first step it calls a barrier that gloo does not support.
     for trainer.step in range(1, STEPS + 1):
         trainer.train_step(data)
     parameters = {

@@ -1,6 +1,6 @@
-"""Small calls of every loss on every flag of torch: what a test needs to hold a promise for all of them.
+"""Small calls of every loss on every flag of torch, for tests of what all of them guarantee.
 
-A new flag, config or kernel is picked up by itself: what a loss takes is asked of its definition.
+New flags, configs and kernels are included automatically; the arguments of a loss come from its definition.
 """
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
@@ -48,17 +48,17 @@ def usable_flags() -> tuple[str, ...]:
 
 
 def configs(reductions: Sequence[str] = REDUCTIONS, **values: Any) -> list[LossConfig]:
-    """Every registered loss, once for each reduction where it has that field.
+    """Every registered loss, once per reduction if it has that field.
 
     Args:
-        values: of further fields; losses without one of them are left out.
+        values: of further fields; losses without one of these fields are skipped.
     """
     made = []
     for config_cls in LOSS_CONFIG_REGISTRY.values():
         known = {f.name for f in fields(config_cls)}
         if not set(values) <= known:
             continue
-        # The module of TEParallelCrossEntropy is that of MaskedCrossEntropy, less a field.
+        # TEParallelCrossEntropy has the module of MaskedCrossEntropy without one field.
         chosen = reductions[:1] if config_cls is TEParallelCEConfig else reductions
         made += [config_cls(**values, reduction=r) for r in chosen] if "reduction" in known else [config_cls(**values)]
         if "divergence" in known and "divergence" not in values:
@@ -68,7 +68,7 @@ def configs(reductions: Sequence[str] = REDUCTIONS, **values: Any) -> list[LossC
 
 
 class _Stacked(nn.Module):
-    """A loss of several results, with one: they are stacked in front."""
+    """A loss with several results, stacked along a new first axis."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Stacked(nn.Module):
 
 
 def built(config: LossConfig, flag: str) -> Any:
-    """The loss, with one tensor as its result."""
+    """The built loss, with a single tensor as its result."""
     loss = config.build(backend=flag)
     return _Stacked(loss) if isinstance(config, LogProbsConfig | FusedLinearLogProbsConfig) else loss
 
@@ -97,8 +97,8 @@ def cells(configs: Iterable[LossConfig], flags: Iterable[str] | None = None, *, 
     """Parametrise a test over (flag, config), with ids such as "torch:eager-KDLoss".
 
     Args:
-        flags: None for all that can run here. One that is named here and can't fails its tests.
-        interpreted: whether Triton's kernels take part, which are slow in its interpreter: where they matter.
+        flags: None for all usable flags. Tests of a named flag that is not usable fail.
+        interpreted: whether to include Triton's kernels, which are slow in its interpreter.
     """
     usable = usable_flags()
     return pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def takes(config: LossConfig, argument: str) -> bool:
 
 
 def over_hidden_states(config: LossConfig) -> bool:
-    """Whether a loss makes its logits itself, from hidden states and weights."""
+    """Whether a loss computes its logits from hidden states and weights."""
     return bool(need_definition(config).products)
 
 
@@ -141,13 +141,13 @@ def reduction_of(config: LossConfig) -> str:
 
 
 def count_of(config: LossConfig, value: Any) -> dict[str, Any]:
-    """A count of tokens by the name that the loss has for it; empty where it takes none."""
+    """The count argument under its name in this loss; empty if it accepts none."""
     found = need_definition(config).find("count")
     return {found.name: value} if found is not None and takes(config, "count") else {}
 
 
 def weights_of(config: LossConfig, value: Tensor) -> dict[str, Any]:
-    """loss_weights, with a count where they need one; empty where the loss takes none."""
+    """loss_weights, with a count if required; empty if the loss accepts none."""
     found = next((a for a in need_definition(config).arguments if a.name == "loss_weights"), None)
     if found is None or not takes(config, found.name):
         return {}
@@ -165,11 +165,11 @@ def inputs(
     seed: int = 0,
     requires_grad: bool = True,
 ) -> dict[str, Tensor]:
-    """The arguments that a loss needs, drawn anew.
+    """Draw the required arguments of a loss.
 
     Args:
         lead: shape of labels.
-        ignored: every so many labels one is ignore_index, from the first on; 0 for none.
+        ignored: every ignored-th label is ignore_index, starting with the first; 0 for none.
     """
     g = torch.Generator().manual_seed(seed)
     sizes = Sizes(lead, vocab, hidden)
@@ -197,12 +197,12 @@ def leaves(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def per_token(config: LossConfig, name: str) -> bool:
-    """Whether an argument has a row for each token."""
+    """Whether an argument has one row per token."""
     return any(a.name == name and a.dims[:1] == ("T",) for a in need_definition(config).arguments)
 
 
 def run(loss: Callable[..., Tensor], arguments: Mapping[str, Any], upstream: Any = None) -> dict[str, Tensor]:
-    """The loss and its gradients by name; upstream None for numbers that differ between tokens."""
+    """The loss and its gradients by name; upstream None: values that differ between tokens."""
     value = as_one(loss(**arguments))
     if upstream is None:
         ones = torch.ones_like(value).reshape(-1)
@@ -215,14 +215,14 @@ def run(loss: Callable[..., Tensor], arguments: Mapping[str, Any], upstream: Any
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], **tolerance: Any) -> None:
-    """Tensors by name, close to each other; with rtol=0, atol=0 bitwise."""
+    """Assert that tensors by name are close; bitwise equal with rtol=0, atol=0."""
     assert list(got) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def names_plain(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, tells the user to take torch:plain."""
+    """Whether the message of an error, or of its causes, names torch:plain."""
     seen = set()
     while error is not None and id(error) not in seen:
         if PLAIN in str(error):
@@ -233,9 +233,9 @@ def names_plain(error: BaseException | None) -> bool:
 
 
 def right_or_names_plain(flag: str, call: Callable[[], None]) -> None:
-    """Run a test's call: it holds, or (but for torch:plain itself) the library's error says to use torch:plain.
+    """Run a test's call: it passes or, for other flags than torch:plain, raises an error that names torch:plain.
 
-    An AssertionError is the test's own and is never forgiven.
+    An AssertionError always fails the test.
     """
     try:
         call()

@@ -1,4 +1,4 @@
-"""TRL's trainers on a CPU: each of a tiny model, with rows of random words, for five steps."""
+"""TRL's trainers on a CPU: a tiny model, rows of random words, five steps."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def distillation(model: Any, folder: Any, teacher: Any, **settings: Any) -> Any:
 
 
 def trained(trainer: Any) -> tuple[list[dict[str, float]], Any]:
-    """What it logs at each step but sums of times, and the model that it leaves."""
+    """The log of each step without times, and the trained model."""
     trainer.train()
     log = [{k: v for k, v in x.items() if "time" not in k} for x in trainer.state.log_history if "loss" in x]
     return log, trainer.model
 
 
 def assert_same_training(ours: tuple[Any, Any], own: tuple[Any, Any]) -> None:
-    """Of two results of `trained`: every number that is logged is the same, and every parameter."""
+    """Assert that two results of `trained` have equal logs and parameters."""
     (log, model), (expected, other) = ours, own
     assert len(log) == SETTINGS["max_steps"]
     assert [x.keys() for x in log] == [x.keys() for x in expected]
@@ -86,7 +86,7 @@ def _with_rewards(name: str, model: Any, folder: Any, **settings: Any) -> Any:
 
 
 def _made(name: str, model: Any, folder: Any, rows: Any, **given: Any) -> Any:
-    """The trainer; given: fields of its config, or arguments of its own."""
+    """The trainer; given: fields of its config, or arguments of the trainer."""
     import datasets
     import trl
 

@@ -1,4 +1,4 @@
-"""Gradients that are not those of the function they seem to be of, for tests of what finds them."""
+"""Functions with wrong gradients, for tests of the tools that detect them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def with_gradient(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """x, whose gradient is `function` of the right one."""
+    """x, with the gradient function(upstream) instead of upstream."""
 
     class Identity(torch.autograd.Function):
         @staticmethod

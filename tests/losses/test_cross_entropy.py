@@ -15,7 +15,7 @@ LABEL, WEIGHT, COUNT = 1, 1.7, 3
 @pytest.mark.parametrize("cap", [0.0, 4.0])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_no_rounding_is_left_out_and_none_counted_twice(raw_V, cap, z_loss, smoothing, upstream):
+def test_every_rounding_is_in_the_bound_once(raw_V, cap, z_loss, smoothing, upstream):
     config = MaskedCrossEntropyConfig(label_smoothing=smoothing, z_loss=z_loss, logit_softcapping=cap)
     arrays = {"logits": np.array([raw_V]), "labels": np.array([LABEL])}
     arrays |= {"loss_weights": np.array([WEIGHT]), "num_label_tokens": np.array(COUNT)}
@@ -43,7 +43,7 @@ def test_no_rounding_is_left_out_and_none_counted_twice(raw_V, cap, z_loss, smoo
     if z_loss:
         err_V += sm.p_V * (2 * z_loss * sm.err_lse + 4 * U * (1 + 2 * z_loss * abs(sm.lse)))
     if smoothing:
-        # Rounded, multiplied, added: e/V and 1 - e; or a sum of 3 terms e/V in place of 1.
+        # e/V and 1 - e are rounded, multiplied, added; or a sum of 3 terms e/V instead of 1.
         err_V += U * (smoothing * (4 / 3 + 3 * sm.p_V) + 4 * (1 - smoothing) * one_hot_V)
     err_V = (abs(coefficient) * err_V + NEAR_ZERO) * slope_V + abs(coefficient * dz_V) * err_slope
     np.testing.assert_allclose(expected.grads["logits"][0], coefficient * dz_V * slope_V, rtol=1e-12)

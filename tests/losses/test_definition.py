@@ -1,4 +1,4 @@
-"""`LossDef`: what check, bench and the rest ask of a loss, for ours and for a user's own."""
+"""`LossDef` of built-in and user-defined losses, as check and bench use it."""
 
 from dataclasses import FrozenInstanceError, dataclass, replace
 
@@ -96,7 +96,7 @@ def test_arguments_have_the_shapes_that_their_dimensions_say(name):
 
 
 @pytest.mark.parametrize(("vocab", "classes"), [(1, 1), (2, 1), (7, 3), (129, 64), (507, 64)])
-def test_a_teacher_knows_half_of_the_classes_but_no_more_than_engines_return(vocab, classes):
+def test_k_is_half_of_the_vocabulary_but_at_most_64(vocab, classes):
     assert Sizes((2, 3), vocab, 5).shape(("T", "K")) == (2, 3, classes)
     assert Sizes((2, 3), vocab, 5).shape(("V", "H_t")) == (vocab, 10)
     assert Sizes((2, 3), vocab).hidden == 0
@@ -112,12 +112,12 @@ def test_the_axis_over_the_vocabulary_and_the_spread_that_gives_logits_their_sca
 
 
 @pytest.mark.parametrize("shared", [LABELS, HALF, random_cases("KDLoss", 1, seed=0)[0], named_cases("KDLoss")[0]])
-def test_what_all_callers_share_can_not_be_changed(shared):
+def test_shared_objects_are_frozen(shared):
     with pytest.raises(FrozenInstanceError):
         shared.name = "another"
 
 
-def test_a_class_has_the_definition_of_what_it_derives_from():
+def test_a_class_inherits_the_definition_of_its_base():
     @dataclass
     class Own(KDLossConfig):
         pass
@@ -128,7 +128,7 @@ def test_a_class_has_the_definition_of_what_it_derives_from():
         evaluate(LossConfig(), {})
 
 
-def test_labels_of_distillation_only_say_what_is_ignored():
+def test_labels_of_distillation_only_mark_ignored_tokens():
     case = named_cases("KDLoss", only=("basic",))[0]
     other = {**case.arrays, "labels": np.where(case.arrays["labels"] == -100, -100, 9_999)}
     assert evaluate(case.config, other).loss == evaluate(case.config, case.arrays).loss
@@ -170,13 +170,13 @@ def test_the_least_work_of_a_call(config, shape, counted, moved, operations):
         ("FusedLinearTopKDistillation", 2 + 64, 1),
     ],
 )
-def test_a_loss_has_a_product_for_each_head_and_ranks_tell_each_other_the_terms_of_a_row(name, terms, products):
+def test_a_loss_has_a_product_per_head_and_ranks_exchange_the_terms_of_a_row(name, terms, products):
     assert (definition_of(name).row_numbers, definition_of(name).products) == (terms, products)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_bound_that_is_read_off_allows_for_the_rounding_of_a_probability_near_1(half, dtype):
-    # p - 1 is 0, and so is what any disturbance of the logits moves it by.
+def test_an_estimated_bound_includes_the_rounding_of_a_probability_near_1(half, dtype):
+    # p - 1 is 0, and so is its change for any perturbation of the logits.
     arrays, upstream = (
         {"logits": np.array([[[800.0, 0.0], [1.0, 2.0]]]), "labels": np.array([[0, -100]])},
         np.array(-3.0),
@@ -185,14 +185,14 @@ def test_a_bound_that_is_read_off_allows_for_the_rounding_of_a_probability_near_
     allowed = allowances(half(), arrays, expected, dtype, upstream=upstream)
     assert not expected.grads["logits"].any()
     np.testing.assert_allclose(allowed["logits"], [[[3 * 6 * 2.0**-24] * 2, [2.0**-126] * 2]])
-    # In the dtype of the arithmetic.
+    # The loss is returned in the compute dtype.
     assert allowed["loss"].tolist() == 2.0**-126
 
 
-def test_a_bound_that_is_read_off_takes_labels_and_count_for_exact(half):
+def test_an_estimated_bound_treats_labels_and_count_as_exact(half):
     arrays = {"logits": np.array([[0.5, -1.0, 2.25]]), "labels": np.array([1])}
     alone = allowances(half(), arrays, evaluate(half(), arrays), "float32")
-    # Labels are no numbers: a disturbed one would be another class.
+    # Labels are no numbers: a perturbed one would be another class.
     assert 0 < alone["loss"] < 1e-5
     unregister_loss("Half")
     register_loss("Half", half, {}, definition=replace(HALF, arguments=(*HALF.arguments, COUNT)))
@@ -230,7 +230,7 @@ def test_unregistering_forgets_the_definition(half):
     register_loss("Half", half, {}, definition=HALF)
 
 
-def test_what_is_no_definition_is_refused():
+def test_a_definition_of_another_type_is_refused():
     with pytest.raises(TypeError, match="definition must be a"):
         register_loss("Half", HalfConfig, {}, definition="half")  # type: ignore[arg-type]
 

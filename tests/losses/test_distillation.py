@@ -12,7 +12,7 @@ LOGITS = {"student_logits": [0.5, -1.0, 2.25], "teacher_logits": [-3.0, -1.25, -
 
 
 def bounds_of(config, upstream):
-    """Allowances of one token with a weight and a count, the loss, and its factor."""
+    """Oracle result and allowances of one token with a weight and a count."""
     arrays = {name: np.array([z_V]) for name, z_V in LOGITS.items()}
     arrays |= {"labels": np.array([0]), "loss_weights": np.array([WEIGHT]), "num_batch_labels": np.array(COUNT)}
     expected = evaluate(config, arrays, np.array(upstream))
@@ -20,7 +20,7 @@ def bounds_of(config, upstream):
 
 
 def sides(temp):
-    """Both distributions, and how far their log-ratio is off: by both lse, both z, and what a difference rounds."""
+    """Both distributions, and the error of their log-ratio: of both lse, both z, and the rounding of the difference."""
     z_V = {name: np.array(raw_V) / temp for name, raw_V in LOGITS.items()}
     top = {name: np.max(np.abs(z)) for name, z in z_V.items()}
     # The reciprocal of the temperature, and the product with it.
@@ -43,7 +43,7 @@ def assert_bounds(config, upstream, kl, err_kl, err_student_V, err_teacher_V):
 @pytest.mark.parametrize("upstream", [-0.8, -0.8 * TINY])
 @pytest.mark.parametrize("temp", [1.0, 2.5])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_no_rounding_of_a_divergence_is_left_out_and_none_counted_twice(divergence, temp, upstream):
+def test_every_rounding_of_a_divergence_is_in_the_bound_once(divergence, temp, upstream):
     student, teacher, err_ratio = sides(temp)
     if divergence == "forward_kl":
         kl, err, of_student_V, of_teacher_V = kl_divergence(student, teacher, err_ratio)
@@ -54,7 +54,7 @@ def test_no_rounding_of_a_divergence_is_left_out_and_none_counted_twice(divergen
 
 @pytest.mark.parametrize("upstream", [-0.8, -0.8 * TINY])
 @pytest.mark.parametrize("temp", [1.0, 2.5])
-def test_no_rounding_of_a_mixture_is_left_out_and_none_counted_twice(temp, upstream):
+def test_every_rounding_of_a_mixture_is_in_the_bound_once(temp, upstream):
     config = KDLossConfig(temperature=temp, divergence="jsd", beta=0.3)
     assert_bounds(config, upstream, *jensen_shannon(*sides(temp), 0.3))
 

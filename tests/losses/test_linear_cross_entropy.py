@@ -19,7 +19,7 @@ BF16_U = 2.0**-8
 @pytest.mark.parametrize("product_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_no_rounding_is_left_out_and_none_counted_twice(bias, cap, product_dtype, size):
+def test_every_rounding_is_in_the_bound_once(bias, cap, product_dtype, size):
     arrays = {"hidden_states": HIDDEN_TH, "lm_weight": WEIGHT_VH, "labels": np.array([1, 0])}
     arrays |= {"lm_bias": BIAS_V} if bias else {}
     config = FusedLinearCEConfig(logit_softcapping=cap, reduction="none")
@@ -54,7 +54,7 @@ def test_no_rounding_is_left_out_and_none_counted_twice(bias, cap, product_dtype
         np.testing.assert_allclose(allowed[name], stored(expected.grads[name], error), rtol=1e-10, err_msg=name)
 
 
-def test_where_nothing_is_rounded_to_the_dtype_of_products_nothing_is_lost_near_0():
+def test_without_a_product_dtype_no_operand_is_flushed_near_0():
     arrays = {"hidden_states": HIDDEN_TH, "lm_weight": WEIGHT_VH, "lm_bias": BIAS_V, "labels": np.array([-100, -100])}
     expected = evaluate(FusedLinearCEConfig(), arrays)
     allowed = allowances(FusedLinearCEConfig(), arrays, expected, "float32", product_dtype="bfloat16")
@@ -75,5 +75,5 @@ def test_rows_of_a_call_too_large_for_the_oracle_have_its_gradient():
     np.testing.assert_allclose(found, evaluate(config, arrays, upstream_T).grads["hidden_states"], rtol=1e-12)
 
 
-def test_a_call_may_leave_out_the_number_of_its_valid_tokens():
+def test_num_valid_tokens_is_optional():
     assert [a.name for a in DEFINITION.arguments if a.optional][-2:] == ["num_valid_tokens", "lm_bias"]

@@ -14,7 +14,7 @@ LABEL, UPSTREAM_R = 1, np.array([-0.8, 1.3])
 @pytest.mark.parametrize("size", [1.0, TINY])
 @pytest.mark.parametrize("temp", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
-def test_no_rounding_is_left_out_and_none_counted_twice(cap, temp, size):
+def test_every_rounding_is_in_the_bound_once(cap, temp, size):
     config = FusedLinearLogProbsConfig(entropy=True, logit_softcapping=cap, temperature=temp)
     arrays, upstream = HEAD.arrays() | {"labels": np.array([LABEL])}, size * UPSTREAM_R[:, None]
     expected = evaluate(config, arrays, upstream)

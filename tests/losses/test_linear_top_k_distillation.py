@@ -19,7 +19,7 @@ WEIGHT, COUNT = 1.7, 3
 
 @pytest.mark.parametrize("upstream", [-0.8, -0.8 * TINY])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
-def test_no_rounding_is_left_out_and_none_counted_twice(cap, upstream):
+def test_every_rounding_is_in_the_bound_once(cap, upstream):
     config = FusedLinearTopKDistillationConfig(logit_softcapping=cap, temperature=2.5)
     arrays = HEAD.arrays() | {"teacher_indices": CLASSES_K[None], "teacher_logprobs": LOG_P_K[None]}
     arrays |= {"labels": np.array([0]), "loss_weights": np.array([WEIGHT]), "num_batch_labels": np.array(COUNT)}
@@ -38,7 +38,7 @@ def test_no_rounding_is_left_out_and_none_counted_twice(cap, upstream):
         np.testing.assert_allclose(allowed[name], stored(grad, error), rtol=1e-9, err_msg=name)
 
 
-def test_a_head_gets_the_cases_of_logits_but_those_about_logits_that_are_an_argument():
+def test_the_fused_loss_has_the_cases_over_logits_except_those_that_change_logits():
     recipes = definition_of("TopKDistillation").recipes
     names = {case.name for case in named_cases("FusedLinearTopKDistillation")}
     assert {recipe.name for recipe in recipes if not recipe.over_logits} <= names

@@ -14,7 +14,7 @@ RAW_V, LABEL, UPSTREAM_R = np.array([0.5, -1.0, 2.25]), 1, np.array([-0.8, 1.3])
 @pytest.mark.parametrize("temp", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
 @pytest.mark.parametrize("entropy", [False, True])
-def test_no_rounding_is_left_out_and_none_counted_twice(entropy, cap, temp, size):
+def test_every_rounding_is_in_the_bound_once(entropy, cap, temp, size):
     config = LogProbsConfig(entropy=entropy, logit_softcapping=cap, temperature=temp)
     arrays, upstream_RT = {"logits": RAW_V[None], "labels": np.array([LABEL])}, size * UPSTREAM_R[: 1 + entropy, None]
     upstream = upstream_RT if entropy else upstream_RT[0]

@@ -1,4 +1,4 @@
-"""What the next lower arithmetic gives, and that the standard cases tell it from the right one."""
+"""Results in the next lower arithmetic, and that the standard cases detect it."""
 
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ from loss_core.losses.definition import need_definition
 from loss_core.losses.linear_cross_entropy import DEFINITION as LINEAR_CROSS_ENTROPY
 from loss_core.losses.lower import lower_results
 
-# Nothing to see: no loss, one class, equal distributions; or differences of logits that 16 bits hold exactly, or that
-# are as small as what rounding may do.
-NOTHING_TO_SEE = {"all-ignored", "vocab-1", "softcap-vocab-1", "same-logits", "jsd-same-logits", "same-heads"}
+# Cases that can't detect it: no loss, one class, equal distributions; or differences of logits that are exact in 16
+# bits, or as small as rounding errors.
+INSENSITIVE = {"all-ignored", "vocab-1", "softcap-vocab-1", "same-logits", "jsd-same-logits", "same-heads"}
 IN_SOME_DTYPES = {"offset", "huge-logits", "jsd-huge-logits", "entropy-minus-inf", "ragged", "softcap-ragged"}
 
 
@@ -35,8 +35,8 @@ def results(config, arrays, upstream=None):
     return {"loss": found.loss, **found.grads}
 
 
-def unseen(case, loss, dtype, product_dtype=None):
-    """Names of the lower arithmetics that a comparison with float64 would let pass, and of all."""
+def undetected(case, loss, dtype, product_dtype=None):
+    """Names of the lower arithmetics that pass a comparison with float64, and of all."""
     arrays, upstream = rounded(Call(loss, loss, case, dtype, "", None, captured=False))
     expected = evaluate(case.config, arrays, upstream)
     allowed = allowances(case.config, arrays, expected, dtype, upstream=upstream, product_dtype=product_dtype)
@@ -54,27 +54,27 @@ def unseen(case, loss, dtype, product_dtype=None):
 
 @pytest.mark.parametrize("dtype", list(FORMATS))
 @pytest.mark.parametrize("loss", LOSS_CONFIG_REGISTRY)
-def test_every_row_of_the_standard_cases_sees_every_lower_arithmetic(loss, dtype):
+def test_every_row_of_the_standard_cases_detects_every_lower_arithmetic(loss, dtype):
     small = [case for case in named_cases(loss) if np.size(case.arrays["labels"]) < 100]
-    cases = {case.name: unseen(case, loss, dtype) for case in small}
+    cases = {case.name: undetected(case, loss, dtype) for case in small}
     blind = {name for name, (passes, _) in cases.items() if passes}
-    assert blind <= NOTHING_TO_SEE | IN_SOME_DTYPES
+    assert blind <= INSENSITIVE | IN_SOME_DTYPES
     for arithmetic in set.union(*(names for _, names in cases.values())):
         assert any(arithmetic not in passes for passes, _ in cases.values()), arithmetic
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("loss", [loss for loss in LOSS_CONFIG_REGISTRY if need_definition(loss).products])
-def test_kernels_that_hand_16_bit_operands_to_matrix_engines_have_sensitive_rows_too(loss, dtype):
+def test_rows_of_kernels_with_16_bit_operands_detect_lower_arithmetic_too(loss, dtype):
     left = {f"{dtype} logits", f"{dtype} accumulator"}
     for case in named_cases(loss, shape=(24, 507, 24)):
-        left &= unseen(case, loss, dtype, product_dtype=dtype)[0]
+        left &= undetected(case, loss, dtype, product_dtype=dtype)[0]
         if not left:
             return
-    pytest.fail(f"no case sees {left}")
+    pytest.fail(f"no case detects {left}")
 
 
-def test_a_softmax_takes_rounded_distances_from_the_largest_logit():
+def test_the_lower_softmax_rounds_distances_to_the_largest_logit():
     labels = np.array([1, 0, -100])
     logits = np.array([[100.0, 98.999], [-np.inf, -np.inf], [np.nan, np.inf]])
     found = lower_results(
@@ -88,7 +88,7 @@ def test_a_softmax_takes_rounded_distances_from_the_largest_logit():
     assert np.all(lower_results(MaskedCrossEntropyConfig(), ignored, "float32")["bfloat16 softmax"]["logits"][1:] == 0)
 
 
-def test_an_infinite_logit_of_which_a_softcap_makes_a_number_leaves_the_others_as_they_are():
+def test_an_infinite_logit_that_a_softcap_makes_finite_does_not_change_the_others():
     config, arrays = MaskedCrossEntropyConfig(logit_softcapping=2.0), {"labels": np.array([1])}
     arrays["logits"] = np.array([[np.inf, 1.0]])
     (found,) = lower_results(config, arrays, "float32").values()
@@ -110,7 +110,7 @@ def test_distances_have_the_bits_of_the_next_lower_format(dtype, name, distance)
 
 
 @pytest.mark.parametrize(("dtype", "lost"), [("float32", 2.0**-11), ("float64", 2.0**-30)])
-def test_products_take_rounded_operands(dtype, lost):
+def test_lower_products_have_rounded_operands(dtype, lost):
     arrays = {"hidden_states": np.array([[1 + lost, 2.0]]), "lm_weight": np.array([[1.0, 0.5], [0.0, 1 + lost]])}
     arrays["labels"] = np.array([1])
     name = {"float32": "TF32 products", "float64": "float32 products"}[dtype]
@@ -165,7 +165,7 @@ def test_both_heads_of_a_distillation_are_lowered():
 
 @dataclass
 class OwnConfig(LossConfig):
-    """A loss behind products of a user's own, whose definition says nothing of lower arithmetic."""
+    """A user-defined fused linear loss whose definition has no `lower`."""
 
     ignore_index: int = -100
     logit_softcapping: float = 0.0

@@ -173,7 +173,7 @@ def test_against_high_precision(scale):
         (1.0, np.nan, 1.0, np.inf),
     ],
 )
-def test_the_share_of_an_error_and_infinity_for_what_the_format_can_not_hold(got, expected, allowed, share):
+def test_error_ratio_and_overflow_to_infinity(got, expected, allowed, share):
     # float16, whose largest number is 65504
     found = error_ratio(np.array([got]), np.array([expected]), np.array([allowed]), "float16")
     assert found.tolist() == [share]
@@ -186,7 +186,7 @@ def test_no_definition():
 
 @pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(metrics=("accuracy",)), LogProbsConfig()])
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 2**40])
-def test_an_ignored_label_is_no_class_whatever_its_number(config, ignore_index):
+def test_an_ignored_label_is_no_class_whatever_its_value(config, ignore_index):
     config = replace(config, ignore_index=ignore_index)
     arrays = {"logits": np.array([[0.5, -1.0, 2.25], [1.0, 2.0, 3.0]]), "labels": np.array([1, ignore_index])}
     expected = evaluate(config, arrays)

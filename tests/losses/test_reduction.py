@@ -1,4 +1,4 @@
-"""From the tokens' losses to the result: by hand, and how the sum is rounded."""
+"""Reduction of token losses: by hand, and the rounding of the sum."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from helpers.roundings import COEFFICIENT, NEAR_ZERO, U, softmax
 from loss_core import MaskedCrossEntropyConfig
 from loss_core.losses import allowances, evaluate
-from loss_core.losses.reduction import Reduction, kept_rows, kept_tokens, times_rows
+from loss_core.losses.reduction import Reduction, masked_rows, times_rows, valid_tokens
 
 LOGITS_TV = np.array([[0.5, -1.0, 2.25], [3.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, -2.0, 1.0]])
 LABELS_T = np.array([1, 0, -100, 2])
 
 
 @pytest.mark.parametrize(("reduction", "upcast"), [("sum", True), ("mean", True), ("none", True), ("mean", False)])
-def test_no_rounding_of_a_sum_is_left_out_and_none_counted_twice(reduction, upcast):
+def test_every_rounding_of_a_sum_is_in_the_bound_once(reduction, upcast):
     config = MaskedCrossEntropyConfig(reduction=reduction, fp32_upcast=upcast)
     arrays = {"logits": LOGITS_TV, "labels": LABELS_T}
     expected = evaluate(config, arrays)
@@ -35,17 +35,17 @@ def test_no_rounding_of_a_sum_is_left_out_and_none_counted_twice(reduction, upca
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, 1, 3, 7])
 @pytest.mark.parametrize("mask", [None, [[1, 0]], [[0.5], [0.0]], [[True, True], [False, True]]])
-def test_a_token_counts_unless_its_label_is_ignore_index_or_the_mask_is_0(mask, ignore_index):
+def test_a_token_is_valid_unless_its_label_is_ignore_index_or_the_mask_is_0(mask, ignore_index):
     labels = np.array([[1, 0], [3, -100]])
     arrays = {"labels": labels} | ({} if mask is None else {"mask": np.array(mask)})
     of_mask = np.ones((2, 2), bool) if mask is None else np.broadcast_to(np.array(mask) != 0, (2, 2))
     expected = [label != ignore_index and of for label, of in zip(labels.flat, of_mask.flat, strict=True)]
-    assert kept_tokens(arrays, ignore_index).tolist() == expected
+    assert valid_tokens(arrays, ignore_index).tolist() == expected
 
 
-def test_what_an_ignored_row_holds_does_not_matter():
+def test_the_values_of_an_ignored_row_do_not_matter():
     keep_T = np.array([True, False])
-    np.testing.assert_array_equal(kept_rows(np.array([[[1, 2]], [[np.nan, np.inf]]]), keep_T), [[1, 2], [0, 0]])
+    np.testing.assert_array_equal(masked_rows(np.array([[[1, 2]], [[np.nan, np.inf]]]), keep_T), [[1, 2], [0, 0]])
     with np.errstate(invalid="ignore"):
         products = times_rows(np.array([-2.0, 0.0]), np.array([[1, 2], [np.nan, np.inf]]))
     np.testing.assert_array_equal(products, [[-2, -4], [0, 0]])
@@ -79,7 +79,7 @@ def test_a_reduction_by_hand(kind, count, weighted, loss, coefficients):
 
 
 @pytest.mark.parametrize(("kind", "count"), [("mean", None), ("sum", 0)])
-def test_without_a_token_the_loss_is_zero_whatever_the_rows_hold(kind, count):
+def test_without_valid_tokens_the_loss_is_0_even_if_rows_are_nan(kind, count):
     keep_T = np.array([count is not None] * 2)
     reduction = Reduction(kind, (2,), keep_T, None if count is None else np.array(count))
     assert float(reduction.loss(np.array([np.inf, np.nan]))) == 0

@@ -16,7 +16,7 @@ WEIGHT, COUNT = 1.7, 3
 @pytest.mark.parametrize("temp", [0.5, 1.0, 2.5])
 @pytest.mark.parametrize("cap", [0.0, 4.0])
 @pytest.mark.parametrize("tail", [False, True])
-def test_no_rounding_is_left_out_and_none_counted_twice(tail, cap, temp, upstream):
+def test_every_rounding_is_in_the_bound_once(tail, cap, temp, upstream):
     config = TopKDistillationConfig(tail=tail, logit_softcapping=cap, temperature=temp)
     arrays = {"student_logits": RAW_V[None], "teacher_indices": CLASSES_K[None], "teacher_logprobs": LOG_P_K[None]}
     arrays |= {"labels": np.array([0]), "loss_weights": np.array([WEIGHT]), "num_batch_labels": np.array(COUNT)}
@@ -32,7 +32,7 @@ def test_no_rounding_is_left_out_and_none_counted_twice(tail, cap, temp, upstrea
 
 
 @pytest.mark.parametrize("tail", [False, True])
-def test_a_class_that_the_teacher_rules_out_weighs_nothing(tail):
+def test_a_class_with_teacher_probability_0_has_no_effect(tail):
     raw_V = RAW_V.copy()
     raw_V[0] = -np.inf  # by the student, too
     arrays = {"student_logits": raw_V[None], "teacher_indices": CLASSES_K[None], "labels": np.array([0])}

@@ -22,7 +22,7 @@ def _folder_of_all_processes(request, tmp_path_factory):
 # Before pytest-xdist's own, which reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    left = interpreter.left_out(items)
+    left = interpreter.deselected(items)
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]

@@ -1,4 +1,4 @@
-"""Worker processes: started, asked, ended; what goes wrong with one is told, and ends all."""
+"""Worker processes: start, calls, stop; a failure of one is reported and ends all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Served:
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Makes a pool whose processes serve the class above."""
+    """Factory of a pool whose processes serve the class above."""
     (tmp_path / "served.py").write_text(SERVED)
     monkeypatch.syspath_prepend(str(tmp_path))
     pools = []
@@ -70,20 +70,20 @@ def start(tmp_path, monkeypatch):
 
 def test_every_process_answers_in_order_whatever_it_prints(start):
     pool = start(0, 1, 2)
-    pool.started()
-    assert pool.ask(60, "echo", text="a") == [(0, "a", "0"), (1, "a", "1"), (2, "a", "2")]
+    pool.wait_started()
+    assert pool.call(60, "echo", text="a") == [(0, "a", "0"), (1, "a", "1"), (2, "a", "2")]
 
 
-def test_what_all_refuse_is_raised_here_and_they_go_on(start):
+def test_an_error_in_every_process_is_raised_here_and_the_pool_stays_usable(start):
     pool = start(0, 1)
-    pool.started()
+    pool.wait_started()
     with pytest.raises(RequestFailed, match="ValueError: 0 says no"):
-        pool.ask(60, "fail", ranks=[0, 1])
+        pool.call(60, "fail", ranks=[0, 1])
     with pytest.raises(BackendUnavailable, match=r"^not these inputs$"):
-        pool.ask(60, "refuse")
+        pool.call(60, "refuse")
     with pytest.raises(RequestFailed, match=r"AttributeError: .* has no attribute 'dance'"):
-        pool.ask(60, "dance")
-    assert pool.ask(60, "fail", ranks=[]) == [None, None]
+        pool.call(60, "dance")
+    assert pool.call(60, "fail", ranks=[]) == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -97,28 +97,28 @@ def test_what_all_refuse_is_raised_here_and_they_go_on(start):
     ],
     ids=["refuses", "killed", "exits", "hangs"],
 )  # fmt: skip
-def test_what_goes_wrong_with_one_is_told_and_ends_all(start, limit, method, arguments, message):
+def test_a_failure_of_one_process_is_reported_and_ends_all(start, limit, method, arguments, message):
     pool = start(0, 1)
-    pool.started()
+    pool.wait_started()
     with pytest.raises(WorkerFailed, match=f"^{message}; the others have been ended$"):
-        pool.ask(limit, method, **arguments)
+        pool.call(limit, method, **arguments)
     assert not any(worker.alive for worker in pool.workers)
 
 
-def test_an_answer_that_can_not_be_sent_is_told(start):
+def test_an_answer_that_can_not_be_sent_is_reported(start):
     pool = start(0)
-    pool.started()
+    pool.wait_started()
     with pytest.raises(WorkerFailed, match=r"ended with exit code 1: TypeError: cannot pickle '_thread.lock' object"):
-        pool.ask(60, "unsendable")
+        pool.call(60, "unsendable")
 
 
-def test_a_start_that_fails_is_told_and_ends_the_pool(start):
+def test_a_start_that_fails_is_reported_and_ends_the_pool(start):
     pool = start("unavailable", "unavailable")
     with pytest.raises(BackendUnavailable, match=r"^not on this machine$"):
-        pool.started()
+        pool.wait_started()
     assert not any(worker.alive for worker in pool.workers)
     with Pool([Start("", "no_such_module:Served", {})]) as absent, pytest.raises(RequestFailed, match="no_such_module"):
-        absent.started()
+        absent.wait_started()
 
 
 PARENT = """
@@ -126,15 +126,15 @@ import signal, sys
 from loss_core.workers.pool import Pool, Start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with Pool([Start("", "served:Served", {"rank": rank}) for rank in range(2)]) as pool:
-    pool.started()
+    pool.wait_started()
     print("started", flush=True)
-    pool.ask(300, "hang", ranks=[0, 1])
+    pool.call(300, "hang", ranks=[0, 1])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_none_outlives_its_parent_also_in_the_middle_of_a_call(tmp_path, number):
+def test_no_worker_outlives_its_parent_even_during_a_call(tmp_path, number):
     (tmp_path / "served.py").write_text(SERVED)
     paths = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)])
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

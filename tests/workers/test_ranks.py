@@ -1,4 +1,4 @@
-"""`check --tp`: ranks are started, asked, compared and ended; what goes wrong with one is told, and ends all."""
+"""`check --tp`: ranks start, evaluate, are compared and stop; a failure of one is reported and ends all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loss_core.losses.cases.drawing import named_cases
 from loss_core.workers.pool import RequestFailed, WorkerFailed
 from loss_core.workers.ranks import Ranks, Request
 
-# A loss of a user's own, which is right but on rank 1, from its third call on.
+# A user-defined loss that is wrong on rank 1 from its third call on.
 FAULTY = """
 import os, signal, time
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ register_loss("Faulty", FaultyConfig, {{"torch:eager": build}})
 
 @pytest.fixture
 def faulty(tmp_path, monkeypatch):
-    """Makes the module that registers the loss with a fault."""
+    """Factory of the module that registers the loss with a fault."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(fault, call=3):
@@ -75,7 +75,7 @@ def alive(ranks):
     return [worker.pid for worker in ranks.pool.workers if worker.alive]
 
 
-def test_a_wrong_rank_turns_its_rows_red_and_so_does_one_that_is_not_bitwise_equal(faulty):
+def test_a_wrong_rank_fails_its_rows_and_so_does_one_that_is_not_bitwise_equal(faulty):
     # In float32 by more than rounding; in float64 by less.
     fault = faulty("value = value * (1.001 if value.element_size() == 4 else 1 + 4e-16)", call=1)
     report = check("Faulty", ["torch:eager"], dtypes=["float32", "float64"], tp=[2], only=["mean"], modules=[fault])
@@ -88,7 +88,7 @@ def test_a_wrong_rank_turns_its_rows_red_and_so_does_one_that_is_not_bitwise_equ
     assert {finding.dtype for finding in differ} == {"float32", "float64"}
 
 
-def test_an_error_of_the_call_is_told_and_the_ranks_go_on_until_one_dies(faulty):
+def test_an_error_of_the_call_is_reported_and_the_ranks_stay_usable_until_one_dies(faulty):
     fault = faulty("os.kill(os.getpid(), signal.SIGKILL)")
     with Ranks("torch", 2, modules=[fault]) as ranks:
         good = next(requests("TEParallelCrossEntropy"))
@@ -104,7 +104,7 @@ def test_an_error_of_the_call_is_told_and_the_ranks_go_on_until_one_dies(faulty)
         assert not alive(ranks)
 
 
-def test_a_rank_that_hangs_is_given_up(faulty):
+def test_a_rank_that_hangs_times_out(faulty):
     fault = faulty("time.sleep(300)")
     with Ranks("torch", 2, modules=[fault], call_limit=5) as ranks:
         with pytest.raises(WorkerFailed, match=r"rank 1 of 2 on torch: no answer within 5 s"):
@@ -112,7 +112,7 @@ def test_a_rank_that_hangs_is_given_up(faulty):
         assert not alive(ranks)
 
 
-def test_a_module_that_fails_to_import_is_told(tmp_path, monkeypatch):
+def test_a_module_that_fails_to_import_is_reported(tmp_path, monkeypatch):
     (tmp_path / "divides_by_zero.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(WorkerFailed, match=r"the ranks on torch could not start: ZeroDivisionError"):
@@ -131,8 +131,8 @@ def checking():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_nothing_is_left_when_the_command_is_stopped():
-    # That of a command that is killed: test_pool.py.
+def test_no_process_is_left_when_the_command_is_stopped():
+    # test_pool.py has the test of a command that is killed.
     process, ranks = checking()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -141,7 +141,7 @@ def test_nothing_is_left_when_the_command_is_stopped():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_the_command_tells_which_rank_was_killed():
+def test_the_command_reports_which_rank_was_killed():
     process, ranks = checking()
     os.kill(ranks[1], signal.SIGKILL)
     out, err = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""How a vocabulary is shared over ranks, and what they found merged."""
+"""Splits of a vocabulary over ranks, and the merged results of the ranks."""
 
 from dataclasses import replace
 
@@ -12,13 +12,13 @@ from loss_core.workers.vocab_split import merge, shard, splits, vocab_axes
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 504, 507])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_every_split_shares_the_whole_vocabulary(vocab, ranks):
+def test_every_split_covers_the_vocabulary(vocab, ranks):
     found = splits(vocab, ranks)
     assert all(len(sizes) == ranks and sum(sizes) == vocab and min(sizes) >= 0 for sizes in found.values())
     assert ("even" in found) == (ranks > 1 and vocab % ranks == 0)
     if ranks > 1:
         assert found["empty"][-1] == 0
-        # Offsets are no multiples of a rank's own size, as code for equal shards takes them to be.
+        # Code for equal shards assumes that offsets are multiples of a rank's size: here they are not.
         starts = np.cumsum((0, *found["uneven"][:-1]))
         assert vocab < 7 or any(s != r * n for r, (s, n) in enumerate(zip(starts, found["uneven"], strict=True)))
 
@@ -26,7 +26,7 @@ def test_every_split_shares_the_whole_vocabulary(vocab, ranks):
 @pytest.mark.parametrize(
     ("config", "name"), [(loss(), name) for loss in LOSS_CONFIG_REGISTRY.values() for name in vocab_axes(loss)]
 )
-def test_shards_join_to_the_whole(config, name):
+def test_shards_concatenate_to_the_unsharded_array(config, name):
     axis = vocab_axes(config)[name]
     whole = np.arange(5.0 * 7).reshape((7, 5) if axis == 0 else (5, 7))
     of_ranks = [
@@ -38,7 +38,7 @@ def test_shards_join_to_the_whole(config, name):
     assert found.ranks_differ == ()
 
 
-def test_a_last_bit_between_ranks_is_seen():
+def test_a_difference_of_one_bit_between_ranks_is_reported():
     one = Evaluation(np.ones(()), {"hidden_states": np.zeros(2)}, {}, (), "")
     other = replace(one, loss=np.nextafter(np.ones(()), 2), grads={"hidden_states": np.array([0.0, -0.0])})
     found = merge(FusedLinearCEConfig(), [one, other])

@@ -85,33 +85,33 @@ class Processes:
 
     def wait_started(self, limit: float) -> dict[str, Any]:
         """Wait until all have started; return the "versions" of the framework and the name of the "device"."""
-        self.pool.started(limit)
-        info: dict[str, Any] = self.pool.ask(self.limit, "info")[0]
+        self.pool.wait_started(limit)
+        info: dict[str, Any] = self.pool.call(self.limit, "info")[0]
         return info
 
     def setup(self, job: Job, kind: str, name: str) -> None:
         """Build an implementation of kind "flag", "baseline" or "roofline"."""
-        self.pool.ask(self.limit, "setup", job=job, kind=kind, name=name)
+        self.pool.call(self.limit, "setup", job=job, kind=kind, name=name)
 
     def prepare(self) -> list[Prepared]:
         """Run the first calls; return one result per process."""
-        return self.pool.ask(self.limit, "prepare")
+        return self.pool.call(self.limit, "prepare")
 
     def evaluate(self, job: Job) -> list[Arrays]:
         """Loss and gradients by argument name of a job of another shape, one dict per process."""
-        return self.pool.ask(self.limit, "evaluate", job=job)
+        return self.pool.call(self.limit, "evaluate", job=job)
 
     def times(self, budget: float, max_calls: int) -> list[float]:
         """Seconds of each timed call, as many as fit the budget in seconds."""
-        return slowest_times(self.pool.ask(self.limit, "round", budget=budget, max_calls=max_calls))
+        return slowest_times(self.pool.call(self.limit, "round", budget=budget, max_calls=max_calls))
 
     def rates(self, budget: float, max_calls: int) -> Rates:
         """Rates of one rank while all are busy."""
-        return slowest_rates(self.pool.ask(self.limit, "round", budget=budget, max_calls=max_calls))
+        return slowest_rates(self.pool.call(self.limit, "round", budget=budget, max_calls=max_calls))
 
     def unload(self) -> None:
         """Free the memory of the inputs."""
-        self.pool.ask(self.limit, "unload")
+        self.pool.call(self.limit, "unload")
 
     def stop(self) -> None:
         """End the processes and their children. May be called more than once."""

@@ -18,7 +18,7 @@ from loss_core.check.judge.implementation import Refused
 from loss_core.dtypes import round_to
 from loss_core.losses import Case, LossDef
 from loss_core.losses.definition import need_definition
-from loss_core.losses.reduction import kept_tokens
+from loss_core.losses.reduction import valid_tokens
 
 if TYPE_CHECKING:
     from loss_core.check.judge.trial import Trial
@@ -72,7 +72,7 @@ def clauses_of(definition: LossDef) -> tuple[Clause, ...]:
 def plain(case: Case) -> Case:
     """Nothing ignored, no upstream gradient, one leading dimension, contiguous."""
     arrays = {name: value for name, value in case.arrays.items() if name != "mask"}
-    ignored = ~kept_tokens({"labels": arrays["labels"]}, _ignore_index(case)).reshape(arrays["labels"].shape)
+    ignored = ~valid_tokens({"labels": arrays["labels"]}, _ignore_index(case)).reshape(arrays["labels"].shape)
     arrays["labels"] = np.where(ignored, 1 if _ignore_index(case) == 0 else 0, arrays["labels"])
     for argument in need_definition(case.config).inputs:
         if argument.dims[:1] == ("T",):

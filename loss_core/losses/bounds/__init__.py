@@ -1,1 +1,1 @@
-"""Which errors rounding explains: pieces of bounds, an estimate for a loss without one, and the errors of a result."""
+"""Error bounds: parts of derived bounds, an estimate for a loss without one, and errors of a result against a bound."""

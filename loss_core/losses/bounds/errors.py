@@ -1,14 +1,14 @@
-"""The errors of a result, before it was rounded where that is known, and how small an error a comparison finds.
+"""Errors of a result, before its final rounding where that is known, and the smallest error that a comparison detects.
 
-A gradient for 16-bit inputs is computed in float32 and rounded to nearest once, where it is stored. That rounding is
-far larger than the errors of the arithmetic, and hides them if it is allowed for as an error. But it is known: the
-value y before it is off by at most e, so y lies in [x - e, x + e]; rounding is monotone; so the stored g is explained
-if and only if some number of that interval rounds to g. Nothing is assumed about the distribution of roundings, so
-this holds for constant rows and zeros as well.
+A gradient for 16-bit inputs is computed in float32 and rounded to nearest once, when it is stored. That rounding is
+far larger than the errors of the arithmetic, and would hide them if it were part of the allowed error. But it is known:
+the value y before rounding is off by at most e, so y lies in [x - e, x + e]; rounding is monotone; so the stored g is
+explained if and only if some number of that interval rounds to g. Nothing is assumed about the distribution of
+rounding errors, so this holds for constant rows and zeros as well.
 
-The elements of a result stop at different distances from where they round differently, so an error d that all n of
-them share changes some of them as soon as d is about 2 u / n, with u the unit roundoff of the stored dtype: one
-comparison of all elements sees what each of them alone could not.
+The elements of a result are at different distances from the next rounding boundary, so an error d that is common to
+all n of them changes some of them as soon as d is about 2 u / n, with u the unit roundoff of the stored dtype: all
+elements together detect an error that a single one does not.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from loss_core.losses.definition import Floats
 
 
 class Errors(NamedTuple):
-    """Errors of a result, elementwise, of the shape of the result.
+    """Elementwise errors of a result.
 
     Attributes:
-        error, allowed: of the value before it was rounded, if it was; else of the result.
-        ratio: error / allowed; above 1 is a failure, inf where one is not a number.
+        error, allowed: of the value before its final rounding if that is known, else of the stored value.
+        ratio: error / allowed; above 1 is a failure, inf if only one of result and expected value is NaN.
     """
 
     error: Floats
@@ -35,7 +35,7 @@ class Errors(NamedTuple):
 
 
 def error_ratio(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Floats:
-    """|got - expected| / allowed, elementwise: above 1 is a failure, inf where one is not a number."""
+    """|got - expected| / allowed, elementwise: above 1 is a failure, inf where only one of got and expected is NaN."""
     top = float_format(dtype).max
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(got - expected)
@@ -47,18 +47,18 @@ def error_ratio(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> F
 
 
 def is_rounded(dtype: str) -> bool:
-    """Whether results of a dtype are computed in a wider one."""
+    """Whether results of this dtype are computed in a wider one, and rounded when stored."""
     return compute_format(dtype).name != dtype
 
 
 def errors_as_stored(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Errors:
-    """|got - expected|: for results of which it is not known how they were rounded."""
+    """|got - expected|, for results whose rounding is not known."""
     with np.errstate(invalid="ignore"):
         return Errors(np.abs(got - expected), allowed, error_ratio(got, expected, allowed, dtype))
 
 
 def errors_before_rounding(got: Floats, expected: Floats, allowed: Floats, dtype: str) -> Errors:
-    """Least error of the values that round to `got`, for results that were rounded once to the dtype, to nearest."""
+    """Smallest error of any value that rounds to `got`, for results rounded once, to nearest, to the dtype."""
     stored = errors_as_stored(got, expected, allowed, dtype)
     if not is_rounded(dtype):
         return stored
@@ -66,11 +66,11 @@ def errors_before_rounding(got: Floats, expected: Floats, allowed: Floats, dtype
     inside = _before_storing(expected, allowed, fmt)
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = _rounding_to(np.abs(got), fmt)
-        # Both signs at once: where got is not positive, the interval is mirrored, and around 0 it is symmetric.
+        # Both signs at once: the interval is mirrored where got is negative, and symmetric where it is 0.
         value = np.where(got > 0, expected, np.where(got < 0, -expected, np.abs(expected)))
         error = np.maximum(np.maximum(np.where(got == 0, 0.0, low - value), value - high), 0.0)
         ratio = np.where(error == 0, 0.0, error / inside)
-    # What is equal, no number, or beyond the range of the dtype has been judged.
+    # Equal, NaN and overflowed elements keep the result of `error_ratio`.
     known = (stored.ratio == 0) | np.isinf(stored.ratio)
     return Errors(np.where(known, stored.error, error), inside, np.where(known, stored.ratio, ratio))
 
@@ -78,16 +78,16 @@ def errors_before_rounding(got: Floats, expected: Floats, allowed: Floats, dtype
 def smallest_found(expected: Floats, allowed: Floats, dtype: str, rounded: bool) -> float:
     """The smallest d for which expected * (1 + d) and expected * (1 - d) would both fail in some element.
 
-    An element x fails at d = allowed / |x|; where it is rounded once, at the d with which it leaves the numbers that
-    round to what x - e and x + e round to. Of all elements the smallest d counts.
+    An element x fails at d = allowed / |x|; if it is rounded once, at the d for which it leaves the numbers that round
+    to the same as x - e and x + e. The result is the smallest d of all elements.
 
     Args:
-        rounded: whether results are rounded once to the dtype, to nearest.
+        rounded: whether results are rounded once, to nearest, to the dtype.
     Returns:
-        d; inf where no relative error can be seen, as all elements are 0.
+        d; inf if all elements are 0, which have no relative error.
     """
-    of_number = (np.abs(expected) <= float_format(dtype).max) & (expected != 0)
-    size, allowed = np.abs(expected[of_number]), allowed[of_number]
+    nonzero = (np.abs(expected) <= float_format(dtype).max) & (expected != 0)
+    size, allowed = np.abs(expected[nonzero]), allowed[nonzero]
     if not size.size:
         return float("inf")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -104,13 +104,13 @@ def smallest_found(expected: Floats, allowed: Floats, dtype: str, rounded: bool)
 
 
 def _before_storing(expected: Floats, allowed: Floats, fmt: FloatFormat) -> Floats:
-    """The error of which `rounding.stored` has made an allowance; the loss of numbers near 0 stays in it."""
+    """The error from which `rounding.stored` computed `allowed`; still includes the flush to 0 near 0."""
     inside = np.maximum((allowed - fmt.near_zero - fmt.u * np.abs(expected)) / (1 + fmt.u), 0.0) + fmt.near_zero
     return np.where(allowed == 0, 0.0, inside)
 
 
 def _rounding_to(size: Floats, fmt: FloatFormat) -> tuple[Floats, Floats]:
-    """Ends of the interval of numbers that round to each of these numbers of the format, which are >= 0.
+    """Ends of the interval of numbers that round to each number, which is >= 0 and exact in the format.
 
     From 2^k on numbers are 2 u 2^k apart, and below 2^k half of that; below the normal range they stay 2 u tiny apart.
     """

@@ -1,15 +1,14 @@
-"""Pieces of error bounds: how far a correct implementation may be from the float64 oracle, derived, not chosen.
+"""Parts of error bounds: how far a correct implementation may be from the float64 oracle, derived, not fitted.
 
-To first order in u, the unit roundoff of the arithmetic inside (float32, or float64 for float64
-inputs). The bound holds for every backward-stable way to compute these losses (with or without
-centring on the maximum, any order of summation), so one number serves all kernels. Each constant
-has its derivation beside it; none was fitted.
+Bounds are to first order in u, the unit roundoff of the compute dtype (float32, or float64 for float64 inputs). They
+hold for every backward-stable way to compute these losses (with or without subtracting the maximum, any order of
+summation), so one bound serves all kernels. The derivation of each constant is beside it.
 
-Inputs are rounded to the tested dtype before they reach the oracle, so that dtype's own rounding
-enters only where a result is stored in it.
+Inputs are rounded to the tested dtype before they reach the oracle, so the rounding of that dtype enters only where a
+result is stored in it.
 """
 
-# T = tokens, V = vocabulary, H = hidden. rel_* relative, err_* absolute errors, both bounds.
+# T = tokens, V = vocabulary, H = hidden. rel_*, err_* = bounds on relative and absolute errors.
 
 from __future__ import annotations
 
@@ -29,13 +28,13 @@ from loss_core.losses.reduction import TokenResult
 # (Higham & Mary 2019, SIAM J. Sci. Comput. 41, Theorem 2.4): 6 leaves 3e-8.
 SUM_GROWTH = 6.0
 
-# exp and log as the platforms give them: CUDA's expf is within 2 ulp = 4 u, so is the exp2.approx under Triton's exp,
-# XLA's and SLEEF's are within 1 ulp.
+# exp and log of the platforms: CUDA's expf is within 2 ulp = 4 u, as is the exp2.approx that Triton's exp uses; XLA's
+# and SLEEF's are within 1 ulp.
 EXP_ULPS = 6.0
 
-# Roundings of exp's argument -r, each of which moves the result by the factor u r: the subtraction z - m, and where
-# exp is made as exp2(x log2 e), as by Triton and by CUDA's __expf, that product and log2 e itself (0.22 u off in
-# float32, 0.13 u in float64).
+# Roundings of exp's argument -r, each of which changes the result by the relative error u r: the subtraction z - m, and
+# where exp is computed as exp2(x log2 e), as by Triton and by CUDA's __expf, that product and log2 e itself (0.22 u off
+# in float32, 0.13 u in float64).
 EXP_ARGUMENT_ROUNDINGS = 2.25
 LOG_ULPS = 4.0
 
@@ -43,17 +42,17 @@ LOG_ULPS = 4.0
 # CPU within 4.6 u in float32 and 7.0 u in float64 (near |x| = 20; against long double at 800,000 points, JAX 0.10.2).
 TANH_ULPS = 9.0
 
-# A token's coefficient is upstream * weight / count: three roundings, and one for applying it.
+# A token's coefficient is upstream * weight / count: three roundings, and one for the product with it.
 COEF_ROUNDINGS = 4.0
 
 
 def result_dtype(config: Any, dtype: str) -> str:
-    """Dtype in which the loss comes back."""
+    """Dtype in which the loss is returned."""
     return dtype if not getattr(config, "fp32_upcast", True) else compute_format(dtype).name
 
 
 def result_dtypes(config: Any, dtype: str, grads: Iterable[str]) -> dict[str, str]:
-    """Dtype in which "loss" and each of these gradients come back."""
+    """Dtype in which "loss" and each of these gradients are returned, by name."""
     return dict.fromkeys(grads, dtype) | {"loss": result_dtype(config, dtype)}
 
 
@@ -64,13 +63,13 @@ def log_softmax(z_TV: Floats) -> Floats:
 
 
 def sum_growth(n: int) -> float:
-    """Factor of u sum|x| that bounds the rounding of a sum of n terms."""
+    """Factor of u sum|x| that bounds the rounding error of a sum of n terms."""
     return float(min(n, SUM_GROWTH * np.sqrt(n)))
 
 
 @dataclass(frozen=True)
 class SoftmaxErrors:
-    """Softmax of given logits, and how far a computed one may be off."""
+    """Softmax of logits z, and bounds on the errors of a computed one."""
 
     z_TV: Floats
     log_p_TV: Floats
@@ -86,14 +85,13 @@ def finite(values: Floats) -> Floats:
 
 
 def softmax_errors(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> SoftmaxErrors:
-    """Rounding of the log-sum-exp and of each probability.
+    """Errors of the log-sum-exp and of each probability, for logits that are off by err_z.
 
-    With r = max z - z the argument of exp is off by EXP_ARGUMENT_ROUNDINGS u r, so that e^-r is off by the
-    factor u (EXP_ARGUMENT_ROUNDINGS r + EXP_ULPS); the sum averages these with the weights p and adds its
-    own growth (more than a running sum's rescalings add: one exp and one product for each block of columns).
-    The log-sum-exp is then rounded as log s, and as m + log s. A probability computed as exp(z - lse)
-    sees lse's error once more. Errors of z itself shift numerator and sum: twice err_z. A probability
-    below the normal range may be flushed to 0.
+    With r = max z - z, the argument of exp is off by EXP_ARGUMENT_ROUNDINGS u r, so e^-r has a relative error of
+    u (EXP_ARGUMENT_ROUNDINGS r + EXP_ULPS). The sum averages these with the weights p and adds its own growth (more
+    than the rescaling of a running sum adds: one exp and one product per block of columns). The log-sum-exp is then
+    rounded as log s, and as m + log s. A probability computed as exp(z - lse) contains lse's error once more. Errors of
+    z itself shift numerator and sum: twice err_z. A probability below the normal range may be flushed to 0.
     """
     u = inner.u
     log_p_TV = log_softmax(z_TV)
@@ -112,8 +110,8 @@ def softmax_errors(z_TV: Floats, err_z_T: Floats, inner: FloatFormat) -> Softmax
 def entropy_errors(sm: SoftmaxErrors, err_z_T: Floats, u: float) -> Floats:
     """Error of -sum p log p.
 
-    A sum of terms p d, with d = z - m or log p: each is off by the error of p, by that of d, and by its roundings; lse
-    is added.
+    A sum of terms p d with d = z - m or log p: each term is off by the errors of p and of d and by its own roundings;
+    then lse is added.
     """
     log_p_TV, d_TV = finite(sm.log_p_TV), distances(sm)
     err_d_T1 = (sm.err_lse_T + 2 * err_z_T)[:, None]
@@ -124,7 +122,7 @@ def entropy_errors(sm: SoftmaxErrors, err_z_T: Floats, u: float) -> Floats:
 
 
 def distances(sm: SoftmaxErrors) -> Floats:
-    """The larger of |log p| and m - z."""
+    """max(|log p|, m - z): the size of d in `entropy_errors`, whichever of the two is used."""
     z_TV = sm.z_TV
     return np.maximum(np.abs(finite(sm.log_p_TV)), finite(np.max(z_TV, axis=-1)[:, None] - z_TV))
 
@@ -132,7 +130,7 @@ def distances(sm: SoftmaxErrors) -> Floats:
 def through_softcap(
     dz_TV: Floats, err_dz_TV: Floats, slope_TV: Floats, cap: float, err_raw_T: Floats | float, u: float
 ) -> tuple[Floats, Floats]:
-    """Gradient by the raw logits from that by z = softcap(raw), and its error.
+    """Gradient by the raw logits and its error, from those by z = softcap(raw).
 
     The slope 1 - tanh^2 is off by twice the error of the tanh, and by 2 err / c for raw logits that are off by err.
     """
@@ -143,7 +141,7 @@ def through_softcap(
 
 
 def stored(grad: Floats, error: Floats, fmt: FloatFormat) -> Floats:
-    """Adds the one rounding of a stored result, and what is lost near 0."""
+    """The error of a result after its rounding to fmt, which may flush it to 0 near 0."""
     return np.asarray(error + fmt.u * (np.abs(grad) + error) + fmt.near_zero)
 
 
@@ -169,5 +167,5 @@ def result_errors(
 
 
 def zero_where_ignored(error: Floats, keep_T: NDArray[np.bool_]) -> Floats:
-    """An ignored token's gradient is exactly 0: no allowance at all."""
+    """The error, with 0 for ignored tokens: their gradient must be exactly 0."""
     return np.where(keep_T.reshape(error.shape[:-1])[..., None], error, 0.0)

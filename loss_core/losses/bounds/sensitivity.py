@@ -1,4 +1,4 @@
-"""What small changes of its inputs do to a loss: its condition number, and a bound where none is derived."""
+"""Sensitivity of a loss to perturbed inputs: an estimated error bound, and the condition number."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from loss_core.losses.bounds.rounding import EXP_ULPS, result_dtype, sum_growth
 from loss_core.losses.definition import Arrays, Floats, LossDef, OracleResult, Upstream
 from loss_core.losses.reduction import TokenResult
 
-# Disturbances tried: the chance that an element moves less than a tenth of its spread in each of 8 is about 1e-9.
+# Perturbations tried: an element changes by less than a tenth of its spread in all 8 with a chance of about 1e-9.
 _PROBES = 8
 
-# Roundings of a loss besides its sums: exp, log, the scalings around them, each within a few ulp.
+# Roundings of a loss other than its sums: exp, log, the scalings around them, each within a few ulp.
 _OTHER_ROUNDINGS = 16.0
 
 
 class Sensitivity:
-    """How far rounding may move the results of a call, estimated from disturbances of its inputs.
+    """Rounding errors of the results of a call, estimated by perturbing its inputs.
 
-    A rounding anywhere in the chain acts like a disturbance of an input by u times its size (or by u, where exp turns
-    absolute into relative errors). So the inputs are disturbed by that much, with random signs, in float64, and the
-    largest change seen is scaled by how roundings add up over the longest axis.
+    A rounding error anywhere in the computation acts like a perturbation of an input by u times its size (or by u,
+    where exp turns absolute into relative errors). So the inputs are perturbed by that much, with random signs, in
+    float64, and the largest change observed is scaled by the growth of rounding errors over the longest axis.
 
     Args:
         run: arrays -> results by name, in float64.
-        arrays: the inputs; floats: names of those to disturb.
-        u: the unit roundoff by which they are disturbed.
-        seed: of the disturbances.
+        arrays: the inputs; floats: names of those to perturb.
+        u: unit roundoff by which they are perturbed.
+        seed: of the random signs.
     """
 
     def __init__(
@@ -45,16 +45,16 @@ class Sensitivity:
         self.reference: Mapping[str, Floats] = run(arrays)
         self._u = u
         self._growth = sum_growth(max((n for value in arrays.values() for n in value.shape), default=1))
-        self._moved = {name: np.zeros_like(value) for name, value in self.reference.items()}
+        self._change = {name: np.zeros_like(value) for name, value in self.reference.items()}
         rng = np.random.default_rng(seed)
         for _ in range(_PROBES):
-            disturbed = dict(arrays)
+            perturbed = dict(arrays)
             for name in floats:
                 signs = rng.choice([-1.0, 1.0], arrays[name].shape)
-                disturbed[name] = arrays[name] + signs * u * np.maximum(np.abs(arrays[name]), 1.0)
-            for name, value in run(disturbed).items():
+                perturbed[name] = arrays[name] + signs * u * np.maximum(np.abs(arrays[name]), 1.0)
+            for name, value in run(perturbed).items():
                 with np.errstate(invalid="ignore"):
-                    self._moved[name] = np.fmax(self._moved[name], np.abs(value - self.reference[name]))
+                    self._change[name] = np.fmax(self._change[name], np.abs(value - self.reference[name]))
 
     def allowed(self, unit: float, stored: Mapping[str, FloatFormat]) -> dict[str, Floats]:
         """Largest error of each result, elementwise.
@@ -65,7 +65,7 @@ class Sensitivity:
         """
         growth = self._growth + _OTHER_ROUNDINGS
         return {
-            name: growth * (self._moved[name] * (unit / self._u) + unit * np.abs(value))
+            name: growth * (self._change[name] * (unit / self._u) + unit * np.abs(value))
             + stored[name].u * np.abs(value)
             + stored[name].near_zero
             for name, value in self.reference.items()
@@ -75,7 +75,7 @@ class Sensitivity:
 def estimated_errors(
     definition: LossDef, config: Any, arrays: Arrays, expected: OracleResult, dtype: str, upstream: Upstream
 ) -> dict[str, Floats]:
-    """As `LossDef.error_bound`, read off the oracle: for a loss that has no derived bound."""
+    """As `LossDef.error_bound`, estimated from the oracle, for a loss without a derived bound."""
 
     def run(values: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         found = definition.oracle(config, values, upstream)
@@ -87,7 +87,7 @@ def estimated_errors(
     stored = dict.fromkeys(sensitivity.reference, float_format(dtype))
     allowed = sensitivity.allowed(u, stored | {"loss": float_format(result_dtype(config, dtype))})
     if isinstance(expected, TokenResult):
-        # A disturbance does not show what cancels: p - 1, where p is nearly 1, is off by the rounding of p.
+        # Perturbations do not show cancellation: p - 1, with p nearly 1, is off by the rounding error of p.
         rows = [a.name for a in definition.arguments if a.name in expected.grads and a.dims[:1] == ("T",)]
         for name in rows:
             of_token = EXP_ULPS * u * np.abs(expected.coef_T).reshape(np.shape(arrays["labels"]))
@@ -99,17 +99,16 @@ def estimated_errors(
 def condition_number(arrays: Arrays, expected: OracleResult, upstream: Upstream = None) -> float:
     """Relative componentwise condition of the loss: sum_i |x_i dL/dx_i| / |L|, over all elements x of all inputs.
 
-    Inputs that are off by the factors 1 + d_i, |d_i| <= d, move the loss by up to this number times d, to first order:
-    an ill-conditioned loss is off by more than its arithmetic is. Of several results, or of tokens, |L| is the sum of
-    their sizes, each times its upstream gradient.
+    If inputs are multiplied by 1 + d_i, |d_i| <= d, the loss changes by up to this number times d |L|, to first order.
+    For several results, or tokens, |L| is the sum of |upstream * result|.
 
     Args:
         arrays, upstream: as for `evaluate`; expected: its result.
     Returns:
-        The number; inf where the loss is 0 and its gradient is not, NaN where both are.
+        The condition number; inf if the loss is 0 and its gradient is not, NaN if both are 0.
     Source: Higham, Accuracy and Stability of Numerical Algorithms, section 1.6.
     """
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        # A logit of -inf has a gradient of 0, and what an ignored row holds moves nothing.
-        moved = [np.abs(np.where(grad == 0, 0.0, arrays[name] * grad)) for name, grad in expected.grads.items()]
-        return float(np.divide(sum(float(np.sum(of_input)) for of_input in moved), expected.size(upstream)))
+        # 0 * inf: logits of -inf, and inf or NaN in ignored rows, have a gradient of 0.
+        changes = [np.abs(np.where(grad == 0, 0.0, arrays[name] * grad)) for name, grad in expected.grads.items()]
+        return float(np.divide(sum(float(np.sum(of_input)) for of_input in changes), expected.size(upstream)))

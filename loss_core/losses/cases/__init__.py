@@ -1,1 +1,1 @@
-"""How inputs are drawn: what is special about a case, and the arrays of it."""
+"""Test cases: recipes, and how the arrays of a case are drawn."""

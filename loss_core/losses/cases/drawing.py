@@ -1,7 +1,7 @@
-"""Named, seeded inputs that find bugs, shared by tests, `check` and `bench`.
+"""Named and random test cases, shared by tests, `check` and `bench`; reproducible from a seed.
 
-A recipe says what is special about a case and which failure it would catch; `make_case` turns it into arrays for one
-config. Values are float64: whoever runs a case rounds them to its dtype first.
+A recipe has the parameters of a case and the failure that it would catch; `make_case` draws its arrays for one config.
+Values are float64; callers round them to the tested dtype first.
 """
 
 # lead = leading dimensions of labels; T = their product, V = vocabulary, H = hidden
@@ -18,7 +18,7 @@ from loss_core.losses.cases.recipes import HARDER, RECIPES, Array, Drawn
 from loss_core.losses.definition import LossDef, Recipe, Sizes, definition_of, need_definition
 from loss_core.registry import LOSS_CONFIG_REGISTRY
 
-# A backend that compiles does so for each kind of random case: 12 take turns, and after every 100 cases a new one
+# A backend that compiles does so once per kind of random case. 12 kinds alternate; after every 100 cases a new kind
 # replaces the oldest.
 _KINDS_AT_A_TIME = 12
 _CASES_OF_A_KIND = 100
@@ -29,12 +29,12 @@ class Case:
     """One call of one loss: config, arguments, upstream gradient.
 
     Attributes:
-        name: of the recipe, or how to reproduce a random case.
-        config: what is built.
+        name: the recipe's name, or "random-SEED-INDEX".
+        config: config of the loss.
         arrays: keyword arguments of the loss's forward, floats in float64.
         upstream: derivative of the objective by the result; None for ones.
         grad_of: arguments whose gradient is compared.
-        strided: floating arrays are to be given as slices of longer ones.
+        strided: whether floating arrays are passed as slices of longer ones.
         catches: the failure that the case would catch.
     """
 
@@ -48,7 +48,7 @@ class Case:
 
 
 def recipes_of(loss: str | Any) -> tuple[Recipe, ...]:
-    """The recipes of a loss: those of every loss, then its own."""
+    """The recipes of a loss: those of every loss, then those of its definition."""
     return (*RECIPES, *need_definition(loss).recipes)
 
 
@@ -67,15 +67,15 @@ def named_cases(
     """The named cases of a loss.
 
     Args:
-        loss: registry name, where each case may set fields of its own; or a config, which is kept as it is.
+        loss: registry name: each case may set config fields; or a config, which is not changed.
         shape: (T, V) or (T, V, H) in place of the shapes of the recipes.
-        only: names of the cases wanted; None for all but the harder ones.
+        only: names of the cases to draw; None for all except the harder ones.
     Raises:
         TypeError: the loss has no definition.
     """
     base = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
     definition, known = need_definition(base), {f.name for f in fields(base)}
-    recipes, made = recipes_of(base), []
+    recipes, cases = recipes_of(base), []
     if only is not None:
         recipes = tuple(recipe for recipe in (*recipes, *HARDER) if recipe.name in only)
     for recipe in recipes:
@@ -84,26 +84,26 @@ def named_cases(
             continue
         tweaks = {k: v for k, v in recipe.fields.items() if k in known} if isinstance(loss, str) else {}
         config = replace(base, **tweaks)
-        # A config that is the user's own must still make the case that the recipe means.
-        means = all(getattr(config, k, v) == v for k, v in recipe.fields.items() if k != "reduction")
-        if means and _accepted(definition, config, recipe.extras) == recipe.extras:
-            made.append(make_case(sized, config, seed=zlib.crc32(recipe.name.encode())))
-    return made
+        # A config that the user passed must have the values that the recipe is about.
+        matches = all(getattr(config, k, v) == v for k, v in recipe.fields.items() if k != "reduction")
+        if matches and _accepted(definition, config, recipe.extras) == recipe.extras:
+            cases.append(make_case(sized, config, seed=zlib.crc32(recipe.name.encode())))
+    return cases
 
 
 def random_cases(loss: str | Any, count: int, seed: int, shape: tuple[int, ...] | None = None) -> list[Case]:
-    """The first random cases of a seed."""
+    """The first `count` random cases of a seed."""
     return [random_case(loss, index, seed, shape) for index in range(count)]
 
 
 def random_case(loss: str | Any, index: int, seed: int, shape: tuple[int, ...] | None = None) -> Case:
-    """A case with random shape, fields, arguments and values; the same for the same index and seed.
+    """A case with random shape, fields, arguments and values; reproducible from index and seed.
 
-    What a backend compiles for (shape, fields, which arguments there are) is drawn for the kind, so that its caches
-    serve; values, their scale, which labels are ignored, and strides are drawn for each index.
+    What triggers a compilation (shape, fields, the set of arguments) is drawn per kind, so that compiled programs are
+    reused; values, their scale, which labels are ignored, and strides are drawn per index.
     """
-    number = index % _KINDS_AT_A_TIME + index // _CASES_OF_A_KIND
-    kind, rng = np.random.default_rng([seed, number]), np.random.default_rng([seed, index, 1])
+    kind_index = index % _KINDS_AT_A_TIME + index // _CASES_OF_A_KIND
+    kind, rng = np.random.default_rng([seed, kind_index]), np.random.default_rng([seed, index, 1])
     config = LOSS_CONFIG_REGISTRY[loss]() if isinstance(loss, str) else loss
     definition = need_definition(config)
     if isinstance(loss, str):
@@ -128,7 +128,7 @@ def random_case(loss: str | Any, index: int, seed: int, shape: tuple[int, ...] |
 
 
 def make_case(recipe: Recipe, config: Any, seed: int) -> Case:
-    """Draw the arrays of a recipe for a config."""
+    """Draw the arrays of a recipe for a config, which is not changed."""
     definition, rng = need_definition(config), np.random.default_rng(seed)
     labels = rng.integers(0, recipe.vocab, recipe.lead)
     sizes = Sizes(recipe.lead, recipe.vocab, recipe.hidden)
@@ -160,7 +160,7 @@ def _logits(definition: LossDef) -> tuple[str, ...]:
 
 
 def _with_shape(recipe: Recipe, shape: tuple[int, ...]) -> Recipe | None:
-    """The recipe at another shape; None where the shape is the point of the recipe."""
+    """The recipe at another shape; None if the recipe is about its shape."""
     return _resized(recipe, shape) if recipe.vocab == Recipe.vocab else None
 
 
@@ -169,7 +169,7 @@ def _resized(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
 
 
 def _accepted(definition: LossDef, config: Any, extras: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the extras that a call takes with the others."""
+    """The extras that a call with this config accepts together."""
     found = tuple(extra for extra in extras if extra == "upstream" or definition.accepts(config, extra))
     if "count" in found:
         return found

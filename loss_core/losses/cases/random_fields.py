@@ -1,11 +1,11 @@
-"""How the fields of a config are drawn for a random case: the same for every loss that has a field."""
+"""How config fields are drawn for random cases; the same for every loss that has the field."""
 
 from __future__ import annotations
 
 from loss_core.field_checks import DIVERGENCES, METRICS, REDUCTIONS
 from loss_core.losses.definition import RandomFields
 
-# What is drawn more often stands twice.
+# A value listed twice is drawn twice as often.
 RANDOM_FIELDS: RandomFields = {
     "ignore_index": lambda rng: int(rng.choice([-100, -1, 0, 2])),
     "reduction": lambda rng: str(rng.choice(REDUCTIONS)),

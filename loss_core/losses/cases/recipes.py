@@ -1,4 +1,4 @@
-"""Cases that every loss gets, as far as it has the arguments and fields; `drawing` turns them into arrays."""
+"""Recipes for every loss that has the arguments and fields they need; `drawing` draws their arrays."""
 
 # lead = leading dimensions of labels; T = their product, V = vocabulary
 
@@ -18,10 +18,10 @@ Array = NDArray[Any]
 
 @dataclass
 class Drawn:
-    """A case in the making, which `Recipe.change` may change.
+    """A case under construction; `Recipe.change` edits its arrays.
 
     Attributes:
-        rows: names of the floating arguments [T, ...]; logits: those of them that are [T, V].
+        rows: names of the floating arguments [T, ...]; logits: names of those with shape [T, V].
     """
 
     recipe: Recipe
@@ -69,70 +69,71 @@ def _edge_labels(drawn: Drawn) -> None:
     _set_labels(drawn, np.where(drawn.rng.random(drawn.arrays["labels"].shape) < 0.5, 0, drawn.recipe.vocab - 1))
 
 
-def _often_right(drawn: Drawn) -> None:
+def _labels_at_maximum(drawn: Drawn) -> None:
     for name in drawn.logits:
         largest = np.argmax(drawn.arrays[name], axis=-1)
         _set_labels(drawn, np.where(drawn.rng.random(largest.shape) < 0.5, largest, drawn.arrays["labels"]))
 
 
 def _set_labels(drawn: Drawn, labels: Any) -> None:
-    """Other labels, where they are not ignored."""
+    """Replace the labels that are not ignored."""
     given = drawn.arrays["labels"]
     drawn.arrays["labels"] = np.where(given == drawn.ignore_index, given, labels)
 
 
 RECIPES = (
-    Recipe("basic", "any error at all, and an upstream gradient that is left out", extras=("upstream",)),
+    Recipe("basic", "any error at all, and an upstream gradient that is not used", extras=("upstream",)),
     Recipe("none-ignored", "padding rows counted although nothing is ignored", ignored=0.0),
-    Recipe("mean", "a mean over all positions instead of those that count", {"reduction": "mean"}, ("reduction",)),
+    Recipe("mean", "a mean over all tokens instead of the valid ones", {"reduction": "mean"}, ("reduction",)),
     Recipe("none", "the first token's upstream gradient used for all",
            {"reduction": "none"}, ("reduction",), extras=("upstream",)),
-    Recipe("all-ignored", "0/0 when no label counts", {"reduction": "mean"}, ignored=1.0),
+    Recipe("all-ignored", "0/0 when no token is valid", {"reduction": "mean"}, ignored=1.0),
     Recipe("vocab-1", "V = 1, where loss and gradient are 0", vocab=1, ignored=0.2),
-    Recipe("ragged", "padded columns that count, which only small logits show", scale=0.01),
+    Recipe("ragged", "padded columns that are included, which only small logits show", scale=0.01),
     Recipe("huge-logits", "overflow of exp, or digits lost to a large maximum", scale=1e4),
     Recipe("offset", "digits lost when all logits share a large offset", change=_offset, over_logits=True),
     Recipe("minus-inf", "NaN from -inf logits, as a vocabulary mask gives", change=_minus_inf, over_logits=True),
-    Recipe("ignore-index-0", "ignore_index compared with another number", {"ignore_index": 0}),
+    Recipe("ignore-index-0", "a hard-coded ignore_index", {"ignore_index": 0}),
     Recipe("ignore-index-in-vocab", "ignore_index off by one", {"ignore_index": 5}, change=_near_ignore_index),
-    Recipe("mask", "a mask that is left out, or turned round", extras=("mask",)),
+    Recipe("mask", "a mask that is not used, or inverted", extras=("mask",)),
     Recipe("nan-where-ignored", "0 * NaN in ignored rows", change=_nan_where_ignored),
     Recipe("count", "a token count that does not divide, or divides twice", extras=("count", "upstream")),
-    Recipe("loss-weights", "weights left out, or without a gradient", extras=("loss_weights", "count")),
+    Recipe("loss-weights", "weights that are not used, or have no gradient", extras=("loss_weights", "count")),
     Recipe("edge-labels", "the first or the last class missed by a block", change=_edge_labels),
     Recipe("no-upcast", "a float32 result where the input's dtype is promised",
            {"fp32_upcast": False}, ("fp32_upcast",)),
     Recipe("smoothing", "mass taken off the label but not spread, or spread over one shard's classes",
            {"label_smoothing": 0.1, "reduction": "none"}, ("label_smoothing",), extras=("upstream",)),
-    Recipe("smoothing-weights", "smoothing that leaves out weights and count",
+    Recipe("smoothing-weights", "smoothing without weights and count",
            {"label_smoothing": 0.3}, ("label_smoothing",), extras=("loss_weights", "count")),
-    Recipe("softcap", "a softcap that is left out of the gradient",
+    Recipe("softcap", "a softcap that is missing in the gradient",
            {"logit_softcapping": 5.0}, ("logit_softcapping",), ignored=0.2),
-    Recipe("softcap-ragged", "padded columns that a softcap makes count",
+    Recipe("softcap-ragged", "padded columns of -inf that a softcap makes finite",
            {"logit_softcapping": 0.5}, ("logit_softcapping",), scale=0.01),
-    Recipe("softcap-none", "a softcap lost when logits are computed again",
+    Recipe("softcap-none", "a softcap lost when logits are recomputed",
            {"logit_softcapping": 2.0, "reduction": "none"}, ("logit_softcapping",), extras=("upstream",)),
     Recipe("softcap-minus-inf",
-           "a label's logit of -inf, of which a softcap makes a number, taken for one that is not there",
+           "a label's logit of -inf, finite after the softcap, treated as one of another shard",
            {"logit_softcapping": 2.0, "reduction": "none"}, ("logit_softcapping",), change=_minus_inf_at_labels,
            over_logits=True, extras=("upstream",)),
-    Recipe("softcap-vocab-1", "a column that is added to a single one, of which a softcap makes a number",
+    Recipe("softcap-vocab-1", "a padded column of -inf that a softcap makes finite, where V = 1",
            {"logit_softcapping": 2.0, "z_loss": 0.1}, ("logit_softcapping",), vocab=1, extras=("upstream",)),
-    Recipe("z-loss", "a z-loss left out of the gradient, or without weights and count",
+    Recipe("z-loss", "a z-loss that is missing in the gradient, or without weights and count",
            {"z_loss": 0.1}, ("z_loss",), extras=("loss_weights", "count", "upstream")),
-    Recipe("metrics", "metrics that leave out weights or count, or that the gradient goes through",
+    Recipe("metrics", "metrics without weights or count, or that are differentiated",
            {"metrics": METRICS, "z_loss": 0.1}, ("metrics",), extras=("loss_weights", "count", "upstream")),
-    Recipe("metrics-none", "metrics of another token, or of the maximum that a kernel has guessed",
-           {"metrics": METRICS, "z_loss": 0.1, "reduction": "none"}, ("metrics",), change=_often_right,
+    Recipe("metrics-none", "metrics of another token, or from an approximate maximum",
+           {"metrics": METRICS, "z_loss": 0.1, "reduction": "none"}, ("metrics",), change=_labels_at_maximum,
            extras=("upstream",)),
-    Recipe("z-loss-smoothing", "one of two options lost beside the other",
+    Recipe("z-loss-smoothing", "one of two options lost when both are on",
            {"z_loss": 1e-3, "label_smoothing": 0.1, "reduction": "none"}, ("z_loss",), extras=("upstream",)),
     Recipe("strided", "strides taken for those of a contiguous array", strided=True, ignored=0.1),
 )  # fmt: skip
 
-# Drawn where all other cases of a row would let a lower arithmetic pass. Its error stands out where a weight's gradient
-# is a sum over many tokens, where logits are far apart, and where few classes and hidden values make a small allowance.
-_LOWER = "a lower arithmetic that all other cases would let pass"
+# Drawn if a lower arithmetic would pass all other cases of a row. Its error is largest relative to the bound where a
+# weight's gradient is a sum over many tokens, where logits are far apart, and where few classes and hidden values keep
+# the bound small.
+_LOWER = "a lower arithmetic that would pass all other cases"
 HARDER = (
     Recipe("harder-1", _LOWER, lead=(8, 32), vocab=101, ignored=0.0),
     Recipe("harder-2", _LOWER, lead=(16, 64), vocab=33, hidden=16, scale=30.0, ignored=0.0),

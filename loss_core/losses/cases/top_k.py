@@ -1,6 +1,6 @@
-"""Cases of distillation from K log-probabilities of a teacher: how it is drawn, and what finds bugs."""
+"""Test cases of top-k distillation: how the teacher is drawn, and the recipes."""
 
-# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, K = classes of the teacher
+# T = tokens (all leading dimensions of labels, flattened), V = vocabulary, K = classes with teacher log-probabilities
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from loss_core.losses.definition import Floats, LossDef, Recipe, Sizes
 
 
 def near_student(definition: LossDef, sizes: Sizes, scale: float, rng: np.random.Generator) -> dict[str, Any]:
-    """A student, and some of the likeliest classes of a teacher that is a disturbed student."""
+    """A student, and the K likeliest classes of a teacher whose logits are perturbed student logits."""
     shape = sizes.shape(("T", "V"))
     student = rng.standard_normal(shape) * scale
     teacher = student + rng.standard_normal(shape) * scale / 2
-    return {"student_logits": student} | of_teacher(teacher, sizes.shape(("K",))[0], rng)
+    return {"student_logits": student} | likeliest_classes(teacher, sizes.shape(("K",))[0], rng)
 
 
-def of_teacher(logits: Floats, count: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Indices and log-probabilities of the likeliest classes of these logits, in any order."""
+def likeliest_classes(logits: Floats, count: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Indices and log-probabilities of the `count` likeliest classes of these logits, in random order."""
     vocab = logits.shape[-1]
     indices = rng.permuted(np.argsort(-logits, axis=-1)[..., :count], axis=-1)
     log_p = log_softmax(logits.reshape(-1, vocab)).reshape(logits.shape)
@@ -30,13 +30,13 @@ def of_teacher(logits: Floats, count: int, rng: np.random.Generator) -> dict[str
 
 
 def draw_indices(shape: tuple[int, ...], vocab: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Classes that differ in each token, evenly apart."""
+    """Distinct, evenly spaced classes for each token."""
     first = rng.integers(0, max(vocab, 1), (*shape[:-1], 1))
     return (first + np.arange(shape[-1]) * max(vocab // shape[-1], 1)) % max(vocab, 1)
 
 
 def draw_logprobs(shape: tuple[int, ...], vocab: int, rng: np.random.Generator) -> Floats:
-    """Log-probabilities of all but one of the classes of a distribution."""
+    """Log-probabilities of a distribution, except those of one class."""
     logits = rng.standard_normal((int(np.prod(shape[:-1])), shape[-1] + 1)) * 2
     return log_softmax(logits)[:, :-1].reshape(shape)
 
@@ -53,8 +53,8 @@ def _one_class(drawn: Any) -> None:
         drawn.arrays[name] = drawn.arrays[name][..., :1]
 
 
-def _all_of_the_teacher(drawn: Any) -> None:
-    """One class has all of the probability: nothing is left for a tail."""
+def _certain_teacher(drawn: Any) -> None:
+    """One class has probability 1: p_tail is 0."""
     _one_class(drawn)
     drawn.arrays["teacher_logprobs"] = np.zeros_like(drawn.arrays["teacher_logprobs"])
 
@@ -65,14 +65,14 @@ def _all_classes(drawn: Any) -> None:
     drawn.arrays["teacher_indices"], drawn.arrays["teacher_logprobs"] = indices, log_p
 
 
-def _student_is_sure(drawn: Any) -> None:
-    """What the student leaves for the other classes is far below the rounding of 1."""
+def _certain_student(drawn: Any) -> None:
+    """The student's probability of the other classes is far below the unit roundoff."""
     index, z = drawn.arrays["teacher_indices"], drawn.arrays["student_logits"].copy()
     np.put_along_axis(z, index, np.take_along_axis(z, index, -1) + 60.0, -1)
     drawn.arrays["student_logits"] = z
 
 
-def _ruled_out(drawn: Any) -> None:
+def _masked_targets(drawn: Any) -> None:
     """The student rules out half of the teacher's classes, which have a probability of 0."""
     index = drawn.arrays["teacher_indices"]
     banned = drawn.rng.random(index.shape) < 0.5
@@ -83,22 +83,22 @@ def _ruled_out(drawn: Any) -> None:
     drawn.arrays["teacher_logprobs"] = np.where(banned, -np.inf, drawn.arrays["teacher_logprobs"])
 
 
-def _no_classes(drawn: Any) -> None:
+def _invalid_labels(drawn: Any) -> None:
     labels = drawn.arrays["labels"]
     drawn.arrays["labels"] = np.where(labels == drawn.ignore_index, labels, drawn.recipe.vocab + 7)
 
 
 RECIPES = (
-    Recipe("temperature", "a temperature before the softcap, or a T^2 left out",
+    Recipe("temperature", "a temperature before the softcap, or a missing T^2",
            {"temperature": 2.5, "logit_softcapping": 5.0}, extras=("upstream", "loss_weights", "count")),
     Recipe("no-tail", "a side that is renormalised", {"tail": False, "temperature": 0.5}, extras=("upstream",)),
     Recipe("one-class", "K = 1 with a shape of its own", change=_one_class, extras=("upstream",)),
-    Recipe("nothing-left", "0 log 0, and a tail of 0 in the teacher's gradient", change=_all_of_the_teacher),
+    Recipe("nothing-left", "0 log 0, and a tail of 0 in the teacher's gradient", change=_certain_teacher),
     Recipe("all-classes", "a tail where there are no other classes", vocab=5, change=_all_classes,
            over_logits=True),
-    Recipe("sure", "1 minus a sum that is 1 but for rounding", change=_student_is_sure, over_logits=True),
-    Recipe("ruled-out", "NaN from -inf on both sides", change=_ruled_out, over_logits=True),
+    Recipe("sure", "1 - sum q, where the sum rounds to 1", change=_certain_student, over_logits=True),
+    Recipe("ruled-out", "NaN from -inf on both sides", change=_masked_targets, over_logits=True),
     Recipe("junk-where-ignored", "indices and log-probabilities of ignored tokens", change=_junk_where_ignored),
-    Recipe("no-classes", "a label compared with the classes, which only says whether its token counts",
-           change=_no_classes),
+    Recipe("no-classes", "labels used as classes, where they only mark ignored tokens",
+           change=_invalid_labels),
 )  # fmt: skip

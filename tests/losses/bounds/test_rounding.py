@@ -1,4 +1,4 @@
-"""Rounding to formats, and an allowance that neither rounding exceeds nor a bug hides under."""
+"""Rounding to formats, and allowances that rounding does not exceed and bugs do."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_sum_growth_is_the_smaller_bound():
 
 @pytest.mark.parametrize("loss", our_losses())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_allowance_is_small_beside_the_result(loss, dtype):
+def test_allowance_is_small_relative_to_the_result(loss, dtype):
     # An allowance of the order of the result itself would prove nothing.
     case = next(case for case in named_cases(loss) if case.name == "basic")
     arrays = {k: round_to(v, dtype) if v.dtype.kind == "f" else v for k, v in case.arrays.items()}
@@ -59,7 +59,7 @@ def test_allowance_is_small_beside_the_result(loss, dtype):
     assert np.linalg.norm(allowed["loss"]) < 2e-4 * np.linalg.norm(expected.loss)
     limit = {"float32": 2e-4, "bfloat16": 5e-3}[dtype]
     if loss == "FusedLinearKDLoss" and dtype == "float32":
-        # Products before and after a gradient p (x - sum p x) whose own allowance is half of the limit: see KDLoss.
+        # The products add to the allowance of p (x - sum p x), which alone is half of the limit: see KDLoss.
         limit = 1e-3
     for name, grad in expected.grads.items():
         assert np.linalg.norm(allowed[name]) < limit * np.linalg.norm(grad), name
@@ -117,7 +117,7 @@ def test_exp_by_way_of_exp2_is_rounding(dtype):
     r = m.astype(np.longdouble) - z
     log2_e = 1 / np.log(np.longdouble(2))
     product = (z - m) * kind(log2_e)
-    # How far the argument of exp is off is how far the result is, to first order.
+    # The absolute error of exp's argument is the relative error of its result, to first order.
     off = np.abs(product.astype(np.longdouble) / log2_e + r) / (u * r)
     assert 1.5 < np.max(off) <= EXP_ARGUMENT_ROUNDINGS
 
@@ -131,7 +131,7 @@ def test_a_probability_by_way_of_exp2_is_within_its_allowance():
     allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float32")["logits"]
     product = (logits[:, 1] - logits[:, 0]) * np.float32(1 / np.log(2))
     got = expected.grads["logits"].copy()
-    # exp2.approx is off by up to 2 ulp besides, here always the way that hurts.
+    # exp2.approx is off by up to 2 ulp as well, here always in the direction that adds up.
     e = np.exp2(product.astype(np.float64))
     e *= 1 + 4 * 2.0**-24 * np.sign(e / (1 + e) - got[:, 1])
     got[:, 1] = e / (1 + e)
@@ -139,7 +139,7 @@ def test_a_probability_by_way_of_exp2_is_within_its_allowance():
 
 
 def test_float16_keeps_its_subnormals():
-    # A gradient of 1e-5 lies below float16's normal range; losing it is no rounding.
+    # A gradient of 1e-5 is below float16's normal range; a flush to 0 is not explained by rounding.
     arrays = {"logits": np.array([[0.0, -11.5]]), "labels": np.array([0])}
     expected = evaluate(MaskedCrossEntropyConfig(), arrays)
     allowed = allowances(MaskedCrossEntropyConfig(), arrays, expected, "float16")

@@ -1,4 +1,4 @@
-"""What small changes of inputs do: by hand, and for the condition number as what the worst relative changes do."""
+"""Estimated bounds by hand, and the condition number against the worst relative changes of the inputs."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from loss_core.losses import OracleResult, evaluate, named_cases
 from loss_core.losses.bounds.sensitivity import Sensitivity, condition_number
 
 
-def test_a_disturbance_of_each_input_is_scaled_by_how_roundings_add_up():
+def test_the_change_for_perturbed_inputs_is_scaled_by_the_growth_of_rounding_errors():
     # Relative to inputs of at least 1, absolute below.
     x, calls = np.array([2.0, 0.5, -4.0]), []
 
@@ -27,12 +27,12 @@ def test_a_disturbance_of_each_input_is_scaled_by_how_roundings_add_up():
     assert found["zero"].tolist() == [NEAR_ZERO] * 3
 
 
-def test_a_disturbance_that_gives_no_number_does_not_hide_another():
+def test_a_perturbation_that_gives_nan_does_not_hide_another():
     found = Sensitivity(lambda x: {"y": np.where(x["x"] < 0, np.nan, x["x"])}, {"x": np.zeros(1)}, ["x"], U)
     assert found.allowed(U, {"y": float_format("float32")})["y"] >= (1 + 16) * U
 
 
-def test_the_longest_axis_counts():
+def test_the_growth_is_that_of_the_longest_axis():
     long = Sensitivity(lambda arrays: {"y": arrays["x"]}, {"x": np.ones(2), "z": np.ones((3, 5))}, ["x"], U)
     bound = (5 + 16) * 2 * U + U
     np.testing.assert_allclose(long.allowed(U, {"y": float_format("float32")})["y"], bound, rtol=1e-6)
@@ -62,7 +62,7 @@ def test_offset_logits_are_ill_conditioned():
 
 
 def objective(case, grads, d):
-    """Upstream times each result, with inputs that are off by the relative change d, the way that makes it larger."""
+    """upstream * result, with inputs changed by the relative error d in the direction that increases it."""
     worst = {name: case.arrays[name] * (1 + d * np.sign(case.arrays[name]) * np.sign(grads[name])) for name in grads}
     result = evaluate(case.config, case.arrays | worst, case.upstream).loss
     terms = result if case.upstream is None else case.upstream * result
@@ -71,7 +71,7 @@ def objective(case, grads, d):
 
 @pytest.mark.parametrize("name", ["basic", "mean", "none", "loss-weights", "minus-inf", "metrics", "entropy", "jsd"])
 @pytest.mark.parametrize("loss", LOSS_CONFIG_REGISTRY)
-def test_the_condition_is_what_the_worst_relative_changes_do(loss, name):
+def test_the_condition_is_the_effect_of_the_worst_relative_changes(loss, name):
     for case in named_cases(loss, only=(name,)):
         expected = evaluate(case.config, case.arrays, case.upstream)
         larger, same, smaller = (objective(case, expected.grads, d) for d in (1e-6, 0.0, -1e-6))

@@ -1,4 +1,4 @@
-"""Cases hold what their recipe and the caller ask for; what only tests of backends would miss by their passing."""
+"""Cases have the properties of their recipe and of the arguments; tests of backends would pass without them."""
 
 from dataclasses import dataclass, replace
 
@@ -38,7 +38,7 @@ def drawn(config, *extras, **changes):
     return make_case(replace(RECIPE, extras=extras, **changes), config, seed=0)
 
 
-def test_extras_are_there_when_asked_for_and_not_else():
+def test_extras_are_drawn_only_for_recipes_that_name_them():
     plain = drawn(MaskedCrossEntropyConfig())
     assert {name: x.shape for name, x in plain.arrays.items()} == {"logits": (4, 6, 7), "labels": (4, 6)}
     assert (plain.upstream, plain.grad_of) == (None, ("logits",))
@@ -68,7 +68,7 @@ def test_an_upstream_gradient_has_the_shape_of_the_result(config, shape):
 
 
 @pytest.mark.parametrize(("ignored", "least", "most"), [(0.0, 0, 0), (0.5, 1, 23), (1.0, 24, 24)])
-def test_as_many_labels_are_ignored_as_the_recipe_says(ignored, least, most):
+def test_the_fraction_of_ignored_labels_is_that_of_the_recipe(ignored, least, most):
     labels = drawn(MaskedCrossEntropyConfig(ignore_index=-7), ignored=ignored).arrays["labels"]
     assert least <= np.sum(labels == -7) <= most
     assert set(np.unique(labels)) <= {-7, *range(7)}
@@ -77,7 +77,7 @@ def test_as_many_labels_are_ignored_as_the_recipe_says(ignored, least, most):
 @pytest.mark.parametrize(
     ("config", "of_head"), [(KDLossConfig(), False), (FusedLinearKDConfig(), True)], ids=["logits", "head"]
 )
-def test_a_teacher_is_the_student_disturbed_by_half_of_its_size(config, of_head):
+def test_a_teacher_is_the_student_perturbed_by_half_of_its_size(config, of_head):
     arrays = drawn(config, lead=(64,), vocab=501, hidden=64, scale=3.0).arrays
     if of_head:
         student, teacher = (
@@ -103,7 +103,7 @@ def test_logits_have_the_scale_of_the_recipe_from_a_head_too():
     assert np.std(head["hidden_states"] @ head["lm_weight"].T) == pytest.approx(3, rel=0.05)
 
 
-def test_named_cases_are_those_asked_for_at_the_shape_asked_for():
+def test_named_cases_are_selected_by_name_and_drawn_at_the_given_shape():
     names = [case.name for case in named_cases("MaskedCrossEntropy")]
     assert names[:2] == ["basic", "none-ignored"]
     assert set(names) <= set(recipe_names())
@@ -113,13 +113,13 @@ def test_named_cases_are_those_asked_for_at_the_shape_asked_for():
     assert {case.arrays["hidden_states"].shape for case in shaped} == {(5, 2)}
     assert {case.arrays["lm_weight"].shape for case in shaped} == {(3, 2)}
     assert named_cases("FusedLinearCrossEntropy", shape=(5, 3))[0].arrays["lm_weight"].shape == (3, 24)
-    # The shape of these is their point.
-    left_out = {case.name for case in named_cases("FusedLinearCrossEntropy")} - {case.name for case in shaped}
-    assert left_out == {"vocab-1", "softcap-vocab-1", "many-tokens"}
+    # These recipes are about their shape.
+    skipped = {case.name for case in named_cases("FusedLinearCrossEntropy")} - {case.name for case in shaped}
+    assert skipped == {"vocab-1", "softcap-vocab-1", "many-tokens"}
     assert "offset" not in {case.name for case in shaped}, "about logits that are an argument"
 
 
-def test_a_config_of_the_users_own_is_kept_and_gets_the_cases_that_it_can_make():
+def test_a_config_instance_is_kept_and_has_only_the_cases_that_match_it():
     config = MaskedCrossEntropyConfig(reduction="mean", ignore_index=0)
     cases = {case.name: case for case in named_cases(config)}
     assert all(case.config == config for case in cases.values())
@@ -127,7 +127,7 @@ def test_a_config_of_the_users_own_is_kept_and_gets_the_cases_that_it_can_make()
     assert not {"ignore-index-in-vocab", "no-upcast", "smoothing", "count", "loss-weights"} & set(cases)
 
 
-def test_a_named_case_has_the_fields_and_the_look_of_its_recipe():
+def test_a_named_case_has_the_fields_and_extras_of_its_recipe():
     by_name = {recipe.name: recipe for recipe in recipes_of("MaskedCrossEntropy")}
     for case in named_cases("MaskedCrossEntropy"):
         recipe = by_name[case.name]
@@ -136,7 +136,7 @@ def test_a_named_case_has_the_fields_and_the_look_of_its_recipe():
         assert (case.upstream is not None) == ("upstream" in recipe.extras)
 
 
-def test_a_random_case_is_made_again_from_its_seed_and_index():
+def test_a_random_case_is_reproducible_from_its_seed_and_index():
     first, again, other = (random_case("KDLoss", index, 3) for index in (5, 5, 6))
     assert first.name == "random-3-5"
     assert first.config == again.config
@@ -146,7 +146,7 @@ def test_a_random_case_is_made_again_from_its_seed_and_index():
     assert str(random_case("KDLoss", 5, 4).arrays) != str(first.arrays)
 
 
-def test_twelve_kinds_take_turns_and_after_a_hundred_cases_one_is_new():
+def test_twelve_kinds_alternate_and_one_is_replaced_after_a_hundred_cases():
     def kind(index):
         case = random_case("MaskedCrossEntropy", index, 0)
         return str(case.config), {name: x.shape for name, x in case.arrays.items()}
@@ -160,7 +160,7 @@ def test_twelve_kinds_take_turns_and_after_a_hundred_cases_one_is_new():
     assert kind(203) not in [*first, kind(107)]
 
 
-def test_random_cases_keep_a_shape_and_a_config_that_are_given():
+def test_random_cases_keep_a_given_shape_and_config():
     config = FusedLinearCEConfig(label_smoothing=0.125)
     for index in range(12):
         case = random_case(config, index, 0, shape=(5, 3, 2))
@@ -168,7 +168,7 @@ def test_random_cases_keep_a_shape_and_a_config_that_are_given():
         assert (case.arrays["hidden_states"].shape, case.arrays["lm_weight"].shape) == ((5, 2), (3, 2))
 
 
-def test_random_cases_take_only_what_their_loss_accepts():
+def test_random_cases_have_only_arguments_that_the_loss_accepts():
     for index in range(100):
         case = random_case("MaskedCrossEntropy", index, 0)
         sum_only = {"loss_weights", "num_label_tokens"} & set(case.arrays)
@@ -180,7 +180,7 @@ def test_random_cases_take_only_what_their_loss_accepts():
         assert "mask" not in arrays
 
 
-def test_a_label_of_a_distillation_may_be_no_class():
+def test_labels_of_a_distillation_case_may_be_outside_the_vocabulary():
     case = next(case for case in named_cases("KDLoss") if case.name == "no-classes")
     labels = case.arrays["labels"][case.arrays["labels"] != KDLossConfig().ignore_index]
     assert labels.size > 5

@@ -74,7 +74,7 @@ def only(x_1):
 
 @triton.jit
 def moved_e(m, s, e, new_m):
-    """Sum e of exp(z - m) * (z - m), relative to another maximum; mirrors `row_terms.rows._moved_e`."""
+    """Sum e of exp(z - m) * (z - m), relative to another maximum; mirrors `row_terms.rows._rescaled_e`."""
     scale = exp(m - new_m)
     return scale * (e + s * tl.where(scale == 0, 0.0, m - new_m))
 
@@ -139,7 +139,7 @@ def tanh(x):
 
 @triton.jit
 def pair_moved(m_t, s_t, a, m_s, s_s, new_m_t, new_m_s, rate):
-    """(s_t, a, s_s) relative to other maxima; see `row_terms.pairs._moved`."""
+    """(s_t, a, s_s) relative to other maxima; see `row_terms.pairs._rescaled`."""
     shift_t, shift_s = m_t - new_m_t, m_s - new_m_s
     scale_t = tl.exp2(shift_t * rate)
     s_t = s_t * scale_t
