@@ -1,4 +1,4 @@
-"""Compares two kernel sets on a few rows, before `torch:auto` chooses one that nobody named.
+"""Compares two kernel sets on a few rows, before `torch:auto` chooses one by default.
 
 A check of the machine (driver, compiler, chip), not of the mathematics, which `loss-core check` verifies.
 """

@@ -69,11 +69,7 @@ def resident_programs(registers: int, threads: int) -> int:
 def share_of_copy(
     chip: Chip, plan: Plan, columns: int, registers: int, threads: int, instructions_per_logit: float
 ) -> float:
-    """Time of a copy of the bytes that must be moved, over the predicted time.
-
-    Args:
-        columns: columns per program.
-    """
+    """Time of a copy of the bytes that must be moved, over the predicted time with so many columns per program."""
     in_flight = chip.multiprocessors * resident_programs(registers, threads)
     cached = in_flight * columns * plan.again / 2
     evicted = max(0.0, 1 - CACHE * chip.l2_bytes / cached) if cached else 0.0

@@ -12,16 +12,8 @@ if sys.platform != "linux":
 from loss_core import BackendUnavailable, MaskedCrossEntropyConfig
 from loss_core.dispatch.flags import flag_status
 from loss_core_torch.kernels import HeadSizes
-from loss_core_torch.kernels.gpu import products, sizes
-from loss_core_torch.kernels.gpu.launch import (
-    Layout,
-    check_device,
-    column_constants,
-    layout,
-    new_partials,
-    piece_constants,
-    same_alignment,
-)
+from loss_core_torch.kernels.gpu import launch, products, sizes
+from loss_core_torch.kernels.gpu.launch import Layout, layout, same_alignment
 from on_torch.kernels.gpu.sets import TINY
 
 
@@ -37,9 +29,9 @@ def test_layouts_merge_leading_dimensions():
 
 def test_a_launch_on_a_cpu_says_what_to_use():
     with pytest.raises(BackendUnavailable, match="Use 'torch:eager' for the CPU, or set TRITON_INTERPRET=1"):
-        check_device(torch.device("cpu"), interpreted=False)
-    check_device(torch.device("cpu"), interpreted=True)
-    check_device(torch.device("cuda"), interpreted=False)
+        launch.check_device(torch.device("cpu"), interpreted=False)
+    launch.check_device(torch.device("cpu"), interpreted=True)
+    launch.check_device(torch.device("cuda"), interpreted=False)
 
 
 def _sizes(num_tokens, vocab, beside_bytes, rounded_bytes=0):
@@ -59,7 +51,7 @@ def _tiles(num_tokens, vocab, beside_bytes, together=False):
 
 
 def test_chunks_are_few_equal_and_within_the_budget():
-    # Logits in float32 beside their gradient in bfloat16: in what a weight of 4096 x 152k x 2 bytes takes for both.
+    # float32 logits and their gradient in bfloat16, within the memory of a bfloat16 weight of 152k x 4096.
     chunk, logits = _chunks(8192, 151936, 2, 4096 * 151936 * 2)
     assert (chunk, logits) == (2816, 512)
     assert (chunk * 2 + logits * 4) <= 4096 * 2
@@ -120,7 +112,7 @@ def test_sizes_of_launches():
     assert (short.block_v, short.num_warps) == (128, 1)
     # A long row has a program for every 8192 columns, the last one for the rest.
     assert [size.num_pieces(vocab) for size, vocab in ((long, 128256), (long, 131072), (short, 100))] == [16, 16, 1]
-    assert piece_constants(long, 151936) == {"NUM_PIECES": 19, "P": 32, "PIECE_V": 8192, "PUBLISH_ONLY": False}
+    assert launch.piece_constants(long, 151936) == {"NUM_PIECES": 19, "P": 32, "PIECE_V": 8192, "PUBLISH_ONLY": False}
     for kind in ("row", "general_row", "pair_row"):
         assert sizes.launch_parameters(32768, torch.bfloat16, kind).num_pieces(32768) == 1
         assert sizes.launch_parameters(128256, torch.float64, kind).num_pieces(128256) == 1
@@ -133,9 +125,9 @@ def test_sizes_of_launches():
 
 
 def test_memory_of_partial_terms():
-    assert new_partials(3, 1, torch.empty(3)) is None
+    assert launch.new_partials(3, 1, torch.empty(3)) is None
     for dtype, bits in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
-        partials = new_partials(3, 4, torch.empty(3, dtype=dtype))
+        partials = launch.new_partials(3, 4, torch.empty(3, dtype=dtype))
         assert (partials.shape, partials.dtype) == ((3, 5, 4), bits)
         assert partials.view(dtype).isnan().all()
 
@@ -153,8 +145,8 @@ def test_alignment_of_rows():
     # Rows of full vectors are aligned in every layout.
     batch = torch.empty(2, 4, 50264)
     assert same_alignment(4, batch[:, :-1], torch.empty(2, 3, 50264))
-    assert column_constants(TINY, batch[:, :-1], batch[:, 1:]) == {"BLOCK_V": 16, "L": 4, "W": 4}
-    assert column_constants(TINY, batch[:, :-1, 1:], batch[:, 1:, :-1]) == {"BLOCK_V": 8, "L": 8, "W": 1}
+    assert launch.column_constants(TINY, batch[:, :-1], batch[:, 1:]) == {"BLOCK_V": 16, "L": 4, "W": 4}
+    assert launch.column_constants(TINY, batch[:, :-1, 1:], batch[:, 1:, :-1]) == {"BLOCK_V": 8, "L": 8, "W": 1}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")

@@ -96,13 +96,13 @@ def is_ignored(keep_ptr, row):
 
 
 @triton.jit
-def load_factor(ptr, dtype: tl.constexpr):
-    """The scalar at ptr; 1 if ptr is None."""
+def load_optional(ptr, offset, default: tl.constexpr, dtype: tl.constexpr):
+    """The element at ptr + offset in another dtype; `default` if ptr is None."""
     if ptr is None:
-        factor = tl.full([], 1.0, dtype)
+        x = tl.full([], default, dtype)
     else:
-        factor = tl.load(ptr).to(dtype)
-    return factor
+        x = tl.load(ptr + offset).to(dtype)
+    return x
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from loss_core_torch.kernels.gpu.kernels.memory import (
     edge_columns,
     head_and_body,
     is_ignored,
-    load_factor,
     load_logits,
+    load_optional,
     row_start,
     store_grad,
     store_zeros,
@@ -225,7 +225,7 @@ def pair_grad_kernel(
 ):  # fmt: skip
     """`pair_grad` for one pair of rows: program (row)."""
     dtype: tl.constexpr = m_t_ptr.dtype.element_ty
-    factor = load_factor(factor_ptr, dtype)
+    factor = load_optional(factor_ptr, 0, 1.0, dtype)
     if already_written(factor, PREFILLED):
         return
     row = tl.program_id(0).to(tl.int64)

@@ -12,8 +12,8 @@ from loss_core_torch.kernels.gpu.kernels.memory import (
     edge_columns,
     head_and_body,
     is_ignored,
-    load_factor,
     load_logits,
+    load_optional,
     row_start,
     store_grad,
     store_zeros,
@@ -245,13 +245,12 @@ def row_terms_kernel(
 ):  # fmt: skip
     """Terms of one row, those of an empty piece if it is ignored: program (row)."""
     row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = m_ptr.dtype.element_ty
     end = tl.where(is_ignored(keep_ptr, row), 0, vocab)
     row_ptr = logits_ptr + row_start(row, layout)
-    inv_temp = 1.0
-    if inv_temp_ptr is not None:
-        inv_temp = tl.load(inv_temp_ptr + row)
+    inv_temp = load_optional(inv_temp_ptr, row, 1.0, dtype)
     m, s, t, z_sum, e = row_terms(
-        row_ptr, end, labels_ptr + row * NUM_TARGETS, vocab_start, layout, inv_temp, m_ptr.dtype.element_ty, SOFTCAP,
+        row_ptr, end, labels_ptr + row * NUM_TARGETS, vocab_start, layout, inv_temp, dtype, SOFTCAP,
         inv_temp_ptr is not None, z_sum_ptr is not None, e_ptr is not None, "evict_first", NUM_TARGETS, N,
         EXCLUDE_TARGETS, BLOCK_V, L, W,
     )  # fmt: skip
@@ -277,7 +276,7 @@ def row_grad_kernel(
 ):  # fmt: skip
     """Gradient of one row: program (row)."""
     dtype: tl.constexpr = m_ptr.dtype.element_ty
-    factor = load_factor(factor_ptr, dtype)
+    factor = load_optional(factor_ptr, 0, 1.0, dtype)
     if already_written(factor, PREFILLED):
         return
     row = tl.program_id(0).to(tl.int64)
@@ -287,15 +286,9 @@ def row_grad_kernel(
         store_zeros(grad_ptr, vocab, grad_layout, BLOCK_V, W)
         return
     label = load_labels(labels_ptr + row * NUM_TARGETS, vocab_start, NUM_TARGETS, N)
-    inv_temp = 1.0
-    if inv_temp_ptr is not None:
-        inv_temp = tl.load(inv_temp_ptr + row)
-    uniform = 0.0
-    if uniform_ptr is not None:
-        uniform = tl.load(uniform_ptr + row) * factor
-    slope = 0.0
-    if slope_ptr is not None:
-        slope = tl.load(slope_ptr + row) * factor
+    inv_temp = load_optional(inv_temp_ptr, row, 1.0, dtype)
+    uniform = load_optional(uniform_ptr, row, 0.0, dtype) * factor
+    slope = load_optional(slope_ptr, row, 0.0, dtype) * factor
     write_row_grad(
         grad_ptr, row_ptr, vocab, label, grad_layout, layout, inv_temp, tl.load(m_ptr + row),
         load_targets(t_ptr, row, NUM_TARGETS, N), tl.load(scale_ptr + row) * factor,
@@ -334,9 +327,7 @@ def row_kernel(
     grad_ptr += row_start(row, grad_layout) + start_v.to(tl.int64) * grad_layout.stride_v
     vocab_start += start_v
     coef = tl.load(coef_ptr + row)
-    inv_temp = 1.0
-    if inv_temp_ptr is not None:
-        inv_temp = tl.load(inv_temp_ptr + row)
+    inv_temp = load_optional(inv_temp_ptr, row, 1.0, dtype)
     m, s, t, z_sum, e = row_terms(
         row_ptr, tl.where(ignored, 0, piece_vocab), labels_ptr + row, vocab_start, layout, inv_temp, dtype, SOFTCAP,
         inv_temp_ptr is not None, z_sum_ptr is not None, e_ptr is not None, "evict_last", 1, 1, False, BLOCK_V, L, W,
