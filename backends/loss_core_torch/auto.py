@@ -1,8 +1,8 @@
-"""What `torch:auto` takes for a call: what was fastest on this machine, else what the table below says.
+"""The kernel that `torch:auto` chooses for a call: the fastest measured on this machine, else that of a table.
 
-`loss-core bench --tune` measures and keeps the fastest flags of a machine (`loss_core.dispatch.tuned`). Where it has
-not been run, a row of RULES decides. Kernels that compile at their first call (`torch:compile`) are no default: the
-seconds that this takes are the caller's to spend, by name or by `--tune`.
+`loss-core bench --tune` measures and stores the fastest flags of a machine (`loss_core.dispatch.tuned`). Without its
+results, the first rule of RULES that fits decides. Kernels that compile at their first call (`torch:compile`) are not a
+default: they take seconds, so a caller chooses them, by name or with `--tune`.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -29,11 +29,11 @@ class Rule:
     """A row of the table.
 
     Attributes:
-        device: torch device type it is for, "" for any. ROCm's is "cuda", too.
-        max_logits: T * V up to which it holds, 0 for any.
-        kernel: what it takes.
-        why: in words.
-        results: names of the results in examples/benchmarks that show it; empty where nothing was measured.
+        device: torch device type, "" for any. ROCm's is "cuda", too.
+        max_logits: largest T * V of a call, 0 for any.
+        kernel: the kernel that it chooses.
+        why: reason in words.
+        results: names of the results in examples/benchmarks that support it; empty if none were measured.
     """
 
     device: str
@@ -47,7 +47,7 @@ class Rule:
         return self.why + shown
 
 
-# The first row that fits counts. tests/on_torch/test_auto.py holds each row with results to what these say.
+# The first rule that fits decides. tests/on_torch/test_auto.py compares each rule with its results.
 RULES = (
     Rule(
         "cpu",
@@ -82,14 +82,14 @@ def choose(
     Args:
         loss: class name, such as "KDLoss".
         shape: (T, V), or (T, V, H) for the fused loss.
-        candidates: kernels that have this loss and can be used.
+        candidates: kernels that implement this loss and are usable.
     """
-    # A choice that is made while a CUDA graph is captured can't be checked, and holds for that graph alone.
+    # While a CUDA graph is captured, kernels can't be compared: that choice is cached separately.
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return chosen(loss, device, dtype, shape, candidates, torch.get_num_threads(), capturing)
 
 
-# Bounded, and read once for each kind of call: what `--tune` writes counts from the next process on.
+# Bounded. Cached for each kind of call, so results of `--tune` are read from the next process on.
 @lru_cache(maxsize=1024)
 def chosen(
     loss: str,
@@ -100,7 +100,7 @@ def chosen(
     threads: int,
     capturing: bool,
 ) -> KernelChoice:
-    """As `choose`, once for each kind of call."""
+    """`choose`, cached for each kind of call."""
     flag = tuned_choice(
         loss, _device_name(device), str(dtype).removeprefix("torch."), shape, version=str(torch.__version__),
         threads=threads,
@@ -117,36 +117,36 @@ def chosen(
 def where_it_agrees(
     choice: KernelChoice, kernel_set: KernelSet, device: torch.device, dtype: torch.dtype
 ) -> KernelChoice:
-    """The choice, or torch:eager where the kernels of the choice do not agree with it on a few rows on this device."""
-    why_not = _distrust(cast(Any, kernel_set), device, dtype)
-    if why_not is None:
+    """The choice, or torch:eager if the kernel set disagrees with it on a few rows on this device."""
+    problem = _disagreement_with_eager(cast(Any, kernel_set), device, dtype)
+    if problem is None:
         return choice
-    why = f"{kernel_set.flag} was found wrong on this device: {why_not}"
+    why = f"{kernel_set.flag} was found wrong on this device: {problem}"
     return KernelChoice("torch:eager", why, choice.candidates)
 
 
 def by_rule(device_type: str, candidates: tuple[str, ...], num_logits: int = 0) -> KernelChoice:
-    """The first row of the table that fits.
+    """The choice of the first rule that fits.
 
     Args:
-        num_logits: T * V; 0: not known yet.
+        num_logits: T * V; 0 if unknown.
     """
     for rule in RULES:
-        small = rule.max_logits == 0 or 0 < num_logits <= rule.max_logits
-        if rule.device in ("", device_type) and small and rule.kernel in candidates:
+        fits = rule.max_logits == 0 or 0 < num_logits <= rule.max_logits
+        if rule.device in ("", device_type) and fits and rule.kernel in candidates:
             return KernelChoice(f"torch:{rule.kernel}", str(rule), candidates)
     return KernelChoice(f"torch:{candidates[0]}", "the only kernel for this loss that can be used here", candidates)
 
 
 @cache
-def _distrust(kernel_set: KernelSet, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why kernels are not to be taken on a device, None where they agree with torch:eager; once per process."""
-    found = disagreement(kernel_set, cast(KernelSet, kernels.find("eager")), device, dtype)
-    if found is not None:
-        warnings.warn(f"torch:auto takes torch:eager instead of {kernel_set.flag} on {device}: {found}", stacklevel=2)
-    return found
+def _disagreement_with_eager(kernel_set: KernelSet, device: torch.device, dtype: torch.dtype) -> str | None:
+    """`disagreement` with torch:eager, with a warning; once per process, device and dtype."""
+    problem = disagreement(kernel_set, cast(KernelSet, kernels.find("eager")), device, dtype)
+    if problem is not None:
+        warnings.warn(f"torch:auto takes torch:eager instead of {kernel_set.flag} on {device}: {problem}", stacklevel=2)
+    return problem
 
 
 def _device_name(device: torch.device) -> str:
-    """As `loss_core.dispatch.tuned` has it: "cpu", or the accelerator's own name."""
+    """The name under which `loss_core.dispatch.tuned` stores choices: "cpu", or the accelerator's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,6 +1,6 @@
-"""Whether two sets of kernels agree on a few rows, for `torch:auto` to ask before it takes one by itself.
+"""Compares two kernel sets on a few rows, before `torch:auto` chooses one by default.
 
-A check of the machine (driver, compiler, chip), not of the mathematics: that is what `loss-core check` is for.
+A check of the machine (driver, compiler, chip), not of the mathematics, which `loss-core check` verifies.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -17,37 +17,37 @@ from loss_core_torch.tracing import compute_dtype
 # V = 515: no multiple of any block, and one block more than a power of 2.
 _TOKENS, _VOCAB, _HIDDEN = 8, 515, 64
 
-# A row so long that kernels may do something else with it: programs of a GPU share it.
+# A row that is long enough for several programs of a GPU to share it.
 _LONG_VOCAB = 33_285
 
-# Roundings that the two may differ by: of the arithmetic, in sums of some hundred terms of size 1; and of the dtype, to
-# which results are rounded once, and operands of a product before it.
+# Roundings by which the two may differ: of the arithmetic, in sums of some hundred terms of size 1; and of the dtype,
+# to which results are rounded once, and the operands of a product before.
 _ROUNDINGS_INSIDE, _ROUNDINGS = 64, 8
 
 
 def disagreement(kernels: KernelSet, reference: KernelSet, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What differs, with the numbers; None where everything agrees. A kernel that raises disagrees."""
+    """The first result that differs, with its values; None if all agree. A kernel that raises disagrees."""
     with torch.no_grad():
-        wanted = _results(reference, device, dtype)
+        expected = _results(reference, device, dtype)
         try:
-            found = _results(kernels, device, dtype)
+            actual = _results(kernels, device, dtype)
         except Exception as error:
             return f"{kernels.flag} raised {type(error).__name__}: {error}"
-    for name, want in wanted.items():
+    for name, want in expected.items():
         inside = _ROUNDINGS_INSIDE * torch.finfo(compute_dtype(dtype)).eps
         allowed = (inside + _ROUNDINGS * torch.finfo(want.dtype).eps) * want.abs().max().double()
-        got = found[name].double()
-        difference = (got - want.double()).abs().max()
+        got = actual[name].double()
+        difference = (got - want.double()).abs()
         # Not `>`: NaN must not pass.
-        if not bool(difference <= allowed):
-            at = int((got - want.double()).abs().nan_to_num(torch.inf).argmax())
-            values = f"{float(got.flatten()[at]):.6g} and {float(want.flatten()[at]):.6g}"
-            return f"{name} of {kernels.flag} and {reference.flag} in {dtype} is {values} at element {at}"
+        if not bool(difference.max() <= allowed):
+            index = int(difference.nan_to_num(torch.inf).argmax())
+            values = f"{float(got.flatten()[index]):.6g} and {float(want.flatten()[index]):.6g}"
+            return f"{name} of {kernels.flag} and {reference.flag} in {dtype} is {values} at element {index}"
     return None
 
 
 def _results(kernels: KernelSet, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Terms and gradients of every kind, from the same inputs each time."""
+    """Terms and gradients of every kind by name, of inputs that are the same in every call."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -154,14 +154,14 @@ def test_triton_made_wrong_does_not(flag):
 def test_rows_that_programs_share_are_compared(flag, kernel, named):
     """As on a device that never lets one program see what another tells: such rows are NaN."""
     from loss_core_torch.kernels.gpu import GpuKernels
-    from loss_core_torch.kernels.gpu.launch import Launcher, start
+    from loss_core_torch.kernels.gpu.launch import Launcher, launch
 
     def run(launched, grid, grad, *args, **options):
-        start(launched, grid, grad, *args, **options)
-        if options.get("PIECES", 1) > 1 and launched.fn.__name__ == f"{kernel}_kernel":
+        launch(launched, grid, grad, *args, **options)
+        if options.get("NUM_PIECES", 1) > 1 and launched.fn.__name__ == f"{kernel}_kernel":
             grad.fill_(torch.nan)
 
-    found = disagreement(GpuKernels(Launcher(start=run)), EAGER, CPU, torch.bfloat16)
+    found = disagreement(GpuKernels(Launcher(launch=run)), EAGER, CPU, torch.bfloat16)
     assert found.startswith(f"{named} of long rows of torch:triton and torch:eager in torch.bfloat16 is nan")
 
 

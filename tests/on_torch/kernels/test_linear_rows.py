@@ -13,7 +13,7 @@ from loss_core_torch.kernels import HeadOperands, Linear, Wanted
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.gpu import GpuKernels
-from loss_core_torch.kernels.gpu.launch import Launcher, start
+from loss_core_torch.kernels.gpu.launch import Launcher, launch
 from loss_core_torch.kernels.terms import kept_coefficients
 from on_torch.kernels.gpu.sets import SETS as TRITON
 from on_torch.kernels.gpu.sets import V, counted, tiny_chunks, tiny_tiles
@@ -184,9 +184,9 @@ def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag
 
     def start_and_count(kernel, grid, *args, **options):
         rows.append(grid[0])
-        start(kernel, grid, *args, **options)
+        launch(kernel, grid, *args, **options)
 
-    kernels = GpuKernels(Launcher(start=start_and_count, operand_dtype=lambda product_dtype, _: product_dtype))
+    kernels = GpuKernels(Launcher(launch=start_and_count, operand_dtype=lambda product_dtype, _: product_dtype))
     h_TH, w_VH, coef_T = torch.randn(10, 2).to(dtype), torch.randn(V, 2).to(dtype), torch.randn(10)
     linear = Linear(HeadOperands(h_TH, w_VH, dtype), torch.randint(0, V, (10,)), block_tokens=2)
     _, *grads = _expected(linear, coef_T)
@@ -311,9 +311,9 @@ def test_products_into_16_bits_are_added_up_in_float32(flag):
 
     def start_and_look(kernel, *args, **options):
         seen.extend(getattr(matmul, name) for name in names)
-        start(kernel, *args, **options)
+        launch(kernel, *args, **options)
 
-    kernels, linear = GpuKernels(Launcher(start=start_and_look)), _linear(dtype=torch.bfloat16)
+    kernels, linear = GpuKernels(Launcher(launch=start_and_look)), _linear(dtype=torch.bfloat16)
     terms, _ = operators.linear_terms(kernels, linear, Sums(), False)
     seen.clear()
     before = torch.get_float32_matmul_precision()

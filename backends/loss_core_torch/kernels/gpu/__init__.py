@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 in the environment before the first import, they run on 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from loss_core_torch.kernels import Blocks, HeadSizes
@@ -17,7 +18,7 @@ from loss_core_torch.kernels.gpu.rows import RowKernels
 
 
 class GpuKernels(RowKernels, PairKernels):
-    """A `KernelSet`; see there for each method."""
+    """Implements `KernelSet`, where each method is documented."""
 
     flag = "torch:triton"
 
@@ -25,11 +26,11 @@ class GpuKernels(RowKernels, PairKernels):
         self._launcher = launcher or Launcher()
 
     def batch_invariant(self, row_bytes: int) -> bool:
-        """Where each row begins at a whole vector; else the order of its sum depends on where it begins."""
+        """Whether each row begins at a vector: else the order of its sum depends on its alignment."""
         return row_bytes % sizes.VECTOR_BYTES == 0
 
     def grad_in_forward(self, device: torch.device) -> bool:
-        """The second read of a row finds it in a cache."""
+        """True: the second read of a row hits a cache."""
         return True
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -45,13 +46,13 @@ class GpuKernels(RowKernels, PairKernels):
         return self._launcher.tiles(sizes, together)
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """In one visit of memory: mul_ and a cast take two and a half."""
+        """In one pass over memory: mul_ and a cast take two and a half."""
         if dtype == grad.dtype or not grad.numel():
             return grad.mul_(factor).to(dtype)
         out, size = torch.empty_like(grad, dtype=dtype), sizes.ELEMENTWISE
-        programs = -(-grad.numel() // size.block_v)
-        self._launcher.start(
-            kernels.scaled_kernel, (programs,), out, grad, factor, grad.numel(), size=size, BLOCK=size.block_v
+        grid = (triton.cdiv(grad.numel(), size.block_v),)
+        self._launcher.launch(
+            kernels.scaled_kernel, grid, out, grad, factor, grad.numel(), size=size, BLOCK=size.block_v
         )
         return out
 

@@ -1,4 +1,4 @@
-"""Starting kernels of `torch:triton`: on which device, for which layout of memory, in how many programs."""
+"""Launches of the kernels of `torch:triton`: device, memory layout, and constants of each kernel."""
 
 # T = tokens (rows), V = vocabulary (of this rank)
 
@@ -19,17 +19,17 @@ from loss_core_torch.kernels import Blocks, HeadSizes
 from loss_core_torch.kernels.gpu import kernels, products, sizes
 from loss_core_torch.kernels.gpu.sizes import LaunchParameters
 
-# Triton decides when the kernels are decorated, so this holds for the life of the process.
+# Triton reads TRITON_INTERPRET when the kernels are decorated, so this does not change within a process.
 _INTERPRETED = not isinstance(kernels.row_kernel, triton.JITFunction)
 
 
 class Layout(NamedTuple):
-    """How a kernel finds the rows of a tensor [..., V]; handed to it as it is.
+    """Layout of a tensor [..., V], a kernel's argument. Leading dimensions are merged where the strides allow it.
 
     Attributes:
-        sizes: of the leading dimensions, from the last to the second; as few as walk through the rows in C order.
-        strides: of all leading dimensions, from the last to the first, in elements.
-        stride_v: of the vocabulary.
+        sizes: sizes of the leading dimensions, from the last to the second.
+        strides: strides of all leading dimensions, from the last to the first, in elements.
+        stride_v: stride of the vocabulary.
     """
 
     sizes: tuple[int, ...]
@@ -38,11 +38,11 @@ class Layout(NamedTuple):
 
 
 def layout(x: Tensor) -> Layout:
-    """The layout of [..., V]. A plain matrix has no sizes: its rows need no division."""
+    """The layout of [..., V]. A matrix has no sizes, so that the offset of its rows needs no division."""
     return _layout(tuple(x.shape), x.stride())
 
 
-# Asked several times in each call, for the same few layouts.
+# Called several times for each loss, with the same few layouts.
 @lru_cache(maxsize=1024)
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
     merged: list[tuple[int, int]] = []
@@ -54,81 +54,88 @@ def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
         else:
             merged.append((size, stride))
     inner_first = merged[::-1] or [(1, 0)]
-    sizes_, steps = (tuple(column) for column in zip(*inner_first, strict=True))
-    return Layout(sizes_[:-1], steps, strides[-1])
+    merged_sizes, merged_strides = (tuple(column) for column in zip(*inner_first, strict=True))
+    return Layout(merged_sizes[:-1], merged_strides, strides[-1])
 
 
-def alike(vector: int, *tensors: Tensor) -> bool:
-    """Whether rows of these tensors [..., V] begin at the same place between two multiples of `vector` columns."""
-    places = {_place(vector, x) for x in _with_memory(tensors)}
-    return len(places) == 1 and None not in places
+def same_alignment(vector: int, *tensors: Tensor) -> bool:
+    """Whether each row begins at the same offset, modulo `vector` columns, in all of these tensors [..., V]."""
+    alignments = {_alignment(vector, x) for x in _with_memory(tensors)}
+    return len(alignments) == 1 and None not in alignments
 
 
-def _place(vector: int, x: Tensor) -> tuple[int, ...] | None:
-    """Of each row, as far as the layout tells; None where columns do not lie side by side."""
-    where = layout(x)
-    if where.stride_v != 1 or x.data_ptr() % x.itemsize:
+def _alignment(vector: int, x: Tensor) -> tuple[int, ...] | None:
+    """What determines the offset of each row modulo `vector`; None if the columns are not contiguous."""
+    x_layout = layout(x)
+    if x_layout.stride_v != 1 or x.data_ptr() % x.itemsize:
         return None
-    steps = tuple(stride % vector for stride in where.strides)
-    return (x.data_ptr() // x.itemsize % vector, *((*where.sizes, *steps) if any(steps) else ()))
+    strides = tuple(stride % vector for stride in x_layout.strides)
+    return (x.data_ptr() // x.itemsize % vector, *((*x_layout.sizes, *strides) if any(strides) else ()))
 
 
-def columns(size: LaunchParameters, *tensors: Tensor) -> dict[str, Any]:
-    """Constants of how a kernel walks through the columns of these tensors [..., V]."""
-    if alike(size.vector, *tensors):
-        block_v, width, vectors = size.block_v, size.vector, True
+def column_constants(size: LaunchParameters, *tensors: Tensor) -> dict[str, int]:
+    """Constants of a kernel's blocks over the columns of these tensors [..., V]."""
+    if same_alignment(size.vector, *tensors):
+        block_v, width = size.block_v, size.vector
     else:
-        # Each column then has a pointer of its own: half of them, else registers spill.
-        block_v, width, vectors = max(size.block_v // 2, 1), 1, False
-    return {"BLOCK_V": block_v, "L": min(32 * size.num_warps, block_v // width), "W": width, "ALIKE": vectors}
+        # Each column then has its own pointer: half a block, else registers spill.
+        block_v, width = max(size.block_v // 2, 1), 1
+    return {"BLOCK_V": block_v, "L": min(32 * size.num_warps, block_v // width), "W": width}
 
 
-def pieces(size: LaunchParameters, vocab: int) -> dict[str, Any]:
-    """Constants of how programs share a row."""
-    number = size.pieces(vocab)
-    power_of_2 = 1 << (number - 1).bit_length()
-    return {"PIECES": number, "P": power_of_2, "PIECE_V": size.piece_v, "TELL_ONLY": False}
+def piece_constants(size: LaunchParameters, vocab: int) -> dict[str, Any]:
+    """Constants of the pieces of a row."""
+    num_pieces = size.num_pieces(vocab)
+    power_of_2 = triton.next_power_of_2(num_pieces)
+    return {"NUM_PIECES": num_pieces, "P": power_of_2, "PIECE_V": size.piece_v, "PUBLISH_ONLY": False}
 
 
-def untold(num_rows: int, num_pieces: int, like: Tensor) -> Tensor | None:
-    """Where programs that share a row tell each other numbers of the dtype of `like`; None where none do."""
+def new_partials(num_rows: int, num_pieces: int, like: Tensor) -> Tensor | None:
+    """Memory where the programs of a row publish partial terms of the dtype of `like`; None for one piece."""
     if num_pieces == 1:
         return None
     bits = torch.int64 if like.dtype == torch.float64 else torch.int32
-    shape = (num_rows, kernels.TOLD.value, num_pieces)
-    return torch.full(shape, kernels.UNTOLD.value, dtype=bits, device=like.device)
+    shape = (num_rows, kernels.PARTIAL_TERMS.value, num_pieces)
+    return torch.full(shape, kernels.UNPUBLISHED.value, dtype=bits, device=like.device)
 
 
-# Dynamo would follow a launch that it meets in a backward between two of its graphs.
+def new_grad(logits: Tensor) -> Tensor:
+    """Uninitialized contiguous memory for a gradient."""
+    # Not empty_like, which would keep the strides.
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+# Dynamo would trace a launch in a backward that runs between two of its graphs.
 @compat.outside_of_graphs
-def start(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters, **constants: Any) -> None:
-    """Start one kernel on the device of its first tensor.
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, size: LaunchParameters, **constants: Any) -> None:
+    """Launch one kernel on the device of its first tensor.
 
     Raises:
-        BackendUnavailable: tensors on a CPU, where kernels run in Triton's interpreter alone.
+        BackendUnavailable: if tensors are on a CPU and Triton does not interpret the kernels.
     """
     device = args[0].device
     check_device(device, _INTERPRETED)
     # Triton launches on the current device, which need not be the tensors'.
-    here: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    on_device: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     warps = sizes.warps_on(size, amd=torch.version.hip is not None)
     args = _with_memory(args)
-    # Spelled out: Triton's default for products that are added to changes in 3.10.
+    # enable_fp_fusion is explicit, since Triton's default changes in 3.10.
     options = {"num_warps": warps, "num_stages": size.num_stages, "enable_fp_fusion": True}
-    with here, compat.outside_of_functorch():
-        if _INTERPRETED and constants.get("PIECES", 1) > 1:
-            # Programs run one after another there: a round before lets none wait for one behind it.
-            kernel[grid](*args, **{**constants, "TELL_ONLY": True}, **options)
+    with on_device, compat.outside_of_functorch():
+        if _INTERPRETED and constants.get("NUM_PIECES", 1) > 1:
+            # The interpreter runs programs one after another. A first launch publishes all partial terms, so that no
+            # program waits for those of a later one.
+            kernel[grid](*args, **{**constants, "PUBLISH_ONLY": True}, **options)
         kernel[grid](*args, **constants, **options)
 
 
 def _with_memory(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A kernel takes memory, and a tensor that functorch has wrapped has none of its own."""
+    """The values without functorch's wrappers, which have no memory for a kernel to access."""
     return tuple(map(compat.without_wrappers, values)) if compat.in_functorch_transform() else values
 
 
 def check_device(device: torch.device, interpreted: bool) -> None:
-    """Refuse tensors on a CPU, unless kernels are interpreted."""
+    """Raise BackendUnavailable for a CPU, unless kernels are interpreted."""
     if device.type == "cpu" and not interpreted:
         raise BackendUnavailable(
             "'torch:triton' got tensors on the cpu; it needs them on a GPU. Use 'torch:eager' for the CPU, or set "
@@ -137,26 +144,25 @@ def check_device(device: torch.device, interpreted: bool) -> None:
 
 
 class Launcher(NamedTuple):
-    """What decides how kernels are launched. Tests, and the compilation without a GPU, bring their own.
+    """How kernels are launched, and with which sizes. Tests and the offline compilation pass their own.
 
-    Nothing is tuned at run time: that would cost the host time in the first steps, and results would depend on which
-    sizes won.
+    Sizes are not autotuned: that would take host time in the first steps, and results would depend on the sizes found.
 
     Attributes:
-        start: starts one kernel; see `start`.
+        launch: launches one kernel; see `launch`.
         parameters: sizes of a launch; see `sizes.launch_parameters`.
-        chunks: blocks of a fused loss that have whole rows; see `sizes.chunks`.
+        chunks: blocks of full rows of a fused loss; see `sizes.chunks`.
         tiles: its other blocks; see `sizes.tiles`.
         operand_dtype: dtype of the operands of matrix products; see `products.operand_dtype`.
     """
 
-    start: Callable[..., None] = start
+    launch: Callable[..., None] = launch
     parameters: Callable[..., LaunchParameters] = sizes.launch_parameters
     chunks: Callable[[HeadSizes], Blocks] = sizes.chunks
     tiles: Callable[[HeadSizes, bool], Blocks] = sizes.tiles
     operand_dtype: Callable[[torch.dtype, torch.device], torch.dtype] = products.operand_dtype
 
 
-def dense(x_T: Tensor | None) -> Tensor | None:
-    """One entry per row, side by side: labels may be a column of a matrix, an upstream gradient one number expanded."""
+def contiguous(x_T: Tensor | None) -> Tensor | None:
+    """The tensor stored contiguously: labels may be a column of a matrix, an upstream gradient an expanded scalar."""
     return None if x_T is None else x_T.contiguous()

@@ -1,14 +1,14 @@
-"""Compile every Triton kernel for real GPUs, without one, and print what each takes. `make kernels` runs this.
+"""Compile every Triton kernel for GPU targets, without a GPU, and print its resources. `make kernels` runs this.
 
     python tests/on_torch/kernels/gpu/kernel_table.py [--target sm_90 ...] [--vocab 128256 ...] [--dtype bfloat16 ...]
 
-The real launch functions run on tensors without memory (device "meta"), and what they would launch is
-recorded: sizes, constants and the specialisation that Triton's launcher makes of each argument. Each
-distinct one is compiled with an explicit target. For NVIDIA's chips the loops are read in the machine code:
-instructions and those of the special function unit per logit, exchanges between threads, width of accesses; and for
-sm_90 the time that follows from it, as a share of a copy's (`predicted`). --json FILE keeps the table.
+The host code runs on tensors without memory (device "meta"), and its launches are recorded: sizes, constants and
+Triton's specialisation of each argument. Each distinct one is compiled for an explicit target. For NVIDIA's chips the
+loops are read in the machine code: instructions and those of the special function unit per logit, exchanges between
+threads, width of accesses; and for sm_90 the time predicted from them, as a share of a copy's (`predicted`).
+--json FILE writes the table to a file.
 
-Exits with 1 on an error, on a register spill on an NVIDIA target, or when the shared memory is more than the chip has.
+Exits with 1 on an error, on a register spill on an NVIDIA target, or if a kernel needs too much shared memory.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -55,7 +55,7 @@ from on_torch.kernels.gpu import machine_code
 from on_torch.kernels.gpu.machine_code import Loop
 from on_torch.kernels.gpu.predicted import CHIPS, Plan, share_of_copy
 
-# Target, and the shared memory that one program may have, in bytes.
+# Target, and the most shared memory of a program, in bytes.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
@@ -63,7 +63,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
 VOCABS = (32000, 128256, 151936, 262144)
-# No multiple of anything: unaligned rows take another specialisation.
+# Unaligned rows, which are another specialisation.
 RAGGED = 50257
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _POINTERS = {
@@ -75,8 +75,6 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-
-
 _ITEM_BYTES = {pointer: dtype.itemsize for dtype, pointer in _POINTERS.items()}
 
 
@@ -86,11 +84,11 @@ class Recorded:
 
     Attributes:
         kernel: the @triton.jit function.
-        types: Triton's type of each argument, nested where the argument is; "constexpr" for constants.
-        constants: value by path of the argument: its place, and where it is nested the places within.
+        types: Triton's type of each argument, nested for tuples; "constexpr" for constants.
+        constants: values by path of the argument: its index, and for tuples the indices within.
         divisible: paths of the arguments that are known to be multiples of 16.
-        size: how it is compiled.
-        dtype: of the logits, for the table.
+        size: sizes it is compiled with.
+        dtype: dtype of the logits, for the table.
         vocab: columns.
     """
 
@@ -104,7 +102,7 @@ class Recorded:
 
     @property
     def plan(self) -> Plan | None:
-        """Bytes that the kernel moves per logit; None for a kernel that is not over rows."""
+        """Bytes that the kernel moves per logit; None for the elementwise kernel."""
         read = [x for name, x in self.pointers.items() if name in ("logits_ptr", "student_ptr", "teacher_ptr")]
         if not read:
             return None
@@ -113,20 +111,20 @@ class Recorded:
 
     @property
     def block(self) -> int:
-        """Columns at a time."""
+        """Columns of a block."""
         return int(self.value("BLOCK_V" if "BLOCK_V" in [x.name for x in self.kernel.params] else "BLOCK"))
 
     @property
     def pointers(self) -> dict[str, int]:
-        """Bytes of an item behind each pointer."""
+        """Bytes per element of each pointer."""
         names = [parameter.name for parameter in self.kernel.params]
         pairs = zip(names, self.types, strict=True)
         return {name: _ITEM_BYTES[kind] for name, kind in pairs if kind in _ITEM_BYTES}
 
     def value(self, name: str, otherwise: Any = None) -> Any:
-        """The constant that an argument is."""
-        place = [parameter.name for parameter in self.kernel.params].index(name)
-        return dict(self.constants).get((place,), otherwise)
+        """The value of a constant argument."""
+        index = [parameter.name for parameter in self.kernel.params].index(name)
+        return dict(self.constants).get((index,), otherwise)
 
     @property
     def name(self) -> str:
@@ -136,7 +134,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one specialisation takes on one target; `problem` is empty when all is well."""
+    """Resources of one specialisation on one target; `problem` is empty if there is none."""
 
     what: Recorded
     target: str
@@ -146,30 +144,30 @@ class Compiled:
     shared: int
     ttir: str
     problem: str
-    cubin: bytes = field(default=b"", repr=False)  # empty where the target is not NVIDIA's, or it did not compile
+    cubin: bytes = field(default=b"", repr=False)  # empty if the target is not NVIDIA's, or it did not compile
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
-        """Read where they are asked for: disassembling takes as long as compiling."""
+        """Loops of the machine code, read on demand: disassembling takes as long as compiling."""
         return machine_code.loops(self.cubin) if self.cubin else []
 
     @property
-    def logits_of_a_round(self) -> int:
-        """That a thread takes in one round of a loop."""
+    def logits_per_iteration(self) -> int:
+        """Logits per thread in one iteration of a loop."""
         return max(self.what.block // (32 * self.what.size.num_warps), 1)
 
     @property
     def main_loops(self) -> list[Loop]:
-        """Those that read; zeros of ignored rows are written by others."""
+        """Loops that read; the others write the zeros of ignored rows."""
         return [loop for loop in self.loops if loop.load_bits]
 
     @property
     def per_logit(self) -> list[float]:
-        """Instructions of each loop that reads."""
-        return [loop.count / self.logits_of_a_round for loop in self.main_loops]
+        """Instructions per logit of each loop that reads."""
+        return [loop.count / self.logits_per_iteration for loop in self.main_loops]
 
     def predicted(self, chip: str, vocab: int) -> float:
-        """Share of a copy's rate; 0 where the loops are not known."""
+        """Predicted share of a copy's rate; 0 if the loops are unknown."""
         if not self.per_logit or self.what.plan is None:
             return 0.0
         threads = 32 * self.what.size.num_warps
@@ -178,7 +176,7 @@ class Compiled:
 
 
 class _Specialisation:
-    """As Triton's launcher specialises: 1 and None become constants, multiples of 16 are known as such."""
+    """Triton's specialisation of a launch: 1 and None are constants, multiples of 16 are known as such."""
 
     def __init__(self) -> None:
         self.constants: list[tuple[tuple[int, ...], Any]] = []
@@ -187,7 +185,7 @@ class _Specialisation:
     def type_of(self, path: tuple[int, ...], value: Any, annotation: str = "") -> Any:
         """Triton's type of an argument."""
         if isinstance(value, tuple):
-            inner = [self.type_of((*path, place), x) for place, x in enumerate(value)]
+            inner = [self.type_of((*path, index), x) for index, x in enumerate(value)]
             return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
         if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.itemsize % 16 == 0:
@@ -209,25 +207,25 @@ def specialise(
     """One launch as Triton would compile it."""
     found, types = _Specialisation(), []
     values = [*args, *(None for _ in constants)]
-    for place, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
+    for index, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
         if parameter.name in constants:
             types.append("constexpr")
-            found.constants.append(((place,), constants[parameter.name]))
+            found.constants.append(((index,), constants[parameter.name]))
         else:
-            types.append(found.type_of((place,), value, parameter.annotation_type))
+            types.append(found.type_of((index,), value, parameter.annotation_type))
     return Recorded(kernel, tuple(types), tuple(found.constants), tuple(found.divisible), size, dtype, vocab)
 
 
 def launches(vocab: int, dtype: str) -> list[Recorded]:
-    """What the losses launch for many rows, for a few rows, and for a batched slice."""
+    """Launches of the losses for many rows, for a few rows, and for a batched slice."""
     kind: torch.dtype = getattr(torch, dtype)
     found: list[Recorded] = []
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, size: Any, **constants: Any) -> None:
         found.append(specialise(kernel, args, constants, size, dtype, vocab))
 
-    # Operands as on a GPU, which the device here is not.
-    kernels = GpuKernels(Launcher(start=record, operand_dtype=lambda dtype, _: dtype))
+    # operand_dtype as on a GPU.
+    kernels = GpuKernels(Launcher(launch=record, operand_dtype=lambda dtype, _: dtype))
     for lead, sliced in (((8192,), False), ((4,), False), ((3, 5, 7), True)):
         whole = torch.empty(*lead[:-1], lead[-1] + sliced, vocab, dtype=kind, device="meta")
         _launch_all(kernels, whole[..., : lead[-1], :])
@@ -263,18 +261,18 @@ def _launch_all(kernels: GpuKernels, logits: torch.Tensor) -> None:
         kernels.pair_mixture(pairs, terms_of_pairs, 0.5)
         _, grad = kernels.pair_terms_and_grad(pairs, coef_T)
         kernels.pair_grad(pairs, terms_of_pairs, PairCoefficients(coef_T, coef_T, False, factor=coef_T.sum()), grad)
-    # Entropies, of logits as they lie and with all that may be done to them.
+    # Entropies, without and with every option.
     for rows in (Rows(logits, labels_T, None), Rows(logits, labels_T, labels_T != 0, 0, 30.0, coef_T)):
         terms = kernels.row_terms(rows, Sums(e=True))
         kernels.row_grad(rows, terms, Coefficients(coef_T, coef_T, slope=coef_T))
-        # 60 targets of a row, which its terms leave out.
+        # 60 targets per row, which m and s exclude.
         rows = rows._replace(labels_T=torch.empty(num_tokens, 60, dtype=torch.int64, device="meta"))
         terms = kernels.row_terms(rows, Sums())
         kernels.row_grad(rows, terms, Coefficients(coef_T, terms.t))
 
 
 def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-    """In one visit and in two, with a softcap and without."""
+    """In one pass over the logits and in two, with and without a softcap."""
     labels_T = torch.empty(len(hidden), dtype=torch.int64, device="meta")
     coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
     for softcap, objective in (
@@ -291,7 +289,7 @@ def _launch_linear(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tens
 
 
 def _launch_linear_pairs(kernels: GpuKernels, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-    """Gradients over the logits, or beside them in the dtype of the products."""
+    """Gradients in place of the logits, and in separate memory in the dtype of the products."""
     coef_T = torch.empty(len(hidden), dtype=compute_dtype(hidden.dtype), device="meta")
     head = HeadOperands(hidden, weight, hidden.dtype)
     linear = LinearPairs(head, head, None, 0.5)
@@ -303,7 +301,7 @@ def _launch_linear_pairs(kernels: GpuKernels, hidden: torch.Tensor, weight: torc
 
 def compile_one(what: Recorded, target: str) -> Compiled:
     """Compile one specialisation for one target."""
-    gpu, room = TARGETS[target]
+    gpu, max_shared = TARGETS[target]
     names = [parameter.name for parameter in what.kernel.params]
     source = ASTSource(
         what.kernel,
@@ -328,8 +326,8 @@ def compile_one(what: Recorded, target: str) -> Compiled:
     problems = []
     if spilled and gpu.backend == "cuda":
         problems.append(f"spills {spilled} bytes")
-    if shared > room:
-        problems.append(f"shared memory {shared} > {room}")
+    if shared > max_shared:
+        problems.append(f"shared memory {shared} > {max_shared}")
     return Compiled(what, target, warps, registers, spilled, shared, str(made.asm["ttir"]), ", ".join(problems), cubin)
 
 
@@ -353,7 +351,7 @@ def line(row: Compiled) -> str:
     what = row.what
     loops = row.main_loops
     counts = "+".join(f"{count:.1f}" for count in row.per_logit)
-    special = sum(loop.special for loop in loops) / row.logits_of_a_round
+    special = sum(loop.special for loop in loops) / row.logits_per_iteration
     bits = "/".join(str(min(widths)) for widths in zip_widths(loops))
     plan = f"{what.plan.once}+{what.plan.again}" if what.plan else ""
     predicted = " ".join(f"{row.predicted(chip, what.vocab):4.0%}" for chip in CHIPS) if row.target == "sm_90" else ""
@@ -373,20 +371,19 @@ def zip_widths(loops: list[Loop]) -> list[tuple[int, ...]]:
 
 
 def flags_of(what: Recorded) -> list[str]:
-    """What sets this specialisation apart."""
+    """What distinguishes this specialisation."""
     names = [parameter.name for parameter in what.kernel.params]
-    flags = [
-        name.lower() for name in ("OF_TEACHER", "MIXTURE", "SOFTCAP", "LEFT_OUT") if name in names and what.value(name)
-    ]
-    # Arguments that may be None, where they are not.
-    optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "unless_one_ptr": "unless_one",
-                "e_ptr": "entropy", "slope_ptr": "entropy", "inverse_ptr": "temperature"}  # fmt: skip
+    switches = ("OF_TEACHER", "MIXTURE", "SOFTCAP", "EXCLUDE_TARGETS", "PREFILLED")
+    flags = [name.lower() for name in switches if name in names and what.value(name)]
+    # Optional arguments that are not None.
+    optional = {"keep_ptr": "keep", "z_sum_ptr": "z_sum", "uniform_ptr": "uniform", "e_ptr": "entropy",
+                "slope_ptr": "entropy", "inv_temp_ptr": "temperature"}  # fmt: skip
     flags += [flag for name, flag in optional.items() if name in names and what.value(name, 0) is not None]
-    if "ALIKE" in names and not what.value("ALIKE"):
-        flags.append("unlike")
-    for place, kind in enumerate(what.types):
-        if names[place].endswith("layout") and (kind.sizes or kind.stride_v != "constexpr"):
-            flags.append(f"{names[place]}:{len(kind.strides)}{'' if kind.stride_v == 'constexpr' else '+strided'}")
+    if "W" in names and what.value("W") == 1:
+        flags.append("unaligned")
+    for name, kind in zip(names, what.types, strict=True):
+        if name.endswith("layout") and (kind.sizes or kind.stride_v != "constexpr"):
+            flags.append(f"{name}:{len(kind.strides)}{'' if kind.stride_v == 'constexpr' else '+strided'}")
     if "grad_ptr" in what.pointers and "logits_ptr" in what.pointers:
         read, stored = what.pointers["logits_ptr"], what.pointers["grad_ptr"]
         flags += [f"to {8 * stored} bits"] if read != stored else []
@@ -408,8 +405,8 @@ def record(row: Compiled) -> dict[str, Any]:
         "shared": row.shared,
         "loops": [
             {
-                "instructions_per_logit": loop.count / row.logits_of_a_round,
-                "special_per_logit": loop.special / row.logits_of_a_round,
+                "instructions_per_logit": loop.count / row.logits_per_iteration,
+                "special_per_logit": loop.special / row.logits_per_iteration,
                 "exchanges": loop.exchanges,
                 "load_bits": sorted(set(loop.load_bits)),
                 "store_bits": sorted(set(loop.store_bits)),

@@ -1,4 +1,4 @@
-"""What the loops of a compiled kernel cost: instructions read from its machine code (NVIDIA), without a GPU."""
+"""Loops of a compiled kernel: instructions and accesses read from its machine code (NVIDIA), without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import triton
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# What no loop over the vocabulary should hold: threads that wait for each other, or hand values to each other.
+# Barriers, shuffles and accesses to shared memory, which no loop over the vocabulary should have.
 _EXCHANGES = ("BAR", "SHFL", "LDS", "STS", "LDSM", "STSM")
 
 
@@ -23,8 +23,8 @@ class Loop:
     """An innermost loop.
 
     Attributes:
-        instructions: how often each opcode occurs, such as {"FADD": 64}.
-        load_bits, store_bits: width of each access to global memory; empty where there is none.
+        instructions: count of each opcode, such as {"FADD": 64}.
+        load_bits, store_bits: width of each access to global memory.
     """
 
     instructions: Counter[str]
@@ -33,7 +33,7 @@ class Loop:
 
     @property
     def count(self) -> int:
-        """Instructions of a round."""
+        """Instructions of an iteration."""
         return self.instructions.total()
 
     @property
@@ -48,49 +48,49 @@ class Loop:
 
     @property
     def spills(self) -> int:
-        """Accesses to what did not fit into registers."""
+        """Accesses to spilled registers."""
         return self.instructions["LDL"] + self.instructions["STL"]
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, of a thread."""
+    """Registers and bytes of local memory per thread."""
     report = _run("cuobjdump", ("-res-usage",), cubin)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    # STACK as well: what ptxas spills lies on the stack of the thread.
+    # STACK as well: ptxas spills to the stack of the thread.
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
 def loops(cubin: bytes) -> list[Loop]:
-    """Innermost loops that touch global memory, in the order of the code, not those that wait for other programs."""
+    """Innermost loops that access global memory, in the order of the code, except those that poll."""
     return list(_loops(_run("nvdisasm", ("-c", "-ndf"), cubin)))
 
 
 def _loops(text: str) -> Iterator[Loop]:
-    code, places = [], {}
+    code, labels = [], {}
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x?_?\d+):", line):
-            places[label[1]] = len(code)
+            labels[label[1]] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
             code.append(instruction[1])
-    back = []
-    for place, instruction in enumerate(code):
-        jump = re.match(r"BRA.*?(\.L_x?_?\d+)", instruction)
-        if jump and places.get(jump[1], place + 1) <= place:
-            back.append((places[jump[1]], place))
-    for start, stop in back:
-        if any((start, stop) != (a, b) and start <= a and b <= stop for a, b in back):
+    spans = []
+    for index, instruction in enumerate(code):
+        branch = re.match(r"BRA.*?(\.L_x?_?\d+)", instruction)
+        if branch and labels.get(branch[1], index + 1) <= index:
+            spans.append((labels[branch[1]], index))
+    for start, stop in spans:
+        if any((start, stop) != (a, b) and start <= a and b <= stop for a, b in spans):
             continue
         opcodes = [instruction.split()[0] for instruction in code[start : stop + 1]]
         loads = tuple(_bits(opcode) for opcode in opcodes if opcode.startswith("LDG"))
         stores = tuple(_bits(opcode) for opcode in opcodes if opcode.startswith("STG"))
-        # A loop that waits asks memory itself each time, past every cache of the multiprocessor.
-        waits = any("STRONG" in opcode for opcode in opcodes)
-        if (loads or stores) and not waits:
+        # A loop that polls bypasses the caches of the multiprocessor.
+        polls = any("STRONG" in opcode for opcode in opcodes)
+        if (loads or stores) and not polls:
             yield Loop(Counter(opcode.split(".")[0] for opcode in opcodes), loads, stores)
 
 
 def _bits(opcode: str) -> int:
-    """Of LDG.E.EL.128 or LDG.E.U16; 32 where none are named."""
+    """Width of an access such as LDG.E.EL.128 or LDG.E.U16; 32 if the opcode names none."""
     found = re.search(r"\.[US]?(8|16|64|128|256)\b", opcode)
     return int(found[1]) if found else 32
 

@@ -1,16 +1,16 @@
-"""Sets of the Triton kernels as tests want them: with sizes of a GPU, with tiny ones, with launches counted."""
+"""Triton kernel sets for tests: with the sizes for a GPU, with tiny sizes, with launches recorded."""
 
 import torch
 
 from loss_core_torch.kernels import Blocks
 from loss_core_torch.kernels.gpu import GpuKernels, sizes
-from loss_core_torch.kernels.gpu.launch import Launcher, start
+from loss_core_torch.kernels.gpu.launch import Launcher, launch
 
 V = 37
 
-# Blocks of 16 columns (two lanes, two vectors of 4 each) and chunks of four tokens, or tiles of 20 columns, logits of
-# two tokens at a time, so that small inputs go through every loop. And rows of which programs have 8 columns each, two
-# blocks.
+# So that small inputs go through every loop: blocks of 16 columns (two lanes, two vectors of 4 each) and chunks of four
+# tokens, or tiles of 20 columns, with logits of two tokens at a time; and rows shared by programs of 8 columns, two
+# blocks, each.
 TINY = sizes.LaunchParameters(block_v=16, vector=4, num_warps=1)
 SHARED = sizes.LaunchParameters(block_v=4, vector=4, num_warps=1, piece_v=8)
 
@@ -31,14 +31,14 @@ SETS = {
 
 
 def counted(**choices):
-    """A set of kernels, and the list of names of kernels to which each launch adds one."""
-    seen = []
+    """A kernel set, and the list to which each launch appends the name of its kernel."""
+    launched = []
 
     def run(kernel, *args, **options):
-        seen.append(kernel.fn.__name__)
-        start(kernel, *args, **options)
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *args, **options)
 
-    return GpuKernels(Launcher(start=run, **choices)), seen
+    return GpuKernels(Launcher(launch=run, **choices)), launched
 
 
 def layouts(dtype=torch.float32):

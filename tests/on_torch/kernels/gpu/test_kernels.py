@@ -1,4 +1,4 @@
-"""The pieces of the Triton kernels against the laws of `loss_core.row_terms`, in Triton's interpreter."""
+"""Device functions of the Triton kernels against `loss_core.row_terms`, in Triton's interpreter."""
 
 import functools
 import itertools
@@ -23,41 +23,41 @@ pytestmark = pytest.mark.parametrize("flag", ["torch:triton"])
 
 
 @triton.jit
-def _states_kernel(z_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr):
-    """[PIECES, K, L, W] logits: extend over the pieces, fold over lanes, and the last piece once more."""
+def _states_kernel(z_ptr, out_ptr, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, NUM_PIECES: tl.constexpr):
+    """[NUM_PIECES, K, L, W] logits: extend over the pieces, fold over lanes, and the last piece once more."""
     offs = tl.arange(0, K * L * W)
-    m, s, e = terms.lowest(L, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
-    for piece in range(PIECES):
+    m, s, e = terms.initial_max(L, tl.float32), tl.zeros([L], tl.float32), tl.zeros([L], tl.float32)
+    for piece in range(NUM_PIECES):
         z = tl.reshape(tl.load(z_ptr + piece * K * L * W + offs), [K, L, W])
         m, s, e = terms.extend(m, s, e, z, True)
     m, s, e = terms.fold(m, s, e, True)
-    tl.store(out_ptr, terms.only(terms.seen(m, s)))
-    tl.store(out_ptr + 1, terms.only(s))
-    tl.store(out_ptr + 2, terms.only(e))
-    last = tl.load(z_ptr + (PIECES - 1) * K * L * W + offs)
+    tl.store(out_ptr, terms.scalar(terms.row_max(m, s)))
+    tl.store(out_ptr + 1, terms.scalar(s))
+    tl.store(out_ptr + 2, terms.scalar(e))
+    last = tl.load(z_ptr + (NUM_PIECES - 1) * K * L * W + offs)
     m, s, e = terms.extend(m, s, e, tl.reshape(last, [1, 1, K * L * W]), True)
-    tl.store(out_ptr + 3, terms.only(terms.seen(m, s)))
-    tl.store(out_ptr + 4, terms.only(s))
-    tl.store(out_ptr + 5, terms.only(e))
+    tl.store(out_ptr + 3, terms.scalar(terms.row_max(m, s)))
+    tl.store(out_ptr + 4, terms.scalar(s))
+    tl.store(out_ptr + 5, terms.scalar(e))
 
 
 @triton.jit
 def _pair_states_kernel(
-    t_ptr, s_ptr, out_ptr, rate, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, PIECES: tl.constexpr
+    t_ptr, s_ptr, out_ptr, rate, K: tl.constexpr, L: tl.constexpr, W: tl.constexpr, NUM_PIECES: tl.constexpr
 ):
     offs = tl.arange(0, K * L * W)
-    low, none = terms.lowest(L, tl.float32), tl.zeros([L], tl.float32)
-    m_t, s_t, a, m_s, s_s = low, none, none, low, none
-    for piece in range(PIECES):
+    m, zeros = terms.initial_max(L, tl.float32), tl.zeros([L], tl.float32)
+    m_t, s_t, a, m_s, s_s = m, zeros, zeros, m, zeros
+    for piece in range(NUM_PIECES):
         zt = tl.reshape(tl.load(t_ptr + piece * K * L * W + offs), [K, L, W])
         zs = tl.reshape(tl.load(s_ptr + piece * K * L * W + offs), [K, L, W])
         m_t, s_t, a, m_s, s_s = terms.extend_pairs(m_t, s_t, a, m_s, s_s, zt, zs, rate)
     m_t, s_t, a, m_s, s_s = terms.fold_pairs(m_t, s_t, a, m_s, s_s, rate)
-    tl.store(out_ptr + 0, terms.only(terms.seen(m_t, s_t)))
-    tl.store(out_ptr + 1, terms.only(s_t))
-    tl.store(out_ptr + 2, terms.only(a))
-    tl.store(out_ptr + 3, terms.only(terms.seen(m_s, s_s)))
-    tl.store(out_ptr + 4, terms.only(s_s))
+    tl.store(out_ptr + 0, terms.scalar(terms.row_max(m_t, s_t)))
+    tl.store(out_ptr + 1, terms.scalar(s_t))
+    tl.store(out_ptr + 2, terms.scalar(a))
+    tl.store(out_ptr + 3, terms.scalar(terms.row_max(m_s, s_s)))
+    tl.store(out_ptr + 4, terms.scalar(s_s))
 
 
 def _inputs(rng, kind, shape):
@@ -81,7 +81,7 @@ def test_laws_of_combine(flag):
         z = _inputs(rng, kind, (pieces, k * lanes, width))
         for order in itertools.islice(itertools.permutations(range(pieces)), 0, 120, 17):
             out = torch.empty(6)
-            _states_kernel[(1,)](torch.from_numpy(z[list(order)].copy()), out, K=k, L=lanes, W=width, PIECES=pieces)
+            _states_kernel[(1,)](torch.from_numpy(z[list(order)].copy()), out, K=k, L=lanes, W=width, NUM_PIECES=pieces)
             wide = z[list(order)].astype(np.float64).reshape(pieces, -1)
             ones = [_one(np, row) for row in wide]
             expected = functools.reduce(lambda a, b: row_terms.combine(np, a, b), ones)
@@ -108,9 +108,9 @@ def test_laws_of_combine_pairs(flag, temperature):
         out = torch.empty(5)
         rate = float(np.log2(np.e) / temperature)
         _pair_states_kernel[(1,)](
-            torch.from_numpy(zt), torch.from_numpy(zs), out, rate, K=k, L=lanes, W=width, PIECES=pieces
+            torch.from_numpy(zt), torch.from_numpy(zs), out, rate, K=k, L=lanes, W=width, NUM_PIECES=pieces
         )
-        # Maxima and gaps are those of the logits as they lie.
+        # Maxima and gaps are those of the logits before the temperature.
         out[[0, 2, 3]] /= temperature
         with np.errstate(invalid="ignore"):
             parts = [
@@ -118,7 +118,7 @@ def test_laws_of_combine_pairs(flag, temperature):
                 for t, s in zip(*(z.astype(float).reshape(pieces, -1) / temperature for z in (zt, zs)), strict=True)
             ]
             expected = functools.reduce(lambda a, b: row_terms.combine_pairs(np, a, b), parts)
-        # `a` is stored in units of its own.
+        # `a` is stored in GAP_UNITs.
         out[2] *= row_terms.GAP_UNIT
         expected = expected._replace(a=expected.a * row_terms.GAP_UNIT)
         np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-5, err_msg=str(kinds))
@@ -133,24 +133,24 @@ def _one_pair(zt, zs):
 
 
 @triton.jit
-def _telling_kernel(x_ptr, told_ptr, out_ptr, PIECES: tl.constexpr, P: tl.constexpr):
-    """Tell PIECES numbers as number 1 of 2, and read them; and those of number 0, which nobody tells."""
-    for piece in range(PIECES):
-        pieces.tell(told_ptr, 1, tl.load(x_ptr + piece), tl.program_id(0) + piece, PIECES)
-    nothing_P = tl.full([P], -7.0, x_ptr.dtype.element_ty)
-    tl.store(out_ptr + tl.arange(0, P), pieces.told(told_ptr, 1, nothing_P, PIECES))
-    tl.store(out_ptr + P + tl.arange(0, P), pieces.told(told_ptr, 0, nothing_P, PIECES))
+def _publishing_kernel(x_ptr, partials_ptr, out_ptr, NUM_PIECES: tl.constexpr, P: tl.constexpr):
+    """Publish term 1 of 2 of all pieces, and wait for it and for term 0, which is not published."""
+    for piece in range(NUM_PIECES):
+        pieces.publish(partials_ptr, 1, tl.load(x_ptr + piece), tl.program_id(0) + piece, NUM_PIECES)
+    identity_P = tl.full([P], -7.0, x_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.arange(0, P), pieces.wait_for(partials_ptr, 1, identity_P, NUM_PIECES))
+    tl.store(out_ptr + P + tl.arange(0, P), pieces.wait_for(partials_ptr, 0, identity_P, NUM_PIECES))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, torch.int32), (torch.float64, torch.int64)])
-def test_what_is_told_arrives_and_never_looks_untold(flag, dtype, bits):
-    """Also a NaN of the very bits that stand for a number not yet told, for which others would wait."""
+def test_published_terms_are_read_back(flag, dtype, bits):
+    """Even a NaN with the bits of an unpublished term, for which other programs would wait."""
     x = torch.tensor([1.5, -torch.inf, torch.nan, -0.0, torch.nan], dtype=dtype)
-    x.view(bits)[4] = pieces.UNTOLD.value
-    told, out = torch.full((2, 5), pieces.UNTOLD.value, dtype=bits), torch.empty(16, dtype=dtype)
-    _telling_kernel[(1,)](x, told, out, PIECES=5, P=8)
-    assert (told[1] != pieces.UNTOLD.value).all()
-    assert (told[0] == pieces.UNTOLD.value).all()
+    x.view(bits)[4] = pieces.UNPUBLISHED.value
+    partials, out = torch.full((2, 5), pieces.UNPUBLISHED.value, dtype=bits), torch.empty(16, dtype=dtype)
+    _publishing_kernel[(1,)](x, partials, out, NUM_PIECES=5, P=8)
+    assert (partials[1] != pieces.UNPUBLISHED.value).all()
+    assert (partials[0] == pieces.UNPUBLISHED.value).all()
     torch.testing.assert_close(out[:5], x, rtol=0, atol=0, equal_nan=True)
     assert out[8:13].isnan().all()
     assert (out[[*range(5, 8), *range(13, 16)]] == -7.0).all()
@@ -163,7 +163,7 @@ def _tanh_kernel(x_ptr, out_ptr, N: tl.constexpr):
 
 
 def test_tanh(flag):
-    """Within 4 ulp everywhere, in both dtypes, from the smallest numbers to infinity."""
+    """Within 4 ulp everywhere, in both dtypes, from 1e-30 to infinity."""
     for dtype in (torch.float32, torch.float64):
         size = torch.logspace(-30, 3, 2047, dtype=torch.float64)
         x = torch.cat([size, -size, torch.tensor([0.0, torch.inf], dtype=torch.float64)]).to(dtype)
@@ -214,7 +214,7 @@ def _row_start_kernel(out_ptr, row, layout):
     tl.store(out_ptr, memory.row_start((tl.program_id(0) + row).to(tl.int64), layout))
 
 
-def test_where_a_row_starts(flag):
+def test_row_start(flag):
     out = torch.empty(1, dtype=torch.int64)
     _row_start_kernel[(1,)](out, 70_000, Layout((), (65_537,), 1))
     assert out.item() == 70_000 * 65_537
@@ -224,7 +224,7 @@ def test_where_a_row_starts(flag):
 
 
 @pytest.mark.parametrize("name", layouts())
-def test_every_row_of_a_layout(flag, name):
+def test_row_start_of_every_layout(flag, name):
     view = layouts()[name]
     out = torch.empty(1, dtype=torch.int64)
     starts = torch.arange(2 * 3 * 2 * 3 * 3 * 9).as_strided(view.shape, view.stride(), view.storage_offset())[..., 0]

@@ -89,12 +89,12 @@ def test_any_layout_is_one_launch(flag, layout):
     keep_T = torch.arange(student.shape[:-1].numel()) % 3 != 1
     for name in ("tiny-blocks", "shared-rows"):
         _holds(SETS[name], Pairs(student, teacher, keep_T, 0.5))
-    kernels, seen = counted()
+    kernels, launched = counted()
     kernels.pair_terms(Pairs(student, teacher, keep_T, 0.5))
-    assert seen == ["pair_terms_kernel"]
+    assert launched == ["pair_terms_kernel"]
 
 
-# Those that differ for a kernel: leading dimensions that do not merge, strided columns, columns that are one.
+# Layouts that differ for a kernel: leading dimensions that do not merge, strided columns, expanded columns.
 @pytest.mark.parametrize("layout", ["two slices and every other column", "transposed", "expanded columns"])
 def test_a_mixture_of_any_layout(flag, layout):
     student = layouts()[layout]
@@ -103,7 +103,7 @@ def test_a_mixture_of_any_layout(flag, layout):
 
 
 @each_set
-def test_what_an_ignored_pair_holds_is_not_read(flag, name):
+def test_ignored_pairs_of_nan_and_inf(flag, name):
     student, teacher = torch.randn(4, V), torch.randn(4, V)
     student[1], teacher[2] = torch.nan, torch.inf
     pairs = Pairs(student, teacher, torch.tensor([True, False, False, True]), 1.0)
@@ -121,7 +121,7 @@ def test_what_an_ignored_pair_holds_is_not_read(flag, name):
         assert grad.isfinite().all()
 
 
-def test_a_teacher_that_rules_classes_out(flag):
+def test_classes_of_teacher_probability_0(flag):
     student, teacher = torch.randn(3, V), torch.randn(3, V)
     teacher[:, ::2] = -torch.inf
     student[:, ::2] = torch.tensor([torch.finfo(torch.float32).min, -torch.inf, 5.0])[:, None]
@@ -132,7 +132,7 @@ def test_a_teacher_that_rules_classes_out(flag):
     assert kl_T.isfinite().all()
 
 
-def test_a_student_of_the_least_finite_number_gives_the_loss_of_plain_float32(flag):
+def test_the_lowest_finite_student_logit_gives_the_loss_of_plain_float32(flag):
     student, teacher = torch.randn(2, V), torch.randn(2, V)
     student[:, 3] = torch.finfo(torch.float32).min
     pairs = Pairs(student, teacher, None, 1.0)
@@ -145,7 +145,7 @@ def test_a_student_of_the_least_finite_number_gives_the_loss_of_plain_float32(fl
 
 @each_set
 def test_a_factor_of_all_coefficients(flag, name):
-    """Where it is 1, a gradient that was handed in is left as it lies."""
+    """With a factor of 1, `out` is not written."""
     pairs, coef_T = Pairs(torch.randn(3, V), torch.randn(3, V), None, 1.0), torch.randn(3)
     terms, made = SETS[name].pair_terms_and_grad(pairs, coef_T)
     wanted = PairCoefficients(kl_divergence(torch, terms), coef_T, False)
@@ -158,10 +158,10 @@ def test_a_factor_of_all_coefficients(flag, name):
 
 
 def test_no_vocabulary_is_an_empty_piece(flag):
-    kernels, seen = counted()
+    kernels, launched = counted()
     pairs = Pairs(torch.randn(2, 3, 0), torch.randn(2, 3, 0), None, 1.0)
     low_T, none_T = torch.full((6,), -torch.inf), torch.zeros(6)
     torch.testing.assert_close(tuple(kernels.pair_terms(pairs)), (low_T, none_T, none_T, low_T, none_T))
     assert kernels.pair_terms_and_grad(pairs, none_T)[1].shape == pairs.student.shape
     torch.testing.assert_close(tuple(kernels.pair_mixture(pairs, kernels.pair_terms(pairs), 0.5)), (none_T, none_T))
-    assert not seen
+    assert not launched

@@ -5,13 +5,7 @@ import itertools
 import pytest
 import torch
 
-from loss_core.row_terms import (
-    Coefficients,
-    CrossEntropy,
-    LogProbability,
-    RowTerms,
-    Sums,
-)
+from loss_core.row_terms import Coefficients, CrossEntropy, LogProbability, RowTerms, Sums
 from loss_core_torch.kernels import Rows, whole_rows
 from on_torch.kernels.gpu.sets import SETS, V, counted, layouts
 
@@ -22,7 +16,7 @@ FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _rows(logits, vocab_start=0, ignored=True):
-    """Rows with a label of nobody, and some that are ignored."""
+    """Rows, some with a label outside of these columns, and some ignored."""
     num_rows, vocab = logits.shape[:-1].numel(), logits.shape[-1]
     labels_T = torch.randint(0, vocab, (num_rows,)) + vocab_start
     labels_T[1::5] = vocab_start + vocab + 3
@@ -131,7 +125,7 @@ def test_the_column_of_the_label_is_rounded_once(flag, name):
 
 
 @each_set
-def test_what_an_ignored_row_holds_is_not_read(flag, name):
+def test_ignored_rows_of_nan_and_inf(flag, name):
     logits = torch.randn(6, V)
     logits[1::2] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None]
     rows = Rows(logits, torch.arange(6), torch.arange(6) % 2 == 0)
@@ -167,7 +161,7 @@ def test_any_layout(flag, layout):
     for got in (made, by_several, kernels.row_grad(rows, found, coefficients)):
         assert got.is_contiguous()
         _close(got, grad, torch.float32)
-    # The gradient may lie as the logits do.
+    # `out` may have any layout.
     whole = torch.full((*rows.logits.shape[:-1], 2 * rows.logits.shape[-1]), 7.0)
     out = whole.transpose(0, -1).contiguous().transpose(0, -1)[..., ::2]
     assert kernels.row_grad(rows, found, coefficients, out=out) is out
@@ -176,17 +170,17 @@ def test_any_layout(flag, layout):
 
 @pytest.mark.parametrize("layout", layouts())
 def test_any_layout_is_one_launch(flag, layout):
-    kernels, seen = counted()
+    kernels, launched = counted()
     rows = _rows(layouts()[layout])
     if not rows.logits.numel():
         return
     terms = kernels.row_terms(rows, Sums())
     kernels.row_grad(rows, terms, CrossEntropy(V).coefficients(torch, terms, [torch.ones(1)]))
-    assert seen == ["row_terms_kernel", "row_grad_kernel"]
+    assert launched == ["row_terms_kernel", "row_grad_kernel"]
 
 
 @pytest.mark.parametrize("layout", [name for name in layouts() if "expanded" not in name])
-def test_over_the_logits_themselves(flag, layout):
+def test_in_place_of_the_logits(flag, layout):
     kernels, logits = SETS["tiny-blocks"], layouts(torch.bfloat16)[layout]
     rows = _rows(logits)
     coef_T = torch.randn(rows.labels_T.shape)
@@ -198,8 +192,8 @@ def test_over_the_logits_themselves(flag, layout):
 
 
 @pytest.mark.parametrize("layout", [name for name in layouts() if "expanded" not in name])
-def test_several_programs_over_the_logits_themselves(flag, layout):
-    """No program writes before every other of the row has read what it tells."""
+def test_shared_rows_in_place_of_the_logits(flag, layout):
+    """No program writes before all programs of the row have read their logits."""
     logits = layouts(torch.bfloat16)[layout]
     rows = _rows(logits)
     coef_T = torch.randn(rows.labels_T.shape)
@@ -213,7 +207,7 @@ def test_several_programs_over_the_logits_themselves(flag, layout):
 
 @each_set
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_coefficients_of_the_gradient_that_was_made(flag, name, smoothing):
+def test_the_returned_coefficients(flag, name, smoothing):
     rows, coef_T, objective = _rows(torch.randn(7, V)), torch.randn(7), CrossEntropy(V, smoothing, z_loss=0.1)
     terms, _, found = SETS[name].row_terms_and_grad(rows, coef_T, objective)
     expected = objective.coefficients(torch, terms, [coef_T])
@@ -225,7 +219,7 @@ def test_the_coefficients_of_the_gradient_that_was_made(flag, name, smoothing):
 
 @each_set
 def test_a_factor_of_all_coefficients(flag, name):
-    """Where it is 1, a gradient that was handed in is left as it lies."""
+    """With a factor of 1, `out` is not written."""
     kernels, rows, coef_T = SETS[name], _rows(torch.randn(4, V)), torch.randn(4)
     terms, made, coefficients = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V, 0.1))
     for factor, written in ((1.0, False), (1.0 + 2**-20, True), (3.0, True), (torch.nan, True)):
@@ -252,20 +246,20 @@ def test_labels_and_coefficients_of_any_stride(flag):
     _close(SETS["own-sizes"].row_grad(rows, terms, coefficients), grad, torch.float32)
 
 
-def test_more_columns_than_a_block_of_the_real_sizes(flag):
+def test_more_columns_than_a_block_of_the_gpu_sizes(flag):
     for vocab in (40001, 9001):
-        kernels, seen = counted()
+        kernels, launched = counted()
         rows, coef_T = _rows(torch.randn(3, vocab).to(torch.bfloat16)), torch.ones(3)
         terms, grad = _expected(rows, coef_T)
         found, made, _ = kernels.row_terms_and_grad(rows, coef_T, CrossEntropy(V))
         _same_terms(rows, found, terms)
         _close(made, grad, torch.bfloat16)
-        assert seen == ["row_kernel"]
+        assert launched == ["row_kernel"]
 
 
 @each_set
 def test_rows_that_begin_between_vectors(flag, name):
-    """Of any width and place: shorter than a vector, all edge, one column behind a whole number of vectors."""
+    """Of any width and offset: shorter than a vector, edges alone, one column more than full vectors."""
     memory = torch.randn(4096).to(torch.bfloat16)
     for start, vocab in itertools.product((0, 1, 7), (1, 2, 7, 9, 15, 16, 17, 31, 97)):
         rows = _rows(memory[start : start + 3 * vocab].view(3, vocab))
@@ -280,7 +274,7 @@ def test_rows_that_begin_between_vectors(flag, name):
 
 @each_set
 def test_a_row_does_not_depend_on_the_others(flag, name):
-    """Bitwise, alone and among others, where a vocabulary is a whole number of vectors."""
+    """Bitwise, alone and among others, where a row is a multiple of the vector width."""
     logits, labels_T, coef_T = torch.randn(7, 104).to(torch.bfloat16), torch.randint(0, 104, (7,)), torch.randn(7)
     found, grad, _ = SETS[name].row_terms_and_grad(Rows(logits, labels_T, None), coef_T, CrossEntropy(104))
     for at in (slice(3, 4), slice(2, 6)):
@@ -292,7 +286,7 @@ def test_a_row_does_not_depend_on_the_others(flag, name):
 
 
 def test_offsets_beyond_32_bits(flag):
-    # 4.3 GB, of which the system provides only the pages that are written.
+    # 4.3 GB, of which only the pages written are allocated.
     rows_apart = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 40), (2**31 + 16, 1))
     columns_apart = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided((2, 40), (16, (2**31 + 16) // 39))
     for far in (rows_apart, columns_apart):
@@ -306,10 +300,9 @@ def test_offsets_beyond_32_bits(flag):
 
 
 def test_no_vocabulary_is_an_empty_piece(flag):
-    kernels, seen = counted()
-    rows, low_T, none_T = Rows(torch.randn(2, 3, 0), torch.zeros(6).long(), None), torch.full((6,), -torch.inf), [0.0]
+    kernels, launched = counted()
+    rows, zeros_T = Rows(torch.randn(2, 3, 0), torch.zeros(6).long(), None), torch.zeros(6)
     found = kernels.row_terms(rows, Sums(z_sum=True, e=True))
-    none_T = torch.tensor(none_T * 6)
-    torch.testing.assert_close(tuple(found), (low_T, none_T, low_T, none_T, none_T))
+    torch.testing.assert_close(tuple(found), (zeros_T - torch.inf, zeros_T, zeros_T - torch.inf, zeros_T, zeros_T))
     assert kernels.row_terms_and_grad(rows, torch.ones(6), CrossEntropy(V))[1].shape == rows.logits.shape
-    assert not seen
+    assert not launched

@@ -1,12 +1,12 @@
-"""The kernels of `torch:triton`. Launches are in `launch`, sizes in `sizes`.
+"""The kernels of `torch:triton`. `gpu.launch` launches them, `gpu.sizes` chooses their sizes.
 
-A program has a row of its own, or a piece of a long one, whatever the other rows of the call are. Each thread keeps
-terms of its own until the end: the loops over the vocabulary hold no barrier, no shuffle and no shared memory
-(`make kernels` counts).
+A program computes one row, or one piece of a long row, whatever the other rows of the call are. Each thread keeps its
+own partial terms until the end: the loops over the vocabulary have no barrier, no shuffle and no shared memory
+(`make kernels` counts them).
 
-Where a gradient follows, logits are read twice, the second time from the last to the first: what was read last is the
-likeliest to be still in a cache, and on average half of them has to be. Stores leave the cache first. A long row is
-shared by several programs, so that what each reads twice stays near it.
+For a gradient, logits are read twice, the second time from the last to the first: those read last are the likeliest to
+be in a cache still, which on average must hold half of them. Stores are evicted first. A long row is shared by several
+programs, so that the L1 cache holds what each reads twice.
 """
 
 from loss_core_torch.kernels.gpu.kernels.pairs import (
@@ -15,13 +15,13 @@ from loss_core_torch.kernels.gpu.kernels.pairs import (
     pair_mixture_kernel,
     pair_terms_kernel,
 )
-from loss_core_torch.kernels.gpu.kernels.pieces import TOLD, UNTOLD
+from loss_core_torch.kernels.gpu.kernels.pieces import PARTIAL_TERMS, UNPUBLISHED
 from loss_core_torch.kernels.gpu.kernels.rows import row_grad_kernel, row_kernel, row_terms_kernel
 from loss_core_torch.kernels.gpu.kernels.scaled import scaled_kernel
 
 __all__ = [
-    "TOLD",
-    "UNTOLD",
+    "PARTIAL_TERMS",
+    "UNPUBLISHED",
     "pair_grad_kernel",
     "pair_kernel",
     "pair_mixture_kernel",

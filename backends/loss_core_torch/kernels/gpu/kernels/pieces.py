@@ -1,52 +1,52 @@
-"""Rows that several programs share: each tells the others the terms of its piece, and waits for theirs."""
+"""Rows shared by several programs: each publishes the terms of its piece, and waits for those of the other pieces."""
 
 import triton
 import triton.language as tl
 
-# Numbers of a row that programs tell each other, at most.
-TOLD = tl.constexpr(5)
+# Terms of a piece, at most.
+PARTIAL_TERMS = tl.constexpr(5)
 
-# The bits of one that was not told yet; as a number NaN.
-UNTOLD = tl.constexpr(-1)
+# Bits of a term that is not published yet; as a float NaN.
+UNPUBLISHED = tl.constexpr(-1)
 
-# Looks at memory before a program gives up, of about a microsecond each. In the interpreter all has been told before.
-PATIENCE = tl.constexpr(0 if triton.knobs.runtime.interpret else 1 << 24)
+# Polls of about a microsecond each, after which a program gives up. The interpreter publishes all terms in advance.
+MAX_POLLS = tl.constexpr(0 if triton.knobs.runtime.interpret else 1 << 24)
 
 
 @triton.jit
-def piece_of_row(vocab, PIECE_V: tl.constexpr, PIECES: tl.constexpr):
-    """(row, piece, its first column, its columns) of this program. A row's programs stand side by side."""
+def piece_of_row(vocab, PIECE_V: tl.constexpr, NUM_PIECES: tl.constexpr):
+    """(row, piece, its first column, its number of columns) of this program. Programs of a row are consecutive."""
     program = tl.program_id(0)
-    piece = program % PIECES
-    first = piece * PIECE_V
-    columns = vocab
-    if PIECES > 1:
-        columns = tl.minimum(vocab - first, PIECE_V)
-    return (program // PIECES).to(tl.int64), piece, first, columns
+    piece = program % NUM_PIECES
+    start_v = piece * PIECE_V
+    piece_vocab = vocab
+    if NUM_PIECES > 1:
+        piece_vocab = tl.minimum(vocab - start_v, PIECE_V)
+    return (program // NUM_PIECES).to(tl.int64), piece, start_v, piece_vocab
 
 
 @triton.jit
-def tell(told_ptr, number: tl.constexpr, x, piece, PIECES: tl.constexpr):
-    """Let the other programs of the row see a number of this piece; told_ptr is where those of the row begin."""
-    bits = x.to(told_ptr.dtype.element_ty, bitcast=True)
-    # A NaN that came with a logit may have these bits.
-    bits = tl.where(bits == UNTOLD, UNTOLD - 1, bits)
-    tl.atomic_xchg(told_ptr + (number * PIECES + piece).to(tl.int64), bits, sem="relaxed")
+def publish(partials_ptr, term: tl.constexpr, x, piece, NUM_PIECES: tl.constexpr):
+    """Store a term of this piece where the other programs of the row poll; partials_ptr points to the row's terms."""
+    bits = x.to(partials_ptr.dtype.element_ty, bitcast=True)
+    # A NaN from a logit may have the same bits.
+    bits = tl.where(bits == UNPUBLISHED, UNPUBLISHED - 1, bits)
+    tl.atomic_xchg(partials_ptr + (term * NUM_PIECES + piece).to(tl.int64), bits, sem="relaxed")
 
 
 @triton.jit
-def told(told_ptr, number: tl.constexpr, nothing_P, PIECES: tl.constexpr):
-    """[P] a number of every piece of the row, once all have told it; behind the last of them nothing_P.
+def wait_for(partials_ptr, term: tl.constexpr, identity_P, NUM_PIECES: tl.constexpr):
+    """[P] a term of every piece of the row, once all are published, followed by identity_P.
 
-    Programs start in the order of their number, so that those of a row which wait are few, and those waited for run.
-    Where one is never told all the same, it is NaN: not a device that hangs.
+    Assumes that a GPU starts programs in the order of their index, so that those waited for are running. A term that
+    is not published within MAX_POLLS is NaN: the device does not hang.
     """
-    P: tl.constexpr = nothing_P.shape[0]
+    P: tl.constexpr = identity_P.shape[0]
     pieces = tl.arange(0, P)
-    ptrs = told_ptr + (number * PIECES + pieces).to(tl.int64)
-    bits = tl.load(ptrs, mask=pieces < PIECES, other=0, volatile=True)
-    looks = 0
-    while (tl.max((bits == UNTOLD).to(tl.int32), 0) > 0) & (looks < PATIENCE):
-        bits = tl.load(ptrs, mask=pieces < PIECES, other=0, volatile=True)
-        looks += 1
-    return tl.where(pieces < PIECES, bits.to(nothing_P.dtype, bitcast=True), nothing_P)
+    ptrs = partials_ptr + (term * NUM_PIECES + pieces).to(tl.int64)
+    bits = tl.load(ptrs, mask=pieces < NUM_PIECES, other=0, volatile=True)
+    polls = 0
+    while (tl.max((bits == UNPUBLISHED).to(tl.int32), 0) > 0) & (polls < MAX_POLLS):
+        bits = tl.load(ptrs, mask=pieces < NUM_PIECES, other=0, volatile=True)
+        polls += 1
+    return tl.where(pieces < NUM_PIECES, bits.to(identity_P.dtype, bitcast=True), identity_P)

@@ -1,4 +1,4 @@
-"""A kernel over elements: the gradient of a product, times a factor."""
+"""An elementwise kernel: a gradient times a scalar."""
 
 import triton
 import triton.language as tl
