@@ -37,7 +37,7 @@ class JaxLossModule(torch.nn.Module):
     arguments, compiled for each value; so are numbers that the loss lists in `static_arguments` (`num_valid_tokens`).
 
     64-bit mode (`jax.enable_x64`) is on for a call with a float64 tensor, so that nothing is computed in float32, and
-    when the loss's `ignore_index` does not fit int32.
+    when the loss's `ignore_index` is at or beyond a limit of int32.
 
     Gradients: every floating tensor that requires a gradient gets one. The backward starts from the residuals of the
     forward and repeats no arithmetic. The residuals are torch's saved tensors, so `retain_graph`, freeing,
@@ -143,7 +143,7 @@ def _call(loss: Callable[..., Any], arguments: dict[str, Any]) -> torch.Tensor:
         check_tensor(name, tensor)
     device = _common_device(tensors)
     check_platform(device)
-    _refuse_bad_labels(loss, tensors)
+    _check_labels(loss, tensors)
     x64 = _needs_x64(loss, tensors)
     static: dict[str, Any] = {}
     static_numbers = getattr(loss, "static_arguments", ())
@@ -224,7 +224,7 @@ def _anchor(grad: torch.Tensor) -> torch.Tensor:
     return torch.zeros((), device=grad.device, requires_grad=True)
 
 
-def _refuse_bad_labels(loss: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> None:
+def _check_labels(loss: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> None:
     """Check the labels with the JAX loss where they are in host memory; under jit it can't read them."""
     check = getattr(loss, "check_values", None)
     labels = tensors.get("labels")

@@ -56,11 +56,7 @@ def read_source(
 def check_head(
     loss: Loss, hidden: ArrayLike, labels: ArrayLike, weight_VH: ArrayLike, layout: Layout, prefix: str = ""
 ) -> None:
-    """Check dtypes and shapes of one source.
-
-    Args:
-        prefix: as in `inputs.check_linear`.
-    """
+    """Check dtypes and shapes of one source; `prefix` as in `inputs.check_linear`."""
     is_sequence = loss.sequence_parallel and layout != UNSHARDED
     inputs.check_linear(_full_sequence(hidden, layout, prefix) if is_sequence else hidden, labels, weight_VH, prefix)
 

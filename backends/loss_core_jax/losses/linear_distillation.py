@@ -53,8 +53,7 @@ class FusedLinearKDLoss(Loss):
         Args:
             student_hidden_states: [..., H] floating.
             student_lm_weight: [V, H]; as lm_weight in FusedLinearCrossEntropy.
-            teacher_hidden_states: [..., H_t] floating; hidden size and dtype may differ from the student's. Also
-                differentiable.
+            teacher_hidden_states: [..., H_t] floating, differentiable; H_t and dtype may differ from the student's.
             teacher_lm_weight: [V, H_t]; as student_lm_weight.
             labels: [...] integers of any width; only compared with ignore_index.
             num_batch_labels: divides the sum instead of the number of positions; 0 gives 0.

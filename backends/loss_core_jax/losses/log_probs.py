@@ -87,7 +87,9 @@ class FusedLinearLogProbs(_LogProbs):
         """Log-probabilities of labels under softmax(softcap(hidden_states @ lm_weight.T) / temperature).
 
         Args:
-            hidden_states, labels, lm_weight: as in FusedLinearCrossEntropy.
+            hidden_states: as in FusedLinearCrossEntropy.
+            labels: as in FusedLinearCrossEntropy.
+            lm_weight: as in FusedLinearCrossEntropy.
             temperature: as in LogProbs.
             lm_bias: as in FusedLinearCrossEntropy.
         Returns:

@@ -111,9 +111,14 @@ class FusedLinearTopKDistillation(_TopKDistillation):
         """Mean over positions that are not ignored of T^2 times the divergence.
 
         Args:
-            hidden_states, lm_weight, lm_bias: as in FusedLinearCrossEntropy.
-            teacher_indices, labels, num_batch_labels, loss_weights: as in TopKDistillation.
+            hidden_states: as in FusedLinearCrossEntropy.
+            lm_weight: as in FusedLinearCrossEntropy.
+            teacher_indices: as in TopKDistillation.
             teacher_logprobs: as in TopKDistillation; cast to the dtype of the arithmetic, which the hidden states set.
+            labels: as in TopKDistillation.
+            num_batch_labels: as in TopKDistillation.
+            loss_weights: as in TopKDistillation.
+            lm_bias: as in FusedLinearCrossEntropy.
         Returns:
             A scalar in float32 (float64 for float64 hidden states).
         Raises:

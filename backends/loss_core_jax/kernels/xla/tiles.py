@@ -122,7 +122,7 @@ def add_gradients(chunk: Chunk, gradient: ChunkGradient, dheads: Any, wanted: An
 
     def body(sums: Any, index_and_saved: Any) -> tuple[Any, None]:
         tile = _tile_at(chunk, *index_and_saved)
-        # Of the gradient's parts, `uniform` is not 0 in a repeated column.
+        # The logit of a repeated column is -inf, but the `uniform` part of its gradient is not 0.
         of_classes = (jnp.where(tile.is_class_1B, x, 0) for x in gradient.tile_fn(tile))
         dproducts = (zero_where_ignored(x, chunk.target) for x in of_classes)
         parts = zip(sums, dproducts, chunk.sources, tile.weights, strict=True)
@@ -135,7 +135,7 @@ def add_gradients(chunk: Chunk, gradient: ChunkGradient, dheads: Any, wanted: An
     sums, _ = lax.scan(body, sums, (_tile_indices(chunk), gradient.saved))
 
     def without_ignored(x: LinearGradients) -> LinearGradients:
-        # Not 0 yet: an inf in the weight times a gradient of 0 is NaN.
+        # Even there: an inf in the weight times a gradient of 0 is NaN.
         return x._replace(hidden=None if x.hidden is None else zero_where_ignored(x.hidden, chunk.target))
 
     return tuple(map(without_ignored, sums))
