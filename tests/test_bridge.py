@@ -30,7 +30,7 @@ TRACES: list[str] = []
 
 @dataclasses.dataclass(frozen=True)
 class JaxCE:
-    """Stand-in for a JAX loss. The exponentials are not kept: the residuals are the logits and the lse."""
+    """Stand-in for a JAX loss. Its residuals are the logits and the lse, not the exponentials."""
 
     reduction: str = "sum"
     ignore_index: int = -100
@@ -41,20 +41,20 @@ class JaxCE:
 
     def __call__(self, logits, labels, mask=None, num_label_tokens=None, loss_weights=None):
         TRACES.append("loss")
-        counts = labels != self.ignore_index
+        keep = labels != self.ignore_index
         if mask is not None:
-            counts = counts & (mask != 0)
-        rows = _rows(logits.reshape(-1, logits.shape[-1]), jnp.where(counts, labels, 0).reshape(-1))
-        # Compared as it came: JAX's gather would wrap an int64 index around to int32.
+            keep = keep & (mask != 0)
+        rows = _rows(logits.reshape(-1, logits.shape[-1]), jnp.where(keep, labels, 0).reshape(-1))
+        # Compared before any cast: JAX's gather would wrap an int64 index to int32.
         valid = (labels >= 0) & (labels < logits.shape[-1])
-        rows = jnp.where(counts, jnp.where(valid, rows.reshape(labels.shape), jnp.nan), 0)
+        rows = jnp.where(keep, jnp.where(valid, rows.reshape(labels.shape), jnp.nan), 0)
         if loss_weights is not None:
             rows = rows * loss_weights.astype(rows.dtype)
         if self.reduction == "none":
             return rows
         total = rows.sum()
         if self.reduction == "mean":
-            return total / jnp.maximum(counts.sum(), 1)
+            return total / jnp.maximum(keep.sum(), 1)
         return total if num_label_tokens is None else total / num_label_tokens
 
 
@@ -163,7 +163,7 @@ def test_every_floating_input_gets_its_gradient_and_others_none():
     assert weights.grad is not None
 
 
-def test_inputs_stay_as_they_are():
+def test_inputs_are_not_modified():
     logits, labels = case()
     before = logits.clone(), labels.clone()
     versions = logits._version, labels._version
@@ -199,7 +199,7 @@ def test_layouts():
 def test_contiguous_tensors_cross_without_a_copy(dtype):
     tensor = torch.ones(8, 16).to(dtype)
     with jax.enable_x64(dtype == torch.float64):
-        array = to_jax("x", tensor, wide=dtype == torch.float64)
+        array = to_jax("x", tensor, x64=dtype == torch.float64)
         assert array.unsafe_buffer_pointer() == tensor.data_ptr()
         back = to_torch(array)
     assert back.data_ptr() == tensor.data_ptr()
@@ -207,8 +207,8 @@ def test_contiguous_tensors_cross_without_a_copy(dtype):
 
 
 @pytest.fixture
-def kept(monkeypatch):
-    """Sizes of what waits for the backward of a JAX loss in torch."""
+def residual_sizes(monkeypatch):
+    """Sizes of the residuals of a JAX loss in torch."""
     sizes = []
     real = residuals_module.value_and_residuals
 
@@ -221,15 +221,15 @@ def kept(monkeypatch):
     return sizes
 
 
-def test_logits_are_not_kept_twice(kept):
-    """jit copies a residual that is an input; between forward and backward only row-sized arrays may live."""
+def test_logits_are_not_saved_twice(residual_sizes):
+    """jit copies a residual that is an input; only row-sized arrays may be saved for the backward."""
     logits, labels = case(torch.bfloat16, V=501)
     run_torch(jax_loss_as_torch(JaxCE()), logits, labels)
-    assert kept
-    assert max(kept) <= labels.numel()
+    assert residual_sizes
+    assert max(residual_sizes) <= labels.numel()
 
 
-def test_change_in_place_before_backward_is_found():
+def test_in_place_change_before_backward_is_detected():
     logits, labels = case()
     logits.requires_grad_()
     loss = jax_loss_as_torch(JaxCE())(logits, labels)
@@ -239,7 +239,7 @@ def test_change_in_place_before_backward_is_found():
         loss.backward()
 
 
-def test_change_in_place_of_what_backward_does_not_read_is_allowed():
+def test_in_place_change_of_an_input_that_backward_does_not_read_is_allowed():
     weights = torch.ones(3, requires_grad=True)
 
     def linear(x, w):
@@ -277,7 +277,7 @@ def test_upstream_scales_the_gradient_and_results_share_no_memory():
     assert jax_loss_as_torch(lambda x: x)(x.detach()).data_ptr() != x.data_ptr()
 
 
-def test_no_gradient_work_without_need(monkeypatch):
+def test_no_residuals_without_a_gradient(monkeypatch):
     def never(*_):
         raise AssertionError("vjp was made")
 
@@ -293,20 +293,20 @@ def test_no_gradient_work_without_need(monkeypatch):
         loss(logits.requires_grad_(), labels)
 
 
-def test_second_derivative_is_an_error_that_says_what_to_do():
+def test_second_derivative_is_an_error():
     logits, labels = case()
     logits.requires_grad_()
     (grad,) = torch.autograd.grad(jax_loss_as_torch(JaxCE())(logits, labels), logits, create_graph=True)
     with pytest.raises(RuntimeError, match=r"jax\.hessian.*torch backend"):
         grad.square().sum().backward()
-    # create_graph for the sake of another term of the loss stays possible.
+    # create_graph for another term of the loss is allowed.
     other = torch.randn(3, requires_grad=True)
     total = jax_loss_as_torch(JaxCE())(logits, labels) + other.pow(3).sum()
     (of_other,) = torch.autograd.grad(total, other, create_graph=True)
     of_other.sum().backward()
 
 
-def test_no_recompilation_for_another_number():
+def test_no_recompilation_for_another_value_of_a_number():
     loss = jax_loss_as_torch(JaxCE(ignore_index=-7))
     logits, labels = case()
     logits.requires_grad_()
@@ -317,7 +317,7 @@ def test_no_recompilation_for_another_number():
     results[0].backward()
     assert not TRACES
     assert results[0].item() * 4 == pytest.approx(results[1].item() * 5, rel=1e-6)
-    # An equal loss is the same loss to JAX's cache.
+    # Equal losses share compiled programs.
     jax_loss_as_torch(JaxCE(ignore_index=-7))(logits, labels, num_label_tokens=9).backward()
     assert not TRACES
 
@@ -325,12 +325,12 @@ def test_no_recompilation_for_another_number():
 def test_labels_beyond_int32():
     logits, labels = case()
     loss = jax_loss_as_torch(JaxCE())
-    labels[1, 2] = 2**32 + 1  # would be 1, an innocent label, if it were truncated
+    labels[1, 2] = 2**32 + 1  # would be 1, a valid label, if it were truncated
     with pytest.raises(ValueError, match=r"labels\[1, 2\] is 4294967297"):
         loss(logits, labels)
     with pytest.raises(ValueError, match="num_label_tokens is 8589934592"):
         loss(logits, case()[1], num_label_tokens=2**33)
-    # In 64-bit mode the label arrives as it is, and no row has it.
+    # In 64-bit mode the label is not truncated, and is not a class.
     assert loss(logits.double(), labels).isnan()
 
     labels = case()[1]
@@ -339,7 +339,7 @@ def test_labels_beyond_int32():
     torch.testing.assert_close(ignoring, TorchCE(ignore_index=2**40)(logits, labels.clamp(min=0)))
 
 
-def test_float64_is_not_lowered_and_leaves_no_mode_behind():
+def test_float64_is_not_lowered_and_64_bit_mode_is_reset():
     logits, labels = case(torch.float64)
     loss, grad = run_torch(jax_loss_as_torch(JaxCE()), logits, labels)
     want, _ = run_torch(TorchCE(), logits, labels)
@@ -361,7 +361,7 @@ def test_empty_batch():
     assert logits.grad.shape == (0, 5, 37)
 
 
-def test_what_can_not_cross_says_so():
+def test_unsupported_tensors_are_rejected():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     logits, labels = case()
@@ -392,7 +392,7 @@ def test_what_can_not_cross_says_so():
         jax_loss_as_torch(lambda x, /: x)
 
 
-def test_dtensor_says_so(tmp_path):
+def test_dtensor_is_rejected(tmp_path):
     dist = torch.distributed
     if not dist.is_available():
         pytest.skip("torch without distributed")
@@ -407,7 +407,7 @@ def test_dtensor_says_so(tmp_path):
         dist.destroy_process_group()
 
 
-def test_module_shows_the_loss():
+def test_module_exposes_the_loss():
     module = jax_loss_as_torch(JaxCE("mean"))
     assert isinstance(module, torch.nn.Module)
     assert not module.state_dict()
@@ -532,7 +532,7 @@ def test_torch_in_jax_every_floating_input():
     assert of_labels.dtype == jax.dtypes.float0
 
 
-def test_torch_in_jax_asks_torch_only_for_the_wanted_gradients():
+def test_torch_in_jax_computes_only_the_needed_gradients():
     seen = []
 
     class Spy(TorchCE):
@@ -556,7 +556,7 @@ def test_torch_in_jax_vmap():
     np.testing.assert_allclose(got, jax.vmap(jax.grad(JaxCE()))(x, y), rtol=1e-5, atol=1e-6)
 
 
-def test_torch_in_jax_of_megabytes_again_and_again():
+def test_torch_in_jax_repeated_with_megabytes():
     x = jax.random.normal(jax.random.key(0), (512, 2048))
     y = jnp.zeros(512, jnp.int32)
     f = torch_loss_as_jax(TorchCE("mean"))
@@ -581,9 +581,9 @@ print(float(x.sum()))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can't be taken away here")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this platform can't restrict a process to one core")
 def test_torch_in_jax_on_one_core():
-    """With jax.pure_callback this never ends: the callback waits for the thread that it runs on."""
+    """With jax.pure_callback this deadlocks: the callback waits for the thread that it runs on."""
     done = subprocess.run(
         [sys.executable, "-c", ONE_CORE],
         capture_output=True,
@@ -594,7 +594,7 @@ def test_torch_in_jax_on_one_core():
     assert done.stdout.strip() == "1048576.0", done.stderr
 
 
-def test_torch_in_jax_shapes_without_a_run_on_data():
+def test_torch_in_jax_shapes_without_data():
     class ReadsValues(torch.nn.Module):
         def forward(self, logits, labels):
             if labels.max() >= logits.shape[-1]:  # fails on meta tensors
@@ -613,7 +613,7 @@ def test_torch_in_jax_shapes_without_a_run_on_data():
         jax.jit(f)(jnp.ones((4, 9)), jnp.zeros(5, jnp.int32))
 
 
-def test_torch_in_jax_refuses():
+def test_torch_in_jax_rejects():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         torch_loss_as_jax(lambda x: x)
     with pytest.raises(ValueError, match="trainable parameters \\(weight, bias\\)"):
@@ -637,7 +637,7 @@ def test_torch_in_jax_refuses():
         jax.grad(torch_loss_as_jax(Detached()))(jnp.ones(3))
 
 
-def test_torch_in_jax_can_not_reach_the_memory_of_jax():
+def test_torch_in_jax_can_not_modify_jax_memory():
     class Writes(torch.nn.Module):
         def forward(self, logits, labels):
             labels.zero_()
@@ -663,7 +663,7 @@ def test_torch_in_jax_is_a_static_hashable_callable():
     jax.jit(lambda loss, x, y: loss(x, y))(f, jnp.asarray(logits.numpy()), jnp.asarray(labels.numpy()))
 
 
-def test_there_and_back_is_where_it_started():
+def test_a_round_trip_returns_the_original_loss():
     loss, module = JaxCE(), TorchCE()
     assert torch_loss_as_jax(jax_loss_as_torch(loss)) is loss
     assert jax_loss_as_torch(torch_loss_as_jax(module)) is module
@@ -678,7 +678,7 @@ class OwnConfig(loss_core.LossConfig):
 
 
 @pytest.fixture
-def own_loss():
+def registered_loss():
     builders = {"torch": lambda config: TorchCE(config.reduction), "jax": lambda config: JaxCE(config.reduction)}
     loss_core.register_loss("OwnLoss", OwnConfig, builders)
     yield OwnConfig()
@@ -706,21 +706,21 @@ def assert_same_training(config):
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(fresh, trained["jax"], strict=True))
 
 
-def test_same_training_by_flag(own_loss):
-    assert_same_training(own_loss)
+def test_same_training_by_flag(registered_loss):
+    assert_same_training(registered_loss)
 
 
-def test_flags_of_a_registered_loss(own_loss):
-    assert isinstance(build_torch_loss(own_loss), TorchCE)
+def test_flags_of_a_registered_loss(registered_loss):
+    assert isinstance(build_torch_loss(registered_loss), TorchCE)
     assert isinstance(build_torch_loss("OwnLoss", backend="torch:eager", reduction="sum"), TorchCE)
     assert build_torch_loss("OwnLoss", backend="jax", reduction="sum").jax_loss == JaxCE("sum")
-    assert build_jax_loss(own_loss) == JaxCE("mean") == build_jax_loss(own_loss, "jax:xla")
-    assert isinstance(build_jax_loss(own_loss, "torch").module, TorchCE)
+    assert build_jax_loss(registered_loss) == JaxCE("mean") == build_jax_loss(registered_loss, "jax:xla")
+    assert isinstance(build_jax_loss(registered_loss, "torch").module, TorchCE)
     with pytest.raises(ValueError, match="Unknown backend flag 'jaxx'"):
-        build_torch_loss(own_loss, backend="jaxx")
+        build_torch_loss(registered_loss, backend="jaxx")
 
 
-def test_factories_and_overrides_take_no_flag():
+def test_factories_and_overrides_accept_no_flag():
     assert isinstance(build_torch_loss(TorchCE, reduction="none"), TorchCE)
     assert isinstance(build_jax_loss(TorchCE).module, TorchCE)
     assert build_jax_loss(JaxCE, reduction="none") == JaxCE("none")
@@ -748,7 +748,7 @@ def test_importing_the_bridge_loads_no_framework():
 
 WITHOUT = """
 import dataclasses, sys
-sys.modules[{missing!r}] = None  # the import system's own way to say that a module is not there
+sys.modules[{missing!r}] = None  # makes an import of the module raise ImportError
 import loss_core
 from loss_core_bridge import build_jax_loss, build_torch_loss
 
@@ -844,7 +844,7 @@ def test_library_losses_in_jax_by_flag(config):
         np.testing.assert_allclose(grads[name], want_grads[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_label_that_is_no_class_is_refused_through_the_bridge():
+def test_a_label_that_is_not_a_class_is_rejected_through_the_bridge():
     for config in CONFIGS:
         arguments = library_case(config, torch.float32)
         arguments["labels"].view(-1)[1] = 10**6
@@ -861,7 +861,7 @@ def test_same_training_by_flag_with_the_library():
     assert_same_training(loss_core.MaskedCrossEntropyConfig(reduction="mean"))
 
 
-def test_library_loss_keeps_no_second_copy_of_the_logits(kept):
+def test_library_loss_saves_no_second_copy_of_the_logits(residual_sizes):
     logits, labels = case(V=501)
     run_torch(build_torch_loss(loss_core.MaskedCrossEntropyConfig(), backend="jax"), logits, labels)
-    assert sum(kept) < logits.numel()
+    assert sum(residual_sizes) < logits.numel()

@@ -1,4 +1,4 @@
-"""From a config and a flag to a loss of the framework that the caller trains in."""
+"""Build a loss for the framework that the caller trains in, from a config and a flag of either backend."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def jax_loss_as_torch(loss: Callable[..., Any]) -> torch.nn.Module:
-    """A JAX loss as a `torch.nn.Module` with gradients; see `JaxLossModule` for what it promises.
+    """A JAX loss as a `torch.nn.Module` with gradients; see `JaxLossModule` for its behaviour.
 
     Args:
-        loss: hashable callable that takes jax arrays by name and returns one floating array. A
-            loss that came from `torch_loss_as_jax` gives back its torch module.
+        loss: hashable callable that takes jax arrays by name and returns one floating array. For the result of
+            `torch_loss_as_jax`, its torch module is returned.
     Raises:
-        TypeError: not callable, not hashable, or arguments without names.
+        TypeError: not callable, not hashable, or a positional-only argument.
         BackendUnavailable: torch or jax is not installed.
     """
     module_cls, function_cls = _wrappers()
@@ -32,12 +32,12 @@ def jax_loss_as_torch(loss: Callable[..., Any]) -> torch.nn.Module:
 
 
 def torch_loss_as_jax(module: torch.nn.Module, *, device: str = "cpu") -> Callable[..., Any]:
-    """A torch loss as a JAX function with gradients; see `TorchLossFunction` for what it promises.
+    """A torch loss as a JAX function with gradients; see `TorchLossFunction` for its behaviour.
 
     Args:
-        module: torch loss without trainable parameters. A module that came from
-            `jax_loss_as_torch` gives back its JAX loss.
-        device: torch device on which the loss runs, such as "cuda"; data go there through the host.
+        module: torch loss without trainable parameters. For the result of `jax_loss_as_torch`, its JAX loss is
+            returned.
+        device: torch device on which the loss runs, such as "cuda"; data are copied there through the host.
     Raises:
         TypeError: not a torch.nn.Module.
         ValueError: the module has trainable parameters, or contains a bridged JAX loss.
@@ -49,18 +49,18 @@ def torch_loss_as_jax(module: torch.nn.Module, *, device: str = "cpu") -> Callab
 
 
 def build_torch_loss(loss: LossLike, backend: str | None = None, **loss_kwargs: Any) -> torch.nn.Module:
-    """Build a loss for a torch training script, whatever the backend that computes it.
+    """Build a loss for a torch training script with either backend.
 
     Args:
-        loss: config, registry name, mapping or factory, as in `loss_core.build_loss_module`; a loss added
-            with `loss_core.register_loss` works alike.
-        backend: flag `BACKEND[:KERNEL]`; None is "torch" (for a factory: whatever it makes).
+        loss: config, registry name, mapping or factory, as in `loss_core.build_loss_module`; losses added with
+            `loss_core.register_loss` included.
+        backend: flag `BACKEND[:KERNEL]`; None is "torch" (for a factory: the factory's framework).
             A torch flag builds natively; a jax flag builds the JAX loss and wraps it.
         loss_kwargs: fields of the config, when `loss` is a name or a class.
     Returns:
         A torch.nn.Module with the forward signature of the loss.
     Raises:
-        TypeError: what was built is no torch.nn.Module (for a jax flag: no callable that can be wrapped).
+        TypeError: the result is not a torch.nn.Module (for a jax flag: not a callable that can be wrapped).
         ValueError, BackendUnavailable: as in `loss_core.build_loss_module`.
     """
     config, framework, built = _build(loss, backend, loss_kwargs, default="torch")
@@ -75,10 +75,10 @@ def build_torch_loss(loss: LossLike, backend: str | None = None, **loss_kwargs: 
 
 
 def build_jax_loss(loss: LossLike, backend: str | None = None, **loss_kwargs: Any) -> Callable[..., Any]:
-    """Build a loss for a JAX program, whatever the backend that computes it.
+    """Build a loss for a JAX program with either backend.
 
-    The mirror of `build_torch_loss`: None is "jax" (for a factory: whatever it makes), a jax flag
-    builds natively, a torch flag builds the torch loss and wraps it.
+    The counterpart of `build_torch_loss`: None is "jax" (for a factory: the factory's framework), a jax flag builds
+    natively, a torch flag builds the torch loss and wraps it.
     """
     _, framework, built = _build(loss, backend, loss_kwargs, default="jax")
     if framework == "torch" or _is_module(built):
@@ -89,7 +89,7 @@ def build_jax_loss(loss: LossLike, backend: str | None = None, **loss_kwargs: An
 def _build(
     loss: LossLike, backend: str | None, loss_kwargs: dict[str, Any], *, default: str
 ) -> tuple[LossConfig, str | None, Any]:
-    """(config, framework that the flag names, built loss); no framework for a loss that takes no flag."""
+    """(config, framework of the flag, built loss); the framework is None for a loss that accepts no flag."""
     loss, backend = split_backend(loss, backend)
     config = build_loss_config(loss, **loss_kwargs)
     flagless = isinstance(config, LossFromFactoryConfig) or not accepts_backend(config)
@@ -105,7 +105,7 @@ def _build(
 
 
 def _is_module(built: object) -> bool:
-    # A module can't exist before torch is imported; asking must not import it.
+    # A module can't exist before torch is imported; this check must not import torch.
     import sys
 
     torch = sys.modules.get("torch")

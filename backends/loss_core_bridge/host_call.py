@@ -1,10 +1,9 @@
-"""A call from a JAX program to the host that can't wait for JAX.
+"""A host callback for JAX programs that can't deadlock.
 
-`jax.pure_callback` puts the operands into jax arrays before it calls: on CPU that is a copy on
-XLA's thread pool, and the callback, which runs on a thread of that pool, waits for it in
-`np.asarray`. With one core it never returns (jax 0.10.2, operands of 256 KiB; the family of
-jax issues 24255 and 25861); with more it depends on what else runs. So the operands are taken as
-XLA hands them over: NumPy views of its buffers.
+`jax.pure_callback` converts the operands to jax arrays before the call. On CPU that is a copy on XLA's thread pool, and
+the callback, which runs on a thread of that pool, waits for it in `np.asarray`. With one core it deadlocks (jax 0.10.2,
+operands of 256 KiB; as in jax issues 24255 and 25861); with more it depends on the load of the pool. The callback here
+gets XLA's operands directly, as NumPy views of its buffers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def host_call(
 ) -> tuple[jax.Array, ...]:
     """Call a function of NumPy arrays from a traced program.
 
-    Under vmap it is called once per batch element. Not differentiable: give the caller a custom_vjp.
+    Under vmap the function is called once per batch element. Not differentiable: the caller defines a custom_vjp.
 
     Args:
         function: pure, hashable; takes views that are valid during the call only and must not be

@@ -1,9 +1,9 @@
-"""Forward and backward of a JAX loss as two compiled programs, with as little as possible between them.
+"""Forward and backward of a JAX loss as two compiled programs, with the fewest residuals between them.
 
-`jax.vjp`'s closure is a pytree of residuals and can cross `jax.jit`, but a residual that is an input
-(the logits, usually) would come out as a copy of it: jit does not forward inputs to outputs. So the
-residuals that are an input, or one reshaped or converted, are not returned at all; the backward
-program makes them again from the inputs, which the caller still holds.
+`jax.vjp`'s closure is a pytree of residuals that `jax.jit` can return, but a residual that is an input (the logits,
+usually) would be returned as a copy of it: jit does not alias outputs to inputs. So the forward does not return the
+residuals that are an input, or one reshaped or converted; the backward program recomputes them from the inputs, which
+the caller still has.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jax_core
 
-# One operand, no arithmetic: cheaper to do again than to keep the result. By name, because the
+# Primitives of one operand, without arithmetic: cheaper to recompute than to save. By name, because the
 # primitives' modules are not public.
-_REPEATED = frozenset(
+_RECOMPUTED = frozenset(
     {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "stop_gradient", "transpose"}
 )
 
 
 @dataclass(frozen=True)
-class _Rebuilt:
-    """A residual that backward makes from an input."""
+class _Recomputed:
+    """A residual that backward recomputes from an input."""
 
     argument: str
     equations: tuple[Any, ...]
@@ -35,17 +35,17 @@ class _Rebuilt:
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How backward puts the residuals together. Made once per trace, static to both programs.
+    """How backward assembles the residuals. Computed once per trace, static in both programs.
 
     Attributes:
         inputs: names of the arguments that backward needs.
         treedef: of the vjp closure.
-        rebuilt: for each residual, how to make it; None when forward returns it.
+        recomputed: for each residual, how to recompute it; None if forward returns it.
     """
 
     inputs: tuple[str, ...]
     treedef: Any
-    rebuilt: tuple[_Rebuilt | None, ...]
+    recomputed: tuple[_Recomputed | None, ...]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -61,19 +61,20 @@ def value_and_residuals(
     wanted: Mapping[str, jax.Array],
     others: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, list[jax.Array], Plan]:
-    """The loss, and what `gradients` needs to differentiate it by `wanted`.
+    """The loss, the residuals to save, and the plan by which `gradients` computes the gradients of `wanted`.
 
     Args:
         loss: hashable callable.
-        static: arguments that are no arrays, as sorted (name, value) pairs.
+        static: arguments that are not arrays, as sorted (name, value) pairs.
+        wanted, others: arrays to differentiate, and all other arrays, by name.
     """
     treedefs: list[Any] = []
 
     def forward(wanted: Mapping[str, jax.Array], others: Mapping[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        def of_wanted(arrays: Mapping[str, jax.Array]) -> jax.Array:
+        def loss_fn(arrays: Mapping[str, jax.Array]) -> jax.Array:
             return _checked(loss, loss(**arrays, **others, **dict(static)))
 
-        result, vjp = jax.vjp(of_wanted, wanted)
+        result, vjp = jax.vjp(loss_fn, wanted)
         leaves, treedef = jax.tree.flatten(vjp)
         treedefs.append(treedef)
         return result, leaves
@@ -81,43 +82,43 @@ def value_and_residuals(
     closed = jax.make_jaxpr(forward)(wanted, others)
     # Dicts flatten in sorted order.
     names = (*sorted(wanted), *sorted(others))
-    rebuilt = tuple(_from_input(closed.jaxpr, var, names) for var in closed.jaxpr.outvars[1:])
+    recomputed = tuple(_from_input(closed.jaxpr, var, names) for var in closed.jaxpr.outvars[1:])
     plan = Plan(
-        inputs=tuple(sorted({r.argument for r in rebuilt if r is not None})),
+        inputs=tuple(sorted({r.argument for r in recomputed if r is not None})),
         treedef=treedefs[-1],
-        rebuilt=rebuilt,
+        recomputed=recomputed,
     )
     result, *leaves = jax_core.jaxpr_as_fun(closed)(*jax.tree.leaves((wanted, others)))
-    return result, [leaf for leaf, how in zip(leaves, rebuilt, strict=True) if how is None], plan
+    return result, [leaf for leaf, recipe in zip(leaves, recomputed, strict=True) if recipe is None], plan
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(
-    plan: Plan, inputs: Sequence[jax.Array], kept: Sequence[jax.Array], upstream: jax.Array
+    plan: Plan, inputs: Sequence[jax.Array], saved: Sequence[jax.Array], upstream: jax.Array
 ) -> dict[str, jax.Array]:
-    """Gradient by name of each argument that was `wanted`.
+    """Gradients of the `wanted` arguments, by name.
 
     Args:
         inputs: the arguments named by `plan.inputs`, unchanged since the forward.
-        kept: the residuals that `value_and_residuals` returned.
+        saved: the residuals that `value_and_residuals` returned.
         upstream: gradient of the loss, of its shape and dtype.
     """
     arguments = dict(zip(plan.inputs, inputs, strict=True))
-    remaining = iter(kept)
-    leaves = [next(remaining) if how is None else _rebuild(how, arguments) for how in plan.rebuilt]
+    remaining = iter(saved)
+    leaves = [next(remaining) if recipe is None else _recompute(recipe, arguments) for recipe in plan.recomputed]
     (grads,) = jax.tree.unflatten(plan.treedef, leaves)(upstream)
     return dict(grads)
 
 
-def _from_input(jaxpr: Any, var: Any, names: tuple[str, ...]) -> _Rebuilt | None:
-    """The way from an argument to `var`, when it is one of `_REPEATED` steps only."""
+def _from_input(jaxpr: Any, var: Any, names: tuple[str, ...]) -> _Recomputed | None:
+    """How to recompute `var` from an argument, if `_RECOMPUTED` primitives suffice; else None."""
     if isinstance(var, jax_core.Literal):
         return None
     producers = {out: equation for equation in jaxpr.eqns for out in equation.outvars}
     equations: list[Any] = []
     while var in producers:
         equation = producers[var]
-        if equation.primitive.name not in _REPEATED or len(equation.invars) != 1:
+        if equation.primitive.name not in _RECOMPUTED or len(equation.invars) != 1:
             return None
         equations.append(equation)
         (var,) = equation.invars
@@ -125,12 +126,12 @@ def _from_input(jaxpr: Any, var: Any, names: tuple[str, ...]) -> _Rebuilt | None
             return None
     if var not in jaxpr.invars:
         return None
-    return _Rebuilt(names[jaxpr.invars.index(var)], tuple(reversed(equations)))
+    return _Recomputed(names[jaxpr.invars.index(var)], tuple(reversed(equations)))
 
 
-def _rebuild(how: _Rebuilt, arguments: Mapping[str, jax.Array]) -> Any:
-    array: Any = arguments[how.argument]
-    for equation in how.equations:
+def _recompute(recipe: _Recomputed, arguments: Mapping[str, jax.Array]) -> Any:
+    array: Any = arguments[recipe.argument]
+    for equation in recipe.equations:
         array = equation.primitive.bind(array, **equation.params)
     return array
 

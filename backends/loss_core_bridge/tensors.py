@@ -1,4 +1,4 @@
-"""Tensors and arrays across the border: dtypes, DLPack, and what can't cross."""
+"""Conversion between torch tensors and JAX or NumPy arrays: dtypes, DLPack, and checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from loss_core import BackendUnavailable
 
-# Every dtype that both frameworks have and that a loss may be given.
+# The dtypes of loss arguments that both frameworks have.
 NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.bool: np.dtype(np.bool_),
     torch.int8: np.dtype(np.int8),
@@ -30,15 +30,15 @@ TORCH_DTYPES = {numpy: of_torch for of_torch, numpy in NUMPY_DTYPES.items()}
 
 INT32 = np.iinfo(np.int32)
 
-# XLA's CPU programs need it; from a buffer that is not, JAX copies with a line on stderr each time.
+# XLA's CPU programs require it; JAX copies a buffer that is not aligned, with a line on stderr each time.
 _CPU_ALIGNMENT = 64
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raise for a tensor that can't cross the border.
+    """Raise for a tensor that can't be converted to a jax.Array.
 
     Raises:
-        TypeError: a DTensor, fake, meta, functorch-wrapped or sparse tensor, or a dtype without a partner.
+        TypeError: a DTensor, fake, meta, functorch-wrapped or sparse tensor, or a dtype not in `NUMPY_DTYPES`.
         ValueError: on a device that DLPack does not connect to JAX.
     """
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -74,16 +74,15 @@ def check_platform(device: torch.device) -> None:
         ) from error
 
 
-def to_jax(name: str, tensor: torch.Tensor, *, wide: bool) -> jax.Array:
+def to_jax(name: str, tensor: torch.Tensor, *, x64: bool) -> jax.Array:
     """The tensor as an array: the same memory if it is contiguous (and, on CPU, aligned), else a copy.
 
     Args:
-        wide: keep 64-bit integers, under `jax.enable_x64`. Otherwise they become int32, copied:
-            values that do not fit are a ValueError on CPU and saturate elsewhere, where looking
-            would cost a synchronisation.
+        x64: keep 64-bit integers, under `jax.enable_x64`. Otherwise they are copied as int32: values that do not fit
+            are a ValueError on CPU and saturate elsewhere, where reading them would cost a synchronisation.
     """
     tensor = tensor.detach().resolve_neg()
-    if tensor.dtype == torch.int64 and not wide:
+    if tensor.dtype == torch.int64 and not x64:
         tensor = _as_int32(name, tensor)
     tensor = tensor.contiguous()
     if tensor.device.type == "cpu" and tensor.data_ptr() % _CPU_ALIGNMENT:
@@ -93,7 +92,7 @@ def to_jax(name: str, tensor: torch.Tensor, *, wide: bool) -> jax.Array:
 
 def _as_int32(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type != "cpu":
-        # A label that saturates is still out of range, so that the loss gives NaN for it.
+        # A label that saturates is still out of range, so that its loss is NaN.
         return tensor.clamp(INT32.min, INT32.max).to(torch.int32)
     narrow = tensor.to(torch.int32)
     differs = (narrow != tensor).nonzero()
@@ -108,7 +107,7 @@ def _as_int32(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def to_torch(array: jax.Array) -> torch.Tensor:
     """The array as a tensor on the same memory."""
-    # torch reads CPU memory at once: there is no stream on which it could wait for JAX.
+    # torch reads CPU memory immediately: there is no stream on which it could wait for JAX.
     if on_cpu(array):
         array.block_until_ready()
     tensor: torch.Tensor = torch.from_dlpack(array)  # type: ignore[attr-defined]
@@ -116,7 +115,7 @@ def to_torch(array: jax.Array) -> torch.Tensor:
 
 
 def on_cpu(array: jax.Array) -> bool:
-    """Whether an array lives on the CPU."""
+    """Whether an array is on the CPU."""
     return all(device.platform == "cpu" for device in array.devices())
 
 
@@ -129,7 +128,7 @@ def numpy_to_torch(array: np.ndarray[Any, Any], device: str) -> torch.Tensor:
 
 
 def torch_to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A tensor as a NumPy array on the host, on the same memory if it is there already."""
+    """A tensor as a NumPy array, which shares its memory if the tensor is on the CPU and contiguous."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""A torch loss as a JAX function: a host call forward and backward under `jax.custom_vjp`."""
+"""A torch loss as a JAX function: host callbacks in forward and backward under `jax.custom_vjp`."""
 
 from __future__ import annotations
 
@@ -24,29 +24,24 @@ from loss_core_bridge.tensors import INT32, NUMPY_DTYPES, TORCH_DTYPES, numpy_to
 class TorchLossFunction:
     """A torch loss that JAX calls like any function of arrays.
 
-    Arguments are those of the module's forward, by position or name; arrays, NumPy arrays and
-    Python numbers become tensors of the same dtype, everything else (and the numbers that the module
-    names in `static_arguments`) is passed on as it is. Works
-    under `jit`, `grad` and `vmap` (one torch call per batch element). Hashable, and a pytree with
-    no leaves; two are equal when they hold the same module.
+    Arguments are those of the module's forward, by position or name; arrays, NumPy arrays and Python numbers become
+    tensors of the same dtype, everything else (and numbers that the module lists in `static_arguments`) is passed
+    unchanged. Works under `jit`, `grad` and `vmap` (one torch call per batch element). Hashable, and a pytree with
+    no leaves; two are equal when they have the same module and device.
 
-    Shape and dtype of the loss are found when JAX traces: the module runs once on meta tensors,
-    or, where it can't, on zeros of the inputs' shapes. A call that JAX does not trace runs torch
-    directly.
+    Shape and dtype of the loss are determined when JAX traces: the module runs once on meta tensors, or, where that
+    fails, on zeros of the inputs' shapes. A call that JAX does not trace runs torch directly.
 
-    Gradients: every floating input that JAX differentiates gets one, in its dtype; integers and
-    bools get float0. The backward runs the torch forward again, since a torch graph can't be kept
-    in a JAX program: a gradient costs two forwards and one backward. Second derivatives and
-    forward mode are errors of JAX.
+    Gradients: every floating input that JAX differentiates gets one, in its dtype; integers and bools get float0. The
+    backward runs the torch forward again, since a torch graph can't be stored in a JAX program: a gradient costs two
+    forwards and one backward. Second derivatives and forward mode are errors of JAX.
 
-    Copies: every input is copied once on the host, so that a module that changed its arguments, or
-    kept them, could not reach JAX's memory; results are copied once by JAX. From an accelerator
-    everything goes through the host. Torch's thread-local modes of the caller (autocast, no_grad)
-    do not reach the loss: JAX runs it on a thread of its own.
+    Copies: every input is copied once on the host, so that a module that modifies or stores its arguments can't modify
+    JAX's memory; results are copied once by JAX. Arrays on an accelerator are copied through the host. The caller's
+    thread-local torch modes (autocast, no_grad) do not apply: JAX runs the loss on a separate thread.
 
-    An error of the torch loss is raised as it is when tracing finds it (shapes, dtypes) or when
-    the call is not traced; from inside a compiled program (a label out of range) it comes as
-    jax.errors.JaxRuntimeError with the torch message in it.
+    An error of the torch loss is raised unchanged during tracing (shapes, dtypes) or when the call is not traced; from
+    a compiled program (a label out of range) it is raised as jax.errors.JaxRuntimeError with torch's message in it.
 
     Attributes:
         module: the torch loss; its attributes (`ignore_index`, `reduction`, `kernel_choice`, ...)
@@ -58,7 +53,7 @@ class TorchLossFunction:
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"Expected a torch.nn.Module, got {type(module).__name__}.")
         if any(isinstance(part, JaxLossModule) for part in module.modules()):
-            # A callback that waits for JAX can wait for the thread that it runs on (jax issue 24255).
+            # A callback that waits for JAX can deadlock with the thread that it runs on (jax issue 24255).
             raise ValueError("The module contains a bridged JAX loss, and JAX must not run inside its own callback.")
         if getattr(module, "inplace_grad", False):
             raise ValueError(
@@ -80,7 +75,7 @@ class TorchLossFunction:
         arrays: dict[str, Any] = {}
         static: dict[str, Any] = {}
         for name, value in _flat_arguments(bound):
-            # Such a number says what shapes to make: no array, even where others become one.
+            # Numbers in static_arguments determine shapes: they stay Python numbers.
             array = None if name in getattr(self.module, "static_arguments", ()) else _as_array(name, value)
             if array is None:
                 static[name] = value
@@ -115,14 +110,14 @@ def _flat_arguments(bound: inspect.BoundArguments) -> list[tuple[str, Any]]:
 
 
 def _as_array(name: str, value: Any) -> jax.Array | None:
-    """The value as an array, or None when it is none."""
+    """The value as an array; None if it is neither an array nor a number."""
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a torch.Tensor; this function takes JAX or NumPy arrays.")
     if isinstance(value, np.ndarray | np.integer) or (isinstance(value, int) and not isinstance(value, bool)):
-        wide = np.asarray(value)
-        # JAX would wrap them around, in silence.
-        if wide.dtype.kind in "iu" and wide.size and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            low, high = wide.min(), wide.max()
+        integers = np.asarray(value)
+        # JAX would wrap them to int32 without an error.
+        if integers.dtype.kind in "iu" and integers.size and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            low, high = integers.min(), integers.max()
             if low < INT32.min or high > INT32.max:
                 raise ValueError(
                     f"{name} has values from {low} to {high}, which do not fit JAX's int32. Correct them, or set "
@@ -138,7 +133,7 @@ def _as_array(name: str, value: Any) -> jax.Array | None:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call, less its arrays. Equal calls compile once, so it is compared by value."""
+    """A call without its arrays. Compared by value, so that equal calls compile once."""
 
     module: torch.nn.Module
     device: str
@@ -159,7 +154,7 @@ class _Call:
             try:
                 loss = self.run([torch.empty(a.shape, dtype=TORCH_DTYPES[a.dtype], device="meta") for a in arrays])
             except Exception:
-                # Reads values, or has no meta kernel; what is wrong with the arguments comes again here.
+                # The module reads values or has no meta kernel. An error in the arguments is raised again here.
                 loss = self.run([torch.zeros(a.shape, dtype=TORCH_DTYPES[a.dtype], device=self.device) for a in arrays])
         return jax.ShapeDtypeStruct(tuple(loss.shape), NUMPY_DTYPES[loss.dtype])
 
@@ -178,7 +173,7 @@ class _Forward:
 
 @dataclass(frozen=True)
 class _Backward:
-    """The callback of the backward: upstream and inputs to the gradients of the wanted inputs."""
+    """The callback of the backward: (upstream, *inputs) -> gradients of the inputs with indices `wanted`."""
 
     call: _Call
     wanted: tuple[int, ...]
@@ -208,7 +203,7 @@ def _torch_loss(call: _Call, *arrays: jax.Array) -> jax.Array:
 
 def _forward_rule(call: _Call, *primals: Any) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], dict[int, None]]]:
     arrays = tuple(primal.value for primal in primals)
-    # Keys of a dict belong to the structure of the residuals, so they stay Python integers under jit.
+    # Keys of a dict are part of the residuals' tree structure, so they stay Python integers under jit.
     wanted = {
         i: None
         for i, primal in enumerate(primals)
@@ -226,7 +221,7 @@ def _backward_rule(
     shapes = tuple(jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in wanted)
     grads = _on_host(_Backward(call, tuple(wanted)), lambda: shapes, (upstream, *arrays))
     by_index = dict(zip(wanted, grads, strict=True))
-    # None stands for a zero, of float0 where the input is an integer.
+    # None is a zero cotangent, of dtype float0 where the input is an integer.
     return tuple(by_index.get(i) for i in range(len(arrays)))
 
 
@@ -236,7 +231,7 @@ _torch_loss.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 def _on_host(
     function: HostFunction, results: Callable[[], Sequence[jax.ShapeDtypeStruct]], arrays: Sequence[jax.Array]
 ) -> tuple[jax.Array, ...]:
-    """Run a function of NumPy arrays: at once where JAX is not tracing, else as a part of the program."""
+    """Call a function of NumPy arrays: directly where JAX is not tracing, else by `host_call`."""
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return host_call(function, results(), arrays)
     return tuple(jnp.asarray(result) for result in function(*(np.asarray(array) for array in arrays)))

@@ -1,4 +1,4 @@
-"""The JAX backend as `loss_core.dispatch.protocol.Backend` has it: who makes which loss, what can be used here."""
+"""The JAX implementation of `loss_core.dispatch.protocol.Backend`: builders of the losses, and the usable flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ __all__ = [
     "rank_setup",
 ]
 
-# What the package exports is the table of losses.
 _LOSSES: tuple[type[Loss], ...] = tuple(getattr(loss_core_jax, name) for name in loss_core_jax.__all__)
 
 _BUILDERS = {(loss.config_class, "xla"): loss.from_config for loss in _LOSSES}
@@ -43,10 +42,10 @@ def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
 
 
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
-    """What `auto` takes among the kernels that are built and usable."""
+    """The kernel that `auto` chooses among those that are built and usable."""
     return KernelChoice(f"jax:{candidates[0]}", "the only kernel on jax")
 
 
 def batch_invariant(kernel: str, row_bytes: int) -> bool:
-    """No promise: XLA compiles a program for each shape, and may order the sum of a row in another way in each."""
+    """False: XLA compiles a program for each shape, and the order in which it sums a row may differ between them."""
     return False

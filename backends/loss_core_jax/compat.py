@@ -1,4 +1,4 @@
-"""APIs of JAX that are private or differ between its versions: one function each, with the version it was seen in."""
+"""APIs of JAX that are private or differ between versions: one function each, with the versions it was tested on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:
-    """Mesh axes over which any of the arrays varies, as its type says; empty outside `jax.shard_map`."""
+    """Mesh axes over which the type of any of the arrays varies; empty outside `jax.shard_map`."""
     axes: frozenset[str] = frozenset()
     for array in arrays:
         aval: Any = jax.typeof(array)
@@ -20,7 +20,7 @@ def varying_axes(*arrays: Any) -> frozenset[str]:
 
 
 def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The array, with a type that varies over these mesh axes, too."""
+    """The array, with a type that also varies over these mesh axes."""
     missing = tuple(sorted(axes - varying_axes(array)))
     if not missing:
         return array
@@ -32,26 +32,26 @@ def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     return varying
 
 
-def all_gather_same(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """[R, ...] of all devices of the axes, with a type that says that it is the same on each of them."""
+def all_gather_invariant(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[R, ...]: all-gather over the axes, with a result whose type does not vary over them."""
     if jax.__version_info__ >= (0, 10):
         gather: Any = lax.all_gather
         gathered: jax.Array = gather(array, axes, to="invarying")
         return gathered
-    # 0.8 has no such all_gather.
-    return sum_of_slots(array, axes)
+    # 0.8: all_gather has no `to`.
+    return all_gather_by_psum(array, axes)
 
 
-def sum_of_slots(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """As `all_gather_same`, as a sum with zeros, for twice the traffic."""
+def all_gather_by_psum(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """As `all_gather_invariant`, computed as a psum with zeros, for twice the traffic."""
     own = jax.numpy.arange(lax.axis_size(axes)) == lax.axis_index(axes)
     slots = jax.numpy.where(own.reshape(-1, *(1,) * array.ndim), array[None], 0)
-    summed: jax.Array = lax.psum(slots, axes)
-    return summed
+    weighted_sum: jax.Array = lax.psum(slots, axes)
+    return weighted_sum
 
 
 def axis_is_bound(axis: str) -> bool:
-    """Whether a mesh axis is manual here: inside of a `jax.shard_map` over it."""
+    """Whether a mesh axis is manual here, that is, the caller is inside a `jax.shard_map` over it."""
     try:
         lax.axis_size(axis)
     except NameError:  # 0.8 to 0.10
@@ -60,23 +60,23 @@ def axis_is_bound(axis: str) -> bool:
 
 
 def is_tracer(value: Any) -> bool:
-    """Whether a value is traced, so that it can't be read."""
+    """Whether a value is traced, so that its elements can't be read."""
     return isinstance(value, jax.core.Tracer)  # 0.8 to 0.10
 
 
 def instantiate(cotangent: Any) -> jax.Array:
-    """A cotangent as an array: with symbolic_zeros=True, `jax.custom_vjp` hands over a SymbolicZero for none."""
+    """A cotangent as an array: with symbolic_zeros=True, `jax.custom_vjp` passes a SymbolicZero where it is zero."""
     symbolic = isinstance(cotangent, SymbolicZero)  # 0.8 to 0.10
     dense: jax.Array = jax.numpy.zeros(cotangent.shape, cotangent.dtype) if symbolic else cotangent
     return dense
 
 
-def forget_programs(most: int) -> None:
-    """Drop what JAX has compiled if it is more than `most` programs.
+def limit_compiled_programs(limit: int) -> None:
+    """Clear JAX's caches if they hold more than `limit` compiled programs.
 
-    Linux gives a process 65,530 memory mappings, and XLA:CPU takes about 20 for the program of a loss: with 3,300 of
-    them the next one ends the process.
+    Linux allows a process 65,530 memory mappings, and XLA:CPU uses about 20 for the program of a loss: after 3,300
+    programs the next one kills the process.
     """
     client: Any = jax.devices()[0].client  # 0.8 to 0.11
-    if len(client.live_executables()) > most:
+    if len(client.live_executables()) > limit:
         jax.clear_caches()

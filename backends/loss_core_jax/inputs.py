@@ -1,7 +1,7 @@
-"""What a loss accepts, and the one reading of labels and mask that all losses share.
+"""Validation of the arguments of all losses, and their common preprocessing of labels and mask.
 
-Nothing here waits for a device: values are read only where they lie in host memory (NumPy arrays, and arrays of JAX
-on the CPU that are not traced).
+Nothing here waits for a device: values are read only in host memory (NumPy arrays, and JAX arrays on the CPU that are
+not traced).
 """
 
 # T = tokens (any leading dimensions), V = vocabulary, H = hidden
@@ -18,7 +18,7 @@ import numpy as np
 
 from loss_core_jax import compat
 
-# A target is a class in [0, V), or one of these.
+# A target is a class in [0, V) or one of these.
 IGNORED = -1
 INVALID = -2  # outside [0, V) and not ignored: its loss and gradient are NaN
 ELSEWHERE = -3  # a class of another shard of the vocabulary
@@ -29,7 +29,7 @@ _HALF = ("bfloat16", "float16")
 
 
 def check_arrays(**arrays: Any) -> None:
-    """TypeError unless every given value is a jax or NumPy array; None passes."""
+    """TypeError unless every value is a JAX or NumPy array or None."""
     for name, value in arrays.items():
         if value is not None and not isinstance(value, jax.Array | np.ndarray | np.generic):
             raise TypeError(
@@ -46,7 +46,7 @@ def check_floating(**arrays: Any) -> None:
 
 
 def check_logits(name: str, logits: ArrayLike, labels: ArrayLike) -> None:
-    """Logits are `[..., V]` floating with V >= 1, and labels fit them."""
+    """Check that logits are `[..., V]` floating with V >= 1, and labels as `check_labels` does."""
     check_floating(**{name: logits})
     if logits.ndim == 0:
         raise ValueError(f"{name} has shape (); it must be [..., V].")
@@ -56,7 +56,7 @@ def check_logits(name: str, logits: ArrayLike, labels: ArrayLike) -> None:
 
 
 def check_labels(name: str, scores: ArrayLike, labels: ArrayLike) -> None:
-    """Labels are integers whose shape is that of `scores` (the array called `name`) without its last axis.
+    """Check that labels are integers of shape `scores.shape[:-1]`, where `name` is the argument name of `scores`.
 
     Raises:
         TypeError: floating or boolean labels.
@@ -71,40 +71,42 @@ def check_labels(name: str, scores: ArrayLike, labels: ArrayLike) -> None:
         )
 
 
-def check_linear(hidden_states: ArrayLike, labels: ArrayLike, lm_weight: ArrayLike, of: str = "") -> None:
-    """Hidden states `[..., H]` and weight `[V, H]`, and labels that fit them.
+def check_linear(hidden_states: ArrayLike, labels: ArrayLike, lm_weight: ArrayLike, prefix: str = "") -> None:
+    """Check hidden states `[..., H]`, weight `[V, H]` and labels `[...]`.
 
     Args:
-        of: what the names of both begin with.
+        prefix: of the argument names of hidden states and weight, such as "student_".
     Raises:
-        TypeError: dtypes that are not floating, or differ in another way than 16 bits beside a float32 weight.
+        TypeError: dtypes that are not floating, or that differ and are not 16 bits beside a float32 weight.
         ValueError: shapes that do not match or are empty; names both.
     """
-    check_floating(**{f"{of}hidden_states": hidden_states, f"{of}lm_weight": lm_weight})
+    check_floating(**{f"{prefix}hidden_states": hidden_states, f"{prefix}lm_weight": lm_weight})
     if lm_weight.ndim != 2:
-        raise ValueError(f"{of}lm_weight has shape {lm_weight.shape}; it must be [V, H].")
+        raise ValueError(f"{prefix}lm_weight has shape {lm_weight.shape}; it must be [V, H].")
     if hidden_states.ndim == 0 or hidden_states.shape[-1] != lm_weight.shape[1]:
         raise ValueError(
-            f"{of}hidden_states has shape {hidden_states.shape} but {of}lm_weight has shape {lm_weight.shape}; "
-            f"{of}hidden_states.shape[-1] == {of}lm_weight.shape[1] must hold."
+            f"{prefix}hidden_states has shape {hidden_states.shape} but {prefix}lm_weight has shape {lm_weight.shape}; "
+            f"{prefix}hidden_states.shape[-1] == {prefix}lm_weight.shape[1] must hold."
         )
     if hidden_states.shape[-1] == 0:
-        raise ValueError(f"{of}hidden_states has shape {hidden_states.shape}: the hidden dimension must not be empty.")
+        raise ValueError(
+            f"{prefix}hidden_states has shape {hidden_states.shape}: the hidden dimension must not be empty."
+        )
     if lm_weight.shape[0] == 0:
         raise ValueError(
-            f"{of}lm_weight has shape {lm_weight.shape}: the vocabulary (first dimension) must not be empty."
+            f"{prefix}lm_weight has shape {lm_weight.shape}: the vocabulary (first dimension) must not be empty."
         )
     if hidden_states.dtype != lm_weight.dtype and not _is_master_weight(hidden_states, lm_weight):
         raise TypeError(
-            f"{of}hidden_states has dtype {hidden_states.dtype} but {of}lm_weight has dtype {lm_weight.dtype}; they "
-            "must match, or be bfloat16 or float16 beside a float32 weight: cast one of them, such as "
-            f"{of}lm_weight.astype({of}hidden_states.dtype)."
+            f"{prefix}hidden_states has dtype {hidden_states.dtype} but {prefix}lm_weight has dtype {lm_weight.dtype}; "
+            "they must match, or be bfloat16 or float16 beside a float32 weight: cast one of them, such as "
+            f"{prefix}lm_weight.astype({prefix}hidden_states.dtype)."
         )
-    check_labels(f"{of}hidden_states", hidden_states, labels)
+    check_labels(f"{prefix}hidden_states", hidden_states, labels)
 
 
 def check_bias(lm_weight: ArrayLike, lm_bias: ArrayLike | None) -> None:
-    """A bias `[V]` for a weight `[V, H]`; None passes."""
+    """Check that a bias is floating `[V]` for a weight `[V, H]`, or None."""
     if lm_bias is None:
         return
     check_arrays(lm_bias=lm_bias)
@@ -121,7 +123,7 @@ def _is_master_weight(hidden_states: ArrayLike, lm_weight: ArrayLike) -> bool:
 
 
 def check_pair(student_logits: ArrayLike, teacher_logits: ArrayLike, labels: ArrayLike) -> None:
-    """Two logits of one shape `[..., V]`, and labels that fit them."""
+    """Check two logits of the same shape `[..., V]`, and labels."""
     check_floating(teacher_logits=teacher_logits)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -132,7 +134,7 @@ def check_pair(student_logits: ArrayLike, teacher_logits: ArrayLike, labels: Arr
 
 
 def check_weights_have_count(loss_weights: Any, num_batch_labels: Any) -> None:
-    """Refuse weights of a distillation without the count that divides their sum."""
+    """ValueError for weights of a distillation without the count that divides the weighted sum."""
     if loss_weights is not None and num_batch_labels is None:
         raise ValueError(
             "loss_weights is only supported with num_batch_labels, without which the loss is a mean over the "
@@ -141,7 +143,7 @@ def check_weights_have_count(loss_weights: Any, num_batch_labels: Any) -> None:
 
 
 def check_mask(labels: ArrayLike, mask: ArrayLike | None) -> None:
-    """A mask is bool, integer or float, and broadcasts to the shape of labels."""
+    """Check that a mask is bool, integer or float and broadcasts to the shape of labels."""
     if mask is None:
         return
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
@@ -160,7 +162,7 @@ def check_mask(labels: ArrayLike, mask: ArrayLike | None) -> None:
 def check_reduction_arguments(
     reduction: str, labels: ArrayLike, num_label_tokens: Any, loss_weights: ArrayLike | None
 ) -> None:
-    """`num_label_tokens` and `loss_weights` go with reduction "sum" only; their shapes are fixed."""
+    """Check that `num_label_tokens` and `loss_weights` come with reduction "sum", and the weights' dtype and shape."""
     for name, value in (("num_label_tokens", num_label_tokens), ("loss_weights", loss_weights)):
         if value is not None and reduction != "sum":
             raise ValueError(f"{name} is only supported when reduction is 'sum', got reduction {reduction!r}.")
@@ -175,11 +177,11 @@ def check_reduction_arguments(
 
 
 def read_count(name: str, count: Any) -> Any:
-    """A count as an array, so that a new value compiles nothing; None stays None.
+    """A count as a 0-d array, so that another value needs no compilation; None stays None.
 
     Raises:
         TypeError: neither a real number nor an array.
-        ValueError: an array that is not 0-d; a value that can be read and is negative or NaN.
+        ValueError: an array that is not 0-d; a readable value that is negative or NaN.
     """
     if count is None:
         return None
@@ -187,7 +189,7 @@ def read_count(name: str, count: Any) -> Any:
         not isinstance(count, numbers.Real) or isinstance(count, bool)
     ):
         raise TypeError(f"{name} must be a number or a 0-d array, got {count!r}.")
-    # As a float: a Python integer beyond 2**31 does not fit JAX's default integer.
+    # As a float: a Python integer above 2**31 does not fit JAX's default integer.
     array: ArrayLike = np.asarray(float(count)) if isinstance(count, numbers.Real) else count
     if array.shape != ():
         raise ValueError(f"{name} has shape {array.shape}; it must be a number or a 0-d array, shape ().")
@@ -197,17 +199,17 @@ def read_count(name: str, count: Any) -> Any:
 
 
 def read_batch_count(labels: ArrayLike, num_batch_labels: Any, loss_weights: ArrayLike | None) -> Any:
-    """The count of a distillation, as `read_count` gives it; weights have the shape of labels, and come with one."""
+    """The count of a distillation as `read_count` returns it, after a check of its weights."""
     check_weights_have_count(loss_weights, num_batch_labels)
     check_reduction_arguments("sum", labels, None, loss_weights)
     return read_count("num_batch_labels", num_batch_labels)
 
 
 def read_labels(labels: ArrayLike, mask: ArrayLike | None, ignore_index: int, vocab: int | None) -> ArrayLike:
-    """Target of each position, as `classify` gives it; labels are checked where that costs no device sync.
+    """Target of each position, as `classify` returns it; labels in host memory are checked.
 
     Returns:
-        A NumPy array where labels and mask are NumPy arrays, so that it can be read under jit, too.
+        A NumPy array where labels and mask are NumPy arrays, so that it is readable under jit, too.
     Raises:
         ValueError: a label outside [0, vocab) that is not ignored; names position and value.
     """
@@ -222,11 +224,11 @@ def read_labels(labels: ArrayLike, mask: ArrayLike | None, ignore_index: int, vo
                 "mask for positions to leave out."
             )
     if not isinstance(labels, jax.Array):
-        # Not in JAX, which would cut 64-bit labels to 32 bits.
+        # Not in JAX, which would truncate 64-bit labels to 32 bits.
         if not isinstance(mask, jax.Array):
             numpy_target: np.ndarray = classify(np, labels, mask, ignore_index, vocab)
             return numpy_target
-        # Targets are labels, too.
+        # The targets go through `_classify` once more as labels, with the mask.
         labels, ignore_index = classify(np, labels, None, ignore_index, vocab), IGNORED
     target: jax.Array = _classify(labels, mask, ignore_index, vocab)
     return target
@@ -237,9 +239,9 @@ def classify(xp: Any, labels: Any, mask: Any, ignore_index: int, vocab: int | No
 
     Args:
         xp: numpy or jax.numpy.
-        vocab: None: any label that is not ignored is class 0.
+        vocab: number of classes; None: any label that is not ignored becomes class 0.
     """
-    # Each constant is compared only where the labels' own dtype can hold it: -100 cast to uint8 is a class.
+    # Each constant is compared only if the labels' dtype can hold it: -100 cast to uint8 is a class.
     info: Any = jnp.iinfo(labels.dtype)
     if vocab is None:
         target = xp.zeros(labels.shape, np.int32)
@@ -259,13 +261,13 @@ _classify = jax.jit(functools.partial(classify, jnp), static_argnums=(2, 3))
 
 
 def local_columns(columns: jax.Array, start: Any, stop: Any, offset: Any) -> jax.Array:
-    """Columns counted from an offset, ELSEWHERE those outside [start, stop); negative ones stay what they are."""
+    """`columns - offset`, but ELSEWHERE outside [start, stop); negative columns are unchanged."""
     owned = (columns >= start) & (columns < stop)
     return jnp.where(columns < 0, columns, jnp.where(owned, columns - offset, ELSEWHERE))
 
 
 def in_host_memory(array: ArrayLike) -> bool:
-    """Whether the array has values that the CPU can read without waiting for a device."""
+    """Whether the array's values can be read on the host without waiting for a device."""
     if not isinstance(array, jax.Array):
         return True
     if compat.is_tracer(array) or not array.is_fully_addressable:
@@ -274,11 +276,11 @@ def in_host_memory(array: ArrayLike) -> bool:
 
 
 def as_jax(array: ArrayLike) -> jax.Array:
-    """The array for JAX; one that is JAX's already is not touched."""
-    # Under jax.grad, jnp.asarray copies: for a weight of [V, H] that is a copy of it.
+    """The array as a jax.Array; a jax.Array is returned as it is."""
+    # Under jax.grad, jnp.asarray would copy it, even a weight [V, H].
     return array if isinstance(array, jax.Array) else jnp.asarray(array)
 
 
 def arithmetic_dtype(*arrays: jax.Array) -> Any:
-    """float64 when an array is, else float32."""
+    """float64 if any array is float64, else float32."""
     return jnp.dtype("float64" if any(a.dtype == jnp.float64 for a in arrays) else "float32")

@@ -1,4 +1,4 @@
-"""From the losses of the rows to what the caller gets: the factor of each row, the sum, and metrics beside it."""
+"""Reduction of the losses of rows: the factor of each row, the sum, and the metrics."""
 
 # T = tokens (any leading dimensions)
 
@@ -15,14 +15,14 @@ from jax import lax
 from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
 from loss_core_jax.inputs import IGNORED, INVALID
 
-# Values and metrics of each row, each in the shape of the labels.
+# Values and metrics of each row, each of the shape of the labels.
 RowResults = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 
-# What a cross entropy returns: its loss, or with metrics a pair.
+# What a cross entropy returns: the loss, or with metrics the pair (loss, metrics).
 Result = jax.Array | tuple[jax.Array, dict[str, jax.Array]]
 
 
-# One program where a call is not under jit.
+# Under jit, so that an eager call runs one program.
 @functools.partial(jax.jit, static_argnames=("dtype", "mean"))
 def row_scale(
     target: jax.Array,
@@ -38,11 +38,11 @@ def row_scale(
         target: classes, IGNORED or INVALID.
         dtype: of the arithmetic.
         mean: divide by the number of rows that are not ignored (at least 1).
-        count: divide by this instead; 0 makes every factor 0, a negative or NaN one makes it NaN.
-        loss_weights: multiplied in.
+        count: divide by this instead; where it is 0, every factor is 0.
+        loss_weights: factor of each row, or None.
     """
     valid = target != IGNORED
-    # where, not a product: a weight of inf at an ignored row must leave no trace.
+    # where, not a product: a weight of inf at an ignored row times 0 is NaN.
     scale = valid.astype(dtype) if loss_weights is None else jnp.where(valid, loss_weights.astype(dtype), 0)
     if count is not None:
         divisor = jnp.where(count == 0, 1, count.astype(dtype))
@@ -54,12 +54,12 @@ def row_scale(
 
 @jax.jit
 def total(loss: jax.Array, scale: jax.Array, count: jax.Array | None) -> jax.Array:
-    """Sum of scale * loss over all rows; see `finish_count`."""
-    return finish_count(jnp.sum(scale * loss), count)
+    """Sum of scale * loss over all rows; see `guard_count`."""
+    return guard_count(jnp.sum(scale * loss), count)
 
 
-def finish_count(total: jax.Array, count: jax.Array | None) -> jax.Array:
-    """A total that has been divided by the count: still connected, but 0 for 0, and NaN for a negative or NaN one."""
+def guard_count(total: jax.Array, count: jax.Array | None) -> jax.Array:
+    """A total divided by the count: 0 (with gradient 0) where the count is 0, NaN where it is negative or NaN."""
     if count is None:
         return total
     # The factors of a count of 0 are 0, but 0 * inf (a target of probability 0) is NaN.
@@ -67,12 +67,12 @@ def finish_count(total: jax.Array, count: jax.Array | None) -> jax.Array:
 
 
 def valid_losses(loss: jax.Array, target: jax.Array) -> jax.Array:
-    """The losses of rows: 0 where the row is ignored, NaN where its label is invalid."""
+    """Losses of rows: 0 where the row is ignored, NaN where its label is invalid."""
     return jnp.where(target == IGNORED, 0, nan_if_invalid(loss, target))
 
 
 def valid_upstream(upstream: jax.Array, target: jax.Array) -> jax.Array:
-    """The upstream gradients of rows: 0 where the row is ignored, whatever they are, NaN where its label is invalid."""
+    """Upstream gradients of rows: 0 where the row is ignored, even if inf or NaN; NaN where its label is invalid."""
     return jnp.where(target == IGNORED, 0, nan_if_invalid(upstream, target))
 
 
@@ -82,26 +82,26 @@ def nan_if_invalid(value: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def row_metrics(names: Sequence[str]) -> tuple[str, ...]:
-    """Those metrics that each row has: all but the number of tokens."""
+    """The metrics that have a value for each row: all but the number of valid tokens."""
     return tuple(name for name in names if name in TOKEN_METRICS)
 
 
 def with_metrics(
     names: Sequence[str],
     loss: jax.Array,
-    found: Sequence[jax.Array],
+    metrics: Sequence[jax.Array],
     target: jax.Array,
-    reduced: Callable[[jax.Array], jax.Array],
+    reduce: Callable[[jax.Array], jax.Array],
 ) -> Result:
-    """The loss; with metrics, also a dict of them, not differentiated: reduced, and the number of valid tokens.
+    """The loss, or with metrics the pair (loss, metrics by name); metrics are reduced and not differentiated.
 
     Args:
-        found: of `row_metrics(names)`.
+        metrics: of each row, in the order of `row_metrics(names)`.
         target: of all rows, classes or IGNORED or INVALID.
-        reduced: as the loss is.
+        reduce: the reduction of the loss.
     """
     if not names:
         return loss
-    values: dict[str, Any] = dict(zip(row_metrics(names), map(reduced, found), strict=True))
+    values: dict[str, Any] = dict(zip(row_metrics(names), map(reduce, metrics), strict=True))
     values[NUM_VALID] = jnp.sum(target != IGNORED)
     return loss, {name: lax.stop_gradient(values[name]) for name in names}

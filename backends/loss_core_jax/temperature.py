@@ -11,18 +11,18 @@ import numpy as np
 
 from loss_core_jax.inputs import ArrayLike, as_jax, in_host_memory
 
-# Below it the differences of logits times 1 / temperature would reach infinity: it gives the limit already.
-_COLDEST = 2.0**-63
+# Below it, differences of logits times 1 / temperature would overflow; at it the distribution is already the limit.
+_MIN_TEMPERATURE = 2.0**-63
 
 
 def inverse_temperature(value: Any, default: float, labels: ArrayLike, dtype: Any) -> jax.Array | None:
     """1 / temperature of each position, shape of labels; None where it is 1 for all.
 
     Args:
-        value: a number, or a floating array of one number or of the shape of labels; None for the default.
+        value: a number, or a floating array, 0-d or of the shape of labels; None for the default.
     Raises:
         TypeError: neither a number nor a floating array.
-        ValueError: another shape, or a value that can be read and is not > 0 (else the position is NaN).
+        ValueError: another shape, or a readable value that is not > 0 (a value that is not readable gives NaN).
     """
     value = default if value is None else value
     if not isinstance(value, jax.Array | np.ndarray):
@@ -41,5 +41,5 @@ def inverse_temperature(value: Any, default: float, labels: ArrayLike, dtype: An
     if in_host_memory(value) and not (np.asarray(value, np.float64) > 0).all():
         bad = np.asarray(value, np.float64)
         raise ValueError(f"temperature must be > 0, got {bad[~(bad > 0)].flat[0]:g}.")
-    spread = jnp.broadcast_to(as_jax(value).astype(dtype), labels.shape)
-    return jnp.where(spread > 0, 1 / jnp.maximum(spread, _COLDEST), jnp.nan)
+    temperature = jnp.broadcast_to(as_jax(value).astype(dtype), labels.shape)
+    return jnp.where(temperature > 0, 1 / jnp.maximum(temperature, _MIN_TEMPERATURE), jnp.nan)

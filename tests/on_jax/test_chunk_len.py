@@ -1,4 +1,4 @@
-"""`chunk_len` of ChunkedCrossEntropy on JAX: a bound that holds, results that do not depend on it, and `compile`."""
+"""`chunk_len` of ChunkedCrossEntropy on JAX: it bounds the logits, and does not change results; and `compile`."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -30,23 +30,23 @@ def gradients(loss: Any) -> Any:
     return jax.value_and_grad(lambda h, w: loss(h, LABELS, w).sum(), (0, 1))
 
 
-def largest(fn: Any) -> int:
+def largest_array(fn: Any) -> int:
     """Elements of the largest array in the program of a function."""
     text = jax.jit(fn).lower(HIDDEN, WEIGHT).as_text()
     return max(math.prod(map(int, shape.split("x")[:-1])) for shape in re.findall(r"tensor<([0-9x]+x)[a-z]", text))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_no_more_than_so_many_rows_of_logits_exist(reduction: str) -> None:
+def test_at_most_chunk_len_rows_of_logits_exist(reduction: str) -> None:
     for fn in (gradients, lambda loss: lambda h, w: loss(h, LABELS, w)):
-        assert largest(fn(ChunkedCrossEntropy(CHUNK, reduction=reduction))) <= CHUNK * V
-        # Else the line above would hold whatever chunk_len is.
-        assert largest(fn(FusedLinearCrossEntropy(reduction=reduction))) >= T * V
+        assert largest_array(fn(ChunkedCrossEntropy(CHUNK, reduction=reduction))) <= CHUNK * V
+        # Otherwise the line above would hold for any chunk_len.
+        assert largest_array(fn(FusedLinearCrossEntropy(reduction=reduction))) >= T * V
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("chunk_len", [1, 7, 10**9])
-def test_any_chunk_len_gives_the_same(chunk_len: int, reduction: str) -> None:
+def test_results_do_not_depend_on_chunk_len(chunk_len: int, reduction: str) -> None:
     value, grads = gradients(ChunkedCrossEntropy(chunk_len, reduction=reduction))(HIDDEN, WEIGHT)
     expected, expected_grads = gradients(FusedLinearCrossEntropy(reduction=reduction))(HIDDEN, WEIGHT)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -56,12 +56,12 @@ def test_any_chunk_len_gives_the_same(chunk_len: int, reduction: str) -> None:
 
 @pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize("sizes", [CPU, ACCELERATOR], ids=["cpu", "accelerator"])
-def test_a_plan_keeps_to_it(sizes: Any, partitioned: bool) -> None:
-    for num_rows, vocab, most in ((1, 7, 512), (37, 1, 1), (4096, 50257, 3), (4096, 128, 4095)):
+def test_plans_respect_chunk_len(sizes: Any, partitioned: bool) -> None:
+    for num_rows, vocab, max_rows in ((1, 7, 512), (37, 1, 1), (4096, 50257, 3), (4096, 128, 4095)):
         weight: Any = jax.ShapeDtypeStruct((vocab, 64), "float32")
-        how: Any = {"partitioned": partitioned, "block_rows": most}
-        plan = plan_for(num_rows, weight, jnp.dtype("float32"), sizes, **how)
-        assert plan.chunk <= most
+        limits: Any = {"partitioned": partitioned, "block_rows": max_rows}
+        plan = plan_for(num_rows, weight, jnp.dtype("float32"), sizes, **limits)
+        assert plan.chunk <= max_rows
         assert plan.num_chunks * plan.chunk >= num_rows
 
 
@@ -73,6 +73,6 @@ def test_compile_must_be_true() -> None:
         ChunkedCrossEntropy(compile=False)
 
 
-def test_losses_with_another_chunk_len_are_no_equals() -> None:
+def test_losses_with_different_chunk_len_are_not_equal() -> None:
     assert ChunkedCrossEntropy(8) == ChunkedCrossEntropy(8)
     assert len({ChunkedCrossEntropy(8), ChunkedCrossEntropy(9), ChunkedCrossEntropy()}) == 3

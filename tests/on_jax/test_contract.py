@@ -1,4 +1,4 @@
-"""What JAX losses promise besides their values: refusals, transformations, memory, determinism, the backend table."""
+"""The contract of JAX losses besides values: errors, transformations, memory, determinism, the backend table."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -33,7 +33,7 @@ LOGITS = HIDDEN @ WEIGHT.T
 TEACHER = LOGITS[..., ::-1]
 LABELS = RNG.integers(0, V, (B, S))
 LABELS[0, :2] = -100
-# TEParallelCrossEntropy is computed by what computes MaskedCrossEntropy.
+# TEParallelCrossEntropy shares the code of MaskedCrossEntropy.
 LOSSES = ("masked", "fused", "kd")
 CLASSES = ("masked", "fused")  # whose labels are classes
 # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
@@ -199,7 +199,7 @@ def test_labels_of_any_signed_width(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint32"])
 def test_minus_100_is_no_unsigned_label(dtype: str) -> None:
-    # -100 as uint8 is 156, as good a class as any.
+    # -100 as uint8 is 156, which is a class.
     wide = jnp.asarray(RNG.normal(size=(B, S, 507)), "float32")
     labels = np.full((B, S), 156)
     for given in (labels.astype(dtype), jnp.asarray(labels.astype(dtype))):
@@ -455,7 +455,7 @@ def test_eager_gradients_copy_no_weight() -> None:
     assert outer == ["custom_vjp_call"]
 
 
-# --- shard_map: four devices that exist in a process of their own only
+# --- shard_map: four devices in a separate process
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
@@ -546,7 +546,7 @@ def test_evaluate(dtype: str) -> None:
 
 
 def test_a_label_beyond_int32_is_no_class_in_64_bit_mode() -> None:
-    # Cut to 32 bits it would be class 1.
+    # Truncated to 32 bits it would be class 1.
     with jax.enable_x64(True):
         logits, labels = jnp.zeros((2, V)), jnp.asarray([0, 2**32 + 1])
         assert labels.dtype == jnp.int64

@@ -1,4 +1,4 @@
-"""Kinds of faults that public reports about losses name, held for every loss."""
+"""Regression tests of every loss for the kinds of faults in public bug reports about losses."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -37,7 +37,7 @@ each_config = pytest.mark.parametrize(
 )
 
 
-def of_floats(loss: Any, labels: Any = LABELS, **more: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+def as_function(loss: Any, labels: Any = LABELS, **more: Any) -> tuple[Any, tuple[jax.Array, ...]]:
     """A loss as a function of its floating arguments, and these; the first has a row per token."""
     if isinstance(loss, FusedLinearCrossEntropy):
         return (lambda h, w: loss(h, labels, w, **more)), (HIDDEN, WEIGHT)
@@ -52,7 +52,7 @@ def of_floats(loss: Any, labels: Any = LABELS, **more: Any) -> tuple[Any, tuple[
 
 @each_config
 def test_an_infinite_upstream_leaves_ignored_rows_at_zero(config: Any) -> None:
-    fn, floats = of_floats(config.build(backend="jax"))
+    fn, floats = as_function(config.build(backend="jax"))
     # Labels are counted on the host with skip_ignored, which is not for jit.
     for called in (fn,) if getattr(config, "skip_ignored", None) else (fn, jax.jit(fn)):
         value, pull_back = jax.vjp(called, *floats)
@@ -64,11 +64,11 @@ def test_an_infinite_upstream_leaves_ignored_rows_at_zero(config: Any) -> None:
 
 
 @each_config
-def test_an_infinite_upstream_of_no_token_is_zero_everywhere(config: Any) -> None:
+def test_an_infinite_upstream_without_valid_tokens_gives_zero_gradients(config: Any) -> None:
     loss = config.build(backend="jax")
-    calls = [of_floats(loss, np.full(T, -100))]
+    calls = [as_function(loss, np.full(T, -100))]
     if getattr(config, "reduction", "mean") == "sum" or isinstance(config, KDLossConfig):
-        calls += [of_floats(loss, num_label_tokens=0), of_floats(loss, num_label_tokens=jnp.asarray(0.0))]
+        calls += [as_function(loss, num_label_tokens=0), as_function(loss, num_label_tokens=jnp.asarray(0.0))]
     for fn, floats in calls:
         value, pull_back = jax.vjp(fn, *floats)
         for upstream in (np.inf, np.nan):
@@ -80,7 +80,7 @@ def test_an_infinite_upstream_of_no_token_is_zero_everywhere(config: Any) -> Non
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
-def test_kd_takes_any_label_but_ignore_index_for_a_token(as_array: Any) -> None:
+def test_kd_ignores_no_label_but_ignore_index(as_array: Any) -> None:
     labels = np.array([-100, V, -1, 2**30, 3, -5])
     plain = np.where(labels == -100, -100, 0)
     loss = KDLoss()
@@ -89,7 +89,7 @@ def test_kd_takes_any_label_but_ignore_index_for_a_token(as_array: Any) -> None:
     loss.check_values({"labels": labels, "student_logits": LOGITS})
 
 
-def test_kd_does_not_cut_labels_to_32_bits() -> None:
+def test_kd_does_not_truncate_labels_to_32_bits() -> None:
     labels = np.array([-100, 2**32 - 100, 0, 0, 0, 0])
     assert KDLoss()(LOGITS, LOGITS[:, ::-1], labels) == KDLoss()(
         LOGITS, LOGITS[:, ::-1], np.array([-100, 0, 0, 0, 0, 0])
@@ -99,7 +99,7 @@ def test_kd_does_not_cut_labels_to_32_bits() -> None:
 # --- masks of the smallest number
 
 
-def test_a_mask_of_finfo_min_gives_what_plain_float32_gives() -> None:
+def test_a_mask_of_finfo_min_agrees_with_plain_float32() -> None:
     smallest = float(jnp.finfo("float32").min)
     student = LOGITS.at[:, 3].set(smallest)
     labels = np.array([-100, 3, 1, 0, 0, 2])
@@ -131,14 +131,14 @@ def test_a_mask_of_finfo_min_gives_what_plain_float32_gives() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @each_config
-def test_the_results_dtype_is_the_logits_alone(config: Any, dtype: str) -> None:
+def test_the_dtype_of_the_result_depends_on_the_logits_alone(config: Any, dtype: str) -> None:
     with jax.enable_x64(True):
         loss = config.build(backend="jax")
         counts = [None]
         if getattr(config, "reduction", "mean") == "sum" or isinstance(config, KDLossConfig):
             counts = [jnp.asarray(7.0, "float64"), jnp.asarray(7, "int64"), np.float64(7), 7]
         for count in counts:
-            fn, floats = of_floats(loss, **({} if count is None else {"num_label_tokens": count}))
+            fn, floats = as_function(loss, **({} if count is None else {"num_label_tokens": count}))
             floats = tuple(x.astype(dtype) for x in floats)
             expected = "float64" if dtype == "float64" else "float32"
             # Dtypes are known without computing.
@@ -159,12 +159,12 @@ def test_a_negative_or_nan_count_is_refused_or_nan(name: str, count: float) -> N
         name, KDLoss()
     )
     for given in (count, np.asarray(count), jnp.asarray(count)):
-        fn, floats = of_floats(loss, num_label_tokens=given)
+        fn, floats = as_function(loss, num_label_tokens=given)
         with pytest.raises(ValueError, match=rf"num_\w+ must be >= 0, got {count:g}"):
             fn(*floats)
 
     def traced(n: jax.Array) -> Any:
-        fn, floats = of_floats(loss, num_label_tokens=n)
+        fn, floats = as_function(loss, num_label_tokens=n)
         return jax.value_and_grad(fn)(*floats)
 
     value, grad = jax.jit(traced)(jnp.asarray(count))
@@ -213,7 +213,7 @@ def test_a_float32_head_gets_a_float32_gradient(half: str, reduction: str) -> No
     np.testing.assert_allclose(by_hidden.astype("float32"), p @ w, atol=4 * float(jnp.finfo(half).eps))
 
 
-# --- one build is as good as another
+# --- equality of builds
 
 
 @pytest.mark.parametrize("cls", [MaskedCrossEntropyConfig, FusedLinearCEConfig, TEParallelCEConfig, KDLossConfig])
@@ -234,10 +234,10 @@ def test_builds_that_compute_the_same_are_equal_and_compile_once(cls: Any) -> No
     assert all(loss.kernel_choice.flag == "jax:xla" for loss in losses)
 
 
-# --- which kernel ran, and what it did to the caller's arrays
+# --- which kernel ran, and whether the caller's arrays changed
 
 
-def test_the_kernel_is_read_off_the_program() -> None:
+def test_the_kernel_is_read_from_the_program() -> None:
     evaluate = load_backend("jax").evaluate
     logits, labels = np.asarray(LOGITS, "float64"), np.maximum(LABELS, 0)
 
@@ -254,7 +254,7 @@ def test_the_kernel_is_read_off_the_program() -> None:
     assert run(theirs).kernel == ""
 
 
-def test_a_change_of_the_callers_arrays_is_seen_bit_for_bit() -> None:
+def test_a_change_of_the_callers_arrays_is_detected_bit_for_bit() -> None:
     def changes(logits: jax.Array, labels: Any, factor: Any) -> jax.Array:
         if isinstance(factor, np.ndarray):
             factor[0] = 0.0 if np.isnan(factor[0]) else 1.0
@@ -271,10 +271,10 @@ def test_a_change_of_the_callers_arrays_is_seen_bit_for_bit() -> None:
     assert result.mutated == ("factor",)
 
 
-# --- a mesh that nobody has set
+# --- a mesh that is not set
 
 
-def test_under_jit_the_advice_is_what_has_not_been_done() -> None:
+def test_under_jit_the_error_says_to_set_a_mesh() -> None:
     loss = MaskedCrossEntropy(tp_group="tp")
     with pytest.raises(ValueError, match="no mesh is set, and no argument lies on one"):
         loss(LOGITS, LABELS)

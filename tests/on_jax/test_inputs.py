@@ -1,4 +1,4 @@
-"""What the losses accept, and which class or mark each label becomes."""
+"""Validation of arguments, and the target (a class or a marker) of each label."""
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +30,26 @@ def cast(array, dtype):
         ("int32", [7, -100, -3], -100, None, [0, IGNORED, 0]),
     ],
 )
-def test_labels_of_any_width_become_classes_and_marks(dtype, labels, ignore_index, vocab, expected):
+def test_labels_of_any_width_become_classes_and_markers(dtype, labels, ignore_index, vocab, expected):
     labels = np.array(labels, dtype)
     assert inputs.classify(np, labels, None, ignore_index, vocab).tolist() == expected
     if dtype != "int64":
         assert inputs.classify(jnp, jnp.asarray(labels), None, ignore_index, vocab).tolist() == expected
 
 
-def test_marks_are_no_classes_and_not_each_other():
+def test_markers_are_negative_and_distinct():
     assert sorted({IGNORED, INVALID, ELSEWHERE}) == [-3, -2, -1]
 
 
 @pytest.mark.parametrize("mask", [[[True, False, True]], [[2, 0, -1]], [[0.5, 0.0, np.nan]]])
-def test_what_the_mask_leaves_out_is_ignored_whatever_its_dtype(mask):
+def test_masked_positions_are_ignored_for_any_dtype_of_the_mask(mask):
     labels = np.array([[1, 9, 2], [0, 9, -100]])
     for of_mask in (np.array(mask), jnp.asarray(mask)):
         for of_labels in (labels, jnp.asarray(labels)):
-            found = inputs.read_labels(of_labels, of_mask, -100, 5)
-            assert found.tolist() == [[1, IGNORED, 2], [0, IGNORED, IGNORED]]
-            # Of NumPy alone, so that it can be read under jit, too.
-            assert isinstance(found, np.ndarray) == (type(of_mask) is type(of_labels) is np.ndarray)
+            target = inputs.read_labels(of_labels, of_mask, -100, 5)
+            assert target.tolist() == [[1, IGNORED, 2], [0, IGNORED, IGNORED]]
+            # NumPy arguments give a NumPy array, which is readable under jit, too.
+            assert isinstance(target, np.ndarray) == (type(of_mask) is type(of_labels) is np.ndarray)
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ def test_the_first_label_that_is_no_class_is_named(make, labels, text):
         inputs.read_labels(make(labels), None, -100, 5)
 
 
-def test_labels_that_can_not_be_read_are_marked():
-    found = jax.jit(lambda labels: inputs.read_labels(labels, None, -100, 5))(jnp.array([1, 7, -100]))
-    assert found.tolist() == [1, INVALID, IGNORED]
-    found = jax.jit(lambda mask: inputs.read_labels(np.array([1, 7, 7]), mask, -100, 5))(jnp.array([1, 1, 0]))
-    assert found.tolist() == [1, INVALID, IGNORED]
+def test_traced_labels_are_marked():
+    target = jax.jit(lambda labels: inputs.read_labels(labels, None, -100, 5))(jnp.array([1, 7, -100]))
+    assert target.tolist() == [1, INVALID, IGNORED]
+    target = jax.jit(lambda mask: inputs.read_labels(np.array([1, 7, 7]), mask, -100, 5))(jnp.array([1, 1, 0]))
+    assert target.tolist() == [1, INVALID, IGNORED]
 
 
 @pytest.mark.parametrize(("count", "value"), [(3, 3), (0, 0), (2.5, 2.5), (np.float32(4), 4), (2**40, 2.0**40)])
-def test_a_count_is_an_array_of_no_dimensions(count, value):
-    found = inputs.read_count("n", count)
-    assert (found.shape, float(found)) == ((), value)
+def test_a_count_is_a_0d_array(count, value):
+    target = inputs.read_count("n", count)
+    assert (target.shape, float(target)) == ((), value)
     assert inputs.read_count("n", None) is None
 
 
@@ -89,12 +89,12 @@ def test_a_count_is_an_array_of_no_dimensions(count, value):
         (np.array(np.nan), ValueError, "n must be >= 0, got nan"),
     ],
 )
-def test_what_is_no_count_is_refused(count, kind, text):
+def test_invalid_counts_are_rejected(count, kind, text):
     with pytest.raises(kind, match=text):
         inputs.read_count("n", count)
 
 
-REFUSED = [
+REJECTED = [
     (lambda: inputs.check_arrays(x=[1.0]), TypeError, r"x must be a jax or NumPy array, got builtins\.list"),
     (lambda: inputs.check_floating(y=HIDDEN, x=LABELS), TypeError, "x must be a floating array, got dtype int32"),
     (lambda: inputs.check_logits("x", np.float32(0), LABELS), ValueError, r"x has shape \(\); it must be"),
@@ -124,13 +124,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "text"), REFUSED)
-def test_what_does_not_fit_is_refused(call, kind, text):
+@pytest.mark.parametrize(("call", "kind", "text"), REJECTED)
+def test_invalid_arguments_are_rejected(call, kind, text):
     with pytest.raises(kind, match=text):
         call()
 
 
-def test_what_fits_is_accepted():
+def test_valid_arguments_are_accepted():
     inputs.check_arrays(x=LOGITS, y=jnp.zeros(3), z=np.float32(1), none=None)
     inputs.check_logits("x", LOGITS, LABELS)
     inputs.check_logits("x", LOGITS[..., :1], LABELS.astype(np.uint8))
@@ -149,13 +149,13 @@ def test_what_fits_is_accepted():
         inputs.check_reduction_arguments(reduction, LABELS, count, weights)
 
 
-def test_only_what_lies_in_host_memory_is_read():
+def test_in_host_memory():
     assert inputs.in_host_memory(LABELS)
     assert inputs.in_host_memory(jnp.zeros(3))
     assert jax.jit(lambda x: jnp.full((), inputs.in_host_memory(x)))(jnp.zeros(3)) == 0
 
 
-def test_arithmetic_is_float64_as_soon_as_an_array_is():
+def test_arithmetic_is_float64_if_any_array_is():
     array = jnp.zeros(3)
     assert inputs.as_jax(array) is array
     assert isinstance(inputs.as_jax(LOGITS), jax.Array)

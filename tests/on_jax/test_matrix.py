@@ -1,4 +1,4 @@
-"""Every kernel of JAX x loss x case x dtype against float64."""
+"""Every JAX kernel x loss x case x dtype against float64."""
 
 from helpers import matrix
 

@@ -1,4 +1,4 @@
-"""A step cut into calls adds up to the whole batch, where each call divides by the count of the step."""
+"""The results of micro-batches, each divided by the count of the step, add up to those of the full batch."""
 
 import functools
 
@@ -23,7 +23,7 @@ def call(config, arrays, grad_of, upstream):
         return {name: np.asarray(x) for name, x in {"loss": value, **grads}.items()}
 
 
-# One config and one set of arguments a loss, for any other would be compiled anew: with smoothing, z-loss and softcap.
+# One config (with smoothing, z-loss and softcap) and one set of arguments for each loss: any other would be compiled.
 @losses()
 @repeatable
 @given(step=steps(fields=4, optional=True))

@@ -1,4 +1,4 @@
-"""Every loss, its gradients and its edges under each of JAX's strict modes."""
+"""Every loss and its gradients, ignored rows included, under each of JAX's strict modes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MODES = {
     "jax_enable_checks": True,
     "jax_check_tracer_leaks": True,
 }
-PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=16)
-SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES)
+SIZES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=16)
+SMALL = XlaKernels(cpu=SIZES, accelerator=SIZES)
 
 RNG = np.random.default_rng(0)
 B, S, V, H = 2, 20, 37, 8
@@ -40,7 +40,7 @@ LOSSES = {
 
 
 def call(name: str, dtype: str) -> Any:
-    """Loss and gradients of a call with every argument that the loss takes."""
+    """Loss and gradients of a call with every argument that the loss accepts."""
     loss, kind = LOSSES[name], name.split("-")[0]
     size = H if kind == "fused" else V
     x = jnp.asarray(RNG.normal(size=(B, S, size)), dtype)

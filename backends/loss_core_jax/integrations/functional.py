@@ -1,7 +1,7 @@
-"""Losses as plain functions in the form of optax: per example, with `where=`, for any JAX training loop.
+"""Losses as functions with optax's signature: per example, with `where=`, for any JAX training loop.
 
-Tried with jax 0.10, optax 0.2.8, flax 0.12 (nnx) and equinox 0.13. Labels are those of the positions themselves: shift
-them before. Objects with `__jax_array__`, such as `flax.nnx.Param`, are taken as the arrays that they hold.
+Tested with jax 0.10, optax 0.2.8, flax 0.12 (nnx) and equinox 0.13. Labels belong to their own positions: shift them
+before the call. Objects with `__jax_array__`, such as `flax.nnx.Param`, are accepted as the arrays that they hold.
 """
 
 # V = vocabulary, H = hidden
@@ -19,18 +19,18 @@ from loss_core.loss_config import LossConfig
 
 
 def softmax_cross_entropy(config: LossConfig | None = None, *, backend: str = "jax") -> Callable[..., jax.Array]:
-    """As `optax.softmax_cross_entropy_with_integer_labels`, with the options and kernels of a config.
+    """Cross entropy as `optax.softmax_cross_entropy_with_integer_labels`, with the options and kernels of a config.
 
     Args:
         config: MaskedCrossEntropyConfig or TEParallelCEConfig; None: reduction="none", the loss of each example.
         backend: flag of the loss, such as "jax:xla".
     Returns:
         `loss(logits, labels, where=None, num_label_tokens=None, loss_weights=None)`. logits: [..., V] floating; labels:
-        [...] integers; where: [...] or broadcasting to it, the examples that take part: the loss and gradient of others
-        are 0, and a mean is over those that take part. Gives [...], or a scalar for another reduction; float32.
+        [...] integers; where: [...] or broadcasting to it, 0 for examples to exclude: their loss and gradient are 0,
+        and a mean does not count them. Returns [...], or a scalar for another reduction; float32.
     Raises:
-        TypeError: config is of another loss. At a call: as `MaskedCrossEntropy`; a ValueError for a `where` of the
-            logits' shape, which optax takes as a mask of classes.
+        TypeError: config is of another loss. At a call: as `MaskedCrossEntropy`; and a ValueError for a `where` of the
+            logits' shape, which optax interprets as a mask of classes.
     """
     config = MaskedCrossEntropyConfig(reduction="none") if config is None else config
     _check("softmax_cross_entropy", config, MaskedCrossEntropyConfig, TEParallelCEConfig)
@@ -60,12 +60,12 @@ def linear_softmax_cross_entropy(
         backend: flag of the loss, such as "jax:xla".
     Returns:
         `loss(hidden_states, labels, *, lm_weight_HV=None, lm_weight_VH=None, where=None, num_label_tokens=None,
-        loss_weights=None)`. hidden_states: [..., H] floating; the weight by one of two names, which say its layout:
+        loss_weights=None)`. hidden_states: [..., H] floating; the weight as one of two arguments, by its layout:
         lm_weight_HV [H, V], a kernel of `flax.linen.Dense` or `flax.nnx.Linear`, or lm_weight_VH [V, H], an embedding
         or a weight of `equinox.nn.Linear`; where and the rest as in softmax_cross_entropy. A gradient has the layout of
         its weight.
     Raises:
-        TypeError: config is of another loss. At a call: no weight, or two; else as `FusedLinearCrossEntropy`.
+        TypeError: config is of another loss. At a call: no weight or both; else as `FusedLinearCrossEntropy`.
     """
     config = FusedLinearCEConfig(reduction="none") if config is None else config
     _check("linear_softmax_cross_entropy", config, FusedLinearCEConfig)
@@ -87,7 +87,7 @@ def linear_softmax_cross_entropy(
         hidden_states, labels, where = map(_array, (hidden_states, labels, where))
         weight = _array(lm_weight_VH) if lm_weight_HV is None else _transposed(_array(lm_weight_HV), hidden_states)
         if where is not None:
-            labels = _ignored(labels, where, config.ignore_index)
+            labels = _exclude(labels, where, config.ignore_index)
         count, weights = _array(num_label_tokens), _array(loss_weights)
         return loss_fn(hidden_states, labels, weight, num_label_tokens=count, loss_weights=weights)
 
@@ -102,7 +102,7 @@ def _check(name: str, config: Any, *accepted: type[LossConfig]) -> None:
 
 
 def _array(value: Any) -> Any:
-    """The array that an object holds; anything else as it is."""
+    """The array that an object with `__jax_array__` holds; any other value unchanged."""
     return value.__jax_array__() if hasattr(value, "__jax_array__") and not isinstance(value, jax.Array) else value
 
 
@@ -115,9 +115,9 @@ def _transposed(weight_HV: Any, hidden_states: Any) -> Any:
     return weight_HV.T
 
 
-def _ignored(labels: Any, where: Any, ignore_index: int) -> Any:
-    """The labels with ignore_index where an example does not take part."""
+def _exclude(labels: Any, where: Any, ignore_index: int) -> Any:
+    """The labels with ignore_index where an example is excluded."""
     if jnp.broadcast_shapes(where.shape, labels.shape) != labels.shape:
         raise ValueError(f"where has shape {where.shape} but labels has shape {labels.shape}; it must broadcast to it.")
-    # int32 holds every class; labels of 8 bits do not hold -100.
+    # int32 can hold every class; 8-bit unsigned labels can't hold -100.
     return jnp.where(where, jnp.asarray(labels, jnp.int32), ignore_index)

@@ -1,9 +1,9 @@
-"""The seam between losses and kernels: a kernel set makes terms of rows, and gradients from coefficients.
+"""The interface between losses and kernels: a kernel set computes terms of rows, and gradients from coefficients.
 
-Kernels know rows, not losses: what a row's loss is, and its coefficients, stands in `loss_core.row_terms`.
+Kernels are independent of the loss: `loss_core.row_terms` defines a row's loss and coefficients.
 """
 
-# T = tokens (any leading dimensions), V = vocabulary or this device's share of it, H = hidden, K = targets of a row
+# T = tokens (any leading dimensions), V = vocabulary or this device's shard of it, H = hidden, K = targets of a row
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# A name in the program of every operation that a kernel makes: it tells which kernels a program runs.
+# Prefix of the named scope of every kernel, by which `kernels_in` finds the kernels of a compiled program.
 _SCOPE = "loss_core."
 
 
 class Shard(NamedTuple):
-    """What the arrays of a call hold of the whole problem. Hashable: static under jit.
+    """How the arrays of a kernel call are sharded. Hashable: static under jit.
 
     Attributes:
         axes: mesh axes over which the vocabulary is sharded, in order; () where arrays hold all of it.
-        partitioned: whether XLA may spread the arrays over devices: then no kernel slices rows or gathers classes,
-            for which XLA would move the logits.
+        partitioned: whether XLA may partition the arrays over devices. Then kernels neither slice rows nor gather
+            classes, for which XLA would communicate the logits.
     """
 
     axes: tuple[str, ...] = ()
@@ -40,10 +40,11 @@ class Rows(NamedTuple):
     Attributes:
         logits: [..., V] floating; computed in float32 (float64 for float64).
         target: [...] int32: a column, IGNORED, INVALID or ELSEWHERE.
-        num_classes: columns from this one on are padding of -inf; None where there is none.
+        num_classes: columns from this index on are padding of -inf; None for no padding.
         inverse_temperature: [...] factor of the logits, after the softcap, or None.
-        columns: [..., K] int32, a column, or negative for none here: the row's K targets, which its terms leave out
-            (see `RowTerms`). Then `target` only says what is IGNORED or INVALID. None: the row has the one target.
+        columns: [..., K] int32, the columns of the row's K targets, negative where another shard has the target. Its
+            terms exclude these columns, see `RowTerms`; `target` then only marks rows IGNORED or INVALID. None: the
+            row has one target, `target`.
     """
 
     logits: jax.Array
@@ -60,7 +61,7 @@ class LinearRows(NamedTuple):
         hidden: [..., H] floating.
         weight_VH: dtype of hidden, or float32.
         target: as in `Rows`.
-        num_classes: rows of the weight from this one on are padding; None where there is none.
+        num_classes: rows of the weight from this index on are padding; None for no padding.
         inverse_temperature: as in `Rows`.
         bias_V: floating, or None.
         columns: as in `Rows`.
@@ -76,7 +77,7 @@ class LinearRows(NamedTuple):
 
 
 class LinearPairs(NamedTuple):
-    """Rows of a student and of a teacher, with the same target and padding, and no temperatures of their own."""
+    """Rows of a student and of a teacher, with the same target and padding, and no temperature per row."""
 
     student: LinearRows
     teacher: LinearRows
@@ -95,14 +96,14 @@ class Pairs(NamedTuple):
     target: jax.Array
 
 
-class How(NamedTuple):
-    """What is static about rows and linear rows. Hashable.
+class RowOptions(NamedTuple):
+    """Static options of kernels over rows and linear rows. Hashable.
 
     Attributes:
         sums: which terms are needed.
         softcap: c in c * tanh(logits / c), 0 is off.
-        shard: as in `Shard`.
-        block_rows: most linear rows whose logits exist at a time, on all devices together; 0: the set chooses.
+        shard: see `Shard`.
+        block_rows: maximum number of linear rows whose logits exist at a time, over all devices; 0: the kernels choose.
     """
 
     sums: Sums = Sums()
@@ -112,7 +113,7 @@ class How(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients of linear rows are made, and whether rows that are ignored may be left out of the products."""
+    """Which gradients of linear rows are needed, and whether ignored rows may be skipped in the products."""
 
     hidden: bool = True
     weight: bool = True
@@ -121,21 +122,21 @@ class Wanted(NamedTuple):
 
 
 class LinearGradients(NamedTuple):
-    """Gradients of linear rows in the dtype of the arithmetic; None where not wanted."""
+    """Gradients of linear rows in the dtype of the arithmetic; None where not needed."""
 
     hidden: jax.Array | None
     weight_VH: jax.Array | None
     bias_V: jax.Array | None
 
 
-class PairHow(NamedTuple):
-    """What is static about pairs and linear pairs. Hashable.
+class PairOptions(NamedTuple):
+    """Static options of kernels over pairs and linear pairs. Hashable.
 
     Attributes:
-        beta: the teacher's share of the mixture in (0, 1); 0: KL(teacher || student), there is none.
+        beta: the teacher's weight in the mixture, in (0, 1); 0: KL(teacher || student), without a mixture.
         temperature: divides the logits of both.
-        shard: as in `Shard`.
-        chunk_size: most pairs of logits that are computed at a time; 0: the set chooses.
+        shard: see `Shard`.
+        chunk_size: maximum number of pairs of logits computed at a time; 0: the kernels choose.
     """
 
     beta: float = 0.0
@@ -148,81 +149,81 @@ BothGradients = tuple[LinearGradients, LinearGradients]
 
 
 class KernelSet(Protocol):
-    """Kernels behind one flag. Hashable, and equal only to sets that compute the same.
+    """The kernels of one flag. Hashable; kernel sets are equal only if they compute the same.
 
-    Terms have the shape of `target`; those of ignored rows are finite. Gradients over logits have the logits' dtype and
-    are exactly 0 in ignored rows, whatever these hold.
+    Terms have the shape of `target`; those of ignored rows are finite. Gradients of logits have the logits' dtype and
+    are exactly 0 in ignored rows, even where these hold inf or NaN.
     """
 
-    def row_terms(self, rows: Rows, how: How) -> RowTerms:
+    def row_terms(self, rows: Rows, options: RowOptions) -> RowTerms:
         """Terms of each row."""
         ...
 
-    def row_gradient(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, how: How) -> jax.Array:
+    def row_gradient(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, options: RowOptions) -> jax.Array:
         """Gradient of the logits from the terms and the coefficients of each row."""
         ...
 
-    def pair_terms(self, pairs: Pairs, how: PairHow) -> PairTerms:
-        """Terms of each pair at logits / temperature; m_t and m_s alone are in units of the logits."""
+    def pair_terms(self, pairs: Pairs, options: PairOptions) -> PairTerms:
+        """Terms of each pair at logits / temperature, except that m_t and m_s are maxima of the unscaled logits."""
         ...
 
-    def pair_mixture(self, pairs: Pairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
-        """Sums over these columns, given terms of the whole rows as `pair_terms` gives them."""
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, options: PairOptions) -> MixtureTerms:
+        """Sums over these columns, from terms of the full rows in the units of `pair_terms`."""
         ...
 
     def pair_gradients(
-        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
+        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, options: PairOptions
     ) -> tuple[jax.Array, jax.Array]:
-        """Gradients of upstream * divergence by student and teacher, given terms of the whole rows.
+        """Gradients of upstream * divergence with respect to student and teacher, from terms of the full rows.
 
         Args:
-            sums: with beta those of the mixture; None without.
+            sums: of the mixture; None if beta is 0.
         """
         ...
 
-    def linear_terms(self, rows: LinearRows, how: How) -> RowTerms:
-        """Terms of each row; one product, no logits of all rows."""
+    def linear_terms(self, rows: LinearRows, options: RowOptions) -> RowTerms:
+        """Terms of each row; one matrix product, and never the logits of all rows."""
         ...
 
     def linear_gradients(
-        self, rows: LinearRows, terms: RowTerms, coefficients: Coefficients, how: How
+        self, rows: LinearRows, terms: RowTerms, coefficients: Coefficients, options: RowOptions
     ) -> LinearGradients:
-        """Gradients from the terms and the coefficients of each row; makes the logits again: three products."""
+        """Gradients from the terms and the coefficients of each row; recomputes the logits: three products."""
         ...
 
     def linear_terms_and_gradients(
-        self, rows: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
+        self, rows: LinearRows, upstream: jax.Array, objective: Objective, options: RowOptions, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
-        """Terms and gradients of upstream * value while a chunk's logits are at hand: three products in all.
+        """Terms, and gradients of upstream * value, from the same logits of each chunk: three products in all.
 
         Args:
-            objective: one of one value that holds no array.
+            objective: has one value and no arrays.
         """
         ...
 
-    def linear_pair_terms(self, rows: LinearPairs, how: PairHow) -> PairTerms:
-        """Terms of each pair, m_t and m_s after the temperature as the others; no logits of all rows."""
+    def linear_pair_terms(self, rows: LinearPairs, options: PairOptions) -> PairTerms:
+        """Terms of each pair at logits / temperature, m_t and m_s included; never the logits of all rows."""
         ...
 
-    def linear_pair_mixture(self, rows: LinearPairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
-        """Sums over these columns, given terms of the whole rows; makes the logits again."""
+    def linear_pair_mixture(self, rows: LinearPairs, terms: PairTerms, options: PairOptions) -> MixtureTerms:
+        """Sums over these columns, from terms of the full rows; recomputes the logits."""
         ...
 
     def linear_pair_gradients(
-        self, rows: LinearPairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
+        self, rows: LinearPairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, options: PairOptions
     ) -> BothGradients:
-        """As `pair_gradients`, by hidden states and weights; makes the logits again."""
+        """As `pair_gradients`, with respect to hidden states and weights; recomputes the logits."""
         ...
 
     def linear_pair_losses_and_gradients(
-        self, rows: LinearPairs, upstream: jax.Array, how: PairHow, wanted: tuple[Wanted, Wanted]
+        self, rows: LinearPairs, upstream: jax.Array, options: PairOptions, wanted: tuple[Wanted, Wanted]
     ) -> tuple[jax.Array, BothGradients]:
-        """Divergences, and gradients of upstream * divergence, while a chunk's logits are at hand."""
+        """Divergences, and gradients of upstream * divergence, from the same logits of each chunk."""
         ...
 
 
-def recorded(flag: str) -> Callable[[F], F]:
-    """Decorator of a kernel: each operation that it makes carries the flag in the compiled program."""
+def in_named_scope(flag: str) -> Callable[[F], F]:
+    """Decorator of a kernel: its operations are in a named scope with the flag, in the compiled program too."""
 
     def wrap(kernel: F) -> F:
         named: F = jax.named_call(kernel, name=_SCOPE + flag)
@@ -232,5 +233,5 @@ def recorded(flag: str) -> Callable[[F], F]:
 
 
 def kernels_in(program: jax.stages.Compiled) -> str:
-    """Flags of the kernels that a compiled program runs, sorted; "" for none of ours."""
+    """Flags of the kernels in a compiled program, sorted and joined by " and "; "" for none of this library."""
     return " and ".join(sorted(set(re.findall(rf"{re.escape(_SCOPE)}(\w+:\w+)", program.as_text() or ""))))

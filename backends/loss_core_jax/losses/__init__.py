@@ -1,1 +1,1 @@
-"""One file per family of losses: the callable, its derivative, and how rows are reduced."""
+"""One file per family of losses: the callable, its derivative and its reduction."""

@@ -1,10 +1,8 @@
-"""What the losses share: frozen, hashable callables that are pytrees without leaves.
+"""Base class of the losses: frozen, hashable callables that are pytrees without leaves.
 
-They hold no array and do no arithmetic. Forward argument names are those of the torch modules.
-
-JAX gives gradients of every floating argument (logits, hidden states, weight, loss weights). Derivatives of
-second order are computed in reverse mode (`jax.grad` of `jax.grad`), or forward over reverse (`jax.hessian`);
-`jax.jvp` of a loss itself is refused by JAX (`jax.custom_vjp`).
+Argument names are those of the torch modules' forward. Every floating argument (logits, hidden states, weight, loss
+weights) is differentiable. Second derivatives are computed in reverse mode (`jax.grad` of `jax.grad`) or forward over
+reverse (`jax.hessian`); `jax.jvp` of a loss is an error of JAX (`jax.custom_vjp`).
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ TPGroup = str | tuple[str, ...] | None
 
 
 class _Fields:
-    """Fields that losses have in the place that their config gives them; with a value: where it gives none."""
+    """Fields of a config that code for all losses reads; those with a value may be missing in a config."""
 
     ignore_index: int
     tp_group: TPGroup = None
@@ -42,7 +40,7 @@ class _Fields:
     chunk_len: int = 0
 
     if TYPE_CHECKING:
-        # The fields of the config, which `has_fields_of` adds.
+        # `has_fields_of` adds the fields of the config.
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
@@ -51,16 +49,16 @@ class Loss(_Fields):
     """Base of the losses; each has the fields of its config. Losses that compute the same are equal.
 
     Attributes:
-        config_class: says which fields these are, and what they mean.
-        kernels: what runs.
-        kernel_choice: the flag that names it, and why it was chosen.
+        config_class: the config, which documents the fields.
+        kernels: the kernel set that computes the loss.
+        kernel_choice: its flag, and why it was chosen.
     """
 
     kernels: KernelSet = dataclasses.field(default=XLA, kw_only=True, repr=False)
     kernel_choice: KernelChoice | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     config_class: ClassVar[type[LossConfig]]
-    # The argument, and its axis, that says how large the vocabulary is; None where labels need not be classes.
+    # The argument and axis whose size is that of the vocabulary; None if labels only mark ignored positions.
     _vocab_axis: ClassVar[tuple[str, int] | None] = ("logits", -1)
 
     def __post_init__(self) -> None:
@@ -83,25 +81,25 @@ class Loss(_Fields):
 
     @classmethod
     def from_config(cls, config: LossConfig) -> Self:
-        """The loss that a config means, which may derive from the config class and have more fields."""
+        """The loss of a config, whose class may derive from `config_class` and have more fields."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls.config_class)})
 
     def with_kernel_choice(self, choice: KernelChoice) -> Self:
-        """A copy that tells which kernel runs and why."""
+        """A copy with this `kernel_choice`."""
         return dataclasses.replace(self, kernel_choice=choice)
 
     def check_values(self, arguments: Mapping[str, Any]) -> None:
-        """Raise for a label that is no class: for callers that run the loss under jit, where it can't be seen.
+        """Check labels, for callers that run the loss under jit, where their values are not readable.
 
         Args:
-            arguments: of a call, by name. labels and mask are NumPy arrays; of the rest only the shape is used.
+            arguments: of a call, by name. labels and mask are NumPy arrays; of the others only the shape is used.
         Raises:
             ValueError: a label outside [0, V) that is not ignored; names position and value.
         """
         name, axis = self._vocab_axis or ("", 0)
         labels, mask, scores = arguments.get("labels"), arguments.get("mask"), arguments.get(name)
         if labels is None or scores is None:
-            return  # the call itself will name the missing argument
+            return  # the call will raise for the missing argument
         inputs.check_mask(labels, mask)
         inputs.read_labels(labels, mask, self.ignore_index, scores.shape[axis])
 
@@ -115,7 +113,7 @@ def has_fields_of(config_class: type[LossConfig]) -> Callable[[type[L]], type[L]
     def wrap(cls: type[L]) -> type[L]:
         cls.config_class = config_class
         fields = dataclasses.fields(config_class)
-        # In the order of the config, which is that of arguments.
+        # In the config's order, which is that of the constructor's arguments.
         cls.__annotations__ = {f.name: f.type for f in fields} | inspect.get_annotations(cls)
         for f in fields:
             setattr(cls, f.name, f.default)

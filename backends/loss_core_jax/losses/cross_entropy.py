@@ -16,14 +16,14 @@ from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.losses import valid_tokens
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
-from loss_core_jax.losses.linear import arithmetic_dtype, read_source, summed
-from loss_core_jax.losses.rows import PerRow, Problem, over_head, over_logits
-from loss_core_jax.parallel.layout import NOWHERE, Layout, layout_for
-from loss_core_jax.reduction import Result, finish_count, row_scale, total, with_metrics
+from loss_core_jax.losses.linear import arithmetic_dtype, read_source, weighted_sum
+from loss_core_jax.losses.rows import PerRow, RowLoss, results_from_head, results_from_logits
+from loss_core_jax.parallel.layout import UNSHARDED, Layout, layout_for
+from loss_core_jax.reduction import Result, guard_count, row_scale, total, with_metrics
 
 
 class _LogitsCrossEntropy(Loss):
-    """Cross entropy over logits; the two public classes differ in their fields alone."""
+    """Cross entropy over logits; its two public subclasses differ only in their fields."""
 
     reduction: str
 
@@ -45,11 +45,11 @@ class _LogitsCrossEntropy(Loss):
             loss_weights: [...] factor per position. Reduction "sum" only.
         Returns:
             A scalar, or the shape of labels for reduction "none"; float32 (float64 for float64 logits), or the
-            dtype of the logits with fp32_upcast=False. With metrics a pair: the loss, and a dict of them, not
+            dtype of the logits with fp32_upcast=False. With metrics, a pair: the loss, and a dict of metrics, not
             differentiated.
         Raises:
             TypeError: labels are floating or boolean, logits are not floating.
-            ValueError: shapes do not match, or a label or count that can be read is out of its range.
+            ValueError: shapes do not match, or a readable label or count is out of range.
         """
         inputs.check_arrays(logits=logits, labels=labels, mask=mask, loss_weights=loss_weights)
         inputs.check_logits("logits", logits, labels)
@@ -72,7 +72,7 @@ class MaskedCrossEntropy(_LogitsCrossEntropy):
 
 @has_fields_of(TEParallelCEConfig)
 class TEParallelCrossEntropy(_LogitsCrossEntropy):
-    """As `MaskedCrossEntropy`, always in float32 (float64 for float64 logits).
+    """`MaskedCrossEntropy` with a result that is always float32 (float64 for float64 logits).
 
     Fields are those of `loss_core.TEParallelCEConfig`; tp_group is the name of a mesh axis, or a tuple of names;
     inplace_grad must be False.
@@ -89,27 +89,28 @@ def _reduced(
     *,
     layout: Layout,
 ) -> Result:
-    """The loss of arguments that have been checked."""
+    """The loss of checked arguments."""
     vocab = layout.vocab(logits.shape[-1])
-    problem = Problem.of(loss_fn, CrossEntropy.of(loss_fn, vocab), layout, vocab)
-    (loss,), found = over_logits(logits, PerRow(target), problem, layout)
+    row_loss = RowLoss.of(loss_fn, CrossEntropy.of(loss_fn, vocab), layout, vocab)
+    (losses,), metrics = results_from_logits(logits, PerRow(target), row_loss, layout)
 
-    def reduced(of_rows: jax.Array) -> jax.Array:
+    def reduce(x: jax.Array) -> jax.Array:
         if loss_fn.reduction == "none":
-            return of_rows
-        scale = row_scale(target, loss.dtype, mean=loss_fn.reduction == "mean", count=count, loss_weights=loss_weights)
-        return total(of_rows, scale, count)
+            return x
+        is_mean = loss_fn.reduction == "mean"
+        scale = row_scale(target, losses.dtype, mean=is_mean, count=count, loss_weights=loss_weights)
+        return total(x, scale, count)
 
-    result = reduced(loss)
-    result = result if loss_fn.fp32_upcast else result.astype(logits.dtype)
-    return with_metrics(loss_fn.metrics, result, found, target, reduced)
+    loss = reduce(losses)
+    loss = loss if loss_fn.fp32_upcast else loss.astype(logits.dtype)
+    return with_metrics(loss_fn.metrics, loss, metrics, target, reduce)
 
 
 class _LinearCrossEntropy(Loss):
-    """Cross entropy of `hidden_states @ lm_weight.T`; likewise."""
+    """Cross entropy of `hidden_states @ lm_weight.T`; its two public subclasses differ only in their fields."""
 
     reduction: str
-    # Numbers that give arrays their shape: no arrays themselves, for the bridge.
+    # Numbers that determine shapes: the bridge passes them as Python numbers, not as arrays.
     static_arguments: ClassVar[tuple[str, ...]] = ("num_valid_tokens",)
     _vocab_axis = ("lm_weight", 0)
 
@@ -129,22 +130,22 @@ class _LinearCrossEntropy(Loss):
         Args:
             hidden_states: [..., H] floating.
             labels: [...] integers of any width, in [0, V) or ignore_index.
-            lm_weight: [V, H], dtype of hidden_states; or float32 beside bfloat16 or float16: then products are made in
-                the dtype of hidden_states, and the weight's gradient is float32.
+            lm_weight: [V, H], dtype of hidden_states; or float32 beside bfloat16 or float16: then products are computed
+                in the dtype of hidden_states, and the weight's gradient is float32.
             num_label_tokens: divides the sum; 0 gives 0. Reduction "sum" only.
             grad_reduce_group: of torch; must be None. Under `shard_map` JAX sums the weight's gradient itself.
             loss_weights: [...] factor per position. Reduction "sum" only.
-            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer (static under
-                jit); the others then take part in no product. A wrong number is a ValueError where labels can be
-                read, a NaN elsewhere.
+            num_valid_tokens: how many labels of this call are not ignore_index, as a Python integer (static under
+                jit); the other tokens are then skipped in the products. A wrong number is a ValueError where labels
+                are readable, a NaN elsewhere.
             lm_bias: [V] floating, added to the logits before the softcap in the dtype of the arithmetic.
         Returns:
-            A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs. With metrics a
-            pair: the loss, and a dict of them, not differentiated.
+            A scalar, or the shape of labels for reduction "none"; float32, float64 for float64 inputs. With metrics, a
+            pair: the loss, and a dict of metrics, not differentiated.
         Raises:
-            TypeError: labels are floating or boolean, hidden_states and lm_weight differ in dtype in another way,
-                num_valid_tokens is no Python integer.
-            ValueError: shapes do not match, or a label or count that can be read is out of its range;
+            TypeError: labels are floating or boolean, dtypes of hidden_states and lm_weight are not as above,
+                num_valid_tokens is not a Python integer.
+            ValueError: shapes do not match, or a readable label or count is out of range;
                 skip_ignored=True under jit, skip_ignored=False with num_valid_tokens.
         """
         if grad_reduce_group is not None:
@@ -160,56 +161,56 @@ class _LinearCrossEntropy(Loss):
         target = inputs.read_labels(labels, None, self.ignore_index, vocab)
         size = None
         if self.skip_ignored or num_valid_tokens is not None:
-            if layout != NOWHERE:
+            if layout != UNSHARDED:
                 valid_tokens.refuse_sharded(self.skip_ignored, num_valid_tokens)
             size = valid_tokens.num_rows(target, self.skip_ignored, num_valid_tokens)
-        problem = Problem.of(self, CrossEntropy.of(self, vocab), layout, vocab)
+        row_loss = RowLoss.of(self, CrossEntropy.of(self, vocab), layout, vocab)
         target, is_mean = inputs.as_jax(target), self.reduction == "mean"
         scale = row_scale(target, arithmetic_dtype(source), mean=is_mean, count=count, loss_weights=loss_weights)
-        taken, taken_scale, indices = target, scale, None
+        row_target, indices = target, None
         if size is not None and target.size:
-            # One row at least, which may be an ignored one: then everything below holds without any.
-            hidden, taken, taken_scale, indices = valid_tokens.gather(source[0], target, scale, size=max(size, 1))
+            # At least one row, which may be ignored: the code below needs no case for none.
+            hidden, row_target, scale, indices = valid_tokens.gather(source[0], target, scale, size=max(size, 1))
             source = hidden, source[1]
 
-        def reduced(of_rows: jax.Array) -> jax.Array:
+        def reduce(x: jax.Array) -> jax.Array:
             if self.reduction != "none":
-                of_rows = total(of_rows, taken_scale, count)
+                x = total(x, scale, count)
             elif indices is not None:
-                of_rows = valid_tokens.scatter(of_rows, indices, shape=target.shape)
-            return valid_tokens.nan_if_wrong(of_rows, target, num_valid_tokens)
+                x = valid_tokens.scatter(x, indices, shape=target.shape)
+            return valid_tokens.nan_if_miscounted(x, target, num_valid_tokens)
 
         if self.reduction == "none" or not target.size:
-            (loss,), found = over_head(source, PerRow(taken), problem, layout)
-            loss = reduced(loss)
+            (losses,), metrics = results_from_head(source, PerRow(row_target), row_loss, layout)
+            loss = reduce(losses)
         else:
             skip = self.skip_ignored is not False
-            loss, found = summed((source,), PerRow(taken), taken_scale, problem, layout, skip=skip)
-            loss = valid_tokens.nan_if_wrong(finish_count(loss, count), target, num_valid_tokens)
-        return with_metrics(self.metrics, loss, found, target, reduced)
+            loss, metrics = weighted_sum((source,), PerRow(row_target), scale, row_loss, layout, skip=skip)
+            loss = valid_tokens.nan_if_miscounted(guard_count(loss, count), target, num_valid_tokens)
+        return with_metrics(self.metrics, loss, metrics, target, reduce)
 
 
 @has_fields_of(FusedLinearCEConfig)
 class FusedLinearCrossEntropy(_LinearCrossEntropy):
-    """Cross entropy of `hidden_states @ lm_weight.T`, without ever holding all logits.
+    """Cross entropy of `hidden_states @ lm_weight.T`; the logits of all tokens never exist at a time.
 
-    Under `jax.grad` the gradients are made in the forward (three products; four for reduction "none"); a call
-    that is not differentiated does the forward product only. Sharded, it is four products for every reduction.
-    A second derivative is right, but keeps the logits of every chunk.
+    Under `jax.grad` the gradients are computed in the forward (three products; four for reduction "none"); a call that
+    is not differentiated does the forward product only. A sharded vocabulary takes four products for every reduction.
+    Second derivatives work, but store the logits of every chunk.
 
     Fields are those of `loss_core.FusedLinearCEConfig`; tp_group is the name of a mesh axis, or a tuple of names.
-    Ignored tokens stay out of the products with skip_ignored=True (outside of jit) or with num_valid_tokens; with None
-    on a CPU, also under jit, up to a chunk of 512 tokens, if a reduced loss is differentiated and no vocabulary is
-    sharded.
+    Ignored tokens are skipped in the products with skip_ignored=True (outside of jit) or with num_valid_tokens. With
+    skip_ignored=None on a CPU, also under jit, all but those of one chunk (at most 512) are skipped if a reduced loss
+    is differentiated and no vocabulary is sharded.
     """
 
 
 @has_fields_of(ChunkedCEConfig)
 class ChunkedCrossEntropy(_LinearCrossEntropy):
-    """As `FusedLinearCrossEntropy`, with the logits of at most chunk_len tokens at a time, but for second derivatives.
+    """`FusedLinearCrossEntropy` with the logits of at most chunk_len tokens at a time, except in second derivatives.
 
-    Fields are those of `loss_core.ChunkedCEConfig`. compile must be True: XLA compiles whatever JAX runs. Where XLA
-    spreads arrays over devices, chunk_len counts the tokens of all devices together.
+    Fields are those of `loss_core.ChunkedCEConfig`. compile must be True: XLA compiles everything that JAX runs. Where
+    XLA partitions arrays over devices, chunk_len counts the tokens of all devices.
     """
 
     compile: bool

@@ -14,15 +14,15 @@ from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.losses.base import Loss, has_fields_of
 from loss_core_jax.losses.linear import arithmetic_dtype, read_source
-from loss_core_jax.losses.rows import PerRow, Problem, over_head, over_logits
+from loss_core_jax.losses.rows import PerRow, RowLoss, results_from_head, results_from_logits
 from loss_core_jax.parallel.layout import layout_for
 from loss_core_jax.temperature import inverse_temperature
 
-_over_logits = jax.jit(over_logits, static_argnums=(2, 3))
+_results_from_logits = jax.jit(results_from_logits, static_argnums=(2, 3))
 
 
 class _LogProbs(Loss):
-    """What is read the same over logits and over hidden states."""
+    """The preprocessing that is the same over logits and over hidden states."""
 
     temperature: float
     entropy: bool
@@ -47,14 +47,14 @@ class LogProbs(_LogProbs):
         Args:
             logits: [..., V] floating.
             labels: [...] integers of any width, in [0, V) or ignore_index.
-            temperature: > 0, a number, or a floating array of one number or [...]; its gradient is 0. None: that of the
-                config. Below 2**-63 it is taken for that.
+            temperature: > 0, a number, or a floating array, 0-d or [...]; its gradient is 0. None: that of the config.
+                Values below 2**-63 are clamped to it.
         Returns:
-            Log-probabilities [...], and entropies [...] in nats where the config asks for them; float32 (float64 for
+            Log-probabilities [...], and entropies [...] in nats if the config has entropy=True; float32 (float64 for
             float64 logits), 0 where ignored.
         Raises:
             TypeError: labels are floating or boolean, logits are not floating.
-            ValueError: shapes do not match; a label or temperature that can be read is out of its range.
+            ValueError: shapes do not match; a readable label or temperature is out of range.
         """
         inputs.check_arrays(logits=logits, labels=labels)
         inputs.check_logits("logits", logits, labels)
@@ -62,14 +62,14 @@ class LogProbs(_LogProbs):
         vocab = layout.vocab(logits.shape[-1])
         logits = inputs.as_jax(logits)
         per_row = self._per_row(labels, temperature, vocab, inputs.arithmetic_dtype(logits))
-        problem = Problem.of(self, LogProbability(self.entropy), layout, vocab)
-        values, _ = _over_logits(logits, per_row, problem, layout)
+        row_loss = RowLoss.of(self, LogProbability(self.entropy), layout, vocab)
+        values, _ = _results_from_logits(logits, per_row, row_loss, layout)
         return TokenLogProbs(*values)
 
 
 @has_fields_of(FusedLinearLogProbsConfig)
 class FusedLinearLogProbs(_LogProbs):
-    """Log-probabilities and entropies of `hidden_states @ lm_weight.T`, without ever holding all logits.
+    """Log-probabilities and entropies of `hidden_states @ lm_weight.T`; all logits never exist at a time.
 
     Fields are those of `loss_core.FusedLinearLogProbsConfig`; tp_group is the name of a mesh axis, or a tuple of names.
     """
@@ -88,8 +88,8 @@ class FusedLinearLogProbs(_LogProbs):
 
         Args:
             hidden_states: as in FusedLinearCrossEntropy.
-            labels: likewise.
-            lm_weight: likewise.
+            labels: as in FusedLinearCrossEntropy.
+            lm_weight: as in FusedLinearCrossEntropy.
             temperature: as in LogProbs.
             lm_bias: as in FusedLinearCrossEntropy.
         Returns:
@@ -101,6 +101,6 @@ class FusedLinearLogProbs(_LogProbs):
         source, layout = read_source(self, hidden_states, labels, lm_weight, lm_bias)
         vocab = layout.vocab(lm_weight.shape[0])
         per_row = self._per_row(labels, temperature, vocab, arithmetic_dtype(source))
-        problem = Problem.of(self, LogProbability(self.entropy), layout, vocab)
-        values, _ = over_head(source, per_row, problem, layout)
+        row_loss = RowLoss.of(self, LogProbability(self.entropy), layout, vocab)
+        values, _ = results_from_head(source, per_row, row_loss, layout)
         return TokenLogProbs(*values)

@@ -15,7 +15,7 @@ from loss_core_jax import inputs
 from loss_core_jax.inputs import ArrayLike
 from loss_core_jax.losses.base import Count, Loss, has_fields_of
 from loss_core_jax.losses.linear import arithmetic_dtype, read_source
-from loss_core_jax.losses.rows import Over, PerRow, Problem, over_head, over_logits
+from loss_core_jax.losses.rows import PerRow, ResultsFn, RowLoss, results_from_head, results_from_logits
 from loss_core_jax.parallel.layout import Layout, layout_for
 from loss_core_jax.reduction import row_scale, total
 from loss_core_jax.temperature import inverse_temperature
@@ -23,18 +23,18 @@ from loss_core_jax.top_k_teacher import check_teacher, read_teacher
 
 
 class _TopKDistillation(Loss):
-    """What is read the same over logits and over hidden states."""
+    """The preprocessing that is the same over logits and over hidden states."""
 
     temperature: float
     tail: bool
     _vocab_axis = None
 
-    def _read(
+    def _objective_and_rows(
         self, labels: ArrayLike, indices: ArrayLike, logprobs: ArrayLike, vocab: int, dtype: Any
     ) -> tuple[TopK, PerRow]:
         target = inputs.read_labels(labels, None, self.ignore_index, None)
         teacher, target = read_teacher(indices, logprobs, target, vocab, dtype)
-        # Where all classes are the teacher's, there are no others.
+        # A teacher with all classes has no tail.
         objective = TopK(None, self.tail and indices.shape[-1] < vocab)
         return objective, PerRow(target, inverse_temperature(None, self.temperature, labels, dtype), teacher)
 
@@ -59,21 +59,20 @@ class TopKDistillation(_TopKDistillation):
 
         Args:
             student_logits: [..., V] floating.
-            teacher_indices: [..., K] integers of any width: classes in [0, V), in any order, that differ in each
-                position.
+            teacher_indices: [..., K] integers of any width: classes in [0, V), in any order, distinct in each position.
             teacher_logprobs: [..., K] floating: the teacher's log-probabilities of these classes at this temperature;
-                -inf for a probability of 0; differentiable, through the tail's probability too.
-            labels: [...] integers of any width; they only say what is ignored, by ignore_index.
+                -inf for a probability of 0; differentiable, also through the tail's probability.
+            labels: [...] integers of any width; only compared with ignore_index.
             num_batch_labels: divides the sum instead of the number of positions; 0 gives 0.
             loss_weights: [...] factor per position; with num_batch_labels only.
         Returns:
             A scalar in float32 (float64 for float64 arguments), or in the dtype of the student's logits with
-            fp32_upcast=False. +inf where the teacher has probability for a class, or for all others together, that the
-            student rules out with -inf.
+            fp32_upcast=False. +inf where the teacher's probability of a class, or of the tail, is not 0 and the
+            student's is.
         Raises:
-            TypeError: labels or indices that are no integers, logits or log-probabilities that are not floating.
-            ValueError: shapes do not match, a count that can be read is negative or NaN, or weights without a count; a
-                teacher that can be read and is no distribution (else the position is NaN), see `read_teacher`.
+            TypeError: labels or indices are not integers, logits or log-probabilities are not floating.
+            ValueError: shapes do not match, a readable count is negative or NaN, or weights come without a count; a
+                readable teacher is not a distribution (if not readable, the position is NaN), see `read_teacher`.
         """
         inputs.check_arrays(student_logits=student_logits, labels=labels, loss_weights=loss_weights)
         inputs.check_logits("student_logits", student_logits, labels)
@@ -83,17 +82,19 @@ class TopKDistillation(_TopKDistillation):
         check_teacher(labels, teacher_indices, teacher_logprobs, vocab)
         student = inputs.as_jax(student_logits)
         dtype = inputs.arithmetic_dtype(student, inputs.as_jax(teacher_logprobs))
-        objective, per_row = self._read(labels, teacher_indices, teacher_logprobs, vocab, dtype)
-        problem = Problem.of(self, objective, layout, vocab)
-        return _reduced(self, over_logits, student, per_row, count, loss_weights, problem=problem, layout=layout)
+        objective, per_row = self._objective_and_rows(labels, teacher_indices, teacher_logprobs, vocab, dtype)
+        row_loss = RowLoss.of(self, objective, layout, vocab)
+        return _reduced(
+            self, results_from_logits, student, per_row, count, loss_weights, row_loss=row_loss, layout=layout
+        )
 
 
 @has_fields_of(FusedLinearTopKDistillationConfig)
 class FusedLinearTopKDistillation(_TopKDistillation):
-    """TopKDistillation of `hidden_states @ lm_weight.T`, without ever holding all logits.
+    """TopKDistillation of `hidden_states @ lm_weight.T`; the logits of all tokens never exist at a time.
 
     Fields are those of `loss_core.FusedLinearTopKDistillationConfig`; tp_group is the name of a mesh axis, or a tuple
-    of names. The backward makes each chunk's logits again: four products in all.
+    of names. The backward recomputes the logits of each chunk: four products in all.
     """
 
     def __call__(
@@ -111,12 +112,12 @@ class FusedLinearTopKDistillation(_TopKDistillation):
 
         Args:
             hidden_states: as in FusedLinearCrossEntropy.
-            lm_weight: likewise.
+            lm_weight: as in FusedLinearCrossEntropy.
             teacher_indices: as in TopKDistillation.
-            teacher_logprobs: likewise; in the dtype of the arithmetic for the hidden states.
-            labels: likewise.
-            num_batch_labels: likewise.
-            loss_weights: likewise.
+            teacher_logprobs: as in TopKDistillation; cast to the dtype of the arithmetic, which the hidden states set.
+            labels: as in TopKDistillation.
+            num_batch_labels: as in TopKDistillation.
+            loss_weights: as in TopKDistillation.
             lm_bias: as in FusedLinearCrossEntropy.
         Returns:
             A scalar in float32 (float64 for float64 hidden states).
@@ -129,26 +130,26 @@ class FusedLinearTopKDistillation(_TopKDistillation):
         vocab = layout.vocab(lm_weight.shape[0])
         check_teacher(labels, teacher_indices, teacher_logprobs, vocab)
         dtype = arithmetic_dtype(source)
-        objective, per_row = self._read(labels, teacher_indices, teacher_logprobs, vocab, dtype)
-        problem = Problem.of(self, objective, layout, vocab)
-        return _reduced(self, over_head, source, per_row, count, loss_weights, problem=problem, layout=layout)
+        objective, per_row = self._objective_and_rows(labels, teacher_indices, teacher_logprobs, vocab, dtype)
+        row_loss = RowLoss.of(self, objective, layout, vocab)
+        return _reduced(self, results_from_head, source, per_row, count, loss_weights, row_loss=row_loss, layout=layout)
 
 
-@functools.partial(jax.jit, static_argnames=("over", "problem", "layout"))
+@functools.partial(jax.jit, static_argnames=("results_fn", "row_loss", "layout"))
 def _reduced(
     loss_fn: _TopKDistillation,
-    over: Over,
+    results_fn: ResultsFn,
     source: Any,
     per_row: PerRow,
     count: jax.Array | None,
     loss_weights: jax.Array | None,
     *,
-    problem: Problem,
+    row_loss: RowLoss,
     layout: Layout,
 ) -> jax.Array:
-    """The loss of arguments that have been checked: T^2 times the sum or mean of the rows' divergences."""
-    (loss,), _ = over(source, per_row, problem, layout)
-    loss = float(loss_fn.temperature) ** 2 * loss
-    scale = row_scale(per_row.target, loss.dtype, mean=True, count=count, loss_weights=loss_weights)
-    loss = total(loss, scale, count)
+    """The loss of checked arguments: T^2 times the sum or mean of the rows' divergences."""
+    (losses,), _ = results_fn(source, per_row, row_loss, layout)
+    losses = float(loss_fn.temperature) ** 2 * losses
+    scale = row_scale(per_row.target, losses.dtype, mean=True, count=count, loss_weights=loss_weights)
+    loss = total(losses, scale, count)
     return loss if loss_fn.fp32_upcast else loss.astype(source.dtype)

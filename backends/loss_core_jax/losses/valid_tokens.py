@@ -1,10 +1,10 @@
-"""Ignored tokens left out of matrix products: the valid ones gathered before, their losses scattered after.
+"""Skip ignored tokens in matrix products: valid rows are gathered before them, their losses scattered back after.
 
-Shapes must be known when JAX traces, so the number of rows that stay is a Python integer: the caller's, or one read
-from labels in host memory and rounded up, so that few programs are compiled.
+Shapes must be known when JAX traces, so the number of gathered rows is a Python integer: the caller's, or one counted
+in labels in host memory and rounded up, so that few programs are compiled.
 """
 
-# T = tokens (any leading dimensions), N = rows that take part in the products, H = hidden
+# T = tokens (any leading dimensions), N = gathered rows, H = hidden
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ import numpy as np
 from loss_core.dispatch.protocol import BackendUnavailable
 from loss_core_jax.inputs import IGNORED, ArrayLike, in_host_memory
 
-# A count that was read is rounded up to a multiple of T / this: at most so many programs for one shape.
-_PROGRAMS = 16
+# A count read on the host is rounded up to a multiple of T / this, which bounds the programs compiled for one shape.
+_MAX_PROGRAMS = 16
 
 
 def num_rows(target: ArrayLike, skip_ignored: bool | None, num_valid_tokens: int | None) -> int:
-    """How many rows take part in the products, with skip_ignored=True or with the caller's number.
+    """Number of rows to gather, with skip_ignored=True or with the caller's num_valid_tokens.
 
     Args:
-        target: as `inputs.read_labels` gives it.
+        target: as `inputs.read_labels` returns it.
     Raises:
-        TypeError: num_valid_tokens is no Python integer, such as an argument that jit traces.
-        ValueError: num_valid_tokens is not the number of labels that are not ignored (where they can be read), or
+        TypeError: num_valid_tokens is not a Python integer, such as an argument that jit traces.
+        ValueError: num_valid_tokens is not the number of labels that are not ignored (where they are readable), or
             comes with skip_ignored=False; skip_ignored=True where the labels are traced.
     """
     total = target.size
@@ -42,7 +42,7 @@ def num_rows(target: ArrayLike, skip_ignored: bool | None, num_valid_tokens: int
                 "skip_ignored=True counts the labels on the host, which it can't under jax.jit: pass their number as "
                 "num_valid_tokens (a Python integer, static under jit), or use skip_ignored=None."
             )
-        step = max(1, total // _PROGRAMS)
+        step = max(1, total // _MAX_PROGRAMS)
         return min(-(-counted // step) * step, total)
     if isinstance(num_valid_tokens, bool) or not isinstance(num_valid_tokens, numbers.Integral):
         raise TypeError(
@@ -65,7 +65,7 @@ def num_rows(target: ArrayLike, skip_ignored: bool | None, num_valid_tokens: int
 
 
 def refuse_sharded(skip_ignored: bool | None, num_valid_tokens: Any) -> NoReturn:
-    """BackendUnavailable: tokens were to be left out of the products of a sharded vocabulary."""
+    """Raise BackendUnavailable: ignored tokens can't be skipped where the vocabulary is sharded."""
     raise BackendUnavailable(
         f"The fused loss got skip_ignored={skip_ignored}, num_valid_tokens={num_valid_tokens} with a "
         "sharded vocabulary: ignored tokens take part in its products. Use skip_ignored=None and leave out "
@@ -75,12 +75,12 @@ def refuse_sharded(skip_ignored: bool | None, num_valid_tokens: Any) -> NoReturn
 
 @functools.partial(jax.jit, static_argnames="size")
 def gather(hidden: jax.Array, target: jax.Array, scale: jax.Array, *, size: int) -> tuple[jax.Array, ...]:
-    """The valid rows; free ones at the end are ignored.
+    """The valid rows, padded with ignored rows to `size`.
 
     Args:
         hidden: [..., H]; target: [...] int32; scale: [...] factor per row.
     Returns:
-        [N, H], [N], [N], and the indices [N] among the T rows, T for a free one.
+        hidden [N, H], target [N], scale [N], and the indices [N] of the rows among T; T for padding.
     """
     indices_N = jnp.nonzero(target.reshape(-1) != IGNORED, size=size, fill_value=target.size)[0]
 
@@ -93,13 +93,13 @@ def gather(hidden: jax.Array, target: jax.Array, scale: jax.Array, *, size: int)
 
 @functools.partial(jax.jit, static_argnames="shape")
 def scatter(loss_N: jax.Array, indices_N: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    """Losses of all rows, 0 for those that were left out."""
+    """Losses of all rows, 0 for those that were not gathered."""
     loss_T = jnp.zeros(math.prod(shape), loss_N.dtype)
     return loss_T.at[indices_N].set(loss_N, mode="drop", indices_are_sorted=True).reshape(shape)
 
 
-def nan_if_wrong(loss: jax.Array, target: jax.Array, num_valid_tokens: int | None) -> jax.Array:
-    """The loss, NaN (its gradients as well) where a given num_valid_tokens is not the number of valid rows."""
+def nan_if_miscounted(loss: jax.Array, target: jax.Array, num_valid_tokens: int | None) -> jax.Array:
+    """The loss; NaN, as are its gradients, if num_valid_tokens is given and is not the number of valid rows."""
     if num_valid_tokens is None:
         return loss
     one_or_nan: Any = jnp.where(jnp.sum(target != IGNORED) == num_valid_tokens, 1, jnp.nan)

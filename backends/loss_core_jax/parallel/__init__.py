@@ -1,1 +1,1 @@
-"""Losses over device meshes: where arrays lie, and what devices exchange."""
+"""Losses over device meshes: how arrays are sharded, and the collectives."""

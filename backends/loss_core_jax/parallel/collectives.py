@@ -1,18 +1,18 @@
-"""What devices that share a vocabulary tell each other, and whose gradient a gradient is.
+"""Collectives over a sharded vocabulary, in the forward and in the backward.
 
-Forward: each device makes the terms of its rows over its share of the vocabulary; one all-gather, folded in the
-order of the axis, gives every device the same terms, bitwise. Backward is local, given these terms.
+Forward: each device computes the terms of its rows over its shard of the vocabulary; one all-gather, folded in the
+order of the axis, gives every device the same terms, bitwise. The backward from these terms is local.
 
-A gradient is that of the full problem. Under `check_vma=True` (JAX's default) the types say which arrays
-differ between devices, and that holds for `jax.grad` inside and outside of `jax.shard_map`. Under
-`check_vma=False` JAX counts the cotangent of a replicated result as the sum over its devices' copies; that is
-followed here, so that `jax.grad` outside of `jax.shard_map` is right, and inside it differentiates the sum of
-the loss over the devices, as it does for every `psum` there.
+Gradients are those of the full problem. Under `check_vma=True` (JAX's default) types state which arrays vary between
+devices, and gradients are correct for `jax.grad` inside and outside of `jax.shard_map`. Under `check_vma=False` JAX
+defines the cotangent of a replicated result as the sum over its devices' copies. The functions here do the same, so
+that `jax.grad` outside of `jax.shard_map` is correct, and inside it differentiates the sum of the loss over the
+devices, as for every `psum` there.
 
 Every function is the identity where `shard.axes` is empty.
 """
 
-# T = tokens (any leading dimensions), V = vocabulary, V_local = this device's share, R = shards
+# T = tokens (any leading dimensions), V = vocabulary, R = shards
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ Terms = TypeVar("Terms", RowTerms, PairTerms, MixtureTerms)
 
 
 def align(axes: tuple[str, ...], shards: Arrays, rows: Arrays) -> Arrays:
-    """Shards and rows made to vary over the same mesh axes, except that only the shards vary over `axes`.
+    """Shards and rows cast to vary over the same mesh axes, except that only the shards vary over `axes`.
 
-    What was the same on several devices must become varying before a custom derivative sees it: JAX then sums its
-    gradient over them. Outside `shard_map` nothing happens.
+    An array that is the same on several devices must be cast to varying before a custom derivative: JAX then sums its
+    gradient over these devices. Outside `shard_map` this is the identity.
     """
     others = compat.varying_axes(*shards, *rows) - set(axes)
-    over = others | set(axes) if types_tell(axes) else others
+    over = others | set(axes) if vma_checked(axes) else others
     return (*(compat.vary(x, over) for x in shards), *(compat.vary(x, others) for x in rows))
 
 
-def types_tell(axes: tuple[str, ...]) -> bool:
-    """Whether types say what varies over the axes (`check_vma=True`)."""
+def vma_checked(axes: tuple[str, ...]) -> bool:
+    """Whether types state what varies over the axes (`check_vma=True`)."""
     return bool(axes) and set(axes) <= compat.varying_axes(lax.axis_index(axes))
 
 
 def local_target(target: jax.Array, num_local: int, shard: Shard) -> jax.Array:
-    """Classes, [...] or [..., K], as columns of this device's share: ELSEWHERE those of others; negative ones stay."""
+    """Classes, [...] or [..., K], as columns of this device's shard, ELSEWHERE if in another; negatives unchanged."""
     if not shard.axes:
         return target
     start = lax.axis_index(shard.axes) * num_local
@@ -59,86 +59,85 @@ def local_target(target: jax.Array, num_local: int, shard: Shard) -> jax.Array:
 
 
 def num_local_classes(num_local: int, num_classes: int, shard: Shard) -> jax.Array | None:
-    """How many of this share's columns are classes; None for all."""
+    """Number of classes in this device's shard, whose other columns are padding; None for no padding."""
     if not shard.axes or num_local * lax.axis_size(shard.axes) == num_classes:
         return None
     return jnp.clip(num_classes - lax.axis_index(shard.axes) * num_local, 0, num_local)
 
 
 def fold_rows(terms: RowTerms, shard: Shard) -> RowTerms:
-    """The terms of whole rows, the same on every device."""
-    return functools.reduce(functools.partial(combine, jnp), _gathered(terms, shard))
+    """The terms of full rows, the same on every device."""
+    return functools.reduce(functools.partial(combine, jnp), _gather(terms, shard))
 
 
 def fold_pairs(terms: PairTerms, temperature: float, shard: Shard) -> PairTerms:
-    """The terms of whole rows, the same on every device; m_t and m_s in units of the logits, as kernels give them."""
-    pieces = _gathered(terms, shard)
+    """The terms of full rows, the same on every device; m_t and m_s stay maxima of the logits before `temperature`."""
+    pieces = _gather(terms, shard)
     m_t = functools.reduce(jnp.maximum, [piece.m_t for piece in pieces])
     m_s = functools.reduce(jnp.maximum, [piece.m_s for piece in pieces])
 
-    def moved(m: jax.Array, largest: jax.Array) -> jax.Array:
+    def relative(m: jax.Array, new_m: jax.Array) -> jax.Array:
         # Divided after the subtraction: m / temperature at 1e4 would lose digits that the difference keeps.
-        return (m - jnp.where(largest == -jnp.inf, 0, largest)) / temperature
+        return (m - jnp.where(new_m == -jnp.inf, 0, new_m)) / temperature
 
-    relative = [piece._replace(m_t=moved(piece.m_t, m_t), m_s=moved(piece.m_s, m_s)) for piece in pieces]
-    return functools.reduce(functools.partial(combine_pairs, jnp), relative)._replace(m_t=m_t, m_s=m_s)
-
-
-def added(sums: MixtureTerms, shard: Shard) -> MixtureTerms:
-    """The sums over whole rows, the same on every device."""
-    return MixtureTerms(*(functools.reduce(jnp.add, pieces) for pieces in zip(*_gathered(sums, shard), strict=True)))
+    pieces = [piece._replace(m_t=relative(piece.m_t, m_t), m_s=relative(piece.m_s, m_s)) for piece in pieces]
+    return functools.reduce(functools.partial(combine_pairs, jnp), pieces)._replace(m_t=m_t, m_s=m_s)
 
 
-def _gathered(terms: Terms, shard: Shard) -> list[Terms]:
+def fold_mixture(sums: MixtureTerms, shard: Shard) -> MixtureTerms:
+    """The sums over full rows, the same on every device."""
+    return MixtureTerms(*(functools.reduce(jnp.add, pieces) for pieces in zip(*_gather(sums, shard), strict=True)))
+
+
+def _gather(terms: Terms, shard: Shard) -> list[Terms]:
     """Every device's terms, in the order of the axes, by one collective."""
     if not shard.axes:
         return [terms]
     leaves, tree = jax.tree.flatten(terms)
     ndim = min(leaf.ndim for leaf in leaves)
-    # K numbers of a row as K arrays.
+    # [..., K] as K arrays [...].
     flat = [leaf[None] if leaf.ndim == ndim else jnp.moveaxis(leaf, -1, 0) for leaf in leaves]
-    # XLA would gather rows that are sharded, too: it sums them.
-    gather: Callable[..., jax.Array] = compat.sum_of_slots if shard.partitioned else compat.all_gather_same
-    every = gather(jnp.concatenate(flat), shard.axes)
+    # In an all-gather, XLA would also gather rows that it has partitioned; in a psum it does not.
+    gather: Callable[..., jax.Array] = compat.all_gather_by_psum if shard.partitioned else compat.all_gather_invariant
+    gathered = gather(jnp.concatenate(flat), shard.axes)
     ends = list(itertools.accumulate(len(x) for x in flat))
 
-    def unpacked(part: jax.Array) -> Terms:
+    def unpack(part: jax.Array) -> Terms:
         pieces = zip(jnp.split(part, ends[:-1]), leaves, strict=True)
-        found = [x[0] if leaf.ndim == ndim else jnp.moveaxis(x, 0, -1) for x, leaf in pieces]
-        return jax.tree.unflatten(tree, found)
+        return jax.tree.unflatten(tree, [x[0] if y.ndim == ndim else jnp.moveaxis(x, 0, -1) for x, y in pieces])
 
-    return [unpacked(every[rank]) for rank in range(every.shape[0])]
+    return [unpack(gathered[rank]) for rank in range(gathered.shape[0])]
 
 
-def whole_cotangent(cotangent: jax.Array, shard: Shard) -> jax.Array:
-    """The cotangent of a result that is the same on all devices of the axes, from each device's part of it."""
+def full_cotangent(cotangent: jax.Array, shard: Shard) -> jax.Array:
+    """The cotangent of a result that is the same on all devices of the axes, from each device's partial cotangent."""
     axes = shard.axes
-    if not axes or (types_tell(axes) and not set(axes) & compat.varying_axes(cotangent)):
+    if not axes or (vma_checked(axes) and not set(axes) & compat.varying_axes(cotangent)):
         return cotangent
     return lax.psum(cotangent, axes)
 
 
-def summed_over_copies(gradient: Any, primal: jax.Array) -> jax.Array:
-    """The gradient of an array that is the same on several devices, from each device's part.
+def sum_over_replicas(gradient: Any, primal: jax.Array) -> jax.Array:
+    """The gradient of an array that is the same on several devices, from each device's partial gradient.
 
-    JAX would sum by itself, but gradients that are rounded already; here they are in the dtype of the arithmetic.
+    JAX would sum it too, but after rounding to the primal's dtype; here it is in the dtype of the arithmetic.
     """
-    copies = tuple(sorted(compat.varying_axes(gradient) - compat.varying_axes(primal)))
-    total: jax.Array = lax.psum(gradient, copies) if copies else gradient
+    axes = tuple(sorted(compat.varying_axes(gradient) - compat.varying_axes(primal)))
+    total: jax.Array = lax.psum(gradient, axes) if axes else gradient
     return total
 
 
-def of_every_device(gradient: jax.Array, primal: jax.Array, shard: Shard) -> jax.Array:
-    """The gradient of rows that all devices of the axes hold, where each device has made all of it."""
-    if shard.axes and not types_tell(shard.axes):
+def replicated_gradient(gradient: jax.Array, primal: jax.Array, shard: Shard) -> jax.Array:
+    """The gradient of rows that are the same on all devices of the axes, where each device has computed all of it."""
+    if shard.axes and not vma_checked(shard.axes):
         # JAX sums the devices' copies.
         return gradient / lax.axis_size(shard.axes)
-    return summed_over_copies(gradient, primal)
+    return sum_over_replicas(gradient, primal)
 
 
-def summed_over_shards(gradient: jax.Array, primal: jax.Array, shard: Shard) -> jax.Array:
-    """The gradient of rows that all devices of the axes hold, from each device's part."""
-    if shard.axes and not types_tell(shard.axes):
-        # JAX sums the copies of the cotangent over the devices once more.
+def sum_over_shards(gradient: jax.Array, primal: jax.Array, shard: Shard) -> jax.Array:
+    """The gradient of rows that are the same on all devices of the axes, from each device's partial gradient."""
+    if shard.axes and not vma_checked(shard.axes):
+        # JAX sums the devices' copies once more.
         return lax.pmean(gradient, shard.axes)
-    return summed_over_copies(gradient, primal)
+    return sum_over_replicas(gradient, primal)

@@ -1,14 +1,14 @@
-"""Where the vocabulary and the rows of a call lie: on which mesh axes, and who takes care of them.
+"""The layout of a call: the mesh axes that shard vocabulary and rows, and which of them are manual.
 
-A call is in one of four places:
+There are four kinds of calls:
 
-- no mesh: the layout is `NOWHERE`;
-- inside `jax.shard_map`, `tp_group` naming axes that are manual there: the arrays are this device's share;
-- outside, with shardings that can be read (explicit axes, or arrays that exist): the loss wraps itself in
-  `jax.shard_map` over every axis that it can read;
-- outside, under `jit` with automatic axes, whose shardings can't be read: XLA partitions the code, which then
+- without a mesh: the layout is `UNSHARDED`;
+- inside `jax.shard_map`, `tp_group` naming axes that are manual there: the arrays are this device's shards;
+- outside, with readable shardings (explicit axes, or concrete arrays): the loss wraps itself in `jax.shard_map` over
+  every readable axis;
+- outside, under `jit` with automatic axes, whose shardings are not readable: XLA partitions the code, which then
   slices no dimension that may be sharded; with `tp_group` the loss wraps itself over that axis alone. Where other
-  axes are manual already it leaves that axis to XLA, too: JAX can't differentiate one `shard_map` in another.
+  axes are manual already, XLA partitions over that axis as well: JAX can't differentiate nested `shard_map`s.
 """
 
 # R = shards of the vocabulary
@@ -32,49 +32,49 @@ Axes = tuple[str, ...]
 
 
 class Layout(NamedTuple):
-    """Hashable, so that it can be a static argument.
+    """How a call is sharded. Hashable: static under jit.
 
     Attributes:
         axes: mesh axes that shard the vocabulary, in order; () for none.
         num_shards: product of their sizes.
-        inside: whether they are manual at the call, so that arrays hold one shard.
-        whole: whether rows may be sharded over axes that XLA takes care of, so that no code may slice them.
-        lead: mesh axes of each leading dimension of the labels, as far as they can be read.
-        manual: axes over which the loss wraps itself; empty when it does not.
-        mesh: their mesh when no mesh is set, else None.
-        hint: axes over which XLA is told to shard the vocabulary.
+        inside: whether the call is inside `jax.shard_map` over these axes, so that arrays are shards.
+        partitioned: whether rows may be sharded over automatic axes, so that no code may slice them.
+        lead: mesh axes of each leading dimension of the labels, where readable.
+        manual: axes over which the loss wraps itself in `jax.shard_map`; empty for no wrapping.
+        mesh: the mesh of `manual` when no mesh is set, else None.
+        hint: axes over which XLA is asked to shard the vocabulary, by a sharding constraint.
     """
 
     axes: Axes = ()
     num_shards: int = 1
     inside: bool = False
-    whole: bool = False
+    partitioned: bool = False
     lead: tuple[Axes, ...] = ()
     manual: frozenset[str] = frozenset()
     mesh: Any = None
     hint: Axes = ()
 
     def vocab(self, size: int) -> int:
-        """Classes of the full problem, given the vocabulary of the array that the caller holds."""
+        """Number of classes of the full vocabulary, where the caller's array has `size`."""
         return size * self.num_shards if self.inside else size
 
     @property
     def shard(self) -> Shard:
-        """What the arrays hold in the function that `over` calls."""
-        return Shard(self.axes, self.whole)
+        """How arrays are sharded in the function that `call_sharded` calls."""
+        return Shard(self.axes, self.partitioned)
 
 
-NOWHERE = Layout()
+UNSHARDED = Layout()
 
 
 class Operand(NamedTuple):
-    """An array of a call, and what its dimensions are.
+    """An array of a call, and the meaning of its dimensions.
 
     Attributes:
         vocab_dim: -1 or 0, the dimension of the vocabulary; None for none.
-        has_rows: whether it begins with the dimensions of the labels.
-        is_sequence: whether the first of these is sharded over the axes of the vocabulary, too.
-        padding: what classes that are added hold.
+        has_rows: whether its leading dimensions are those of the labels.
+        is_sequence: whether the first of these is also sharded over the axes of the vocabulary.
+        padding: the value of classes that are added as padding.
     """
 
     array: jax.Array
@@ -107,62 +107,62 @@ def layout_for(tp_group: Any, rows: Any, vocab_array: Any, vocab_dim: int) -> La
 
     Args:
         tp_group: None or names of mesh axes.
-        rows: array whose dimensions but the last are those of the labels.
-        vocab_array, vocab_dim: array and dimension that hold the vocabulary.
+        rows: array whose dimensions except the last are those of the labels.
+        vocab_array, vocab_dim: array with the vocabulary, and its dimension there.
     Raises:
-        ValueError: an axis that neither is bound nor belongs to a mesh; names the axes there are.
+        ValueError: an axis that is neither bound nor in a mesh; names the axes of the mesh.
     """
     axes = () if tp_group is None else axis_names(tp_group)
     context = jax.sharding.get_abstract_mesh()
     if axes and all(map(compat.axis_is_bound, axes)):
         return Layout(
-            axes, lax.axis_size(axes), inside=True, whole=_is_sharded(context, frozenset(context.manual_axes))
+            axes, lax.axis_size(axes), inside=True, partitioned=_is_sharded(context, frozenset(context.manual_axes))
         )
     meshes = (context, *(jax.typeof(x).sharding.mesh for x in (rows, vocab_array)))
     explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
-    found = [_readable(rows, explicit), _readable(vocab_array, explicit)]
-    mesh = next((m for m in (context, *(s.mesh for s in found if s)) if m is not None and not m.empty), None)
-    _check_axes(tp_group, axes, mesh, traced=None in found)
-    # Explicit axes belong to the types of arrays even where they have one device.
+    shardings = [_read_sharding(rows, explicit), _read_sharding(vocab_array, explicit)]
+    mesh = next((m for m in (context, *(s.mesh for s in shardings if s)) if m is not None and not m.empty), None)
+    _check_axes(tp_group, axes, mesh, traced=None in shardings)
+    # Explicit axes are part of the arrays' types even where they have one device.
     if mesh is None or not (context.explicit_axes or _is_sharded(mesh, frozenset(context.manual_axes))):
-        return NOWHERE
+        return UNSHARDED
     if context.manual_axes and not context.explicit_axes:
-        return Layout(whole=True, hint=axes)
+        return Layout(partitioned=True, hint=axes)
     manual, lead = frozenset(axes), ((),) * (rows.ndim - 1)
-    rows_spec, vocab_spec = found
-    if rows_spec and vocab_spec:
-        manual |= rows_spec.axes | vocab_spec.axes
-        lead = tuple(_without(entry, axes) for entry in rows_spec.spec[:-1])
-        # Tokens and weight over one axis is FSDP: the weight is gathered, since the rows can't be.
-        axes = axes or _without(vocab_spec.spec[vocab_dim], sum(lead, ()))
+    rows_sharding, vocab_sharding = shardings
+    if rows_sharding and vocab_sharding:
+        manual |= rows_sharding.known_axes | vocab_sharding.known_axes
+        lead = tuple(_without(entry, axes) for entry in rows_sharding.spec[:-1])
+        # Tokens and weight sharded over the same axis is FSDP: the weight is gathered over it.
+        axes = axes or _without(vocab_sharding.spec[vocab_dim], sum(lead, ()))
     if not manual and context.empty:
-        return NOWHERE  # one array of several lies on a mesh, and none is set: nothing can be told to XLA
-    whole = _is_sharded(mesh, manual | frozenset(context.manual_axes))
+        return UNSHARDED  # only one of the arrays is on a mesh, and no mesh is set for a sharding constraint
+    partitioned = _is_sharded(mesh, manual | frozenset(context.manual_axes))
     num_shards = math.prod(mesh.shape[axis] for axis in axes)
-    return Layout(axes, num_shards, False, whole, lead, manual, mesh if context.empty and manual else None)
+    return Layout(axes, num_shards, False, partitioned, lead, manual, mesh if context.empty and manual else None)
 
 
-def over(layout: Layout, fn: Callable[..., jax.Array], *operands: Operand) -> jax.Array:
-    """`fn(*arrays)`, of the shape of the labels, with `jax.shard_map` around it if the layout says so."""
+def call_sharded(layout: Layout, fn: Callable[..., jax.Array], *operands: Operand) -> jax.Array:
+    """`fn(*arrays)`, a result of the shape of the labels, wrapped in `jax.shard_map` over `layout.manual` if any."""
     if not layout.manual:
-        return fn(*(_hinted(x, layout) for x in operands))
+        return fn(*(_constrained(x, layout) for x in operands))
     mesh = jax.sharding.get_abstract_mesh() if layout.mesh is None else layout.mesh
     arrays, specs = [_padded(x, layout) for x in operands], tuple(_spec(x, layout) for x in operands)
     if set(mesh.explicit_axes) & layout.manual:
-        # Explicit axes are moved by name only.
+        # Arrays with explicit axes are resharded only by an explicit call.
         arrays = [
             jax.sharding.reshard(x, spec if layout.mesh is None else NamedSharding(layout.mesh, spec))
             for x, spec in zip(arrays, specs, strict=True)
         ]
     wrapped = jax.shard_map(
-        fn, mesh=layout.mesh, in_specs=specs, out_specs=P(*_entry(layout.lead)), axis_names=set(layout.manual)
+        fn, mesh=layout.mesh, in_specs=specs, out_specs=_partition_spec(layout.lead), axis_names=set(layout.manual)
     )
     result: jax.Array = wrapped(*arrays)
     return result
 
 
-def _hinted(operand: Operand, layout: Layout) -> jax.Array:
-    """The array, with XLA told to shard the vocabulary over the axes of the hint if it divides by them."""
+def _constrained(operand: Operand, layout: Layout) -> jax.Array:
+    """The array with the vocabulary constrained to be sharded over the axes of the hint, if divisible by them."""
     array, dim = operand.array, operand.vocab_dim
     if dim is None or not layout.hint:
         return array
@@ -171,12 +171,12 @@ def _hinted(operand: Operand, layout: Layout) -> jax.Array:
         return array
     spec: list[Any] = [P.UNCONSTRAINED] * array.ndim
     spec[dim] = layout.hint
-    told: jax.Array = lax.with_sharding_constraint(array, P(*spec))
-    return told
+    constrained: jax.Array = lax.with_sharding_constraint(array, P(*spec))
+    return constrained
 
 
 def _padded(operand: Operand, layout: Layout) -> jax.Array:
-    """The array with classes added, so that every shard has the same size."""
+    """The array padded along the vocabulary so that every shard has the same size."""
     array, dim = operand.array, operand.vocab_dim
     if dim is None or not (missing := -array.shape[dim] % layout.num_shards):
         return array
@@ -186,7 +186,7 @@ def _padded(operand: Operand, layout: Layout) -> jax.Array:
 
 
 def _spec(operand: Operand, layout: Layout) -> P:
-    """How the array is sharded."""
+    """The PartitionSpec of the array."""
     entries: list[Axes] = [()] * operand.array.ndim
     if operand.has_rows:
         entries[: len(layout.lead)] = layout.lead
@@ -194,42 +194,42 @@ def _spec(operand: Operand, layout: Layout) -> P:
         entries[0] = (*entries[0], *layout.axes)
     if operand.vocab_dim is not None:
         entries[operand.vocab_dim] = layout.axes
-    return P(*_entry(entries))
+    return _partition_spec(entries)
 
 
-def _entry(entries: Any) -> tuple[Axes | None, ...]:
-    return tuple(entry or None for entry in entries)
+def _partition_spec(entries: Any) -> P:
+    return P(*(entry or None for entry in entries))
 
 
-class _Readable(NamedTuple):
-    """Mesh, mesh axes of each dimension, and the axes about which that tells."""
+class _Sharding(NamedTuple):
+    """The readable part of an array's sharding: mesh, axes of each dimension, and the axes where it is known."""
 
     mesh: Any
     spec: tuple[Axes, ...]
-    axes: frozenset[str]
+    known_axes: frozenset[str]
 
 
-def _readable(array: Any, explicit: Any) -> _Readable | None:
-    """The sharding of an array, where it can be read: explicit axes of its type, or all axes of a concrete array.
+def _read_sharding(array: Any, explicit: Any) -> _Sharding | None:
+    """The sharding of an array, where readable: over explicit axes by its type, over all axes of a concrete array.
 
     Args:
-        explicit: the mesh with explicit axes that is set or on which another array lies, or None. An array that lies on
-            no mesh is whole on each of its devices, as for JAX's own functions.
+        explicit: the mesh with explicit axes that is set or on which another array is, or None. An array on no mesh is
+            replicated over it, as for JAX's own functions.
     """
     typed: Any = jax.typeof(array).sharding
     if typed.mesh.explicit_axes:
-        return _Readable(typed.mesh, _entries(typed.spec, array.ndim), frozenset(typed.mesh.explicit_axes))
+        return _Sharding(typed.mesh, _axes_of_dims(typed.spec, array.ndim), frozenset(typed.mesh.explicit_axes))
     if explicit is not None and typed.mesh.empty:
-        return _Readable(explicit, _entries((), array.ndim), frozenset(explicit.explicit_axes))
+        return _Sharding(explicit, _axes_of_dims((), array.ndim), frozenset(explicit.explicit_axes))
     if compat.is_tracer(array):
         return None
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return _Readable(None, _entries((), array.ndim), frozenset())
-    return _Readable(sharding.mesh, _entries(sharding.spec, array.ndim), frozenset(sharding.mesh.axis_names))
+        return _Sharding(None, _axes_of_dims((), array.ndim), frozenset())
+    return _Sharding(sharding.mesh, _axes_of_dims(sharding.spec, array.ndim), frozenset(sharding.mesh.axis_names))
 
 
-def _entries(spec: Any, ndim: int) -> tuple[Axes, ...]:
+def _axes_of_dims(spec: Any, ndim: int) -> tuple[Axes, ...]:
     named = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
     return (*named, *((),) * (ndim - len(named)))
 
@@ -239,7 +239,7 @@ def _without(entry: Axes, axes: Axes) -> Axes:
 
 
 def _is_sharded(mesh: Any, known: frozenset[str]) -> bool:
-    """Whether an axis of the mesh that is not among the known ones has more than one device."""
+    """Whether an axis of the mesh that is not in `known` has more than one device."""
     return any(mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in known)
 
 

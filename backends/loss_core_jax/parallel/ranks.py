@@ -1,4 +1,4 @@
-"""Calls whose vocabulary is sharded over devices, for `loss_core check --tp`: one process with forced CPU devices."""
+"""Calls with a sharded vocabulary for `loss_core check --tp`: all ranks are CPU devices of one process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _AXIS = "tp"
 
 
 def rank_setup(ranks: int) -> RankSetup:
-    """One process that holds all ranks. JAX pads what does not divide, so that it has no split of its own choosing."""
+    """One process for all ranks. No custom splits: JAX pads a vocabulary that is not divisible by the ranks."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={ranks}"
     return RankSetup(1, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, ("whole", "even", "uneven"))
 
 
 def join_ranks(rank: int, ranks: int, folder: Path) -> None:
-    """Find out that the devices are there."""
+    """RuntimeError unless JAX has a CPU device for each rank."""
     if len(jax.devices("cpu")) < ranks:
         raise RuntimeError(f"JAX shows {len(jax.devices('cpu'))} CPU devices where {ranks} were asked for.")
 
@@ -37,8 +37,8 @@ def join_ranks(rank: int, ranks: int, folder: Path) -> None:
 def evaluate_shards(request: Request) -> list[Evaluation]:
     """Every rank's part of a call.
 
-    Even shards go through `jax.shard_map`, as a training step written with it has them. Others are given whole to the
-    loss, which pads them and shards them over the axis itself.
+    Even shards go through `jax.shard_map`, as in a training step written with it. With uneven ones, the loss gets the
+    full arrays, and pads and shards them itself.
     """
     ranks = len(request.sizes)
     mesh = Mesh(np.array(jax.devices("cpu")[:ranks]), (_AXIS,))
@@ -46,7 +46,7 @@ def evaluate_shards(request: Request) -> list[Evaluation]:
     with jax.enable_x64(request.dtype == "float64"), jax.set_mesh(mesh):
         loss = config.build(backend=request.flag)
         axes = vocab_axes(request.config)
-        # What is sharded when it gets to the loss.
+        # The arguments that the loss gets as shards.
         sharded = tuple(axes.items()) if len(set(request.sizes)) == 1 else ()
         inputs = {
             name: jax.device_put(
@@ -54,12 +54,13 @@ def evaluate_shards(request: Request) -> list[Evaluation]:
             )
             for name, array in request.arrays.items()
         }
-        varied = {name: inputs.pop(name) for name in request.grad_of}
+        differentiated = {name: inputs.pop(name) for name in request.grad_of}
 
-        arguments = (varied, inputs, _upstream(request.upstream))
+        upstream = None if request.upstream is None else jnp.asarray(request.upstream)
+        arguments = (differentiated, inputs, upstream)
         program = _value_and_grads.lower(loss, *arguments, sharded).compile()
         value, grads = program(*arguments)
-        copies = {name: _of_each_rank(x, mesh) for name, x in {"loss": value, **grads}.items()}
+        copies = {name: _per_rank(x, mesh) for name, x in {"loss": value, **grads}.items()}
         dtypes = {name: str(x.dtype) for name, x in {"loss": value, **grads}.items()}
         return [
             Evaluation(
@@ -86,31 +87,29 @@ def _spec(name: str, ndim: int, sharded: tuple[tuple[str, int], ...]) -> Partiti
     return PartitionSpec(*axes)
 
 
-def _upstream(upstream: np.ndarray | None) -> jax.Array | None:
-    return None if upstream is None else jnp.asarray(upstream)
-
-
-# One program for all calls of a loss with these shapes: most of the time here is the compiler's.
+# Under jit, so that calls of a loss with the same shapes share a program: compilation takes most of the time here.
 @functools.partial(jax.jit, static_argnames=("loss", "sharded"))
 def _value_and_grads(
     loss: Any,
-    varied: dict[str, jax.Array],
+    differentiated: dict[str, jax.Array],
     fixed: dict[str, jax.Array],
     upstream: jax.Array | None,
     sharded: tuple[tuple[str, int], ...],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    def call(varied: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> jax.Array:
-        return as_one(loss(**varied, **fixed))
+    def call(differentiated: dict[str, jax.Array], fixed: dict[str, jax.Array]) -> jax.Array:
+        return as_one(loss(**differentiated, **fixed))
 
     if sharded:
-        in_specs = tuple({name: _spec(name, x.ndim, sharded) for name, x in args.items()} for args in (varied, fixed))
+        in_specs = tuple(
+            {name: _spec(name, x.ndim, sharded) for name, x in args.items()} for args in (differentiated, fixed)
+        )
         call = jax.shard_map(call, in_specs=in_specs, out_specs=PartitionSpec())
-    value, pull_back = jax.vjp(lambda floats: call(floats, fixed), varied)
+    value, pull_back = jax.vjp(lambda floats: call(floats, fixed), differentiated)
     seed = jnp.ones(value.shape) if upstream is None else upstream
     return value, pull_back(seed.astype(value.dtype))[0]
 
 
-def _of_each_rank(x: jax.Array, mesh: Mesh) -> list[np.ndarray]:
-    """What each device holds of an array that all hold whole."""
-    found = {piece.device: to_float64(piece.data) for piece in x.addressable_shards}
-    return [found.get(device, next(iter(found.values()))) for device in mesh.devices.flat]
+def _per_rank(x: jax.Array, mesh: Mesh) -> list[np.ndarray]:
+    """Each device's copy of a replicated array."""
+    copies = {piece.device: to_float64(piece.data) for piece in x.addressable_shards}
+    return [copies.get(device, next(iter(copies.values()))) for device in mesh.devices.flat]

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over four devices: prints loss, optax's loss, the largest difference of gradients."""
+"""Parameters sharded over four devices: prints loss, optax's loss, the largest difference of gradients."""
 
 import json
 import os
@@ -22,24 +22,24 @@ weight = jax.device_put(jax.random.normal(keys[1], (H, V)), NamedSharding(mesh, 
 labels = jax.device_put(jax.random.randint(keys[2], SHAPE, 0, V), NamedSharding(mesh, P("data")))
 
 
-def own(weight_HV, hidden):
+def optax_loss(weight_HV, hidden):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ weight_HV, labels).mean()
 
 
-def over_logits(weight_HV, hidden):
+def logits_loss(weight_HV, hidden):
     return softmax_cross_entropy(MaskedCrossEntropyConfig(reduction="mean"))(hidden @ weight_HV, labels)
 
 
-def fused(weight_HV, hidden):
+def fused_loss(weight_HV, hidden):
     loss = linear_softmax_cross_entropy(FusedLinearCEConfig(reduction="mean"))
     return loss(hidden, labels, lm_weight_HV=weight_HV)
 
 
-expected, others = jax.jit(jax.value_and_grad(own, (0, 1)))(weight, hidden)
+expected, expected_gradients = jax.jit(jax.value_and_grad(optax_loss, (0, 1)))(weight, hidden)
 results = {}
-for name, function in (("logits", over_logits), ("fused", fused)):
+for name, function in (("logits", logits_loss), ("fused", fused_loss)):
     shardings = (None, (weight.sharding, hidden.sharding))
     loss, gradients = jax.jit(jax.value_and_grad(function, (0, 1)), out_shardings=shardings)(weight, hidden)
-    difference = max(float(jnp.abs(a - b).max()) for a, b in zip(gradients, others, strict=True))
+    difference = max(float(jnp.abs(a - b).max()) for a, b in zip(gradients, expected_gradients, strict=True))
     results[name] = (float(loss), float(expected), difference, gradients[0].sharding == weight.sharding)
 print(json.dumps(results))

@@ -1,4 +1,4 @@
-"""The losses as functions in optax's form, in training loops of optax, flax NNX and equinox."""
+"""Losses with optax's signature, in training loops of optax, flax NNX and equinox."""
 
 # V = vocabulary, H = hidden
 
@@ -44,7 +44,7 @@ def test_each_example_has_its_own_loss(masked):
     close(linear_softmax_cross_entropy()(hidden, labels, lm_weight_VH=weight_HV.T, where=where), expected)
 
 
-def test_the_mean_is_over_examples_that_take_part():
+def test_the_mean_is_over_included_examples():
     hidden, weight_HV, labels, where = problem()
     expected = optax.softmax_cross_entropy_with_integer_labels(hidden @ weight_HV, labels).mean(where=where)
     loss = softmax_cross_entropy(MaskedCrossEntropyConfig(reduction="mean"))
@@ -53,7 +53,7 @@ def test_the_mean_is_over_examples_that_take_part():
     close(fused(hidden, labels, lm_weight_HV=weight_HV, where=where), expected)
 
 
-def test_a_mask_of_labels_that_hold_no_ignore_index():
+def test_a_mask_of_labels_that_can_not_hold_ignore_index():
     hidden, weight_HV, labels, where = problem()
     loss = linear_softmax_cross_entropy()
     narrow = loss(hidden, labels.astype(jnp.uint8), lm_weight_HV=weight_HV, where=where)
@@ -71,7 +71,7 @@ def test_counts_and_weights_reach_the_loss():
     close(fused(hidden, labels, lm_weight_HV=weight_HV, **arguments), expected)
 
 
-def own_loss(hidden, labels, weight_HV, where):
+def optax_loss(hidden, labels, weight_HV, where):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ weight_HV, labels).mean(where=where)
 
 
@@ -117,7 +117,7 @@ def test_training_with_optax_and_donated_buffers(ours):
             losses.append(loss)
         return losses, params
 
-    close(trained(ours), trained(own_loss))
+    close(trained(ours), trained(optax_loss))
 
 
 @OURS
@@ -147,7 +147,7 @@ def test_training_with_flax_nnx(ours):
             losses.append(step(model, optimizer, *batch(seed)))
         return losses, jax.tree.leaves(nnx.state(model, nnx.Param))
 
-    close(trained(ours), trained(own_loss))
+    close(trained(ours), trained(optax_loss))
 
 
 @OURS
@@ -171,11 +171,11 @@ def test_training_with_equinox(ours):
             losses.append(loss)
         return losses, jax.tree.leaves(eqx.filter(model, eqx.is_array))
 
-    close(trained(ours), trained(own_loss))
+    close(trained(ours), trained(optax_loss))
 
 
-class Held:
-    """As flax.nnx.Param: it holds an array, and is none."""
+class ArrayHolder:
+    """As flax.nnx.Param: holds an array without being one."""
 
     def __init__(self, value):
         self.value = value
@@ -187,11 +187,11 @@ class Held:
 def test_objects_that_hold_an_array():
     hidden, weight_HV, labels, where = problem()
     loss, fused = softmax_cross_entropy(), linear_softmax_cross_entropy()
-    held = [Held(x) for x in (hidden, labels, where)]
+    holders = [ArrayHolder(x) for x in (hidden, labels, where)]
     expected = fused(hidden, labels, lm_weight_HV=weight_HV, where=where)
-    close(fused(held[0], held[1], lm_weight_HV=Held(weight_HV), where=held[2]), expected)
-    close(fused(held[0], held[1], lm_weight_VH=Held(weight_HV.T), where=held[2]), expected)
-    close(loss(Held(hidden @ weight_HV), held[1], where=held[2]), expected)
+    close(fused(holders[0], holders[1], lm_weight_HV=ArrayHolder(weight_HV), where=holders[2]), expected)
+    close(fused(holders[0], holders[1], lm_weight_VH=ArrayHolder(weight_HV.T), where=holders[2]), expected)
+    close(loss(ArrayHolder(hidden @ weight_HV), holders[1], where=holders[2]), expected)
 
 
 def test_sharded_parameters():
@@ -208,7 +208,7 @@ def test_sharded_parameters():
         assert is_sharded
 
 
-def test_what_is_refused():
+def test_rejected_arguments():
     hidden, weight_HV, labels, _ = problem()
     loss, fused = softmax_cross_entropy(), linear_softmax_cross_entropy()
     with pytest.raises(TypeError, match="takes a MaskedCrossEntropyConfig or a TEParallelCEConfig, got a KDLossConfig"):
@@ -229,7 +229,7 @@ def test_what_is_refused():
         fused(hidden, labels, lm_weight_HV=weight_HV, where=jnp.ones((5, *SHAPE), bool))
 
 
-def test_a_square_weight_is_not_guessed():
+def test_the_layout_of_a_square_weight_is_that_of_its_argument():
     hidden, _, labels, _ = problem()
     weight = jax.random.normal(jax.random.key(9), (H, H))
     labels = labels % H

@@ -1,4 +1,4 @@
-"""Kernels through their seam: optional terms and coefficients, of which no loss may make use yet."""
+"""Kernels called directly: optional terms and coefficients, which no loss may use yet."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -11,17 +11,17 @@ import pytest
 
 from loss_core.row_terms import Coefficients, Sums, entropy
 from loss_core_jax.inputs import IGNORED
-from loss_core_jax.kernels import How, LinearRows, Rows, Shard
+from loss_core_jax.kernels import LinearRows, RowOptions, Rows, Shard
 from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 T, V, H = 13, 37, 5
-PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=16)
-KERNELS = XlaKernels(cpu=PIECES, accelerator=PIECES)
+SIZES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=16)
+KERNELS = XlaKernels(cpu=SIZES, accelerator=SIZES)
 RNG = np.random.default_rng(0)
 TARGET = RNG.integers(0, 30, T).astype(np.int32)
 TARGET[::4] = IGNORED
 VALID = TARGET != IGNORED
-EVERY = Sums(z_sum=True, e=True)
+ALL_SUMS = Sums(z_sum=True, e=True)
 
 
 def _entropy(z: np.ndarray) -> np.ndarray:
@@ -32,15 +32,15 @@ def _entropy(z: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("partitioned", [False, True])
 @pytest.mark.parametrize("num_classes", [None, 30])
-def test_the_other_sums_of_a_row(num_classes: int | None, partitioned: bool, dtype: str) -> None:
+def test_optional_sums_of_rows(num_classes: int | None, partitioned: bool, dtype: str) -> None:
     logits = RNG.normal(size=(T, V))
     if num_classes is not None:
         logits[:, num_classes:] = -np.inf
     logits[0] = np.nan  # ignored
-    given = jnp.asarray(logits, dtype)
-    rows = Rows(given, jnp.asarray(TARGET), None if num_classes is None else jnp.asarray(num_classes))
-    terms = KERNELS.row_terms(rows, How(EVERY, shard=Shard(partitioned=partitioned)))
-    z = np.asarray(given, "float64")[VALID, :num_classes]
+    rounded = jnp.asarray(logits, dtype)
+    rows = Rows(rounded, jnp.asarray(TARGET), None if num_classes is None else jnp.asarray(num_classes))
+    terms = KERNELS.row_terms(rows, RowOptions(ALL_SUMS, shard=Shard(partitioned=partitioned)))
+    z = np.asarray(rounded, "float64")[VALID, :num_classes]
     assert terms.z_sum is not None
     np.testing.assert_allclose(terms.z_sum[VALID], z.sum(-1), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(entropy(jnp, terms)[VALID], _entropy(z), rtol=1e-5)
@@ -50,11 +50,11 @@ def test_the_other_sums_of_a_row(num_classes: int | None, partitioned: bool, dty
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("num_classes", [None, 30])
-def test_the_other_sums_of_a_linear_row(num_classes: int | None, softcap: float) -> None:
+def test_optional_sums_of_linear_rows(num_classes: int | None, softcap: float) -> None:
     hidden, weight = RNG.normal(size=(T, H)), RNG.normal(size=(V, H))
     count = None if num_classes is None else jnp.asarray(num_classes)
     rows = LinearRows(jnp.asarray(hidden, "float32"), jnp.asarray(weight, "float32"), jnp.asarray(TARGET), count)
-    terms = KERNELS.linear_terms(rows, How(EVERY, softcap))
+    terms = KERNELS.linear_terms(rows, RowOptions(ALL_SUMS, softcap))
     z = (hidden @ weight.T)[VALID, :num_classes]
     z = softcap * np.tanh(z / softcap) if softcap else z
     assert terms.z_sum is not None
@@ -62,12 +62,13 @@ def test_the_other_sums_of_a_linear_row(num_classes: int | None, softcap: float)
     np.testing.assert_allclose(entropy(jnp, terms)[VALID], _entropy(z), rtol=1e-4)
 
 
-def test_a_uniform_coefficient_is_taken_off_every_column() -> None:
+def test_a_uniform_coefficient_is_subtracted_from_every_column() -> None:
     logits = jnp.asarray(RNG.normal(size=(T, V)), "float32")
     rows = Rows(logits, jnp.asarray(TARGET))
-    terms = KERNELS.row_terms(rows, How())
+    terms = KERNELS.row_terms(rows, RowOptions())
     scale, target, uniform = RNG.normal(size=(3, T)).astype("float32")
-    gradient = KERNELS.row_gradient(rows, terms, Coefficients(*map(jnp.asarray, (scale, target, uniform))), How())
+    coefficients = Coefficients(*map(jnp.asarray, (scale, target, uniform)))
+    gradient = KERNELS.row_gradient(rows, terms, coefficients, RowOptions())
     expected = np.exp(np.asarray(logits) - np.asarray(terms.m)[:, None]) * scale[:, None] - uniform[:, None]
     expected[np.arange(T), TARGET] = target
     np.testing.assert_allclose(gradient[VALID], expected[VALID], rtol=1e-5, atol=1e-6)

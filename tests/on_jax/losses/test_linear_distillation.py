@@ -1,4 +1,4 @@
-"""FusedLinearKDLoss on JAX: that of KDLoss over the logits of both heads, with every loop cut into small pieces."""
+"""FusedLinearKDLoss on JAX against KDLoss over the logits of both heads, with small chunks and tiles in every loop."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -17,8 +17,8 @@ from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 # Chunks of 16 tokens and tiles of 128 classes, neither a divisor.
 T, V, H = 37, 507, 16
-PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(16, 16), tile=128)
-SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES._replace(is_cpu=False))
+SIZES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(16, 16), tile=128)
+SMALL = XlaKernels(cpu=SIZES, accelerator=SIZES._replace(is_cpu=False))
 FIELDS: dict[str, dict[str, Any]] = {
     "forward_kl": {"temperature": 2.0},
     "reverse_kl": {"divergence": "reverse_kl", "temperature": 0.5},
@@ -33,18 +33,18 @@ one_kl_and_jsd = pytest.mark.parametrize(
 )
 
 
-def drawn(tokens: int = T, vocab: int = V, hidden: int = H) -> list[np.ndarray]:
+def heads_of(tokens: int = T, vocab: int = V, hidden: int = H) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = ((tokens, hidden), (vocab, hidden), (tokens, hidden + 3), (vocab, hidden + 3))
     return [rng.standard_normal(shape) / (shape[1] ** 0.5 if shape[0] == vocab else 1) for shape in shapes]
 
 
-def fused(fields: dict[str, Any], labels: np.ndarray = LABELS) -> Callable[..., jax.Array]:
+def fused_loss(fields: dict[str, Any], labels: np.ndarray = LABELS) -> Callable[..., jax.Array]:
     loss = FusedLinearKDLoss(**fields, kernels=SMALL)
     return lambda *heads: loss(*heads, labels)
 
 
-def over_logits(fields: dict[str, Any], labels: np.ndarray = LABELS) -> Callable[..., jax.Array]:
+def logits_loss(fields: dict[str, Any], labels: np.ndarray = LABELS) -> Callable[..., jax.Array]:
     loss = KDLoss(**fields)
     return lambda hs, ws, ht, wt: loss(hs @ ws.T, ht @ wt.T, labels)
 
@@ -55,35 +55,35 @@ def close(got: Any, expected: Any, tolerance: float = 1e-11) -> None:
 
 
 @every_divergence
-def test_it_is_that_of_kd_loss_over_the_logits(fields: dict[str, Any]) -> None:
+def test_agrees_with_kd_loss_over_the_logits(fields: dict[str, Any]) -> None:
     with jax.enable_x64(True):
-        heads = [jnp.asarray(x) for x in drawn()]
-        both = [jax.value_and_grad(f(fields), argnums=(0, 1, 2, 3)) for f in (fused, over_logits)]
+        heads = [jnp.asarray(x) for x in heads_of()]
+        both = [jax.value_and_grad(f(fields), argnums=(0, 1, 2, 3)) for f in (fused_loss, logits_loss)]
         got, expected = (jax.jit(f)(*heads) for f in both)
         close(got, expected)
 
 
 @every_divergence
-def test_what_ignored_rows_hold_reaches_nothing(fields: dict[str, Any]) -> None:
-    heads = [jnp.asarray(x, "float32") for x in drawn()]
-    call = jax.jit(jax.value_and_grad(fused(fields), argnums=(0, 1, 2, 3)))
+def test_ignored_rows_do_not_affect_results(fields: dict[str, Any]) -> None:
+    heads = [jnp.asarray(x, "float32") for x in heads_of()]
+    call = jax.jit(jax.value_and_grad(fused_loss(fields), argnums=(0, 1, 2, 3)))
     expected = call(*heads)
-    for place in (0, 2):
-        heads[place] = heads[place].at[::5].set(jnp.nan)
+    for position in (0, 2):
+        heads[position] = heads[position].at[::5].set(jnp.nan)
     value, grads = call(*heads)
     close((value, grads), expected, 0.0)
-    assert not any(np.asarray(grads[place][::5]).any() for place in (0, 2))
+    assert not any(np.asarray(grads[position][::5]).any() for position in (0, 2))
 
 
 def products(argnums: tuple[int, ...], fields: dict[str, Any]) -> int:
-    """How many products stand in the program of a gradient before XLA leaves any out; each in a loop, but once."""
-    loss = FusedLinearKDLoss(**fields, kernels=XlaKernels(cpu=PIECES, accelerator=PIECES))
-    heads = [jnp.asarray(x, "float32") for x in drawn()]
+    """Number of products in the program of a gradient before XLA removes any; one in a loop counts once."""
+    loss = FusedLinearKDLoss(**fields, kernels=XlaKernels(cpu=SIZES, accelerator=SIZES))
+    heads = [jnp.asarray(x, "float32") for x in heads_of()]
     return str(jax.make_jaxpr(jax.grad(lambda *h: loss(*h, LABELS), argnums=argnums))(*heads)).count("dot_general[")
 
 
 @every_divergence
-def test_a_gradient_that_is_not_wanted_costs_no_product(fields: dict[str, Any]) -> None:
+def test_a_gradient_that_is_not_needed_costs_no_product(fields: dict[str, Any]) -> None:
     # One for the logits of each head, and one for each gradient.
     assert products((0, 1), fields) == 4
     assert products((0,), fields) == 3
@@ -94,7 +94,7 @@ def test_a_gradient_that_is_not_wanted_costs_no_product(fields: dict[str, Any]) 
 def test_second_derivatives(fields: dict[str, Any]) -> None:
     labels = LABELS[:6]
     with jax.enable_x64(True):
-        heads = [jnp.asarray(x) for x in drawn(6, 140, 4)]
+        heads = [jnp.asarray(x) for x in heads_of(6, 140, 4)]
 
         def squared(f: Any) -> Any:
             def norm(*heads: jax.Array) -> Any:
@@ -102,13 +102,13 @@ def test_second_derivatives(fields: dict[str, Any]) -> None:
 
             return jax.jit(jax.grad(norm, argnums=(0, 1, 2, 3)))(*heads)
 
-        close(squared(fused(fields, labels)), squared(over_logits(fields, labels)), 1e-9)
+        close(squared(fused_loss(fields, labels)), squared(logits_loss(fields, labels)), 1e-9)
 
 
 @one_kl_and_jsd
 def test_vmap(fields: dict[str, Any]) -> None:
-    hs, ws, ht, wt = (jnp.asarray(x, "float32") for x in drawn(8, 140, 4))
-    call = jax.jit(jax.grad(fused(fields, LABELS[:8]), argnums=(0, 1)))
+    hs, ws, ht, wt = (jnp.asarray(x, "float32") for x in heads_of(8, 140, 4))
+    call = jax.jit(jax.grad(fused_loss(fields, LABELS[:8]), argnums=(0, 1)))
     factors = jnp.asarray([0.5, 1.0, 2.0])
     got = jax.jit(jax.vmap(lambda factor: call(hs * factor, ws, ht, wt)))(factors)
     for index, factor in enumerate(factors):
@@ -117,7 +117,7 @@ def test_vmap(fields: dict[str, Any]) -> None:
 
 def test_weights_and_a_count() -> None:
     with jax.enable_x64(True):
-        heads, weights = [jnp.asarray(x) for x in drawn()], jnp.linspace(-1.0, 2.0, T)
+        heads, weights = [jnp.asarray(x) for x in heads_of()], jnp.linspace(-1.0, 2.0, T)
 
         def with_weights(loss: Any) -> Any:
             return lambda weights, *heads: loss(*heads, LABELS, 7, weights)
@@ -132,7 +132,7 @@ def test_weights_and_a_count() -> None:
         close(got, expected)
 
 
-# (place among the arguments, another one, error, what the message says)
+# (position among the arguments, wrong argument, error, its message)
 WRONG: dict[str, tuple[int, Any, type[Exception], str]] = {
     "classes": (3, np.zeros((12, 5), np.float32), ValueError, r"\(11, 4\) but teacher_lm_weight has shape \(12, 5\)"),
     "tokens": (
@@ -151,10 +151,10 @@ WRONG: dict[str, tuple[int, Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_wrong_arguments_are_named(wrong: tuple[int, Any, type[Exception], str]) -> None:
-    place, value, error, message = wrong
-    arguments: list[Any] = [*(x.astype(np.float32) for x in drawn(6, 11, 4)), LABELS[:6], None, None]
+def test_errors_name_the_wrong_argument(wrong: tuple[int, Any, type[Exception], str]) -> None:
+    position, value, error, message = wrong
+    arguments: list[Any] = [*(x.astype(np.float32) for x in heads_of(6, 11, 4)), LABELS[:6], None, None]
     arguments[2], arguments[3] = arguments[2][:, :5], arguments[3][:, :5]
-    arguments[place] = value
+    arguments[position] = value
     with pytest.raises(error, match=message):
         FusedLinearKDLoss()(*arguments)

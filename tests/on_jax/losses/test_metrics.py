@@ -1,4 +1,4 @@
-"""Metrics of the cross entropies, beside their loss; their values are in the matrix."""
+"""Metrics of the cross entropies, beside their loss; test_matrix.py tests their values."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def _logits():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_they_are_an_aux_of_value_and_grad(reduction):
+def test_metrics_are_an_aux_of_value_and_grad(reduction):
     logits, labels = _logits()
     loss_fn = MaskedCrossEntropyConfig(reduction=reduction, metrics=METRICS).build(backend="jax")
     alone = MaskedCrossEntropyConfig(reduction=reduction).build(backend="jax")
@@ -33,7 +33,7 @@ def test_they_are_an_aux_of_value_and_grad(reduction):
     assert int(metrics["num_valid"]) == 5
 
 
-def test_nothing_is_differentiated_through_them():
+def test_metrics_are_not_differentiated():
     logits, labels = _logits()
     loss_fn = MaskedCrossEntropyConfig(metrics=["lse"]).build(backend="jax")
 
@@ -45,7 +45,7 @@ def test_nothing_is_differentiated_through_them():
 
 
 @pytest.mark.parametrize("skip_ignored", [None, True, False])
-def test_tokens_that_are_left_out_of_products_have_metrics_of_0(skip_ignored):
+def test_skipped_tokens_have_metrics_of_0(skip_ignored):
     _, labels = _logits()
     hidden, weight = jax.random.normal(jax.random.key(1), (2, 3, 4)), jax.random.normal(jax.random.key(2), (V, 4))
     config = FusedLinearCEConfig(reduction="none", metrics=["lse"], skip_ignored=skip_ignored)

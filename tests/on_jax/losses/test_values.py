@@ -1,4 +1,4 @@
-"""Values and gradients of the JAX losses against plain float64 NumPy, with every loop cut into small pieces."""
+"""Values and gradients of the JAX losses against plain float64 NumPy, with small chunks and tiles in every loop."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -21,8 +21,8 @@ IGNORE = -100
 
 
 # Chunks of 16 tokens and tiles of 128 classes, so that small inputs go through every loop.
-PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(16, 16), tile=128)
-SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES._replace(is_cpu=False))
+SIZES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(16, 16), tile=128)
+SMALL = XlaKernels(cpu=SIZES, accelerator=SIZES._replace(is_cpu=False))
 
 
 class Case(NamedTuple):
@@ -55,7 +55,7 @@ def case(name: str) -> Case:
             return Case(logits, np.where(labels == IGNORE, 0, labels), ignore_index=0)
         case "masked":
             return Case(logits, np.where(np.arange(T) % 3 == 0, 3, labels), np.arange(T) % 3)
-        case "tile_edges":  # tiles of 128 classes, the last of which starts at 379 and owns 384 to 506
+        case "tile_edges":  # tiles of 128 classes; the last one starts at 379, and its new columns are 384 to 506
             return Case(logits, np.resize([0, 127, 128, 255, 256, 378, 379, 383, 384, 506, IGNORE], T))
         case "poisoned":  # what ignored rows hold must not leak
             logits[::5] = np.nan
@@ -72,7 +72,7 @@ def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(x).astype(jnp.dtype(dtype)).astype(np.float64)
 
 
-def ignored_of(c: Case) -> np.ndarray:
+def ignored_rows(c: Case) -> np.ndarray:
     return (c.labels == c.ignore_index) | (np.zeros(T, bool) if c.mask is None else c.mask == 0)
 
 
@@ -161,7 +161,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str, *, absolu
 @pytest.mark.parametrize("name", CASES)
 def test_cross_entropy(name: str, dtype: str, reduction: str) -> None:
     c = case(name)
-    ignored = ignored_of(c)
+    ignored = ignored_rows(c)
     losses, grads = ce_reference(rounded(c.logits, dtype), c.labels, ignored)
     loss = MaskedCrossEntropy(ignore_index=c.ignore_index, reduction=reduction, kernels=SMALL)
     value, actual = run(loss, {"logits": c.logits}, {"labels": c.labels, "mask": c.mask}, dtype, reduction)
@@ -190,7 +190,7 @@ def test_fused_linear(dtype: str, reduction: str, softcap: float, name: str) -> 
     rng = np.random.default_rng(3)
     hidden, weight = rng.normal(size=(T, H)), rng.normal(size=(V, H)) * 0.5
     c = case(name)
-    ignored = ignored_of(c)
+    ignored = ignored_rows(c)
     if name == "poisoned":
         hidden[ignored] = np.inf
         hidden[np.flatnonzero(ignored)[0]] = np.nan
@@ -216,8 +216,8 @@ def test_fused_linear(dtype: str, reduction: str, softcap: float, name: str) -> 
 @pytest.mark.parametrize("name", CASES)
 def test_distillation(name: str, dtype: str, tau: float) -> None:
     c = case(name)
-    ignored = ignored_of(c._replace(mask=None))
-    # A student of probability 0 where the teacher has some has loss inf: the student gets finite logits.
+    ignored = ignored_rows(c._replace(mask=None))
+    # A student's probability of 0 where the teacher's is not gives loss inf: the student gets finite logits.
     student = np.nan_to_num(c.logits, neginf=-30.0)[:, ::-1] if name == "minus_inf" else c.logits[::-1]
     if name == "poisoned":
         student = c.logits
@@ -253,7 +253,7 @@ def test_loss_weights_and_count(fused: bool) -> None:
     ignored = labels == IGNORE
     z = rounded(hidden, "float32") @ rounded(weight, "float32").T
     losses, grads = ce_reference(z, labels, ignored)
-    factor[ignored] = np.inf  # must leave no trace
+    factor[ignored] = np.inf  # must have no effect
     scale = np.where(ignored, 0, factor) / 11
     varied = {"hidden_states": hidden, "lm_weight": weight} if fused else {"logits": z}
     fixed = {"labels": labels, "num_label_tokens": np.int32(11)}
@@ -282,7 +282,7 @@ def test_a_row_whose_largest_logit_is_far_above_the_others(largest: float, ignor
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(8, 1000)).astype(np.float32)
     labels = rng.integers(0, 400, 8)
-    logits[3, 900] = largest  # not the label, and behind the first columns
+    logits[3, 900] = largest  # not the label, and after the first columns
     logits[5], labels[5] = ignored, IGNORE
     loss, grad = jax.jit(jax.value_and_grad(MaskedCrossEntropy(reduction="sum")))(jnp.asarray(logits), labels)
     z = np.delete(logits, 5, axis=0).astype(np.float64)

@@ -1,6 +1,6 @@
-"""What XLA moves between devices in a sharded loss, read from the compiled program; see test_sharded.py.
+"""The collectives of a sharded loss, read from the compiled program; see test_sharded.py.
 
-T = 64, V = 480 and H = 24 have no divisor by 1, 2 or 4 in common, so that a shape tells what an array is.
+T = 64, V = 480 and H = 24 differ, even divided by 1, 2 or 4, so that a shape identifies an array.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -11,9 +11,9 @@ from sharded_worker import SMALL, AxisType, NamedSharding, P, built, jax, jnp, m
 
 from loss_core import FusedLinearCEConfig, KDLossConfig, MaskedCrossEntropyConfig
 from loss_core.row_terms import CrossEntropy
-from loss_core_jax.kernels import How
-from loss_core_jax.losses.rows import PerRow, Problem, over_logits
-from loss_core_jax.parallel.layout import NOWHERE
+from loss_core_jax.kernels import RowOptions
+from loss_core_jax.losses.rows import PerRow, RowLoss, results_from_logits
+from loss_core_jax.parallel.layout import UNSHARDED
 
 T, H = 64, 24
 CONFIGS = (MaskedCrossEntropyConfig(reduction="mean"), FusedLinearCEConfig(), KDLossConfig(temperature=2.0))
@@ -31,11 +31,11 @@ def collectives(fn, *args):
     ]
 
 
-def moves_logits(found, vocab):
-    """Those collectives whose result is as long as the vocabulary, or a share of it, and is not of the weight."""
+def moves_logits(moved, vocab):
+    """The collectives with a result as long as the vocabulary, or a shard of it, that is not of the weight."""
     v_long, h_long = {vocab, vocab // 2, vocab // 4}, {H, H // 2}
     return [
-        (op, shapes) for op, shapes in found if any(v_long & set(shape) and not h_long & set(shape) for shape in shapes)
+        (op, shapes) for op, shapes in moved if any(v_long & set(shape) and not h_long & set(shape) for shape in shapes)
     ]
 
 
@@ -44,7 +44,7 @@ def shaped(mesh, shape, dtype, *spec):
 
 
 def compiled(config, mesh, vocab, *, rows=None, weight=("tp", None), group=None, dtype="float32"):
-    """Collectives of loss and gradients, with arrays that lie on the mesh that is set."""
+    """Collectives of loss and gradients, with arrays on a mesh that is set."""
     labels = shaped(mesh, (T,), "int32", rows)
     loss = built(config, tp_group=group)
     if isinstance(config, FusedLinearCEConfig):
@@ -82,18 +82,18 @@ def inside_shard_map():
 
 
 def no_logits_move():
-    """Nor does what is moved grow with the vocabulary, but for weights under FSDP and data parallelism."""
+    """No collective has the logits or grows with the vocabulary, except for weights under FSDP and data parallelism."""
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = mesh_of(dp=2, tp=2, kind=kind)
         for config in CONFIGS:
             fused = isinstance(config, FusedLinearCEConfig)
             weights = [("tp", None), ("dp", None), ("tp", "dp"), (None, "dp"), (("tp", "dp"), None)]
-            # What XLA partitions is the same, whatever the axes are to JAX's types.
+            # XLA partitions the same for explicit axes.
             weights = weights if kind == AxisType.Auto else weights[:1]
             for weight in weights if fused else [None]:
-                found = compiled(config, mesh, 480, rows="dp", weight=weight)
-                assert found
-                assert not moves_logits(found, 480), (kind, config, weight, moves_logits(found, 480))
+                moved = compiled(config, mesh, 480, rows="dp", weight=weight)
+                assert moved
+                assert not moves_logits(moved, 480), (kind, config, weight, moves_logits(moved, 480))
             # With rows that are not sharded, no weight's gradient is moved either.
             if kind == AxisType.Auto:
                 assert compiled(config, mesh, 480) == compiled(config, mesh, 960)
@@ -105,23 +105,23 @@ def no_logits_move():
             assert len(states) == 1, named
 
 
-def what_would_be_wrong_is_seen():
-    """The plain loop over chunks of rows makes XLA gather the logits: what the other scenarios must be able to see."""
+def moved_logits_are_detected():
+    """In a plain loop over chunks of rows XLA gathers the logits, which the other scenarios must be able to detect."""
     mesh = mesh_of(dp=2, tp=2)
-    # bfloat16: float32 logits are not taken in chunks.
+    # bfloat16: float32 logits are not processed in chunks.
     logits, target = shaped(mesh, (T, 480), "bfloat16", "dp", "tp"), shaped(mesh, (T,), "int32", "dp")
-    problem = Problem(SMALL, CrossEntropy(480), How(), 480)
+    row_loss = RowLoss(SMALL, CrossEntropy(480), RowOptions(), 480)
 
     def total(logits, target):
-        return over_logits(logits, PerRow(target), problem, NOWHERE)[0][0].sum()
+        return results_from_logits(logits, PerRow(target), row_loss, UNSHARDED)[0][0].sum()
 
     with jax.set_mesh(mesh):
         # As if nothing were sharded.
-        found = collectives(jax.grad(total), logits, target)
-    assert moves_logits(found, 480), found
+        moved = collectives(jax.grad(total), logits, target)
+    assert moves_logits(moved, 480), moved
 
 
-SCENARIOS = {f.__name__: f for f in (inside_shard_map, no_logits_move, what_would_be_wrong_is_seen)}
+SCENARIOS = {f.__name__: f for f in (inside_shard_map, no_logits_move, moved_logits_are_detected)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Scenarios of test_sharded.py, on four CPU devices that exist in a process of their own only.
+"""Scenarios of test_sharded.py, in a separate process with four CPU devices.
 
-Usage: sharded_worker.py SCENARIO...    prints "held: SCENARIO" for each
+Usage: sharded_worker.py SCENARIO...    prints "passed: SCENARIO" for each
 """
 
 # T = tokens, V = vocabulary, H = hidden, R = shards
@@ -26,8 +26,8 @@ from loss_core.losses import allowances, error_ratio, named_cases, oracle
 from loss_core_jax.kernels.xla import CPU, XlaKernels
 
 # Chunks of 4 or 16 tokens and tiles of 8 classes, so that small inputs go through every loop.
-PIECES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=8)
-SMALL = XlaKernels(cpu=PIECES, accelerator=PIECES)
+SIZES = CPU._replace(logits_bytes=0, row_bytes=0, pair_bytes=0, chunk=(4, 4), tile=8)
+SMALL = XlaKernels(cpu=SIZES, accelerator=SIZES)
 
 WITH_VOCAB_LAST = ("logits", "student_logits", "teacher_logits")
 
@@ -61,8 +61,8 @@ def objective(loss):
     return jax.value_and_grad(total, has_aux=True)
 
 
-def hold(case, dtype, exact, value, grads):
-    """Loss and gradients within the allowance of the oracle on the full problem."""
+def assert_agrees(case, dtype, exact, value, grads):
+    """Check that loss and gradients are within the allowance of the oracle on the full problem."""
     expected = oracle.evaluate(case.config, exact, case.upstream)
     allowed = allowances(case.config, exact, expected, dtype, upstream=case.upstream)
     got = {"loss": (value, expected.loss), **{name: (grads[name], expected.grads[name]) for name in grads}}
@@ -73,7 +73,7 @@ def hold(case, dtype, exact, value, grads):
 
 
 def specs_of(names, axis, rows=None):
-    """How the vocabulary is sharded over one axis, and the rows over another."""
+    """PartitionSpecs that shard the vocabulary over one axis, and the rows over another."""
     found = {}
     for name in names:
         match name:
@@ -94,7 +94,7 @@ def upstream_of(case, dtype):
 
 @functools.cache
 def inside_function(loss, mesh, in_specs, rows, grad_outside, check_vma):
-    """Compiled once for the cases that differ in their values only."""
+    """The call within jax.shard_map with its gradients, compiled once for cases that differ only in their values."""
     specs = tuple(map(dict, in_specs))
     whole = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
     if not grad_outside:
@@ -109,11 +109,11 @@ def inside_function(loss, mesh, in_specs, rows, grad_outside, check_vma):
 
 
 def inside(case, dtype, mesh, axis="tp", *, grad_outside=True, check_vma=True, factor=1, specs=None, **changes):
-    """The call within jax.shard_map, differentiated outside or inside; every device's loss is compared bitwise.
+    """Check the call within jax.shard_map, differentiated outside or inside, and that devices agree bitwise.
 
     Args:
-        factor: gradients of sharded arrays are to be divided by it.
-        specs: shardings that are not the usual ones, by name.
+        factor: divides gradients of sharded arrays before the check.
+        specs: PartitionSpecs that differ from `specs_of`, by name.
     """
     exact, given = on_device(case, dtype)
     varied = {name: given.pop(name) for name in case.grad_of}
@@ -124,14 +124,14 @@ def inside(case, dtype, mesh, axis="tp", *, grad_outside=True, check_vma=True, f
     fn = inside_function(loss, mesh, in_specs, rows, grad_outside, check_vma)
     (_, value), grads = fn(varied, given, upstream_of(case, dtype))
     grads = {name: grad / factor if axis in varied_specs[name] else grad for name, grad in grads.items()}
-    hold(case, dtype, exact, value, grads)
+    assert_agrees(case, dtype, exact, value, grads)
     copies = [np.asarray(shard.data) for shard in value.addressable_shards]
     assert len(copies) == mesh.size
     assert all((copy == copies[0]).all() for copy in copies), "devices disagree bitwise"
 
 
 def outside(case, dtype, mesh, *, rows=None, axis="tp", place=False, **changes):
-    """The call with the mesh set, or with the arrays placed on it, outside of jax.shard_map."""
+    """Check the call outside of jax.shard_map, with the mesh set, and with `place` the arrays sharded over it."""
     exact, given = on_device(case, dtype)
     if place:
         specs = specs_of(given, axis, rows)
@@ -140,7 +140,7 @@ def outside(case, dtype, mesh, *, rows=None, axis="tp", place=False, **changes):
     fn = objective(built(case.config, **changes))
     with jax.set_mesh(mesh):
         (_, value), grads = jax.jit(fn)(varied, given, upstream_of(case, dtype))
-    hold(case, dtype, exact, value, grads)
+    assert_agrees(case, dtype, exact, value, grads)
     if place and mesh.explicit_axes:
         assert all(jax.typeof(grads[k]).sharding.spec == specs[k] for k in varied), "a gradient lies elsewhere"
 
@@ -163,13 +163,13 @@ def oracle_float32():
     for name in LOSSES[:3]:
         for case in cases_of(name, 60, only):
             inside(case, "float32", mesh_of(tp=2))
-    # What becomes of a pair of rows is in KDLoss.
+    # The arithmetic of a pair of rows is tested with KDLoss.
     for case in cases_of("FusedLinearKDLoss", 60, ("all-ignored", "huge-logits", "nan-where-ignored", "jsd-heads")):
         inside(case, "float32", mesh_of(tp=2))
 
 
 def oracle_shards():
-    """One, three and four shards, and two axes at once; the case that knows the order of the shards."""
+    """One, three and four shards, and two axes at once; the case that depends on the order of the shards."""
     for name in CLASSES:
         (case,) = cases_of(name, 60, ("edge-labels",))
         for ranks in (1, 3):
@@ -182,7 +182,7 @@ def oracle_shards():
 
 
 def oracle_dtypes():
-    # In bfloat16 are `uneven` and `sequence_parallel`.
+    # `uneven` and `sequence_parallel` are in bfloat16.
     for dtype in ("float16", "float64"):
         with jax.enable_x64(dtype == "float64"):
             for name in LOSSES:
@@ -211,7 +211,7 @@ def sequence_parallel():
         inside(case, "bfloat16", mesh_of(tp=2), specs=mine, sequence_parallel=True, **taken)
     outside(case, "bfloat16", mesh_of(tp=4), tp_group="tp", sequence_parallel=True)
     outside(case, "bfloat16", by_dp_and_tp, **over_both)
-    # Weights of the tokens, and two heads: where the gradient is taken is one thing for all.
+    # Weights of the tokens, and two heads; `grad_outside` and `check_vma` do not depend on these.
     (case,) = cases_of("FusedLinearCrossEntropy", 60, ("loss-weights",))
     inside(case, "bfloat16", mesh_of(tp=2), specs=mine, sequence_parallel=True)
     (case,) = cases_of("FusedLinearKDLoss", 60, ("jsd-heads",))
@@ -219,7 +219,7 @@ def sequence_parallel():
 
 
 def hidden_states_that_vary():
-    """Hidden states that the caller gathers: each device's copy has a gradient of its own, and JAX sums them."""
+    """Hidden states that the caller gathers: each device's copy has a separate gradient, and JAX sums them."""
     (case,) = cases_of("FusedLinearCrossEntropy", 60, ("mean",))
     exact, given = on_device(case, "float32")
     loss = built(case.config, tp_group="tp")
@@ -231,11 +231,11 @@ def hidden_states_that_vary():
     fn = jax.shard_map(gathered, mesh=mesh_of(tp=2), in_specs=specs, out_specs=P())
     both = jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
     value, grads = both(given["hidden_states"], given["lm_weight"], given["labels"])
-    hold(case, "float32", exact, value, dict(zip(("hidden_states", "lm_weight"), grads, strict=True)))
+    assert_agrees(case, "float32", exact, value, dict(zip(("hidden_states", "lm_weight"), grads, strict=True)))
 
 
 def uneven():
-    """Shards that the loss pads, with small logits, where bad padding shows; the last of 5 hold nothing else."""
+    """Shards that the loss pads, with small logits, where bad padding shows; with V = 5, the last is only padding."""
     for name in LOSSES:
         for case in cases_of(name, 5, ("ragged",)):
             outside(case, "float32", mesh_of(tp=4), tp_group="tp")
@@ -248,7 +248,7 @@ def uneven():
 
 
 def placed():
-    """Arrays that lie on a 2 x 2 mesh, rows over one axis and the vocabulary over the other."""
+    """Arrays sharded over a 2 x 2 mesh, rows over one axis and the vocabulary over the other."""
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = mesh_of(dp=2, tp=2, kind=kind)
         for name in LOSSES if kind == AxisType.Explicit else LOSSES[:3]:
@@ -261,15 +261,15 @@ def placed():
         exact, given = on_device(case, "float32")
         specs = specs_of(given, "tp", "dp")
         given = {k: jax.device_put(x, NamedSharding(mesh_of(dp=2, tp=2), specs[k])) for k, x in given.items()}
-        # Not compiled, where each operation is a program, and no mesh set; names are looked up alike for every loss.
+        # Eager, where each operation is a program, without a mesh set; axis names are resolved the same in every loss.
         ways = {"MaskedCrossEntropy": ({}, {"tp_group": "tp"}), "FusedLinearCrossEntropy": ({},)}
         for changes in ways.get(name, ()):
-            hold(case, "float32", exact, built(case.config, **changes)(**given), {})
+            assert_agrees(case, "float32", exact, built(case.config, **changes)(**given), {})
         if name == "FusedLinearCrossEntropy":
-            # Under jax.grad the hidden states can't be read, and the weight can.
+            # Under jax.grad the sharding of the hidden states is not readable, that of the weight is.
             varied = {"hidden_states": given.pop("hidden_states")}
             (_, value), grads = objective(built(case.config))(varied, given, 1.0)
-            hold(case, "float32", exact, value, grads)
+            assert_agrees(case, "float32", exact, value, grads)
 
 
 def rows_and_vocabulary_manual():
@@ -286,10 +286,10 @@ def rows_and_vocabulary_manual():
         )
         value, grads = jax.jit(jax.value_and_grad(sharded))(varied, given)
         grads = {name: grad * case.upstream for name, grad in grads.items()}
-        hold(case, "float32", exact, value, grads)
+        assert_agrees(case, "float32", exact, value, grads)
 
 
-def bad_use():
+def errors():
     (case,) = cases_of("FusedLinearCrossEntropy", 60, ("count",))
     _, given = on_device(case, "float32")
     mesh = mesh_of(dp=2, tp=2)
@@ -312,7 +312,7 @@ def bad_use():
         # Inside, hidden states are shares already: 24 of them make 48 rows.
         with pytest.raises(ValueError, match=r"labels has shape \(24,\) but hidden_states has shape \(48, 24\)"):
             inside_mesh(lambda: call(sequence_parallel=True))
-        # A label is one of the full problem's classes.
+        # Labels are classes of the full vocabulary.
         labels = np.full(24, 119)
         inside_mesh(lambda: call(arrays={**given, "labels": labels}))
         with pytest.raises(ValueError, match=r"labels\[0\] is 120, outside \[0, 120\)"):
@@ -361,7 +361,7 @@ SCENARIOS = {
         uneven,
         placed,
         rows_and_vocabulary_manual,
-        bad_use,
+        errors,
         second_derivatives,
         second_derivatives_of_linear_distillation,
     )
@@ -371,7 +371,7 @@ SCENARIOS = {
 def main(scenarios):
     for name in sys.argv[1:]:
         scenarios[name]()
-        print("held:", name, flush=True)
+        print("passed:", name, flush=True)
 
 
 if __name__ == "__main__":

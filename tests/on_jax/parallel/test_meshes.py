@@ -1,4 +1,4 @@
-"""Meshes whose axes belong to the types of arrays (explicit ones), on the one device that a CPU has."""
+"""Meshes with explicit axes, which are part of the types of arrays, on one CPU device."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -18,7 +18,7 @@ from loss_core import FusedLinearCEConfig, FusedLinearKDConfig, KDLossConfig, Ma
 T, V, H = 6, 11, 4
 RNG = np.random.default_rng(0)
 LABELS = np.array([-100, 3, 0, 10, 7, 1])
-# The floating arguments of each loss, and where the vocabulary of each lies; hidden states have none.
+# The floating arguments of each loss, and their PartitionSpecs over the vocabulary; hidden states have none.
 LOGITS, ALONG_V = RNG.normal(size=(2, T, V)).astype("float32"), P(None, "tp")
 CALLS = {
     MaskedCrossEntropyConfig: (("logits",), LOGITS[:1], [ALONG_V]),
@@ -36,7 +36,7 @@ CALLS = {
 }
 
 
-# Without jit each operation compiles a program: one loss of each kind shows that the axes are met there as well.
+# Without jit each operation compiles a program: only one loss of each kind is tested there.
 @pytest.mark.parametrize(
     ("config_cls", "compiled"),
     [(config_cls, config_cls in (KDLossConfig, FusedLinearKDConfig)) for config_cls in CALLS],

@@ -1,4 +1,4 @@
-"""Losses whose vocabulary is sharded over JAX devices, against the oracle on the full problem; and what they move."""
+"""Losses with a vocabulary sharded over JAX devices, against the oracle on the full problem; and their collectives."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SCENARIOS = [
         "uneven",
         "placed",
         "rows_and_vocabulary_manual",
-        "bad_use",
+        "errors",
         "second_derivatives",
     ),
-    ("explicit_worker.py", "on_no_mesh", "whole_beside_sharded_rows"),
-    ("sharded_hlo_worker.py", "inside_shard_map", "no_logits_move", "what_would_be_wrong_is_seen"),
+    ("explicit_worker.py", "on_no_mesh", "replicated_beside_sharded_rows"),
+    ("sharded_hlo_worker.py", "inside_shard_map", "no_logits_move", "moved_logits_are_detected"),
     pytest.param(
         ("sharded_worker.py", "oracle_dtypes", "second_derivatives_of_linear_distillation"), marks=pytest.mark.slow
     ),
@@ -34,12 +34,12 @@ SCENARIOS = [
 
 
 @pytest.mark.parametrize(
-    "scenarios", SCENARIOS, ids=["values", "explicit axes", "what is moved", "other dtypes and both heads"]
+    "scenarios", SCENARIOS, ids=["values", "explicit axes", "collectives", "other dtypes and both heads"]
 )
 def test_on_four_devices(scenarios: tuple[str, ...]) -> None:
     worker, *names = scenarios
     if worker == "sharded_hlo_worker.py" and jax.__version_info__ < (0, 9):
-        pytest.skip("what XLA of JAX 0.8 moves is another thing")
+        pytest.skip("XLA of JAX 0.8 inserts other collectives")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(HERE / worker), *names],
@@ -49,5 +49,5 @@ def test_on_four_devices(scenarios: tuple[str, ...]) -> None:
         timeout=400,
         check=False,
     )
-    held = [line.removeprefix("held: ") for line in done.stdout.splitlines()]
-    assert held == names, done.stderr[-4000:]
+    passed = [line.removeprefix("passed: ") for line in done.stdout.splitlines()]
+    assert passed == names, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""`jax:xla`: kernels as JAX operations, which XLA compiles and fuses."""
+"""`jax:xla`: kernels written as JAX operations, which XLA compiles and fuses."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import jax
 from loss_core.row_terms import Coefficients, MixtureTerms, Objective, PairTerms, RowTerms
 from loss_core_jax.kernels import (
     BothGradients,
-    How,
     LinearGradients,
     LinearPairs,
     LinearRows,
-    PairHow,
+    PairOptions,
     Pairs,
+    RowOptions,
     Rows,
     Wanted,
-    recorded,
+    in_named_scope,
 )
-from loss_core_jax.kernels.xla import pairs, rows
+from loss_core_jax.kernels.xla import pairs as pair_kernels
+from loss_core_jax.kernels.xla import rows as row_kernels
 from loss_core_jax.kernels.xla.chunks import ACCELERATOR, CPU, Sizes, by_platform
 
 FLAG = "jax:xla"
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,73 +35,73 @@ class XlaKernels:
     """The kernel set of `jax:xla`.
 
     Attributes:
-        cpu, accelerator: how rows are cut up, by what the program is compiled for.
+        cpu, accelerator: sizes of chunks and tiles, by the platform that the program is compiled for.
     """
 
     cpu: Sizes = CPU
     accelerator: Sizes = ACCELERATOR
 
-    def _run(self, kernel: Callable[..., Found], static: tuple[Any, ...], *arrays: Any) -> Found:
-        found: Found = by_platform(kernel, static, self.cpu, self.accelerator, *arrays)
-        return found
+    def _run(self, kernel: Callable[..., Result], static: tuple[Any, ...], *arrays: Any) -> Result:
+        result: Result = by_platform(kernel, static, self.cpu, self.accelerator, *arrays)
+        return result
 
-    @recorded(FLAG)
-    def row_terms(self, these: Rows, how: How) -> RowTerms:
-        return self._run(rows.terms, (how,), these)
+    @in_named_scope(FLAG)
+    def row_terms(self, rows: Rows, options: RowOptions) -> RowTerms:
+        return self._run(row_kernels.terms, (options,), rows)
 
-    @recorded(FLAG)
-    def row_gradient(self, these: Rows, terms: RowTerms, coefficients: Coefficients, how: How) -> jax.Array:
-        return rows.gradient(these, terms, coefficients, how)
+    @in_named_scope(FLAG)
+    def row_gradient(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, options: RowOptions) -> jax.Array:
+        return row_kernels.gradient(rows, terms, coefficients, options)
 
-    @recorded(FLAG)
-    def pair_terms(self, these: Pairs, how: PairHow) -> PairTerms:
-        return self._run(pairs.terms, (how,), these)
+    @in_named_scope(FLAG)
+    def pair_terms(self, pairs: Pairs, options: PairOptions) -> PairTerms:
+        return self._run(pair_kernels.terms, (options,), pairs)
 
-    @recorded(FLAG)
-    def pair_mixture(self, these: Pairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
-        return self._run(pairs.mixture, (how,), these, terms)
+    @in_named_scope(FLAG)
+    def pair_mixture(self, pairs: Pairs, terms: PairTerms, options: PairOptions) -> MixtureTerms:
+        return self._run(pair_kernels.mixture, (options,), pairs, terms)
 
-    @recorded(FLAG)
+    @in_named_scope(FLAG)
     def pair_gradients(
-        self, these: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
+        self, pairs: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, options: PairOptions
     ) -> tuple[jax.Array, jax.Array]:
-        return pairs.gradients(these, terms, sums, upstream, how)
+        return pair_kernels.gradients(pairs, terms, sums, upstream, options)
 
-    @recorded(FLAG)
-    def linear_terms(self, these: LinearRows, how: How) -> RowTerms:
-        return self._run(rows.linear_terms, (how,), these)
+    @in_named_scope(FLAG)
+    def linear_terms(self, rows: LinearRows, options: RowOptions) -> RowTerms:
+        return self._run(row_kernels.linear_terms, (options,), rows)
 
-    @recorded(FLAG)
+    @in_named_scope(FLAG)
     def linear_gradients(
-        self, these: LinearRows, terms: RowTerms, coefficients: Coefficients, how: How
+        self, rows: LinearRows, terms: RowTerms, coefficients: Coefficients, options: RowOptions
     ) -> LinearGradients:
-        return self._run(rows.linear_gradients, (how,), these, terms, coefficients)
+        return self._run(row_kernels.linear_gradients, (options,), rows, terms, coefficients)
 
-    @recorded(FLAG)
+    @in_named_scope(FLAG)
     def linear_terms_and_gradients(
-        self, these: LinearRows, upstream: jax.Array, objective: Objective, how: How, wanted: Wanted
+        self, rows: LinearRows, upstream: jax.Array, objective: Objective, options: RowOptions, wanted: Wanted
     ) -> tuple[RowTerms, LinearGradients]:
-        return self._run(rows.linear_terms_and_gradients, (how, objective, wanted), these, upstream)
+        return self._run(row_kernels.linear_terms_and_gradients, (options, objective, wanted), rows, upstream)
 
-    @recorded(FLAG)
-    def linear_pair_terms(self, these: LinearPairs, how: PairHow) -> PairTerms:
-        return self._run(pairs.linear_terms, (how,), these)
+    @in_named_scope(FLAG)
+    def linear_pair_terms(self, rows: LinearPairs, options: PairOptions) -> PairTerms:
+        return self._run(pair_kernels.linear_terms, (options,), rows)
 
-    @recorded(FLAG)
-    def linear_pair_mixture(self, these: LinearPairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
-        return self._run(pairs.linear_mixture, (how,), these, terms)
+    @in_named_scope(FLAG)
+    def linear_pair_mixture(self, rows: LinearPairs, terms: PairTerms, options: PairOptions) -> MixtureTerms:
+        return self._run(pair_kernels.linear_mixture, (options,), rows, terms)
 
-    @recorded(FLAG)
+    @in_named_scope(FLAG)
     def linear_pair_gradients(
-        self, these: LinearPairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
+        self, rows: LinearPairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, options: PairOptions
     ) -> BothGradients:
-        return self._run(pairs.linear_gradients, (how,), these, terms, sums, upstream)
+        return self._run(pair_kernels.linear_gradients, (options,), rows, terms, sums, upstream)
 
-    @recorded(FLAG)
+    @in_named_scope(FLAG)
     def linear_pair_losses_and_gradients(
-        self, these: LinearPairs, upstream: jax.Array, how: PairHow, wanted: tuple[Wanted, Wanted]
+        self, rows: LinearPairs, upstream: jax.Array, options: PairOptions, wanted: tuple[Wanted, Wanted]
     ) -> tuple[jax.Array, BothGradients]:
-        return self._run(pairs.linear_losses_and_gradients, (how, wanted), these, upstream)
+        return self._run(pair_kernels.linear_losses_and_gradients, (options, wanted), rows, upstream)
 
 
 XLA = XlaKernels()

@@ -1,6 +1,6 @@
-"""Terms and gradients of two distributions per row: of logits in memory, and of linear rows.
+"""Terms and gradients of two distributions per row, from logits in memory or from linear rows.
 
-Of logits in memory the terms are made by chunks of rows, and each gradient in one pass.
+From logits in memory, the terms are computed by chunks of rows, and each gradient in one pass.
 """
 
 # T = tokens, C = tokens of a chunk, V = vocabulary, B = vocabulary of a tile, z = logits / temperature
@@ -29,233 +29,232 @@ from loss_core.row_terms import (
     mixture_logs,
 )
 from loss_core_jax.inputs import arithmetic_dtype
-from loss_core_jax.kernels import BothGradients, How, LinearPairs, LinearRows, PairHow, Pairs, Wanted
+from loss_core_jax.kernels import BothGradients, LinearPairs, LinearRows, PairOptions, Pairs, RowOptions, Wanted
 from loss_core_jax.kernels.xla.chunks import (
     Arrays,
     Sizes,
-    behind_barrier,
-    finite,
+    barrier,
+    finite_max,
     map_chunks,
     rows_within,
-    zero_if_ignored,
+    zero_where_ignored,
 )
-from loss_core_jax.kernels.xla.linear import OfChunk, sweep
-from loss_core_jax.kernels.xla.tiles import Chunk, Gradient, Tile, fold, zeros
+from loss_core_jax.kernels.xla.linear import ChunkFn, scan_chunks
+from loss_core_jax.kernels.xla.tiles import Chunk, ChunkGradient, Tile, fold_tiles, zeros
 
 
-def terms(how: PairHow, sizes: Sizes, pairs: Pairs) -> PairTerms:
+def terms(options: PairOptions, sizes: Sizes, pairs: Pairs) -> PairTerms:
     """Terms of each pair; two passes over each of the logits."""
 
-    def of_rows(*logits_and_target: jax.Array) -> PairTerms:
-        return _terms(Pairs(*logits_and_target), how)
+    def chunk_fn(*logits_and_target: jax.Array) -> PairTerms:
+        return _terms(Pairs(*logits_and_target), options)
 
-    return PairTerms(*_by_chunks(of_rows, pairs, (), how, sizes))
+    return PairTerms(*_map_chunks(chunk_fn, pairs, (), options, sizes))
 
 
-def mixture(how: PairHow, sizes: Sizes, pairs: Pairs, terms: PairTerms) -> MixtureTerms:
+def mixture(options: PairOptions, sizes: Sizes, pairs: Pairs, terms: PairTerms) -> MixtureTerms:
     """Sums of both distributions against their mixture; one pass over each of the logits."""
 
-    def of_rows(student: jax.Array, teacher: jax.Array, target: jax.Array, *numbers: jax.Array) -> MixtureTerms:
-        return _mixture(Pairs(student, teacher, target), PairTerms(*numbers), how)
+    def chunk_fn(student: jax.Array, teacher: jax.Array, target: jax.Array, *terms_C: jax.Array) -> MixtureTerms:
+        return _mixture(Pairs(student, teacher, target), PairTerms(*terms_C), options)
 
-    return MixtureTerms(*_by_chunks(of_rows, pairs, terms, how, sizes))
+    return MixtureTerms(*_map_chunks(chunk_fn, pairs, terms, options, sizes))
 
 
-def _by_chunks(of_rows: Callable[..., Arrays], pairs: Pairs, numbers: Arrays, how: PairHow, sizes: Sizes) -> Arrays:
-    """`of_rows(*pairs, *numbers)`, one number for each row, by chunks of rows; of all at once where none may be cut."""
-    if how.shard.partitioned:
-        return of_rows(*pairs, *numbers)
+def _map_chunks(
+    chunk_fn: Callable[..., Arrays], pairs: Pairs, terms: Arrays, options: PairOptions, sizes: Sizes
+) -> Arrays:
+    """`chunk_fn(*pairs, *terms)`, a value for each row, by chunks of rows; all rows at once where XLA partitions."""
+    if options.shard.partitioned:
+        return chunk_fn(*pairs, *terms)
     dtype, vocab = arithmetic_dtype(pairs.student, pairs.teacher), pairs.student.shape[-1]
     logits = (pairs.student.reshape(-1, vocab), pairs.teacher.reshape(-1, vocab))
-    chunk = how.chunk_size or rows_within(sizes.pair_bytes, vocab * dtype.itemsize, at_least=16)
-    found = map_chunks(of_rows, (*logits, *(x.reshape(-1) for x in (pairs.target, *numbers))), chunk)
-    return tuple(x.reshape(pairs.target.shape) for x in found)
+    chunk = options.chunk_size or rows_within(sizes.pair_bytes, vocab * dtype.itemsize, at_least=16)
+    result = map_chunks(chunk_fn, (*logits, *(x.reshape(-1) for x in (pairs.target, *terms))), chunk)
+    return tuple(x.reshape(pairs.target.shape) for x in result)
 
 
-def _terms(pairs: Pairs, how: PairHow) -> PairTerms:
+def _terms(pairs: Pairs, options: PairOptions) -> PairTerms:
     student, teacher, target = pairs
     dtype = arithmetic_dtype(student, teacher)
-    # As for rows: nothing depends on a maximum, so it is held constant.
-    m_t, m_s = (lax.stop_gradient(jnp.max(_wide(x, target, dtype), axis=-1)) for x in (teacher, student))
-    z_t, z_s = _shifted(teacher, m_t, target, how, dtype), _shifted(student, m_s, target, how, dtype)
+    # As for rows: the divergence does not depend on the maxima, so they are constants.
+    m_t, m_s = (lax.stop_gradient(jnp.max(_upcast(x, target, dtype), axis=-1)) for x in (teacher, student))
+    z_t, z_s = _shifted(teacher, m_t, target, options, dtype), _shifted(student, m_s, target, options, dtype)
     e_t = jnp.exp(z_t)
     # Probability 0 times a difference of inf or NaN must be 0.
     difference = jnp.where(e_t == 0, 0, z_t / GAP_UNIT - z_s / GAP_UNIT)
     return PairTerms(m_t, jnp.sum(e_t, -1), jnp.sum(e_t * difference, -1), m_s, jnp.sum(jnp.exp(z_s), -1))
 
 
-def _wide(logits: jax.Array, target: jax.Array, dtype: Any) -> jax.Array:
-    return zero_if_ignored(logits.astype(dtype), target)
+def _upcast(logits: jax.Array, target: jax.Array, dtype: Any) -> jax.Array:
+    return zero_where_ignored(logits.astype(dtype), target)
 
 
-def _shifted(logits: jax.Array, m: jax.Array, target: jax.Array, how: PairHow, dtype: Any) -> jax.Array:
-    """(logits - max) / temperature; ignored rows count as zeros."""
+def _shifted(logits: jax.Array, m: jax.Array, target: jax.Array, options: PairOptions, dtype: Any) -> jax.Array:
+    """(logits - max) / temperature, with logits 0 in ignored rows."""
     # Subtracted first: logits / temperature at 1e4 would lose digits that the difference keeps.
-    return (_wide(logits, target, dtype) - finite(m)[..., None]) / how.temperature
+    return (_upcast(logits, target, dtype) - finite_max(m)[..., None]) / options.temperature
 
 
-def _both(pairs: Pairs, terms: PairTerms, how: PairHow) -> tuple[jax.Array, jax.Array]:
+def _shifted_pair(pairs: Pairs, terms: PairTerms, options: PairOptions) -> tuple[jax.Array, jax.Array]:
     """`_shifted` of teacher and student."""
     dtype = arithmetic_dtype(pairs.student, pairs.teacher)
-    z_t = _shifted(pairs.teacher, terms.m_t, pairs.target, how, dtype)
-    return z_t, _shifted(pairs.student, terms.m_s, pairs.target, how, dtype)
+    z_t = _shifted(pairs.teacher, terms.m_t, pairs.target, options, dtype)
+    return z_t, _shifted(pairs.student, terms.m_s, pairs.target, options, dtype)
 
 
 def gradients(
-    pairs: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, how: PairHow
+    pairs: Pairs, terms: PairTerms, sums: MixtureTerms | None, upstream: jax.Array, options: PairOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of upstream * divergence by student and teacher: one elementwise pass each, with no temporaries.
+    """Gradients of upstream * divergence with respect to student and teacher, in one elementwise pass each.
 
     Args:
-        sums: with beta those of the mixture; None without.
+        sums: of the mixture; None if beta is 0.
     """
     if sums is not None:
-        return _mixture_gradients(pairs, terms, sums, upstream, how)
-    upstream = upstream / how.temperature
-    by_student = _student_gradient(pairs, terms, upstream, how)
-    # Behind a barrier, or XLA would write out, in float32, what the two gradients have in common.
-    student, teacher, target, centre, upstream, *numbers = behind_barrier(
+        return _mixture_gradients(pairs, terms, sums, upstream, options)
+    upstream = upstream / options.temperature
+    student_gradient = _student_gradient(pairs, terms, upstream, options)
+    # Without the barrier XLA would write out, in float32, the common subexpressions of the two gradients.
+    student, teacher, target, centre, upstream, *flat = barrier(
         *pairs, kl_centre(jnp, terms, kl_divergence(jnp, terms)), upstream, *terms
     )
-    by_teacher = _teacher_gradient(Pairs(student, teacher, target), PairTerms(*numbers), centre, upstream, how)
-    return by_student, by_teacher
+    teacher_gradient = _teacher_gradient(Pairs(student, teacher, target), PairTerms(*flat), centre, upstream, options)
+    return student_gradient, teacher_gradient
 
 
-def _student_gradient(pairs: Pairs, terms: PairTerms, upstream: jax.Array, how: PairHow) -> jax.Array:
+def _student_gradient(pairs: Pairs, terms: PairTerms, upstream: jax.Array, options: PairOptions) -> jax.Array:
     """(p_s - p_t) * upstream."""
-    z_t, z_s = _both(pairs, terms, how)
+    z_t, z_s = _shifted_pair(pairs, terms, options)
     p_s, p_t = jnp.exp(z_s) / terms.s_s[..., None], jnp.exp(z_t) / terms.s_t[..., None]
-    return zero_if_ignored((p_s - p_t) * upstream[..., None], pairs.target).astype(pairs.student.dtype)
+    return zero_where_ignored((p_s - p_t) * upstream[..., None], pairs.target).astype(pairs.student.dtype)
 
 
 def _teacher_gradient(
-    pairs: Pairs, terms: PairTerms, centre: jax.Array, upstream: jax.Array, how: PairHow
+    pairs: Pairs, terms: PairTerms, centre: jax.Array, upstream: jax.Array, options: PairOptions
 ) -> jax.Array:
     """p_t * (log p_t - log p_s - KL) * upstream."""
-    z_t, z_s = _both(pairs, terms, how)
+    z_t, z_s = _shifted_pair(pairs, terms, options)
     p_t = jnp.exp(z_t) / terms.s_t[..., None]
-    # Where p_t is 0 the gradient is 0, whatever the logarithms are.
+    # Where p_t is 0 the gradient is 0, even if a logarithm is infinite.
     excess = jnp.where(p_t == 0, 0, z_t - z_s - centre[..., None])
-    return zero_if_ignored(p_t * excess * upstream[..., None], pairs.target).astype(pairs.teacher.dtype)
+    return zero_where_ignored(p_t * excess * upstream[..., None], pairs.target).astype(pairs.teacher.dtype)
 
 
-def _mixture(pairs: Pairs, terms: PairTerms, how: PairHow) -> MixtureTerms:
-    return MixtureTerms(*(jnp.sum(p * log, -1) for p, log in _against_mixture(pairs, terms, how)))
+def _mixture(pairs: Pairs, terms: PairTerms, options: PairOptions) -> MixtureTerms:
+    return MixtureTerms(*(jnp.sum(p * log, -1) for p, log in _mixture_ratios(pairs, terms, options)))
 
 
 def _mixture_gradients(
-    pairs: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, how: PairHow
+    pairs: Pairs, terms: PairTerms, sums: MixtureTerms, upstream: jax.Array, options: PairOptions
 ) -> tuple[jax.Array, jax.Array]:
-    # Into [T] numbers first: a small probability times a share may be below the normal range.
-    of_student, of_teacher = (upstream * (share / how.temperature) for share in (1.0 - how.beta, how.beta))
-    _, (p_s, log_s) = _against_mixture(pairs, terms, how)
-    student = zero_if_ignored(p_s * (log_s - sums.kl_s[..., None]) * of_student[..., None], pairs.target)
-    # Behind a barrier as the other gradients.
-    student_logits, teacher_logits, target, kl_t, of_teacher, *numbers = behind_barrier(
-        *pairs, sums.kl_t, of_teacher, *terms
-    )
-    held = Pairs(student_logits, teacher_logits, target)
-    (p_t, log_t), _ = _against_mixture(held, PairTerms(*numbers), how)
-    teacher = zero_if_ignored(p_t * (log_t - kl_t[..., None]) * of_teacher[..., None], target)
+    # Multiplied into [T] coefficients first: a small probability times a weight may be subnormal.
+    coef_s, coef_t = (upstream * (weight / options.temperature) for weight in (1.0 - options.beta, options.beta))
+    _, (p_s, log_s) = _mixture_ratios(pairs, terms, options)
+    student = zero_where_ignored(p_s * (log_s - sums.kl_s[..., None]) * coef_s[..., None], pairs.target)
+    # The barrier is for the reason in `gradients`.
+    student_logits, teacher_logits, target, kl_t, coef_t, *flat = barrier(*pairs, sums.kl_t, coef_t, *terms)
+    (p_t, log_t), _ = _mixture_ratios(Pairs(student_logits, teacher_logits, target), PairTerms(*flat), options)
+    teacher = zero_where_ignored(p_t * (log_t - kl_t[..., None]) * coef_t[..., None], target)
     return student.astype(pairs.student.dtype), teacher.astype(pairs.teacher.dtype)
 
 
-def _against_mixture(pairs: Pairs, terms: PairTerms, how: PairHow) -> tuple[Arrays, Arrays]:
-    """Of teacher and student: p, and log(p / M), 0 where p is 0."""
-    z_t, z_s = _both(pairs, terms, how)
+def _mixture_ratios(pairs: Pairs, terms: PairTerms, options: PairOptions) -> tuple[Arrays, Arrays]:
+    """(p, log(p / M)) of teacher and of student, where M is the mixture; the logarithm is 0 where p is 0."""
+    z_t, z_s = _shifted_pair(pairs, terms, options)
     p_t, p_s = jnp.exp(z_t) / terms.s_t[..., None], jnp.exp(z_s) / terms.s_s[..., None]
-    # -inf minus -inf is NaN, and so would be its second derivative, even where it is not used.
+    # -inf minus -inf is NaN, which would reach second derivatives even where the ratio is not used.
     ratio = jnp.where((p_t == 0) & (p_s == 0), 0, z_t - z_s - log_ratio_offset(jnp, terms)[..., None])
-    log_t, log_s = mixture_logs(jnp, ratio, *log_shares(how.beta))
+    log_t, log_s = mixture_logs(jnp, ratio, *log_shares(options.beta))
     return (p_t, jnp.where(p_t == 0, 0, log_t)), (p_s, jnp.where(p_s == 0, 0, log_s))
 
 
-def linear_terms(how: PairHow, sizes: Sizes, rows: LinearPairs) -> PairTerms:
-    """Terms of each pair, m_t and m_s after the temperature."""
+def linear_terms(options: PairOptions, sizes: Sizes, rows: LinearPairs) -> PairTerms:
+    """Terms of each pair at logits / temperature, m_t and m_s included."""
 
-    def of_chunk(chunk: Chunk, _: Any) -> tuple[PairTerms, None]:
-        return _chunk_terms(chunk, how)[0], None
+    def chunk_fn(chunk: Chunk, _: Any) -> tuple[PairTerms, None]:
+        return _chunk_terms(chunk, options)[0], None
 
-    found: PairTerms = _sweep(how, sizes, rows, (), of_chunk, ())[0]
-    return found
+    terms: PairTerms = _scan_chunks(options, sizes, rows, (), chunk_fn, ())[0]
+    return terms
 
 
-def linear_mixture(how: PairHow, sizes: Sizes, rows: LinearPairs, terms: PairTerms) -> MixtureTerms:
+def linear_mixture(options: PairOptions, sizes: Sizes, rows: LinearPairs, terms: PairTerms) -> MixtureTerms:
     """Sums of both distributions against their mixture."""
 
-    def of_chunk(chunk: Chunk, terms_C: PairTerms) -> tuple[MixtureTerms, None]:
-        return _chunk_mixture(chunk, terms_C, how), None
+    def chunk_fn(chunk: Chunk, terms_C: PairTerms) -> tuple[MixtureTerms, None]:
+        return _chunk_mixture(chunk, terms_C, options), None
 
-    found: MixtureTerms = _sweep(how, sizes, rows, terms, of_chunk, ())[0]
-    return found
+    sums: MixtureTerms = _scan_chunks(options, sizes, rows, terms, chunk_fn, ())[0]
+    return sums
 
 
 def linear_gradients(
-    how: PairHow,
+    options: PairOptions,
     sizes: Sizes,
     rows: LinearPairs,
     terms: PairTerms,
     sums: MixtureTerms | None,
     upstream: jax.Array,
 ) -> BothGradients:
-    """Gradients of upstream * divergence, given terms and sums of the whole rows."""
+    """Gradients of upstream * divergence, from terms and sums of the full rows."""
 
-    def of_chunk(chunk: Chunk, given: Any) -> tuple[None, Gradient]:
-        terms_C, sums_C, upstream_C = given
-        return None, _chunk_gradient(chunk, terms_C, sums_C, upstream_C, how)
+    def chunk_fn(chunk: Chunk, per_row_C: Any) -> tuple[None, ChunkGradient]:
+        terms_C, sums_C, upstream_C = per_row_C
+        return None, _chunk_gradient(chunk, terms_C, sums_C, upstream_C, options)
 
-    return _sweep(how, sizes, rows, (terms, sums, upstream), of_chunk, (Wanted(), Wanted()))[1]
+    return _scan_chunks(options, sizes, rows, (terms, sums, upstream), chunk_fn, (Wanted(), Wanted()))[1]
 
 
 def linear_losses_and_gradients(
-    how: PairHow, wanted: tuple[Wanted, Wanted], sizes: Sizes, rows: LinearPairs, upstream: jax.Array
+    options: PairOptions, wanted: tuple[Wanted, Wanted], sizes: Sizes, rows: LinearPairs, upstream: jax.Array
 ) -> tuple[jax.Array, BothGradients]:
     """Divergence of each row, and the gradients of upstream * divergence."""
 
-    def of_chunk(chunk: Chunk, upstream_C: Any) -> tuple[jax.Array, Gradient]:
-        terms_C, kept = _chunk_terms(chunk, how, keep=True)
-        sums_C = _chunk_mixture(chunk, terms_C, how, kept) if how.beta else None
-        losses_C = kl_divergence(jnp, terms_C) if sums_C is None else jensen_shannon(jnp, terms_C, sums_C, how.beta)
-        return losses_C, _chunk_gradient(chunk, terms_C, sums_C, upstream_C, how, kept)
+    def chunk_fn(chunk: Chunk, upstream_C: Any) -> tuple[jax.Array, ChunkGradient]:
+        terms_C, saved = _chunk_terms(chunk, options, save=True)
+        sums_C = _chunk_mixture(chunk, terms_C, options, saved) if options.beta else None
+        losses_C = kl_divergence(jnp, terms_C) if sums_C is None else jensen_shannon(jnp, terms_C, sums_C, options.beta)
+        return losses_C, _chunk_gradient(chunk, terms_C, sums_C, upstream_C, options, saved)
 
-    found: tuple[jax.Array, BothGradients] = _sweep(how, sizes, rows, upstream, of_chunk, wanted)
-    return found
+    result: tuple[jax.Array, BothGradients] = _scan_chunks(options, sizes, rows, upstream, chunk_fn, wanted)
+    return result
 
 
-def _sweep(
-    how: PairHow, sizes: Sizes, rows: LinearPairs, given: Any, of_chunk: OfChunk, wanted: tuple[Wanted, ...]
+def _scan_chunks(
+    options: PairOptions, sizes: Sizes, rows: LinearPairs, per_row: Any, chunk_fn: ChunkFn, wanted: tuple[Wanted, ...]
 ) -> tuple[Any, Any]:
-    """`linear.sweep` over student and teacher, whose tiles hold the logits over the temperature."""
+    """`linear.scan_chunks` over student and teacher; the logits in their tiles are divided by the temperature."""
 
-    def cooled(x: LinearRows) -> LinearRows:
+    def with_temperature(x: LinearRows) -> LinearRows:
         dtype = arithmetic_dtype(x.hidden, x.weight_VH)
-        return x._replace(inverse_temperature=jnp.full(x.target.shape, 1.0 / how.temperature, dtype))
+        return x._replace(inverse_temperature=jnp.full(x.target.shape, 1.0 / options.temperature, dtype))
 
-    sources = rows if how.temperature == 1 else map(cooled, rows)
-    return sweep(tuple(sources), given, of_chunk, How(shard=how.shard), sizes, wanted)
+    sources = rows if options.temperature == 1 else map(with_temperature, rows)
+    return scan_chunks(tuple(sources), per_row, chunk_fn, RowOptions(shard=options.shard), sizes, wanted)
 
 
-def _chunk_terms(chunk: Chunk, how: PairHow, *, keep: bool = False) -> tuple[PairTerms, Arrays | None]:
-    """Terms of each pair, and the logits where they are to be kept."""
+def _chunk_terms(chunk: Chunk, options: PairOptions, *, save: bool = False) -> tuple[PairTerms, Arrays | None]:
+    """Terms of each pair, and the logits to save, as `fold_tiles` returns them."""
 
-    def of_tile(tile: Tile) -> PairTerms:
-        return _terms(_pairs_of(tile), _of_tile(how))
+    def tile_fn(tile: Tile) -> PairTerms:
+        return _terms(_tile_pairs(tile), _tile_options(options))
 
     zero_C = zeros(chunk, chunk.target.shape)
-    empty = PairTerms(*(zero_C + x for x in EMPTY_PAIR))
-    return fold(chunk, of_tile, functools.partial(combine_pairs, jnp), empty, keep=keep)
+    identity = PairTerms(*(zero_C + x for x in EMPTY_PAIR))
+    return fold_tiles(chunk, tile_fn, functools.partial(combine_pairs, jnp), identity, save=save)
 
 
-def _chunk_mixture(chunk: Chunk, terms: PairTerms, how: PairHow, kept: Arrays | None = None) -> MixtureTerms:
+def _chunk_mixture(chunk: Chunk, terms: PairTerms, options: PairOptions, saved: Arrays | None = None) -> MixtureTerms:
     """Sums of both distributions of each pair against their mixture."""
 
-    def of_tile(tile: Tile) -> MixtureTerms:
-        return _mixture(_pairs_of(tile), terms, _of_tile(how))
+    def tile_fn(tile: Tile) -> MixtureTerms:
+        return _mixture(_tile_pairs(tile), terms, _tile_options(options))
 
     zero_C = zeros(chunk, chunk.target.shape)
     add = functools.partial(jax.tree.map, jnp.add)
-    found: MixtureTerms = fold(chunk, of_tile, add, MixtureTerms(zero_C, zero_C), kept=kept)[0]
-    return found
+    sums: MixtureTerms = fold_tiles(chunk, tile_fn, add, MixtureTerms(zero_C, zero_C), saved=saved)[0]
+    return sums
 
 
 def _chunk_gradient(
@@ -263,23 +262,24 @@ def _chunk_gradient(
     terms: PairTerms,
     sums: MixtureTerms | None,
     upstream: jax.Array,
-    how: PairHow,
-    kept: Arrays | None = None,
-) -> Gradient:
-    """Of the products, which the temperature divides."""
+    options: PairOptions,
+    saved: Arrays | None = None,
+) -> ChunkGradient:
+    """Gradient of upstream * divergence with respect to the matrix products, which are divided by the temperature."""
     inverse_C = chunk.sources[0].inverse_temperature
     upstream = upstream if inverse_C is None else upstream * inverse_C
 
-    def of_tile(tile: Tile) -> tuple[jax.Array, jax.Array]:
-        return gradients(_pairs_of(tile), terms, sums, upstream, _of_tile(how))
+    def tile_fn(tile: Tile) -> tuple[jax.Array, jax.Array]:
+        return gradients(_tile_pairs(tile), terms, sums, upstream, _tile_options(options))
 
-    return Gradient(of_tile, kept)
+    return ChunkGradient(tile_fn, saved)
 
 
-def _pairs_of(tile: Tile) -> Pairs:
+def _tile_pairs(tile: Tile) -> Pairs:
     student_CB, teacher_CB = tile.logits
     return Pairs(student_CB, teacher_CB, tile.target_C)
 
 
-def _of_tile(how: PairHow) -> PairHow:
-    return how._replace(temperature=1.0)
+def _tile_options(options: PairOptions) -> PairOptions:
+    """The options for `_tile_pairs`: a tile's logits have been divided by the temperature."""
+    return options._replace(temperature=1.0)
