@@ -14,7 +14,7 @@ from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.gpu import GpuKernels
 from loss_core_torch.kernels.gpu.launch import Launcher, start
-from loss_core_torch.kernels.terms import kept_coefficients
+from loss_core_torch.kernels.terms import mask_coefficients
 from on_torch.kernels.gpu.sets import SETS as TRITON
 from on_torch.kernels.gpu.sets import V, counted, tiny_chunks, tiny_tiles
 
@@ -67,7 +67,7 @@ def _both_ways(kernels, linear, coef_T, smoothing=0.0):
 
 def _coefficients(terms, coef_T, objective=OBJECTIVE):
     # As the autograd function has them: nothing of a token that is ignored.
-    return kept_coefficients(objective.coefficients(torch, terms, [coef_T]), coef_T != 0)
+    return mask_coefficients(objective.coefficients(torch, terms, [coef_T]), coef_T != 0)
 
 
 @each_set
