@@ -307,11 +307,11 @@ def test_products_into_16_bits_accumulate_in_float32(flag):
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     seen = []
 
-    def start_and_record(kernel, *args, **options):
+    def start_and_look(kernel, *args, **options):
         seen.extend(getattr(matmul, name) for name in names)
         start(kernel, *args, **options)
 
-    kernels, linear = GpuKernels(Launcher(start=start_and_record)), _linear(dtype=torch.bfloat16)
+    kernels, linear = GpuKernels(Launcher(start=start_and_look)), _linear(dtype=torch.bfloat16)
     terms, _ = operators.linear_terms(kernels, linear, Sums(), False)
     seen.clear()
     before = torch.get_float32_matmul_precision()

@@ -90,21 +90,10 @@ def test_the_interpreter_is_patched_to_round_as_a_gpu():
 
 @on_linux
 def test_check_judges_te_by_its_adapter(tmp_path):
-    options = (
-        "--implementation",
-        "te",
-        "--dtype",
-        "float32",
-        "--dtype",
-        "bfloat16",
-        "--json",
-        tmp_path / "report.json",
-    )
+    options = ("--implementation", "te", "--dtype", "float32", "--dtype", "bfloat16", "--json", tmp_path / "found.json")
     judging = _start("check", "--config", "MaskedCrossEntropy", *options, worker=CHECK_WORKER)
     output = judging.communicate(timeout=300)[0]
-    verdicts = {
-        verdict["clause"]: verdict for verdict in json.loads((tmp_path / "report.json").read_text())["verdicts"]
-    }
+    verdicts = {verdict["clause"]: verdict for verdict in json.loads((tmp_path / "found.json").read_text())["verdicts"]}
     by_status = {
         status: {name for name, verdict in verdicts.items() if verdict["status"] == status}
         for status in ("ok", "broken", "unsupported", "not seen")

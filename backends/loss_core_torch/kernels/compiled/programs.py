@@ -1,7 +1,8 @@
 """Functions compiled by TorchInductor at their first call, and whether this machine can compile.
 
-Programs are independent of the caller's state: its gradient mode, requires_grad, shapes, and what it compiles itself.
-After `torch._dynamo.reset()` they are compiled again.
+They are independent of the caller: of gradient mode, requires_grad, shapes, and process-wide switches such as those of
+precision and determinism. They are compiled apart from what the caller compiles, and survive `torch._dynamo.reset()` at
+the cost of compiling again.
 """
 
 from __future__ import annotations
@@ -87,17 +88,17 @@ def _program(
     vocab: int,
     static: tuple[Any, ...],
     threads: int,
-    with_vocab: bool,
+    sized: bool,
 ) -> Callable[..., Any]:
     """The function compiled for inputs of these specs and this number of PyTorch's threads.
 
     Compiled with example inputs, not the caller's: results must not depend on the sizes of the first call. Each program
     has a copy of the function's code object, to which torch.compile attaches programs, at most eight.
     """
-    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    # fullgraph: an error rather than uncompiled operations with [T, V] temporaries.
-    program: Callable[..., Any] = torch.compile(copy, dynamic=True, fullgraph=True, options=_OPTIONS)
-    sizes = (vocab,) if with_vocab else ()
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    # fullgraph: an error rather than uncompiled operations, which need memory for [T, V] temporaries.
+    program: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
+    sizes = (vocab,) if sized else ()
     program(*(None if spec is None else spec.example(vocab) for spec in specs), *sizes, *static)
     return program
 
