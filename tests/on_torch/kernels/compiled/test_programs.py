@@ -63,7 +63,7 @@ def test_two_programs_serve_any_number_of_tokens_and_classes():
 
 
 @compiled
-def test_a_new_temperature_needs_no_program_and_a_new_number_of_threads_one():
+def test_a_temperature_costs_no_program_and_a_number_of_threads_one():
     student, teacher, labels = torch.randn(4, 37), torch.randn(4, 37), torch.arange(4)
     threads = torch.get_num_threads()
 
