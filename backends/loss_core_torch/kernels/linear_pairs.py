@@ -72,8 +72,9 @@ def loss_and_grads(
     in_one_pass = not beta and any(want.student) and not any(want.teacher)
     for tokens, pairs in blocks:
         if in_one_pass and pairs.student.numel():
-            out = blocks.gradient(0, pairs, separate=False)
-            terms_B, e_BV = kernels.pair_terms_and_grad(pairs, coef_T[tokens], out)
+            terms_B, e_BV = kernels.pair_terms_and_grad(
+                pairs, coef_T[tokens], blocks.gradient(0, pairs, separate=False)
+            )
             losses.append(kl_divergence(torch, terms_B))
             blocks.add_to_head(0, tokens, e_BV)
             continue

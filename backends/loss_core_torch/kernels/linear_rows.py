@@ -202,9 +202,8 @@ def _matrix(buffer: Tensor, tokens: slice, tile: slice) -> Tensor:
 def _scale_exponent(head: Head, factors: Sequence[Tensor | None], headroom: int = 0) -> Tensor | None:
     """n of the factor 2^n that keeps the gradient in the range of float16 operands; None for operands of other dtypes.
 
-    Unscaled, a mean over 8192 tokens would make the gradient of every probability below 2e-4 too small for float16.
-    The largest factor becomes at least 2^14 (float16 ends at 2^16): then a probability of 2^-28 is still a normal
-    number.
+    Unscaled, a mean over 8192 tokens would make the gradient of every probability below 2e-4 too small for float16. The
+    largest factor becomes at least 2^14 (float16 ends at 2^16): then a probability of 2^-28 is still a normal number.
 
     Args:
         factors: per row, those of exponentials among them.

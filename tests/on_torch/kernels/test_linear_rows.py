@@ -103,9 +103,8 @@ def test_a_bias(flag, name):
     expected = torch.autograd.grad(loss_T @ coef_T.double(), (h, w, b))
     every = Wanted(True, True, True)
     terms, in_one_pass = operators.linear_terms_and_grads(SETS[name], linear, coef_T, OBJECTIVE, every)
-    in_two_passes = operators.linear_grads(
-        SETS[name], linear, terms, _coefficients(terms, coef_T), every, torch.empty(0)
-    )
+    coefficients = _coefficients(terms, coef_T)
+    in_two_passes = operators.linear_grads(SETS[name], linear, terms, coefficients, every, torch.empty(0))
     for found in (in_one_pass, in_two_passes):
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
