@@ -21,12 +21,12 @@ from loss_core_torch.tracing import compute_dtype
 _COLUMNS = 256
 
 
-def use_approximate_maximum(z_BV: Tensor) -> bool:
+def applies(z_BV: Tensor) -> bool:
     """Whether it is faster: not for 16-bit logits, for which TorchInductor would store the exponentials of all rows."""
     return z_BV.device.type == "cpu" and z_BV.shape[1] > LONG_ROW and z_BV.dtype == compute_dtype(z_BV.dtype)
 
 
-def approximate_maximum(z_BV: Tensor, t_B: Tensor) -> Tensor:
+def compute(z_BV: Tensor, t_B: Tensor) -> Tensor:
     """Maximum of the first 256 logits and the target's, [B]; 0 where all are -inf."""
     m_B = torch.maximum(z_BV[:, :_COLUMNS].amax(-1), t_B)
     return m_B.masked_fill(m_B == -torch.inf, 0.0)

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from loss_core.row_terms import EMPTY_ROW, Coefficients, CrossEntropy, Objective, RowTerms, Sums
 from loss_core_torch.kernels import Rows
-from loss_core_torch.kernels.compiled import formulas, one_column
-from loss_core_torch.kernels.compiled.approximate_maximum import (
-    approximate_maximum,
-    is_accurate,
-    use_approximate_maximum,
-)
+from loss_core_torch.kernels.compiled import approximate_maximum, formulas, one_column
 from loss_core_torch.kernels.compiled.matrices import MAX_COPIED_ELEMENTS, matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
 from loss_core_torch.kernels.eager.row_blocks import Block
@@ -147,10 +142,10 @@ def _multi_target_terms_and_grad(
 
 def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, sums: Sums) -> tuple[Tensor, ...]:
     """m, s, and the other sums that are needed."""
-    if not (softcap or any(sums)) and inverse_B is None and use_approximate_maximum(z_BV):
-        m_B = approximate_maximum(z_BV, t_B)
+    if not (softcap or any(sums)) and inverse_B is None and approximate_maximum.applies(z_BV):
+        m_B = approximate_maximum.compute(z_BV, t_B)
         s_B = run(formulas.row_sum_around, z_BV, m_B)
-        if is_accurate(s_B):
+        if approximate_maximum.is_accurate(s_B):
             return m_B, s_B
     return tuple(run(formulas.row_terms, z_BV, inverse_B, static=(softcap, *sums)))
 
@@ -164,10 +159,10 @@ def _terms_and_grad(args: list[Any], grad_BV: Tensor, softcap: float, objective:
     z_BV, inverse_B, keep_B, t_B, _ = args
     vocab, *options = objective
     static = (softcap, *options)
-    if not (softcap or objective.metrics) and inverse_B is None and use_approximate_maximum(z_BV):
-        m_B = approximate_maximum(z_BV, t_B)
+    if not (softcap or objective.metrics) and inverse_B is None and approximate_maximum.applies(z_BV):
+        m_B = approximate_maximum.compute(z_BV, t_B)
         results = run(formulas.row_terms_and_grad, *args, m_B, grad_BV, vocab=vocab, static=static)
-        if is_accurate(results[1], keep_B):
+        if approximate_maximum.is_accurate(results[1], keep_B):
             return tuple(results)
     return tuple(run(formulas.row_terms_and_grad, *args, None, grad_BV, vocab=vocab, static=static))
 
