@@ -29,7 +29,7 @@ from loss_core_torch.autograd.base import (
 )
 from loss_core_torch.autograd.linear_source import Given, Source, gathered, input_grads, logits_once, scaled
 from loss_core_torch.kernels import KernelSet, Wanted
-from loss_core_torch.kernels.terms import kept_coefficients
+from loss_core_torch.kernels.terms import mask_coefficients
 from loss_core_torch.parallel import collectives
 from loss_core_torch.reduction import weighted_sum
 from loss_core_torch.second_derivative import once_differentiable
@@ -132,7 +132,7 @@ class LinearRowLoss(Function):
                 coefficients = objective.coefficients(torch, terms, of_rows)
                 if given.keep_rows is not None:
                     # Nothing of an ignored token, even where the weight has made its logits NaN.
-                    coefficients = kept_coefficients(coefficients, given.keep_rows)
+                    coefficients = mask_coefficients(coefficients, given.keep_rows)
                 linear = given.linear(call.source, labels_T, inverse_T)
                 found = operators.linear_grads(call.kernels, linear, terms, coefficients, want, logits)
                 by_inputs = input_grads(found, want, given, ctx.like, call.source)

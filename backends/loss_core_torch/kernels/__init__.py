@@ -1,8 +1,7 @@
-"""Kernel sets. A set makes the terms of rows, and gradients from coefficients; it knows rows, not losses.
+"""Kernel sets: per-row terms of logits, and gradients of logits from per-row coefficients, for any loss.
 
-The fused losses are drivers around any set: `linear_rows` of one distribution, `linear_pairs` of two.
-
-`KernelSet` is what a set implements. Losses reach it through `loss_core_torch.operators`, which makes each method a
+`KernelSet` is the protocol. The fused losses run any kernel set block by block: `linear_rows` for one distribution,
+`linear_pairs` for two. Losses call a kernel set through `loss_core_torch.operators`, which wraps each method in a
 custom operator where a call is traced.
 """
 
@@ -58,16 +57,16 @@ __all__ = [
 
 
 class Products(Protocol):
-    """Matrix products, of operands of one dtype, into the dtype of the arithmetic.
+    """Matrix products of operands of one dtype, computed in the dtype of the arithmetic.
 
     Attributes:
-        columns: most classes of one product; 0: any number.
+        columns: maximum number of classes per product; 0: no limit.
     """
 
     columns: int
 
     def into(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-        """out = a @ b, where out shares no memory with a or b."""
+        """out = a @ b; out must share no memory with a or b."""
         ...
 
     def add(self, out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
@@ -75,162 +74,163 @@ class Products(Protocol):
         ...
 
     def turned(self, b_KN: Tensor) -> Tensor:
-        """What `accumulate` takes beside b."""
+        """b in the layout that `accumulate` takes as `turned`: its transpose, or b itself."""
         ...
 
     def accumulate(self, out_MN: Tensor, a_KM: Tensor, b_KN: Tensor, turned: Tensor, first: bool, last: bool) -> None:
-        """One of the products of a sum: out = a.T @ b for the first, out += a.T @ b for the others.
+        """One product of a sum: out = a.T @ b for the first, out += a.T @ b for the others.
 
         Args:
-            first: whether it is the first of the sum.
-            last: whether it is the last. Before it, out holds what belongs to this method.
+            turned: `turned(b_KN)`.
+            first, last: whether this is the first, the last, of the sum. Until the last, out holds internal data.
         """
         ...
 
 
 class KernelSet(Protocol):
-    """What a set of kernels computes. Results are in the dtype of the arithmetic, gradients of logits in the logits'.
+    """Kernels for rows of logits, and for pairs of rows.
 
-    Terms of an ignored row are any numbers; its gradient is exactly 0, whatever it holds.
+    Results are in the dtype of the arithmetic, gradients of logits in the logits' dtype. The terms of an ignored row
+    are arbitrary; its gradient is exactly 0, whatever the row holds.
     """
 
     flag: str
 
     def batch_invariant(self, row_bytes: int) -> bool:
-        """Whether terms and gradient of a row of logits, of so many bytes, do not depend on the other rows, bitwise."""
+        """Whether terms and gradient of a row of `row_bytes` bytes do not depend on the other rows, bitwise."""
         ...
 
     def grad_in_forward(self, device: torch.device) -> bool:
-        """Whether terms and gradient of a row are better made together than in two visits."""
+        """Whether computing terms and gradient in one pass over the logits is faster than in two."""
         ...
 
     def row_terms(self, rows: Rows, sums: Sums) -> RowTerms:
-        """Terms of each row over these columns."""
+        """Terms of each row over the columns of these logits."""
         ...
 
     def row_grad(self, rows: Rows, terms: RowTerms, coefficients: Coefficients, out: Tensor | None = None) -> Tensor:
-        """Gradient by the logits, from terms and coefficients over the whole vocabulary.
+        """Gradient of the logits, from terms and coefficients over the full vocabulary.
 
         Args:
-            out: [..., V], where the gradient goes, which may be over the logits; None: into a new contiguous tensor.
-                With a factor, it holds what the gradient is for a factor of 1.
+            out: [..., V], receives the gradient, may be the logits themselves; None: a new contiguous tensor. With
+                `coefficients.factor`, it already holds the gradient for a factor of 1.
         """
         ...
 
     def row_terms_and_grad(
         self, rows: Rows, coef_T: Tensor, objective: Objective, out: Tensor | None = None
     ) -> tuple[RowTerms, Tensor, Coefficients]:
-        """Terms, the gradient of the sum of coef * loss, and its coefficients, in one visit of each row.
+        """Terms, the gradient of the sum of coef * loss, and its coefficients, in one pass over the logits.
 
-        What `linear_rows` needs: `out`, and that a coefficient of 0 gives a gradient of 0, whatever the row holds.
+        `linear_rows` requires `out`, and that a coefficient of 0 gives a gradient of 0, whatever the row holds.
 
         Args:
-            out: [..., V], where the gradient goes, which may be over the logits; None: into a new contiguous tensor.
+            out: [..., V], receives the gradient, may be the logits themselves; None: a new contiguous tensor.
         """
         ...
 
     def pair_terms(self, pairs: Pairs) -> PairTerms:
-        """Terms of each pair of rows over these columns."""
+        """Terms of each pair of rows over the columns of these logits."""
         ...
 
     def pair_mixture(self, pairs: Pairs, terms: PairTerms, beta: float) -> MixtureTerms:
-        """Sums over these columns, from terms over the whole vocabulary.
+        """Sums against the mixture over these columns, from terms over the full vocabulary.
 
         Args:
-            beta: the teacher's share of the mixture in (0, 1).
+            beta: weight of the teacher in the mixture, in (0, 1).
         """
         ...
 
     def pair_grad(self, pairs: Pairs, terms: PairTerms, wanted: PairCoefficients, out: Tensor | None = None) -> Tensor:
-        """Gradient by the student's logits or by the teacher's, given terms over the whole vocabulary.
+        """Gradient of the student's or the teacher's logits, from terms over the full vocabulary.
 
-        Of the sum of coef * KL; with beta: coef * p * (log(p / M) - kl) for the distribution p of these logits.
+        It is that of the sum of coef * KL; with beta: coef * p * (log(p / M) - kl), with p the softmax of these logits.
 
         Args:
-            out: as of `row_grad`.
+            out: as in `row_grad`.
         """
         ...
 
     def pair_terms_and_grad(self, pairs: Pairs, coef_T: Tensor, out: Tensor | None = None) -> tuple[PairTerms, Tensor]:
-        """Terms, and the student's gradient, in one visit of each pair of rows."""
+        """Terms, and the gradient of the student's logits, in one pass over both."""
         ...
 
     def products(self, operand_dtype: torch.dtype, device: torch.device) -> Products:
-        """What multiplies hidden states and weights."""
+        """Matrix products for hidden states and weights of this dtype."""
         ...
 
     def operand_dtype(self, product_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """Dtype in which the logits' gradient enters its two matrix products."""
+        """Dtype of the logits' gradient as an operand of its two matrix products."""
         ...
 
     def chunks(self, sizes: HeadSizes) -> Blocks:
-        """Blocks of a fused loss that have all classes."""
+        """Block sizes of a fused loss, for blocks of all classes."""
         ...
 
     def tiles(self, sizes: HeadSizes, together: bool) -> Blocks:
-        """Blocks of a fused loss whose rows need not be whole.
+        """Block sizes of a fused loss, for blocks that may hold a part of the classes.
 
         Args:
-            together: all logits are to exist at a time, if they fit the memory of one block.
+            together: put all logits into one block if they fit its memory.
         """
         ...
 
     def scaled(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A gradient times a scalar, rounded once; it may be overwritten."""
+        """grad * factor, a scalar, rounded once to `dtype`; grad may be overwritten."""
         ...
 
 
-# The label of an ignored token in what `WholeLosses` get as `Linear`: no number that a caller would give.
+# Label of ignored tokens in the `Linear` that `WholeLosses` accept: a value that no caller passes.
 IGNORED = -(1 << 63)
 
 
 class WholeLosses:
-    """What `plain` and `te` are: they make the loss of each token whole, in operations that autograd knows.
+    """Per-token losses in operations that autograd differentiates: the base class of `plain` and `te`.
 
-    Results are [T] in the dtype of the arithmetic. A method that is not overridden is what the flag does not have.
+    Results are [T] in the dtype of the arithmetic. The flag does not support what a subclass does not override.
     """
 
     flag: str
-    # Whether cross entropy takes a vocabulary that is sharded over a group, in equal parts.
+    # Whether cross entropy accepts a vocabulary sharded over a group in equal parts.
     takes_shards = False
 
     def batch_invariant(self, row_bytes: int) -> bool:
-        """As of `KernelSet`. No promise: PyTorch shares one long row among its threads, of several it does not."""
+        """See `KernelSet`. False: PyTorch splits a single long row among its threads, but not one of several rows."""
         return False
 
     def values(
         self, rows: Rows | Linear, objective: Objective, group: Any = None, reduction: str = "none"
     ) -> tuple[Tensor, ...]:
-        """Values of each row; those of an ignored one are any numbers, of which no gradient reaches it.
+        """Values of each row; those of an ignored row are arbitrary, and its gradient is 0.
 
         Args:
-            group: over which the vocabulary is sharded in equal parts, or None.
-            reduction: "none"; or "sum" or "mean" of all rows, where none is ignored.
+            group: process group over which the vocabulary is sharded in equal parts, or None.
+            reduction: "none"; or "sum" or "mean" over all rows, if none is ignored.
         Raises:
-            BackendUnavailable: what the flag does not have.
+            BackendUnavailable: for an option that the flag does not support.
         """
         raise NotImplementedError
 
     def divergence(self, pairs: Pairs | LinearPairs, beta: float) -> Tensor:
-        """KL(teacher || student) of each pair, not times T^2; 0 for ignored ones.
+        """KL(teacher || student) of each pair, not scaled by T^2; 0 for ignored pairs.
 
         Args:
-            beta: in (0, 1): the generalized Jensen-Shannon divergence instead.
+            beta: if not 0, the generalized Jensen-Shannon divergence with this weight of the teacher, in (0, 1).
         """
         raise NotImplementedError
 
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
-        """Terms of each row, for metrics; not differentiated. Those of an ignored row are any numbers.
+        """Terms of each row, for metrics; not differentiated. Those of an ignored row are arbitrary.
 
         Raises:
-            BackendUnavailable: the flag makes losses alone.
+            BackendUnavailable: if the flag computes no metrics.
         """
         raise BackendUnavailable(
             f"{self.flag!r} returns no metrics: use 'torch:eager' or 'torch:triton', or metrics=()."
         )
 
 
-# Name in the flag -> module with `KERNELS`, imported when a loss is built with it.
+# Name in the flag -> module that defines `KERNELS`, imported when the first loss with this flag is built.
 _MODULES = {
     "plain": "loss_core_torch.kernels.plain",
     "eager": "loss_core_torch.kernels.eager",
@@ -242,5 +242,5 @@ _MODULES = {
 
 @cache
 def find(name: str) -> KernelSet | WholeLosses:
-    """The kernels of a name in the flag."""
+    """The kernels for the flag `torch:name`."""
     return cast(KernelSet | WholeLosses, cast(Any, import_module(_MODULES[name])).KERNELS)

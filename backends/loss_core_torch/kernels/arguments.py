@@ -1,4 +1,4 @@
-"""What kernel sets take and give, besides row terms."""
+"""Arguments and results of kernel sets, besides row terms."""
 
 # T = tokens (rows), V = vocabulary (of this rank), H = hidden, K = targets of a row
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Logits, and what is known of each row before they are read.
+    """Rows of logits, with the targets and options of each row.
 
     Attributes:
         logits: [..., V] float, any strides.
-        labels_T: the targets, int64, counted over the whole vocabulary; no class of it for a target that nobody owns.
-            [T]; or [T, K], which differ and ascend in each row: then terms leave these columns out, see `RowTerms`.
-        keep_T: [T] bool, False for rows to ignore; None: no row is ignored.
-        vocab_start: first class of these columns.
-        softcap: c of z = c * tanh(logits / c), of which the terms are; 0 is off.
-        inverse_temperature_T: [T] factor of z, after the softcap, or None.
+        labels_T: int64 indices of the targets in the full vocabulary; outside of it for a target that no rank owns.
+            [T]; or [T, K], strictly ascending in each row: then terms exclude these columns, see `RowTerms`.
+        keep_T: [T] bool, False for ignored rows; None: no row is ignored.
+        vocab_start: index of the first column in the full vocabulary.
+        softcap: c of z = c * tanh(logits / c); terms are those of z; 0: no softcap.
+        inverse_temperature_T: [T] factor of z, applied after the softcap, or None.
     """
 
     logits: Tensor
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 def whole_rows(rows: Rows) -> tuple[Tensor, Tensor]:
-    """z [T, V] of all rows in the dtype of the arithmetic, and its slope by the logits: for kernels without blocks."""
+    """z [T, V] in the dtype of the arithmetic, and its derivative dz/dlogits [T, V]; for kernels without blocks."""
     logits_TV = rows.logits.reshape(-1, rows.logits.shape[-1])
     z_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     slope_TV = torch.ones_like(z_TV)
@@ -46,13 +46,13 @@ def whole_rows(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 class Pairs(NamedTuple):
-    """Logits of two distributions.
+    """Logits of student and teacher.
 
     Attributes:
         student, teacher: [..., V] float, any strides.
         keep_T: as in `Rows`.
         inverse_temperature: factor of both.
-        chunk_size: most rows of a temporary; 0: the set chooses.
+        chunk_size: maximum number of rows of a temporary; 0: the kernel set chooses.
     """
 
     student: Tensor
@@ -63,11 +63,11 @@ class Pairs(NamedTuple):
 
 
 class HeadOperands(NamedTuple):
-    """What the logits h @ W.T + b of a head are made of.
+    """Operands of the logits h @ W.T + b of a head.
 
     Attributes:
         h_TH: [T, H] float; w_VH: [V, H] float.
-        product_dtype: dtype to which these are rounded.
+        product_dtype: dtype to which both are rounded.
         bias_V: [V] float, added in the dtype of the arithmetic, or None.
     """
 
@@ -78,13 +78,13 @@ class HeadOperands(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """Logits softcap(h @ W.T + b) that are never held whole. No row is ignored.
+    """Logits softcap(h @ W.T + b), computed in blocks and never materialized in full. No row is ignored.
 
     Attributes:
         head: h, W and b.
         labels_T, vocab_start, softcap, inverse_temperature_T: as in `Rows`.
-        block_tokens: most tokens whose logits exist at a time, and most rows of logits whose entries their gradient
-            takes; 0: the set chooses.
+        block_tokens: memory limit, in rows of V elements, for the logits and for their gradient that exist at a time;
+            0: the kernel set chooses.
     """
 
     head: HeadOperands
@@ -99,15 +99,15 @@ class Linear(NamedTuple):
         return (self.head,)
 
     def block(self, chosen: int) -> int:
-        """Tokens of a block where the set would choose so many."""
+        """Tokens per block: `chosen`, limited by `block_tokens`."""
         return min(chosen, self.block_tokens) if self.block_tokens else chosen
 
 
 class LinearPairs(NamedTuple):
-    """Logits of two distributions that are never held whole.
+    """Logits of student and teacher, computed in blocks and never materialized in full.
 
     Attributes:
-        student, teacher: without a bias; with hidden sizes of their own, and hidden states of 0 in rows to ignore.
+        student, teacher: without a bias; hidden sizes may differ; hidden states are 0 in ignored rows.
         keep_T, inverse_temperature: as in `Pairs`.
     """
 
@@ -122,7 +122,7 @@ class LinearPairs(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients of a fused loss are made."""
+    """Which gradients of a fused loss are computed."""
 
     hidden: bool
     weight: bool
@@ -130,47 +130,46 @@ class Wanted(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Matrix products: one for the logits, and one for each gradient that needs one."""
+        """Number of matrix products: one for the logits, and one each for the gradients of hidden states and weight."""
         return 1 + self.hidden + self.weight
 
 
 class LinearGrads(NamedTuple):
-    """Gradients of a fused loss; empty where they are not wanted."""
+    """Gradients of a fused loss; empty tensors where they are not wanted."""
 
     hidden_TH: Tensor
     weight_VH: Tensor
     bias_V: Tensor
 
     def rounded(self, head: HeadOperands) -> LinearGrads:
-        """Those of weight and bias in the dtypes of these operands."""
-        by_b_V = self.bias_V if head.bias_V is None else self.bias_V.to(head.bias_V.dtype)
-        return self._replace(weight_VH=self.weight_VH.to(head.w_VH.dtype), bias_V=by_b_V)
+        """The same, with the gradients of weight and bias in the dtypes of these operands."""
+        bias_V = self.bias_V if head.bias_V is None else self.bias_V.to(head.bias_V.dtype)
+        return self._replace(weight_VH=self.weight_VH.to(head.w_VH.dtype), bias_V=bias_V)
 
 
 class BothWanted(NamedTuple):
-    """Which gradients of student and teacher are made."""
+    """Which gradients of student and teacher are computed."""
 
     student: Wanted
     teacher: Wanted
 
 
 class BothGrads(NamedTuple):
-    """Gradients by hidden states and weight of student and teacher."""
+    """Gradients of the hidden states and weights of student and teacher."""
 
     student: LinearGrads
     teacher: LinearGrads
 
 
 class PairCoefficients(NamedTuple):
-    """Which gradient of pairs is meant.
+    """Which gradient of pairs of rows to compute, and its coefficients.
 
     Attributes:
-        kl_T: [T] divergences: of the teacher from the student; with beta, of `of_teacher`'s distribution from the
-            mixture.
-        coef_T: [T] factor of each, every factor of the temperature included, and with beta that of the divergence.
-        of_teacher: by the teacher's logits, or by the student's.
-        beta: the teacher's share of the mixture in (0, 1); 0: there is none.
-        factor: of coef_T, a scalar; None for 1.
+        kl_T: [T] KL(teacher || student); with beta, KL(p || mixture), p being the teacher or student (`of_teacher`).
+        coef_T: [T] factor of each row, all factors of temperature and, with beta, of the divergence included.
+        of_teacher: whether the gradient is that of the teacher's logits, or of the student's.
+        beta: weight of the teacher in the mixture, in (0, 1); 0: no mixture.
+        factor: scalar factor of coef_T; None for 1.
     """
 
     kl_T: Tensor
@@ -180,19 +179,19 @@ class PairCoefficients(NamedTuple):
     factor: Tensor | None = None
 
     def folded(self) -> PairCoefficients:
-        """The same gradient with the factor in coef_T."""
+        """The same gradient, with the factor multiplied into coef_T."""
         return self if self.factor is None else self._replace(coef_T=self.coef_T * self.factor, factor=None)
 
 
 class HeadSizes(NamedTuple):
-    """What sizes of blocks are chosen by.
+    """Sizes from which a kernel set chooses its blocks.
 
     Attributes:
-        num_tokens, vocab, hidden: of the head, or of the student's.
-        logit_bytes: of a logit in the dtype of the arithmetic, or of one of each head and what is beside them.
-        beside_bytes: of an entry of the logits' gradient that has memory of its own; 0 where it is written over them.
-        rounded_bytes: of the tensor to which the gradient of the weight is rounded in the end, when the memory of a
-            block is free again; 0 where it is not rounded.
+        num_tokens, vocab, hidden: of the head; for pairs, of the student's head.
+        logit_bytes: bytes per logit in the dtype of the arithmetic; for pairs, of both logits and a separate gradient.
+        beside_bytes: bytes per entry of the logits' gradient in separate memory; 0 if it overwrites the logits.
+        rounded_bytes: bytes of the rounded copy of the weight's gradient, allocated after the memory of the last block
+            is freed; 0 if the gradient is not rounded.
         device: of the tensors.
     """
 
@@ -206,12 +205,12 @@ class HeadSizes(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How the logits of a head are cut up.
+    """Block sizes for the logits of a head.
 
     Attributes:
-        tokens: of a block of the logits' gradient.
-        logits_tokens: those of them whose logits exist at a time.
-        classes: of a block.
+        tokens: tokens per block of the logits' gradient.
+        logits_tokens: tokens of such a block whose logits exist at a time.
+        classes: classes per block.
     """
 
     tokens: int

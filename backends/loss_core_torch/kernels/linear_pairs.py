@@ -1,8 +1,8 @@
-"""Logits h @ W.T of a student and a teacher that are never held whole: block of tokens by block, for any kernel set.
+"""Logits h @ W.T of a student and a teacher, computed in blocks of tokens and never in full, for any kernel set.
 
-Of each block both logits are made, with one product each. A set's kernels of pairs make terms and gradients of them,
-and two products bring each gradient back to hidden states and weight. Memory: the gradients, and the logits of a block,
-in whose place comes their gradient where the dtype is the same.
+Each block takes one product per head for its logits. The kernel set's pair kernels compute terms and gradients from
+both, and two products per gradient add to the gradients of hidden states and weight. Memory: the gradients, and the
+logits of a block, which their gradient overwrites if it has the same dtype.
 """
 
 # T = tokens, B = tokens of a block, V = vocabulary (of this rank), C = classes of a tile, H = hidden
@@ -28,20 +28,21 @@ from loss_core_torch.kernels import (
 )
 from loss_core_torch.kernels.heads import Head, HeadGrads, slices
 
-Numbers = TypeVar("Numbers", PairTerms, MixtureTerms, PairCoefficients)
+PerRow = TypeVar("PerRow", PairTerms, MixtureTerms, PairCoefficients)
 
-_NOTHING = BothWanted(Wanted(False, False), Wanted(False, False))
+_NO_GRADS = BothWanted(Wanted(False, False), Wanted(False, False))
 
 
 def terms(kernels: KernelSet, linear: LinearPairs) -> PairTerms:
     """Terms of each token over these rows of the weights."""
-    return PairTerms(*_joined(kernels.pair_terms(pairs) for _, pairs in _Blocks(kernels, linear, _NOTHING)))
+    return PairTerms(*_concatenated(kernels.pair_terms(pairs) for _, pairs in _Blocks(kernels, linear, _NO_GRADS)))
 
 
 def mixture(kernels: KernelSet, linear: LinearPairs, terms: PairTerms, beta: float) -> MixtureTerms:
-    """Sums against the mixture over these rows of the weights, from terms over the whole vocabulary."""
-    blocks = _Blocks(kernels, linear, _NOTHING)
-    return MixtureTerms(*_joined(kernels.pair_mixture(pairs, _rows(terms, at), beta) for at, pairs in blocks))
+    """Sums against the mixture over these rows of the weights, from terms over the full vocabulary."""
+    blocks = _Blocks(kernels, linear, _NO_GRADS)
+    parts = (kernels.pair_mixture(pairs, _slice(terms, tokens), beta) for tokens, pairs in blocks)
+    return MixtureTerms(*_concatenated(parts))
 
 
 def grads(
@@ -52,39 +53,41 @@ def grads(
     of_teacher: PairCoefficients,
     want: BothWanted,
 ) -> BothGrads:
-    """Gradients from terms and coefficients over the whole vocabulary."""
+    """Gradients from terms and coefficients over the full vocabulary."""
     blocks = _Blocks(kernels, linear, want)
-    for at, pairs in blocks:
-        blocks.add(at, pairs, _rows(terms, at), (_rows(of_student, at), _rows(of_teacher, at)))
+    for tokens, pairs in blocks:
+        blocks.add(tokens, pairs, _slice(terms, tokens), (_slice(of_student, tokens), _slice(of_teacher, tokens)))
     return blocks.grads
 
 
 def loss_and_grads(
     kernels: KernelSet, linear: LinearPairs, coef_T: Tensor, beta: float, want: BothWanted
 ) -> tuple[Tensor, BothGrads]:
-    """Divergence of each token over a whole vocabulary, and the gradients of the sum of coef * divergence.
+    """Divergence of each token over a full vocabulary, and the gradients of the sum of coef * divergence.
 
     Args:
         coef_T: divided by the temperature.
     """
     blocks, losses = _Blocks(kernels, linear, want), []
-    in_one_visit = not beta and any(want.student) and not any(want.teacher)
-    for at, pairs in blocks:
-        if in_one_visit and pairs.student.numel():
-            terms_B, e_BV = kernels.pair_terms_and_grad(pairs, coef_T[at], blocks.out(0, pairs, beside=False))
+    in_one_pass = not beta and any(want.student) and not any(want.teacher)
+    for tokens, pairs in blocks:
+        if in_one_pass and pairs.student.numel():
+            terms_B, e_BV = kernels.pair_terms_and_grad(
+                pairs, coef_T[tokens], blocks.gradient(0, pairs, separate=False)
+            )
             losses.append(kl_divergence(torch, terms_B))
-            blocks.add_of(0, at, e_BV)
+            blocks.add_to_head(0, tokens, e_BV)
             continue
         terms_B = kernels.pair_terms(pairs)
         mixture_B = kernels.pair_mixture(pairs, terms_B, beta) if beta else None
-        loss_B, both = divergence(terms_B, mixture_B, beta)
+        loss_B, divergences = divergence(terms_B, mixture_B, beta)
         losses.append(loss_B)
-        blocks.add(at, pairs, terms_B, both_coefficients(both, coef_T[at], beta))
+        blocks.add(tokens, pairs, terms_B, both_coefficients(divergences, coef_T[tokens], beta))
     return torch.cat(losses), blocks.grads
 
 
 def divergence(terms: PairTerms, mixture: MixtureTerms | None, beta: float) -> tuple[Tensor, Sequence[Tensor]]:
-    """The loss of each row, not times T^2, and the divergences of which it is made: KL; or of both from the mixture."""
+    """Loss of each row, not scaled by T^2, and the KL divergences in it: one; or teacher's and student's from M."""
     if mixture is None:
         kl_T = kl_divergence(torch, terms)
         return kl_T, (kl_T,)
@@ -94,10 +97,10 @@ def divergence(terms: PairTerms, mixture: MixtureTerms | None, beta: float) -> t
 def both_coefficients(
     divergences: Sequence[Tensor], coef_T: Tensor, beta: float
 ) -> tuple[PairCoefficients, PairCoefficients]:
-    """Which gradients of student and teacher are those of a loss.
+    """Coefficients of the gradients of student and teacher.
 
     Args:
-        divergences: as `divergence` gives them.
+        divergences: the second result of `divergence`.
         coef_T: factor of each row's loss, divided by the temperature.
     """
     if not beta:
@@ -109,72 +112,72 @@ def both_coefficients(
 
 
 class _Blocks:
-    """The tokens block by block, with the logits of both heads; a single empty block if there are none."""
+    """Iterates over blocks of tokens with the logits of both heads; one empty block if there are no tokens."""
 
     def __init__(self, kernels: KernelSet, linear: LinearPairs, want: BothWanted) -> None:
         self._kernels, self._linear, self._want = kernels, linear, want
-        self._heads = tuple(_head(kernels, given) for given in linear.heads)
-        self._sums = [HeadGrads(kernels, head, of_head) for head, of_head in zip(self._heads, want, strict=True)]
+        self._heads = tuple(_head(kernels, operands) for operands in linear.heads)
+        self._head_grads = [HeadGrads(kernels, *of_head) for of_head in zip(self._heads, want, strict=True)]
         student = self._heads[0]
         sizes = student.sizes()
-        # Memory of either logits, and of a gradient beside them.
+        # Both logits, and a separate gradient.
         sizes = sizes._replace(logit_bytes=2 * sizes.logit_bytes + sizes.beside_bytes, beside_bytes=0)
-        self._tokens = max(min(kernels.chunks(sizes).tokens, student.num_tokens), 1)
-        self._every = slice(0, student.vocab)
-        self._beside: dict[torch.dtype, Tensor] = {}
+        self._block_tokens = max(min(kernels.chunks(sizes).tokens, student.num_tokens), 1)
+        self._all_classes = slice(0, student.vocab)
+        self._gradients: dict[torch.dtype, Tensor] = {}
 
     def __iter__(self) -> Iterator[tuple[slice, Pairs]]:
         keep_T, (student, teacher) = self._linear.keep_T, self._heads
         logits = [self._new(head, head.dtype) for head in self._heads]
-        for at in slices(0, student.num_tokens, self._tokens):
-            student_BV, teacher_BV = (z_BV[: at.stop - at.start] for z_BV in logits)
-            student.make_logits(at, student_BV)
-            teacher.make_logits(at, teacher_BV)
-            keep_B = None if keep_T is None else keep_T[at]
-            yield at, Pairs(student_BV, teacher_BV, keep_B, self._linear.inverse_temperature)
+        for tokens in slices(0, student.num_tokens, self._block_tokens):
+            student_BV, teacher_BV = (z_BV[: tokens.stop - tokens.start] for z_BV in logits)
+            student.compute_logits(tokens, student_BV)
+            teacher.compute_logits(tokens, teacher_BV)
+            keep_B = None if keep_T is None else keep_T[tokens]
+            yield tokens, Pairs(student_BV, teacher_BV, keep_B, self._linear.inverse_temperature)
 
     @property
     def grads(self) -> BothGrads:
-        """The sums over all blocks, after the last."""
-        return BothGrads(self._sums[0].whole(), self._sums[1].whole())
+        """The gradients, after the last block."""
+        return BothGrads(self._head_grads[0].result(), self._head_grads[1].result())
 
-    def out(self, side: int, pairs: Pairs, beside: bool) -> Tensor:
-        """Where the gradient by one of the logits goes: over these, unless their dtype is another, or `beside`."""
-        z_BV, operand = (pairs.student, pairs.teacher)[side], self._heads[side].operand
-        if operand == z_BV.dtype and not beside:
+    def gradient(self, side: int, pairs: Pairs, separate: bool) -> Tensor:
+        """Memory for the gradient of one side's logits: these logits, unless the dtype differs or `separate` is set."""
+        z_BV, dtype = (pairs.student, pairs.teacher)[side], self._heads[side].operand_dtype
+        if dtype == z_BV.dtype and not separate:
             return z_BV
-        if operand not in self._beside:
-            self._beside[operand] = self._new(self._heads[side], operand)
-        return self._beside[operand][: len(z_BV)]
+        if dtype not in self._gradients:
+            self._gradients[dtype] = self._new(self._heads[side], dtype)
+        return self._gradients[dtype][: len(z_BV)]
 
-    def add(self, at: slice, pairs: Pairs, terms: PairTerms, wanted: tuple[PairCoefficients, PairCoefficients]) -> None:
-        """What a block adds; its logits are overwritten."""
-        for side, (wanted_grad, want) in enumerate(zip(wanted, self._want, strict=True)):
+    def add(
+        self, tokens: slice, pairs: Pairs, terms: PairTerms, coefficients: tuple[PairCoefficients, PairCoefficients]
+    ) -> None:
+        """Add the gradients of a block to those of both heads; its logits are overwritten."""
+        for side, (of_side, want) in enumerate(zip(coefficients, self._want, strict=True)):
             if any(want) and pairs.student.numel():
-                # The teacher's gradient is made of the student's logits as well.
-                out = self.out(side, pairs, beside=side == 0 and any(self._want.teacher))
-                self.add_of(side, at, self._kernels.pair_grad(pairs, terms, wanted_grad, out=out))
+                # The teacher's gradient, which comes second, reads the student's logits.
+                out = self.gradient(side, pairs, separate=side == 0 and any(self._want.teacher))
+                self.add_to_head(side, tokens, self._kernels.pair_grad(pairs, terms, of_side, out=out))
 
-    def add_of(self, side: int, at: slice, e_BV: Tensor) -> None:
-        """What a block adds to the gradients of one head."""
-        self._sums[side].add(self._heads[side], self._every, at, e_BV)
+    def add_to_head(self, side: int, tokens: slice, e_BV: Tensor) -> None:
+        """Add the gradient of a block's logits to the gradients of one head."""
+        self._head_grads[side].add(self._heads[side], self._all_classes, tokens, e_BV)
 
     def _new(self, head: Head, dtype: torch.dtype) -> Tensor:
-        """Memory of a block [B, V]."""
-        return torch.empty((self._tokens, head.vocab), dtype=dtype, device=head.device)
+        return torch.empty((self._block_tokens, head.vocab), dtype=dtype, device=head.device)
 
 
-def _head(kernels: KernelSet, given: HeadOperands) -> Head:
-    # p (log p - log q) has no largest value, and float16 has.
-    return Head(kernels, given, torch.float32 if given.product_dtype == torch.float16 else None)
+def _head(kernels: KernelSet, operands: HeadOperands) -> Head:
+    # p (log p - log q) is unbounded, and would overflow float16.
+    return Head(kernels, operands, torch.float32 if operands.product_dtype == torch.float16 else None)
 
 
-def _rows(numbers: Numbers, at: slice) -> Numbers:
-    """Those of some rows."""
-    of_rows: Any = {name: x[at] for name, x in numbers._asdict().items() if isinstance(x, Tensor)}
-    return numbers._replace(**of_rows)
+def _slice(per_row: PerRow, tokens: slice) -> PerRow:
+    sliced: Any = {name: x[tokens] for name, x in per_row._asdict().items() if isinstance(x, Tensor)}
+    return per_row._replace(**sliced)
 
 
-def _joined(parts: Iterable[Any]) -> Iterator[Tensor]:
-    """Numbers of all tokens from those of the blocks, of which there is one at least."""
+def _concatenated(parts: Iterable[Any]) -> Iterator[Tensor]:
+    """Each field of the NamedTuples of at least one block, concatenated over blocks."""
     return (torch.cat(x) for x in zip(*parts, strict=True))

@@ -1,7 +1,7 @@
-"""`torch:plain`: what everybody writes, with the contract of the losses around it.
+"""`torch:plain`: the reference implementation, F.cross_entropy, F.linear and log_softmax on full tensors.
 
-F.cross_entropy, F.linear and log_softmax on whole tensors, in the dtype of the arithmetic. It is the reference to read,
-and the flag for whatever autograd can do with PyTorch's own operations: second derivatives, forward mode, vmap.
+It computes in float32, or in float64 for float64 inputs. It is also the flag for what autograd supports through
+PyTorch's own operations alone: second derivatives, forward mode, vmap.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -36,12 +36,12 @@ class PlainLosses(WholeLosses):
             return (_cross_entropy(z_TV, rows.labels_T, keep_T, objective, reduction),)
         z_TV = z_TV if rows.inverse_temperature_T is None else z_TV * rows.inverse_temperature_T[:, None]
         if isinstance(objective, TopK):
-            found: tuple[Tensor, ...] = (_top_k(z_TV, rows.labels_T, objective),)
+            values: tuple[Tensor, ...] = (_top_k(z_TV, rows.labels_T, objective),)
         elif isinstance(objective, LogProbability):
-            found = _log_probs(z_TV, rows.labels_T, objective.entropy)
+            values = _log_probs(z_TV, rows.labels_T, objective.entropy)
         else:
-            found = objective.values(torch, _terms(z_TV, rows.labels_T, objective.sums))
-        return found if reduction == "none" else tuple(getattr(x_T, reduction)() for x_T in found)
+            values = objective.values(torch, _terms(z_TV, rows.labels_T, objective.sums))
+        return values if reduction == "none" else tuple(getattr(x_T, reduction)() for x_T in values)
 
     def divergence(self, pairs: Pairs | LinearPairs, beta: float) -> Tensor:
         _observe()
@@ -55,11 +55,11 @@ class PlainLosses(WholeLosses):
         if beta == 0:
             return _kl(p_t_TV, ratio_TV)
         p_s_TV, (log_share_t, log_share_s) = log_s_TV.exp(), log_shares(beta)
-        # See `row_terms.mixture_logs`. -inf minus -inf is NaN, and so would the gradient be.
+        # See `row_terms.mixture_logs`. -inf minus -inf would make loss and gradient NaN.
         x_TV = ratio_TV.masked_fill((p_t_TV == 0) & (p_s_TV == 0), 0.0) + (log_share_t - log_share_s)
         kl_t_T = _kl(p_t_TV, F.logsigmoid(x_TV) - log_share_t)
         loss_T = beta * kl_t_T + (1.0 - beta) * _kl(p_s_TV, F.logsigmoid(-x_TV) - log_share_s)
-        # Of two equal distributions it is rounded, and need not be 0.
+        # The rounded divergence of two equal distributions need not be 0.
         return loss_T if pairs.keep_T is None else loss_T.masked_fill(~pairs.keep_T, 0.0)
 
     def terms(self, rows: Rows | Linear, sums: Sums) -> RowTerms:
@@ -68,14 +68,14 @@ class PlainLosses(WholeLosses):
 
 
 def _kl(p_TV: Tensor, log_ratio_TV: Tensor) -> Tensor:
-    """Sum of p times the logarithm of its ratio to another distribution."""
-    # A class of probability 0 weighs nothing, even where its ratio is inf or NaN; inside of the product so that its
-    # gradient is 0 as well.
+    """Sum of p times the logarithm of its ratio to another distribution, [T]."""
+    # A class of probability 0 adds 0, even if its ratio is inf or NaN; masked inside the product so that its gradient
+    # is 0 as well.
     return (p_TV * log_ratio_TV.masked_fill(p_TV == 0, 0.0)).sum(-1)
 
 
 def _observe() -> None:
-    # In a traced call it is the graph that runs, which Dynamo lets no context variable into.
+    # Dynamo does not trace context variables; in a traced call the graph runs, not these kernels.
     if not torch.compiler.is_dynamo_compiling():
         record(PlainLosses.flag)
 
@@ -83,16 +83,16 @@ def _observe() -> None:
 def _cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, keep_T: Tensor | None, objective: CrossEntropy, reduction: str = "none"
 ) -> Tensor:
-    """Loss of each token, 0 where ignored; or their sum or mean, where none is."""
+    """Loss of each token, 0 where ignored; or the sum or mean, if no token is ignored."""
     vocab, smoothing = logits_TV.shape[1], objective.label_smoothing
     if objective.z_loss:
-        without = _cross_entropy(logits_TV, labels_T, keep_T, objective._replace(z_loss=0.0), reduction)
-        return without + _z_loss(logits_TV, keep_T, objective.z_loss, reduction)
+        loss = _cross_entropy(logits_TV, labels_T, keep_T, objective._replace(z_loss=0.0), reduction)
+        return loss + _z_loss(logits_TV, keep_T, objective.z_loss, reduction)
     if keep_T is None and may_read(labels_T):
-        # Each was seen to be a class; F.cross_entropy ignores none.
+        # All labels were checked to be classes, so that none is -1.
         return F.cross_entropy(logits_TV, labels_T, ignore_index=-1, reduction=reduction, label_smoothing=smoothing)
-    # A label that is no class was seen too late for an error: its loss will be multiplied by NaN, and its gradient must
-    # not be that of an ignored row.
+    # Invalid labels could not be checked without a sync: the caller multiplies their losses by NaN, and their gradients
+    # must not be those of ignored rows.
     targets_T = labels_T.clamp(0, vocab - 1)
     targets_T = targets_T if keep_T is None else targets_T.masked_fill(~keep_T, vocab)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=vocab, reduction=reduction, label_smoothing=smoothing)
@@ -108,24 +108,24 @@ def _z_loss(logits_TV: Tensor, keep_T: Tensor | None, factor: float, reduction: 
 def _head_logits(head: HeadOperands) -> Tensor:
     """h @ W.T + b in the dtype of the arithmetic."""
     dtype = compute_dtype(head.h_TH.dtype)
-    # Autocast has said what the operands are rounded to; the logits it would round as well.
+    # `product_dtype` already follows autocast, which would round the logits as well.
     with no_autocast(head.h_TH):
         logits_TV = _product(*(_rounded(x, head.product_dtype, dtype) for x in (head.h_TH, head.w_VH)))
     return logits_TV if head.bias_V is None else logits_TV + head.bias_V.to(dtype)
 
 
 def _logits(rows: Rows | Linear) -> tuple[Tensor, Tensor | None]:
-    """Logits after the softcap, [T, V] in the dtype of the arithmetic, 0 in ignored rows; and which are not ignored."""
+    """Logits after the softcap, [T, V] in the dtype of the arithmetic, 0 in ignored rows; and keep_T."""
     if isinstance(rows, Rows):
         return _capped(_matrix(rows.logits, rows.keep_T), rows.softcap), rows.keep_T
     logits_TV = _head_logits(rows.head)
     keep_T = (rows.labels_T if rows.labels_T.dim() == 1 else rows.labels_T[:, 0]) != IGNORED
-    # A weight that holds NaN must not get it back from a token that is ignored.
+    # NaN in the weight must not enter its gradient through an ignored token.
     return _capped(logits_TV.masked_fill(~keep_T[:, None], 0.0), rows.softcap), keep_T
 
 
 def _terms(z_TV: Tensor, labels_T: Tensor, sums: Sums) -> RowTerms:
-    """Terms that autograd differentiates, but for m, on which nothing depends that is made of all of them."""
+    """Differentiable terms, but for m, which cancels in every value computed from them."""
     m_T = z_TV.detach().amax(-1)
     x_TV = z_TV - m_T[:, None]
     t_T = z_TV.gather(1, labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
@@ -136,25 +136,25 @@ def _terms(z_TV: Tensor, labels_T: Tensor, sums: Sums) -> RowTerms:
 
 def _log_probs(z_TV: Tensor, labels_T: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
     log_p_TV = z_TV.log_softmax(-1)
-    # A label that is no class was seen too late for an error, and its results will be multiplied by NaN.
+    # Invalid labels could not be checked without a sync: the caller multiplies their results by NaN.
     logprobs_T = log_p_TV.gather(1, labels_T.clamp(0, z_TV.shape[1] - 1)[:, None])[:, 0]
     if not with_entropy:
         return (logprobs_T,)
     p_TV = log_p_TV.exp()
-    # A class without probability weighs nothing; inside of the product so that its gradient is 0 as well.
+    # A class of probability 0 adds 0; masked inside the product so that its gradient is 0 as well.
     return logprobs_T, -(p_TV * log_p_TV.masked_fill(p_TV == 0, 0.0)).sum(-1)
 
 
 def _top_k(z_TV: Tensor, labels_TK: Tensor, teacher: TopK) -> Tensor:
     log_q_TV = z_TV.log_softmax(-1)
-    # An index that is no class was seen too late for an error, and its token will be multiplied by NaN.
+    # Invalid indices could not be checked without a sync: the caller multiplies the losses of their tokens by NaN.
     labels_TK, p_TK = labels_TK.clamp(0, z_TV.shape[1] - 1), teacher.log_p.exp()
     loss_T = _kl(p_TK, teacher.log_p - log_q_TV.gather(1, labels_TK))
     if not teacher.tail:
         return loss_T
     p_T = torch.relu(1.0 - p_TK.sum(-1))
     others_TV = log_q_TV.scatter(1, labels_TK, -torch.inf)
-    # Where the student rules all of them out, the sum of their exps is 0, with a gradient of 0.
+    # If the student gives all other classes probability 0, the sum of their exps is 0, with a gradient of 0.
     none_T = others_TV.amax(-1) == -torch.inf
     log_q_T = others_TV.masked_fill(none_T[:, None], 0.0).logsumexp(-1).masked_fill(none_T, -torch.inf)
     return loss_T + _kl(p_T[:, None], (p_T.masked_fill(p_T == 0, 1.0).log() - log_q_T)[:, None])
@@ -165,24 +165,24 @@ def _capped(logits_TV: Tensor, softcap: float) -> Tensor:
 
 
 def _matrix(logits: Tensor, keep_T: Tensor | None) -> Tensor:
-    """[T, V] in the dtype of the arithmetic, with zeros in ignored rows, which may hold inf or NaN."""
+    """[T, V] in the dtype of the arithmetic; ignored rows, which may hold inf or NaN, are 0."""
     logits_TV = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     logits_TV = logits_TV.to(compute_dtype(logits.dtype))
     return logits_TV if keep_T is None else logits_TV.masked_fill(~keep_T[:, None], 0.0)
 
 
 def _rounded(x: Tensor, product_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """x rounded to the dtype of the products, in that of the arithmetic; with a gradient that is not rounded to it."""
+    """x rounded to product_dtype, in the dtype of the arithmetic; its gradient is not rounded (straight-through)."""
     if x.dtype == product_dtype:
         return x.to(dtype)
     x = x.to(dtype)
-    # Exactly the rounded value: the difference of two numbers so near to each other is exact.
+    # Exactly the rounded value: the difference of two numbers this close to each other is exact.
     return x + (x.to(product_dtype).to(dtype) - x).detach()
 
 
 def _product(h_TH: Tensor, w_VH: Tensor) -> Tensor:
     """h @ W.T in full precision, forward and backward."""
-    # In a graph of torch.compile the product is the compiler's, and so is its precision.
+    # In a graph of torch.compile the compiler chooses the product, and its precision.
     if torch.compiler.is_dynamo_compiling() or precision.float32_products_are_full() or h_TH.dtype != torch.float32:
         return F.linear(h_TH, w_VH)
     product: Tensor = _FullProduct.apply(h_TH, w_VH.t())
@@ -190,7 +190,7 @@ def _product(h_TH: Tensor, w_VH: Tensor) -> Tensor:
 
 
 class _FullProduct(torch.autograd.Function):
-    """a @ b in float32 where the program has chosen another precision; as often differentiable as one likes."""
+    """a @ b in full float32, whatever precision PyTorch is set to; differentiable any number of times."""
 
     generate_vmap_rule = True
 

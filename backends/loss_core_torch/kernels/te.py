@@ -1,25 +1,24 @@
-"""`torch:te`: the loss of each token by Transformer Engine's public `parallel_cross_entropy`.
+"""`torch:te`: the loss of each token from Transformer Engine's public `parallel_cross_entropy`.
 
-The only file that knows transformer_engine. TE's kernels make the loss per token and its gradient; the
-contract of the losses is kept here, around them. There are two kinds of TE, told apart by the signature:
+The only file that imports transformer_engine. TE's kernels compute per-token losses and their gradient; this file adds
+what the contract of the losses requires besides. TE comes in two kinds, distinguished by the signature:
 
-- From 2.19 on it leaves the logits alone, keeps a copy of them in their own dtype, and makes the gradient in
-  backward from each token's upstream gradient.
-- From 2.5 to 2.18 it makes the gradient in forward, over the logits themselves (2.18: beside them), rounds it
-  there to their dtype, and scales it in backward, up to 2.7 by the first token's upstream gradient alone. Slices
-  such as logits[:, :-1] of a batch are read in wrong rows, and a second backward is wrong in silence.
-  These get a float32 copy to overwrite and an upstream gradient of ones; each token's factor is applied here,
-  before the only rounding. That copy takes 4 bytes per logit, with fp32_upcast=False as well.
+- From 2.19 on, TE does not change the logits, saves a copy in their dtype, and computes the gradient in backward from
+  the upstream gradient of each token.
+- From 2.5 to 2.18, TE computes the gradient in forward, in place of the logits (2.18: in a separate tensor), rounded to
+  their dtype, and scales it in backward; up to 2.7 by the upstream gradient of the first token alone. It reads wrong
+  rows of slices such as logits[:, :-1] of a batch, and a second backward is silently wrong. These versions are called
+  with a float32 copy to overwrite and an upstream gradient of ones; the factor of each token is applied here, before
+  the only rounding. The copy takes 4 bytes per logit, with fp32_upcast=False as well.
 
-Older ones are refused: 2.4 and before divide the gradient by the number of rows without being asked, 2.3 and
-before have no ignore_idx, and before 2.2 there is no such function.
+Older versions are refused: up to 2.4 the gradient is divided by the number of rows, up to 2.3 there is no ignore_idx,
+and before 2.2 the function does not exist.
 
-What TE's kernels do not do, here as there: a shard of the vocabulary (or the first 32768 classes of a larger
-one) whose logits are all -inf makes the token's loss NaN; pad with a finite number instead. torch.compile
-breaks its graph around the call.
+Limits of TE's kernels that remain: if all logits of a vocabulary shard (or of the first 32768 classes of a larger one)
+are -inf, the token's loss is NaN; pad with a finite number instead. torch.compile breaks its graph around the call.
 """
 
-# T = tokens (B * S), B, S = the leading dimensions as TE wants them, V = vocabulary of this rank
+# T = tokens (B * S), B, S = leading dimensions of the logits passed to TE, V = vocabulary of this rank
 
 from __future__ import annotations
 
@@ -46,25 +45,25 @@ from loss_core_torch.second_derivative import once_differentiable
 
 OLDEST = (2, 5)
 
-# TE's own default of ignore_idx, for tokens that do not count, whatever the caller's ignore_index: no class has this
-# number. Left to the default, since 2.5 and 2.6 fail in backward once ignore_idx is passed.
+# TE's default of ignore_idx, the label of ignored tokens whatever the caller's ignore_index. It is not passed to TE,
+# since that makes backward fail in 2.5 and 2.6.
 _IGNORED = -100
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Entry(NamedTuple):
-    """TE's function, and whether it leaves its input alone."""
+    """TE's function, and whether it preserves its input."""
 
     parallel_cross_entropy: Callable[..., Tensor]
     preserves: bool
 
 
 class TELosses(WholeLosses):
-    """See `WholeLosses`: cross entropy over logits, whose vocabulary may be sharded.
+    """Cross entropy over logits whose vocabulary may be sharded; see `WholeLosses`.
 
     Args:
-        device_type: where TE's kernels run: "cuda", or "cpu" with TRITON_INTERPRET=1, as those of torch:triton.
+        device_type: device of TE's kernels: "cuda", or "cpu" under TRITON_INTERPRET=1, as for torch:triton.
     """
 
     flag = "torch:te"
@@ -74,9 +73,9 @@ class TELosses(WholeLosses):
         self._device_type = device_type
 
     def status(self) -> FlagStatus:
-        """Whether TE can be used here, and if not, why."""
-        found = _version()
-        version = f"transformer_engine {found}" if found else ""
+        """Whether TE is usable here, and if not, why."""
+        installed = _version()
+        version = f"transformer_engine {installed}" if installed else ""
         try:
             find_entry()
         except BackendUnavailable as error:
@@ -86,21 +85,21 @@ class TELosses(WholeLosses):
             return FlagStatus(self.flag, False, reason, version, "")
         return FlagStatus(self.flag, True, "", version, "")
 
-    # Not traced: TE's graph inside of ours is none that the compiler can follow.
+    # Not traced: the compiler cannot follow TE's autograd graph inside of ours.
     @compat.outside_of_graphs
     def values(
         self, rows: Rows | Linear, objective: Objective, group: Any = None, reduction: str = "none"
     ) -> tuple[Tensor, ...]:
-        """See `WholeLosses.values`. A second backward runs TE's forward again, its collective included.
+        """See `WholeLosses.values`. A second backward runs TE's forward again, including its collective.
 
         Args:
             rows: logits in float32 or bfloat16, not changed.
             objective: a cross entropy.
         Raises:
-            BackendUnavailable: no usable TE, logits of a device or dtype that it does not take, an option that it has
-                not, or label smoothing over a group, which TE spreads over this rank's classes alone.
+            BackendUnavailable: if TE is not usable, or does not support an option, the device or the dtype; and for
+                label smoothing over a group, which TE spreads over the classes of this rank alone.
         """
-        # The backend's table has TE for no other loss.
+        # The backend offers TE for no other loss.
         assert isinstance(rows, Rows)
         assert isinstance(objective, CrossEntropy)
         record(self.flag)
@@ -117,9 +116,9 @@ class TELosses(WholeLosses):
         logits, keep_T = rows.logits, rows.keep_T
         self._check(logits)
         if logits.numel() == 0:
-            # TE refuses empty tensors. A sum over no classes is 0 and stays connected.
+            # TE refuses empty tensors. A sum over no classes is 0 and stays connected to the graph.
             return (_reduced(logits.float().sum(-1).reshape(-1), reduction),)
-        # A label that is no class would be looked up out of bounds: class 0 stands in.
+        # Invalid labels would be read out of bounds: replaced by class 0.
         labels_T = torch.where((rows.labels_T >= 0) & (rows.labels_T < objective.num_classes), rows.labels_T, 0)
         if keep_T is not None:
             labels_T = torch.where(keep_T, labels_T, _IGNORED)
@@ -142,7 +141,7 @@ class TELosses(WholeLosses):
 
 
 class _CrossEntropy(Function):
-    """TE's own graph in a function of ours: what TE does not promise is added on both of its sides.
+    """Runs TE's autograd graph inside a Function, so that inputs, second backwards and gradients follow the contract.
 
     Inputs: logits [..., V]; labels_T [T] int64, -100 for ignored tokens; keep_T [T] bool or None; label smoothing; the
     group; the entry.
@@ -156,7 +155,7 @@ class _CrossEntropy(Function):
         ctx.smoothing, ctx.group, ctx.entry = smoothing, group, entry
         ctx.save_for_backward(logits, labels_T, keep_T)
         ctx.run = _run(entry, logits, labels_T, smoothing, group, ctx.needs_input_grad[0])
-        # A tensor of our own: not a view into TE's graph. TE has 0 for ignored tokens, too.
+        # A new tensor, not a view into TE's graph. TE returns 0 for ignored tokens.
         return ctx.run[0].detach().reshape(-1).clone()
 
     @staticmethod
@@ -165,7 +164,7 @@ class _CrossEntropy(Function):
         coef_T = grads[0].detach()
         if keep_T is not None:
             coef_T = coef_T.masked_fill(~keep_T, 0.0)
-        # TE's backward writes into its buffers, so they serve once; a second backward makes new ones.
+        # TE's backward overwrites its buffers; a second backward runs TE again for new ones.
         run, ctx.run = ctx.run or _run(ctx.entry, logits, labels_T, ctx.smoothing, ctx.group, True), None
         with torch.no_grad():
             grad = _gradient(ctx.entry, run[0], run[1], coef_T).to(logits.dtype).reshape(logits.shape)
@@ -175,27 +174,27 @@ class _CrossEntropy(Function):
 def _run(
     entry: Entry, logits: Tensor, labels_T: Tensor, smoothing: float, group: Any, want_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """TE's loss [B, S], with its graph behind it, and the tensor [B, S, V] that this graph starts from."""
-    start_BSV = _as_rows(logits.detach())
+    """TE's loss [B, S] with its autograd graph, and the leaf [B, S, V] of this graph."""
+    leaf_BSV = _as_rows(logits.detach())
     if not entry.preserves:
-        start_BSV = start_BSV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    elif start_BSV.stride(-1) != 1:
-        # Its kernels multiply class and stride in 32 bits, which a transposed tensor can exceed.
-        start_BSV = start_BSV.contiguous()
-    start_BSV.requires_grad_(want_grad)
-    # Triton launches on the current device, whichever device the tensors are on.
-    with torch.set_grad_enabled(want_grad), torch.cuda.device_of(start_BSV):
-        # By position: the first argument's name differs, the order does not.
-        loss_BS = entry.parallel_cross_entropy(start_BSV, labels_T.view(start_BSV.shape[:2]), smoothing, False, group)
-    return loss_BS, start_BSV
+        leaf_BSV = leaf_BSV.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    elif leaf_BSV.stride(-1) != 1:
+        # TE's kernels multiply class and stride in 32 bits, which overflows for large transposed tensors.
+        leaf_BSV = leaf_BSV.contiguous()
+    leaf_BSV.requires_grad_(want_grad)
+    # Triton launches on the current device, not on that of the tensors.
+    with torch.set_grad_enabled(want_grad), torch.cuda.device_of(leaf_BSV):
+        # By position: the name of the first argument differs between versions, the order does not.
+        loss_BS = entry.parallel_cross_entropy(leaf_BSV, labels_T.view(leaf_BSV.shape[:2]), smoothing, False, group)
+    return loss_BS, leaf_BSV
 
 
-def _gradient(entry: Entry, loss_BS: Tensor, start_BSV: Tensor, coef_T: Tensor) -> Tensor:
+def _gradient(entry: Entry, loss_BS: Tensor, leaf_BSV: Tensor, coef_T: Tensor) -> Tensor:
     """The gradient [B, S, V] for the upstream gradient of each token, from the graph of `_run`."""
     coef_BS = coef_T.view(loss_BS.shape)
     if entry.preserves:
-        return torch.autograd.grad(loss_BS, start_BSV, coef_BS)[0]
-    return torch.autograd.grad(loss_BS, start_BSV, torch.ones_like(loss_BS))[0].mul_(coef_BS.unsqueeze(-1))
+        return torch.autograd.grad(loss_BS, leaf_BSV, coef_BS)[0]
+    return torch.autograd.grad(loss_BS, leaf_BSV, torch.ones_like(loss_BS))[0].mul_(coef_BS.unsqueeze(-1))
 
 
 def _reduced(loss_T: Tensor, reduction: str) -> Tensor:
@@ -205,17 +204,17 @@ def _reduced(loss_T: Tensor, reduction: str) -> Tensor:
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """A new tensor [B, S, V] of the same values: a view where the strides allow it."""
+    """A new tensor [B, S, V] with the same values: a view where the strides allow it."""
     if logits.dim() == 3:
         return logits.view_as(logits)
     return logits.reshape(1, -1, logits.shape[-1])
 
 
 def find_entry() -> Entry:
-    """What the installed TE offers.
+    """The entry point of the installed TE.
 
     Raises:
-        BackendUnavailable: none is installed, it is too old, or it can't be imported.
+        BackendUnavailable: if TE is not installed, is too old, or can't be imported.
     """
     version = _version()
     parts = re.match(r"(\d+)\.(\d+)", version or "")
@@ -227,10 +226,10 @@ def find_entry() -> Entry:
     try:
         module = importlib.import_module("transformer_engine.pytorch.cross_entropy")
     except Exception as error:
-        # Not only ImportError: TE raises other kinds where a part of it is missing.
+        # Not only ImportError: TE raises other exceptions if a part of it is missing.
         raise BackendUnavailable(_why_not(error)) from error
     function = module.parallel_cross_entropy
-    # Up to 2.11 it is the `apply` of an autograd function, which has no names.
+    # Up to 2.11 it is the `apply` of an autograd function, whose signature has no argument names.
     return Entry(function, "overwrite_input" in inspect.signature(function).parameters)
 
 

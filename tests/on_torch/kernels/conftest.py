@@ -7,5 +7,5 @@ no_onednn = pytest.mark.skipif(compat.onednn_operator() is None, reason="this Py
 
 @pytest.fixture(params=[pytest.param(False, id="mkl"), pytest.param(True, id="onednn", marks=no_onednn)])
 def by_onednn(request):
-    """Which of the libraries of PyTorch makes the products."""
+    """Whether oneDNN or MKL computes the products."""
     return request.param

@@ -1,4 +1,4 @@
-"""The command line with TE's own sources on a CPU, for `check --implementation te`; run in a process of its own.
+"""The command line with TE's own sources on a CPU, for `check --implementation te`; run in a separate process.
 
 Usage: TRITON_INTERPRET=1 PYTHONPATH=tests python tests/on_torch/kernels/te_check_worker.py check --implementation te …
 """

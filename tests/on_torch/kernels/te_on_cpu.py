@@ -1,12 +1,12 @@
 """Transformer Engine's own Python and Triton sources on a CPU, under Triton's interpreter.
 
 `import transformer_engine.pytorch` needs a compiled library and a GPU. Its cross entropy needs neither: it is three
-files of the pure-Python wheel. `load` enters the packages above them as bare modules and imports these files as
-they are. What is not TE's own: the bare packages, `transformer_engine.pytorch.jit` (of which `no_torch_dynamo` is
-used), and that a CPU tensor passes for a CUDA tensor in TE's validation. What is not Triton's own: a float32 stored as
-bfloat16 is rounded to the nearest, as on a GPU; the interpreter cuts it off.
+files of the pure-Python wheel. `load` creates empty modules for the packages above them and imports these files
+unchanged. What differs from TE: the empty packages, `transformer_engine.pytorch.jit` (only `no_torch_dynamo` is used),
+and that TE's validation accepts CPU tensors as CUDA tensors. What differs from Triton: a float32 stored as bfloat16 is
+rounded to nearest, as on a GPU; the interpreter truncates it.
 
-For processes of their own, started with TRITON_INTERPRET=1: the modules are not fit for anything else.
+Use it in a separate process started with TRITON_INTERPRET=1: the modules serve nothing else.
 """
 
 import importlib
@@ -22,26 +22,26 @@ import torch
 
 from helpers import interpreter
 
-# The folder of another version, unpacked, in place of the installed one: each holds the adapter to another kernel.
+# Folder of an unpacked wheel of another version, to test instead of the installed one.
 SOURCES = "LOSS_CORE_TE_SOURCES"
 
 
-class _SaysCuda(torch.Tensor):
+class _ClaimsCuda(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
 def load():
-    """Make `torch:te` usable in this process; returns TE's module `transformer_engine.pytorch.cross_entropy`."""
+    """Make `torch:te` usable in this process; return TE's module `transformer_engine.pytorch.cross_entropy`."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "start the process with TRITON_INTERPRET=1"
     module = enter()
-    _lift_cuda_check(module)
+    _disable_cuda_check(module)
     _round_to_bfloat16()
     interpreter.patch_once()
     return module
 
 
 def enter():
-    """Import TE's cross entropy as it is; enough where its kernels are only compiled."""
+    """Import TE's cross entropy unchanged; enough to compile its kernels."""
     assert "transformer_engine" not in sys.modules
     if SOURCES in os.environ:
         sys.path.insert(0, os.environ[SOURCES])
@@ -57,7 +57,7 @@ def enter():
 
 
 def _enter(name):
-    # With a spec, by which `importlib.util.find_spec` finds it.
+    # With a spec, so that `importlib.util.find_spec` finds it.
     module = sys.modules[name] = importlib.util.module_from_spec(ModuleSpec(name, None, is_package=True))
     parent, _, child = name.rpartition(".")
     if parent:
@@ -65,11 +65,11 @@ def _enter(name):
     return module
 
 
-def _lift_cuda_check(module):
-    """Every other check of TE's stays. Versions before 2.19 have none."""
+def _disable_cuda_check(module):
+    """Disable no other check of TE. Versions before 2.19 have none."""
     validate = getattr(module, "_validate_inputs", None)
     if validate is not None:
-        module._validate_inputs = lambda inp, *rest: validate(inp.detach().as_subclass(_SaysCuda), *rest)
+        module._validate_inputs = lambda inp, *rest: validate(inp.detach().as_subclass(_ClaimsCuda), *rest)
 
 
 def _round_to_bfloat16():

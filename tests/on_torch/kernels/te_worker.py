@@ -1,8 +1,8 @@
-"""What `torch:te` does with TE's own sources on a CPU; run as a script by test_te.py, in a process of its own.
+"""Tests of `torch:te` with TE's own sources on a CPU; run as a script by test_te.py, in a separate process.
 
 Usage: te_worker.py one | te_worker.py overwriting | te_worker.py RANK WORLD_SIZE FOLDER | te_worker.py compiled
 
-Prints a line for each scenario that held, and goes on after one that did not.
+Prints a line for each scenario, passed or failed, and continues after a failure.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from on_torch.kernels import te_on_cpu
 from worker_exit import leave_after
 
 V = 11
-# TEParallelCrossEntropy is computed by what computes this one.
+# TEParallelCrossEntropy uses the same code.
 LOSSES = ["MaskedCrossEntropy"]
 DTYPES = ["float32", "bfloat16"]
 
@@ -38,7 +38,7 @@ def _none(**fields):
 
 
 def _agrees(logits, labels):
-    """Loss and gradient of each token against F.cross_entropy in float64, with an upstream gradient of its own each."""
+    """Compare per-token loss and gradient with F.cross_entropy in float64, for different upstream gradients."""
     leaf = logits.detach().requires_grad_()  # the same memory, so the same strides
     before = leaf.detach().clone()
     loss = _none()(leaf, labels)
@@ -58,17 +58,17 @@ def _agrees(logits, labels):
 def every_case_against_the_oracle():
     report = check(LOSSES, ["torch:te"], dtypes=DTYPES, num_random=6, seed=3)
     assert report.passed, str(report)
-    # Nothing was left out in silence: what TE has not is named.
-    cases = {(row.loss, row.dtype): row.cases for row in report.rows}
+    # No case was skipped silently: unsupported options are reported.
+    num_cases = {(row.loss, row.dtype): row.cases for row in report.rows}
     drawn = {loss: [*named_cases(loss), *random_cases(loss, 6, 3)] for loss in LOSSES}
-    able = {loss: sum(not _lacks(case.config) for case in found) for loss, found in drawn.items()}
-    assert cases == {(loss, dtype): able[loss] for loss in LOSSES for dtype in DTYPES}
+    supported = {loss: sum(not _is_unsupported(case.config) for case in cases) for loss, cases in drawn.items()}
+    assert num_cases == {(loss, dtype): supported[loss] for loss in LOSSES for dtype in DTYPES}
     assert all(re.search(r"'torch:te' has no \w+, got ", note) for note in report.skipped)
     assert report.skipped
 
 
-def _lacks(config):
-    """Whether a config has an option that TE has not."""
+def _is_unsupported(config):
+    """Whether a config sets an option that TE does not support."""
     return any(getattr(config, name) for name in (*OPTIONS, "logit_softcapping") if name != "label_smoothing")
 
 
@@ -127,7 +127,7 @@ def all_ignored_is_a_connected_zero():
             assert not logits.grad.any()
 
 
-def ignored_rows_stay_zero_whatever_comes_from_above():
+def ignored_rows_have_zero_gradient_for_any_upstream_gradient():
     logits = torch.randn(4, V)
     logits[1] = torch.nan
     logits.requires_grad_()
@@ -139,12 +139,12 @@ def ignored_rows_stay_zero_whatever_comes_from_above():
     torch.testing.assert_close(grad[0], 0.5 * (logits[0].softmax(-1) - F.one_hot(labels[0], V)))
 
 
-def a_label_that_is_no_class():
+def an_invalid_label():
     logits = torch.randn(3, V)
     with pytest.raises(ValueError, match=r"labels\[1\] is 11, which is neither a class"):
         _none()(logits, torch.tensor([1, V, -100]))
-    # Where values can't be read, as on a GPU, such labels reach the kernels, and their tokens are made NaN around them.
-    # -100 is here a number as any other.
+    # Where values can't be read, as on a GPU, invalid labels reach the kernels, and the caller makes their tokens NaN.
+    # -100 is an invalid label here as well.
     for bad in (V, V + 10**9, -1, -100):
         leaf = logits.clone().requires_grad_()
         rows = Rows(leaf, torch.tensor([1, bad, 7]), torch.tensor([True, True, False]))
@@ -173,8 +173,8 @@ def no_second_derivative():
         grad.sum().backward()
 
 
-def te_buffers_go_with_the_backward():
-    # A training loop holds on to its loss until the next step; a copy of the logits must not stay with it.
+def te_buffers_are_freed_by_the_backward():
+    # A training loop keeps its loss until the next step; it must not keep a copy of the logits alive.
     logits = torch.randn(2, V, requires_grad=True)
     (loss_T,) = te.KERNELS.values(Rows(logits, torch.tensor([1, 2]), None), CrossEntropy(V))
     assert loss_T.grad_fn.run is not None
@@ -184,7 +184,7 @@ def te_buffers_go_with_the_backward():
         assert _none()(logits, torch.tensor([1, 2])).grad_fn is None
 
 
-def compile_breaks_its_graph_here_alone():
+def compile_breaks_its_graph_only_here():
     logits, labels = torch.randn(2, V, requires_grad=True), torch.tensor([1, 2])
     loss = TEParallelCEConfig().build(backend="torch:te")
     compiled = torch.compile(loss, backend="eager")(logits, labels)
@@ -196,7 +196,7 @@ def compile_breaks_its_graph_here_alone():
         torch.compile(loss, backend="eager", fullgraph=True)(logits, labels)
 
 
-def dtypes_that_te_does_not_take():
+def dtypes_that_te_does_not_accept():
     for dtype in (torch.float16, torch.float64):
         with pytest.raises(BackendUnavailable, match=rf"takes float32 and bfloat16 logits, got {dtype}: use"):
             _none()(torch.randn(2, V).to(dtype), torch.tensor([1, 2]))
@@ -208,21 +208,21 @@ def dtypes_that_te_does_not_take():
     assert "got torch.float16" in report.skipped[0]
 
 
-def a_first_block_of_minus_inf_is_nan_and_no_wrong_number():
+def a_first_block_of_minus_inf_gives_nan():
     # The limit that te.py's docstring states: TE's kernels subtract -inf from -inf there.
     logits = torch.full((1, 32768 + 5), -torch.inf)
     logits[0, -5:] = 1.0
     assert _none()(logits, torch.tensor([32768])).isnan().all()
-    logits[0, 0] = -1e4  # a finite number is the way round it
+    logits[0, 0] = -1e4  # the workaround: a finite number
     torch.testing.assert_close(_none()(logits, torch.tensor([32768])), torch.tensor([5.0]).log())
 
 
 class _StandIn(torch.autograd.Function):
-    """No Transformer Engine: a stand-in for the signature and the habits of 2.5 to 2.7, for these tests.
+    """Stand-in with the signature and the behaviour of Transformer Engine 2.5 to 2.7; not its code.
 
-    As there: the logits are overwritten with their gradient in forward, rounded to their dtype; backward scales that
-    buffer in place, by the first upstream gradient; it returns one gradient too few when ignore_idx is passed; rows
-    are read with the stride of the last but one dimension.
+    As in these versions, forward overwrites the logits with their gradient, rounded to their dtype; backward scales it
+    in place by the first upstream gradient, and returns one gradient too few if ignore_idx is passed; rows are read
+    with the stride of the second to last dimension.
     """
 
     @staticmethod
@@ -250,7 +250,7 @@ class _StandIn(torch.autograd.Function):
         return buffer, None, None, None, None
 
 
-def it_is_known_to_overwrite_its_input():
+def te_is_detected_to_overwrite_its_input():
     assert te.find_entry() == te.Entry(_StandIn.apply, preserves=False)
     report = check(LOSSES, ["torch:te"], dtypes=DTYPES)
     assert report.passed, str(report)
@@ -275,42 +275,42 @@ ONE = (
     any_leading_dimensions_and_strides,
     empty_input,
     all_ignored_is_a_connected_zero,
-    ignored_rows_stay_zero_whatever_comes_from_above,
-    a_label_that_is_no_class,
+    ignored_rows_have_zero_gradient_for_any_upstream_gradient,
+    an_invalid_label,
     backward_twice,
     no_second_derivative,
-    te_buffers_go_with_the_backward,
-    compile_breaks_its_graph_here_alone,
-    dtypes_that_te_does_not_take,
-    a_first_block_of_minus_inf_is_nan_and_no_wrong_number,
+    te_buffers_are_freed_by_the_backward,
+    compile_breaks_its_graph_only_here,
+    dtypes_that_te_does_not_accept,
+    a_first_block_of_minus_inf_gives_nan,
     versions_that_are_too_old,
 )
 
-# With the stand-in for an old TE in the place of the installed one.
+# With the stand-in for an old TE instead of the installed one.
 OVERWRITING = (
-    it_is_known_to_overwrite_its_input,
+    te_is_detected_to_overwrite_its_input,
     any_leading_dimensions_and_strides,
-    ignored_rows_stay_zero_whatever_comes_from_above,
-    a_label_that_is_no_class,
+    ignored_rows_have_zero_gradient_for_any_upstream_gradient,
+    an_invalid_label,
     backward_twice,
-    te_buffers_go_with_the_backward,
+    te_buffers_are_freed_by_the_backward,
 )
 
 
-# --- a process for each shard of the vocabulary
+# --- one process per shard of the vocabulary
 
 
 def _sharded(make, dtype):
-    """Loss and gradient of this rank's part against F.cross_entropy over the whole vocabulary in float64."""
+    """Compare loss and gradient of this rank's shard with F.cross_entropy over the full vocabulary in float64."""
     torch.manual_seed(0)
-    whole = torch.randn(3, 2, dist.get_world_size() * V).to(dtype)
-    labels = torch.randint(0, whole.shape[-1], (3, 2))
+    full = torch.randn(3, 2, dist.get_world_size() * V).to(dtype)
+    labels = torch.randint(0, full.shape[-1], (3, 2))
     labels[0, 1] = -100
     part = slice(dist.get_rank() * V, (dist.get_rank() + 1) * V)
     for reduction in ("sum", "mean", "none"):
-        logits = whole[..., part].clone().requires_grad_()
+        logits = full[..., part].clone().requires_grad_()
         loss = make(reduction=reduction, tp_group=dist.group.WORLD).build(backend="torch:te")(logits, labels)
-        wide = whole.double().requires_grad_()
+        wide = full.double().requires_grad_()
         expected = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction=reduction).view(loss.shape)
         upstream = torch.linspace(0.5, 2, loss.numel(), dtype=torch.float64).view(loss.shape)
         (wanted,) = torch.autograd.grad(expected, wide, upstream)
@@ -339,20 +339,20 @@ def backward_twice_sharded():
     assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
 
 
-def uneven_parts_are_refused():
+def uneven_shards_are_refused():
     loss_fn = TEParallelCEConfig(tp_group=dist.group.WORLD).build(backend="torch:te")
     with pytest.raises(ValueError, match="'torch:te' needs the vocabulary in equal shards"):
         loss_fn(torch.randn(3, 4 + dist.get_rank()), torch.tensor([0, 1, 2]))
 
 
-RANKS = (vocabulary_sharded_float32, vocabulary_sharded_bfloat16, backward_twice_sharded, uneven_parts_are_refused)
+RANKS = (vocabulary_sharded_float32, vocabulary_sharded_bfloat16, backward_twice_sharded, uneven_shards_are_refused)
 
 
 # --- compiled, not run
 
 
 def stores_round_to_nearest_on_a_gpu():
-    """Why te_on_cpu mends the interpreter's float32 to bfloat16: the compiler rounds to the nearest."""
+    """Why te_on_cpu patches the interpreter's float32 to bfloat16: compiled code rounds to nearest."""
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     from transformer_engine.common.triton.cross_entropy import cross_entropy_backward_kernel as kernel
@@ -374,30 +374,30 @@ def main():
     torch.set_num_threads(1)
     if sys.argv[1] == "compiled":
         te_on_cpu.enter()
-        return _hold([stores_round_to_nearest_on_a_gpu])
+        return _run_scenarios([stores_round_to_nearest_on_a_gpu])
     module = te_on_cpu.load()
     if sys.argv[1] == "one":
-        return _hold(ONE)
+        return _run_scenarios(ONE)
     if sys.argv[1] == "overwriting":
         module.parallel_cross_entropy = _StandIn.apply
-        return _hold(OVERWRITING)
+        return _run_scenarios(OVERWRITING)
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     dist.init_process_group("gloo", init_method=(Path(folder) / "store").as_uri(), rank=rank, world_size=ranks)
     try:
-        return _hold(RANKS)
+        return _run_scenarios(RANKS)
     finally:
         dist.destroy_process_group()
 
 
-def _hold(scenarios):
+def _run_scenarios(scenarios):
     for scenario in scenarios:
         try:
             scenario()
-        # pytest.fail raises what is no Exception.
+        # pytest.fail raises a BaseException.
         except (Exception, pytest.fail.Exception):
             print(f"failed: {scenario.__name__}\n{traceback.format_exc()}", flush=True)
         else:
-            print("held:", scenario.__name__, flush=True)
+            print("passed:", scenario.__name__, flush=True)
     return 0
 
 

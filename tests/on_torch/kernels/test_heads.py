@@ -1,4 +1,4 @@
-"""A head's logits, and its gradients summed over blocks: either library of products, any tiles, any order of blocks."""
+"""Logits of a head, and its gradients summed over blocks, with MKL and oneDNN and any tiles."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.products import Products
 from loss_core_torch.kernels.heads import Head, HeadGrads, slices
 
-# Three products of 16 classes, the last one of 5.
+# Three products: two of 16 classes, one of 5.
 T, H, V = 10, 7, 2 * 16 + 5
-EVERY = Wanted(True, True, True)
+ALL = Wanted(True, True, True)
 
 
 class _ByLibrary(EagerKernels):
@@ -25,7 +25,7 @@ class _ByLibrary(EagerKernels):
 
 @pytest.fixture
 def kernels(by_onednn):
-    """Eager kernels with products of one library."""
+    """Eager kernels with products of MKL or of oneDNN."""
     return _ByLibrary(by_onednn)
 
 
@@ -42,7 +42,7 @@ def test_logits_of_some_tokens(kernels, dtype):
     h_TH, w_VH, b_V, _ = _problem(dtype)
     head = Head(kernels, HeadOperands(h_TH, w_VH, dtype, b_V))
     z_BV = torch.full((4, V), torch.nan, dtype=head.dtype)
-    head.make_logits(slice(3, 7), z_BV)
+    head.compute_logits(slice(3, 7), z_BV)
     expected = h_TH[3:7].double() @ w_VH.double().t() + b_V.double()
     torch.testing.assert_close(z_BV.double(), expected, rtol=1e-5, atol=1e-5)
     assert [tile.stop - tile.start for tile, _ in head.tiles()] == [16, 16, 5]
@@ -60,52 +60,53 @@ def test_operands_are_rounded_to_the_dtype_of_the_products():
 @pytest.mark.parametrize("classes", [V, 20])
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("factor", [None, 0.25])
-def test_blocks_add_up(kernels, dtype, tokens, classes, rounded, factor):
+def test_gradients_sum_over_blocks(kernels, dtype, tokens, classes, rounded, factor):
     h_TH, w_VH, b_V, e_TV = _problem(dtype)
-    head, scale = Head(kernels, HeadOperands(h_TH, w_VH, dtype, b_V)), None if factor is None else torch.tensor(factor)
-    grads = HeadGrads(kernels, head, EVERY, rounded=rounded, at_once=tokens == T, factor=scale)
+    head = Head(kernels, HeadOperands(h_TH, w_VH, dtype, b_V))
+    factor_0d = None if factor is None else torch.tensor(factor)
+    grads = HeadGrads(kernels, head, ALL, rounded=rounded, all_tokens=tokens == T, factor=factor_0d)
     for tile in slices(0, V, classes):
-        for at in slices(0, T, tokens):
-            grads.add(head.of_classes(tile), tile, at, e_TV[at, tile])
-    e, times = e_TV.double(), factor or 1.0
-    expected = (e @ w_VH.double() * times, e.t() @ h_TH.double() * times, e.sum(0) * times)
-    found = grads.whole()
-    own = dtype if rounded else torch.float32
-    assert [x.dtype for x in found] == [torch.float32, own, own]
-    for got, wanted in zip(found, expected, strict=True):
+        for block_tokens in slices(0, T, tokens):
+            grads.add(head.slice_classes(tile), tile, block_tokens, e_TV[block_tokens, tile])
+    e, scale = e_TV.double(), factor or 1.0
+    expected = (e @ w_VH.double() * scale, e.t() @ h_TH.double() * scale, e.sum(0) * scale)
+    results = grads.result()
+    result_dtype = dtype if rounded else torch.float32
+    assert [x.dtype for x in results] == [torch.float32, result_dtype, result_dtype]
+    for got, wanted in zip(results, expected, strict=True):
         step = torch.finfo(got.dtype).eps
         torch.testing.assert_close(got.double(), wanted, rtol=8 * step, atol=8 * torch.finfo(torch.float32).eps * 8)
 
 
 def test_tiles_are_converted_once_each_and_hidden_states_once():
     h_TH, w_VH, _, e_TV = _problem(torch.bfloat16)
-    every = slice(0, T)
+    all_tokens = slice(0, T)
     with Operations() as seen:
         head = Head(EagerKernels(), HeadOperands(h_TH, w_VH, torch.bfloat16))
-        grads = HeadGrads(EagerKernels(), head, EVERY)
+        grads = HeadGrads(EagerKernels(), head, ALL)
         for tile in slices(0, V, 20):
-            of_tile = head.of_classes(tile)
-            of_tile.make_logits(every, torch.empty(T, tile.stop - tile.start))
-            grads.add(of_tile, tile, every, e_TV[:, tile])
+            tile_head = head.slice_classes(tile)
+            tile_head.compute_logits(all_tokens, torch.empty(T, tile.stop - tile.start))
+            grads.add(tile_head, tile, all_tokens, e_TV[:, tile])
     assert sorted(seen.shapes("aten::_to_copy")) == [(T, H), (V - 20, H), (20, H)]
 
 
 @pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True), Wanted(False, False, True)])
-def test_what_is_not_wanted_is_empty(kernels, want):
+def test_gradients_that_are_not_wanted_are_empty(kernels, want):
     h_TH, w_VH, b_V, e_TV = _problem()
     head = Head(kernels, HeadOperands(h_TH, w_VH, torch.float32, b_V))
     grads = HeadGrads(kernels, head, want)
     grads.add(head, slice(0, V), slice(0, T), e_TV)
-    assert [x.numel() > 0 for x in grads.whole()] == list(want)
+    assert [x.numel() > 0 for x in grads.result()] == list(want)
 
 
 @pytest.mark.parametrize(("tokens", "vocab"), [(0, V), (T, 0)])
 def test_without_tokens_or_classes_gradients_are_zero(tokens, vocab):
     h_TH, w_VH, b_V, e_TV = _problem()
     head = Head(EagerKernels(), HeadOperands(h_TH[:tokens], w_VH[:vocab], torch.float32, b_V[:vocab]))
-    grads = HeadGrads(EagerKernels(), head, EVERY, rounded=True, at_once=True)
+    grads = HeadGrads(EagerKernels(), head, ALL, rounded=True, all_tokens=True)
     grads.add(head, slice(0, vocab), slice(0, tokens), e_TV[:tokens, :vocab])
-    by_h, by_w, by_b = grads.whole()
-    assert by_h.equal(torch.zeros(tokens, H))
-    assert by_w.equal(torch.zeros(vocab, H))
-    assert by_b.equal(torch.zeros(vocab))
+    grad_h, grad_w, grad_b = grads.result()
+    assert grad_h.equal(torch.zeros(tokens, H))
+    assert grad_w.equal(torch.zeros(vocab, H))
+    assert grad_b.equal(torch.zeros(vocab))

@@ -1,7 +1,4 @@
-"""Logits of a head that are never held whole, around eager and Triton kernels, against float64.
-
-Triton's run in its interpreter.
-"""
+"""The fused loss with eager and Triton kernels, the latter in Triton's interpreter, against float64."""
 
 import pytest
 import torch
@@ -14,13 +11,13 @@ from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.gpu import GpuKernels
 from loss_core_torch.kernels.gpu.launch import Launcher, launch
-from loss_core_torch.kernels.terms import kept_coefficients
+from loss_core_torch.kernels.terms import mask_coefficients
 from on_torch.kernels.gpu.sets import SETS as TRITON
 from on_torch.kernels.gpu.sets import V, counted, tiny_chunks, tiny_tiles
 
 SETS = TRITON | {
     "eager": EagerKernels(),
-    # Two products a tile, three tokens a block; rows of a block one by one.
+    # Two products per tile, three tokens per block, one row per block of rows.
     "eager-tiny": EagerKernels(
         Sizes(elements_cpu=V, logits_bytes_cpu=0, min_tokens=3, max_tokens=3, tile_columns_cpu=20)
     ),
@@ -40,7 +37,7 @@ def _linear(num_tokens=5, dtype=torch.float32, softcap=0.0, scale=1.0):
 
 
 def _with(linear, **operands):
-    """The same with other operands."""
+    """The same `Linear` with other operands of its head."""
     return linear._replace(head=linear.head._replace(**operands))
 
 
@@ -54,8 +51,8 @@ def _expected(linear, coef_T):
     return loss_T.detach(), *torch.autograd.grad(loss_T @ coef_T.double(), (h, w))
 
 
-def _both_ways(kernels, linear, coef_T, smoothing=0.0):
-    """Terms and gradients in one visit; and in two, with logits that are kept and that are not."""
+def _all_ways(kernels, linear, coef_T, smoothing=0.0):
+    """Terms and gradients in one pass; and in two, with logits recomputed and kept."""
     objective = CrossEntropy(V, smoothing)
     terms, grads = operators.linear_terms_and_grads(kernels, linear, coef_T, objective, BOTH)
     yield terms, *grads[:2]
@@ -66,8 +63,8 @@ def _both_ways(kernels, linear, coef_T, smoothing=0.0):
 
 
 def _coefficients(terms, coef_T, objective=OBJECTIVE):
-    # As the autograd function has them: nothing of a token that is ignored.
-    return kept_coefficients(objective.coefficients(torch, terms, [coef_T]), coef_T != 0)
+    # As in the autograd function: 0 for ignored tokens.
+    return mask_coefficients(objective.coefficients(torch, terms, [coef_T]), coef_T != 0)
 
 
 @each_set
@@ -77,9 +74,9 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
     linear = _linear(dtype=dtype, softcap=softcap)
     coef_T = torch.randn(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     loss_T, *grads = _expected(linear, coef_T)
-    # In one visit in the dtype of the arithmetic; in two, that of the weight in its own.
-    both_ways = zip(_both_ways(SETS[name], linear, coef_T), (coef_T.dtype, dtype, dtype), strict=True)
-    for (terms, *found), weight_dtype in both_ways:
+    # The gradient of the weight is in the dtype of the arithmetic in one pass, in its own dtype in two.
+    all_ways = zip(_all_ways(SETS[name], linear, coef_T), (coef_T.dtype, dtype, dtype), strict=True)
+    for (terms, *found), weight_dtype in all_ways:
         tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(CrossEntropy(V).values(torch, terms)[0].double(), loss_T, **tolerance)
         assert [got.dtype for got in found] == [coef_T.dtype, weight_dtype]
@@ -93,7 +90,7 @@ def test_loss_and_gradients(flag, name, softcap, dtype):
 def test_the_sum_of_all_logits(flag, name):
     linear = _linear(softcap=2.0)
     expected = (2.0 * torch.tanh(linear.head.h_TH @ linear.head.w_VH.T / 2.0)).sum(-1)
-    for terms, *_ in _both_ways(SETS[name], linear, torch.ones(5), smoothing=0.1):
+    for terms, *_ in _all_ways(SETS[name], linear, torch.ones(5), smoothing=0.1):
         torch.testing.assert_close(terms.z_sum, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -105,43 +102,43 @@ def test_a_bias(flag, name):
     loss_T = torch.nn.functional.cross_entropy(z_TV, linear.labels_T, reduction="none")
     expected = torch.autograd.grad(loss_T @ coef_T.double(), (h, w, b))
     every = Wanted(True, True, True)
-    terms, at_once = operators.linear_terms_and_grads(SETS[name], linear, coef_T, OBJECTIVE, every)
-    later = operators.linear_grads(SETS[name], linear, terms, _coefficients(terms, coef_T), every, torch.empty(0))
-    for found in (at_once, later):
+    terms, in_one_pass = operators.linear_terms_and_grads(SETS[name], linear, coef_T, OBJECTIVE, every)
+    coefficients = _coefficients(terms, coef_T)
+    in_two_passes = operators.linear_grads(SETS[name], linear, terms, coefficients, every, torch.empty(0))
+    for found in (in_one_pass, in_two_passes):
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
 @each_set
-def test_a_part_of_the_vocabulary(flag, name):
-    whole, coef_T = _linear(), torch.randn(5)
-    _, grad_h, grad_w = _expected(whole, coef_T)
-    terms, _ = operators.linear_terms(SETS[name], whole, Sums(), False)
-    w_VH = whole.head.w_VH
-    part = _with(whole, w_VH=w_VH[20:])._replace(vocab_start=20)
-    rest = _with(whole, w_VH=w_VH[:20])
-    coefficients, again = _coefficients(terms, coef_T), torch.empty(0)
-    found = [operators.linear_grads(SETS[name], x, terms, coefficients, BOTH, again) for x in (rest, part)]
+def test_shards_of_the_vocabulary(flag, name):
+    full, coef_T = _linear(), torch.randn(5)
+    _, grad_h, grad_w = _expected(full, coef_T)
+    terms, _ = operators.linear_terms(SETS[name], full, Sums(), False)
+    w_VH = full.head.w_VH
+    shards = _with(full, w_VH=w_VH[:20]), _with(full, w_VH=w_VH[20:])._replace(vocab_start=20)
+    coefficients, no_logits = _coefficients(terms, coef_T), torch.empty(0)
+    found = [operators.linear_grads(SETS[name], x, terms, coefficients, BOTH, no_logits) for x in shards]
     torch.testing.assert_close((found[0][0] + found[1][0]).double(), grad_h, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]).double(), grad_w, rtol=1e-4, atol=1e-5)
 
 
 @each_set
 def test_a_coefficient_of_zero_gives_exact_zeros(flag, name):
-    """Ignored tokens are zero rows with coefficient 0; the weight may hold anything where no token counts."""
+    """Ignored tokens are zero rows with coefficient 0; with no valid token, the weight may hold anything."""
     linear, coef_T = _linear(), torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0])
     linear.head.h_TH[1] = 0.0
-    for _, grad_h, _ in _both_ways(SETS[name], linear, coef_T):
+    for _, grad_h, _ in _all_ways(SETS[name], linear, coef_T):
         assert not grad_h[coef_T == 0].any()
     linear.head.h_TH.zero_()
     linear.head.w_VH[3] = torch.inf
-    for _, grad_h, grad_w in _both_ways(SETS[name], linear, torch.zeros(5)):
+    for _, grad_h, grad_w in _all_ways(SETS[name], linear, torch.zeros(5)):
         assert not grad_w.any()
         assert grad_h.shape == linear.head.h_TH.shape
 
 
 @each_set
-def test_a_coefficient_of_zero_gives_exact_zeros_beside_a_teacher(flag, name):
+def test_a_coefficient_of_zero_gives_exact_zeros_in_top_k_distillation(flag, name):
     linear, teacher = _linear(), TopK(torch.full((5, 3), -2.0), tail=True)
     linear = linear._replace(labels_T=torch.arange(3).expand(5, 3).contiguous())
     linear.head.h_TH.zero_()
@@ -153,22 +150,22 @@ def test_a_coefficient_of_zero_gives_exact_zeros_beside_a_teacher(flag, name):
 
 @each_set
 @pytest.mark.parametrize("want", [Wanted(True, False), Wanted(False, True)], ids=["hidden", "weight"])
-def test_what_is_not_wanted_is_empty(flag, name, want):
+def test_gradients_that_are_not_wanted_are_empty(flag, name, want):
     linear, coef_T = _linear(), torch.randn(5)
     expected = _expected(linear, coef_T)[1:]
     terms, found = operators.linear_terms_and_grads(SETS[name], linear, coef_T, OBJECTIVE, want)
-    again = operators.linear_grads(SETS[name], linear, terms, _coefficients(terms, coef_T), want, torch.empty(0))
-    for made in (found, again):
-        assert made.bias_V.numel() == 0
-        for got, right, wanted in zip(made[:2], expected, want[:2], strict=True):
-            if wanted:
+    recomputed = operators.linear_grads(SETS[name], linear, terms, _coefficients(terms, coef_T), want, torch.empty(0))
+    for grads in (found, recomputed):
+        assert grads.bias_V.numel() == 0
+        for got, right, is_wanted in zip(grads[:2], expected, want[:2], strict=True):
+            if is_wanted:
                 torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-5)
             else:
                 assert got.numel() == 0
 
 
 @triton
-def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
+def test_logits_are_kept_only_if_one_chunk_holds_them(flag):
     for name, kept in (("own-sizes", True), ("tiny-blocks", False), ("eager", True), ("eager-tiny", False)):
         _, logits = operators.linear_terms(SETS[name], _linear(), Sums(), True)
         assert bool(logits.numel()) == kept
@@ -177,8 +174,8 @@ def test_logits_are_kept_only_where_one_chunk_holds_them(flag):
 
 @triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag, dtype):
-    # Operands as on a GPU, so that a gradient of 16 bits has memory of its own. Two rows of logits are as large as the
+def test_block_tokens_limits_logits_and_their_gradient(flag, dtype):
+    # Operands as on a GPU, so that a 16-bit gradient has separate memory. Two rows of logits are as large as the
     # weight's gradient.
     rows = []
 
@@ -190,7 +187,7 @@ def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag
     h_TH, w_VH, coef_T = torch.randn(10, 2).to(dtype), torch.randn(V, 2).to(dtype), torch.randn(10)
     linear = Linear(HeadOperands(h_TH, w_VH, dtype), torch.randint(0, V, (10,)), block_tokens=2)
     _, *grads = _expected(linear, coef_T)
-    ways = _both_ways(kernels, linear, coef_T)
+    ways = _all_ways(kernels, linear, coef_T)
     for _ in range(3):
         with LargestTensor() as seen:
             _, *found = next(ways)
@@ -203,41 +200,41 @@ def test_blocks_of_tokens_hold_no_more_logits_and_no_more_of_their_gradient(flag
 
 @triton
 def test_operands_of_16_bits_and_small_coefficients(flag):
-    """As on a GPU. A large count divides what float16 has to hold; small probabilities must not be lost."""
+    """As on a GPU. Small coefficients, as of a mean over many tokens, must not make float16 operands underflow."""
     for dtype in (torch.bfloat16, torch.float16):
         kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype, chunks=tiny_chunks, tiles=tiny_tiles)
         narrow, coef_T = _linear(dtype=dtype, scale=0.5), torch.full((5,), 2.0**-20)
         _, *grads = _expected(narrow, coef_T)
         step = torch.finfo(dtype).eps
         for linear in (narrow, _with(narrow, w_VH=narrow.head.w_VH.float())):
-            for _, *found in _both_ways(kernels, linear, coef_T):
+            for _, *found in _all_ways(kernels, linear, coef_T):
                 for got, expected in zip(found, grads, strict=True):
-                    # What float16 can hold of a gradient that is rounded to it.
+                    # Rounding of a gradient to float16, which is coarse near 0.
                     coarse = 2.0**-25 if got.dtype == torch.float16 else 0.0
                     tolerance = {"rtol": 4 * step, "atol": 2 * step * 2.0**-20 + coarse}
                     torch.testing.assert_close(got.double(), expected, **tolerance)
 
 
 @triton
-def test_probabilities_that_float16_would_lose(flag):
-    """On a GPU, a weight's gradient of 1e-5 was off by 5e-7: probabilities below 6e-5 keep few bits in float16."""
+def test_small_probabilities_in_float16(flag):
+    """On a GPU, a weight's gradient of 1e-5 was off by 5e-7: in float16, values below 6e-5 have fewer bits."""
     kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype)
     torch.manual_seed(0)
     linear, coef_T = _linear(dtype=torch.float16, scale=4.0), torch.full((5,), 3.0)
-    # Its gradient is not rounded to float16.
+    # A float32 weight, so that its gradient is not rounded to float16.
     linear = _with(linear, w_VH=linear.head.w_VH.float())
     *_, grad_w = _expected(linear, coef_T)
     size_V = grad_w.abs().amax(-1)
     small = (size_V > 1e-6) & (size_V < 1e-4)
     assert small.any()
-    for *_, got_w in _both_ways(kernels, linear, coef_T):
+    for *_, got_w in _all_ways(kernels, linear, coef_T):
         error = (got_w.double() - grad_w)[small].norm(dim=-1) / grad_w[small].norm(dim=-1)
         assert error.max() < 2**-9
 
 
 @triton
-def test_a_gradient_that_is_larger_than_its_coefficient_fits_float16(flag):
-    """With z_loss by 1 + 2 z_loss lse; the largest number of float16 is 65,504."""
+def test_a_gradient_larger_than_its_coefficient_fits_float16(flag):
+    """z_loss makes it larger by 1 + 2 z_loss lse; the largest float16 is 65,504."""
     kernels, _ = counted(operand_dtype=lambda product_dtype, _: product_dtype)
     linear, coef_T = _linear(dtype=torch.float16, scale=4.0), torch.ones(5)
     objective = CrossEntropy(V, z_loss=1000.0)
@@ -255,17 +252,17 @@ def test_scaled_is_rounded_once(flag):
     for kernels in SETS.values():
         for dtype in (torch.bfloat16, torch.float32):
             assert torch.equal(kernels.scaled(grad.clone(), factor, dtype), (grad * factor).to(dtype))
-            # A gradient that nobody wants.
+            # A gradient that is not wanted.
             assert kernels.scaled(grad.new_empty(0), factor, dtype).shape == (0,)
 
 
 @triton
-def test_memory_that_rounding_needs_later_is_used_before(flag):
-    """Only where the gradient of the weight is wanted, and rounded."""
-    asked = []
+def test_blocks_may_use_the_memory_that_rounding_needs_later(flag):
+    """Only if the gradient of the weight is wanted, and rounded."""
+    rounded_bytes = []
 
     def chunks(sizes):
-        asked.append(sizes.rounded_bytes)
+        rounded_bytes.append(sizes.rounded_bytes)
         return tiny_chunks(sizes)
 
     kernels, _ = counted(chunks=chunks)
@@ -273,27 +270,27 @@ def test_memory_that_rounding_needs_later_is_used_before(flag):
     wide = _with(narrow, w_VH=narrow.head.w_VH.float())
     for linear, want in ((narrow, BOTH), (narrow, Wanted(True, False)), (wide, BOTH)):
         operators.linear_terms_and_grads(kernels, linear, torch.ones(5), OBJECTIVE, want)
-    assert asked == [V * H * 2, 0, 0]
+    assert rounded_bytes == [V * H * 2, 0, 0]
 
 
 @triton
 def test_no_tokens_and_no_vocabulary(flag):
     for linear in (_linear(0), _with(_linear(), w_VH=torch.empty(0, H))):
         num_tokens = len(linear.head.h_TH)
-        for terms, grad_h, grad_w in _both_ways(SETS["own-sizes"], linear, torch.ones(num_tokens)):
+        for terms, grad_h, grad_w in _all_ways(SETS["own-sizes"], linear, torch.ones(num_tokens)):
             assert terms.m.shape == (num_tokens,)
             assert torch.equal(grad_h, torch.zeros(num_tokens, H))
             assert torch.equal(grad_w, torch.zeros(linear.head.w_VH.shape))
 
 
 @triton
-def test_products_are_full_float32_whatever_the_switches_say(flag):
+def test_products_are_full_float32_for_any_matmul_precision(flag):
     linear, coef_T = _linear(), torch.randn(5)
-    expected = list(_both_ways(SETS["own-sizes"], linear, coef_T))
+    expected = list(_all_ways(SETS["own-sizes"], linear, coef_T))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        found = list(_both_ways(SETS["own-sizes"], linear, coef_T))
+        found = list(_all_ways(SETS["own-sizes"], linear, coef_T))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -303,8 +300,8 @@ def test_products_are_full_float32_whatever_the_switches_say(flag):
 
 
 @triton
-def test_products_into_16_bits_are_added_up_in_float32(flag):
-    """A product into bfloat16 that the vendor's library splits would add its parts in bfloat16 otherwise."""
+def test_products_into_16_bits_accumulate_in_float32(flag):
+    """Otherwise a split product into bfloat16 of the vendor's library would be summed in bfloat16."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     seen = []

@@ -1,4 +1,4 @@
-"""`torch:te`: with TE's own sources on a CPU (te_worker.py, in processes of its own), and where TE can't be used."""
+"""`torch:te`: with TE's own sources on a CPU (te_worker.py, in separate processes), and where TE can't be used."""
 
 import functools
 import importlib.abc
@@ -30,9 +30,9 @@ TESTS = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("te_worker.py")
 CHECK_WORKER = Path(__file__).with_name("te_check_worker.py")
 TE_MODULE = "transformer_engine.pytorch.cross_entropy"
-# One process of pytest-xdist runs them, so that they share the outcomes of each worker.
+# In one process of pytest-xdist, so that the tests share the output of each worker.
 pytestmark = pytest.mark.xdist_group("te")
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton has no wheels but for Linux")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
 
 
 def _start(*arguments, interpret="1", worker=WORKER):
@@ -56,36 +56,36 @@ def _finish(workers):
     return outputs
 
 
-def _held(output):
-    return [line.removeprefix("held: ") for line in output.splitlines() if line.startswith("held: ")]
+def _passed(output):
+    return [line.removeprefix("passed: ") for line in output.splitlines() if line.startswith("passed: ")]
 
 
 @functools.cache
-def _printed(of):
-    """What one process prints: with the sources of TE ("one"), or with a TE that overwrites its input."""
-    return _finish([_start(of)])[0]
+def _output(mode):
+    """Output of one process with the sources of TE ("one"), or with a TE that overwrites its input."""
+    return _finish([_start(mode)])[0]
 
 
 @on_linux
 @pytest.mark.parametrize(
-    ("of", "scenario"),
+    ("mode", "scenario"),
     [("one", x) for x in te_worker.ONE] + [("overwriting", x) for x in te_worker.OVERWRITING],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_in_one_process(of, scenario):
-    assert scenario.__name__ in _held(_printed(of)), _printed(of)[-8000:]
+def test_in_one_process(mode, scenario):
+    assert scenario.__name__ in _passed(_output(mode)), _output(mode)[-8000:]
 
 
 @on_linux
 def test_two_processes_with_the_sources_of_te(tmp_path):
     for output in _finish([_start(rank, 2, tmp_path) for rank in range(2)]):
-        assert _held(output) == [scenario.__name__ for scenario in te_worker.RANKS], output[-8000:]
+        assert _passed(output) == [scenario.__name__ for scenario in te_worker.RANKS], output[-8000:]
 
 
 @on_linux
-def test_the_interpreter_is_mended_to_what_a_gpu_does():
+def test_the_interpreter_is_patched_to_round_as_a_gpu():
     (output,) = _finish([_start("compiled", interpret="0")])
-    assert _held(output) == ["stores_round_to_nearest_on_a_gpu"], output[-4000:]
+    assert _passed(output) == ["stores_round_to_nearest_on_a_gpu"], output[-4000:]
 
 
 @on_linux
@@ -113,7 +113,7 @@ def test_check_judges_te_by_its_adapter(tmp_path):
     assert {(finding["case"], finding["problem"]) for finding in verdicts["values"]["findings"]} == {
         ("mean", "has shape (1,), not ()")
     }
-    # What it takes: label smoothing, any ignore_index. What it has not is named.
+    # Label smoothing and any ignore_index are supported; other options are reported.
     refused = " ".join(word for verdict in verdicts.values() for word in verdict["words"])
     assert "te has no z_loss=0.1" in refused
     assert "label_smoothing" not in refused
@@ -124,7 +124,7 @@ def test_check_judges_te_by_its_adapter(tmp_path):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Makes every import of transformer_engine end with this error."""
+    """Raises this error at every import of transformer_engine."""
 
     def __init__(self, error):
         self.error = error
@@ -137,7 +137,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 @pytest.fixture
 def te_import(monkeypatch):
-    """A function that makes importing TE fail with an error, or succeed with a module."""
+    """A function that makes importing TE raise an error, or return a module."""
 
     def end_with(result):
         if isinstance(result, Exception):
@@ -149,7 +149,7 @@ def te_import(monkeypatch):
     return end_with
 
 
-NOT_THERE = ModuleNotFoundError("No module named 'transformer_engine'", name="transformer_engine")
+NOT_INSTALLED = ModuleNotFoundError("No module named 'transformer_engine'", name="transformer_engine")
 PARTIAL = [
     ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript"),
     OSError("libcudart.so.12: cannot open shared object file"),
@@ -160,7 +160,7 @@ PARTIAL = [
 
 @pytest.mark.parametrize("config", [MaskedCrossEntropyConfig(), TEParallelCEConfig()], ids=lambda c: type(c).__name__)
 def test_not_installed(te_import, config):
-    te_import(NOT_THERE)
+    te_import(NOT_INSTALLED)
     with pytest.raises(BackendUnavailable) as caught:
         config.build(backend="torch:te")
     assert str(caught.value) == (
@@ -170,7 +170,7 @@ def test_not_installed(te_import, config):
 
 
 @pytest.mark.parametrize("error", PARTIAL, ids=lambda error: type(error).__name__)
-def test_an_install_that_is_broken_gives_its_own_reason(te_import, error):
+def test_a_broken_install_is_reported_with_its_error(te_import, error):
     te_import(error)
     with pytest.raises(BackendUnavailable) as caught:
         MaskedCrossEntropyConfig().build(backend="torch:te")
@@ -181,12 +181,12 @@ def test_an_install_that_is_broken_gives_its_own_reason(te_import, error):
 
 
 def test_the_command_line_lists_it(te_import):
-    te_import(NOT_THERE)
+    te_import(NOT_INSTALLED)
     listed = CliRunner().invoke(make_app(), ["backends"], env={"COLUMNS": "400"})
     assert listed.exit_code == 0
-    said = " ".join(listed.stdout.split())
+    text = " ".join(listed.stdout.split())
     assert (
-        "'torch:te' needs transformer_engine (No module named 'transformer_engine') pip install 'loss-core[te]'" in said
+        "'torch:te' needs transformer_engine (No module named 'transformer_engine') pip install 'loss-core[te]'" in text
     )
 
 
@@ -206,7 +206,7 @@ def test_without_a_gpu(te_import, monkeypatch):
 
 @on_linux
 def test_the_version_that_is_installed_for_the_tests():
-    # Without its compiled part, which is the usual reason for a flag that can't be used: TE's own words are passed on.
+    # Without its compiled part, the usual reason for an unusable flag: TE's own message is reported.
     assert int(importlib.metadata.version("transformer_engine").split(".")[0]) >= 2
     status = flag_status("torch:te")
     if not status.usable:
@@ -215,13 +215,13 @@ def test_the_version_that_is_installed_for_the_tests():
 
 @pytest.mark.parametrize("config", [FusedLinearCEConfig(), KDLossConfig()], ids=lambda c: type(c).__name__)
 def test_losses_that_te_does_not_have(config):
-    # Whether TE is installed or not: to install it would not help.
+    # The same message whether TE is installed or not: installing it would not help.
     name = type(config).__name__
     with pytest.raises(BackendUnavailable, match=f"'torch:te' has no kernel for {name}; it is served by .*torch:eager"):
         config.build(backend="torch:te")
 
 
 def test_auto_never_imports_te(te_import):
-    te_import(AssertionError("auto asked for Transformer Engine"))
+    te_import(AssertionError("auto imported Transformer Engine"))
     for flag in ("torch", "torch:auto"):
         assert MaskedCrossEntropyConfig().build(backend=flag).kernel_choice.flag != "torch:te"

@@ -1,10 +1,10 @@
-"""The kernels of `torch:compile`: rows and pairs of rows, each as one loop that TorchInductor compiles.
+"""Kernels of `torch:compile`: rows and pairs of rows, each as one loop over rows compiled by TorchInductor.
 
-A row is read from memory once, and no temporary of [T, V] exists. The first call of each kind of input compiles, for
-seconds; another number of tokens or classes is no other kind.
+A row is read from memory once, and no [T, V] temporary exists. The first call for each dtype, layout and set of options
+compiles for seconds; other numbers of tokens or classes use the same program.
 
-Of the losses over hidden states the distillation is here, whose rows are pairs. The time of the others is that of their
-matrix products, which are no compiler's to make faster.
+Of the losses over hidden states, only distillation (pairs) is supported. The time of the others is that of their matrix
+products, which a compiler does not make faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loss_core_torch.kernels.eager.sizes import SIZES
 
 
 class CompiledKernels(RowKernels, PairKernels, ProductKernels):
-    """A `KernelSet` but for what `linear_rows` needs of `row_terms_and_grad`; see there for each method."""
+    """A `KernelSet`, each method documented there, but `row_terms_and_grad` does not do what `linear_rows` requires."""
 
     flag = "torch:compile"
     sizes = SIZES

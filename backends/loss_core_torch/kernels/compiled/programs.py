@@ -1,4 +1,4 @@
-"""Programs that TorchInductor makes of functions at their first call, and whether this machine can make them.
+"""Functions compiled by TorchInductor at their first call, and whether this machine can compile.
 
 They are independent of the caller: of gradient mode, requires_grad, shapes, and process-wide switches such as those of
 precision and determinism. They are compiled apart from what the caller compiles, and survive `torch._dynamo.reset()` at
@@ -27,21 +27,21 @@ from loss_core_torch import compat
 
 FLAG = "torch:compile"
 
-# The number of threads is asked for when the program runs, and rows are shared among them however few there were when
-# it was compiled. The last columns of a row, fewer than a vector holds, are rounded in another way where they are taken
-# one by one: always so, and not where the compiler finds it worth while, so that all programs agree bit for bit.
+# dynamic_threads: a program reads the number of threads when it runs, and is parallel over rows even if it was compiled
+# with few. No enable_loop_tail_vec: the last columns of a row, fewer than a vector, are always computed one by one,
+# which rounds differently from vectors; if the compiler chose for each program, programs would not agree bitwise.
 _OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.enable_loop_tail_vec": False}
 
-
-# Rows of more columns than this are summed by TorchInductor in another way: another program.
+# TorchInductor sums rows of more columns than this differently, in a separate program.
 LONG_ROW = 4096
 
-# Tokens, and classes of short and of long rows, that a program sees first; no two equal, or it took them for one.
-_SAMPLE = (64, LONG_ROW - 1, 2 * LONG_ROW - 1)
+# Tokens, and classes of short and of long rows, of example inputs; all different, since torch.compile would assume that
+# equal sizes stay equal.
+_EXAMPLE_SIZES = (64, LONG_ROW - 1, 2 * LONG_ROW - 1)
 
 
-class _Kind(NamedTuple):
-    """What a program is made for, of one tensor; its sizes are not."""
+class _TensorSpec(NamedTuple):
+    """The properties of a tensor that a program is compiled for; sizes are not among them."""
 
     dtype: torch.dtype
     device: torch.device
@@ -49,9 +49,9 @@ class _Kind(NamedTuple):
     contiguous: bool
     inference: bool
 
-    def sample(self, vocab: int) -> Tensor:
+    def example(self, vocab: int) -> Tensor:
         with torch.inference_mode(self.inference):
-            shape = (_SAMPLE[0], vocab + (not self.contiguous))[: self.dim]
+            shape = (_EXAMPLE_SIZES[0], vocab + (not self.contiguous))[: self.dim]
             x = torch.zeros(shape, dtype=self.dtype, device=self.device)
             return x if self.contiguous else x[:, :-1]
 
@@ -63,56 +63,56 @@ def run(
 
     Args:
         function: without keywords or closures; may write to its arguments.
-        x_TV, tensors: contiguous, or matrices with rows that are.
-        vocab: any number of classes; left out where it is None.
-        static: numbers that each need a program of their own.
+        x_TV, tensors: contiguous, or matrices with contiguous rows.
+        vocab: number of classes, which may differ from the columns of x; None: not passed.
+        static: constants; each combination has a separate program.
     """
-    given = (x_TV, *tensors)
-    kinds = tuple(None if x is None else _kind(x) for x in given)
+    inputs = (x_TV, *tensors)
+    specs = tuple(None if x is None else _spec(x) for x in inputs)
     long = x_TV.shape[1] > LONG_ROW
     with torch.no_grad(), compat.outside_of_functorch(), compat.outside_of_dispatch_modes(), compat.outside_of_fx():
-        program = _program(function, kinds, _SAMPLE[1 + long], static, torch.get_num_threads(), vocab is not None)
+        threads = torch.get_num_threads()
+        program = _program(function, specs, _EXAMPLE_SIZES[1 + long], static, threads, vocab is not None)
         sizes = () if vocab is None else (vocab,)
-        return program(*(None if x is None else x.detach() for x in given), *sizes, *static)
+        return program(*(None if x is None else x.detach() for x in inputs), *sizes, *static)
 
 
-def _kind(x: Tensor) -> _Kind:
-    return _Kind(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference())
+def _spec(x: Tensor) -> _TensorSpec:
+    return _TensorSpec(x.dtype, x.device, x.dim(), x.is_contiguous(), x.is_inference())
 
 
 @cache
 def _program(
     function: FunctionType,
-    kinds: tuple[_Kind | None, ...],
+    specs: tuple[_TensorSpec | None, ...],
     vocab: int,
     static: tuple[Any, ...],
     threads: int,
     sized: bool,
 ) -> Callable[..., Any]:
-    """What torch.compile makes of a function for inputs of these kinds, with `threads` of PyTorch's.
+    """The function compiled for inputs of these specs and this number of PyTorch's threads.
 
-    Compiled here, on a sample, and not for the caller's sizes: a result must not depend on which call came first.
-
-    A copy of the function's code each: torch.compile keeps its programs at the code, and gives up after eight.
+    Compiled with example inputs, not the caller's: results must not depend on the sizes of the first call. Each program
+    has a copy of the function's code object, to which torch.compile attaches programs, at most eight.
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     # fullgraph: an error rather than uncompiled operations, which need memory for [T, V] temporaries.
     options = {**_OPTIONS, "guard_filter_fn": compat.guards_on_arguments}
     program: Callable[..., Any] = torch.compile(own, dynamic=True, fullgraph=True, options=options)
     sizes = (vocab,) if sized else ()
-    program(*(None if kind is None else kind.sample(vocab) for kind in kinds), *sizes, *static)
+    program(*(None if spec is None else spec.example(vocab) for spec in specs), *sizes, *static)
     return program
 
 
 def status() -> FlagStatus:
-    """Whether TorchInductor finds what it compiles with; looks at files alone."""
+    """Whether TorchInductor can compile here; checks only that the files it needs exist."""
     reason, install = _missing()
     version = "" if reason else f"torch {torch.__version__}, {_compiler()}"
     return FlagStatus(FLAG, not reason, reason and f"'{FLAG}' {reason}", version, install)
 
 
 def _missing() -> tuple[str, str]:
-    """What is missing here, and the command that installs it where there is one; empty if nothing is."""
+    """What is missing, and the command that installs it if there is one; both empty if nothing is missing."""
     compiler = _compiler()
     if shutil.which(compiler) is None:
         reason = (
@@ -134,6 +134,6 @@ def _missing() -> tuple[str, str]:
 
 
 def _compiler() -> str:
-    """The one that TorchInductor will take: $CXX, else the platform's (torch._inductor.config.cpp.cxx)."""
-    usual = {"darwin": "clang++", "win32": "cl"}
-    return os.environ.get("CXX") or usual.get(sys.platform, "g++")
+    """C++ compiler that TorchInductor uses: $CXX, else the platform's (torch._inductor.config.cpp.cxx)."""
+    default = {"darwin": "clang++", "win32": "cl"}
+    return os.environ.get("CXX") or default.get(sys.platform, "g++")

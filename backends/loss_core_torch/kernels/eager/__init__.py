@@ -1,4 +1,4 @@
-"""The kernels of `torch:eager`: PyTorch operations, block of rows by block of rows, on any torch device."""
+"""Kernels of `torch:eager`: PyTorch operations on blocks of rows, on any torch device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from loss_core_torch.kernels.eager.sizes import SIZES, Sizes
 
 
 class EagerKernels(RowKernels, PairKernels, ProductKernels):
-    """A `KernelSet`; see there for each method.
+    """A `KernelSet`; each method is documented there.
 
     Args:
-        sizes: of blocks; results differ between two choices by rounding alone.
+        sizes: block sizes; they change results by rounding alone.
     """
 
     flag = "torch:eager"
@@ -23,7 +23,7 @@ class EagerKernels(RowKernels, PairKernels, ProductKernels):
         self.sizes = sizes
 
     def batch_invariant(self, row_bytes: int) -> bool:
-        """Blocks hold whole rows, and what is decided by values is decided by those of the row."""
+        """True: blocks hold full rows, and branches on values depend on those of the row alone."""
         return True
 
     def grad_in_forward(self, device: torch.device) -> bool:

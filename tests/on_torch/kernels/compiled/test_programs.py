@@ -1,4 +1,4 @@
-"""`torch:compile`: compiled few times, in nobody's way, and usable where a compiler is."""
+"""`torch:compile`: few compilations, independence of the caller's state, and usability with and without a compiler."""
 
 import os
 import re
@@ -45,11 +45,11 @@ def _results(loss, logits, labels, **more):
 
 
 @compiled
-def test_any_number_of_tokens_and_classes_is_served_by_two_programs():
+def test_two_programs_serve_any_number_of_tokens_and_classes():
     loss, before = MaskedCrossEntropyConfig().build(backend=FLAG), _programs()
-    # Also T = V, after which they must not be taken for one size; and rows of more than 4096.
+    # Also T = V, which must not fix T = V for later calls; and rows of more than 4096.
     sizes = [(37, 37), (2, 2), (5, 4096), (3, 4097), (4097, 3), *((t, 11) for t in range(2, 40)), (7, 9000)]
-    # A single row or class, no row, scattered columns.
+    # A single row or class, no row.
     sizes += [(1, 9), (9, 1), (0, 5), (1, 1)]
     with torch.no_grad():
         for tokens, vocab in sizes:
@@ -58,7 +58,7 @@ def test_any_number_of_tokens_and_classes_is_served_by_two_programs():
             expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
             for layout in (logits, logits.t().contiguous().t(), logits.repeat(1, 2)[:, :vocab].contiguous()):
                 torch.testing.assert_close(loss(layout, labels).double(), expected, rtol=1e-6, atol=1e-6)
-    # Nor is whether a gradient will be asked for another kind.
+    # requires_grad needs no other program.
     MaskedCrossEntropyConfig(reduction="none").build(backend=FLAG)(logits.requires_grad_(), labels)
     assert _programs() - before <= 2
 
@@ -116,16 +116,16 @@ def _plus_one(x):
 
 
 @compiled
-def test_where_torch_gives_up_compiling_it_is_an_error():
+def test_the_recompile_limit_raises():
     with torch._dynamo.config.patch(recompile_limit=1):
         programs.run(_plus_one, torch.randn(3, 4))
-        # Another kind of input counts apart.
+        # Other dtypes count separately.
         programs.run(_plus_one, torch.randn(3, 4, dtype=torch.float64))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             programs.run(_plus_one, torch.randn(1, 4))
 
 
-# --- beside what callers do
+# --- independence of the caller's state
 
 
 @compiled
@@ -156,7 +156,7 @@ def test_after_the_callers_reset_in_inference_mode_and_under_torch_func():
 @compiled
 def test_a_first_call_in_a_dispatch_mode():
     logits, labels = torch.randn(4, 37, requires_grad=True), torch.tensor([1, 2, -100, 3])
-    # No other test compiles for this factor.
+    # No other test compiles for this z_loss.
     config = MaskedCrossEntropyConfig(z_loss=0.0123)
     with FlopCounterMode(display=False):
         loss = config.build(backend=FLAG)(logits, labels)
@@ -186,12 +186,12 @@ def test_first_calls_in_several_threads():
 
 
 @needs_compiler
-def test_the_fused_loss_says_who_serves_it():
+def test_the_fused_loss_is_unavailable_with_advice():
     with pytest.raises(BackendUnavailable, match=r"'torch:compile' has no kernel for FusedLinearCEConfig.*torch:eager"):
         FusedLinearCEConfig().build(backend=FLAG)
 
 
-def _without(variables, code):
+def _run_with(variables, code):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, **variables}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
@@ -199,13 +199,13 @@ def _without(variables, code):
     return done.stdout
 
 
-SAYS = """
+PRINT_STATUS = """
 import sys
 from loss_core import BackendUnavailable, MaskedCrossEntropyConfig
 from loss_core.dispatch.flags import flag_status
 status = flag_status("torch:compile")
 assert MaskedCrossEntropyConfig().build(backend="torch").kernel_choice.flag == "torch:eager"
-assert "torch._inductor.compile_fx" not in sys.modules, "the status compiled, or made ready to"
+assert "torch._inductor.compile_fx" not in sys.modules, "the status compiled, or imported the compiler"
 try:
     MaskedCrossEntropyConfig().build(backend="torch:compile")
 except BackendUnavailable as error:
@@ -214,9 +214,9 @@ print(status.usable, status.reason)
 """
 
 
-def test_without_a_compiler_the_flag_says_what_it_needs(monkeypatch):
-    said = _without({"CXX": "", "PATH": "/nowhere"}, SAYS)
-    assert re.match(r"False 'torch:compile' needs a C\+\+ compiler, and '.+' is not found: .* CXX", said)
+def test_without_a_compiler_the_flag_reports_what_it_needs(monkeypatch):
+    output = _run_with({"CXX": "", "PATH": "/nowhere"}, PRINT_STATUS)
+    assert re.match(r"False 'torch:compile' needs a C\+\+ compiler, and '.+' is not found: .* CXX", output)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "'no-such-compiler' is not found" in flag_status(FLAG).reason
     monkeypatch.undo()
@@ -225,6 +225,6 @@ def test_without_a_compiler_the_flag_says_what_it_needs(monkeypatch):
 
 
 @needs_compiler
-def test_with_a_compiler_it_is_usable_and_nothing_is_compiled_to_find_out():
-    assert _without({}, SAYS).startswith("True")
+def test_with_a_compiler_it_is_usable_and_the_status_compiles_nothing():
+    assert _run_with({}, PRINT_STATUS).startswith("True")
     assert flag_status(FLAG).version.startswith("torch ")

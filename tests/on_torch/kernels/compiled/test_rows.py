@@ -1,4 +1,4 @@
-"""Rows and pairs of rows in torch:compile: the numbers, and the memory that they take."""
+"""Rows and pairs of rows in torch:compile: results and memory."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _results(flag, logits, labels, reduction="none"):
     return run(loss, {"logits": logits.detach().clone().requires_grad_(), "labels": labels}, 1.0)
 
 
-def test_within_what_rounding_explains():
+def test_check_passes():
     report = check(LOGITS_LOSSES, [FLAG], dtypes=["float32"])
     assert report.passed, str(report)
     assert all(row.cases >= 15 for row in report.rows)
@@ -37,41 +37,41 @@ def test_other_dtypes(dtype):
     assert report.passed, str(report)
 
 
-def test_pieces_of_the_vocabulary_fold_to_the_whole():
+def test_shards_combine_to_the_full_vocabulary():
     torch.manual_seed(0)
     kernels, eager = find("compile"), find("eager")
     student, teacher, labels = torch.randn(5, 40), torch.randn(5, 40), torch.tensor([0, 12, 13, 39, 7])
     keep, coef = torch.tensor([True, True, False, True, True]), torch.linspace(-1, 1, 5)
     student[0, 14:] = teacher[0, 14:] = -torch.inf
     objective, rows = CrossEntropy(40), Rows(student, labels, None)
-    whole, pairs = eager.row_terms(rows, objective.sums), eager.pair_terms(Pairs(student, teacher, None, 0.5))
-    coefficients, kl = objective.coefficients(torch, whole, [coef]), kl_divergence(torch, pairs)
+    full, pairs = eager.row_terms(rows, objective.sums), eager.pair_terms(Pairs(student, teacher, None, 0.5))
+    coefficients, kl = objective.coefficients(torch, full, [coef]), kl_divergence(torch, pairs)
     terms, grads, pair_terms, pair_grads = None, [], None, {False: [], True: []}
-    # A rank may own nothing, or one class.
+    # A rank may own no class, or one.
     for start, stop in ((0, 13), (13, 13), (13, 14), (14, 40)):
         part, of_teacher = student[:, start:stop], teacher[:, start:stop]
-        made = kernels.row_terms(Rows(part, labels, None, start), objective.sums)
-        terms = made if terms is None else combine(torch, terms, made)
-        grads.append(kernels.row_grad(Rows(part, labels, keep, start), whole, coefficients))
-        made = kernels.pair_terms(Pairs(part, of_teacher, None, 0.5))
-        pair_terms = made if pair_terms is None else combine_pairs(torch, pair_terms, made)
+        part_terms = kernels.row_terms(Rows(part, labels, None, start), objective.sums)
+        terms = part_terms if terms is None else combine(torch, terms, part_terms)
+        grads.append(kernels.row_grad(Rows(part, labels, keep, start), full, coefficients))
+        part_terms = kernels.pair_terms(Pairs(part, of_teacher, None, 0.5))
+        pair_terms = part_terms if pair_terms is None else combine_pairs(torch, pair_terms, part_terms)
         for by_teacher, found in pair_grads.items():
             found.append(
                 kernels.pair_grad(Pairs(part, of_teacher, keep, 0.5), pairs, PairCoefficients(kl, coef, by_teacher))
             )
     expected = [
-        eager.row_grad(Rows(student, labels, keep), whole, coefficients),
+        eager.row_grad(Rows(student, labels, keep), full, coefficients),
         *(
             eager.pair_grad(Pairs(student, teacher, keep, 0.5), pairs, PairCoefficients(kl, coef, by_teacher))
             for by_teacher in pair_grads
         ),
     ]
     got = [torch.cat(found, 1) for found in (grads, *pair_grads.values())]
-    torch.testing.assert_close([*terms[:3], *pair_terms, *got], [*whole[:3], *pairs, *expected], rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close([*terms[:3], *pair_terms, *got], [*full[:3], *pairs, *expected], rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [5000, 37])
-def test_rows_of_minus_infinity_alone_are_as_eager_has_them(vocab):
+def test_rows_of_minus_infinity_agree_with_eager(vocab):
     logits = torch.randn(6, vocab)
     logits[1] = -torch.inf
     logits[2, 1:] = -torch.inf
@@ -83,7 +83,7 @@ def test_rows_of_minus_infinity_alone_are_as_eager_has_them(vocab):
 
 @pytest.mark.parametrize("largest", [25.0, 1e4])
 @pytest.mark.parametrize("ignored", [torch.nan, -torch.inf])
-def test_a_row_whose_largest_logit_comes_late(largest, ignored):
+def test_a_row_whose_maximum_is_not_in_the_first_columns(largest, ignored):
     torch.manual_seed(5)
     logits, labels = torch.randn(8, 5000), torch.randint(0, 4000, (8,))
     logits[3, 4900] = largest
@@ -103,13 +103,13 @@ def test_a_row_whose_largest_logit_comes_late(largest, ignored):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_gradient_over_the_logits_is_bitwise_the_same(reduction):
-    # Many rows whose last columns fill no vector: the compiler may round these in another way.
+def test_the_gradient_in_place_is_bitwise_the_same(reduction):
+    # Many rows whose last columns fill no vector: the compiler may round these differently.
     labels = torch.randint(0, 45, (2, 200))
     labels[:, ::3] = -100
-    whole, results = torch.randn(2, 201, 45), []
+    full, results = torch.randn(2, 201, 45), []
     for inplace in (False, True):
-        logits = whole.clone().requires_grad_().clone()[:, :-1]
+        logits = full.clone().requires_grad_().clone()[:, :-1]
         loss = MaskedCrossEntropyConfig(reduction=reduction, inplace_grad=inplace).build(backend=FLAG)
         value = loss(logits, labels)
         (grad,) = torch.autograd.grad(value, logits, torch.full_like(value, -2.0))
@@ -118,7 +118,7 @@ def test_the_gradient_over_the_logits_is_bitwise_the_same(reduction):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_single_rows_and_classes_and_scattered_columns_are_as_eager_has_them():
+def test_single_rows_and_classes_and_strided_columns_agree_with_eager():
     for logits in (torch.randn(1, 9), torch.randn(9, 1), torch.randn(9, 4).T, torch.randn(0, 5), torch.randn(7)):
         labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
         found, wanted = (_results(flag, logits, labels) for flag in (FLAG, "torch:eager"))
@@ -129,7 +129,7 @@ TOKENS, VOCAB = 64, 5000
 
 
 def _allocations(call):
-    """Bytes of each tensor that a call makes, whether it frees it or not, in compiled programs, too."""
+    """Bytes of each tensor that a call allocates, including those freed and those of compiled programs."""
     call()  # compiles
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
@@ -141,7 +141,7 @@ def _allocated(call):
     return sum(_allocations(call))
 
 
-def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary():
+def test_evaluation_allocates_no_tensor_of_tokens_times_vocabulary():
     logits, teacher, labels = torch.randn(TOKENS, VOCAB), torch.randn(TOKENS, VOCAB), torch.zeros(TOKENS).long()
     ce, kd = (config.build(backend=FLAG) for config in (MaskedCrossEntropyConfig(), KDLossConfig()))
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_a_gradient_is_the_only_tensor_of_tokens_times_vocabulary(dtype):
     [MaskedCrossEntropyConfig(z_loss=0.1), MaskedCrossEntropyConfig(logit_softcapping=5.0)],
     ids=["z_loss", "softcap"],
 )
-def test_what_the_compiler_keeps_of_a_row_is_no_larger_than_a_block(config):
+def test_what_the_compiler_stores_is_no_larger_than_a_block(config):
     logits = torch.randn(3 * SIZES.elements_cpu // VOCAB, VOCAB, requires_grad=True)
     labels = torch.zeros(len(logits), dtype=torch.int64)
     loss = config.build(backend=FLAG)

@@ -1,4 +1,4 @@
-"""The fused loss in torch:eager: against float64 over several blocks and tiles, its memory, and what it leaves out."""
+"""The fused loss in torch:eager: against float64 over several blocks and tiles, its memory, and the work it skips."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def _arguments(tokens=T, vocab=V, dtype=torch.float32, ignored=3):
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_several_blocks_and_tiles_are_those_of_float64(dtype, reduction, softcap):
+def test_several_blocks_and_tiles_agree_with_float64(dtype, reduction, softcap):
     config = FusedLinearCEConfig(reduction=reduction, logit_softcapping=softcap)
     arguments = _arguments(dtype=dtype, ignored=0 if reduction == "mean" else 50)
     got = run(config.build(backend=EAGER), arguments)
@@ -46,7 +46,7 @@ def test_several_blocks_and_tiles_are_those_of_float64(dtype, reduction, softcap
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("keep_logits", [True, False])
-def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
+def test_shards_combine_to_the_full_vocabulary(smoothing, keep_logits):
     torch.manual_seed(0)
     h_TH, w_VH, objective = torch.randn(40, H), torch.randn(V, H), CrossEntropy(V, smoothing)
     labels_T, upstream_T = torch.randint(0, V, (40,)), torch.linspace(-1, 1, 40)
@@ -56,23 +56,23 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
         bias_V = torch.linspace(-1, 1, V)[start:stop]
         return Linear(HeadOperands(h_TH, w_VH[start:stop], torch.float32, bias_V), labels_T, start, 4.0)
 
-    every = Wanted(True, True, True)
-    whole, grads = linear_rows.terms_and_grads(KERNELS, linear(), upstream_T, objective, every)
-    folded, kept = None, []
-    pieces = ((0, 13), (13, 13), (13, 14), (14, V))
-    for piece in pieces:
-        part, logits = linear_rows.terms(KERNELS, linear(*piece), objective.sums, keep_logits)
+    want = Wanted(True, True, True)
+    full, grads = linear_rows.terms_and_grads(KERNELS, linear(), upstream_T, objective, want)
+    combined, kept = None, []
+    shards = ((0, 13), (13, 13), (13, 14), (14, V))
+    for shard in shards:
+        part, logits = linear_rows.terms(KERNELS, linear(*shard), objective.sums, keep_logits)
         kept.append(logits)
-        folded = part if folded is None else combine(torch, folded, part)
-    for got, wanted in zip(folded, whole, strict=True):
+        combined = part if combined is None else combine(torch, combined, part)
+    for got, wanted in zip(combined, full, strict=True):
         if wanted is None:
             continue
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
-    assert [x.numel() for x in kept] == [40 * (stop - start) * keep_logits for start, stop in pieces]
-    coefficients = objective.coefficients(torch, whole, [upstream_T])
+    assert [x.numel() for x in kept] == [40 * (stop - start) * keep_logits for start, stop in shards]
+    coefficients = objective.coefficients(torch, full, [upstream_T])
     found = [
-        linear_rows.grads(KERNELS, linear(*piece), whole, coefficients, every, logits)
-        for piece, logits in zip(pieces, kept, strict=True)
+        linear_rows.grads(KERNELS, linear(*shard), full, coefficients, want, logits)
+        for shard, logits in zip(shards, kept, strict=True)
     ]
     torch.testing.assert_close(sum(x.hidden_TH for x in found), grads.hidden_TH, rtol=1e-4, atol=1e-5)
     for name in ("weight_VH", "bias_V"):
@@ -80,7 +80,7 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, keep_logits):
         torch.testing.assert_close(parts, getattr(grads, name), rtol=1e-4, atol=1e-5)
 
 
-def test_no_more_logits_are_kept_than_a_block_may_have():
+def test_no_more_logits_are_kept_than_block_tokens_allows():
     h_TH, w_VH, labels_T = torch.randn(40, H), torch.randn(50, H), torch.randint(0, 50, (40,))
     for block_tokens, kept in ((0, True), (39, False), (40, True)):
         linear = Linear(HeadOperands(h_TH, w_VH, torch.float32), labels_T, block_tokens=block_tokens)
@@ -114,7 +114,7 @@ def test_no_token_and_no_class():
     [FusedLinearCEConfig(), FusedLinearCEConfig(logit_softcapping=5.0, reduction="none")],
     ids=["sum", "softcap-none"],
 )
-def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary(config):
+def test_evaluation_allocates_no_tensor_of_tokens_times_vocabulary(config):
     tokens, vocab = 300, 8000
     arguments = _arguments(tokens, vocab)
     with torch.no_grad(), Operations(arguments.values()) as seen:
@@ -122,8 +122,8 @@ def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary(config):
     assert 0 < seen.largest <= tokens * 1536 * 4 < tokens * vocab * 4 / 2
 
 
-def test_training_holds_the_logits_of_one_block():
-    # 4,096 x 20,000 float32 logits are 328 MB; a block's budget is 48 MiB.
+def test_training_allocates_the_logits_of_one_block():
+    # 4,096 x 20,000 float32 logits are 328 MB; the budget of a block is 48 MiB.
     arguments = _arguments(4096, 20000, ignored=0)
     with Operations(arguments.values()) as seen:
         FusedLinearCEConfig().build(backend=EAGER)(**arguments)
@@ -131,13 +131,13 @@ def test_training_holds_the_logits_of_one_block():
 
 
 def _products(call):
-    """Products of all tokens with the whole weight that a call makes."""
+    """Floating-point operations of a call, in products of all tokens with the full weight."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops() / (2 * 60 * V * H)
 
 
-def test_only_the_gradients_that_are_wanted_are_made():
+def test_only_wanted_gradients_are_computed():
     arguments = _arguments(60, ignored=0)
     loss = FusedLinearCEConfig().build(backend=EAGER)
     assert _products(lambda: run(loss, arguments)) == 3
@@ -148,7 +148,7 @@ def test_only_the_gradients_that_are_wanted_are_made():
         assert _products(lambda: loss(**arguments)) == 1
 
 
-def test_ignored_tokens_take_part_in_no_product():
+def test_ignored_tokens_are_excluded_from_products():
     arguments = _arguments(60, ignored=0)
     arguments["labels"][torch.arange(60) % 3 != 0] = -100
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Matrix products by either of the libraries that PyTorch carries."""
+"""Matrix products by MKL and by oneDNN."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def _products(by_onednn, dtype=torch.float32):
 
 
 def _bound(a, b):
-    """What the rounding of sums in float32 may come to."""
+    """Error bound of sums in float32."""
     return sum_growth(a.shape[1]) * 2.0**-24 * (a.double().abs() @ b.double().abs())
 
 
@@ -40,20 +40,20 @@ def test_a_product_is_within_its_bound_for_operands_in_any_order(by_onednn):
                 assert ((added - 1 - exact).abs() <= bound + 2.0**-23 * (exact.abs() + 1)).all()
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_sum_of_products_is_right_after_the_last(by_onednn, number):
+@pytest.mark.parametrize("num_products", [1, 2, 3])
+def test_accumulate_sums_products(by_onednn, num_products):
     torch.manual_seed(1)
     multiply, out = _products(by_onednn), torch.full((9, 6), torch.nan)
-    pairs = [(torch.randn(5, 9), torch.randn(5, 6)) for _ in range(number)]
+    pairs = [(torch.randn(5, 9), torch.randn(5, 6)) for _ in range(num_products)]
     for i, (a_KM, b_KN) in enumerate(pairs):
-        multiply.accumulate(out, a_KM, b_KN, b_KN.t().contiguous(), i == 0, i == number - 1)
+        multiply.accumulate(out, a_KM, b_KN, b_KN.t().contiguous(), i == 0, i == num_products - 1)
     exact = sum(a.double().t() @ b.double() for a, b in pairs)
-    bound = sum(_bound(a.t(), b) for a, b in pairs) + number * 2.0**-23 * exact.abs() + 1e-6
+    bound = sum(_bound(a.t(), b) for a, b in pairs) + num_products * 2.0**-23 * exact.abs() + 1e-6
     assert ((out - exact).abs() <= bound).all()
 
 
 class _Operands(TorchDispatchMode):
-    """The matrices that oneDNN was given."""
+    """Records the operands of oneDNN's products."""
 
     def __init__(self):
         super().__init__()
@@ -66,8 +66,8 @@ class _Operands(TorchDispatchMode):
 
 
 @pytest.mark.skipif(compat.onednn_operator() is None, reason="this PyTorch has no oneDNN")
-def test_onednn_gets_no_part_of_a_wider_matrix():
-    """It multiplies them by its reference kernels: 3.4 s in place of 0.003 for 384 x 1,536 of 32,000 columns."""
+def test_onednn_gets_no_slice_of_the_columns_of_a_matrix():
+    """It multiplies these by its reference kernels: 3.4 s instead of 0.003 for 384 x 1,536 of 32,000 columns."""
     multiply, wide = _products(True), torch.randn(6, 20)
     with _Operands() as operands:
         multiply.add(torch.zeros(6, 4), wide[:, 3:9], torch.randn(6, 4))
@@ -83,20 +83,20 @@ def test_empty_operands(by_onednn):
     assert multiply.new(torch.ones(0, 2), torch.ones(2, 4)).shape == (0, 4)
 
 
-def test_the_library_that_is_asked_for_multiplies(by_onednn):
+def test_by_onednn_selects_the_library(by_onednn):
     with Operations() as operations:
         _products(by_onednn).new(torch.ones(2, 3), torch.ones(3, 4))
     assert ("mkldnn::_linear_pointwise" in operations.names) == by_onednn
 
 
-def test_float64_and_a_switched_off_onednn_go_to_the_other_library():
+def test_onednn_is_not_used_for_float64_or_if_disabled():
     assert not Products(torch.float64, CPU, by_onednn=True).by_onednn
     with torch.backends.mkldnn.flags(enabled=False):
         assert not Products(torch.float32, CPU).by_onednn
 
 
 @pytest.mark.parametrize("processor", ["vendor_id\t: GenuineIntel", "", "vendor_id\t: AuthenticAMD"])
-def test_only_processors_that_mkl_neglects_are_given_to_onednn(processor):
-    carried = torch.backends.mkl.is_available() and compat.onednn_operator() is not None
-    assert compat.onednn_is_faster(processor, "AVX512") == (carried and "AMD" in processor)
+def test_onednn_is_faster_on_amd_processors_with_avx512(processor):
+    available = torch.backends.mkl.is_available() and compat.onednn_operator() is not None
+    assert compat.onednn_is_faster(processor, "AVX512") == (available and "AMD" in processor)
     assert not compat.onednn_is_faster(processor, "AVX2")

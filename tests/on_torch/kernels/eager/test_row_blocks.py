@@ -1,9 +1,9 @@
-"""Blocks of rows: whatever the strides, each row once, and none that is ignored where it can be left out."""
+"""Blocks of rows: each row once for any strides, and ignored rows skipped where possible."""
 
 import pytest
 import torch
 
-from loss_core_torch.kernels.eager.row_blocks import Buffer, blocks, matrix
+from loss_core_torch.kernels.eager.row_blocks import Buffer, blocks, view_2d
 
 LAYOUTS = {
     "a row": lambda x: x[0, 0, 0],
@@ -28,57 +28,57 @@ def _tensor(layout):
 
 @every_layout
 @some_sizes
-def test_every_row_lies_in_one_block(layout, rows):
+def test_every_row_is_in_one_block(layout, rows):
     x = _tensor(layout)
     copied, seen = torch.full(x.shape, torch.nan), []
     for block in blocks(rows, None, x):
-        block_BV = block.take(x)
-        assert block_BV.shape == (block.length(), x.shape[-1])
-        assert 0 < block.length() <= rows
-        assert torch.equal(x.reshape(-1, x.shape[-1])[block.at], block_BV)
-        seen += range(block.at.start, block.at.stop)
-        block.put(copied, block_BV)
+        block_BV = block.read(x)
+        assert block_BV.shape == (block.num_rows, x.shape[-1])
+        assert 0 < block.num_rows <= rows
+        assert torch.equal(x.reshape(-1, x.shape[-1])[block.rows], block_BV)
+        seen += range(block.rows.start, block.rows.stop)
+        block.write(copied, block_BV)
     assert torch.equal(copied, x)
     assert seen == (list(range(x.shape[:-1].numel())) if x.numel() else [])
 
 
 @every_layout
 @some_sizes
-def test_a_view_of_a_block_is_on_the_same_memory(layout, rows):
+def test_a_view_of_a_block_shares_memory(layout, rows):
     x = _tensor(layout)
     for block in blocks(rows, None, x):
         view = block.view(x)
         if view is not None:
-            assert torch.equal(view, block.take(x))
+            assert torch.equal(view, block.read(x))
             assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        # A dense tensor always has one.
+        # A contiguous tensor always has one.
         assert block.view(x.contiguous()) is not None
 
 
 @some_sizes
-def test_ignored_rows_of_a_matrix_are_left_out(rows):
+def test_ignored_rows_of_a_matrix_are_skipped(rows):
     x_TV, keep_T = torch.randn(10, 4), torch.tensor([True, False] * 5)
     copied = torch.zeros_like(x_TV)
     for block in blocks(rows, keep_T, x_TV):
-        assert keep_T[block.at].all()
-        block.put(copied, block.take(x_TV))
+        assert keep_T[block.rows].all()
+        block.write(copied, block.read(x_TV))
     assert torch.equal(copied, torch.where(keep_T[:, None], x_TV, 0.0))
     assert not list(blocks(rows, torch.zeros_like(keep_T), x_TV))
 
 
-def test_rows_that_no_view_holds_as_a_matrix():
+def test_rows_without_a_2d_view():
     x = torch.randn(2, 5, 3)
-    assert matrix(x[:, :-1]) is None
-    assert matrix(x).data_ptr() == x.data_ptr()
+    assert view_2d(x[:, :-1]) is None
+    assert view_2d(x).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 37])
 @pytest.mark.parametrize("columns", [1, 7, 31, 507])
-def test_a_power_does_not_depend_on_where_in_the_block_it_lies(rows, columns):
+def test_exp2_does_not_depend_on_the_position_in_the_block(rows, columns):
     torch.manual_seed(0)
     y_BV = torch.randn(37, columns) * 20
-    together, alone = (Buffer(n, y_BV, torch.float32) for n in (37, rows))
-    all_BV = together.exp2(together.take(y_BV).copy_(y_BV)).clone()
+    full, partial = (Buffer(n, y_BV, torch.float32) for n in (37, rows))
+    all_BV = full.exp2_(full.view_as(y_BV).copy_(y_BV)).clone()
     for first in range(0, 37 - rows + 1, rows):
         part_BV = y_BV[first : first + rows]
-        assert torch.equal(alone.exp2(alone.take(part_BV).copy_(part_BV)), all_BV[first : first + rows])
+        assert torch.equal(partial.exp2_(partial.view_as(part_BV).copy_(part_BV)), all_BV[first : first + rows])

@@ -1,4 +1,4 @@
-"""Rows of logits in torch:eager: against float64, by blocks, and what is left out."""
+"""Rows of logits in torch:eager: against float64, by blocks, and rows that are skipped."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from loss_core_torch.kernels.eager import KERNELS
 from loss_core_torch.kernels.eager.sizes import SIZES
 
 EAGER = "torch:eager"
-# Three rows a block.
+# Three rows per block.
 LARGE = (1 << 18) + 3
 CROSS_ENTROPIES = [config for config in configs() if "logits" in inputs(config)]
 
@@ -22,7 +22,7 @@ some_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 
 def _float64(config, arguments):
-    """What torch:plain gives in float64."""
+    """Results of torch:plain in float64."""
     wide = {k: x.detach().double().requires_grad_() if x.requires_grad else x for k, x in arguments.items()}
     return run(built(config, "torch:plain"), wide)
 
@@ -31,11 +31,11 @@ def _float64(config, arguments):
 @pytest.mark.parametrize("ignored", [0, 3])
 @pytest.mark.parametrize("size", [((), 2), ((6,), 33), ((2, 3), 515)], ids=str)
 @each_dtype
-def test_loss_and_gradient_are_those_of_float64(config, dtype, size, ignored):
+def test_loss_and_gradient_agree_with_float64(config, dtype, size, ignored):
     lead, vocab = size
     arguments = inputs(config, lead, vocab, dtype=dtype, ignored=ignored)
     got, wanted = run(built(config, EAGER), arguments), _float64(config, arguments)
-    # A gradient is rounded once to the dtype, and made of an exponential and a sum in float32.
+    # A gradient is computed from an exponential and a sum in float32, and rounded once to the dtype.
     inner = 1e-13 if dtype == torch.float64 else 2e-6
     assert_same({"loss": got["loss"].double()}, {"loss": wanted["loss"]}, rtol=inner, atol=inner)
     torch.testing.assert_close(
@@ -48,7 +48,7 @@ def test_loss_and_gradient_are_those_of_float64(config, dtype, size, ignored):
 
 @pytest.mark.parametrize("scale", [1e7, 1e12, 1e30])
 def test_logits_too_large_for_a_rounded_product(scale):
-    # z log2(e) rounded before the maximum is taken off: above 2^24 the difference has no digits left.
+    # If z log2(e) were rounded before the maximum is subtracted, no digit would be left above 2^24.
     logits = torch.tensor([[scale, scale, -scale, 0.0]], requires_grad=True)
     loss = MaskedCrossEntropyConfig().build(backend=EAGER)(logits, torch.tensor([1]))
     loss.backward()
@@ -62,16 +62,16 @@ def test_a_row_does_not_depend_on_the_block_it_is_in(vocab):
     logits, labels = torch.randn(7, vocab), torch.arange(7)
     loss = MaskedCrossEntropyConfig(reduction="none").build(backend=EAGER)
 
-    def results(at):
-        return run(loss, {"logits": logits[at].clone().requires_grad_(), "labels": labels[at]}, 1.0)
+    def results(rows):
+        return run(loss, {"logits": logits[rows].clone().requires_grad_(), "labels": labels[rows]}, 1.0)
 
-    whole = results(slice(None))
-    for at in (slice(0, 1), slice(1, 3), slice(2, 7), torch.arange(7).flip(0)):
-        assert_same(results(at), {name: x[at] for name, x in whole.items()}, rtol=0, atol=0)
+    full = results(slice(None))
+    for rows in (slice(0, 1), slice(1, 3), slice(2, 7), torch.arange(7).flip(0)):
+        assert_same(results(rows), {name: x[rows] for name, x in full.items()}, rtol=0, atol=0)
 
 
 @some_dtypes
-def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary(dtype):
+def test_evaluation_allocates_no_tensor_of_tokens_times_vocabulary(dtype):
     tokens, vocab = 300, 8000
     logits, labels = torch.randn(tokens, vocab, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     loss = MaskedCrossEntropyConfig().build(backend=EAGER)
@@ -81,11 +81,11 @@ def test_evaluation_makes_no_tensor_of_tokens_times_vocabulary(dtype):
 
 
 @some_dtypes
-def test_ignored_rows_are_not_looked_at(dtype):
+def test_ignored_rows_are_not_read(dtype):
     labels = torch.tensor([3, -100, -100, -100, -100, 5, 7, -100])
     keep = labels != -100
 
-    def results(rows):
+    def call(rows):
         torch.manual_seed(1)
         logits = torch.randn(8, LARGE).to(dtype)
         logits[~keep] = torch.nan
@@ -93,16 +93,16 @@ def test_ignored_rows_are_not_looked_at(dtype):
         with Operations() as seen:
             with torch.no_grad():
                 evaluated = loss(logits, labels[rows])
-            made = run(loss, {"logits": logits, "labels": labels[rows]})
-        looked_at = sum(rows for rows, *_ in seen.shapes("aten::amax"))
-        return made | {"evaluated": evaluated}, looked_at
+            results = run(loss, {"logits": logits, "labels": labels[rows]})
+        num_read = sum(rows for rows, *_ in seen.shapes("aten::amax"))
+        return results | {"evaluated": evaluated}, num_read
 
-    (found, looked_at), (wanted, _) = results(slice(None)), results(keep)
+    (found, num_read), (wanted, _) = call(slice(None)), call(keep)
     # Evaluation, and loss and gradient together.
-    assert looked_at == 2 * 3
+    assert num_read == 2 * 3
     assert not found["logits"][~keep].any()
     assert_same(found | {"logits": found["logits"][keep]}, wanted, rtol=0, atol=0)
-    none, _ = results(~keep)
+    none, _ = call(~keep)
     assert not any(x.any() for x in none.values())
 
 
@@ -121,7 +121,7 @@ def test_ignored_rows_of_a_slice_may_hold_nan(reduction):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, dtype):
+def test_shards_combine_to_the_full_vocabulary(smoothing, dtype):
     torch.manual_seed(0)
     z_TV, labels_T, objective = (
         torch.randn(5, 40, dtype=dtype),
@@ -130,31 +130,31 @@ def test_pieces_of_the_vocabulary_fold_to_the_whole(smoothing, dtype):
     )
     z_TV[0, 14:] = -torch.inf
     coef_T, uniform_T = torch.linspace(-1, 1, 5, dtype=dtype), torch.linspace(0, 1, 5, dtype=dtype)
-    whole = KERNELS.row_terms(Rows(z_TV, labels_T, None), objective.sums)
-    assert (whole.z_sum is None) == (smoothing == 0)
-    coefficients = CrossEntropy(40).coefficients(torch, whole, [coef_T])
+    full = KERNELS.row_terms(Rows(z_TV, labels_T, None), objective.sums)
+    assert (full.z_sum is None) == (smoothing == 0)
+    coefficients = CrossEntropy(40).coefficients(torch, full, [coef_T])
     coefficients = coefficients._replace(uniform=uniform_T, target=coefficients.target - uniform_T)
-    folded, grads = None, []
-    # A rank may own nothing, or one class.
+    combined, grads = None, []
+    # A rank may own no class, or one.
     for start, stop in ((0, 13), (13, 13), (13, 14), (14, 40)):
         rows = Rows(z_TV[:, start:stop], labels_T, None, start)
         part = KERNELS.row_terms(rows, objective.sums)
-        folded = part if folded is None else combine(torch, folded, part)
-        grads.append(KERNELS.row_grad(rows, whole, coefficients))
-    for got, wanted in zip(folded, whole, strict=True):
+        combined = part if combined is None else combine(torch, combined, part)
+        grads.append(KERNELS.row_grad(rows, full, coefficients))
+    for got, wanted in zip(combined, full, strict=True):
         if wanted is None:
             continue
         torch.testing.assert_close(got, wanted, rtol=2e-6, atol=1e-6)
-    grad_TV = KERNELS.row_grad(Rows(z_TV, labels_T, None), whole, coefficients)
+    grad_TV = KERNELS.row_grad(Rows(z_TV, labels_T, None), full, coefficients)
     torch.testing.assert_close(torch.cat(grads, 1), grad_TV, rtol=2e-6, atol=1e-6)
     hit_TV = labels_T[:, None] == torch.arange(40)
     expected = coef_T[:, None] * (z_TV.double().softmax(-1) - hit_TV.double()) - uniform_T[:, None]
     torch.testing.assert_close(grad_TV.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_empty_piece_of_the_vocabulary_is_the_identity():
+def test_an_empty_shard_is_the_identity():
     for sums in (Sums(), Sums(z_sum=True), Sums(e=True)):
         terms = KERNELS.row_terms(Rows(torch.empty(2, 0), torch.tensor([0, 1]), None, 5), sums)
-        others = ([0.0] * 2 if is_wanted else None for is_wanted in sums)
+        others = ([0.0] * 2 if is_needed else None for is_needed in sums)
         expected = RowTerms([-torch.inf] * 2, [0.0] * 2, [-torch.inf] * 2, *others)
         assert RowTerms(*(None if x is None else x.tolist() for x in terms)) == expected

@@ -1,4 +1,4 @@
-"""Sizes of blocks keep to their budgets, for every vocabulary and number of hidden units."""
+"""Block sizes stay within their budgets, for any vocabulary and number of hidden units."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("vocab", [1000, 32000, 128256])
-def test_a_block_of_rows_keeps_to_its_budget(vocab):
+def test_a_block_of_rows_stays_within_its_budget(vocab):
     rows = SIZES.block_rows(vocab, CPU)
     assert rows * vocab * 4 <= 4 << 20 < (rows + 1) * vocab * 4
 
 
-def test_a_block_holds_one_row_at_least():
+def test_a_block_holds_at_least_one_row():
     assert SIZES.block_rows(1 << 24, CPU) == 1
     assert SIZES.block_rows(0, CPU) == SIZES.elements_cpu
 
@@ -25,14 +25,14 @@ def _head(num_tokens, vocab, hidden):
 
 
 @pytest.mark.parametrize(("hidden", "mebibytes"), [(64, 48), (512, 48), (1024, 96), (4096, 384), (65536, 512)])
-def test_a_block_of_a_large_vocabulary_keeps_to_its_budget(hidden, mebibytes):
+def test_a_block_of_a_large_vocabulary_stays_within_its_budget(hidden, mebibytes):
     tokens, logits_tokens, classes = SIZES.chunks(_head(8192, 128256, hidden))
     assert logits_tokens == tokens > 64
     assert classes == 128256
     assert tokens * 128256 * 4 <= mebibytes << 20 < (tokens + 32) * 128256 * 4
 
 
-def test_tiles_have_all_tokens_and_the_classes_of_a_product():
+def test_a_tile_holds_all_tokens_and_the_classes_of_one_product():
     assert SIZES.tiles(_head(8192, 128256, 512), together=False) == (8192, 1024, 1536)
     assert SIZES.tiles(_head(10, 100, 512), together=False) == (10, 10, 100)
     assert SIZES.tiles(_head(10, 0, 512), together=False).classes == 1
@@ -45,7 +45,7 @@ def test_tiles_of_many_tokens_are_narrow():
     assert SIZES.tiles(on_gpu, together=False).classes * 8192 * 4 == 512 << 20
 
 
-def test_logits_are_kept_together_where_they_fit_a_block():
+def test_together_puts_all_logits_into_one_block_if_they_fit():
     assert SIZES.tiles(_head(300, 32000, 512), together=True) == (300, 300, 32000)
     assert SIZES.tiles(_head(300, 32000, 512), together=False).classes == 1536
     assert SIZES.tiles(_head(3000, 32000, 512), together=True).classes == 1536
