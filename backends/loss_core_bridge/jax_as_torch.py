@@ -14,7 +14,7 @@ import torch
 
 from loss_core_bridge import residuals
 from loss_core_bridge.tensors import INT32, TORCH_DTYPES, check_platform, check_tensor, to_jax, to_torch
-from loss_core_torch.tracing import ordinary
+from loss_core_torch.tracing import as_normal_tensor
 
 # Under autocast F.linear casts these; a JAX loss knows nothing of autocast, so the bridge does it.
 _PRODUCT_OPERANDS = ("hidden_states", "lm_weight")
@@ -156,7 +156,7 @@ def _call(loss: Callable[..., Any], arguments: dict[str, Any]) -> torch.Tensor:
         elif name not in tensors:
             static[name] = _checked_static(name, value)
     # A 0-d tensor on the CPU goes with tensors on any device in torch, but not in JAX.
-    tensors = {name: ordinary(tensor).to(device, non_blocking=True) for name, tensor in tensors.items()}
+    tensors = {name: as_normal_tensor(tensor).to(device, non_blocking=True) for name, tensor in tensors.items()}
     _apply_autocast(tensors, device)
     grad = torch.is_grad_enabled()
     wanted = tuple(sorted(name for name, tensor in tensors.items() if grad and tensor.requires_grad))

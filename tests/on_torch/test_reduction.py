@@ -6,8 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loss_core.losses.reduction import Reduction
-from loss_core_torch.inputs import Tokens, settled
-from loss_core_torch.reduction import coefficients, number_of_valid, reduce_tokens, weighted_sum, zero_where_ignored
+from loss_core_torch.inputs import Tokens, resolve_keep
+from loss_core_torch.reduction import coefficients, count_valid, reduce_tokens, weighted_sum, zero_where_ignored
 
 # T = 3 tokens
 LOSS_T, WEIGHTS_T, LABELS_T = torch.tensor([2.0, 7.0, 5.0]), torch.tensor([1.0, 0.5, 3.0]), torch.tensor([1, 0, 2])
@@ -24,7 +24,7 @@ def tokens_of(kept, count=None, weights_T=None, **more):
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("kind", "count", "weighted"), CALLS, ids=str)
 def test_result_and_coefficients_are_those_of_the_oracle(kind, count, weighted, kept):
-    tokens = settled(tokens_of(kept, count, WEIGHTS_T if weighted else None))
+    tokens = resolve_keep(tokens_of(kept, count, WEIGHTS_T if weighted else None))
     oracle = Reduction(
         kind,
         (3,),
@@ -52,7 +52,7 @@ def test_coefficients_have_the_dtype_of_the_arithmetic(weights_T, kept, given, a
 
 @pytest.mark.parametrize("kind", ["sum", "mean", "none"])
 def test_a_token_that_was_wrong_makes_loss_and_gradient_nan(kind):
-    tokens = tokens_of("some", wrong_T=torch.tensor([False, False, True]))
+    tokens = tokens_of("some", nan_T=torch.tensor([False, False, True]))
     loss_T = zero_where_ignored(LOSS_T, tokens.keep_T).clone().requires_grad_()
     result = reduce_tokens(loss_T, tokens, kind)
     assert result.isnan().tolist() == ([False, False, True] if kind == "none" else True)
@@ -86,7 +86,7 @@ def test_a_coefficient_of_0_takes_an_infinite_loss_out_of_the_sum(last, total):
 
 @pytest.mark.parametrize(("kept", "number"), [("all", 3), ("some", 2), ("none", 0)])
 def test_the_number_of_valid_tokens_is_an_integer_of_no_dimensions(kept, number):
-    found = number_of_valid(tokens_of(kept))
+    found = count_valid(tokens_of(kept))
     assert (found.dtype, found.shape, int(found)) == (torch.int64, (), number)
 
 

@@ -26,7 +26,7 @@ from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums, combine
 from loss_core_torch.kernels import Blocks, KernelSet, Linear, LinearGrads, Rows, Wanted
 from loss_core_torch.kernels.heads import TILE_MULTIPLE, Head, HeadGrads, slices
 from loss_core_torch.kernels.terms import joined_terms
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 # The largest coefficient has this exponent, or one more; see `_exponent`.
 _FLOAT16_EXPONENT = 15
@@ -132,7 +132,7 @@ def _known(at: slice, terms: RowTerms, coefficients: Coefficients) -> _Known:
     of_part = coefficients.of_rows(at)
     has_B = [(c_B if c_B.dim() == 1 else c_B.any(-1)) != 0 for c_B in of_part[:4] if c_B is not None]
     keep_B = reduce(torch.logical_or, has_B)
-    is_all = may_read(keep_B) and bool(keep_B.all())
+    is_all = is_readable(keep_B) and bool(keep_B.all())
     return _Known(RowTerms(terms.m[at], terms.s[at], terms.t[at]), of_part, None if is_all else keep_B)
 
 

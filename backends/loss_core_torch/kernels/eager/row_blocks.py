@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 # A whole number of vectors, for any machine and a few threads.
 _ALIGNMENT = 256
@@ -79,7 +79,7 @@ def blocks(rows: int, keep_T: Tensor | None, *tensors: Tensor) -> Iterator[Block
     if tensors[0].numel() == 0:
         return
     if all(matrix(x) is not None for x in tensors):
-        if keep_T is not None and may_read(keep_T):
+        if keep_T is not None and is_readable(keep_T):
             places_N = keep_T.nonzero()[:, 0]
             yield from (Block(at_B, None) for at_B in places_N.split(rows) if at_B.numel())
         else:
@@ -129,5 +129,5 @@ class Buffer:
 def clear_ignored(out: Tensor, keep_T: Tensor | None) -> None:
     """Zeros in ignored rows, where they can be written on their own."""
     out_TV = matrix(out) if out.numel() else None
-    if keep_T is not None and out_TV is not None and may_read(keep_T):
+    if keep_T is not None and out_TV is not None and is_readable(keep_T):
         out_TV.index_fill_(0, (~keep_T).nonzero()[:, 0], 0.0)

@@ -35,7 +35,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, clear_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.terms import Targets, by_logits, filled_terms, folded, no_coefficients, with_zeros
-from loss_core_torch.tracing import compute_dtype, may_read
+from loss_core_torch.tracing import compute_dtype, is_readable
 
 
 class RowKernels:
@@ -148,7 +148,7 @@ class _Walk:
         keep_T = self._rows.keep_T
         # A block that is no slice holds no ignored row.
         keep_B = keep_T[block.at] if keep_T is not None and isinstance(block.at, slice) else None
-        if coef_B is not None and not (may_read(coef_B) and bool(coef_B.all())):
+        if coef_B is not None and not (is_readable(coef_B) and bool(coef_B.all())):
             keep_B = coef_B != 0 if keep_B is None else keep_B & (coef_B != 0)
         return keep_B
 
