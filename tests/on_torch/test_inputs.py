@@ -1,4 +1,4 @@
-"""What the losses accept, and which tokens count."""
+"""Checks of the arguments of losses, and which tokens are valid."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def kept(found):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
-def test_labels_of_any_width_and_layout_lie_side_by_side(dtype):
+def test_labels_of_any_width_and_layout_become_contiguous_int64(dtype):
     found = tokens(LABELS.to(dtype).T.contiguous().T)
     assert (found.shape, found.labels_T.dtype) == (SHAPE, torch.int64)
     assert found.labels_T.is_contiguous()
@@ -32,7 +32,7 @@ def test_labels_of_any_width_and_layout_lie_side_by_side(dtype):
 @pytest.mark.parametrize(
     "mask", [torch.tensor([True, False, True]), torch.tensor([[1, 0, 2]]), torch.tensor([0.5, 0.0, torch.nan])]
 )
-def test_what_the_mask_leaves_out_does_not_count_whatever_its_dtype(mask):
+def test_a_mask_of_any_dtype_marks_ignored_tokens(mask):
     assert kept(tokens(mask=mask)) == [True, False, False, True, False, True]
 
 
@@ -48,7 +48,7 @@ def test_what_the_mask_leaves_out_does_not_count_whatever_its_dtype(mask):
         ([0, 1, 4, 3, 2, 0], -100, None, False),
     ],
 )
-def test_where_all_labels_are_classes_it_is_seen_that_all_count(labels, ignore_index, vocab, all_count):
+def test_no_mask_where_all_labels_are_classes(labels, ignore_index, vocab, all_count):
     labels = torch.tensor(labels).reshape(SHAPE)
     found = tokens(labels, ignore_index=ignore_index, vocab=vocab)
     assert kept(found) == (None if all_count else (labels != ignore_index).flatten().tolist())
@@ -69,12 +69,12 @@ def test_where_all_labels_are_classes_it_is_seen_that_all_count(labels, ignore_i
         ([True, False, True], 0, [False] * 3),
     ],
 )
-def test_no_token_counts_with_a_count_of_0_and_none_is_ignored_where_that_is_seen(keep, count, settled):
+def test_keep_is_all_false_for_a_count_of_0_and_none_where_all_are_valid(keep, count, settled):
     keep_T = None if keep is None else torch.tensor(keep)
     assert kept(inputs.resolve_keep(Tokens(torch.Size([3]), torch.tensor([1, 2, 3]), keep_T, count))) == settled
 
 
-def test_tokens_are_alike_only_where_nothing_tells_them_apart():
+def test_tokens_are_equally_weighted_only_without_options():
     plain = Tokens(torch.Size([2]), torch.tensor([1, 2]), None)
     assert inputs.equally_weighted(plain)
     ones_T = torch.ones(2)
@@ -100,7 +100,7 @@ def test_the_first_label_that_is_no_class_is_named(labels, text):
     assert inputs.in_range(ignored, 5, -100) is ignored
 
 
-def test_a_token_is_wrong_by_any_of_its_arguments():
+def test_nan_tokens_of_several_arguments_are_merged():
     plain = Tokens(torch.Size([3]), torch.tensor([1, 2, 3]), None)
     given = inputs.mark_nan(plain, torch.tensor([False, True, False]))
     assert given.nan_T.tolist() == [False, True, False]

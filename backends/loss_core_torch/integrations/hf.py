@@ -202,7 +202,7 @@ def _by_count(config: Any, backend: str) -> Callable[..., Tensor]:
         if num_items_in_batch is None:
             return mean(scores, targets, *weight, **bias)
         if isinstance(num_items_in_batch, Tensor):
-            # DataParallel repeats the count for each of its devices, and sums as many equal losses.
+            # Trainer repeats the count for each device of DataParallel, and multiplies the loss by their number.
             num_items_in_batch = num_items_in_batch.sum()
         return total(scores, targets, *weight, num_label_tokens=num_items_in_batch, **bias)
 

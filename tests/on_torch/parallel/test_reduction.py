@@ -1,4 +1,4 @@
-"""From the losses of tokens that ranks share to the result."""
+"""Reduction of token losses that are sharded over ranks."""
 
 import torch
 
@@ -10,7 +10,7 @@ LOSS_T, LABELS_T = torch.tensor([2.0, 7.0, 5.0]), torch.tensor([1, 0, 2])
 
 
 @over_processes(2)
-def test_sums_and_numbers_of_all_ranks_add_up(world):
+def test_sums_and_counts_of_all_ranks_add_up(world):
     # 2 + 7 of one rank, 4 of the other.
     keep_T, groups = torch.tensor([True, world.rank == 0, False]), (world.group,)
     tokens = Tokens(LABELS_T.shape, LABELS_T, keep_T)
