@@ -242,21 +242,21 @@ def check_num_valid(tokens: Tokens, value: Any, skip_ignored: bool | None) -> To
             f"num_valid_tokens must be a Python integer, got {type(value).__name__}: it gives arrays their shape, so "
             "it must be known on the host. int(tensor) waits for the device; skip_ignored=True does that by itself."
         )
-    number = cast(int, value)
+    num_valid = cast(int, value)
     if skip_ignored is False:
         raise ValueError(
-            f"num_valid_tokens={number} is for leaving the other tokens out of the products, which skip_ignored=False "
-            "forbids; use skip_ignored=None or True, or leave the number out."
+            f"num_valid_tokens={num_valid} is for leaving the other tokens out of the products, which "
+            "skip_ignored=False forbids; use skip_ignored=None or True, or leave the number out."
         )
-    if not 0 <= number <= keep_T.numel():
-        raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {number}.")
+    if not 0 <= num_valid <= keep_T.numel():
+        raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {num_valid}.")
     if not is_readable(keep_T):
-        return mark_nan(tokens, (keep_T.sum() != number).expand(keep_T.shape))
+        return mark_nan(tokens, (keep_T.sum() != num_valid).expand(keep_T.shape))
     found = int(keep_T.sum())
-    if found != number:
+    if found != num_valid:
         raise ValueError(
-            f"num_valid_tokens is {number}, but {found} of the {keep_T.numel()} labels are not ignore_index; it must "
-            "be their number in this very call, on this rank."
+            f"num_valid_tokens is {num_valid}, but {found} of the {keep_T.numel()} labels are not ignore_index; it "
+            "must be their number in this very call, on this rank."
         )
     return tokens
 

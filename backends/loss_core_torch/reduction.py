@@ -53,8 +53,8 @@ def coefficients(tokens: Tokens, reduction: str, dtype: torch.dtype) -> Tensor:
     if tokens.nan_T is not None:
         coef_T = coef_T.masked_fill(tokens.nan_T, torch.nan)
     if reduction == "mean":
-        number = _num_valid(tokens)
-        return coef_T / (number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1))
+        count = _num_valid(tokens)
+        return coef_T / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
     return coef_T if tokens.num_tokens is None else coef_T / _divisor(tokens.num_tokens, coef_T)
 
 
@@ -73,9 +73,9 @@ def zero_where_ignored(loss_T: Tensor, keep_T: Tensor | None) -> Tensor:
 
 def count_valid(tokens: Tokens, groups: tuple[Any, ...] = ()) -> Tensor:
     """Number of valid tokens, a scalar int64; over all ranks of the groups over which the tokens are sharded."""
-    number = torch.as_tensor(_num_valid(tokens), device=tokens.labels_T.device)
+    count = torch.as_tensor(_num_valid(tokens), device=tokens.labels_T.device)
     # float64 represents every count exactly.
-    return _sum_over_ranks(number.double(), groups).long() if groups else number
+    return _sum_over_ranks(count.double(), groups).long() if groups else count
 
 
 def _num_valid(tokens: Tokens) -> Tensor | int:
@@ -83,16 +83,16 @@ def _num_valid(tokens: Tokens) -> Tensor | int:
     return tokens.labels_T.numel() if tokens.keep_T is None else tokens.keep_T.sum()
 
 
-def _mean(loss_T: Tensor, number: Tensor | int, groups: tuple[Any, ...]) -> Tensor:
-    if isinstance(number, int) and not groups:
-        return loss_T.mean() if number else loss_T.sum()
+def _mean(loss_T: Tensor, count: Tensor | int, groups: tuple[Any, ...]) -> Tensor:
+    if isinstance(count, int) and not groups:
+        return loss_T.mean() if count else loss_T.sum()
     total = loss_T.sum()
-    number = torch.as_tensor(number, device=total.device)
+    count = torch.as_tensor(count, device=total.device)
     if groups:
         # float64 represents every count exactly.
-        sums = _sum_over_ranks(torch.stack([total.double(), number.double()]), groups)
-        total, number = sums[0].to(total.dtype), sums[1].to(total.dtype)
-    return total / number.clamp(min=1)
+        sums = _sum_over_ranks(torch.stack([total.double(), count.double()]), groups)
+        total, count = sums[0].to(total.dtype), sums[1].to(total.dtype)
+    return total / count.clamp(min=1)
 
 
 def _sum_over_ranks(part: Tensor, groups: tuple[Any, ...]) -> Tensor:

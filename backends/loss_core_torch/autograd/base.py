@@ -17,7 +17,7 @@ from loss_core_torch.tracing import is_readable
 
 
 class Function(torch.autograd.Function):
-    """An autograd function with a cached signature: PyTorch reads it at each call, else a tenth of the host's time."""
+    """Caches the signature of `forward`. PyTorch inspects it in each call, uncached for a tenth of the host's time."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

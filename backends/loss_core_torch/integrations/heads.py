@@ -70,7 +70,7 @@ def check_head(head: Any, what: str = "head") -> None:
             f"{what} is {kind}: it has a LoRA adapter, which a loss that reads its weight would leave out. Take "
             "the head out of target_modules and name it in modules_to_save, or compute the loss from logits."
         )
-    # fully_shard makes a subclass; quantised and adapted heads have a forward of their own.
+    # fully_shard changes the class to a subclass; quantised and adapted heads have another forward.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"{what} is {kind}, whose forward is not that of torch.nn.Linear (quantised, adapted or wrapped), so its "

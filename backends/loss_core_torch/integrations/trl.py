@@ -1,4 +1,4 @@
-"""The fused losses in TRL's trainers, whose metrics stay.
+"""The fused losses in TRL's trainers, which keep their metrics.
 
 Tried with trl 1.16 and transformers 5.24. TRL replaces the head of every model (`add_fused_lm_head`) by one that
 computes per-token log-probabilities and bypasses the model's forward, so `hf.use_fused_loss` has no effect there.

@@ -1,4 +1,4 @@
-"""The fused distillation in TRL's DistillationTrainer, whose metrics stay.
+"""The fused distillation in TRL's DistillationTrainer, which keeps its metrics.
 
 Tried with trl 1.16. TRL's divergences and its `beta` are those of KDLossConfig, without the factor T^2.
 """

@@ -137,7 +137,7 @@ class LossModule(nn.Module):
         must_match: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[Tokens, Any]:
-        """The checked tokens of a call and the shards of its vocabulary, once the other ranks agree.
+        """The checked tokens of a call and the shards of its vocabulary, after agreement of all ranks.
 
         Args:
             must_match: values that must be equal on the ranks over which the vocabulary is sharded.

@@ -93,7 +93,7 @@ class RowCall:
         raise NotImplementedError
 
     def operands(self) -> Rows | Linear:
-        """The operands for a `WholeLosses`."""
+        """The operands of the kernels; with a head, those of a `WholeLosses`."""
         raise NotImplementedError
 
     def has_known_coefficients(self) -> bool:
@@ -106,8 +106,8 @@ class RowCall:
         """Results of the autograd function: token values, or their weighted sum with coef_T; at the end the metrics.
 
         Args:
-            objective: a `TopK` is without its log-probabilities.
-            log_p_TK: log-probabilities of a `TopK`, or None.
+            objective: of a `TopK` without the log-probabilities.
+            log_p_TK: these log-probabilities, or None.
             names: of token metrics.
         """
         raise NotImplementedError
@@ -115,7 +115,7 @@ class RowCall:
     def values(self, objective: Objective, names: tuple[str, ...] = ()) -> tuple[list[Tensor], list[Tensor]]:
         """Values of the objective, and metrics, [T] each; 0 for ignored tokens."""
         if not isinstance(self.kernels, WholeLosses):
-            return self._applied(objective, None, names)
+            return self._values_and_metrics(objective, None, names)
         check_shards(self.kernels, self.shards)
         rows, keep_T = self.operands(), self.tokens.keep_T
         values = self.kernels.values(rows, objective, self.group)
@@ -136,12 +136,12 @@ class RowCall:
                 return loss if factor == 1 else loss * factor, []
         elif reduction != "none" and self.has_known_coefficients():
             coef_T = coefficients(tokens, reduction, self.dtype)
-            (loss,), metrics = self._applied(objective, coef_T if factor == 1 else coef_T * factor, names)
+            (loss,), metrics = self._values_and_metrics(objective, coef_T if factor == 1 else coef_T * factor, names)
             return loss, metrics
         (loss_T,), metrics = self.values(objective, names)
         return reduce_tokens(loss_T if factor == 1 else loss_T * factor, tokens, reduction, groups), metrics
 
-    def _applied(
+    def _values_and_metrics(
         self, objective: Objective, coef_T: Tensor | None, names: tuple[str, ...]
     ) -> tuple[list[Tensor], list[Tensor]]:
         log_p_TK = None

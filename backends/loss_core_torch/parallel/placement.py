@@ -141,7 +141,7 @@ def resolve_group(tp_group: Any) -> tuple[Any, int]:
 
 
 def mesh_group(mesh: Any, dim: int) -> tuple[Any, int]:
-    """As `resolve_group`, for a dimension of a mesh, whose order of ranks may differ from that of the group."""
+    """As `resolve_group`, for a mesh dimension; the index is that in the mesh, whose order of ranks may differ."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(_not_a_member())

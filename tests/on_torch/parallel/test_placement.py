@@ -122,7 +122,7 @@ def test_a_batch_of_sequences(world):
 
 @over_processes(4)
 def test_tokens_of_other_replicas(world):
-    """dp x tp with plain local tensors: each row of the mesh is a separate problem, one of them without valid labels."""
+    """dp x tp with plain local tensors: each row of the mesh is a separate problem, one of them without a label."""
     mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=("dp", "tp"))
     replica, place = mesh.get_coordinate()
     inner = World(place, world.ranks // 2, world.flag)
