@@ -14,7 +14,7 @@ import torch
 
 from loss_core_bridge import residuals
 from loss_core_bridge.tensors import INT32, TORCH_DTYPES, check_platform, check_tensor, to_jax, to_torch
-from loss_core_torch.tracing import ordinary
+from loss_core_torch.tracing import as_normal_tensor
 
 # F.linear casts these under autocast. Autocast has no effect on JAX, so the bridge casts them.
 _PRODUCT_OPERANDS = ("hidden_states", "lm_weight")
@@ -153,7 +153,7 @@ def _call(loss: Callable[..., Any], arguments: dict[str, Any]) -> torch.Tensor:
         elif name not in tensors:
             static[name] = _checked_static(name, value)
     # torch accepts a 0-d CPU tensor beside tensors on any device, JAX does not.
-    tensors = {name: ordinary(tensor).to(device, non_blocking=True) for name, tensor in tensors.items()}
+    tensors = {name: as_normal_tensor(tensor).to(device, non_blocking=True) for name, tensor in tensors.items()}
     _apply_autocast(tensors, device)
     grad = torch.is_grad_enabled()
     wanted = tuple(sorted(name for name, tensor in tensors.items() if grad and tensor.requires_grad))

@@ -11,7 +11,7 @@ from loss_core_torch.modules.linear_distillation import FusedLinearKDLoss
 from loss_core_torch.modules.log_probs import FusedLinearLogProbs, LogProbs
 from loss_core_torch.modules.top_k_distillation import FusedLinearTopKDistillation, TopKDistillation
 
-# What is entered here has flags; see `backend`.
+# The losses of this list have flags; see `backend`.
 __all__ = [
     "ChunkedCrossEntropy",
     "FusedLinearCrossEntropy",

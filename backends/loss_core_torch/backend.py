@@ -1,4 +1,4 @@
-"""The torch backend as `loss_core.dispatch.protocol.Backend` has it: who makes which loss, what can be used here."""
+"""The torch backend, as declared by `loss_core.dispatch.protocol.Backend`: builders of losses and status of kernels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def builders() -> Mapping[tuple[type[LossConfig], str], Callable[[Any], Any]]:
 
 
 def kernel_status(kernel: str) -> FlagStatus:
-    """Whether a kernel can be used here, and why not."""
+    """Whether a kernel is usable on this machine, and if not, why."""
     flag = f"torch:{kernel}"
     if kernel == "te":
         return te.KERNELS.status()
@@ -74,10 +74,10 @@ def _triton_status(flag: str) -> FlagStatus:
 
 
 def choose_kernel(config: LossConfig, candidates: tuple[str, ...]) -> KernelChoice:
-    """What `auto` takes until it sees a tensor; see `loss_core_torch.auto`."""
+    """The kernel that `auto` names before the first call; see `loss_core_torch.auto`."""
     return auto.by_rule("cuda" if torch.cuda.is_available() else "cpu", candidates)
 
 
 def batch_invariant(kernel: str, row_bytes: int) -> bool:
-    """Whether a kernel promises that results of a row of logits do not depend on the other rows, bitwise."""
+    """Whether a kernel guarantees that results of a row of logits do not depend on the other rows, bitwise."""
     return kernel != AUTO and kernel_sets.find(kernel).batch_invariant(row_bytes)

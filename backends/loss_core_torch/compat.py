@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 def all_gather(out: Tensor, part: Tensor, group: Any) -> None:
-    """Write the parts of all ranks, which have one shape, into `out`, in rank order."""
+    """Write the parts of all ranks, which have the same shape, into `out`, in rank order."""
     # Renamed in torch 2.13, which warns about the old name.
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     collective(out, part, group=group)
@@ -44,15 +44,15 @@ def group_store(group: Any) -> Any:
 
 
 def has_peers(group: Any) -> bool:
-    """Whether other processes take part in a group: not in dry runs, whose ranks exist in one process alone.
+    """Whether other processes take part in a group. False in dry runs, where one process stands for all ranks.
 
-    Those are the "fake" backend, and LocalTensorMode, which runs over it. Seen in torch 2.13.
+    Dry runs use the "fake" backend, as does LocalTensorMode. Seen in torch 2.13.
     """
     return "fake" not in dist.get_backend(group)
 
 
 def is_strided_shard(placement: Any) -> bool:
-    """Whether a placement is FSDP's, of a dimension that another dimension of the mesh shards as well.
+    """Whether FSDP shards a tensor dimension here that another mesh dimension shards as well.
 
     A private class. Seen in torch 2.10, 2.13.
     """
@@ -60,16 +60,16 @@ def is_strided_shard(placement: Any) -> bool:
 
 
 def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: torch.compile breaks its graph around calls of the function, and does not look into it.
+    """Decorator: torch.compile breaks its graph around calls of the function, and does not trace it.
 
-    As torch.compiler.disable, which imports the compiler at once, and as what that is made of, which imports it at the
-    first call: a second or two, and 800 modules, in each process that compiles nothing. Seen in torch 2.10, 2.13.
+    As torch.compiler.disable, which imports the compiler when it decorates. `_disable_dynamo` imports it at the first
+    call: 800 modules and a second or two in each process that compiles nothing. Seen in torch 2.10, 2.13.
     """
     disabled = _disable_dynamo(function)
 
     @wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Nothing is compiled before the compiler is imported; and Dynamo knows the first answer without a guard.
+        # Nothing is compiled before the compiler is imported; Dynamo evaluates the first condition without a guard.
         may_compile = torch.compiler.is_dynamo_compiling() or "torch._dynamo" in sys.modules
         return disabled(*args, **kwargs) if may_compile else function(*args, **kwargs)
 
@@ -77,12 +77,12 @@ def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_each_rank(function: Callable[..., R], *args: Any) -> R:
-    """Call a function whose shapes may differ among ranks; under LocalTensorMode once for each rank that it simulates.
+    """Call a function whose shapes may differ among ranks; under LocalTensorMode once for each simulated rank.
 
     Seen in torch 2.13.
 
     Args:
-        function: works on this rank's tensors alone: no collective, no side effect.
+        function: of this rank's tensors alone, without collectives or side effects.
     """
     local: Any = sys.modules.get("torch.distributed._local_tensor")
     if local is None or local.enabled_local_tensor_mode() is None:
@@ -90,7 +90,7 @@ def on_each_rank(function: Callable[..., R], *args: Any) -> R:
     specs = []
 
     def flat(*args: Any) -> tuple[Any, ...]:
-        # The mode puts the ranks' results together, but knows no NamedTuples.
+        # The mode merges the results of the ranks, but does not support NamedTuples.
         leaves, spec = pytree.tree_flatten(function(*args))
         specs.append(spec)
         return tuple(leaves)
@@ -117,10 +117,7 @@ def functorch_transforms() -> tuple[str, ...]:
 
 @contextmanager
 def outside_of_functorch() -> Iterator[None]:
-    """What runs in here sees no torch.func transform, for tensors that none of them has wrapped.
-
-    Seen in torch 2.10, 2.13.
-    """
+    """Context without torch.func transforms, for tensors that none of them has wrapped. Seen in torch 2.10, 2.13."""
     if not in_functorch_transform():
         yield
         return
@@ -132,7 +129,7 @@ def outside_of_functorch() -> Iterator[None]:
 
 @contextmanager
 def outside_of_dispatch_modes() -> Iterator[None]:
-    """What runs in here sees no TorchDispatchMode (FlopCounterMode, a memory tracker), under which Dynamo skips frames.
+    """Context without TorchDispatchModes (FlopCounterMode, a memory tracker), under which Dynamo skips frames.
 
     Seen in torch 2.13.
     """
@@ -147,9 +144,9 @@ def outside_of_dispatch_modes() -> Iterator[None]:
 
 @contextmanager
 def outside_of_fx() -> Iterator[None]:
-    """What runs in here may call what torch.compile has made, although a graph is being traced by torch.fx around it.
+    """Context in which compiled functions may be called while torch.fx traces a graph around it.
 
-    For the body of an operator, which the trace does not look into. Seen in torch 2.10, 2.13.
+    For the body of a custom operator, which torch.fx does not trace. Seen in torch 2.10, 2.13.
     """
     tracer: Any = torch.fx._symbolic_trace
     if not tracer._is_fx_tracing_flag:
@@ -163,26 +160,23 @@ def outside_of_fx() -> Iterator[None]:
 
 
 def without_wrappers(value: Any) -> Any:
-    """The tensor in memory behind what a torch.func gradient has wrapped; any other value as it is.
-
-    Seen in torch 2.10, 2.13.
-    """
+    """The tensor inside the wrappers of torch.func gradients; any other value as it is. Seen in torch 2.10, 2.13."""
     while isinstance(value, Tensor) and is_functorch_wrapped(value):
         value = torch._C._functorch.get_unwrapped(value)
     return value
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether x stands for a batch of tensors under vmap; not for traced calls. Seen in torch 2.10, 2.13."""
+    """Whether x is a batched tensor of vmap; not for traced calls. Seen in torch 2.10, 2.13."""
     return bool(torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 def is_functorch_wrapped(x: Tensor) -> bool:
-    """Whether x belongs to a torch.func transform. Seen in torch 2.10, 2.13."""
+    """Whether x is wrapped by a torch.func transform. Seen in torch 2.10, 2.13."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
-# The mode of a key of `MODES` that looks at every operation, or None. Seen in torch 2.10, 2.13.
+# The active mode of a key of `MODES` (fake tensors, make_fx), or None. Seen in torch 2.10, 2.13.
 dispatch_mode: Callable[[Any], Any] = torch._C._get_dispatch_mode
 MODES: tuple[Any, ...] = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
@@ -197,7 +191,7 @@ def guards_on_arguments(entries: Sequence[Any]) -> list[bool]:
 
 
 def onednn_operator() -> Any:
-    """oneDNN's linear layer, which TorchInductor's graphs call, if there is one. Seen in torch 2.10, 2.13."""
+    """oneDNN's linear layer, which TorchInductor's graphs call, or None. Seen in torch 2.10, 2.13."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -210,11 +204,11 @@ def onednn_product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 @cache
 def onednn_is_faster(processor: str | None = None, capability: str | None = None) -> bool:
-    """Whether float32 products go to oneDNN on a processor: AMD's with AVX-512, where PyTorch would take MKL.
+    """Whether oneDNN is faster than MKL, PyTorch's choice, for float32 products: on AMD processors with AVX-512.
 
     Args:
-        processor: what tells whose it is; None: this machine's.
-        capability: as `torch.backends.cpu.get_cpu_capability` has it; None: this machine's.
+        processor: text that names its vendor; None: this machine's.
+        capability: as returned by `torch.backends.cpu.get_cpu_capability`; None: this machine's.
     """
     return (
         torch.backends.mkl.is_available()
@@ -226,14 +220,14 @@ def onednn_is_faster(processor: str | None = None, capability: str | None = None
 
 
 def _processor() -> str:
-    """What tells whose processor this is: the first lines of Linux's list, elsewhere Python's own word."""
+    """Text that names the processor's vendor: the start of /proc/cpuinfo, elsewhere Python's `platform.processor`."""
     listed = Path("/proc/cpuinfo")
     return listed.read_text()[:200] if listed.is_file() else platform.processor()
 
 
 @contextmanager
 def without_values() -> Iterator[list[str]]:
-    """Tensors that are made inside have no values; an operation that would read one ends the block and is named.
+    """Context in which new tensors are fake; an operation that reads a value ends it, and the yielded list names it.
 
     FakeTensorMode and its exceptions are private modules. Seen in torch 2.10, 2.13.
     """

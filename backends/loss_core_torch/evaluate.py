@@ -1,4 +1,4 @@
-"""A built loss and its gradients, run on NumPy inputs."""
+"""Runs a built loss and its gradients on NumPy inputs."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def evaluate(
     before = {name: value.detach().clone() for name, value in inputs.items()}
     for name in grad_of:
         inputs[name].requires_grad_()
-    # No leaf may be overwritten: the loss gets what an operation made of it.
-    made = grad_of if not leaves else ("logits",) if getattr(loss, "inplace_grad", False) else ()
-    passed = {name: _copy(value) if name in made else value for name, value in inputs.items()}
+    # inplace_grad refuses leaf tensors: the loss is called with a differentiable copy.
+    copied = grad_of if not leaves else ("logits",) if getattr(loss, "inplace_grad", False) else ()
+    passed = {name: _copy(value) if name in copied else value for name, value in inputs.items()}
     with observing() as seen:
         result = as_one(loss(**passed))
         seed = torch.ones_like(result) if upstream is None else torch.as_tensor(upstream).to(result)
@@ -50,8 +50,8 @@ def evaluate(
         for _ in range(backwards if grad_of else 0):
             wanted = [inputs[name] for name in grad_of]
             grads = torch.autograd.grad(result, wanted, seed, retain_graph=backwards > 1, materialize_grads=False)
-    seen_by_caller = inputs if leaves else passed
-    mutated = tuple(name for name, value in seen_by_caller.items() if not _same(value.detach(), before[name]))
+    callers = inputs if leaves else passed
+    mutated = tuple(name for name, value in callers.items() if not _same(value.detach(), before[name]))
     results = {"loss": result.detach(), **dict(zip(grad_of, grads, strict=True))}
     return Evaluation(
         loss=_to_numpy(result.detach()),
@@ -70,7 +70,7 @@ def _copy(leaf: torch.Tensor) -> torch.Tensor:
 
 def host_reads(loss: Any, arrays: Mapping[str, NDArray[Any]], *, dtype: str, grad_of: tuple[str, ...]) -> str:
     """See `loss_core.dispatch.protocol.Backend.host_reads`: the operator, such as "aten.nonzero.default"."""
-    # On "meta", since what reads labels on a CPU costs no synchronisation.
+    # On "meta": on "cpu" the loss would read labels, which costs no synchronisation there.
     with compat.without_values() as reads:
         inputs = {
             name: torch.empty(value.shape, dtype=_dtype_of(value, _DTYPES[dtype]), device="meta")
@@ -84,14 +84,14 @@ def host_reads(loss: Any, arrays: Mapping[str, NDArray[Any]], *, dtype: str, gra
 
 
 def as_one(result: Any) -> torch.Tensor:
-    """A result as one tensor: those of several, and metrics by name behind a loss, are stacked in front."""
+    """A result as one tensor: several tensors, and the metrics by name after a loss, are stacked along dimension 0."""
     if isinstance(result, torch.Tensor):
         return result
     if not isinstance(result, tuple | list):
         raise TypeError(f"A loss must return a torch.Tensor or a tuple of them, got {type(result).__name__}.")
-    first, *others = (x for x in result if x is not None)
-    others = [x for other in others for x in _listed(other)]
-    return torch.stack([first, *(x.to(first.dtype).expand_as(first) for x in others)]) if others else first
+    first, *rest = (x for x in result if x is not None)
+    rest = [x for item in rest for x in _listed(item)]
+    return torch.stack([first, *(x.to(first.dtype).expand_as(first) for x in rest)]) if rest else first
 
 
 def _listed(result: Any) -> list[Any]:
@@ -99,7 +99,7 @@ def _listed(result: Any) -> list[Any]:
 
 
 def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Dtype to which the kernels of a fused loss round the logits' gradient, None where they do not."""
+    """Dtype to which the kernels of a fused loss round the gradient of the logits; None where they do not round it."""
     if not isinstance(loss, HeadModule):
         return None
     operand = loss.operand_dtype(dtype, device)
@@ -107,7 +107,7 @@ def _product_dtype(loss: Any, dtype: torch.dtype, device: torch.device) -> str |
 
 
 def _dtype_of(value: NDArray[Any], dtype: torch.dtype) -> torch.dtype:
-    """Of the tensor for an array: the tested dtype for floats, its own for others."""
+    """Dtype of the tensor for an array: the tested dtype for floats, its own for others."""
     return dtype if value.dtype.kind == "f" else torch.from_numpy(np.empty(0, value.dtype)).dtype
 
 
@@ -117,7 +117,7 @@ def _to_tensor(value: NDArray[Any], dtype: torch.dtype, device: torch.device) ->
     target = _dtype_of(value, dtype)
     if value.flags.c_contiguous:
         return source.to(device=device, dtype=target, copy=True)
-    # A sliced NumPy array becomes a tensor with the same strides: kernels must cope with them.
+    # A sliced NumPy array becomes a tensor with the same strides, so that they are tested.
     strides = [stride // value.itemsize for stride in value.strides]
     return torch.empty_strided(value.shape, strides, dtype=target, device=device).copy_(source)
 

@@ -1,8 +1,7 @@
-"""`inplace_grad=True`: the backward writes the gradient over the caller's logits. When it may, and who is told.
+"""`inplace_grad=True`: the backward writes the gradient over the caller's logits.
 
-Until that backward the logits hold their values, so whoever reads them in between reads what he expects. After it
-they hold the gradient: their version counter has moved, by which autograd refuses the backward of every other
-operation that kept them, and this loss refuses a second backward of its own.
+The logits keep their values until that backward. It increments their version counter, so that autograd refuses the
+backward of every other operation that saved them; this loss refuses a second backward of its own.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from torch import Tensor
 
 
 def applies(logits: Tensor) -> bool:
-    """Whether a gradient will be made at all; without one nothing is overwritten, as in evaluation."""
+    """Whether the logits will have a gradient; without one, as in evaluation, nothing is overwritten."""
     return torch.is_grad_enabled() and logits.requires_grad
 
 
 def check(logits: Tensor) -> None:
-    """Refuse logits that PyTorch would not let an in-place operation write to, for its reasons.
+    """Refuse logits to which PyTorch forbids an in-place operation.
 
     Raises:
-        RuntimeError: a leaf that requires a gradient, or a view of one (its values are the caller's to keep); memory
-            in which two elements may share a place; a call that is traced.
+        RuntimeError: a leaf that requires a gradient, or a view of one, whose values the caller needs; two elements
+            that may share memory; a DTensor; a traced call.
     """
     if torch.compiler.is_dynamo_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(logits):
         raise RuntimeError(
@@ -53,7 +52,7 @@ def check(logits: Tensor) -> None:
 
 
 def _may_overlap(x: Tensor) -> bool:
-    """Whether two elements may share memory; True as well for strides that interleave, which no one writes by hand."""
+    """Whether two elements may share memory; True also for interleaved strides without overlap, which are rare."""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
@@ -63,8 +62,8 @@ def _may_overlap(x: Tensor) -> bool:
     return False
 
 
-def claim(ctx: Any) -> None:
-    """Called first in a backward that overwrites: the first call passes, a second is an error."""
+def check_not_overwritten(ctx: Any) -> None:
+    """Raise in a second backward, after the first has overwritten the logits."""
     if getattr(ctx, "overwritten", False):
         raise RuntimeError(
             "Second backward through a loss with inplace_grad=True: the first one has written the gradient over the "
@@ -72,8 +71,8 @@ def claim(ctx: Any) -> None:
         )
 
 
-def overwritten(ctx: Any, logits: Tensor) -> Tensor:
-    """Tell autograd and `claim` that the logits now hold the gradient; returns it, in the same memory."""
+def mark_overwritten(ctx: Any, logits: Tensor) -> Tensor:
+    """Mark the logits as overwritten by their gradient; returns the gradient, in the same memory."""
     ctx.overwritten = True
     torch.autograd.graph.increment_version(logits)
     return logits.detach()

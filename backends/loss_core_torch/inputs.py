@@ -1,4 +1,4 @@
-"""What the losses accept, in one place: shapes, dtypes, labels, masks, counts. Nothing here changes an input."""
+"""Checks of the arguments of losses: shapes, dtypes, labels, masks, counts. Nothing here changes an input."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
 
@@ -10,20 +10,22 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from loss_core_torch.tracing import may_read, ordinary
+from loss_core_torch.tracing import as_normal_tensor, is_readable
 
 
 class Tokens(NamedTuple):
-    """What a call says of its tokens, checked.
+    """The checked per-token arguments of a call.
 
     Attributes:
         shape: of labels.
-        labels_T: int64; keep_T: bool, which tokens count, or None where it is known that all do.
+        labels_T: int64.
+        keep_T: bool, which tokens are valid; None where all are known to be.
         num_tokens: divisor of the sum, a number or a 0-d tensor, or None.
         weights_T: factor of each token's loss, or None.
         inverse_temperature_T: factor of each token's logits, in the dtype of the arithmetic, or None.
         teacher: of K classes per token, or None.
-        wrong_T: bool, which tokens' arguments were seen to be wrong too late for an error, or None: they are NaN.
+        nan_T: bool, tokens whose result is NaN: their arguments are invalid on a device where no error can be raised
+            without a sync. None: there are none.
     """
 
     shape: torch.Size
@@ -33,14 +35,15 @@ class Tokens(NamedTuple):
     weights_T: Tensor | None = None
     inverse_temperature_T: Tensor | None = None
     teacher: Teacher | None = None
-    wrong_T: Tensor | None = None
+    nan_T: Tensor | None = None
 
 
 class Teacher(NamedTuple):
-    """What a call says of its teacher.
+    """A teacher's K classes per token.
 
     Attributes:
-        index_TK: int64, the classes; log_p_TK: their log-probabilities, as they were given.
+        index_TK: the classes, int64.
+        log_p_TK: their log-probabilities, in the caller's dtype.
     """
 
     index_TK: Tensor
@@ -48,14 +51,14 @@ class Teacher(NamedTuple):
 
 
 def tensor(name: str, value: Any) -> Tensor:
-    """A plain tensor, or a TypeError that says what came instead."""
+    """The value as a plain, normal tensor; TypeError for anything else."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if hasattr(value, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor, but what it belongs to is a plain tensor. Pass {name}.to_local(), or DTensors alone."
         )
-    return ordinary(value)
+    return as_normal_tensor(value)
 
 
 def tokens(
@@ -71,23 +74,23 @@ def tokens(
     loss_weights: Any = None,
     vocab: int | None = None,
 ) -> Tokens:
-    """Everything with one value per token, checked against the leading shape of the tensor named `of`.
+    """The arguments with one value per token, checked against the leading shape of the tensor named `of`.
 
     Args:
-        vocab: number of classes, where it is known yet: then it may be seen at once that all tokens count.
+        vocab: number of classes, where it is known yet: readable labels that are all classes then need no mask.
     """
     num_tokens = count(count_name, num_tokens, reduction, device)
     weights_T = weights(loss_weights, shape, reduction, device)
     labels_T = labels_like(labels, shape, of, device)
-    if mask is None and vocab is not None and _all_classes(labels_T, vocab) and not 0 <= ignore_index < vocab:
+    if mask is None and vocab is not None and _all_in_range(labels_T, vocab) and not 0 <= ignore_index < vocab:
         return Tokens(shape, labels_T, None, num_tokens, weights_T)
-    return Tokens(shape, labels_T, kept(labels_T, shape, ignore_index, mask), num_tokens, weights_T)
+    return Tokens(shape, labels_T, valid_mask(labels_T, shape, ignore_index, mask), num_tokens, weights_T)
 
 
-def tokens_of_distillation(
+def distillation_tokens(
     of: str, shape: torch.Size, device: torch.device, ignore_index: int, labels: Any, count: Any, loss_weights: Any
 ) -> Tokens:
-    """As `tokens`, of labels that only say what is ignored (any number may stand there), with num_batch_labels."""
+    """As `tokens`, with num_batch_labels, for labels that only mark ignored tokens: any other value is valid."""
     check_weights_have_count(loss_weights, count)
     return tokens(of, shape, device, "sum", ignore_index, labels, None, "num_batch_labels", count, loss_weights)
 
@@ -103,7 +106,7 @@ def floats(name: str, value: Any) -> Tensor:
 
 
 def not_empty(name: str, what: str, value: Tensor, dim: int = -1) -> None:
-    """Refuse a tensor of which a dimension, named `what`, is empty."""
+    """Refuse a tensor whose dimension `dim`, named `what`, is empty."""
     if value.shape[dim] == 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: the {what} must not be empty.")
 
@@ -112,7 +115,7 @@ def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) ->
     """labels as int64 of shape [T] on the device, contiguous.
 
     Args:
-        lead: the leading shape that labels must have; of: name of the tensor it comes from.
+        lead: shape that labels must have, the leading shape of the tensor named `of`.
     """
     labels = tensor("labels", labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
@@ -122,12 +125,12 @@ def labels_like(labels: Any, lead: torch.Size, of: str, device: torch.device) ->
             f"labels has shape {tuple(labels.shape)} but {of} has leading shape {tuple(lead)}; they must match "
             f"({of}.shape[:-1] == labels.shape)."
         )
-    # A kernel takes them side by side: a column of a matrix of labels does not lie so.
+    # Kernels read labels at stride 1: reshape(-1) alone keeps the stride of a column of a matrix.
     return labels.detach().to(device=device, dtype=torch.int64).reshape(-1).contiguous()
 
 
-def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = None) -> Tensor:
-    """Which tokens count, [T] bool: the label is not ignore_index, and mask is not 0 there."""
+def valid_mask(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = None) -> Tensor:
+    """Which tokens are valid, [T] bool: the label is not ignore_index, and mask is not 0 there."""
     keep_T = labels_T != ignore_index
     if mask is None:
         return keep_T
@@ -146,39 +149,39 @@ def kept(labels_T: Tensor, shape: torch.Size, ignore_index: int, mask: Any = Non
     return keep_T & mask.reshape(-1)
 
 
-def settled(tokens: Tokens) -> Tokens:
-    """The tokens with keep_T None where it can be seen that none is ignored, and none where the count is 0."""
+def resolve_keep(tokens: Tokens) -> Tokens:
+    """The tokens with keep_T all False where the count is 0, and None where it is readable and all True."""
     keep_T, count = tokens.keep_T, tokens.num_tokens
     if keep_T is None:
         if count is None:
             return tokens
         keep_T = torch.ones_like(tokens.labels_T, dtype=torch.bool)
     if isinstance(count, Tensor):
-        # A count of 0 means that no token counts anywhere: then none does here.
+        # A count of 0 over all ranks means that no token of this rank is valid either.
         keep_T = keep_T & (count != 0)
     elif count == 0:
         keep_T = torch.zeros_like(keep_T)
-    return tokens._replace(keep_T=None if may_read(keep_T) and bool(keep_T.all()) else keep_T)
+    return tokens._replace(keep_T=None if is_readable(keep_T) and bool(keep_T.all()) else keep_T)
 
 
-def all_alike(tokens: Tokens) -> bool:
-    """Whether no token is ignored, weighted, counted otherwise or wrong: their sum or mean is the result."""
-    others = (tokens.keep_T, tokens.num_tokens, tokens.weights_T, tokens.wrong_T)
-    return tokens.labels_T.numel() > 0 and all(x is None for x in others)
+def equally_weighted(tokens: Tokens) -> bool:
+    """Whether the result is the plain sum or mean: at least one token, no mask, weights, count or NaN tokens."""
+    options = (tokens.keep_T, tokens.num_tokens, tokens.weights_T, tokens.nan_T)
+    return tokens.labels_T.numel() > 0 and all(x is None for x in options)
 
 
 def in_range(tokens: Tokens, vocab: int, ignore_index: int) -> Tokens:
-    """The tokens, once a label that counts but is no class has been refused, or marked in wrong_T.
+    """The tokens after checking that the label of each valid one is a class.
 
     Raises:
-        ValueError: where values may be read; elsewhere the token is NaN.
+        ValueError: a label is not, where labels are readable; elsewhere its token is marked in nan_T.
     """
     labels_T, keep_T = tokens.labels_T, tokens.keep_T
-    if keep_T is None or _all_classes(labels_T, vocab):
+    if keep_T is None or _all_in_range(labels_T, vocab):
         return tokens
     bad_T = keep_T & (labels_T.clamp(0, vocab - 1) != labels_T)
-    if not may_read(labels_T):
-        return with_wrong(tokens, bad_T)
+    if not is_readable(labels_T):
+        return mark_nan(tokens, bad_T)
     if not bool(bad_T.any()):
         return tokens
     first, shape = int(bad_T.nonzero()[0, 0]), tokens.shape
@@ -189,17 +192,17 @@ def in_range(tokens: Tokens, vocab: int, ignore_index: int) -> Tokens:
     )
 
 
-def _all_classes(labels_T: Tensor, vocab: int) -> bool:
-    """Whether it can be seen that every label is a class."""
-    if not may_read(labels_T) or not labels_T.numel():
+def _all_in_range(labels_T: Tensor, vocab: int) -> bool:
+    """Whether labels are readable and all of them are classes; False for no labels."""
+    if not is_readable(labels_T) or not labels_T.numel():
         return False
     low, high = torch.aminmax(labels_T)
     return int(low) >= 0 and int(high) < vocab
 
 
-def with_wrong(tokens: Tokens, wrong_T: Tensor) -> Tokens:
-    """The tokens, of which those of a bool tensor [T] are wrong as well."""
-    return tokens._replace(wrong_T=wrong_T if tokens.wrong_T is None else tokens.wrong_T | wrong_T)
+def mark_nan(tokens: Tokens, nan_T: Tensor) -> Tokens:
+    """The tokens with those of a bool tensor [T] added to nan_T."""
+    return tokens._replace(nan_T=nan_T if tokens.nan_T is None else tokens.nan_T | nan_T)
 
 
 def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
@@ -213,8 +216,8 @@ def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
             raise ValueError(
                 f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}, {value.dtype}."
             )
-        value = ordinary(value.detach()).to(device)
-        if may_read(value) and not float(value) >= 0:
+        value = as_normal_tensor(value.detach()).to(device)
+        if is_readable(value) and not float(value) >= 0:
             raise ValueError(f"{name} must be >= 0, got {float(value):g}.")
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -224,11 +227,11 @@ def count(name: str, value: Any, reduction: str, device: torch.device) -> Any:
     return value
 
 
-def with_number(tokens: Tokens, value: Any, skip_ignored: bool | None) -> Tokens:
-    """The tokens, once the number of those that count has been compared with what the caller says of it.
+def check_num_valid(tokens: Tokens, value: Any, skip_ignored: bool | None) -> Tokens:
+    """The tokens after comparing the number of valid ones with the caller's num_valid_tokens.
 
     Raises:
-        ValueError: a wrong number, where values may be read; elsewhere every token is NaN.
+        ValueError: they differ, where values are readable; elsewhere every token is marked in nan_T.
     """
     if value is None:
         return tokens
@@ -239,21 +242,21 @@ def with_number(tokens: Tokens, value: Any, skip_ignored: bool | None) -> Tokens
             f"num_valid_tokens must be a Python integer, got {type(value).__name__}: it gives arrays their shape, so "
             "it must be known on the host. int(tensor) waits for the device; skip_ignored=True does that by itself."
         )
-    number = cast(int, value)
+    num_valid = cast(int, value)
     if skip_ignored is False:
         raise ValueError(
-            f"num_valid_tokens={number} is for leaving the other tokens out of the products, which skip_ignored=False "
-            "forbids; use skip_ignored=None or True, or leave the number out."
+            f"num_valid_tokens={num_valid} is for leaving the other tokens out of the products, which "
+            "skip_ignored=False forbids; use skip_ignored=None or True, or leave the number out."
         )
-    if not 0 <= number <= keep_T.numel():
-        raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {number}.")
-    if not may_read(keep_T):
-        return with_wrong(tokens, (keep_T.sum() != number).expand(keep_T.shape))
+    if not 0 <= num_valid <= keep_T.numel():
+        raise ValueError(f"num_valid_tokens must be in [0, {keep_T.numel()}], the number of tokens, got {num_valid}.")
+    if not is_readable(keep_T):
+        return mark_nan(tokens, (keep_T.sum() != num_valid).expand(keep_T.shape))
     found = int(keep_T.sum())
-    if found != number:
+    if found != num_valid:
         raise ValueError(
-            f"num_valid_tokens is {number}, but {found} of the {keep_T.numel()} labels are not ignore_index; it must "
-            "be their number in this very call, on this rank."
+            f"num_valid_tokens is {num_valid}, but {found} of the {keep_T.numel()} labels are not ignore_index; it "
+            "must be their number in this very call, on this rank."
         )
     return tokens
 

@@ -1,4 +1,4 @@
-"""Metrics of a call, beside its loss: from those of tokens to what the caller gets."""
+"""Reduction of token metrics to the metrics that a call returns with its loss."""
 
 # T = tokens (all leading dimensions of labels, flattened)
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from loss_core.field_checks import NUM_VALID, TOKEN_METRICS
 from loss_core_torch.inputs import Tokens
-from loss_core_torch.reduction import number_of_valid, reduce_tokens
+from loss_core_torch.reduction import count_valid, reduce_tokens
 
 Metrics = dict[str, Tensor]
 
-# What a cross entropy returns: its loss, or with metrics a pair.
+# Result of a cross entropy: the loss, or with metrics a pair of both.
 Result = Tensor | tuple[Tensor, Metrics]
 
 
-def of_tokens(names: Sequence[str]) -> tuple[str, ...]:
-    """Those that each token has: all but the number of tokens."""
+def per_token(names: Sequence[str]) -> tuple[str, ...]:
+    """The metrics with one value per token: all but the number of valid tokens."""
     return tuple(name for name in names if name in TOKEN_METRICS)
 
 
@@ -32,27 +32,27 @@ def reduced(
     reduction: str,
     groups: tuple[object, ...] = (),
 ) -> Metrics:
-    """What the caller gets, detached: each metric reduced as the loss is, and the number of valid tokens.
+    """The metrics by name, detached: each reduced as the loss is, and the number of valid tokens.
 
     Args:
-        found: [T] each, of `of_tokens(names)`, 0 for ignored tokens.
+        found: the metrics `per_token(names)`, [T] each, 0 for ignored tokens.
         groups: process groups over which the tokens are sharded.
     """
     with torch.no_grad():
         values = {
             name: reduce_tokens(x_T.detach(), tokens, reduction, groups)
-            for name, x_T in zip(of_tokens(names), found, strict=True)
+            for name, x_T in zip(per_token(names), found, strict=True)
         }
         if NUM_VALID in names:
-            values[NUM_VALID] = number_of_valid(tokens, groups)
+            values[NUM_VALID] = count_valid(tokens, groups)
     return {name: values[name] for name in names}
 
 
 def refuse(config: Any, who: str) -> None:
-    """Refuse metrics where only a loss is taken.
+    """Refuse a config with metrics for a caller (`who`) that accepts only a loss.
 
     Raises:
-        ValueError: names them, and who takes a loss alone.
+        ValueError: the config has metrics.
     """
     if config.metrics:
         raise ValueError(f"{who} takes a loss alone, but config has metrics={list(config.metrics)}. Leave them out.")

@@ -1,7 +1,7 @@
-"""The methods of a `KernelSet`, called as they are, or as custom operators where a call is traced.
+"""The methods of a `KernelSet`, called directly, or as custom operators where a call is traced.
 
-torch.compile, make_fx and fake tensors then see one operator in place of loops over blocks, whose number may depend on
-the data. NamedTuples are flattened here and nowhere else. Each call records which kernels ran.
+torch.compile, make_fx and fake tensors then record one operator instead of loops over blocks, whose count may depend
+on the data. NamedTuples are flattened only here. Each call records which kernels ran.
 """
 
 # T = tokens (rows), V = vocabulary (of this rank), H = hidden
@@ -42,7 +42,7 @@ from loss_core_torch.kernels.terms import filled_terms
 from loss_core_torch.second_derivative import SECOND_DERIVATIVE
 from loss_core_torch.tracing import compute_dtype, is_traced, no_autocast
 
-# How an operator's schema has a type; terms and coefficients are arrays of any library, some of them left out.
+# Types in an operator's schema. Terms and coefficients are annotated as Any, arrays of any library; some may be None.
 _SCHEMA = {
     Tensor: "Tensor", Tensor | None: "Tensor?", Any: "Tensor?", Any | None: "Tensor?", int: "SymInt", float: "float",
     bool: "bool", torch.dtype: "ScalarType",
@@ -53,15 +53,17 @@ _NONE = Wanted(False, False)
 
 
 class _Method:
-    """A method of kernel sets. Called with a set and the method's arguments, of which `out` is for calls as it is.
+    """A method of kernel sets and its custom operator. Called with a kernel set and the method's arguments.
+
+    `out`, memory for the result, is used by direct calls only.
 
     Args:
         name: of the method and of the operator.
-        fake: the results of the operator, without values, from the method's arguments.
-        result: what the method returns, from a list of the operator's results and the method's arguments.
-        function: of any set, which comes first, in place of a method.
-        products: how many matrix products it makes with each head, from the method's arguments behind the first; None:
-            none at all.
+        fake: returns the results of the operator, without values, from the method's arguments.
+        result: returns the method's result from the list of the operator's results and the method's arguments.
+        function: called with the kernel set and the method's arguments, for methods that kernel sets do not have.
+        products: returns the number of matrix products with each head from the method's arguments after the first;
+            None: there are none.
         arguments: types of the method's arguments, by name.
     """
 
@@ -99,14 +101,14 @@ class _Method:
         return [x for x in _flat([found]) if x is not None]
 
     def _flops(self, products: Callable[..., tuple[int, ...]], kernel: str, *flat: Any, **kwargs: Any) -> int:
-        """For PyTorch's FLOP counter, which gives shapes in place of tensors."""
+        """For PyTorch's FLOP counter, which passes shapes instead of tensors."""
         source, *args = _nested(self._types, iter(flat))
         heads = zip(source.heads, products(*args), strict=True)
-        return sum(2 * int(h_TH[0] * h_TH[1] * w_VH[0]) * number for (h_TH, w_VH, *_), number in heads)
+        return sum(2 * int(h_TH[0] * h_TH[1] * w_VH[0]) * count for (h_TH, w_VH, *_), count in heads)
 
 
 def _run(kernels: KernelSet, method: Callable[..., Any], *args: Any) -> Any:
-    """A set's own method, recorded as the one that ran, whatever autocast and precision switches say."""
+    """Run a method of a kernel set and record its flag, without autocast and reduced-precision settings."""
     record(kernels.flag)
     exact = precision.full_float32_products() if isinstance(args[0], Linear | LinearPairs) else nullcontext()
     with exact, no_autocast(next(_flat(args))):
@@ -131,7 +133,7 @@ def _flat(args: Sequence[Any]) -> Iterator[Any]:
 
 
 def _nested(types: Sequence[Any], flat: Iterator[Any]) -> list[Any]:
-    """Values of these types from their flattened parts."""
+    """Values of the types, NamedTuples among them, from their flattened parts."""
     return [
         kind(*_nested(tuple(get_type_hints(kind).values()), flat)) if hasattr(kind, "_fields") else next(flat)
         for kind in types
@@ -142,9 +144,9 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-def _new_terms(like: Tensor, number: Tensor, count: int) -> list[Tensor]:
-    """`count` terms, one for each element of `number`."""
-    return [torch.empty_like(number, dtype=compute_dtype(like.dtype)) for _ in range(count)]
+def _new_terms(like: Tensor, x_T: Tensor, count: int) -> list[Tensor]:
+    """`count` uninitialised terms of the shape of x_T, in the dtype of the arithmetic for `like`."""
+    return [torch.empty_like(x_T, dtype=compute_dtype(like.dtype)) for _ in range(count)]
 
 
 def _new_row_terms(rows: Rows | Linear, sums: Sums) -> list[Tensor]:
@@ -153,7 +155,7 @@ def _new_row_terms(rows: Rows | Linear, sums: Sums) -> list[Tensor]:
 
 
 def _row_terms(found: Sequence[Tensor], sums: Sums) -> RowTerms:
-    """Terms of the results of an operator, which has left out those that are not needed."""
+    """Row terms from the results of an operator, which returns only the needed ones."""
     rest = iter(found[3:])
     return RowTerms(*found[:3], *(next(rest) if is_wanted else None for is_wanted in sums))
 
@@ -284,12 +286,12 @@ linear_pair_loss_and_grads = _Method(
 def row_terms_and_grad(
     kernels: KernelSet, rows: Rows, coef_T: Tensor, objective: Objective
 ) -> tuple[RowTerms, Tensor, Coefficients]:
-    """As of `KernelSet`. Not for traced calls: a graph can't hand a gradient on."""
+    """See `KernelSet`. Not for traced calls: a graph can't pass the gradient on without a copy."""
     found: tuple[RowTerms, Tensor, Coefficients] = _run(kernels, kernels.row_terms_and_grad, rows, coef_T, objective)
     return found
 
 
 def pair_terms_and_grad(kernels: KernelSet, pairs: Pairs, coef_T: Tensor) -> tuple[PairTerms, Tensor]:
-    """As of `KernelSet`. Not for traced calls."""
+    """See `KernelSet`. Not for traced calls."""
     found: tuple[PairTerms, Tensor] = _run(kernels, kernels.pair_terms_and_grad, pairs, coef_T)
     return found

@@ -1,7 +1,7 @@
-"""Switches of PyTorch that let matrix products have fewer bits, off while a loss is computed.
+"""Turns off PyTorch's settings for reduced-precision matrix products while a loss is computed.
 
-PyTorch has no such choice for one product, so the settings of the whole process are changed, and restored by the last
-call to leave.
+PyTorch has no such setting for a single product, so those of the process are changed, and restored by the last call to
+leave.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 
 def float32_products_are_full() -> bool:
-    """Whether nothing else than float32 was asked for float32 products. Seen in torch 2.10, 2.13."""
+    """Whether no setting reduces the precision of float32 products. Seen in torch 2.10, 2.13."""
     return not any(map(_is_reduced, _BACKENDS))
 
 
 @contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Matrix products of float32 are in float32 while this lasts, and those of 16 bits on CUDA are added up in float32.
+    """Context in which float32 matrix products are computed in float32, and 16-bit ones on CUDA accumulate in float32.
 
-    The latter also where a product is split. Seen in torch 2.10, 2.13.
+    The latter includes the partial sums of split products. Seen in torch 2.10, 2.13.
     """
     _SETTINGS.enter()
     try:
@@ -38,17 +38,17 @@ _REDUCED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_p
 
 
 def _is_reduced(backend: Any) -> bool:
-    """Whether float32 products of a backend are made in another precision; "none" means: as the next setting says."""
+    """Whether a backend computes float32 products in another precision; "none" defers to the next setting."""
     chain = (backend.matmul, backend, torch.backends)
     found = (getattr(setting, "fp32_precision", "none") for setting in chain)
     return next((precision for precision in found if precision != "none"), "none") not in ("none", "ieee")
 
 
 class _Settings:
-    """Settings of the process that calls want changed; the last of them to leave restores what was before.
+    """Settings of the process that the first call to enter changes, and the last call to leave restores.
 
     Args:
-        changes: owner, name and wanted value of each setting that is another now.
+        changes: returns owner, name and wanted value of each setting that has another value.
     """
 
     def __init__(self, changes: Callable[[], list[tuple[Any, str, Any]]]) -> None:

@@ -1,4 +1,4 @@
-"""Calls whose vocabulary is sharded over processes, for `loss_core check --tp`: gloo on the CPU, one process a rank."""
+"""Calls with a sharded vocabulary for `loss_core check --tp`: gloo on the CPU, one process for each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rank_setup(ranks: int) -> RankSetup:
 
 
 def join_ranks(rank: int, ranks: int, folder: Path) -> None:
-    """Meet the other ranks in a process group."""
+    """Initialise the process group of the ranks."""
     # The ranks share the cores.
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=rank, world_size=ranks)

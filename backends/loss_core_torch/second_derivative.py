@@ -1,4 +1,4 @@
-"""Gradients that are not differentiable again: an error that says what to use, where one is asked to be."""
+"""An error for second derivatives of kernels that have none, naming the flag to use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECOND_DERIVATIVE = (
 
 
 class _RefuseSecondDerivative(Function):
-    """Identity whose backward is an error: put behind gradients that are not differentiable."""
+    """Identity whose backward raises, applied to gradients that are not differentiable."""
 
     @staticmethod
     def forward(grad: Tensor, *sources: Tensor | None) -> Tensor:
@@ -31,12 +31,12 @@ class _RefuseSecondDerivative(Function):
 
 
 def once_differentiable(grad: Tensor | None, *sources: Tensor | None) -> Tensor | None:
-    """The gradient, made to refuse a second derivative where create_graph=True asks for one.
+    """The gradient, whose own backward raises (create_graph=True).
 
     Args:
         sources: tensors of which the gradient is a function.
     """
-    # In a traced backward the operators themselves refuse.
+    # In a traced backward the custom operators raise.
     if grad is None or torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled():
         return grad
     return _RefuseSecondDerivative.apply(grad, *sources)

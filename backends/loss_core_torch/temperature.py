@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from loss_core_torch import inputs
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
-# Below it the differences of logits times 1 / temperature would reach infinity: it gives the limit already.
-_COLDEST = 2.0**-63
+# Below it, differences of logits times 1 / temperature would overflow; at it, the result is the limit already.
+_MIN_TEMPERATURE = 2.0**-63
 
 
 def inverse_temperature(value: Any, default: float, labels_T: Tensor, shape: torch.Size, dtype: torch.dtype) -> Any:
@@ -23,8 +23,8 @@ def inverse_temperature(value: Any, default: float, labels_T: Tensor, shape: tor
     Args:
         value: a number, or a floating tensor of one number or of the shape of labels; None for the default.
     Raises:
-        ValueError: another shape, a tensor that requires a gradient; a temperature that is not > 0, where it may be
-            read (elsewhere the token is NaN).
+        ValueError: another shape, a tensor that requires a gradient; a temperature that is not > 0, where it is
+            readable (elsewhere the token is NaN).
         TypeError: neither a number nor a floating tensor.
     """
     value = default if value is None else value
@@ -35,7 +35,7 @@ def inverse_temperature(value: Any, default: float, labels_T: Tensor, shape: tor
             raise ValueError(f"temperature must be > 0, got {value}.")
         if value == 1:
             return None
-        return torch.full_like(labels_T, 1.0 / max(float(value), _COLDEST), dtype=dtype)
+        return torch.full_like(labels_T, 1.0 / max(float(value), _MIN_TEMPERATURE), dtype=dtype)
     value = inputs.tensor("temperature", value)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError("temperature requires a gradient, and it has none here: pass temperature.detach().")
@@ -47,6 +47,6 @@ def inverse_temperature(value: Any, default: float, labels_T: Tensor, shape: tor
             "or be one number."
         )
     value_T = value.to(device=labels_T.device, dtype=dtype).broadcast_to(shape).reshape(-1)
-    if may_read(value_T) and not bool((value_T > 0).all()):
+    if is_readable(value_T) and not bool((value_T > 0).all()):
         raise ValueError(f"temperature must be > 0, got {float(value_T[~(value_T > 0)][0]):g}.")
-    return value_T.clamp(min=_COLDEST).reciprocal().masked_fill(~(value_T > 0), torch.nan)
+    return value_T.clamp(min=_MIN_TEMPERATURE).reciprocal().masked_fill(~(value_T > 0), torch.nan)

@@ -1,4 +1,4 @@
-"""What is accepted of a teacher of which K log-probabilities per token are known. Nothing here changes an input."""
+"""Checks of a teacher's K classes and log-probabilities per token. Nothing here changes an input."""
 
 # T = tokens (all leading dimensions of labels, flattened), K = classes of the teacher, V = vocabulary
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from loss_core_torch import inputs
 from loss_core_torch.inputs import Teacher, Tokens
-from loss_core_torch.tracing import compute_dtype, may_read
+from loss_core_torch.tracing import compute_dtype, is_readable
 
 # A log-probability is z - lse, each rounded: for logits up to 2^10 in float32 it is off by 2^-24 * 2^11.
-_OFF = 2.0**-13
+_SUM_TOLERANCE = 2.0**-13
 
 
 def checked(indices: Any, logprobs: Any, of: str, lead: torch.Size, device: torch.device) -> Teacher:
-    """Indices and log-probabilities as [T, K] on the device.
+    """Indices and log-probabilities as [T, K] on the device, after checks of shapes and dtypes.
 
     Args:
         of: name of the tensor whose leading shape is `lead`.
@@ -47,14 +47,14 @@ def checked(indices: Any, logprobs: Any, of: str, lead: torch.Size, device: torc
 
 
 def in_order(tokens: Tokens, vocab: int) -> Tokens:
-    """The tokens with a teacher whose classes ascend, once what can't be a distribution is refused, or marked wrong.
+    """The tokens with a teacher whose classes ascend, after checking that it is a distribution.
 
     Args:
         vocab: number of classes, of all ranks.
     Raises:
-        ValueError: more classes than there are; where values may be read, of a token that counts: an index that is no
-            class, or stands twice; a log-probability that is NaN or above 0, or a sum of probabilities above 1 by more
-            than rounding. Elsewhere the token is NaN.
+        ValueError: K > vocab; or, where values are readable, in a valid token: an index that is no class, or is
+            repeated; a log-probability that is NaN or above 0; probabilities whose sum is above 1 by more than
+            rounding. Elsewhere such a token is marked in nan_T.
     """
     teacher, keep_T = tokens.teacher, tokens.keep_T
     assert teacher is not None
@@ -63,29 +63,29 @@ def in_order(tokens: Tokens, vocab: int) -> Tokens:
     if count > vocab:
         raise ValueError(f"teacher_indices has {count} classes per token, but there are {vocab}; K must be in [1, V].")
     if keep_T is not None:
-        # What an ignored token holds reaches nothing; its classes are any that differ.
+        # The teacher of an ignored token is not used; its classes need only be distinct.
         index_TK = torch.where(keep_T[:, None], index_TK, torch.ones_like(index_TK).cumsum(-1) - 1)
         log_p_TK = log_p_TK.masked_fill(~keep_T[:, None], 0.0)
     index_TK, order_TK = index_TK.sort(-1)
     log_p_TK = log_p_TK.gather(1, order_TK)
     bad_T = torch.zeros_like(index_TK[:, 0], dtype=torch.bool)
-    for what, wrong_TK in _faults(index_TK, log_p_TK.detach(), vocab):
-        wrong_TK = wrong_TK if keep_T is None else wrong_TK & keep_T[:, None]
-        if may_read(wrong_TK) and bool(wrong_TK.any()):
-            raise ValueError(_message(what, wrong_TK, Teacher(index_TK, log_p_TK), order_TK, tokens.shape, vocab))
-        bad_T = bad_T | wrong_TK.any(-1)
-    if not may_read(bad_T):
-        tokens = inputs.with_wrong(tokens, bad_T)
+    for what, bad_TK in _faults(index_TK, log_p_TK.detach(), vocab):
+        bad_TK = bad_TK if keep_T is None else bad_TK & keep_T[:, None]
+        if is_readable(bad_TK) and bool(bad_TK.any()):
+            raise ValueError(_message(what, bad_TK, Teacher(index_TK, log_p_TK), order_TK, tokens.shape, vocab))
+        bad_T = bad_T | bad_TK.any(-1)
+    if not is_readable(bad_T):
+        tokens = inputs.mark_nan(tokens, bad_T)
     return tokens._replace(teacher=Teacher(index_TK, log_p_TK))
 
 
 def _faults(index_TK: Tensor, log_p_TK: Tensor, vocab: int) -> list[tuple[str, Tensor]]:
-    """What may be wrong, and [T, K] bool where it is."""
-    given, wide_TK = log_p_TK.dtype, log_p_TK.to(compute_dtype(log_p_TK.dtype))
+    """Name of each fault, and [T, K] bool where it occurs."""
+    wide_TK = log_p_TK.to(compute_dtype(log_p_TK.dtype))
     p_TK, first_T1 = wide_TK.exp(), torch.zeros_like(index_TK[:, :1], dtype=torch.bool)
-    # Each was rounded to its dtype as well.
+    # Each log-probability was rounded to the caller's dtype as well.
     size_TK = p_TK * wide_TK.abs().masked_fill(p_TK == 0, 0.0)
-    most_T1 = 1.0 + _OFF + torch.finfo(given).eps * size_TK.sum(-1, keepdim=True)
+    most_T1 = 1.0 + _SUM_TOLERANCE + torch.finfo(log_p_TK.dtype).eps * size_TK.sum(-1, keepdim=True)
     return [
         ("outside", (index_TK < 0) | (index_TK >= vocab)),
         ("twice", torch.cat((first_T1, index_TK[:, 1:] == index_TK[:, :-1]), 1)),
@@ -94,9 +94,9 @@ def _faults(index_TK: Tensor, log_p_TK: Tensor, vocab: int) -> list[tuple[str, T
     ]
 
 
-def _message(what: str, wrong_TK: Tensor, teacher: Teacher, order_TK: Tensor, shape: torch.Size, vocab: int) -> str:
-    """What is wrong at the first place where something is."""
-    row, column = (int(i) for i in wrong_TK.nonzero()[0])
+def _message(what: str, bad_TK: Tensor, teacher: Teacher, order_TK: Tensor, shape: torch.Size, vocab: int) -> str:
+    """The error message for the first position of a fault."""
+    row, column = (int(i) for i in bad_TK.nonzero()[0])
     lead = [int(i) for i in torch.unravel_index(torch.tensor(row), shape)] if shape else []
     at = [*lead, int(order_TK[row, column])]
     index, log_p = int(teacher.index_TK[row, column]), float(teacher.log_p_TK[row, column].detach())

@@ -1,7 +1,7 @@
-"""What may be asked of a tensor: its values, or only its shape; and the dtype of the arithmetic for it.
+"""Whether a call is traced, transformed or differentiated, whether values are readable; the dtype of the arithmetic.
 
-That a call is being compiled is asked of `torch.compiler.is_dynamo_compiling`, here and everywhere: `is_compiling` is
-true in every thread while one compiles.
+Use `torch.compiler.is_dynamo_compiling` here and everywhere to detect compilation: `is_compiling` is true in every
+thread while one compiles.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def is_traced(*tensors: Tensor) -> bool:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a call is traced, or differentiated or batched by torch.func: what it makes is no memory to hand on."""
+    """Whether a call is traced, or differentiated or batched by torch.func: its results then alias no real memory."""
     return is_traced(*tensors) or compat.in_functorch_transform()
 
 
-def may_read(x: Tensor) -> bool:
-    """Whether the program may depend on values: on a CPU, outside of traces and torch.func transforms.
+def is_readable(x: Tensor) -> bool:
+    """Whether the host may read the values of x: on a CPU, outside of traces and torch.func transforms.
 
-    On an accelerator, reading a value would be a host synchronisation. A tensor that one process holds for many ranks
-    (LocalTensorMode) has no one value.
+    On an accelerator, reading a value would be a host synchronisation. A LocalTensor stands for the tensors of many
+    ranks, whose values differ.
     """
     if x.device.type != "cpu" or is_transformed(x):
         return False
@@ -47,13 +47,13 @@ def may_read(x: Tensor) -> bool:
 
 
 def is_differentiated(x: Tensor) -> bool:
-    """Whether a gradient by x may be asked for."""
+    """Whether a gradient with respect to x may be needed."""
     # Under Dynamo, a torch.func transform does not show in requires_grad.
     return torch.is_grad_enabled() and (x.requires_grad or compat.in_functorch_transform())
 
 
-def ordinary(x: Tensor) -> Tensor:
-    """x, or where x was made under torch.inference_mode a tensor on the same memory that autograd can save."""
+def as_normal_tensor(x: Tensor) -> Tensor:
+    """x, or for an inference tensor outside of inference mode an alias of it that autograd can save."""
     if torch.compiler.is_dynamo_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
         return x
     alias = torch.empty(0, dtype=x.dtype, device=x.device)
@@ -61,7 +61,7 @@ def ordinary(x: Tensor) -> Tensor:
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Kernels choose their own dtypes; autocast must not change them from outside."""
+    """Context without autocast on the device of `like`: kernels choose the dtypes of their operations themselves."""
     if like.is_meta or not torch.is_autocast_enabled(like.device.type):
         return nullcontext()
     return torch.autocast(like.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""`torch:auto`: by the table until something was measured here, then by what `bench --tune` kept, call by call."""
+"""`torch:auto`: by its rules, or for each call by a measurement that `bench --tune` has stored."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ COMPILE = flag_status("torch:compile")
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """A cache of choices of its own; returns a function that adds one."""
+    """A temporary cache of measured choices; returns a function that adds one."""
     monkeypatch.setenv("LOSS_CORE_CACHE", str(tmp_path))
     auto.chosen.cache_clear()
     here = {"backend": "torch", "device": "cpu", "version": str(torch.__version__), "threads": torch.get_num_threads()}
@@ -50,11 +50,11 @@ def test_small_calls_are_plain_and_others_eager(tuned, config):
     assert _ran(loss, config, lead=(4,), vocab=8, hidden=4, dtype=torch.bfloat16) == small
 
 
-def test_the_limit_is_that_of_the_table():
+def test_the_size_limit_is_that_of_the_table():
     small = next(rule.max_logits for rule in auto.RULES if rule.kernel == "plain")
     assert auto.by_rule("cpu", ("plain", "eager"), small).flag == "torch:plain"
     assert auto.by_rule("cpu", ("plain", "eager"), small + 1).flag == "torch:eager"
-    # Nothing is known of the call yet.
+    # Before the first call.
     assert auto.by_rule("cpu", ("plain", "eager")).flag == "torch:eager"
 
 
@@ -76,8 +76,8 @@ def test_a_rule_decides_and_says_why(device, candidates, expected, why):
 
 
 def _measured():
-    """(rule, seconds of each flag) for each loss of the results that a rule names, as far as they are there."""
-    # What torch:plain does was a baseline before it was a flag.
+    """(rule, seconds of each flag) for each loss of the results that a rule names, where these exist."""
+    # torch:plain was a baseline before it was a flag.
     flag_of = {"plain-torch": "torch:plain"}
     for rule in auto.RULES:
         for name in rule.results:
@@ -95,7 +95,7 @@ def _measured():
 
 @pytest.mark.parametrize(("rule", "seconds"), list(_measured()))
 def test_a_rule_takes_what_the_results_that_it_names_show_to_be_fastest(rule, seconds):
-    # None that compiles at its first call is a default.
+    # No kernel that compiles at its first call is a default.
     best = min(set(seconds) - COMPILED_AT_FIRST_CALL, key=seconds.__getitem__)
     assert best == f"torch:{rule.kernel}"
 
@@ -104,7 +104,7 @@ def test_every_result_that_a_rule_names_is_there():
     assert [name for rule in auto.RULES for name in rule.results if not (RESULTS / f"{name}.json").exists()] == []
 
 
-# --- what was measured here
+# --- measured choices
 
 
 def test_a_named_flag_is_never_changed(tuned):
@@ -122,13 +122,13 @@ def test_each_call_has_its_own_choice(tuned):
     calls = [(4, torch.float32), (64, torch.float32), (4, torch.float64), (4, torch.float32)]
     seen = [_ran(loss, config, lead=(rows,), vocab=8, dtype=dtype) for rows, dtype in calls]
     assert seen == ["torch:eager", "torch:plain", "torch:plain", "torch:eager"]
-    # Sizes that agree when rounded to a power of two are one.
+    # Sizes are rounded to powers of two.
     choice = loss.kernel_for(CPU, torch.float32, (5, 9))
     assert choice.flag == "torch:eager"
     assert "--tune" in choice.reason
 
 
-def test_what_was_measured_with_other_threads_is_not_taken(tuned):
+def test_a_measurement_with_other_threads_is_not_used(tuned):
     tuned(loss="MaskedCrossEntropy", shape=(4, 8), flag="torch:eager")
     loss, threads = MaskedCrossEntropyConfig().build(backend="torch"), torch.get_num_threads()
     assert loss.kernel_for(CPU, torch.float32, (4, 8)).flag == "torch:eager"
@@ -140,18 +140,18 @@ def test_what_was_measured_with_other_threads_is_not_taken(tuned):
 
 
 @pytest.mark.skipif(not COMPILE.usable, reason=COMPILE.reason)
-def test_a_kernel_that_compiles_is_taken_where_it_was_measured_and_nowhere_else(tuned):
+def test_a_compiling_kernel_is_chosen_only_where_it_was_measured(tuned):
     tuned(loss="MaskedCrossEntropy", shape=(64, 8192), flag="torch:compile")
     loss = MaskedCrossEntropyConfig().build(backend="torch")
     assert "compile" in loss.kernel_choice.candidates
     assert loss.kernel_for(CPU, torch.float32, (64, 8192)).flag == "torch:compile"
     assert loss.kernel_for(CPU, torch.bfloat16, (64, 8192)).flag == "torch:eager"
     assert loss.kernel_for(CPU, torch.float32, (640, 8192)).flag == "torch:eager"
-    # The fused loss has no such kernel, whatever was kept.
+    # The fused loss has no such kernel, whatever is stored.
     assert "compile" not in FusedLinearCEConfig().build(backend="torch").kernel_choice.candidates
 
 
-def test_the_other_losses_are_asked_for_their_shapes(tuned):
+def test_each_loss_is_looked_up_by_its_own_shape(tuned):
     tuned(loss="FusedLinearCrossEntropy", shape=(4, 8, 16), flag="torch:eager")
     tuned(loss="KDLoss", shape=(4, 8), flag="torch:eager")
     for config in (FusedLinearCEConfig(), KDLossConfig()):
@@ -162,7 +162,7 @@ def test_the_other_losses_are_asked_for_their_shapes(tuned):
             assert _ran(loss, config, lead=(4,), vocab=8, hidden=64) == "torch:plain"
 
 
-def test_a_kernel_that_can_not_be_used_here_is_not_taken(tuned):
+def test_an_unusable_kernel_is_not_chosen(tuned):
     tuned(loss="FusedLinearCrossEntropy", shape=(4, 8, 16), flag="torch:te")
     config = FusedLinearCEConfig()
     assert _ran(config.build(backend="torch"), config, lead=(4,), vocab=8, hidden=16) == "torch:plain"
@@ -179,7 +179,7 @@ def test_bad_input_gets_the_usual_error(tuned):
         loss(torch.tensor(1.0), torch.arange(1))
 
 
-def test_inside_a_graph_the_choice_stands(tuned):
+def test_a_graph_uses_the_default_choice(tuned):
     loss = MaskedCrossEntropyConfig().build(backend="torch")
     logits, labels = torch.randn(4, 8), torch.arange(4)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
@@ -187,7 +187,7 @@ def test_inside_a_graph_the_choice_stands(tuned):
     torch._dynamo.reset()
 
 
-def test_it_says_what_it_chose_and_why():
+def test_the_choice_and_its_reason_are_reported():
     choice = KDLossConfig().build().kernel_choice
     assert choice.flag == "torch:eager"
     assert "examples/benchmarks" in choice.reason

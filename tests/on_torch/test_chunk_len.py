@@ -25,7 +25,7 @@ def _largest(call):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @cells([ChunkedCEConfig(CHUNK, reduction=reduction) for reduction in REDUCTIONS], BLOCKWISE)
-def test_no_more_than_so_many_rows_of_logits_exist(flag, config, dtype):
+def test_at_most_chunk_len_rows_of_logits_are_allocated(flag, config, dtype):
     loss, arguments = config.build(backend=flag), inputs(config, **SIZES, dtype=dtype, ignored=0)
     assert 0 < _largest(lambda: run(loss, arguments)) <= CHUNK * V
     with torch.no_grad():
@@ -33,8 +33,8 @@ def test_no_more_than_so_many_rows_of_logits_exist(flag, config, dtype):
 
 
 @cells([FusedLinearCEConfig(reduction=reduction) for reduction in REDUCTIONS], BLOCKWISE)
-def test_without_it_all_of_these_logits_exist(flag, config):
-    # Else the test above would hold whatever chunk_len is.
+def test_without_chunk_len_all_logits_are_allocated(flag, config):
+    # Otherwise the test above would pass for any chunk_len.
     loss, arguments = config.build(backend=flag), inputs(config, **SIZES, ignored=0)
     assert _largest(lambda: run(loss, arguments)) >= T * V
 
@@ -50,7 +50,7 @@ def test_any_chunk_len_gives_the_same(flag, config, chunk_len, ignored):
     assert_same(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_other_arguments_of_the_fused_loss_are_taken():
+def test_other_arguments_of_the_fused_loss_are_accepted():
     arguments = inputs(ChunkedCEConfig(), **SIZES, dtype=torch.float64)
     arguments |= {"lm_bias": torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_()}
     arguments |= {"loss_weights": torch.linspace(0, 2, T, dtype=torch.float64).requires_grad_()}
@@ -79,13 +79,13 @@ def test_a_flag_without_blocks_of_tokens_is_refused(flag, compile):
 
 @pytest.mark.parametrize("compile", [True, False])
 @cells([ChunkedCEConfig()], ["torch", *BLOCKWISE])
-def test_no_kernel_here_is_made_by_torch_compile(flag, config, compile):
+def test_no_kernel_is_compiled_by_torch_compile(flag, config, compile):
     loss = ChunkedCEConfig(compile=compile).build(backend=flag)
     assert loss.compile is compile
     assert run(loss, inputs(config))["loss"] > 0
 
 
-def test_auto_takes_no_flag_that_is_refused():
+def test_auto_chooses_no_flag_that_is_refused():
     loss = ChunkedCEConfig().build()
     assert not {"plain", "compile", "te"} & set(loss.kernel_choice.candidates)
     # Where FusedLinearCrossEntropy would be torch:plain's.
@@ -94,7 +94,7 @@ def test_auto_takes_no_flag_that_is_refused():
     assert FusedLinearCEConfig().build().kernel_for(cpu, torch.float32, small).flag == "torch:plain"
 
 
-def test_kernels_without_blocks_that_are_given_to_the_module_are_refused_by_the_call():
+def test_custom_kernels_without_blocks_are_refused_by_the_call():
     loss = ChunkedCEConfig(CHUNK).build().with_kernels(plain.KERNELS)
     with pytest.raises(BackendUnavailable, match="logits of all tokens, got chunk_len=8: use 'torch:eager' or"):
         loss(**inputs(ChunkedCEConfig()))

@@ -134,8 +134,8 @@ def test_the_gradient_of_loss_weights_is_the_loss_of_each_token(flag, config):
 
 
 @cells(WEIGHTED, FLAGS)
-def test_the_gradient_of_loss_weights_is_no_constant(flag, config):
-    # It depends on every other input: differentiated again it must say so.
+def test_the_gradient_of_loss_weights_is_differentiable_or_refused(flag, config):
+    # It depends on every other input: a second derivative must be right or raise.
     arguments = inputs(config)
     weights = torch.rand(2, 3, requires_grad=True)
     loss = built(config, flag)(**arguments, **weights_of(config, weights))
@@ -200,7 +200,7 @@ def test_masks_of_any_dtype_broadcast(flag, mask):
 
 
 @every_loss
-def test_nan_where_ignored_touches_nothing(flag, config):
+def test_nan_in_ignored_tokens_has_no_effect(flag, config):
     arguments = inputs(config)
     ignored = arguments["labels"] == config.ignore_index
     clean = run(built(config, flag), arguments)
@@ -223,7 +223,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
                for k, x in arguments.items()}  # fmt: skip
 
     def forward(**arguments):
-        # The backward runs outside, as PyTorch asks.
+        # The backward runs outside of autocast, as PyTorch recommends.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return loss_fn(**arguments)
 
@@ -234,7 +234,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(flag, config):
 
 
 @cells([config for config in configs() if not over_hidden_states(config)], FLAGS)
-def test_autocast_leaves_losses_over_logits_alone(flag, config):
+def test_autocast_does_not_affect_losses_over_logits(flag, config):
     arguments, loss_fn = inputs(config), built(config, flag)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = run(loss_fn, arguments)
@@ -252,7 +252,7 @@ def test_torch_compile_fullgraph(flag, config):
 
 
 @cells([config for config in configs() if takes(config, "label")], FLAGS)
-def test_labels_that_are_no_class_are_nan_where_they_can_not_be_read(flag, config):
+def test_invalid_labels_give_nan_where_they_are_not_readable(flag, config):
     arguments = inputs(config, (3,), ignored=0)
     labels, floats = torch.tensor([1, V, 2]), {name: x.detach() for name, x in leaves(arguments).items()}
 
@@ -262,7 +262,7 @@ def test_labels_that_are_no_class_are_nan_where_they_can_not_be_read(flag, confi
 
     loss, *grads = make_fx(step)(labels, *floats.values())(labels, *floats.values())
     assert loss.isnan().tolist() == ([False, True, False] if reduction_of(config) == "none" else True)
-    # torch:plain keeps what is NaN away from the weight, and so from both gradients.
+    # torch:plain keeps NaN out of the weight, and so out of both gradients.
     if flag != "torch:plain" or not takes(config, "lm_weight"):
         assert grads[0].isnan().any(-1).tolist() == [False, True, False]
 

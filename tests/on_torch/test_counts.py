@@ -1,4 +1,4 @@
-"""Counts of tokens that are none: an error that names the value, whether it comes as a number or as a tensor."""
+"""Invalid token counts: an error that names the value, for a number and for a tensor."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_negative_and_nan(flag, config, count, requires_grad):
 
 @pytest.mark.parametrize("count", [float("inf"), torch.tensor(torch.inf)], ids=["number", "tensor"])
 @cells(COUNTED, interpreted=False)
-def test_an_infinite_count_is_one_answer(flag, config, count):
-    # A number and a tensor: the same loss, or the same error.
+def test_an_infinite_count_is_treated_alike_as_number_and_tensor(flag, config, count):
+    # The same loss, or the same error.
     outcomes = []
     for given in (count, torch.tensor(torch.inf), float("inf")):
         try:
@@ -46,7 +46,7 @@ def test_an_infinite_count_is_one_answer(flag, config, count):
 @pytest.mark.slow
 @cells(COUNTED, flags=["torch", "torch:plain", "torch:eager"])
 def test_under_a_trace_the_loss_is_nan(flag, config):
-    # There it can't be read: never a silent finite number.
+    # There it is not readable: never a silent finite loss.
     compiled = torch.compile(config.build(backend=flag), backend="aot_eager", fullgraph=True)
     for count in (torch.tensor(-3), torch.tensor(torch.nan)):
         assert compiled(**inputs(config), **count_of(config, count)).isnan()

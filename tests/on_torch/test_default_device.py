@@ -1,4 +1,4 @@
-"""A default device of the caller's changes nothing for tensors that are on another one."""
+"""The caller's default device has no effect on tensors that are on another one."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Divergences of a distillation: which one a config means, its limits, what -inf does, weights of tokens."""
+"""Divergences of a distillation: the one of each config, limits, logits of -inf, weights of tokens."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_equal_distributions_have_none(flag, config):
 
 @cells([REVERSE, JSD])
 def test_a_teacher_that_rules_out_what_the_student_does_not(flag, config):
-    """It costs the student infinitely under reverse KL, and a finite amount against a mixture."""
+    """Reverse KL is infinite then, a divergence against the mixture finite."""
     arguments = inputs(config, ignored=0)
     arguments["teacher_logits"].data[..., 3:6] = -torch.inf
     got = run(config.build(backend=flag), arguments, 1.0)

@@ -1,4 +1,4 @@
-"""Shapes without values, traces and batches of calls: they work, or the error names torch:plain, which can do all.
+"""Fake tensors, traces and batches of calls: they work, or the error names torch:plain, which supports all of them.
 
 Memory estimates and launchers of large jobs run on fake tensors; exporters trace with make_fx; per-sample gradients and
 ensembles take vmap.
@@ -13,7 +13,7 @@ from helpers.torch_calls import DTYPES, built, cells, configs, inputs, leaves, r
 
 
 def assert_like(got, expected):
-    """Shapes and dtypes; there are no values."""
+    """Compare shapes and dtypes; there are no values."""
     found = {name: (tuple(x.shape), x.dtype) for name, x in got.items()}
     assert found == {name: (tuple(x.shape), x.dtype) for name, x in expected.items()}
 
@@ -46,7 +46,7 @@ def test_fake_tensors(flag, config, dtype):
 
 @pytest.mark.parametrize("dry_run", [fake_outside_of_its_mode, meta], ids=lambda dry_run: dry_run.__name__)
 @cells(configs(), interpreted=False)
-def test_tensors_without_values_and_without_a_mode(flag, config, dry_run):
+def test_meta_tensors_and_fake_tensors_outside_of_their_mode(flag, config, dry_run):
     dry_run_is_right_or_names_plain(dry_run, flag, config)
 
 
@@ -93,7 +93,7 @@ def test_vmap(flag, config):
 
 @cells(configs(), interpreted=False)
 def test_vmap_over_one_argument(flag, config):
-    # Such as logits of an ensemble beside one set of labels.
+    # Such as the logits of an ensemble with the same labels.
     loss = built(config, flag)
     ones, many = stacked(config)
     for name in leaves(inputs(config)):

@@ -1,4 +1,4 @@
-"""No vocabulary (V = 0) or no hidden dimension (H = 0): one error that says so, whatever the call is for."""
+"""No vocabulary (V = 0) or no hidden dimension (H = 0): the same error in training and evaluation, for all labels."""
 
 import re
 
@@ -23,7 +23,7 @@ def every_call(of):
 
 
 def refusal(flag, config, ignored, requires_grad, **sizes):
-    """What the loss says to inputs of these sizes."""
+    """The error message of the loss for inputs of these sizes."""
     with pytest.raises(ValueError, match="must not be empty") as caught:
         built(config, flag)(**inputs(config, (4,), ignored=ignored, requires_grad=requires_grad, **sizes))
     return str(caught.value)

@@ -1,4 +1,4 @@
-"""Classes that are masked by `finfo.min` in place of -inf: a very large loss, and no infinity or NaN."""
+"""Classes that are masked by `finfo.min` instead of -inf: a very large loss, and no infinity or NaN."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers.torch_calls import DTYPES, built, cells, configs, inputs, run, takes
 
 DISTILLATIONS = [config for config in configs() if takes(config, "teacher_logits")]
-# One loss of 3e38 leaves no room for a sum.
+# A sum with a loss of 3e38 overflows.
 OVER_LOGITS = [config for config in configs() if takes(config, "logits")]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -19,7 +19,7 @@ def masked(x, columns, value):
 
 
 def plain_distillation(student, teacher, keep):
-    """Mean of KL(teacher || student) in float32 (float64 for float64), as everybody writes it."""
+    """Mean of KL(teacher || student) in float32 (float64 for float64), by its formula."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     log_s, log_t = (F.log_softmax(x.to(dtype), -1) for x in (student, teacher))
     return F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)[keep].mean()
@@ -49,8 +49,8 @@ def test_a_student_masked_where_the_teacher_has_probability(flag, config, column
 
 @every_dtype
 @cells(DISTILLATIONS)
-def test_both_masked_alike(flag, config, dtype):
-    # A mask on both leaves nothing of these classes: as if they were not there.
+def test_student_and_teacher_with_the_same_mask(flag, config, dtype):
+    # With a mask on both, the result is that without these classes.
     arguments = inputs(config, dtype=dtype)
     low = torch.finfo(dtype).min
     both = {name: masked(arguments[name], [2, 7], low) for name in ("student_logits", "teacher_logits")}
@@ -67,7 +67,7 @@ def test_both_masked_alike(flag, config, dtype):
 
 @every_dtype
 @cells(DISTILLATIONS)
-def test_a_teacher_masked_alone(flag, config, dtype):
+def test_only_the_teacher_masked(flag, config, dtype):
     arguments = inputs(config, dtype=dtype)
     low, gone = (
         {"teacher_logits": masked(arguments["teacher_logits"], [2, 7], x)} for x in (torch.finfo(dtype).min, -torch.inf)

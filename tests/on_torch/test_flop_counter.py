@@ -1,4 +1,4 @@
-"""PyTorch's FlopCounterMode sees every product of a fused loss, whichever library multiplies."""
+"""PyTorch's FlopCounterMode counts every product of a fused loss, whichever library computes it."""
 
 import pytest
 import torch
@@ -22,11 +22,11 @@ def arguments_of(config, dtype=torch.float32):
 
 
 def computed_again(config):
-    """Whether the logits may be: where the upstream gradient is not one number."""
+    """Whether the backward may recompute the logits: where the upstream gradient is not a scalar."""
     return reduction_of(config) == "none"
 
 
-# Larger ones, too: which library multiplies may depend on the size.
+# Larger sizes, too: the library may depend on the size.
 @pytest.mark.parametrize("scale", [1, 8], ids=["small", "large"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"]

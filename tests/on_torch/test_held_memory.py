@@ -1,4 +1,4 @@
-"""What waits for the backward is saved through `ctx.save_for_backward`, where checkpointing and offload reach it.
+"""Tensors for the backward are saved with `ctx.save_for_backward`, where checkpointing and offload reach them.
 
 A tensor that hangs on a graph in another way stays in memory whatever the saved-tensor hooks do with the rest: head and
 loss in checkpointed chunks then hold the gradients of all chunks at once.
@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from helpers.torch_calls import assert_same, built, cells, configs, inputs, leaves, run
 
 LEAD, VOCAB, HIDDEN = (2, 4), 512, 64
-# Values per token (labels, row terms, losses) may stay: far less than one row of logits or hidden states for each.
+# Values per token (labels, row terms, losses) may stay: far less than a row of logits or hidden states per token.
 PER_TOKEN = 512
 every_reentrance = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 
 
 class MadeStorages(TorchDispatchMode):
-    """Sums the memory that operations have made and that is still there."""
+    """Sums the memory that operations have allocated and not freed."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class MadeStorages(TorchDispatchMode):
         return result
 
     def held(self, at_most):
-        """Bytes that are there; what only waits for the garbage collector does not count."""
+        """Allocated bytes without those of unreachable objects."""
         if (held := self._held()) > at_most:
             gc.collect()
             held = self._held()
@@ -49,7 +49,7 @@ class MadeStorages(TorchDispatchMode):
 
 
 def offloading():
-    """Hooks that keep every saved tensor outside of torch, as an offload to a disk would."""
+    """Hooks that store every saved tensor outside of torch, like an offload to disk."""
     return torch.autograd.graph.saved_tensors_hooks(
         lambda x: (x.detach().double().numpy().copy(), x.dtype),
         lambda packed: torch.from_numpy(packed[0]).to(packed[1]),
@@ -61,7 +61,7 @@ def arguments_of(config, **options):
 
 
 @cells(configs())
-def test_all_that_is_held_passes_through_the_hooks(flag, config):
+def test_all_memory_kept_for_the_backward_passes_through_the_hooks(flag, config):
     loss = built(config, flag)
     arguments = arguments_of(config)
     expected = run(loss, arguments)

@@ -1,4 +1,4 @@
-"""Tensors made under `torch.inference_mode()`, which autograd can't save: all that needs no gradient may be one.
+"""Inference tensors, which autograd can't save: every argument without a gradient may be one.
 
 A teacher runs in inference mode; so do data loaders of evaluation loops, and frozen heads come from there.
 """
@@ -11,7 +11,7 @@ from loss_core import BackendUnavailable
 
 
 def all_arguments(config):
-    """The arguments of a loss, with every optional tensor that it takes."""
+    """The arguments of a loss, with all of its optional tensors."""
     arguments = inputs(config)
     shape = arguments["labels"].shape
     arguments |= count_of(config, torch.tensor(3))
@@ -23,13 +23,13 @@ def all_arguments(config):
 
 
 def as_inference_tensors(arguments, names):
-    """The arguments, those named made anew in inference mode."""
+    """The arguments, the named ones as inference tensors."""
     with torch.inference_mode():
         return {name: x.detach().clone() if name in names else x for name, x in arguments.items()}
 
 
 def frozen(arguments, names):
-    """The arguments, those named without a gradient."""
+    """The arguments, the named ones without a gradient."""
     return {name: x.detach() if name in names else x for name, x in arguments.items()}
 
 
@@ -57,13 +57,13 @@ def test_each_argument_alone(flag, config):
 
 
 @cells(configs(), interpreted=False)
-def test_ordinary_calls(flag, config):
-    # No optional argument and nothing ignored: fast paths are taken then.
+def test_calls_without_optional_arguments(flag, config):
+    # No optional argument and no ignored token: fast paths run.
     assert_one_can_be_trained(built(config, flag), inputs(config, ignored=0))
 
 
 @cells(configs(), interpreted=False)
-def test_the_whole_call(flag, config):
+def test_all_arguments(flag, config):
     arguments = all_arguments(config)
     loss = built(config, flag)
     expected = loss(**frozen(arguments, arguments))
@@ -92,7 +92,7 @@ def test_with_inplace_grad(flag, config):
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-# The bridge takes losses of one result.
+# The bridge supports only losses with one result.
 @pytest.mark.parametrize("config", [config for config in configs() if not hasattr(config, "entropy")], ids=name_of)
 def test_over_the_bridge(config, backend):
     pytest.importorskip("jax")

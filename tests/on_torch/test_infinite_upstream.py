@@ -13,7 +13,7 @@ every_upstream = pytest.mark.parametrize("upstream", UPSTREAMS.values(), ids=UPS
 
 
 def with_weights(config, arguments):
-    """The arguments, with loss_weights that require a gradient where the loss takes them."""
+    """The arguments, with loss_weights that require a gradient where the loss has them."""
     return arguments | weights_of(config, torch.rand(arguments["labels"].shape).requires_grad_())
 
 
@@ -39,7 +39,7 @@ def assert_zero(gradients):
 def test_rows_of_ignored_tokens_stay_0(flag, config, upstream):
     arguments = with_weights(config, inputs(config))
     value = built(config, flag)(**arguments)
-    # Twice: kernels that have the gradient at hand for the first backward compute it again for the second.
+    # Twice: kernels that return a stored gradient in the first backward recompute it in the second.
     for _ in range(2):
         found = gradients(arguments, value, upstream, retain_graph=True)
         assert_zero(ignored_rows(config, arguments, found))
@@ -55,7 +55,7 @@ def test_rows_of_ignored_tokens_in_every_dtype(flag, config, dtype):
 
 @every_upstream
 @cells([config for config in configs() if getattr(config, "reduction", "") == "none"])
-def test_upstreams_of_ignored_tokens_alone(flag, config, upstream):
+def test_infinite_upstreams_of_only_ignored_tokens(flag, config, upstream):
     arguments = inputs(config)
     loss = built(config, flag)
     of_ignored = torch.where(arguments["labels"] == config.ignore_index, upstream, 0.5)

@@ -1,4 +1,4 @@
-"""inplace_grad=True on torch: the gradient over the caller's logits, and that nobody reads it for logits in silence."""
+"""inplace_grad=True on torch: the gradient overwrites the logits, and no later use of them is silently wrong."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def _logits(dtype=torch.float32, lead=(2, T)):
-    """(leaf, logits made from it): what a model's head gives, which no one forbids to overwrite."""
+    """(leaf, logits computed from it), like the output of a model's head, which may be overwritten."""
     leaf = torch.randn(*lead, V, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     return leaf, leaf.clone()
 
@@ -38,7 +38,7 @@ def _labels(logits):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_is_bitwise_the_same_and_lies_where_the_logits_were(dtype, layout, reduction):
+def test_the_gradient_is_bitwise_the_same_and_aliases_the_logits(dtype, layout, reduction):
     results = []
     for inplace in (False, True):
         _, whole = _logits(dtype)
@@ -69,7 +69,7 @@ def test_the_gradient_reaches_the_head():
     assert torch.equal(weights[0].grad, weights[1].grad)
 
 
-def test_until_the_backward_the_logits_are_the_logits():
+def test_the_logits_are_unchanged_until_the_backward():
     leaf, logits = _logits()
     loss = MaskedCrossEntropyConfig(inplace_grad=True).build(backend=EAGER)(logits, _labels(logits))
     assert torch.equal(logits, leaf)
@@ -88,7 +88,7 @@ def test_a_second_backward_says_what_to_do():
 
 
 @pytest.mark.parametrize("other", [lambda z: z.pow(2).sum(), lambda z: z.logsumexp(-1).sum()])
-def test_another_consumer_of_the_logits_is_never_wrong_in_silence(other):
+def test_another_consumer_of_the_logits_is_never_silently_wrong(other):
     _, logits = _logits()
     loss, regulariser = (
         MaskedCrossEntropyConfig(inplace_grad=True).build(backend=EAGER)(logits, _labels(logits)),
@@ -99,7 +99,7 @@ def test_another_consumer_of_the_logits_is_never_wrong_in_silence(other):
         regulariser.backward()
 
 
-def test_two_losses_over_the_same_logits_are_never_wrong_in_silence():
+def test_two_losses_over_the_same_logits_are_never_silently_wrong():
     _, logits = _logits()
     first, second = (
         MaskedCrossEntropyConfig(inplace_grad=inplace).build(backend=EAGER)(logits, _labels(logits))
@@ -110,7 +110,7 @@ def test_two_losses_over_the_same_logits_are_never_wrong_in_silence():
         second.backward()
 
 
-def test_logits_changed_before_the_backward_are_noticed():
+def test_logits_changed_before_the_backward_raise():
     _, logits = _logits()
     loss = MaskedCrossEntropyConfig(inplace_grad=True).build(backend=EAGER)(logits, _labels(logits))
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_logits_changed_before_the_backward_are_noticed():
         loss.backward()
 
 
-def test_a_second_derivative_is_refused_as_ever():
+def test_a_second_derivative_is_refused():
     _, logits = _logits()
     loss = MaskedCrossEntropyConfig(inplace_grad=True).build(backend=EAGER)(logits, _labels(logits))
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
@@ -176,8 +176,8 @@ def test_through_the_check():
     assert report.passed, str(report)
 
 
-def test_auto_takes_no_kernels_that_do_not_overwrite():
-    # Small calls are torch:plain's where nothing is overwritten.
+def test_auto_chooses_no_kernels_that_do_not_overwrite():
+    # Without inplace_grad, torch:plain runs small calls.
     for config in (MaskedCrossEntropyConfig(inplace_grad=True), TEParallelCEConfig(inplace_grad=True)):
         loss_fn, (_, logits) = config.build(backend="torch"), _logits()
         assert "plain" not in loss_fn.kernel_choice.candidates

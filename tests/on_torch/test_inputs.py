@@ -1,4 +1,4 @@
-"""What the losses accept, and which tokens count."""
+"""Checks of the arguments of losses, and which tokens are valid."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def kept(found):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
-def test_labels_of_any_width_and_layout_lie_side_by_side(dtype):
+def test_labels_of_any_width_and_layout_become_contiguous_int64(dtype):
     found = tokens(LABELS.to(dtype).T.contiguous().T)
     assert (found.shape, found.labels_T.dtype) == (SHAPE, torch.int64)
     assert found.labels_T.is_contiguous()
@@ -32,7 +32,7 @@ def test_labels_of_any_width_and_layout_lie_side_by_side(dtype):
 @pytest.mark.parametrize(
     "mask", [torch.tensor([True, False, True]), torch.tensor([[1, 0, 2]]), torch.tensor([0.5, 0.0, torch.nan])]
 )
-def test_what_the_mask_leaves_out_does_not_count_whatever_its_dtype(mask):
+def test_a_mask_of_any_dtype_marks_ignored_tokens(mask):
     assert kept(tokens(mask=mask)) == [True, False, False, True, False, True]
 
 
@@ -48,7 +48,7 @@ def test_what_the_mask_leaves_out_does_not_count_whatever_its_dtype(mask):
         ([0, 1, 4, 3, 2, 0], -100, None, False),
     ],
 )
-def test_where_all_labels_are_classes_it_is_seen_that_all_count(labels, ignore_index, vocab, all_count):
+def test_no_mask_where_all_labels_are_classes(labels, ignore_index, vocab, all_count):
     labels = torch.tensor(labels).reshape(SHAPE)
     found = tokens(labels, ignore_index=ignore_index, vocab=vocab)
     assert kept(found) == (None if all_count else (labels != ignore_index).flatten().tolist())
@@ -69,18 +69,18 @@ def test_where_all_labels_are_classes_it_is_seen_that_all_count(labels, ignore_i
         ([True, False, True], 0, [False] * 3),
     ],
 )
-def test_no_token_counts_with_a_count_of_0_and_none_is_ignored_where_that_is_seen(keep, count, settled):
+def test_keep_is_all_false_for_a_count_of_0_and_none_where_all_are_valid(keep, count, settled):
     keep_T = None if keep is None else torch.tensor(keep)
-    assert kept(inputs.settled(Tokens(torch.Size([3]), torch.tensor([1, 2, 3]), keep_T, count))) == settled
+    assert kept(inputs.resolve_keep(Tokens(torch.Size([3]), torch.tensor([1, 2, 3]), keep_T, count))) == settled
 
 
-def test_tokens_are_alike_only_where_nothing_tells_them_apart():
+def test_tokens_are_equally_weighted_only_without_options():
     plain = Tokens(torch.Size([2]), torch.tensor([1, 2]), None)
-    assert inputs.all_alike(plain)
+    assert inputs.equally_weighted(plain)
     ones_T = torch.ones(2)
-    for change in ({"keep_T": ones_T}, {"num_tokens": 2}, {"weights_T": ones_T}, {"wrong_T": ones_T}):
-        assert not inputs.all_alike(plain._replace(**change))
-    assert not inputs.all_alike(plain._replace(labels_T=torch.tensor([], dtype=torch.int64)))
+    for change in ({"keep_T": ones_T}, {"num_tokens": 2}, {"weights_T": ones_T}, {"nan_T": ones_T}):
+        assert not inputs.equally_weighted(plain._replace(**change))
+    assert not inputs.equally_weighted(plain._replace(labels_T=torch.tensor([], dtype=torch.int64)))
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_the_first_label_that_is_no_class_is_named(labels, text):
     assert inputs.in_range(ignored, 5, -100) is ignored
 
 
-def test_a_token_is_wrong_by_any_of_its_arguments():
+def test_nan_tokens_of_several_arguments_are_merged():
     plain = Tokens(torch.Size([3]), torch.tensor([1, 2, 3]), None)
-    given = inputs.with_wrong(plain, torch.tensor([False, True, False]))
-    assert given.wrong_T.tolist() == [False, True, False]
-    assert inputs.with_wrong(given, torch.tensor([True, False, False])).wrong_T.tolist() == [True, True, False]
+    given = inputs.mark_nan(plain, torch.tensor([False, True, False]))
+    assert given.nan_T.tolist() == [False, True, False]
+    assert inputs.mark_nan(given, torch.tensor([True, False, False])).nan_T.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("count", [0, 3, 2.5, torch.tensor(3), torch.tensor(0.0)])
@@ -116,9 +116,9 @@ def test_a_count_is_a_number_or_a_tensor_of_no_dimensions(count):
 @pytest.mark.parametrize(("number", "skip"), [(2, None), (2, True), (None, False)])
 def test_the_right_number_of_valid_tokens_changes_nothing(number, skip):
     some = Tokens(torch.Size([3]), torch.tensor([1, 0, 2]), torch.tensor([True, False, True]))
-    assert inputs.with_number(some, number, skip) is some
+    assert inputs.check_num_valid(some, number, skip) is some
     everything = some._replace(keep_T=None)
-    assert inputs.with_number(everything, None if number is None else 3, skip) is everything
+    assert inputs.check_num_valid(everything, None if number is None else 3, skip) is everything
 
 
 SOME = Tokens(torch.Size([3]), torch.tensor([1, 0, 2]), torch.tensor([True, False, True]))
@@ -143,13 +143,13 @@ REFUSED = [
     (lambda: inputs.count("n", True, "sum", CPU), TypeError, "got bool"),
     (lambda: inputs.count("n", "3", "sum", CPU), TypeError, "got str"),
     (lambda: inputs.count("n", -0.5, "sum", CPU), ValueError, "n must be >= 0, got -0.5"),
-    (lambda: inputs.with_number(SOME, True, None), TypeError, "num_valid_tokens must be a Python integer, got bool"),
-    (lambda: inputs.with_number(SOME, 2.0, None), TypeError, "got float"),
-    (lambda: inputs.with_number(SOME, 2, False), ValueError, "which skip_ignored=False forbids"),
-    (lambda: inputs.with_number(SOME, -1, None), ValueError, r"must be in \[0, 3\], the number of tokens, got -1"),
-    (lambda: inputs.with_number(SOME, 4, None), ValueError, "got 4"),
-    (lambda: inputs.with_number(SOME, 3, None), ValueError, "num_valid_tokens is 3, but 2 of the 3 labels"),
-    (lambda: inputs.with_number(SOME, 0, None), ValueError, "num_valid_tokens is 0, but 2 of the 3 labels"),
+    (lambda: inputs.check_num_valid(SOME, True, None), TypeError, "num_valid_tokens must be .* integer, got bool"),
+    (lambda: inputs.check_num_valid(SOME, 2.0, None), TypeError, "got float"),
+    (lambda: inputs.check_num_valid(SOME, 2, False), ValueError, "which skip_ignored=False forbids"),
+    (lambda: inputs.check_num_valid(SOME, -1, None), ValueError, r"must be in \[0, 3\], the number of tokens, got -1"),
+    (lambda: inputs.check_num_valid(SOME, 4, None), ValueError, "got 4"),
+    (lambda: inputs.check_num_valid(SOME, 3, None), ValueError, "num_valid_tokens is 3, but 2 of the 3 labels"),
+    (lambda: inputs.check_num_valid(SOME, 0, None), ValueError, "num_valid_tokens is 0, but 2 of the 3 labels"),
     (lambda: inputs.check_weights_have_count(1, None), ValueError, "only supported with num_batch_labels"),
     (lambda: inputs.weights(torch.ones(2, 3), SHAPE, "mean", CPU), ValueError, "loss_weights is only supported"),
     (lambda: inputs.weights(torch.ones(3), SHAPE, "sum", CPU), ValueError, r"loss_weights has shape \(3,\)"),
@@ -178,5 +178,5 @@ def test_what_fits_is_accepted():
 def test_under_a_trace_a_wrong_number_of_valid_tokens_makes_every_token_nan():
     with FakeTensorMode() as mode:
         fake = SOME._replace(labels_T=mode.from_tensor(SOME.labels_T), keep_T=mode.from_tensor(SOME.keep_T))
-        assert inputs.with_number(fake, 3, None).wrong_T.shape == (3,)
-        assert inputs.in_range(fake, 5, -100).wrong_T.shape == (3,)
+        assert inputs.check_num_valid(fake, 3, None).nan_T.shape == (3,)
+        assert inputs.in_range(fake, 5, -100).nan_T.shape == (3,)

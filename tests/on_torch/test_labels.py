@@ -7,10 +7,10 @@ import torch
 
 from helpers.torch_calls import DTYPES, assert_same, cells, configs, count_of, inputs, run, takes
 
-# A distillation is told by its teacher: labels do not enter its loss.
+# A distillation has a teacher: labels do not enter its loss.
 DISTILLATIONS = [config for config in configs() if takes(config, "mark")]
 CROSS_ENTROPIES = [config for config in configs() if takes(config, "label")]
-# What recipes map padding and special tokens to, and what lies around the classes [0, 11).
+# Values that recipes use for padding and special tokens, and those around the classes [0, 11).
 OTHERS = [-1, -2, -101, 11, 12, 50_256, 2**31 - 1, -(2**31), 2**62]
 
 
@@ -24,7 +24,7 @@ def test_a_distillation_takes_any_integer(flag, config, count, requires_grad):
     for other in OTHERS:
         arguments = inputs(config, requires_grad=requires_grad)
         expected = run(loss, arguments | counts) if requires_grad else {"loss": loss(**arguments, **counts)}
-        # Every label that is no ignore_index is one of these, or one of them alone.
+        # All labels other than ignore_index have this value, or only one of them.
         for positions in (arguments["labels"] != config.ignore_index, (1, 1)):
             labels = arguments["labels"].clone()
             labels[positions] = other
@@ -55,7 +55,7 @@ def test_a_distillation_under_a_trace(flag, config):
 
 @cells(DISTILLATIONS, interpreted=False)
 def test_another_ignore_index_than_the_recipe_uses(flag, config):
-    # The recipe marks padding by -100, the loss by another number: then these tokens are trained on, too.
+    # The recipe marks padding by -100, the loss ignores another value: these tokens are valid then.
     arguments = inputs(config)
     all_count = config.build(backend=flag)(**arguments | {"labels": torch.zeros_like(arguments["labels"])})
     other = replace(config, ignore_index=-7).build(backend=flag)

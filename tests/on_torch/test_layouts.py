@@ -1,4 +1,4 @@
-"""Any layout of the inputs gives what contiguous ones give, for about as many steps in Python.
+"""Inputs of any layout have the results of contiguous ones, with about as many steps in Python.
 
 Steps are counted, not timed: every call of a Python function and of an operation. A loop over leading indices, or over
 rows one by one, shows as thousands of them.
@@ -11,7 +11,7 @@ import torch
 
 from helpers.torch_calls import assert_same, built, cells, configs, every_dtype, inputs, leaves, per_token, run
 
-# Each layout: what memory is drawn, and how a view of it is taken, with labels of shape [..., last].
+# Each layout: the shape of the memory, and the view of it, with labels of shape [..., last].
 LAYOUTS = {
     "many-short-sequences": ((300, 3), lambda x: x[:, :-1]),
     "shifted-sequences": ((300, 3), lambda x: x[:, 1:]),
@@ -37,7 +37,7 @@ def prepared(arguments):
 
 
 def steps(call):
-    """How many calls of functions and operations Python makes for a call."""
+    """Number of Python functions and operations that run in a call."""
     call()
     number = 0
 
@@ -79,7 +79,7 @@ def test_an_evaluation_of_a_view(flag, config, layout):
 
 @cells(configs(["mean"]))
 def test_expanded_inputs(flag, config):
-    # One row of memory for all tokens, and one token's logits for a whole batch.
+    # One row of memory for all tokens, and the logits of one token for a full batch.
     loss = built(config, flag)
     one = inputs(config, (1, 1), requires_grad=False)
     lead = (3, 2)
@@ -94,7 +94,7 @@ def test_expanded_inputs(flag, config):
 
 @every_dtype
 @cells(configs(["sum"]))
-def test_classes_that_do_not_lie_side_by_side(flag, config, dtype):
+def test_classes_that_are_not_contiguous(flag, config, dtype):
     loss = built(config, flag)
     dense = inputs(config, dtype=dtype, requires_grad=False)
 
@@ -108,8 +108,8 @@ def test_classes_that_do_not_lie_side_by_side(flag, config, dtype):
 
 
 @cells(configs())
-def test_the_gradient_of_what_was_sliced(flag, config):
-    # Autograd hands the loss a view of a leaf: the leaf's other elements get exactly 0.
+def test_the_gradient_of_a_sliced_leaf(flag, config):
+    # The logits are a view of a leaf: the gradient of its other elements is exactly 0.
     loss = built(config, flag)
     whole = inputs(config, (4, 5), ignored=0)
     views = {name: x[:, :-1] if per_token(config, name) else x for name, x in whole.items()}

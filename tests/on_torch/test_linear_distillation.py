@@ -1,4 +1,4 @@
-"""FusedLinearKDLoss: that of KDLoss over the logits of both heads, for no more products than its gradients need."""
+"""FusedLinearKDLoss: equal to KDLoss over the logits of both heads, with no more products than its gradients need."""
 
 # T = tokens, V = vocabulary, H = hidden, K = hidden of the teacher
 
@@ -19,7 +19,7 @@ CONFIGS = [
     FusedLinearKDConfig(divergence="jsd", beta=0.3),
 ]
 NAMES = ("student_hidden_states", "student_lm_weight", "teacher_hidden_states", "teacher_lm_weight")
-# Blocks of tokens and tiles of classes that are no divisors of anything.
+# Blocks of tokens and tiles of classes that divide no size.
 SMALL = EagerKernels(Sizes(elements_cpu=64, logits_bytes_cpu=0, min_tokens=5, max_tokens=5, tile_columns_cpu=7))
 by_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.divergence)
 
@@ -35,7 +35,7 @@ def flops(call):
 
 
 @cells(CONFIGS)
-def test_it_is_that_of_kd_loss_over_the_logits(flag, config):
+def test_it_equals_kd_loss_over_the_logits(flag, config):
     arguments = inputs(config, (3, 7), 13, 5, dtype=torch.float64)
     over_logits = KDLossConfig(temperature=config.temperature, divergence=config.divergence, beta=config.beta)
     whole = over_logits.build(backend="torch:plain")
@@ -112,7 +112,7 @@ def test_a_teacher_of_another_dtype(flag, config, dtype):
 
 @pytest.mark.parametrize("flag", ["torch:plain", "torch:eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_hidden_states_beside_a_float32_head(flag, dtype):
+def test_sixteen_bit_hidden_states_with_a_float32_head(flag, dtype):
     arguments = inputs(FusedLinearKDConfig(), (4,), 11, 5)
     arguments |= {name: arguments[name].detach().to(dtype).requires_grad_() for name in NAMES[::2]}
     got = run(FusedLinearKDConfig().build(backend=flag), arguments)
@@ -124,12 +124,12 @@ def test_sixteen_bit_hidden_states_beside_a_float32_head(flag, dtype):
         torch.testing.assert_close(got[name].double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_transformer_engine_has_none():
+def test_transformer_engine_does_not_have_it():
     with pytest.raises(BackendUnavailable, match="torch:te"):
         FusedLinearKDConfig().build(backend="torch:te")
 
 
-# (name, another tensor for it, error, what the message says)
+# (name, another tensor for it, error, part of its message)
 WRONG = {
     "classes": ("teacher_lm_weight", torch.zeros(12, 10), ValueError, r"\(11, 5\) but teacher_lm_weight .*\(12, 10\)"),
     "tokens": ("teacher_hidden_states", torch.zeros(2, 4, 10), ValueError, r"\(2, 3, 5\) but teacher_.*\(2, 4, 10\)"),

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies against PyTorch's own operations, and what a call may not be."""
+"""Log-probabilities and entropies against PyTorch's own operations, and calls that are refused."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def test_as_in_torch(flag, config, temperature):
 
 @pytest.mark.parametrize("which", [0, 1])
 @cells(CONFIGS)
-def test_one_result_may_be_used_alone_and_twice(flag, config, which):
+def test_one_result_may_be_differentiated_alone_and_twice(flag, config, which):
     arguments, theirs = inputs(config, dtype=torch.float64), inputs(config, dtype=torch.float64)
     wanted = list(leaves(arguments))
     expected = torch.autograd.grad(by_torch(config, theirs, None)[which].sum(), [theirs[name] for name in wanted])
@@ -68,7 +68,7 @@ def test_the_limit_of_a_low_temperature(flag, config):
 
 
 @cells(CONFIGS)
-def test_entropy_is_none_unless_asked_for(flag, config):
+def test_entropy_is_none_by_default(flag, config):
     found = type(config)().build(backend=flag)(**inputs(config))
     assert found.entropy is None
     assert found.logprobs.requires_grad
@@ -105,7 +105,7 @@ def test_a_forward_holds_no_tensor_of_tokens_times_vocabulary():
     ],
     ids=str,
 )
-def test_what_is_no_temperature(config, temperature, error, says):
+def test_invalid_temperatures(config, temperature, error, says):
     loss, arguments = config.build(backend="torch:eager"), inputs(config)
     with pytest.raises(error, match=re.escape(says)):
         loss(**arguments, temperature=temperature)
@@ -113,6 +113,6 @@ def test_what_is_no_temperature(config, temperature, error, says):
 
 @each_config
 @pytest.mark.parametrize("field", [{"temperature": 0.0}, {"entropy": 1}, {"logit_softcapping": -1.0}], ids=str)
-def test_what_is_no_field(config, field):
+def test_invalid_fields(config, field):
     with pytest.raises(ValueError, match=f"^{next(iter(field))} must be "):
         type(config)(**field)

@@ -5,5 +5,5 @@ from helpers import interpreter, matrix
 
 @matrix.cells("torch", interpreted=[interpreter.FLAG] if interpreter.possible() else [])
 def test_against_float64(flag, loss, case, dtype):
-    # The interpreter visits rows one by one.
+    # The interpreter processes rows one by one.
     matrix.assert_agrees(flag, loss, case, dtype, shape=(5, 67) if flag == interpreter.FLAG else None)

@@ -1,4 +1,4 @@
-"""Metrics of the cross entropies, beside their loss."""
+"""Metrics that the cross entropies return with their loss."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def _arguments(flag="torch:eager"):
 
 @each_flag
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_the_loss_and_its_gradient_are_what_they_are_without(flag, reduction):
+def test_metrics_do_not_change_loss_and_gradient(flag, reduction):
     logits, labels = _arguments()
     loss, metrics = MaskedCrossEntropyConfig(reduction=reduction, metrics=METRICS).build(backend=flag)(logits, labels)
     alone = MaskedCrossEntropyConfig(reduction=reduction).build(backend=flag)(logits, labels)
@@ -32,7 +32,7 @@ def test_the_loss_and_its_gradient_are_what_they_are_without(flag, reduction):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
-def test_tokens_that_count_are_a_number_whatever_the_reduction():
+def test_num_valid_is_a_count_for_every_reduction():
     logits, labels = _arguments()
     for reduction in ("sum", "mean", "none"):
         config = MaskedCrossEntropyConfig(reduction=reduction, metrics=["num_valid"])
@@ -80,18 +80,18 @@ def test_no_tokens():
         assert metrics["num_valid"] == 0
 
 
-def test_transformer_engine_returns_a_loss_alone():
+def test_transformer_engine_refuses_metrics():
     with pytest.raises(BackendUnavailable, match="'torch:te' returns no metrics: use 'torch:eager'"):
         te.KERNELS.terms(Rows(*_arguments(), None), CrossEntropy(V, metrics=True).sums)
 
 
 @pytest.mark.parametrize("given", ["lse", ["speed"], ["lse", "lse"], [["lse"]], 3], ids=str)
-def test_what_is_no_list_of_metrics(given):
+def test_invalid_metrics(given):
     with pytest.raises(ValueError, match=r"metrics must be a list of names among .accuracy., .* each once, got"):
         FusedLinearCEConfig(metrics=given)
 
 
-def test_adapters_that_take_a_loss_alone_say_so():
+def test_adapters_that_accept_only_a_loss_refuse_metrics():
     metrics = ("lse",)
     for adapt in (
         lambda: hf.causal_lm_loss(MaskedCrossEntropyConfig(metrics=metrics)),

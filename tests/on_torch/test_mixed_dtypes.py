@@ -1,4 +1,4 @@
-"""Hidden states of 16 bits beside a float32 head, outside of autocast: what FSDP2's bfloat16 policy leaves.
+"""16-bit hidden states with a float32 head, outside of autocast, as under FSDP2's bfloat16 policy.
 
 The products are in the hidden states' dtype; the gradient of the head is float32 and summed in float32. Every other
 difference of dtypes is an error that says so.
@@ -22,14 +22,14 @@ REFUSED = [pair for pair in itertools.product(ALL, ALL) if pair not in TAKEN]
 
 
 def mixed(config, dtype, lead=(2, 3), vocab=11, hidden=5, **options):
-    """Arguments with hidden states of 16 bits and a float32 head whose values 16 bits do not hold."""
+    """Arguments with 16-bit hidden states and a float32 head whose values are not representable in 16 bits."""
     arguments = inputs(config, lead, vocab, hidden, **options)
     arguments["hidden_states"] = arguments["hidden_states"].detach().to(dtype).requires_grad_()
     return arguments
 
 
 def by_definition(config, arguments, upstream=1.0):
-    """Loss and gradients in float64, the head rounded to the hidden states' dtype for the products alone."""
+    """Loss and gradients in float64, the head rounded to the hidden states' dtype only for the products."""
     hidden = arguments["hidden_states"].detach().double().requires_grad_()
     weight = arguments["lm_weight"].detach().to(arguments["hidden_states"].dtype).double().requires_grad_()
     logits = (hidden @ weight.T).flatten(0, -2)

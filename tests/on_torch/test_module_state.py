@@ -25,13 +25,13 @@ def state(module):
 
 
 def sizes(flag):
-    # What is compiled takes too long for all of them.
+    # Compilation takes too long for all of them.
     names = CALLS if flag != "torch:compile" else ("small", "bfloat16")
     return {name: CALLS[name] for name in names}
 
 
 @cells(configs(), interpreted=False)
-def test_a_call_leaves_the_module_as_it_was(flag, config):
+def test_a_call_does_not_change_the_module(flag, config):
     loss = config.build(backend=flag)
     before, stored, shown = state(loss), pickle.dumps(loss), repr(loss)
     for options in sizes(flag).values():
@@ -47,7 +47,7 @@ def test_a_call_leaves_the_module_as_it_was(flag, config):
 
 
 @cells(configs(), interpreted=False)
-def test_asking_for_the_kernel_leaves_the_module_as_it_was(flag, config):
+def test_kernel_for_does_not_change_the_module(flag, config):
     loss = config.build(backend=flag)
     before = state(loss)
     for shape in ((2, 3, 4), (4096, 32000, 4096)):
@@ -58,7 +58,7 @@ def test_asking_for_the_kernel_leaves_the_module_as_it_was(flag, config):
 @cells(configs(), interpreted=False)
 def test_two_threads_with_one_module(flag, config):
     loss = config.build(backend=flag)
-    # Each thread has a size of its own, and goes on with it while the other calls with another.
+    # Each thread calls with its own size while the other calls with another.
     work = [inputs(config, **options) for options in list(sizes(flag).values())[:4]]
     expected = [run(config.build(backend=flag), arguments) for arguments in work]
     start = threading.Barrier(len(work))

@@ -16,7 +16,7 @@ SIZES = {
     "16x32000": {"lead": (16,), "vocab": 32000, "hidden": 4},
 }
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-# What F.cross_entropy, F.kl_div and log_softmax are made of.
+# Operations of F.cross_entropy, F.kl_div and log_softmax.
 OF_PYTORCH = ("log_softmax", "_softmax", "nll_loss", "cross_entropy", "kl_div")
 
 
@@ -42,7 +42,7 @@ def of_pytorch(call):
 @every_size
 @pytest.mark.parametrize("ignored", [0, 3], ids=["none-ignored", "some-ignored"])
 @cells(configs(), flags=["torch:eager"])
-def test_eager_has_kernels_of_its_own(flag, config, size, ignored):
+def test_eager_runs_none_of_pytorchs_losses(flag, config, size, ignored):
     loss = config.build(backend=flag)
     arguments = inputs(config, **size, ignored=ignored)
     assert not of_pytorch(lambda: run(loss, arguments))
@@ -52,7 +52,7 @@ def test_eager_has_kernels_of_its_own(flag, config, size, ignored):
 
 @every_size
 @cells(configs(), flags=["torch:plain"])
-def test_plain_is_what_everybody_writes(flag, config, size):
+def test_plain_runs_pytorchs_own_functions(flag, config, size):
     loss = config.build(backend=flag)
     assert of_pytorch(lambda: run(loss, inputs(config, **size)))
 
@@ -77,7 +77,7 @@ def test_the_kernel_that_runs_is_the_one_that_was_named_or_chosen(flag, config):
 
 
 @cells(configs(), flags=["torch"])
-def test_what_auto_says_beforehand_is_what_it_runs(flag, config):
+def test_auto_runs_the_kernel_that_kernel_for_returns(flag, config):
     loss = config.build(backend=flag)
     for size in ({"lead": (2,), "vocab": 5}, {"lead": (64,), "vocab": 1000}, {"lead": (300,), "vocab": 8000}):
         arguments = inputs(config, **size)
@@ -87,7 +87,7 @@ def test_what_auto_says_beforehand_is_what_it_runs(flag, config):
 
 
 def chosen(loss, arguments):
-    """The flag that auto says it takes for a call."""
+    """The flag that kernel_for returns for a call."""
     first = next(iter(arguments.values()))
     weight = arguments.get("lm_weight", arguments.get("student_lm_weight"))
     sizes = first.shape[-1:] if weight is None else weight.shape

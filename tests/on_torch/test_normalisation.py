@@ -1,4 +1,4 @@
-"""A step cut into calls adds up to the whole batch, where each call divides by the count of the step."""
+"""The losses of the calls of a step add up to that of the full batch, if each call divides by the count of the step."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from loss_core.dispatch.flags import load_backend
 @pytest.mark.parametrize("flag", ["torch:plain", "torch:eager"])
 @repeatable
 @given(step=steps())
-def test_calls_add_up(flag, loss, step):
+def test_losses_of_calls_add_up(flag, loss, step):
     try:
         LOSS_CONFIG_REGISTRY[loss]().build(backend=flag)
     except BackendUnavailable as error:

@@ -1,4 +1,4 @@
-"""An objective that no kernel knows: every set of kernels makes its values and their gradient from row terms."""
+"""A custom objective: every kernel set computes its values and their gradient from row terms."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ from loss_core_torch.autograd.rows import Call, RowLoss
 from loss_core_torch.kernels import Rows, find
 
 T, V = 6, 37
-# Losses and gradients are of size 1 to 50, and made of numbers that are rounded some ten times.
+# Losses and gradients are between 1 and 50, and computed from values that are rounded about ten times.
 ROUNDINGS = 16 * torch.finfo(torch.float32).eps
 
 
 @is_objective
 class Squares(NamedTuple):
-    """Squared cross entropy, and entropy times a factor: what needs every term but z_sum."""
+    """Squared cross entropy, and entropy times a factor: they need every term but z_sum."""
 
     factor: float
 

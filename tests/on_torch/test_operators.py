@@ -1,4 +1,4 @@
-"""The methods of a kernel set as custom operators: what a trace of them computes is what a direct call does."""
+"""The methods of a kernel set as custom operators: a trace computes the same as a direct call."""
 
 import pytest
 import torch
@@ -152,7 +152,7 @@ CALLS = {
         _pairs_at_once(0.0, Wanted(True, False), Wanted(False, False)),
     ),
 }
-# Those that a set has no method for: they go over blocks of its methods.
+# Those for which kernel sets have no method: they call methods block by block.
 OVER_BLOCKS = tuple(name for name in CALLS if name.startswith("linear_pair"))
 SETS = [flag for flag in usable_flags() if flag in ("torch:eager", "torch:compile", "torch:triton")]
 
@@ -174,7 +174,7 @@ some_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 
 def _call(flag, name, dtype, seed=0):
-    """A call of a set of kernels, and the tensors that it takes; [T] ones are in the dtype of the arithmetic."""
+    """A call of a kernel set, and its tensors; [T] ones are in the dtype of the arithmetic."""
     shapes, call = CALLS[name]
     kernel_set = kernels.find(flag.partition(":")[2])
     drawn = [
@@ -192,13 +192,13 @@ def _ours(graph):
     ("mode", "dtype"), [("real", torch.bfloat16), ("symbolic", torch.float32)], ids=["real", "symbolic"]
 )
 @cells
-def test_make_fx_sees_one_operator_that_computes_the_same(flag, name, mode, dtype):
+def test_make_fx_records_one_operator_with_the_same_results(flag, name, mode, dtype):
     call, drawn = _call(flag, name, dtype)
     graph = make_fx(call, tracing_mode=mode)(*drawn)
     assert [str(target) for target in _ours(graph)] == [f"loss_core.{name.partition(' ')[0]}.default"]
-    # Other values than those that were traced.
+    # Values that were not traced.
     _, others = _call(flag, name, dtype, seed=7)
-    # NaN: what an ignored row has may be any number.
+    # NaN: values of ignored rows are arbitrary.
     torch.testing.assert_close(graph(*others), call(*others), rtol=0, atol=0, equal_nan=True)
 
 
@@ -212,9 +212,9 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(flag, name, dtype)
     assert [(x.shape, x.dtype, x.stride()) for x in fakes] == expected
 
 
-# What torch.compile sees of a set is its name.
+# torch.compile identifies a kernel set by its name.
 @_cells([flag for flag in SETS if flag != "torch:triton"])
-def test_torch_compile_sees_one_operator_that_computes_the_same(flag, name):
+def test_torch_compile_records_one_operator_with_the_same_results(flag, name):
     call, drawn = _call(flag, name, torch.float32)
     expected = call(*drawn)
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(*drawn)
@@ -224,8 +224,8 @@ def test_torch_compile_sees_one_operator_that_computes_the_same(flag, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", [name for name in CALLS if "alone" not in name])
-def test_the_operators_are_what_pytorch_asks_of_one(name, dtype):
-    # PyTorch's own check: nothing is mutated or aliased, and fake results are like real ones.
+def test_the_operators_pass_pytorchs_opcheck(name, dtype):
+    # PyTorch's own check: nothing is mutated or aliased, and fake results match real ones.
     call, drawn = _call("torch:eager", name, dtype)
     found = []
 
@@ -276,7 +276,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_flops_of_the_operators_are_those_of_the_products_that_they_make(name):
+def test_flops_of_the_operators_are_those_of_their_products(name):
     call, drawn = _call("torch:eager", name, torch.float32)
     graph = make_fx(call)(*drawn)
     with FlopCounterMode(display=False) as counted:
@@ -286,13 +286,13 @@ def test_flops_of_the_operators_are_those_of_the_products_that_they_make(name):
     assert ours == {f"loss_core.{name.partition(' ')[0]}": PRODUCTS[name] * 2 * T * H * V}
     with FlopCounterMode(display=False) as counted:
         call(*drawn)
-    # The test makes the terms that the gradients are made of by itself, with one more product.
+    # The test computes the terms for these gradients itself, with one more product.
     own = name.startswith("linear_grads")
     assert counted.get_total_flops() == (PRODUCTS[name] + own) * 2 * T * H * V
 
 
-def test_kernels_that_were_given_to_a_module_are_no_others_in_a_graph():
-    # A graph knows kernels by their flag: it would run the library's own of that name.
+def test_custom_kernels_are_refused_in_a_graph():
+    # A graph identifies kernels by their flag: it would run those of the library.
     loss = MaskedCrossEntropyConfig().build(backend="torch:eager").with_kernels(EagerKernels())
     logits, labels = _numbers(T, V), _labels()
     expected = loss(logits, labels)

@@ -47,7 +47,7 @@ def test_as_in_torch(flag, config, minus_inf):
     if config.logit_softcapping and minus_inf:
         pytest.skip("a softcap makes -inf a finite number")
     if minus_inf and "logits" in ours:
-        # A class that is masked is as unlikely as can be: the loss is infinite, and the gradient is not.
+        # With smoothing, a masked class makes the loss infinite, but not the gradient.
         for arguments in (ours, theirs):
             arguments["logits"].data[..., 7] = -torch.inf
             arguments["labels"][arguments["labels"] == 7] = 3
@@ -119,7 +119,7 @@ def test_a_bias_is_added_to_the_logits(flag, config, bias_dtype):
 
 
 @pytest.mark.parametrize("config", FUSED, ids=lambda config: type(config).__name__)
-def test_what_is_no_bias(config):
+def test_invalid_biases(config):
     loss, arguments = config.build(backend="torch:eager"), inputs(config)
     with pytest.raises(ValueError, match=r"lm_bias has shape \(10,\) but lm_weight has shape \(11, 5\)"):
         loss(**arguments, lm_bias=torch.zeros(10))
@@ -137,7 +137,7 @@ def test_a_bias_over_ranks(flag):
 
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan"), "0.1", True, None])
 @pytest.mark.parametrize("config", configs(("mean",), z_loss=0.0), ids=lambda config: type(config).__name__)
-def test_what_is_no_factor(config, value):
+def test_invalid_factors(config, value):
     expected = re.escape(f"z_loss must be a finite number >= 0 (0 is off), got {value!r}")
     with pytest.raises(ValueError, match=expected):
         type(config)(z_loss=value)
@@ -145,6 +145,6 @@ def test_what_is_no_factor(config, value):
 
 @pytest.mark.parametrize("value", [1.0, -0.1, 1, float("nan"), "0.1", True, None])
 @pytest.mark.parametrize("config", configs(("mean",), label_smoothing=0.0), ids=lambda config: type(config).__name__)
-def test_what_is_no_share(config, value):
+def test_invalid_smoothing(config, value):
     with pytest.raises(ValueError, match=re.escape(f"label_smoothing must be a number in [0, 1), got {value!r}")):
         type(config)(label_smoothing=value)

@@ -23,7 +23,7 @@ from helpers.torch_calls import (
 from loss_core import LOSS_CONFIG_REGISTRY, build_loss_module
 from loss_core.check import check
 
-# All but ChunkedCrossEntropy, whose promise is not to make all logits.
+# All but ChunkedCrossEntropy, which must not compute all logits at once.
 LOSSES = [loss for loss in LOSS_CONFIG_REGISTRY if loss != "ChunkedCrossEntropy"]
 plain = cells(configs(), flags=[PLAIN])
 variants = cells(
@@ -39,7 +39,7 @@ def of_floats(config, arguments):
     return lambda *xs: loss(**rest, **dict(zip(floats, xs, strict=True))), list(floats.values())
 
 
-def test_it_is_there():
+def test_it_is_available():
     for loss in LOSSES:
         assert build_loss_module(loss, backend=PLAIN).kernel_choice.flag == PLAIN
 
@@ -88,7 +88,7 @@ def test_forward_mode(flag, config):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @plain
-def test_what_ignored_tokens_hold_does_not_matter(flag, config, dtype):
+def test_values_of_ignored_tokens_have_no_effect(flag, config, dtype):
     loss = built(config, flag)
     clean = inputs(config, dtype=dtype)
     junk = {name: x.detach().clone() for name, x in clean.items()}
@@ -114,7 +114,7 @@ def test_all_ignored_is_a_connected_zero(flag, config):
 
 
 @plain
-def test_a_count_of_0_and_inputs_left_alone(flag, config):
+def test_a_count_of_0_and_unchanged_inputs(flag, config):
     arguments = inputs(config)
     before = {name: x.detach().clone() for name, x in arguments.items()}
     versions = {name: x._version for name, x in arguments.items()}

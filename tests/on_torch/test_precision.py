@@ -1,4 +1,4 @@
-"""Switches that let float32 products be less than float32 change nothing about a loss."""
+"""Settings for reduced-precision float32 products have no effect on a loss."""
 
 import contextlib
 
@@ -40,7 +40,7 @@ ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def state():
-    """What the switches say."""
+    """The values of the settings."""
     return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
@@ -60,7 +60,7 @@ def test_bitwise_the_same_loss_and_gradients(flag, config, switch, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("switch", ["medium", "mkldnn-bf16"])
-# Not torch:plain, whose products a graph shows to the compiler: it may take others under a switch.
+# Not torch:plain, whose products are in the graph: the compiler may apply a setting to them.
 @cells(configs(["mean"]), flags=["torch", "torch:eager"])
 def test_in_torch_compile(flag, config, switch):
     loss = torch.compile(config.build(backend=flag), backend="aot_eager", fullgraph=True)
@@ -73,7 +73,7 @@ def test_in_torch_compile(flag, config, switch):
 
 
 @cells(configs(["sum"]), interpreted=False)
-def test_an_error_leaves_the_switches_alone(flag, config):
+def test_an_error_restores_the_settings(flag, config):
     loss = config.build(backend=flag)
     with matmul_precision("high"):
         before = state()

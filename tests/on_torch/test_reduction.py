@@ -1,4 +1,4 @@
-"""From the losses of the tokens to the result, against the oracle's reduction."""
+"""Reduction of token losses, against the oracle's."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loss_core.losses.reduction import Reduction
-from loss_core_torch.inputs import Tokens, settled
-from loss_core_torch.reduction import coefficients, number_of_valid, reduce_tokens, weighted_sum, zero_where_ignored
+from loss_core_torch.inputs import Tokens, resolve_keep
+from loss_core_torch.reduction import coefficients, count_valid, reduce_tokens, weighted_sum, zero_where_ignored
 
 # T = 3 tokens
 LOSS_T, WEIGHTS_T, LABELS_T = torch.tensor([2.0, 7.0, 5.0]), torch.tensor([1.0, 0.5, 3.0]), torch.tensor([1, 0, 2])
@@ -24,7 +24,7 @@ def tokens_of(kept, count=None, weights_T=None, **more):
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("kind", "count", "weighted"), CALLS, ids=str)
 def test_result_and_coefficients_are_those_of_the_oracle(kind, count, weighted, kept):
-    tokens = settled(tokens_of(kept, count, WEIGHTS_T if weighted else None))
+    tokens = resolve_keep(tokens_of(kept, count, WEIGHTS_T if weighted else None))
     oracle = Reduction(
         kind,
         (3,),
@@ -38,7 +38,7 @@ def test_result_and_coefficients_are_those_of_the_oracle(kind, count, weighted, 
     coef_T = coefficients(tokens, kind, torch.float32)
     np.testing.assert_allclose(coef_T, oracle.coefficients(None), rtol=1e-6)
     (grad_T,) = torch.autograd.grad(result.sum(), loss_T)
-    # Where ignored, it goes on to a loss that is 0 whatever the logits are.
+    # The loss of an ignored token does not depend on the logits, whatever its gradient is.
     np.testing.assert_allclose(zero_where_ignored(grad_T, tokens.keep_T), coef_T, rtol=1e-6)
 
 
@@ -51,8 +51,8 @@ def test_coefficients_have_the_dtype_of_the_arithmetic(weights_T, kept, given, a
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean", "none"])
-def test_a_token_that_was_wrong_makes_loss_and_gradient_nan(kind):
-    tokens = tokens_of("some", wrong_T=torch.tensor([False, False, True]))
+def test_nan_tokens_make_loss_and_gradient_nan(kind):
+    tokens = tokens_of("some", nan_T=torch.tensor([False, False, True]))
     loss_T = zero_where_ignored(LOSS_T, tokens.keep_T).clone().requires_grad_()
     result = reduce_tokens(loss_T, tokens, kind)
     assert result.isnan().tolist() == ([False, False, True] if kind == "none" else True)
@@ -61,14 +61,14 @@ def test_a_token_that_was_wrong_makes_loss_and_gradient_nan(kind):
 
 
 @pytest.mark.parametrize("count", [-1.0, torch.nan])
-def test_a_count_that_can_be_none_makes_the_loss_nan(count):
-    # Where it could be read, it was an error.
+def test_an_invalid_count_makes_the_loss_nan(count):
+    # A readable count has been refused before.
     tokens = tokens_of("some", torch.tensor(count))
     assert reduce_tokens(LOSS_T, tokens, "sum").isnan()
     assert coefficients(tokens, "sum", torch.float32).isnan().tolist() == [True, True, True]
 
 
-def test_an_infinite_weight_of_an_ignored_token_leaves_no_trace():
+def test_an_infinite_weight_of_an_ignored_token_has_no_effect():
     weights_T = torch.tensor([1.0, torch.inf, 3.0]).requires_grad_()
     tokens = tokens_of("some", weights_T=weights_T)
     result = reduce_tokens(zero_where_ignored(LOSS_T, tokens.keep_T), tokens, "sum")
@@ -78,7 +78,7 @@ def test_an_infinite_weight_of_an_ignored_token_leaves_no_trace():
 
 
 @pytest.mark.parametrize(("last", "total"), [(5.0, 17.0), (torch.inf, torch.inf)])
-def test_a_coefficient_of_0_takes_an_infinite_loss_out_of_the_sum(last, total):
+def test_a_coefficient_of_0_excludes_an_infinite_loss(last, total):
     loss_T = torch.tensor([2.0, torch.inf, last])
     assert weighted_sum(torch.tensor([1.0, 0.0, 3.0]), loss_T) == total
     assert loss_T[1] == torch.inf
@@ -86,7 +86,7 @@ def test_a_coefficient_of_0_takes_an_infinite_loss_out_of_the_sum(last, total):
 
 @pytest.mark.parametrize(("kept", "number"), [("all", 3), ("some", 2), ("none", 0)])
 def test_the_number_of_valid_tokens_is_an_integer_of_no_dimensions(kept, number):
-    found = number_of_valid(tokens_of(kept))
+    found = count_valid(tokens_of(kept))
     assert (found.dtype, found.shape, int(found)) == (torch.int64, (), number)
 
 

@@ -1,4 +1,4 @@
-"""The dtype of a loss depends on its logits and on fp32_upcast, and on nothing else."""
+"""The dtype of a loss depends only on its logits and on fp32_upcast."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def test_a_count_of_any_dtype(flag, config, dtype, count):
         ungraded = loss(**inputs(config, dtype=dtype), **counts)
     values = [training, loss(**frozen, **counts), ungraded]
     assert [value.dtype for value in values] == [wanted(config, dtype)] * 3
-    # One number, whatever holds the count.
+    # The same loss for every type of count.
     for value in values:
         torch.testing.assert_close(value.detach(), loss(**frozen, **count_of(config, 3)))
 

@@ -1,4 +1,4 @@
-"""What one thread compiles is nothing to a call in another: the same result, the same errors, the same kernel seen."""
+"""A compilation in one thread has no effect on calls in another: the same results, errors and kernels."""
 
 import threading
 
@@ -10,13 +10,13 @@ from loss_core import MaskedCrossEntropyConfig
 from loss_core.dispatch.flags import COMPILED_AT_FIRST_CALL
 from loss_core.dispatch.observed import names, observing
 
-# A first call that compiles waits for the other thread.
+# A first call that compiles would wait for the other thread.
 FLAGS = [flag for flag in usable_flags() if flag not in COMPILED_AT_FIRST_CALL]
 
 
 @pytest.fixture(scope="module")
 def compiling():
-    """Another thread is in the middle of a compilation, for as long as these tests run."""
+    """Another thread compiles for as long as these tests run."""
     started, done = threading.Event(), threading.Event()
 
     def backend(graph, arguments):

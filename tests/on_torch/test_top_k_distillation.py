@@ -28,7 +28,7 @@ def _call(seed=0, dtype=torch.float32, ignored=True):
 
 @every_flag
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_with_all_classes_known_it_is_the_distillation_of_whole_logits(flag, config, temperature):
+def test_with_all_classes_it_equals_the_distillation_of_full_logits(flag, config, temperature):
     logits, teacher = torch.randn(T, V) * 3, torch.randn(T, V)
     logits.requires_grad_()
     labels = torch.zeros(T, dtype=torch.int64)
@@ -58,8 +58,8 @@ def test_the_order_of_the_classes_does_not_matter(flag, config):
 
 
 @every_flag
-def test_a_student_that_is_sure_keeps_a_finite_loss(flag, config):
-    """What it leaves for the others is 1e-30: 1 minus the sum of the others would be 0 in float32."""
+def test_a_confident_student_has_a_finite_loss(flag, config):
+    """The probability of the tail is 1e-30: as 1 minus the sum of the K it would be 0 in float32."""
     logits, indices, log_p, labels = _call()
     logits = logits.scatter_add(1, indices, torch.full(indices.shape, 70.0)).requires_grad_()
     loss = TopKDistillationConfig().build(backend=flag)(logits, indices, log_p, labels)
@@ -80,7 +80,7 @@ def test_a_second_backward_gives_the_same(flag, config):
 
 
 ONE, TWO, THREE = (torch.tensor([i]) for i in (1, 2, 3))
-# How to change indices and log-probabilities, and what is said of it.
+# Changes of indices and log-probabilities, and the error message of each.
 BAD = {
     "outside": (lambda i, p: (i.index_fill(1, TWO, V), p), r"teacher_indices\[0, 2\] is 23, .*\[0, 23\)"),
     "negative": (lambda i, p: (i.index_fill(1, TWO, -1), p), r"teacher_indices\[0, 2\] is -1"),
@@ -96,7 +96,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_teacher_is_refused(name):
+def test_an_invalid_teacher_is_refused(name):
     logits, indices, log_p, labels = _call()
     change, message = BAD[name]
     with pytest.raises(ValueError, match=message):
@@ -104,7 +104,7 @@ def test_what_is_no_teacher_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["outside", "twice", "above 0", "NaN", "sum"])
-def test_what_is_no_teacher_is_nan_where_it_may_not_be_read_and_nothing_where_it_is_ignored(name):
+def test_an_invalid_teacher_is_nan_where_not_readable_and_has_no_effect_where_ignored(name):
     logits, indices, log_p, labels = _call()
     bad = BAD[name][0](indices, log_p)
     of_row = torch.arange(T)[:, None] == 1
@@ -148,7 +148,7 @@ def test_a_teacher_in_float64_makes_the_arithmetic_float64():
     assert torch.autograd.grad(loss, logits)[0].dtype == torch.float32
 
 
-def test_terms_leave_the_columns_of_the_targets_out():
+def test_terms_exclude_the_columns_of_the_targets():
     z_TV, labels_TK = torch.randn(T, V) * 4, torch.stack([torch.randperm(V)[:K].sort().values for _ in range(T)])
     terms = find("eager").row_terms(Rows(z_TV, labels_TK, None), Sums())
     others_TV = z_TV.scatter(1, labels_TK, -torch.inf)
@@ -156,7 +156,7 @@ def test_terms_leave_the_columns_of_the_targets_out():
     assert torch.equal(terms.t, z_TV.gather(1, labels_TK))
 
 
-def test_blocks_of_rows_give_what_one_block_gives():
+def test_results_do_not_depend_on_blocks_of_rows():
     logits, indices, log_p, labels = _call()
     logits.requires_grad_()
     found = []

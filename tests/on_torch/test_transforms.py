@@ -1,4 +1,4 @@
-"""Functional transforms (`torch.func`), inside and outside of torch.compile, and whole compiled training steps.
+"""Functional transforms (`torch.func`), inside and outside of torch.compile, and full compiled training steps.
 
 Whether a gradient is wanted can't be read from `requires_grad` there. Every gradient is right, or it is an error that
 names torch:plain; it is never 0 or None in silence.
@@ -15,7 +15,7 @@ every_transform = pytest.mark.parametrize("transform", TRANSFORMS)
 
 
 def differentiated(transform, loss, name, arguments):
-    """A function of one argument that gives the gradient of the (summed) loss by it."""
+    """A function of one argument that returns the gradient of the (summed) loss with respect to it."""
     others = {key: x.detach() for key, x in arguments.items() if key != name}
 
     def value(x):
@@ -40,7 +40,7 @@ def expected_gradients(loss, arguments):
 
 @every_transform
 @cells(configs())
-def test_by_every_argument(flag, config, transform):
+def test_gradient_of_every_argument(flag, config, transform):
     loss = built(config, flag)
     arguments = inputs(config)
     for name, expected in expected_gradients(loss, arguments).items():
@@ -55,7 +55,7 @@ def test_by_every_argument(flag, config, transform):
 @pytest.mark.slow
 @every_transform
 @cells(configs(), flags=NAMED)
-def test_by_every_argument_inside_torch_compile(flag, config, transform):
+def test_gradient_of_every_argument_inside_torch_compile(flag, config, transform):
     loss = built(config, flag)
     arguments = inputs(config)
     for name, expected in expected_gradients(loss, arguments).items():
@@ -70,7 +70,7 @@ def test_by_every_argument_inside_torch_compile(flag, config, transform):
 
 @pytest.mark.slow
 @cells(configs(), flags=NAMED)
-def test_by_all_arguments_at_once(flag, config):
+def test_gradients_of_all_arguments_at_once(flag, config):
     loss = built(config, flag)
     arguments = inputs(config)
     expected = expected_gradients(loss, arguments)
@@ -93,7 +93,7 @@ def test_by_all_arguments_at_once(flag, config):
 @pytest.mark.parametrize("compiled_autograd", [False, True], ids=["autograd", "compiled-autograd"])
 @pytest.mark.slow
 @cells(configs(), flags=NAMED)
-def test_a_whole_training_step_in_torch_compile(flag, config, compiled_autograd):
+def test_a_full_training_step_in_torch_compile(flag, config, compiled_autograd):
     loss = built(config, flag)
     expected = expected_gradients(loss, inputs(config))
 
@@ -113,8 +113,8 @@ def test_a_whole_training_step_in_torch_compile(flag, config, compiled_autograd)
     torch._dynamo.reset()
 
 
-def test_plain_can_do_all_of_this():
-    # A flag may refuse with advice to take torch:plain, which must then be there.
+def test_plain_supports_all_transforms():
+    # A flag may refuse and name torch:plain, which must then work.
     config = configs()[0]
     loss = built(config, PLAIN)
     arguments = inputs(config)

@@ -1,4 +1,4 @@
-"""Ignored tokens out of the fused loss's products: by a sync, by the caller's number, and what a wrong number gives.
+"""Ignored tokens excluded from the fused loss's products: with a sync, with num_valid_tokens, and with a wrong number.
 
 Where values may not be read, as on an accelerator, is shown by make_fx: what it traces reads none.
 """
@@ -29,7 +29,7 @@ def _inputs():
     hidden, weight = torch.randn(2, T // 2, H, generator=g), torch.randn(V, H, generator=g)
     labels = torch.randint(0, V, (2, T // 2), generator=g)
     labels.view(-1)[1::3] = -100
-    # What an ignored token holds must reach nothing.
+    # Values of ignored tokens must have no effect.
     hidden.view(-1, H)[1::3] = torch.nan
     return hidden, labels, weight
 
@@ -39,15 +39,15 @@ def _build(reduction="sum", skip=None, backend="torch:eager"):
 
 
 def _results(loss_fn, hidden, labels, weight, **extras):
-    """Loss, and the gradients by hidden states and weight."""
+    """The loss, and the gradients of hidden states and weight."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    # By name: FlopCounterMode puts hooks on leaves among the others.
+    # By name: FlopCounterMode puts hooks on leaves among them.
     loss = loss_fn(hidden_states=hidden, labels=labels, lm_weight=weight, **extras)
     return (loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight)))
 
 
 def _unread(loss_fn, *inputs, **extras):
-    """The same, traced without any look at values."""
+    """The same, traced, where no value is readable."""
     return make_fx(lambda *inputs: _results(loss_fn, *inputs, **extras))(*inputs)(*inputs)
 
 
@@ -59,8 +59,8 @@ def _tokens_in_products(call, products):
 
 @reductions
 @ways
-def test_which_tokens_take_part(reduction, skip, number, on_cpu, unread):
-    # Without coefficients that are known before, logits are computed twice.
+def test_which_tokens_are_in_the_products(reduction, skip, number, on_cpu, unread):
+    # Without coefficients in the forward, logits are computed twice.
     inputs, products = _inputs(), 4 if reduction == "none" else 3
     loss_fn = _build(reduction, skip)
     assert _tokens_in_products(lambda: _results(loss_fn, *inputs, num_valid_tokens=number), products) == on_cpu
@@ -73,7 +73,7 @@ def test_which_tokens_take_part(reduction, skip, number, on_cpu, unread):
 
 @reductions
 @ways
-def test_all_ways_give_the_same(reduction, skip, number, on_cpu, unread):
+def test_results_do_not_depend_on_skipping(reduction, skip, number, on_cpu, unread):
     inputs = _inputs()
     expected = _results(_build(reduction, backend="torch:plain"), *inputs)
     got = _results(_build(reduction, skip), *inputs, num_valid_tokens=number)
@@ -97,12 +97,12 @@ def test_a_wrong_number_is_never_a_finite_loss(reduction, number):
         _results(loss_fn, *inputs, num_valid_tokens=number)
     loss, *grads = _unread(loss_fn, *inputs, num_valid_tokens=number)
     assert loss.isnan().all()
-    # A number of 0 leaves no token that a gradient could come from.
+    # With a number of 0 no token has a gradient.
     if number:
         assert all(grad.isnan().any() for grad in grads)
 
 
-def test_a_zero_count_is_zero_with_the_number_too():
+def test_a_count_of_0_gives_0_with_num_valid_tokens_too():
     for results in (_results, _unread):
         for result in results(_build(), *_inputs(), num_label_tokens=0, num_valid_tokens=VALID):
             assert not result.any()
@@ -160,7 +160,7 @@ def test_through_the_bridge():
         loss_fn(*arrays, num_valid_tokens=3)
 
 
-def test_the_config_refuses_other_values():
+def test_the_config_refuses_invalid_values():
     for value in (0, "yes"):
         with pytest.raises(ValueError, match="skip_ignored must be True, False or None, got"):
             FusedLinearCEConfig(skip_ignored=value)

@@ -1,1 +1,1 @@
-"""The losses as autograd functions, one a family: terms forward, a gradient from coefficients backward."""
+"""The losses as autograd functions: terms in the forward, a gradient from coefficients in the backward."""

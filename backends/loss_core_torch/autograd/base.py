@@ -1,4 +1,4 @@
-"""What the autograd functions share."""
+"""Helpers shared by the autograd functions."""
 
 # T = tokens, K = targets of a row
 
@@ -13,29 +13,29 @@ from torch import Tensor
 
 from loss_core.row_terms import Objective, RowTerms, Sums, TopK
 from loss_core_torch import compat
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 
 class Function(torch.autograd.Function):
-    """PyTorch's, which asks for the signature of `forward` at each call: a tenth of the host's time, if not at hand."""
+    """Caches the signature of `forward`. PyTorch inspects it in each call, uncached for a tenth of the host's time."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         setattr(cls.forward, "__signature__", inspect.signature(cls.forward))  # noqa: B010
 
 
-def keep(ctx: Any, saved: Sequence[Tensor | None], output: Sequence[Tensor], results: int = 1) -> None:
-    """What a `setup_context` does.
+def save_context(ctx: Any, saved: Sequence[Tensor | None], output: Sequence[Tensor], results: int = 1) -> None:
+    """The body of `setup_context`.
 
     Args:
-        saved: for the backward.
-        output: of the function; results: how many of them, the first ones, are differentiable.
+        saved: tensors for the backward.
+        output: of the function; the first `results` of them are differentiable.
     """
     ctx.mark_non_differentiable(*output[results:])
-    # Else autograd makes zeros of their size for the outputs that have no gradient.
+    # Otherwise autograd allocates zeros for each output without a gradient.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
-    ctx.spent = False
+    ctx.consumed = False
 
 
 def check_upstream(upstream: Tensor) -> None:
@@ -53,50 +53,50 @@ def check_upstream(upstream: Tensor) -> None:
         )
 
 
-def of_values(grads: Sequence[Tensor | None], coef_T: Tensor | None, dtype: torch.dtype) -> list[Any]:
-    """The upstream gradient of each value of each row, [T], from those of a function's results; None for 0.
+def row_upstreams(grads: Sequence[Tensor | None], coef_T: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """Upstream gradients of each row's values, [T] each, from those of a function's results; None for zero.
 
     Args:
-        coef_T: factor of each row in the one result, or None: the results are the values.
+        grads: upstream gradients of the results.
+        coef_T: coefficient of each row in the summed result; None where the results are the values themselves.
         dtype: of the arithmetic.
     """
     found = [None if upstream is None else upstream.to(dtype) for upstream in grads]
     return found if coef_T is None else [None if upstream is None else coef_T * upstream for upstream in found]
 
 
-def taken(ctx: Any, made: Tensor, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(the gradient, where it is known; else its memory, where it is free), from the gradient for an upstream of 1.
+def take_gradient(ctx: Any, stored: Tensor, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient stored by the forward for an upstream gradient of 1, as (gradient, out).
 
-    Whether the upstream gradient is 1, the host can see on a CPU; elsewhere a kernel looks. What was made is handed on
-    in its own memory, once.
+    Where the upstream gradient is readable and is 1, `gradient` is the result. Otherwise `out` is that memory, which a
+    kernel overwrites. Both are None after the first backward, whose result aliases the memory.
     """
-    if ctx.spent:
+    if ctx.consumed:
         return None, None
-    ctx.spent = True
-    # `data`: the saved tensor's version must stay, for a second backward to get at the others.
-    gradient = made.data
-    return (gradient, None) if may_read(upstream) and float(upstream.detach()) == 1.0 else (None, gradient)
+    ctx.consumed = True
+    # `data` keeps the saved tensor's version, so that a second backward can unpack the other saved tensors.
+    gradient = stored.data
+    return (gradient, None) if is_readable(upstream) and float(upstream.detach()) == 1.0 else (None, gradient)
 
 
-def kept_terms(terms: RowTerms) -> tuple[Tensor, ...]:
-    """Of the terms, those that coefficients are made of."""
+def terms_to_save(terms: RowTerms) -> tuple[Tensor, ...]:
+    """The terms from which the backward computes coefficients."""
     return *terms[:3], *([] if terms.e is None else [terms.e])
 
 
-def restored_terms(saved: Sequence[Tensor], sums: Sums) -> tuple[RowTerms, Sequence[Tensor]]:
-    """The terms of `kept_terms`, with which what was saved begins; and the rest of it."""
-    number = 3 + sums.e
+def load_terms(saved: Sequence[Tensor], sums: Sums) -> tuple[RowTerms, Sequence[Tensor]]:
+    """The terms saved by `terms_to_save`, and the saved tensors after them."""
     m_T, s_T, t_T = saved[:3]
-    return RowTerms(m_T, s_T, t_T, e=saved[3] if sums.e else None), saved[number:]
+    return RowTerms(m_T, s_T, t_T, e=saved[3] if sums.e else None), saved[3 + sums.e :]
 
 
 def with_teacher(objective: Objective, log_p_TK: Tensor | None) -> Objective:
-    """The objective with the teacher's log-probabilities, an input of their own for autograd to see them."""
+    """The objective with the teacher's log-probabilities, which are a separate input so that autograd tracks them."""
     return objective._replace(log_p=log_p_TK) if isinstance(objective, TopK) else objective
 
 
 def teacher_grad(objective: Objective, terms: RowTerms, upstream_T: Tensor, keep_T: Tensor | None) -> Tensor:
-    """The gradient by the teacher's log-probabilities, [T, K]; 0 in ignored rows."""
+    """The gradient with respect to the teacher's log-probabilities, [T, K]; 0 in ignored rows."""
     assert isinstance(objective, TopK)
     grad_TK: Tensor = objective.teacher_gradient(torch, terms) * upstream_T[:, None]
     return grad_TK if keep_T is None else grad_TK.masked_fill(~keep_T[:, None], 0.0)

@@ -1,6 +1,6 @@
 """A loss over logits as an autograd function: cross entropy, log-probability, top-k distillation.
 
-Terms forward, a gradient from coefficients backward; what the loss is, its `Objective` says.
+The forward computes row terms, the backward a gradient from coefficients; an `Objective` defines the loss.
 """
 
 # T = tokens, V = vocabulary (of this rank), K = targets of a row
@@ -17,12 +17,12 @@ from loss_core_torch import inplace, operators
 from loss_core_torch.autograd.base import (
     Function,
     check_upstream,
-    keep,
-    kept_terms,
-    of_values,
-    restored_terms,
-    taken,
+    load_terms,
+    row_upstreams,
+    save_context,
+    take_gradient,
     teacher_grad,
+    terms_to_save,
     with_teacher,
 )
 from loss_core_torch.kernels import KernelSet, Rows
@@ -32,17 +32,17 @@ from loss_core_torch.second_derivative import once_differentiable
 
 
 class Call(NamedTuple):
-    """What a call is beside its tensors.
+    """The arguments of a call that are not tensors.
 
     Attributes:
-        kernels: the set of kernels.
-        objective: what the loss is; the log-probabilities of a `TopK` are an input.
+        kernels: the kernel set.
+        objective: the loss; a `TopK` without its log-probabilities, which are an input of the function.
         softcap: of the logits; 0 is off.
         vocab_start: first class of these logits.
         group: over which the vocabulary is sharded, or None.
         overwrite: the backward writes over the logits.
-        grad_in_forward: the gradient is made in the forward; only with coefficients, no group, no overwrite, no trace.
-        metrics: names of `row_terms.token_metrics`, of a cross entropy.
+        grad_in_forward: compute the gradient in the forward; requires coef_T, no group, no overwrite and no trace.
+        metrics: names for `row_terms.token_metrics`, of a cross entropy.
     """
 
     kernels: KernelSet
@@ -56,16 +56,16 @@ class Call(NamedTuple):
 
 
 class RowLoss(Function):
-    """Values of an objective for each token, or the sum of its one value with given coefficients.
+    """Values of an objective for each token, or the sum of its one value weighted by coefficients.
 
-    Inputs: logits [..., V] float; labels_T [T] int64 over the whole vocabulary, or [T, K], ascending in each row;
+    Inputs: logits [..., V] float; labels_T [T] int64 over the full vocabulary, or [T, K], ascending in each row;
     keep_T [T] bool or None; inverse_T [T], inverse temperatures in the dtype of the arithmetic, or None; log_p_TK
     [T, K] in that dtype, of a `TopK`, or None; coef_T [T] in that dtype, not differentiated, or None; the call.
     Output: with coef_T the scalar sum of coef * value, else each value [T], 0 for ignored tokens; in the dtype of the
-    arithmetic. Then what waits for the backward, and metrics [T], 0 for ignored tokens.
+    arithmetic. Then tensors saved for the backward, and metrics [T], 0 for ignored tokens.
 
-    A gradient that was made in the forward is handed on by the first backward, in its own memory; another backward
-    (retain_graph) computes it again.
+    The first backward returns a gradient computed in the forward without a copy; later ones (retain_graph) recompute
+    it.
     """
 
     @staticmethod
@@ -80,12 +80,12 @@ class RowLoss(Function):
     ) -> tuple[Tensor, ...]:
         rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap, inverse_T)
         objective = with_teacher(call.objective, log_p_TK)
-        made: list[Tensor] = []
+        stored: list[Tensor] = []
         if call.grad_in_forward:
             assert coef_T is not None
             terms, grad, coefficients = operators.row_terms_and_grad(call.kernels, rows, coef_T, objective)
-            # Empty for None: an output is a tensor.
-            made = [grad, *(grad.new_empty(0) if c_T is None else c_T for c_T in coefficients[:4])]
+            # Outputs must be tensors: an empty one stands for None.
+            stored = [grad, *(grad.new_empty(0) if c_T is None else c_T for c_T in coefficients[:4])]
         else:
             terms = operators.row_terms(call.kernels, rows, objective.sums)
         terms = collectives.fold(terms, call.group)
@@ -95,43 +95,42 @@ class RowLoss(Function):
             results = [weighted_sum(coef_T, *values)]
         else:
             results = [zero_where_ignored(x_T, keep_T) for x_T in values]
-        return *results, *kept_terms(terms), *made, *(zero_where_ignored(x_T, keep_T) for x_T in metrics)
+        return *results, *terms_to_save(terms), *stored, *(zero_where_ignored(x_T, keep_T) for x_T in metrics)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.call = inputs
-        results, waiting = ctx.call.objective.num_values, len(output) - len(ctx.call.metrics)
-        keep(ctx, [*tensors, *output[results:waiting]], output, results)
+        results, end = ctx.call.objective.num_values, len(output) - len(ctx.call.metrics)
+        save_context(ctx, [*tensors, *output[results:end]], output, results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         call = ctx.call
         upstreams = grads[: call.objective.num_values]
-        inplace.claim(ctx)
+        inplace.check_not_overwritten(ctx)
         for upstream in upstreams:
             if upstream is not None:
                 check_upstream(upstream)
         logits, labels_T, keep_T, inverse_T, log_p_TK, coef_T, *saved = ctx.saved_tensors
         objective = with_teacher(call.objective, log_p_TK)
-        terms, made = restored_terms(saved, objective.sums)
+        terms, stored = load_terms(saved, objective.sums)
         rows = Rows(logits, labels_T, keep_T, call.vocab_start, call.softcap, inverse_T)
         by_logits = by_log_p = out = None
         with torch.no_grad():
-            if made and upstreams[0] is not None:
-                by_logits, out = taken(ctx, made[0], upstreams[0])
+            if stored and upstreams[0] is not None:
+                by_logits, out = take_gradient(ctx, stored[0], upstreams[0])
             if by_logits is None and ctx.needs_input_grad[0]:
-                if made:
-                    scale_T, target_T, *rest = made[1:]
+                if stored:
+                    scale_T, target_T, *rest = stored[1:]
                     uniform_T, slope_T = (c_T if c_T.numel() else None for c_T in rest)
                     coefficients = Coefficients(scale_T, target_T, uniform_T, slope_T, factor=upstreams[0])
                 else:
-                    of_rows = of_values(upstreams, coef_T, terms.s.dtype)
-                    coefficients = objective.coefficients(torch, terms, of_rows)
+                    coefficients = objective.coefficients(torch, terms, row_upstreams(upstreams, coef_T, terms.s.dtype))
                     out = logits.detach() if call.overwrite else None
                 by_logits = operators.row_grad(call.kernels, rows, terms, coefficients, out=out)
-                by_logits = inplace.overwritten(ctx, logits) if call.overwrite else by_logits
+                by_logits = inplace.mark_overwritten(ctx, logits) if call.overwrite else by_logits
             if ctx.needs_input_grad[4]:
-                (upstream_T,) = of_values(upstreams, coef_T, terms.s.dtype)
+                (upstream_T,) = row_upstreams(upstreams, coef_T, terms.s.dtype)
                 by_log_p = teacher_grad(objective, terms, upstream_T, keep_T)
         by_logits, by_log_p = (once_differentiable(x, logits, log_p_TK, *upstreams) for x in (by_logits, by_log_p))
         return by_logits, None, None, None, by_log_p, None, None

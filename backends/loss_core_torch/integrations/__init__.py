@@ -1,1 +1,1 @@
-"""Adapters to other libraries, one file each; each imports its library when it is used. No mathematics here."""
+"""Adapters to other libraries, one file each, which import their library when they are used. No mathematics here."""

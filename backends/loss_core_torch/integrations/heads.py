@@ -18,23 +18,23 @@ def call_in_head(
 ) -> Tensor:
     """`loss(hidden, labels, head.weight, **arguments)`, computed in place of the head's forward.
 
-    FSDP2 gathers a head's parameters, and reduces their gradients, in hooks around the head's own call. Where they are
-    read within that call they are whole, and the loss needs no `grad_reduce_group`.
+    FSDP2 gathers a head's parameters, and reduces their gradients, in hooks around the head's own call. Within that
+    call they are unsharded, and the loss needs no `grad_reduce_group`.
 
     Args:
-        head: `torch.nn.Linear` [V, H], or what `fully_shard` has made of one; as before after the call. Its bias, if it
-            has one, is given to the loss as `lm_bias`.
-        hidden: [..., H] float, what the head would be called with.
+        head: `torch.nn.Linear` [V, H], also after `fully_shard`; unchanged after the call. Its bias, if it has one, is
+            passed to the loss as `lm_bias`.
+        hidden: [..., H] float, the input of the head.
         labels: [...] integers. Not shifted here: hidden[..., t, :] predicts labels[..., t].
-        loss: such as `FusedLinearCEConfig().build()`: takes hidden states, labels and the weight [V, H].
+        loss: such as `FusedLinearCEConfig().build()`; called with hidden states, labels and the weight [V, H].
         arguments: passed on to the loss, such as num_label_tokens.
     Returns:
         What the loss returns; in the `output_dtype` of the head's MixedPrecisionPolicy, if it has one.
     Raises:
-        TypeError: the head is no `torch.nn.Linear`, or computes something else than one (LoRA, quantised).
+        TypeError: the head is no `torch.nn.Linear`, or has another forward (LoRA, quantised).
     """
     check_head(head)
-    # Where accelerate has put a hook around the forward (device_map, CPU offload), the forward is the inner one.
+    # accelerate's hooks (device_map, CPU offload) replace `forward` and call the original as `_old_forward`.
     name = "_old_forward" if "_old_forward" in vars(head) else "forward"
     before = vars(head).get(name)
 
@@ -47,7 +47,7 @@ def call_in_head(
         result: Tensor = head(hidden, labels)
     finally:
         if before is None:
-            # Not delattr: torch.compile would run it on a head whose forward it has not set.
+            # Not delattr: torch.compile would run it on the head without having set its forward.
             vars(head).pop(name, None)
         else:
             setattr(head, name, before)
@@ -55,10 +55,10 @@ def call_in_head(
 
 
 def check_head(head: Any, what: str = "head") -> None:
-    """Refuse a head whose weight and bias do not say what it computes; errors as in `call_in_head`.
+    """Refuse a head whose logits are not hidden @ weight.T + bias; errors as in `call_in_head`.
 
     Args:
-        what: how messages call it.
+        what: name of the head in messages.
     """
     kind = f"{type(head).__module__}.{type(head).__qualname__}"
     if isinstance(head, Tensor):
@@ -70,7 +70,7 @@ def check_head(head: Any, what: str = "head") -> None:
             f"{what} is {kind}: it has a LoRA adapter, which a loss that reads its weight would leave out. Take "
             "the head out of target_modules and name it in modules_to_save, or compute the loss from logits."
         )
-    # fully_shard makes a subclass; quantised and adapted heads have a forward of their own.
+    # fully_shard changes the class to a subclass; quantised and adapted heads have another forward.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise TypeError(
             f"{what} is {kind}, whose forward is not that of torch.nn.Linear (quantised, adapted or wrapped), so its "

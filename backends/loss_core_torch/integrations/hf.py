@@ -1,7 +1,7 @@
 """Losses for Hugging Face models: over the logits in `Trainer`, or fused with the head inside of the model.
 
-Tried with transformers 5.24, peft 0.21, accelerate 1.15 and trl 1.16. Labels are unshifted, as transformers has them:
-labels[b, s] is the token input_ids[b, s], and the shift by one is made here. Shifted ones give a wrong number.
+Tried with transformers 5.24, peft 0.21, accelerate 1.15 and trl 1.16. Labels are unshifted, as in transformers:
+labels[b, s] is the token input_ids[b, s], and is shifted by one here. Shifted labels give a wrong loss.
 """
 
 # B = batch, S = sequence, V = vocabulary, H = hidden
@@ -24,7 +24,7 @@ from loss_core_torch import metrics
 from loss_core_torch.integrations import hf_models
 from loss_core_torch.integrations.heads import call_in_head
 
-# The label that Trainer leaves out of num_items_in_batch.
+# The label that Trainer excludes from num_items_in_batch.
 _IGNORED = -100
 _UNDO = "_loss_core_undo"
 
@@ -33,8 +33,8 @@ def causal_lm_loss(config: LossConfig | None = None, *, backend: str = "torch") 
     """A loss for `Trainer(compute_loss_func=...)`: next-token cross entropy over the model's logits.
 
     Args:
-        config: MaskedCrossEntropyConfig (the default) or TEParallelCEConfig. Its reduction may be "sum" or "mean",
-            which are the same here: the sum over num_items_in_batch, or the mean where that is None (evaluation).
+        config: MaskedCrossEntropyConfig (the default) or TEParallelCEConfig. Its reductions "sum" and "mean" are the
+            same here: the sum divided by num_items_in_batch, or the mean where that is None (evaluation).
         backend: flag of the loss, such as "torch:triton".
     Returns:
         `loss(outputs, labels, num_items_in_batch=None)`. outputs: the model's, with logits [B, S, V]; labels: [B, S]
@@ -65,13 +65,13 @@ def causal_lm_loss(config: LossConfig | None = None, *, backend: str = "torch") 
 def use_fused_loss(
     model: Any, config: FusedLinearCEConfig | None = None, *, backend: str = "torch"
 ) -> Callable[[], None]:
-    """Let a causal language model compute its training loss without logits.
+    """Patch a causal language model to compute its training loss without logits.
 
-    `model(..., labels=labels)` in training mode then gives the fused loss, and None as logits; all else is the model's
-    own forward, auxiliary losses too. In evaluation mode the logits are there, and the loss is that of the same config
-    over them. The model's logit scale and softcap are read from its config, and compared with what its forward does
-    at the first call. A scale multiplies the hidden states, so it is rounded to their dtype; and the head's bias, which
-    gets its gradient. Not under DataParallel.
+    `model(..., labels=labels)` in training mode then returns the fused loss, and None as logits; everything else,
+    auxiliary losses too, is the model's own forward. In evaluation mode it returns the logits, and the loss of the same
+    config over them. The model's logit scale and softcap are read from its config, and compared with its forward at the
+    first call. A scale multiplies the head's bias, and the hidden states in their dtype, which rounds them. Not under
+    DataParallel.
 
     Args:
         model: a transformers model with a `torch.nn.Linear` head, tied or not, before Trainer or DDP wrap it; or a PEFT
@@ -81,11 +81,11 @@ def use_fused_loss(
     Returns:
         A function that undoes this.
     Raises:
-        TypeError: model or config is something else; the head is no plain linear one (LoRA, quantised). Also at the
+        TypeError: model or config is of another type; the head is no plain linear one (LoRA, quantised). Also at the
             forward, for a head that was replaced since.
-        ValueError: config has another softcap than the model, a tp_group, or what causal_lm_loss refuses; the model has
-            a fused loss already.
-        RuntimeError: at the forward, for a model that makes its logits or its loss in a way that is not known here.
+        ValueError: config has another softcap than the model, a tp_group, or a field that causal_lm_loss refuses; the
+            model has a fused loss already.
+        RuntimeError: at the forward, for a model that computes its logits or its loss in an unknown way.
     """
     config = FusedLinearCEConfig() if config is None else config
     if not isinstance(config, FusedLinearCEConfig):
@@ -110,7 +110,7 @@ def use_fused_loss(
     before = vars(model).get("forward")
     forward = _FusedForward(type(model).forward, before, fused, over_logits, logits)
 
-    # With the signature of the model's own: Trainer drops the columns of a batch that it does not see there.
+    # Trainer drops the columns of a batch that are missing in the signature of the forward.
     @functools.wraps(type(model).forward)
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
@@ -122,7 +122,7 @@ def use_fused_loss(
         if before is not None:
             model.forward = before
 
-    # A method, so that a deep copy of the model has it with itself.
+    # A bound method: a deep copy of the model then has one that is bound to the copy.
     model.forward, model._loss_core_undo = types.MethodType(patched, model), undo
     return undo
 
@@ -147,7 +147,7 @@ class _FusedForward:
             losses.append(self._in_head(model, probe, logits, labels, vocab_size, arguments))
             return losses[-1]
 
-        with hf_models.loss_function(model, loss), hf_models.standing_for_head(model, probe):
+        with hf_models.loss_function(model, loss), hf_models.replaced_head(model, probe):
             outputs = original(*args, **{**kwargs, "return_dict": True})
         if len(losses) != 1:
             raise RuntimeError(
@@ -164,7 +164,7 @@ class _FusedForward:
     def _in_head(
         self, model: Any, probe: hf_models.HeadProbe, logits: Tensor, labels: Tensor, vocab_size: int, arguments: Any
     ) -> Tensor:
-        hidden = probe.taken(model)
+        hidden = probe.hidden_states(model)
         if not self.checked:
             hf_models.check_probe(model, logits, self.expected)
             self.checked = True
@@ -178,7 +178,7 @@ class _FusedForward:
 
 
 def _by_count(config: Any, backend: str) -> Callable[..., Tensor]:
-    """The loss as transformers calls it: shifts labels, and takes the sum over a count or the mean without one."""
+    """The loss as transformers calls it: shifts labels; the sum divided by a count, or without one the mean."""
     if config.reduction == "none" or config.ignore_index != _IGNORED:
         raise ValueError(
             f"config has reduction={config.reduction!r} and ignore_index={config.ignore_index}; transformers needs a "
@@ -202,7 +202,7 @@ def _by_count(config: Any, backend: str) -> Callable[..., Tensor]:
         if num_items_in_batch is None:
             return mean(scores, targets, *weight, **bias)
         if isinstance(num_items_in_batch, Tensor):
-            # DataParallel repeats the count for each of its devices, and takes the sum of that many equal losses.
+            # Trainer repeats the count for each device of DataParallel, and multiplies the loss by their number.
             num_items_in_batch = num_items_in_batch.sum()
         return total(scores, targets, *weight, num_label_tokens=num_items_in_batch, **bias)
 

@@ -1,4 +1,4 @@
-"""What a fused loss has to know of a transformers model: its head, and what its forward does to the logits.
+"""The head of a transformers model, and the scale and softcap that its forward applies to the logits.
 
 Tried with transformers 5.24 and peft 0.21.
 """
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from loss_core_torch.integrations.heads import check_head
 
-# Multiplied with the logits: Cohere, Muse, Falcon-H1.
+# Factors of the logits: Cohere, Muse, Falcon-H1.
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 # Gemma and others; RecurrentGemma.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-# A logit that a softcap leaves nearly as it is and one that it bounds, and more than rounding in bfloat16 explains.
+# A logit that a softcap leaves nearly unchanged and one that it bounds; a tolerance above the rounding of bfloat16.
 _PROBE, _TOLERANCE = (1.0, 100.0), 0.02
 
 
 class Logits(NamedTuple):
-    """What a model makes of its head's result: `softcap(scale * (hidden @ weight.T + bias))`.
+    """The logits of a model: `softcap(scale * (hidden @ weight.T + bias))`.
 
     Attributes:
         softcap: c in c * tanh(x / c), 0 is off.
@@ -37,10 +37,10 @@ class Logits(NamedTuple):
 
 
 def read_logits(config: Any, *, from_head: bool = True) -> Logits:
-    """Scale and softcap that a text config stands for.
+    """Scale and softcap in a text config.
 
     Args:
-        from_head: of the hidden states that come to the head; False: that come from the model's last layer.
+        from_head: the scale applies to the inputs of the head; False: to the outputs of the model's last layer.
     """
     scale = 1.0
     for name in _FACTORS:
@@ -56,15 +56,15 @@ def read_logits(config: Any, *, from_head: bool = True) -> Logits:
 
 
 def scaled(loss: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
-    """A loss of hidden states, labels, weight and maybe lm_bias, with its logits multiplied by a number."""
+    """The loss of hidden states, labels, weight and maybe lm_bias, with the logits multiplied by a scale."""
     if scale == 1.0:
         return loss
 
-    def of_scaled(hidden: Tensor, labels: Tensor, weight: Tensor, lm_bias: Tensor | None = None) -> Tensor:
+    def scaled_loss(hidden: Tensor, labels: Tensor, weight: Tensor, lm_bias: Tensor | None = None) -> Tensor:
         bias = {} if lm_bias is None else {"lm_bias": lm_bias * scale}
         return loss(hidden * scale, labels, weight, **bias)
 
-    return of_scaled
+    return scaled_loss
 
 
 def _number(config: Any, name: str, default: float) -> float:
@@ -76,7 +76,7 @@ def base_model(model: Any) -> Any:
     """The causal language model itself, out of PEFT's wrapper.
 
     Raises:
-        TypeError: something else; says what it is and what to pass.
+        TypeError: not a causal language model, or one in another wrapper.
     """
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     for inner in ("module", "_orig_mod"):
@@ -96,19 +96,19 @@ def base_model(model: Any) -> Any:
 
 
 def head_of(model: Any) -> nn.Linear:
-    """The head that a forward would use now.
+    """The head that the next forward uses.
 
     Raises:
-        TypeError, ValueError: as `heads.check_head`; the message names the head.
+        TypeError: as `heads.check_head`, or the model has no head.
     """
-    place = model.get_output_embeddings()
-    if place is None:
+    embeddings = model.get_output_embeddings()
+    if embeddings is None:
         raise TypeError(
             f"{type(model).__name__} has no head: get_output_embeddings() gave None. Pass the model with its head, "
             "such as AutoModelForCausalLM makes it."
         )
-    name = next((name for name, module in model.named_modules() if module is place), "head")
-    head = _active(place)
+    name = next((name for name, module in model.named_modules() if module is embeddings), "head")
+    head = _active(embeddings)
     check_head(head, f"{type(model).__name__}.{name}")
     return head
 
@@ -127,13 +127,13 @@ def _active(head: Any) -> Any:
 
 
 class HeadProbe(nn.Module):
-    """Stands for the head in a forward: keeps the hidden states, and returns two known logits [B, S, 2]."""
+    """A replacement for the head in a forward: stores the hidden states, and returns two known logits [B, S, 2]."""
 
     hidden: Tensor | None = None
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        # In a tuple: no submodule, so that its parameters keep one name.
+        # In a tuple, so that it is no submodule and its parameters have one name.
         self._head = (head,)
 
     @property
@@ -141,7 +141,7 @@ class HeadProbe(nn.Module):
         return self._head[0]
 
     def __getattr__(self, name: str) -> Any:
-        # Models ask their head for its weight's dtype.
+        # Models read the dtype of their head's weight.
         return super().__getattr__(name) if name.startswith("_") else getattr(self._head[0], name)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ class HeadProbe(nn.Module):
         logits[..., 1] = _PROBE[1]
         return logits
 
-    def taken(self, model: Any) -> Tensor:
-        """The hidden states that the model's forward gave it.
+    def hidden_states(self, model: Any) -> Tensor:
+        """The hidden states with which the model's forward called its head.
 
         Raises:
             RuntimeError: it did not call its head.
@@ -164,22 +164,22 @@ class HeadProbe(nn.Module):
 
 
 @contextmanager
-def standing_for_head(model: Any, probe: HeadProbe) -> Iterator[None]:
-    """The probe in every place of the model's head."""
+def replaced_head(model: Any, probe: HeadProbe) -> Iterator[None]:
+    """Context in which the probe replaces the model's head in all modules that hold it."""
     head = model.get_output_embeddings()
-    places = [(module, name) for module in model.modules() for name, child in module._modules.items() if child is head]
-    for module, name in places:
+    owners = [(module, name) for module in model.modules() for name, child in module._modules.items() if child is head]
+    for module, name in owners:
         module._modules[name] = probe
     try:
         yield
     finally:
-        for module, name in places:
+        for module, name in owners:
             module._modules[name] = head
 
 
 @contextmanager
 def loss_function(model: Any, loss: Any) -> Iterator[None]:
-    """The loss in place of what the model's forward calls as `self.loss_function`."""
+    """Context in which the model's forward calls the loss as `self.loss_function`."""
     before = vars(model).get("_loss_function")
     model.loss_function = loss
     try:
@@ -192,10 +192,10 @@ def loss_function(model: Any, loss: Any) -> Iterator[None]:
 
 
 def check_probe(model: Any, logits: Tensor, expected: Logits) -> None:
-    """Compare what the model's forward has made of the probe with what its config stands for; waits for the device.
+    """Compare the probe's logits after the model's forward with those by its config; one device sync.
 
     Raises:
-        RuntimeError: it did something else, so the fused loss would be another one.
+        RuntimeError: they differ, so the fused loss would be another one.
     """
     wanted = [x * expected.scale for x in _PROBE]
     if expected.softcap:

@@ -1,7 +1,7 @@
 """The loss of Megatron-core's language models: per token, over logits that are sharded and sequence-first.
 
-Tried with megatron-core 0.16: `LanguageModule.compute_language_model_loss`. Labels are shifted already there:
-labels[b, s] is the token after position s. Unshifted ones give a wrong number.
+Tried with megatron-core 0.16: `LanguageModule.compute_language_model_loss`. Megatron shifts the labels: labels[b, s] is
+the token after position s. Unshifted labels give a wrong loss.
 """
 
 # B = batch, S = sequence, V = vocabulary
@@ -26,11 +26,11 @@ def language_model_loss(config: LossConfig | None = None, *, backend: str = "tor
 
     Args:
         config: TEParallelCEConfig (the default) or MaskedCrossEntropyConfig, with reduction="none": Megatron masks and
-            sums by itself. tp_group None is Megatron's tensor-parallel group, where there is one at the first call.
+            sums the losses. tp_group None is Megatron's tensor-parallel group, where there is one at the first call.
         backend: flag of the loss, such as "torch:triton".
     Returns:
-        `loss(labels, logits)`. labels: [B, S] integers, a class of the whole vocabulary or ignore_index; logits:
-        [S, B, V over the ranks of tp_group] float, any strides, not copied. Gives [B, S], as `MaskedCrossEntropy` does.
+        `loss(labels, logits)`, which returns [B, S] as `MaskedCrossEntropy`. labels: [B, S] integers, a class of the
+        full vocabulary or ignore_index; logits: [S, B, V over the ranks of tp_group] float, any strides, not copied.
     Raises:
         TypeError: config is of another loss.
         ValueError: its reduction is not "none". At a call: labels and logits that don't fit.
@@ -47,7 +47,7 @@ def language_model_loss(config: LossConfig | None = None, *, backend: str = "tor
             "itself. Use reduction='none'."
         )
     metrics.refuse(config, "Megatron")
-    config.build(backend=backend)  # What is wrong with the flag shows here, not at the first call.
+    config.build(backend=backend)  # An unusable flag raises here, not at the first call.
     built: list[Any] = []
 
     def loss(labels: Tensor, logits: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def language_model_loss(config: LossConfig | None = None, *, backend: str = "tor
 
 
 def _tensor_parallel_group() -> Any:
-    """Megatron's tensor-parallel group, or None where it has none, or one rank in it."""
+    """Megatron's tensor-parallel group, or None where it has none or a single rank."""
     if "megatron.core.parallel_state" not in sys.modules:
         return None
     from megatron.core import parallel_state

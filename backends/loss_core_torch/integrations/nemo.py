@@ -1,12 +1,11 @@
-"""Losses for recipes of NeMo AutoModel: what `_target_` of a recipe names.
+"""Losses for recipes of NeMo AutoModel, for their `_target_`.
 
     loss_fn:
       _target_: loss_core_torch.integrations.nemo.fused_ce
       reduction: sum
 
-Tried with nemo-automodel 0.7. Labels are shifted already there: labels[b, s] is the token after position s. Unshifted
-ones give a wrong number. A class of this library in place of these functions would silently become NeMo's own: NeMo
-goes by the name of what it is given.
+Tried with nemo-automodel 0.7. NeMo shifts the labels: labels[b, s] is the token after position s. Unshifted labels give
+a wrong loss. These are functions because NeMo silently replaces a class that has the name of one of its own.
 """
 
 # B = batch, S = sequence, V = vocabulary, H = hidden
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from loss_core import FusedLinearCEConfig, KDLossConfig, LossConfig, MaskedCrossEntropyConfig
 from loss_core_torch import metrics
 
-# What NeMo's datasets mark with; a loss that ignores another label gets that one in its place.
+# The ignored label of NeMo's datasets; it is replaced by a loss's own ignore_index.
 _DATASET_IGNORED = -100
 
 
@@ -32,7 +31,7 @@ def masked_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
         backend: flag of the loss, such as "torch:triton".
         fields: of MaskedCrossEntropyConfig.
     Returns:
-        An instance of NeMo's MaskedCrossEntropy, which a recipe keeps for every model.
+        An instance of NeMo's MaskedCrossEntropy, which a recipe accepts for every model.
     Raises:
         TypeError, ValueError: as MaskedCrossEntropyConfig.
         ImportError: nemo-automodel is missing.
@@ -47,9 +46,9 @@ def fused_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
         backend: flag of the loss, such as "torch:triton".
         fields: of FusedLinearCEConfig.
     Returns:
-        An instance of NeMo's LinearCrossEntropy, the base by which it knows losses of hidden states. A recipe keeps it
-        for models whose forward takes logits_to_keep; for others it takes its own MaskedCrossEntropy, and warns.
-        NeMo gives it the head's weight alone: a bias would be left out, so take `masked_ce` for a head that has one.
+        An instance of NeMo's LinearCrossEntropy, its base class for losses of hidden states. A recipe uses it for
+        models whose forward takes logits_to_keep; for others it uses its own MaskedCrossEntropy, and warns. NeMo passes
+        only the weight of the head: use `masked_ce` for a head with a bias.
     Raises:
         TypeError, ValueError: as FusedLinearCEConfig.
         ImportError: nemo-automodel is missing.
@@ -60,7 +59,7 @@ def fused_ce(*, backend: str = "torch", **fields: Any) -> nn.Module:
 def kd(*, backend: str = "torch", **fields: Any) -> nn.Module:
     """Knowledge distillation for `kd_loss_fn` of a recipe, as `KDLoss` of NeMo AutoModel.
 
-    The recipe mixes it: (1 - kd_ratio) * cross entropy + kd_ratio * this, both over the labels of the whole step.
+    The recipe's loss is (1 - kd_ratio) * cross entropy + kd_ratio * this, both over the labels of the whole step.
 
     Args:
         backend: flag of the loss, such as "torch:triton".
@@ -73,7 +72,7 @@ def kd(*, backend: str = "torch", **fields: Any) -> nn.Module:
 
 
 def _for_nemo(config: MaskedCrossEntropyConfig | FusedLinearCEConfig, backend: str) -> nn.Module:
-    """The loss within the class that NeMo expects."""
+    """The loss in a subclass of the class that NeMo expects."""
     metrics.refuse(config, "NeMo AutoModel")
     built: nn.Module = _classes()[type(config)](config, config.build(backend=backend))
     return built
@@ -81,7 +80,7 @@ def _for_nemo(config: MaskedCrossEntropyConfig | FusedLinearCEConfig, backend: s
 
 @functools.cache
 def _classes() -> dict[type[LossConfig], Any]:
-    """By config, classes that derive from NeMo's; made at the first use, so that importing this needs no NeMo."""
+    """Subclasses of NeMo's classes, by config. Defined at the first use: importing this module needs no NeMo."""
     try:
         from nemo_automodel.components.loss.linear_ce_base import LinearCrossEntropy
         from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy

@@ -1,7 +1,7 @@
 """Losses for torchtitan: over the logits, or fused with the head in place of its ChunkedLossWrapper.
 
-Named by `--override.imports`; see `cross_entropy` and `linear_cross_entropy`. Tried with torchtitan 0.3. Labels are
-shifted already there: labels[b, s] is the token after position s. Unshifted ones give a wrong number.
+For `--override.imports`; see `cross_entropy` and `linear_cross_entropy`. Tried with torchtitan 0.3. torchtitan shifts
+the labels: labels[b, s] is the token after position s. Unshifted labels give a wrong loss.
 """
 
 # B = batch, S = sequence, V = vocabulary, H = hidden
@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 from loss_core import FusedLinearCEConfig, MaskedCrossEntropyConfig
 from loss_core_torch.integrations.heads import call_in_head, check_head
 
-# The other adapters import their library when they are used. torchtitan imports this file when it is to be used, and
-# takes from it what was registered while it was imported.
+# Unlike the other adapters this one imports its library at once: torchtitan imports this file in order to use it, and
+# the import registers the overrides.
 try:
     import spmd_types as spmd
     from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
@@ -33,7 +33,7 @@ except ImportError as error:
 
 
 class CrossEntropy(BaseLoss):
-    """`MaskedCrossEntropy` as torchtitan calls a loss: logits [B, S, V] and labels [B, S] give (loss, metrics)."""
+    """`MaskedCrossEntropy` with torchtitan's arguments, logits [B, S, V] and labels [B, S]; returns (loss, metrics)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):
@@ -68,10 +68,10 @@ class CrossEntropy(BaseLoss):
 
 
 class LinearCrossEntropy(ChunkedLossWrapper):
-    """`FusedLinearCrossEntropy` where torchtitan has its ChunkedLossWrapper: hidden states [B, S, H] before the head.
+    """`FusedLinearCrossEntropy` in place of torchtitan's ChunkedLossWrapper: hidden states [B, S, H] before the head.
 
-    The trainer gives it the head, and leaves the head out of the model's forward. Unlike ChunkedLossWrapper it makes no
-    gradients of the head before `backward`, so a factor on the loss reaches all of them; the sequence may be of any
+    The trainer passes it the head, and skips the head in the model's forward. Unlike ChunkedLossWrapper it computes no
+    gradients of the head before `backward`, so a factor on the loss scales all of them; the sequence may have any
     length.
     """
 
@@ -96,7 +96,7 @@ class LinearCrossEntropy(ChunkedLossWrapper):
         self.lm_head: nn.Module | None = None
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
-        """Take the head; the trainer calls it. Errors as `heads.call_in_head`, and ValueError for one over ranks."""
+        """Set the head; the trainer calls this. Errors as `heads.call_in_head`; ValueError if it is tensor parallel."""
         check_head(lm_head, "lm_head")
         axes = getattr(getattr(lm_head.weight, "device_mesh", None), "mesh_dim_names", None) or ()
         if "tp" in axes:
@@ -121,7 +121,7 @@ class LinearCrossEntropy(ChunkedLossWrapper):
 
 @override(target=BaseLoss.Config, fqns=["loss"], description="Cross entropy of loss_core, over the logits.")
 def cross_entropy(config: Any, **fields: Any) -> CrossEntropy.Config:
-    """Take cross entropy over the logits from this library.
+    """Use cross entropy over the logits from this library.
 
         --override.imports loss_core_torch.integrations.titan.cross_entropy
         --override.imports 'loss_core_torch.integrations.titan.cross_entropy={"backend": "torch:triton"}'
@@ -138,7 +138,7 @@ def cross_entropy(config: Any, **fields: Any) -> CrossEntropy.Config:
 
 @override(target=BaseLoss.Config, fqns=["loss"], description="Cross entropy of loss_core, fused with the head.")
 def linear_cross_entropy(config: Any, **fields: Any) -> LinearCrossEntropy.Config:
-    """Take the loss fused with the head from this library; as `cross_entropy`, with `LinearCrossEntropy.Config`."""
+    """Use the loss fused with the head from this library; as `cross_entropy`, with `LinearCrossEntropy.Config`."""
     _check_replaced(config)
     return LinearCrossEntropy.Config(**fields)
 
@@ -156,7 +156,7 @@ def _check_replaced(config: Any) -> None:
 
 
 def _check_inputs(loss_inputs: dict[str, Any]) -> None:
-    # The trainer gives positions to every loss.
+    # The trainer passes positions to every loss.
     unknown = sorted(loss_inputs.keys() - {"positions"})
     if unknown:
         raise TypeError(f"Cross entropy takes pred, labels and global_valid_tokens, got {', '.join(unknown)}, too.")
@@ -167,7 +167,7 @@ def _tensor_parallel() -> bool:
 
 
 def _local(pred: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
-    """The logits of this rank, and the group over which their vocabulary is sharded, or None."""
+    """This rank's logits, and the group over which their vocabulary is sharded, or None."""
     if not isinstance(pred, DTensor):
         return pred, current_spmd_mesh().get_group("tp") if _tensor_parallel() else None
     if isinstance(labels, DTensor) or pred.placements != (Shard(pred.ndim - 1),):
@@ -179,7 +179,7 @@ def _local(pred: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
 
 
 def _typed(loss: Tensor) -> Tensor:
-    """The loss with the types that torchtitan's own has under its checker."""
+    """The loss with the SPMD types of torchtitan's own loss, where its type checker is on."""
     if spmd.is_type_checking():
         spmd.assert_type(loss, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
     return loss

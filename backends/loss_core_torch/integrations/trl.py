@@ -1,8 +1,8 @@
-"""The fused losses in TRL's trainers, with their metrics kept.
+"""The fused losses in TRL's trainers, which keep their metrics.
 
-Tried with trl 1.16 and transformers 5.24. TRL gives every model a head of its own (`add_fused_lm_head`), which makes
-per-token log-probabilities and passes the model's forward by, so `hf.use_fused_loss` has no effect there. Labels are
-unshifted, as TRL has them, which shifts them itself: shifted ones give a wrong number. For a loss over the logits:
+Tried with trl 1.16 and transformers 5.24. TRL replaces the head of every model (`add_fused_lm_head`) by one that
+computes per-token log-probabilities and bypasses the model's forward, so `hf.use_fused_loss` has no effect there.
+Labels are unshifted, as in TRL: shifted ones give a wrong loss. For a loss over the logits:
 `SFTTrainer(compute_loss_func=hf.causal_lm_loss(config))`.
 """
 
@@ -29,9 +29,9 @@ from loss_core_torch.integrations import hf_models
 from loss_core_torch.integrations.heads import call_in_head
 
 _IGNORED = -100
-# Largest difference from TRL's log-probabilities, which are of bfloat16 products where ours are.
+# Largest accepted difference from TRL's log-probabilities; both may come from bfloat16 products.
 _TOLERANCE = 0.1
-# Arguments of the function for log-probabilities, in the versions that are known.
+# Arguments of TRL's function for log-probabilities in supported versions.
 _ARGUMENTS = (
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
     "outputs",
@@ -39,11 +39,11 @@ _ARGUMENTS = (
 
 
 def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
-    """Let the trainers of this process take their log-probabilities and entropies from `FusedLinearLogProbs`.
+    """Patch the trainers of this process to compute log-probabilities and entropies with `FusedLinearLogProbs`.
 
-    In SFT, DPO, KTO, GRPO and RLOO, of policies and reference models, in training and evaluation. What else the metrics
-    of SFT, DPO and KTO need (whether a label is the most likely token, mean logits, sums of squared probabilities) TRL
-    computes, for one product with the head more.
+    In SFT, DPO, KTO, GRPO and RLOO, for policies and reference models, in training and evaluation. TRL still computes
+    the other values for the metrics of SFT, DPO and KTO (whether a label is the most likely token, mean logits, sums of
+    squared probabilities), with one more product with the head.
 
     Args:
         backend: flag of the loss, such as "torch:triton".
@@ -52,7 +52,8 @@ def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
     Raises:
         ImportError: trl is missing.
         RuntimeError: this version of trl computes log-probabilities in another way.
-        ValueError: it was done already. At a call: a head under DeepSpeed ZeRO-3, a logit scale that is not > 0.
+        ValueError: the trainers are patched already. At a call: a head under DeepSpeed ZeRO-3, a logit scale that is
+            not > 0.
     """
     utils = _trl("trainer.utils")
     theirs = getattr(utils, "_ChunkedLogProbFunction", None)
@@ -74,12 +75,12 @@ def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
 
 
 class _LogProbs:
-    """In the place of TRL's `ChunkedLogProbFunction`: the same arguments and results."""
+    """Replaces TRL's `ChunkedLogProbFunction`, with the same arguments and results."""
 
     def __init__(self, theirs: Any, backend: str) -> None:
         self.theirs = theirs
         self._built = functools.cache(lambda **fields: FusedLinearLogProbsConfig(**fields).build(backend=backend))
-        self._built(entropy=False, logit_softcapping=0.0)  # What is wrong with the flag shows here.
+        self._built(entropy=False, logit_softcapping=0.0)  # An unusable flag raises here.
 
     def apply(
         self,
@@ -106,7 +107,7 @@ class _LogProbs:
             )
         if not logit_scale > 0.0:
             raise ValueError(f"The model's logit scale is {logit_scale}; it must be > 0.")
-        # c tanh(s r / c) / t = (c / s) tanh(r / (c / s)) / (t / s): no scaled copy, and nothing rounded.
+        # c tanh(s r / c) / t = (c / s) tanh(r / (c / s)) / (t / s): no scaled copy, no rounding.
         softcap = (final_logit_softcapping or 0.0) / logit_scale
         log_probs = self._built(entropy="entropy" in outputs, logit_softcapping=softcap)
         if weight.dtype.itemsize < hidden.dtype.itemsize:
@@ -126,22 +127,22 @@ class _LogProbs:
 def use_fused_loss(
     trainer: Any, config: FusedLinearCEConfig | None = None, *, backend: str = "torch"
 ) -> Callable[[], None]:
-    """Let an SFTTrainer take its training loss from a fused loss; its other metrics stay TRL's.
+    """Patch an SFTTrainer to compute its training loss with a fused loss; its other metrics stay TRL's.
 
-    In training, `log_probs` of the model's outputs are the negative loss of each token, from which the trainer makes
-    its loss by itself (`loss_type` "nll" or "dft"). TRL still computes its metrics, for one product with the head more.
-    At the first call both log-probabilities are compared. Evaluation stays TRL's.
+    In training, `log_probs` of the model's outputs are the negative loss of each token, from which the trainer computes
+    its loss (`loss_type` "nll" or "dft"). TRL still computes its metrics, with one more product with the head. At the
+    first call both log-probabilities are compared. Evaluation stays TRL's.
 
     Args:
-        trainer: an SFTTrainer, made already, of a model as `hf.use_fused_loss` takes.
-        config: its reduction may be "sum" or "mean", and plays no part. logit_softcapping: 0 takes the model's.
+        trainer: an SFTTrainer whose model `hf.use_fused_loss` accepts.
+        config: its reduction may be "sum" or "mean", without effect. logit_softcapping: 0 takes the model's.
         backend: flag of the loss, such as "torch:triton".
     Returns:
         A function that undoes this.
     Raises:
         TypeError, ValueError: as `hf.use_fused_loss`; or the trainer is no SFTTrainer of a known version, or has a
-            compute_loss_func or label smoothing of its own, which would leave this one unused.
-        RuntimeError: at the first call, if TRL's log-probabilities are others.
+            compute_loss_func or label smoothing, with which it would not use this loss.
+        RuntimeError: at the first call, if TRL's log-probabilities differ.
     """
     config = FusedLinearCEConfig() if config is None else config
     if not isinstance(config, FusedLinearCEConfig):
@@ -171,13 +172,13 @@ def _patch(model: Any, loss: Any, scale: float, compared: bool) -> Callable[[], 
             return before(*args, **kwargs)
         hidden_states: list[Tensor] = []
 
-        def take(module: Any, args: Any, outputs: Any) -> Any:
+        def store(module: Any, args: Any, outputs: Any) -> Any:
             hidden_states.append(outputs.last_hidden_state)
             # TRL's metrics need no gradient.
             outputs.last_hidden_state = outputs.last_hidden_state.detach()
             return outputs
 
-        handle = self.base_model.register_forward_hook(take)
+        handle = self.base_model.register_forward_hook(store)
         try:
             outputs = before(*args, **kwargs)
         finally:
@@ -204,7 +205,7 @@ def _log_probs(
 ) -> Tensor:
     targets = F.pad(labels, (0, 1), value=_IGNORED)[..., 1:] if shift_labels is None else shift_labels
     loss_BS = call_in_head(hf_models.head_of(model), hidden, targets, hf_models.scaled(loss, scale))
-    # TRL leaves the last position out, unless labels are shifted already.
+    # TRL drops the last position, unless labels are shifted already.
     return -(loss_BS[:, :-1] if shift_labels is None else loss_BS)
 
 

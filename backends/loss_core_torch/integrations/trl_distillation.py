@@ -1,6 +1,6 @@
-"""The fused distillation in TRL's DistillationTrainer, with its metrics kept.
+"""The fused distillation in TRL's DistillationTrainer, which keeps its metrics.
 
-Tried with trl 1.16. TRL's divergences and the meaning of `beta` are those of KDLossConfig, without the factor T^2.
+Tried with trl 1.16. TRL's divergences and its `beta` are those of KDLossConfig, without the factor T^2.
 """
 
 # B = batch, S = completion tokens, V = vocabulary, H = hidden
@@ -19,8 +19,8 @@ from torch import Tensor
 from loss_core import FusedLinearKDConfig, FusedLinearLogProbsConfig
 
 _IGNORED = -100
-# The function for the loss, and its arguments in the versions that are known.
-_PLACE = "_chunked_divergence_loss"
+# TRL's function for the loss, and its arguments in supported versions.
+_FUNCTION = "_chunked_divergence_loss"
 _ARGUMENTS = (
     "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight", "teacher_lm_head_weight",
     "completion_mask", "beta", "num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias",
@@ -33,9 +33,9 @@ _NOT_TAKEN = (
 
 
 def use_fused_distillation(*, backend: str = "torch") -> Callable[[], None]:
-    """Let the DistillationTrainers of this process take their loss from `FusedLinearKDLoss`.
+    """Patch the DistillationTrainers of this process to compute their loss with `FusedLinearKDLoss`.
 
-    The student's entropy, which the trainer logs, comes from `FusedLinearLogProbs`, for one product with its head more.
+    `FusedLinearLogProbs` computes the student's entropy, which the trainer logs, with one more product with its head.
 
     Args:
         backend: flag of both, such as "torch:triton".
@@ -44,36 +44,36 @@ def use_fused_distillation(*, backend: str = "torch") -> Callable[[], None]:
     Raises:
         ImportError: trl is missing.
         RuntimeError: this version of trl computes the divergence in another way.
-        ValueError: it was done already. At a call: a head with a bias, a softcap, or a scale that is not > 0, or one
-            that DeepSpeed ZeRO-3 has partitioned.
+        ValueError: the trainers are patched already. At a call: a head with a bias, a softcap, or a scale that is not
+            > 0, or one that DeepSpeed ZeRO-3 has partitioned.
     """
     try:
         trainer = importlib.import_module("trl.trainer.distillation_trainer")
     except ImportError as error:
         raise ImportError(f"use_fused_distillation needs trl ({error}): pip install 'trl>=1.16'") from error
-    theirs = getattr(trainer, _PLACE, None)
+    theirs = getattr(trainer, _FUNCTION, None)
     if isinstance(theirs, _Divergence):
         raise ValueError("TRL takes its divergence from loss_core already; undo that first.")
     found = () if theirs is None else tuple(inspect.signature(theirs).parameters)
     if found != _ARGUMENTS:
         raise RuntimeError(f"This trl makes divergences from {found}; known is {_ARGUMENTS}. pip install 'trl==1.16.*'")
     ours = _Divergence(backend)
-    setattr(trainer, _PLACE, ours)
+    setattr(trainer, _FUNCTION, ours)
 
     def undo() -> None:
-        if getattr(trainer, _PLACE) is not ours:
+        if getattr(trainer, _FUNCTION) is not ours:
             raise RuntimeError("TRL's divergence is not this one any more; undo what replaced it first.")
-        setattr(trainer, _PLACE, theirs)
+        setattr(trainer, _FUNCTION, theirs)
 
     return undo
 
 
 class _Divergence:
-    """In the place of TRL's function: the same arguments and results."""
+    """Replaces TRL's function, with the same arguments and results."""
 
     def __init__(self, backend: str) -> None:
         self._built = functools.cache(lambda config, **fields: config(**fields).build(backend=backend))
-        # What is wrong with the flag shows here.
+        # An unusable flag raises here.
         self._built(FusedLinearKDConfig, temperature=1.0, divergence="forward_kl", beta=0.0)
 
     def __call__(
@@ -90,17 +90,17 @@ class _Divergence:
         temperature: float = 1.0,
         **others: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, sum of the student's entropies, and number of valid tokens.
+        """The loss, the sum of the student's entropies, and the number of valid tokens.
 
         Args:
-            student_hidden_states: [B, S, H]; teacher's: [B, S, H_t].
-            student_lm_head_weight: [V, H]; teacher's: [V, H_t].
+            student_hidden_states: [B, S, H]; the teacher's: [B, S, H_t].
+            student_lm_head_weight: [V, H]; the teacher's: [V, H_t].
             completion_mask: [B, S], 1 where a token is valid.
             num_items_in_batch: divides the sum; None: the mean over valid tokens.
             others: biases and softcaps; each must be None.
         """
         _check(student_lm_head_weight, teacher_lm_head_weight, student_logit_scale, teacher_logit_scale, others)
-        # The student's scale goes into the temperature, so that nothing of it is rounded.
+        # The student's scale is part of the temperature, which avoids rounding scaled hidden states.
         student_temperature = temperature / student_logit_scale
         if teacher_logit_scale != student_logit_scale:
             teacher_hidden_states = teacher_hidden_states * (teacher_logit_scale / student_logit_scale)
@@ -122,7 +122,7 @@ class _Divergence:
 def _check(
     student_weight: Tensor, teacher_weight: Tensor, student_scale: float, teacher_scale: float, others: Any
 ) -> None:
-    """Refuse heads whose logits FusedLinearKDLoss does not make."""
+    """Refuse heads whose logits FusedLinearKDLoss does not compute."""
     if set(others) - set(_NOT_TAKEN):
         raise TypeError(f"unknown arguments {sorted(set(others) - set(_NOT_TAKEN))}; known are {_ARGUMENTS}.")
     for name in _NOT_TAKEN:

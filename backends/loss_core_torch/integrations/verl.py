@@ -1,8 +1,8 @@
-"""The log-probabilities and entropies of verl's policies: in the place of its two fused functions.
+"""The log-probabilities and entropies of verl's policies, in place of its two fused functions.
 
-Tried with verl 0.9.1: what its Hugging Face models (`FusedLinearForPPO`) and its Megatron models
-(`linear_cross_entropy`) call where `use_fused_kernels` is on. Labels are shifted already there: verl rolls input_ids by
-one. Unshifted ones give a wrong number. verl hands on the head's weight alone: a bias is left out.
+Tried with verl 0.9.1: with `use_fused_kernels` its Hugging Face models call `FusedLinearForPPO`, its Megatron models
+`linear_cross_entropy`. verl shifts the labels: it rolls input_ids by one. Unshifted labels give wrong values. verl
+passes only the weight of the head, without a bias.
 """
 
 # T = tokens, V = vocabulary, H = hidden
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from loss_core import FusedLinearLogProbsConfig, TokenLogProbs
 
-# Module of verl, and what is replaced there; the last two have imported it by name, where Megatron is used.
-_PLACES = (
+# Modules of verl and the names that are replaced in them; with Megatron the last two import theirs by name.
+_REPLACED = (
     ("verl.utils.experimental.torch_functional", "FusedLinearForPPO"),
     ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"),
     ("verl.models.mcore.model_forward_fused", "linear_cross_entropy"),
@@ -30,10 +30,10 @@ _PLACES = (
 
 
 def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
-    """Let verl, in this process, take log-probabilities and entropies from `FusedLinearLogProbs`.
+    """Patch verl in this process to compute log-probabilities and entropies with `FusedLinearLogProbs`.
 
-    Its workers are processes of their own, so call this in a module of yours that is named in the environment variable
-    VERL_USE_EXTERNAL_MODULES, which each of them imports. It needs `use_fused_kernels: True` in the recipe.
+    verl's workers are separate processes: call this in a module of yours that the environment variable
+    VERL_USE_EXTERNAL_MODULES names, which each of them imports. It needs `use_fused_kernels: True` in the recipe.
 
     Args:
         backend: flag of the loss, such as "torch:triton".
@@ -43,31 +43,31 @@ def use_fused_log_probs(*, backend: str = "torch") -> Callable[[], None]:
         ImportError: verl is missing.
         BackendUnavailable, ValueError: as `build`.
     """
-    _built(backend, None)  # What is wrong with the flag shows here.
+    _built(backend, None)  # An unusable flag raises here.
     try:
-        for place, _ in _PLACES[:2]:
-            importlib.import_module(place)
+        for module, _ in _REPLACED[:2]:
+            importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"loss_core_torch.integrations.verl needs verl ({error}): pip install 'verl>=0.9'") from error
 
     def module_for_ppo(chunk_size: int = 512, impl_backend: str = "torch") -> FusedLinearForPPO:
-        # Both choose among the kernels of verl, in whose place this is.
+        # Both arguments choose among verl's own kernels.
         return FusedLinearForPPO(backend=backend)
 
     ours = {
         "FusedLinearForPPO": module_for_ppo,
         "linear_cross_entropy": functools.partial(linear_cross_entropy, backend=backend),
     }
-    places = [(sys.modules[place], name) for place, name in _PLACES if place in sys.modules]
-    before = [(module, name, getattr(module, name)) for module, name in places]
-    for module, name in places:
-        setattr(module, name, ours[name])
+    modules = [(sys.modules[module], name) for module, name in _REPLACED if module in sys.modules]
+    before = [(module, name, getattr(module, name)) for module, name in modules]
+    for owner, name in modules:
+        setattr(owner, name, ours[name])
 
     def undo() -> None:
-        if any(getattr(module, name) is not ours[name] for module, name in places):
+        if any(getattr(owner, name) is not ours[name] for owner, name in modules):
             raise RuntimeError("verl's functions are not these any more; undo what replaced them first.")
-        for module, name, theirs in before:
-            setattr(module, name, theirs)
+        for owner, name, theirs in before:
+            setattr(owner, name, theirs)
 
     return undo
 
@@ -90,7 +90,7 @@ class FusedLinearForPPO(nn.Module):
 
         Args:
             hidden_states: [..., H] float. vocab_weights: [V, H].
-            input_ids: [...] integers, shifted already: hidden_states[..., t, :] predicts input_ids[..., t].
+            input_ids: [...] integers, shifted: hidden_states[..., t, :] predicts input_ids[..., t].
             temperature: > 0, a number or [...].
         Returns:
             Two tensors of the shape of input_ids, both differentiable.
@@ -114,13 +114,12 @@ def linear_cross_entropy(
     """As `verl.utils.kernel.linear_cross_entropy.linear_cross_entropy`.
 
     Args:
-        hidden: [..., H] float, the same on each rank of the group. Over a group its gradient is this rank's share of
-            it, to be added up over the ranks, as Megatron's gather from the sequence-parallel region does.
-        weight: [V, H], this rank's rows. labels: integers, as many as tokens, classes of the whole vocabulary, shifted
-            already.
+        hidden: [..., H] float, the same on each rank of the group. Over a group its gradient is this rank's share, to
+            be summed over the ranks, as Megatron's gather from the sequence-parallel region does.
+        weight: [V, H], this rank's rows. labels: integers, as many as tokens, classes of the full vocabulary, shifted.
         temperature: > 0.
         reduction: of the log-probabilities: "none", "sum" or "mean".
-        dist_process_group: over which the vocabulary is sharded, in rank order, in parts of any size; or None.
+        dist_process_group: over which the vocabulary is sharded, in rank order, in shards of any size; or None.
         backend: flag of the loss, such as "torch:triton".
     Returns:
         Log-probabilities [T], or their sum or mean; entropies [T]. Both are differentiable.
@@ -132,7 +131,7 @@ def linear_cross_entropy(
     ranks = 1 if dist_process_group is None else dist.get_world_size(dist_process_group)
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
     if ranks > 1 and hidden_TH.requires_grad:
-        # Ours is the whole gradient on each rank. A view: the hook is not for what else the caller does with them.
+        # Our gradient is the full one on each rank. The hook is on a view, for other uses of the caller's tensor.
         hidden_TH = hidden_TH.view_as(hidden_TH)
         hidden_TH.register_hook(lambda gradient: gradient / ranks)
     loss = _built(backend, dist_process_group)

@@ -26,7 +26,7 @@ from loss_core.row_terms import Coefficients, Objective, RowTerms, Sums, combine
 from loss_core_torch.kernels import Blocks, KernelSet, Linear, LinearGrads, Rows, Wanted
 from loss_core_torch.kernels.heads import TILE_MULTIPLE, Head, HeadGrads, slices
 from loss_core_torch.kernels.terms import concatenate_terms
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 # Scaling brings the largest coefficient to this exponent of frexp; see `_scale_exponent`.
 _FLOAT16_EXPONENT = 15
@@ -132,7 +132,7 @@ def _block_terms(tokens: slice, terms: RowTerms, coefficients: Coefficients) -> 
     coefficients, terms = coefficients.of_rows(tokens), RowTerms(terms.m[tokens], terms.s[tokens], terms.t[tokens])
     nonzero_B = [(c_B if c_B.dim() == 1 else c_B.any(-1)) != 0 for c_B in coefficients[:4] if c_B is not None]
     keep_B = reduce(torch.logical_or, nonzero_B)
-    is_all = may_read(keep_B) and bool(keep_B.all())
+    is_all = is_readable(keep_B) and bool(keep_B.all())
     return _BlockTerms(terms, coefficients, None if is_all else keep_B)
 
 

@@ -18,7 +18,7 @@ from loss_core.dispatch.observed import record
 from loss_core.row_terms import CrossEntropy, LogProbability, Objective, RowTerms, Sums, TopK, log_shares
 from loss_core_torch import precision
 from loss_core_torch.kernels import IGNORED, HeadOperands, Linear, LinearPairs, Pairs, Rows, WholeLosses
-from loss_core_torch.tracing import compute_dtype, may_read, no_autocast
+from loss_core_torch.tracing import compute_dtype, is_readable, no_autocast
 
 
 class PlainLosses(WholeLosses):
@@ -88,7 +88,7 @@ def _cross_entropy(
     if objective.z_loss:
         loss = _cross_entropy(logits_TV, labels_T, keep_T, objective._replace(z_loss=0.0), reduction)
         return loss + _z_loss(logits_TV, keep_T, objective.z_loss, reduction)
-    if keep_T is None and may_read(labels_T):
+    if keep_T is None and is_readable(labels_T):
         # All labels were checked to be classes, so that none is -1.
         return F.cross_entropy(logits_TV, labels_T, ignore_index=-1, reduction=reduction, label_smoothing=smoothing)
     # Invalid labels could not be checked without a sync: the caller multiplies their losses by NaN, and their gradients

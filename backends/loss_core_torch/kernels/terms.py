@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients, RowTerms, Sums
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 
 class Targets(NamedTuple):
@@ -33,7 +33,7 @@ class Targets(NamedTuple):
         is_one = labels_T.dim() == 1
         local_TK = (labels_T[:, None] if is_one else labels_T) - vocab_start
         owned_TK = (local_TK >= 0) & (local_TK < vocab)
-        if may_read(owned_TK) and bool(owned_TK.all()):
+        if is_readable(owned_TK) and bool(owned_TK.all()):
             return cls(local_TK, is_one)
         first_T1, any_T1 = owned_TK.int().argmax(-1, keepdim=True), owned_TK.any(-1, keepdim=True)
         source_TK = torch.where(owned_TK, torch.arange(local_TK.shape[1], device=local_TK.device), first_T1)

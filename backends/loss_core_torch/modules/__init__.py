@@ -1,1 +1,1 @@
-"""The losses as torch modules: checks, an autograd function, and the reduction over [T]."""
+"""The losses as torch modules: checks of arguments, an autograd function, and the reduction over tokens."""

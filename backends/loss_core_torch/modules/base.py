@@ -1,4 +1,4 @@
-"""What the losses share as torch modules: which kernels run, and how the ranks of a group agree on a call."""
+"""Base class of the loss modules: which kernels run, and how the ranks of a group agree on a call."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary, H = hidden
 
@@ -24,21 +24,21 @@ Kernels = KernelSet | WholeLosses
 
 
 class LossModule(nn.Module):
-    """What the modules share. Calling a module does not change it.
+    """Base class of the losses. Calling a module does not change it.
 
     A module takes the fields of its config, by position or by name, and has an attribute for each.
 
     Attributes:
-        config_class: says which fields these are, and what they mean.
-        kernel_names: the kernels that the loss has, as flags name them, in the order in which tables list them.
-        kernel_choice: which kernels run, and why; with `auto`, what is taken where nothing is known of the call yet.
+        config_class: defines these fields.
+        kernel_names: the kernels that the loss has, by their names in flags, in the order of tables.
+        kernel_choice: which kernels run, and why; with `auto`, the default that a call may replace.
     """
 
     config_class: ClassVar[type[LossConfig]]
     kernel_names: ClassVar[tuple[str, ...]] = ("plain", "eager", "compile", "triton")
     # The dimension of the tensor that is sharded: logits [..., V].
     _vocab_dim = -1
-    # Else they only say which tokens are ignored.
+    # False: labels only mark ignored tokens.
     _labels_are_classes = True
     tp_group: Any = None
 
@@ -57,25 +57,25 @@ class LossModule(nn.Module):
 
     @classmethod
     def from_config(cls, config: LossConfig) -> Self:
-        """The loss that a config means, which may derive from the config class and have more fields."""
+        """The loss of a config, which may be of a subclass of the config class with more fields."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls.config_class)})
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
-        """Run the kernels that the choice names; returns the module."""
+        """Run the kernels of a choice; returns the module."""
         self.kernel_choice = choice
         self._kernels: Kernels = kernel_sets.find(parse_flag(choice.flag).kernel)
-        self._given = False
+        self._has_custom_kernels = False
         return self
 
     def with_kernels(self, kernels: Kernels) -> LossModule:
-        """Run kernels of one's own, or ours with other sizes; returns the module. Not for traced calls."""
+        """Run custom kernels, or ours with other sizes; returns the module. Not for traced calls."""
         self.kernel_choice = KernelChoice(kernels.flag, "given to the module")
-        self._kernels, self._given = kernels, True
+        self._kernels, self._has_custom_kernels = kernels, True
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # What torch.compile can't put into a graph of its caller's (see `_refuse_transforms`) it runs frame by frame,
-        # and makes wrong graphs of the frames below this one, since it does not know of the transform around them.
+        # Where torch.compile breaks its graph at `_refuse_transforms`, it compiles the frames below this one without
+        # the torch.func transform around them, and their results are wrong.
         if compat.in_functorch_transform() and not torch.compiler.is_dynamo_compiling():
             return _outside_of_graphs(super().__call__, *args, **kwargs)
         return super().__call__(*args, **kwargs)
@@ -89,13 +89,13 @@ class LossModule(nn.Module):
             device: of the logits or hidden states.
             dtype: of the logits or hidden states.
             shape: (T, V), or (T, V, H) for the fused loss.
-            whole: whether the call concerns this process alone; None: where there is no tp_group.
+            whole: whether vocabulary and tokens are unsharded; None: whether there is no tp_group.
         """
         candidates = self.kernel_choice.candidates
         if len(candidates) < 2:
             return self.kernel_choice
         if not (self.tp_group is None if whole is None else whole):
-            # Those that make each token's loss whole need the whole vocabulary.
+            # torch:plain computes each loss from the full vocabulary.
             candidates = tuple(kernel for kernel in candidates if kernel != "plain")
         from loss_core_torch import auto
 
@@ -105,23 +105,23 @@ class LossModule(nn.Module):
         """The kernels of a call.
 
         Args:
-            like: logits, or hidden states beside the weight [V, H]; not checked yet.
-            others: floating arguments beside them.
+            like: logits, or hidden states with the weight [V, H]; not checked yet.
+            others: the other floating arguments.
         Raises:
-            RuntimeError: a torch.func transform that they have no rule for, or a traced call that can't name them.
+            RuntimeError: a torch.func transform for which the kernels have no rule, or custom kernels in a traced call.
         """
         found = self._kernels
         tensors = isinstance(like, Tensor) and like.dim() and (weight is None or isinstance(weight, Tensor))
-        # A graph keeps the kernels that the loss had when it was traced: what is tuned can't be read there.
+        # A traced call runs the default: `auto` reads the tuned table, which no graph can.
         if tensors and len(self.kernel_choice.candidates) > 1 and not is_traced(like):
             tokens = like.numel() // max(like.shape[-1], 1)
             shape = (tokens, like.shape[-1]) if weight is None else (tokens, *weight.shape)
-            whole = is_whole(self.tp_group, like, weight, *others)
+            whole = is_unsharded(self.tp_group, like, weight, *others)
             choice = self.kernel_for(like.device, like.dtype, shape, whole)
             found = kernel_sets.find(choice.flag.partition(":")[2])
         if not isinstance(found, WholeLosses):
             _refuse_transforms(found.flag, like, weight, *others)
-            if self._given and isinstance(like, Tensor) and is_traced(like):
+            if self._has_custom_kernels and isinstance(like, Tensor) and is_traced(like):
                 raise RuntimeError(
                     f"The kernels {found.flag!r} were given to the module by with_kernels, and a traced call "
                     "(torch.compile with fullgraph=True, make_fx, fake tensors) knows kernels by their flag alone. "
@@ -134,27 +134,28 @@ class LossModule(nn.Module):
         ranks: Any,
         like: Any,
         check: Callable[[], Tokens],
-        alike: dict[str, Any] | None = None,
+        must_match: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[Tokens, Any]:
-        """The checked tokens of a call and the shards of its vocabulary, once the other ranks agree.
+        """The checked tokens of a call and the shards of its vocabulary, after agreement of all ranks.
 
         Args:
-            alike: what must be the same on the ranks over which the vocabulary is sharded; settings: on all ranks.
+            must_match: values that must be equal on the ranks over which the vocabulary is sharded.
+            settings: values that must be equal on all ranks.
         """
         from loss_core_torch.parallel import agreement
 
         settings = self._settings() | settings
         what = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
         ignore_index = settings["ignore_index"] if self._labels_are_classes else None
-        return agreement.agree(ranks, what, like, self._vocab_dim, ignore_index, check, alike)
+        return agreement.agree(ranks, what, like, self._vocab_dim, ignore_index, check, must_match)
 
     def extra_repr(self) -> str:
         values = [f"{name}={value!r}" for name, value in self._settings().items()]
         return ", ".join([*values, f"kernel={self.kernel_choice.flag!r}"])
 
     def _settings(self) -> dict[str, Any]:
-        """The fields by name, without the handle that belongs to one process."""
+        """The fields by name, without tp_group, a handle of this process."""
         return {f.name: getattr(self, f.name) for f in fields(self.config_class) if f.name != "tp_group"}
 
 
@@ -163,20 +164,20 @@ def _outside_of_graphs(call: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     return call(*args, **kwargs)
 
 
-def is_whole(tp_group: Any, *tensors: Any) -> bool:
-    """Whether a call concerns this process alone: no group, no DTensors."""
+def is_unsharded(tp_group: Any, *tensors: Any) -> bool:
+    """Whether vocabulary and tokens of a call are on this rank: no group, no DTensors."""
     return tp_group is None and not any(hasattr(x, "full_tensor") for x in tensors)
 
 
-def has_known_factors(
+def has_known_coefficients(
     tokens: Tokens, group: Any, token_groups: tuple[Any, ...], logits: Tensor, *others: Tensor
 ) -> bool:
-    """Whether the factor of each token in a sum or mean is known before its loss: then gradients can be made with it.
+    """Whether the coefficient of each token in the result is known before its loss, so that the forward may use it.
 
     Args:
         group: over which the vocabulary is sharded, or None.
-        token_groups: over which the tokens are.
-        others: floating arguments beside the logits.
+        token_groups: over which the tokens are sharded.
+        others: the floating arguments other than the logits.
     """
     weights_T = tokens.weights_T
     return (
@@ -184,18 +185,19 @@ def has_known_factors(
         and not token_groups
         and torch.is_grad_enabled()
         and logits.requires_grad
-        # Their gradient is the loss of each token, which may be differentiated again.
+        # The gradient of weights is the loss of each token, which may be differentiated again.
         and not (weights_T is not None and weights_T.requires_grad)
-        # A traced graph can neither hand a buffer over nor be told to compute again.
+        # A traced graph can neither pass on a buffer nor recompute in a second backward.
         and not is_transformed(logits, *others)
     )
 
 
 def check_shards(kernels: WholeLosses, shards: Any) -> None:
-    """Refuse shards of a vocabulary, or None, that kernels which make losses whole do not take.
+    """Refuse shards of a vocabulary that a `WholeLosses` does not support; None is an unsharded one.
 
     Raises:
-        BackendUnavailable: they take none. ValueError: these are not equal.
+        BackendUnavailable: it supports none.
+        ValueError: the shards are not equal.
     """
     if shards is None:
         return
@@ -209,7 +211,7 @@ def check_shards(kernels: WholeLosses, shards: Any) -> None:
 
 
 def cast(loss: Tensor, fp32_upcast: bool, dtype: torch.dtype) -> Tensor:
-    """The result in its dtype: that of the arithmetic, or that of the logits."""
+    """The loss in the dtype of the arithmetic, or with fp32_upcast=False in that of the logits."""
     return loss if fp32_upcast else loss.to(dtype)
 
 
@@ -217,11 +219,11 @@ def _refuse_transforms(flag: str, *inputs: Any) -> None:
     """Refuse vmap and forward-mode derivatives, for which the kernels have no rules.
 
     Raises:
-        RuntimeError: names the flag that has.
+        RuntimeError: names torch:plain, which has them.
     """
     if torch.compiler.is_dynamo_compiling():
-        # Dynamo traces into the autograd functions there and would lose gradients. Without fullgraph it goes on in
-        # eager mode, where they are right.
+        # Dynamo traces into the autograd functions there and would lose gradients. Without fullgraph the error breaks
+        # the graph, and eager mode computes them correctly.
         if compat.in_functorch_transform():
             raise RuntimeError(
                 f"{flag!r} can't be differentiated by torch.func inside of torch.compile. Build the loss with "

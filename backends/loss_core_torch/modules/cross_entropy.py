@@ -31,25 +31,25 @@ from loss_core_torch.modules.rows import RowCall, RowModule
 
 
 class _CrossEntropy(RowModule):
-    """What the cross entropies share."""
+    """Cross entropy over logits or hidden states."""
 
     reduction: str
     metrics: tuple[str, ...] = ()
-    _values: tuple[str, ...] = ("loss_weights",)
+    _token_arguments: tuple[str, ...] = ("loss_weights",)
 
     def _tokens(
-        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, args: Mapping[str, Any], vocab: int | None = None
     ) -> Tokens:
         return inputs.tokens(
-            of, lead, like.device, self.reduction, self.ignore_index, labels, given.get("mask"),
-            num_tokens=given["num_label_tokens"], loss_weights=given["loss_weights"], vocab=vocab,
+            of, lead, like.device, self.reduction, self.ignore_index, labels, args.get("mask"),
+            num_tokens=args["num_label_tokens"], loss_weights=args["loss_weights"], vocab=vocab,
         )  # fmt: skip
 
-    def _of_tokens(self) -> bool:
+    def _returns_tokens(self) -> bool:
         return self.reduction == "none"
 
     def _loss(self, call: RowCall) -> Result:
-        objective, names = CrossEntropy.of(self, call.num_classes), metrics.of_tokens(self.metrics)
+        objective, names = CrossEntropy.of(self, call.num_classes), metrics.per_token(self.metrics)
         loss, found = call.reduced(objective, self.reduction, names)
         loss = cast(loss, self.fp32_upcast, call.dtype)
         if not self.metrics:
@@ -58,10 +58,10 @@ class _CrossEntropy(RowModule):
 
 
 class _LogitsCrossEntropy(_CrossEntropy, LogitsModule):
-    """Cross entropy over logits; the two public classes differ in their fields alone."""
+    """Cross entropy over logits; its two public subclasses differ only in their fields."""
 
     kernel_names = ("plain", "eager", "compile", "triton", "te")
-    _values = ("mask", "loss_weights")
+    _token_arguments = ("mask", "loss_weights")
 
     def with_kernel_choice(self, choice: KernelChoice) -> LossModule:
         if self.inplace_grad:
@@ -70,9 +70,9 @@ class _LogitsCrossEntropy(_CrossEntropy, LogitsModule):
                     f"'{choice.flag}' does not write the gradient over the logits (inplace_grad=True): use "
                     "'torch:triton' or 'torch:eager', or inplace_grad=False."
                 )
-            # Nor may auto take them for a call.
-            able = tuple(kernel for kernel in choice.candidates if kernel not in ("te", "plain"))
-            choice = replace(choice, candidates=able)
+            # `auto` must not choose them for a call either.
+            candidates = tuple(kernel for kernel in choice.candidates if kernel not in ("te", "plain"))
+            choice = replace(choice, candidates=candidates)
         return super().with_kernel_choice(choice)
 
     def forward(
@@ -87,20 +87,20 @@ class _LogitsCrossEntropy(_CrossEntropy, LogitsModule):
 
         Args:
             logits: [..., V] float32, bfloat16, float16 or float64, any strides; not changed (with
-                inplace_grad: the backward leaves its gradient there). With tp_group: this rank's part of the
-                vocabulary, of any size, in rank order. Or a DTensor, which needs no tp_group, and gets a gradient of
-                its own placement.
+                inplace_grad the backward overwrites them with their gradient). With tp_group: this rank's part of the
+                vocabulary, of any size, in rank order. Or a DTensor, which needs no tp_group; its gradient has the
+                same placement.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. The same on every
-                rank of the group. This, mask and loss_weights: plain, or DTensors that lie as the logits' tokens do;
-                plain values may also be those of all tokens of a DTensor of logits.
+                rank of the group. Labels, mask and loss_weights are plain tensors, or DTensors sharded as the tokens
+                of the logits; beside a DTensor of logits, plain ones may also hold all tokens.
             mask: shape of labels, or broadcasting to it; bool, integer or float; 0 ignores the position.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
         Returns:
             Scalar, or the shape of labels for reduction="none"; float32 (float64 for float64 logits),
-            the dtype of the logits with fp32_upcast=False. Of all tokens of a DTensor, on every rank, also where its
-            tokens are sharded; with reduction="none" a DTensor, unless labels are plain and this rank's own. With
-            metrics a pair: the loss, and a dict of them, detached; "num_valid" an int64 scalar.
+            the dtype of the logits with fp32_upcast=False. For a DTensor of logits, the loss of all its tokens on every
+            rank; with reduction="none" a DTensor, unless labels are plain and those of this rank. With metrics a pair:
+            the loss, and a dict of detached metrics; "num_valid" is an int64 scalar.
         Raises:
             ValueError: shapes that do not fit, no classes, a label that is no class (on a CPU; elsewhere that
                 token's loss and gradient are NaN), a count or weights without reduction="sum". Over a group it is
@@ -108,15 +108,15 @@ class _LogitsCrossEntropy(_CrossEntropy, LogitsModule):
             TypeError: labels that are no integers, logits that are no floats; other ranks get a ValueError.
             RuntimeError: with inplace_grad, logits that can't be overwritten; see `inplace.check`.
         """
-        given = {"mask": mask, "num_label_tokens": num_label_tokens, "loss_weights": loss_weights}
-        found: Result = self._evaluate(logits, labels, given)
+        args = {"mask": mask, "num_label_tokens": num_label_tokens, "loss_weights": loss_weights}
+        found: Result = self._evaluate(logits, labels, args)
         return found
 
     def _loss(self, call: RowCall) -> Result:
         return self._loss_outside_of_graphs(call) if self.inplace_grad else super()._loss(call)
 
-    # Where `inplace.check` has broken a graph, torch.compile goes on behind it: what a graph computes is in new memory,
-    # and the logits would be handed on for their gradient.
+    # `inplace.check` breaks a graph, and torch.compile would compile what follows: a graph writes its results to new
+    # memory, and the logits would be returned as their gradient.
     @compat.outside_of_graphs
     def _loss_outside_of_graphs(self, call: RowCall) -> Result:
         return super()._loss(call)
@@ -138,9 +138,9 @@ class TEParallelCrossEntropy(_LogitsCrossEntropy):
 
 
 class _LinearCrossEntropy(_CrossEntropy, LinearModule):
-    """Cross entropy of hidden_states @ lm_weight.T; the two public classes differ in their fields alone."""
+    """Cross entropy of hidden_states @ lm_weight.T; its two public subclasses differ only in their fields."""
 
-    # Numbers that give tensors their shape: no tensors themselves, for the bridge.
+    # Arguments that are Python integers and determine shapes: the bridge does not convert them to tensors.
     static_arguments = ("num_valid_tokens",)
 
     def forward(
@@ -158,20 +158,20 @@ class _LinearCrossEntropy(_CrossEntropy, LinearModule):
 
         Args:
             hidden_states: [..., H] float; not changed. With sequence_parallel: this rank's share of the first
-                dimension. A DTensor's placement says as much, and its loss is that of all its tokens.
+                dimension. A DTensor needs no such flag, and its loss is that of all its tokens.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed. All tokens of the
                 group over which the vocabulary is sharded, the same on each of its ranks.
-            lm_weight: [V, H], dtype and device of hidden_states; or float32 beside hidden states in 16 bits: products
-                are then made in the dtype of the hidden states, and the weight's gradient is float32. With tp_group:
+            lm_weight: [V, H], dtype and device of hidden_states; or float32 with 16-bit hidden states: products are
+                then computed in the dtype of the hidden states, and the weight's gradient is float32. With tp_group:
                 this rank's rows. A DTensor stays sharded over the dimension of its mesh that is tp_group's, or is
-                named "tp", or over which FSDP did not cut it, or over which the DTensor of hidden_states is
-                replicated; it is gathered over the others.
+                named "tp", or is not one of FSDP's, or over which the DTensor of hidden_states is replicated; it is
+                gathered over the others.
             num_label_tokens: divides the sum; number or 0-d tensor. 0 gives a loss of 0 and zero gradients.
             grad_reduce_group: see materialize_lm_weight; only for a weight that is gathered.
             loss_weights: [...] factor of each token's loss, differentiable; reduction="sum" only.
-            num_valid_tokens: how many labels are not ignore_index, in this call, as a Python integer; the others then
-                take part in no product on any device, without a host sync and with static shapes. A wrong number
-                is a ValueError on a CPU, a NaN elsewhere.
+            num_valid_tokens: how many labels of this call are not ignore_index, as a Python integer; ignored tokens are
+                then excluded from the products on any device, without a host sync and with static shapes. A wrong
+                number is a ValueError on a CPU and makes the loss NaN elsewhere.
             lm_bias: [V] float of any dtype, added to the logits before the softcap in the dtype of the arithmetic. With
                 a sharded vocabulary: this rank's part, a plain tensor.
         Returns:
@@ -184,24 +184,24 @@ class _LinearCrossEntropy(_CrossEntropy, LinearModule):
                 served, num_valid_tokens with skip_ignored=False; over a group on every rank.
             TypeError: labels that are no integers; other dtypes of hidden_states and lm_weight that differ.
         """
-        given = {
+        args = {
             "num_label_tokens": num_label_tokens, "loss_weights": loss_weights, "num_valid_tokens": num_valid_tokens
         }  # fmt: skip
-        found: Result = self._evaluate(hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group)
+        found: Result = self._evaluate(hidden_states, labels, lm_weight, lm_bias, args, grad_reduce_group)
         return found
 
     def _tokens(
-        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, args: Mapping[str, Any], vocab: int | None = None
     ) -> Tokens:
-        tokens = super()._tokens(of, like, lead, labels, given, vocab)
-        return inputs.with_number(tokens, given["num_valid_tokens"], self.skip_ignored)
+        tokens = super()._tokens(of, like, lead, labels, args, vocab)
+        return inputs.check_num_valid(tokens, args["num_valid_tokens"], self.skip_ignored)
 
 
 class FusedLinearCrossEntropy(_LinearCrossEntropy):
     """Cross entropy of hidden_states @ lm_weight.T without the [T, V] logits.
 
-    Config: `loss_core.FusedLinearCEConfig`. On a CPU, ignored tokens take part in no product;
-    elsewhere so with skip_ignored=True, or where forward is given num_valid_tokens (whole vocabularies).
+    Config: `loss_core.FusedLinearCEConfig`. Ignored tokens are excluded from the products on a CPU, and elsewhere with
+    skip_ignored=True or num_valid_tokens.
     """
 
     config_class = FusedLinearCEConfig
@@ -215,5 +215,5 @@ class ChunkedCrossEntropy(_LinearCrossEntropy):
     """
 
     config_class = ChunkedCEConfig
-    # torch:plain makes the logits of all tokens.
+    # torch:plain computes the logits of all tokens at once.
     kernel_names = ("eager", "triton")

@@ -15,9 +15,8 @@ from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.distillation import Call, Distillation
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Pairs, WholeLosses
-from loss_core_torch.modules.base import Kernels, LossModule, cast, check_shards, has_known_factors, is_whole
+from loss_core_torch.modules.base import Kernels, LossModule, cast, check_shards, has_known_coefficients, is_unsharded
 from loss_core_torch.reduction import coefficients, reduce_tokens
-from loss_core_torch.tracing import compute_dtype
 
 
 class KDLoss(LossModule):
@@ -45,9 +44,9 @@ class KDLoss(LossModule):
         Args:
             student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
                 MaskedCrossEntropy.
-            teacher_logits: [..., V] float on the same device, of a dtype of its own if need be; gets a
-                gradient when it requires one. Sharded as the student's.
-            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
+            teacher_logits: [..., V] float on the same device, whose dtype may differ; gets a gradient when it requires
+                one. Sharded as the student's.
+            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other value is valid.
             num_batch_labels: divides the sum; None: the mean over valid positions. 0 gives 0.
             loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
@@ -59,13 +58,13 @@ class KDLoss(LossModule):
         Sources: Hinton et al. 2015 (arXiv:1503.02531), section 2; Agarwal et al. 2024 (arXiv:2306.13649), equation 1.
         """
         kernels = self._kernels_for(student_logits, None, teacher_logits)
-        if not is_whole(self.tp_group, student_logits, teacher_logits):
+        if not is_unsharded(self.tp_group, student_logits, teacher_logits):
             return self._sharded(kernels, student_logits, teacher_logits, labels, num_batch_labels, loss_weights)
         tokens = self._tokens(student_logits, teacher_logits, labels, num_batch_labels, loss_weights)
         inputs.not_empty("student_logits", "vocabulary (last dimension)", student_logits)
-        return self._loss(kernels, student_logits, teacher_logits, inputs.settled(tokens))
+        return self._loss(kernels, student_logits, teacher_logits, inputs.resolve_keep(tokens))
 
-    # Hosts exchange messages there, which no graph can hold.
+    # Not traceable: hosts exchange messages.
     @compat.outside_of_graphs
     def _sharded(
         self, kernels: Kernels, student: Any, teacher: Any, labels: Any, count: Any, loss_weights: Any
@@ -77,16 +76,14 @@ class KDLoss(LossModule):
 
         def check() -> Tokens:
             lead = inputs.floats("student_logits", student).shape[:-1]
-            own = [
-                layout.token_values(name, value, lead)
-                for name, value in (("labels", labels), ("loss_weights", loss_weights))
-            ]
-            return self._tokens(student, teacher, own[0], count, own[1])
+            local_labels = layout.token_values("labels", labels, lead)
+            local_weights = layout.token_values("loss_weights", loss_weights, lead)
+            return self._tokens(student, teacher, local_labels, count, local_weights)
 
         tokens, shards = self._agree(layout.ranks, student, check)
         if shards is None:
             inputs.not_empty("student_logits", "vocabulary (last dimension)", student)
-        return self._loss(kernels, student, teacher, inputs.settled(tokens), shards, layout.ranks.tokens)
+        return self._loss(kernels, student, teacher, inputs.resolve_keep(tokens), shards, layout.ranks.tokens)
 
     def _tokens(self, student: Any, teacher: Any, labels: Any, count: Any, loss_weights: Any) -> Tokens:
         inputs.floats("student_logits", student)
@@ -96,7 +93,7 @@ class KDLoss(LossModule):
                 f"student_logits has shape {tuple(student.shape)} but teacher_logits has shape "
                 f"{tuple(teacher.shape)}; they must match."
             )
-        return inputs.tokens_of_distillation(
+        return inputs.distillation_tokens(
             "student_logits", student.shape[:-1], student.device, self.ignore_index, labels, count, loss_weights
         )
 
@@ -109,11 +106,10 @@ class KDLoss(LossModule):
         shards: Any = None,
         token_groups: tuple[Any, ...] = (),
     ) -> Tensor:
-        given, keep_T = student, tokens.keep_T
+        result_dtype, keep_T = student.dtype, tokens.keep_T
         student, teacher = inputs.floats("student_logits", student), inputs.floats("teacher_logits", teacher)
-        wide = torch.promote_types(compute_dtype(student.dtype), compute_dtype(teacher.dtype))
-        if wide == torch.float64:
-            student, teacher = student.to(wide), teacher.to(wide)
+        if torch.float64 in (student.dtype, teacher.dtype):
+            student, teacher = student.double(), teacher.double()
         temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
         beta = beta_of(self)
         if beta == 1:
@@ -125,10 +121,10 @@ class KDLoss(LossModule):
             loss = kernels.divergence(Pairs(student, teacher, keep_T, 1.0 / temperature), beta)
         else:
             group = None if shards is None else shards.group
-            if has_known_factors(tokens, group, token_groups, student, teacher):
+            if has_known_coefficients(tokens, group, token_groups, student, teacher):
                 coef_T = coefficients(tokens, reduction, student.dtype) * temperature**2
             in_forward = coef_T is not None and not beta and kernels.grad_in_forward(student.device)
             call = Call(kernels, temperature, self.chunk_size, group, in_forward, beta)
             loss = Distillation.apply(student, teacher, keep_T, coef_T, call)[0]
         loss = loss if coef_T is not None else reduce_tokens(loss * temperature**2, tokens, reduction, token_groups)
-        return cast(loss, self.fp32_upcast, given.dtype)
+        return cast(loss, self.fp32_upcast, result_dtype)

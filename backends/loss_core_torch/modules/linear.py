@@ -1,4 +1,4 @@
-"""What the fused losses share as torch modules: hidden states and head, whole or over ranks, up to the loss itself."""
+"""Base classes of the fused losses: checks of hidden states and head, on one rank or sharded, and their operands."""
 
 # T = tokens (all leading dimensions of labels, flattened), N = tokens in products, V = vocabulary, H = hidden
 
@@ -16,13 +16,13 @@ from loss_core import BackendUnavailable
 from loss_core.row_terms import Objective
 from loss_core_torch import compat, inputs
 from loss_core_torch.autograd.linear_rows import Call, LinearRowLoss
-from loss_core_torch.autograd.linear_source import Given, Source
+from loss_core_torch.autograd.linear_source import HeadInputs, Source
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import IGNORED, Linear, Wanted, WholeLosses
 from loss_core_torch.kernels.terms import per_row
-from loss_core_torch.modules.base import Kernels, LossModule, is_whole
+from loss_core_torch.modules.base import Kernels, LossModule, is_unsharded
 from loss_core_torch.modules.rows import RowCall, RowModule
-from loss_core_torch.tracing import compute_dtype, is_differentiated, is_traced, may_read
+from loss_core_torch.tracing import compute_dtype, is_differentiated, is_readable, is_traced
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,31 @@ class LinearCall(RowCall):
     """A call over hidden states and a head.
 
     Attributes:
-        hidden: [..., H]; weight: [V, H] and bias: [V] or None, of this rank.
-        places_N: the tokens that take part in matrix products, int64 in ascending order; None for all of them.
-        source: what the logits are beside these.
+        hidden: [..., H], of this rank.
+        weight, bias: [V, H] and [V] or None, of this rank.
+        indices_N: indices of the tokens in the matrix products, int64, ascending; None for all tokens.
+        source: how the logits are computed from these.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    places_N: Tensor | None
+    indices_N: Tensor | None
     source: Source
 
     @property
     def dtype(self) -> torch.dtype:
         return self.hidden.dtype
 
-    def wide(self, other: torch.dtype) -> LinearCall:
-        """The call as it is: hidden states and weight alone say in which dtype a head's arithmetic is."""
+    def promoted(self, other: torch.dtype) -> LinearCall:
+        """The call unchanged: hidden states and weight alone determine the dtype of a head's arithmetic."""
         return self
 
-    def whole(self) -> Linear:
-        """The operands for kernels that make a loss whole, zeros in ignored rows.
+    def operands(self) -> Linear:
+        """The operands for a `WholeLosses`, with zeros and the label IGNORED in ignored rows.
 
         Raises:
-            BackendUnavailable: blocks of tokens are asked for.
+            BackendUnavailable: the call has a chunk_len.
         """
         if self.source.block_tokens:
             raise BackendUnavailable(
@@ -62,13 +63,12 @@ class LinearCall(RowCall):
             )
         labels_T, keep_T = self.targets, self.tokens.keep_T
         if keep_T is not None:
-            # The label of an ignored token is nobody's.
             labels_T = labels_T.masked_fill(~per_row(keep_T, labels_T), IGNORED)
         inverse_T = self.tokens.inverse_temperature_T
-        return Given(self.hidden, self.weight, self.bias, keep_T, None).linear(self.source, labels_T, inverse_T)
+        return HeadInputs(self.hidden, self.weight, self.bias, keep_T, None).linear(self.source, labels_T, inverse_T)
 
-    def knows_factors(self) -> bool:
-        # The operator of a traced call has no place for a teacher.
+    def has_known_coefficients(self) -> bool:
+        # The custom operator of a traced call takes no teacher.
         traced = self.tokens.teacher is not None and is_traced(self.hidden, self.weight)
         return self.group is None and not self.token_groups and not traced
 
@@ -80,17 +80,17 @@ class LinearCall(RowCall):
         bias, tokens = self.bias is not None and is_differentiated(self.bias), self.tokens
         want = Wanted(is_differentiated(self.hidden), is_differentiated(self.weight), bias)
         found: tuple[Tensor, ...] = LinearRowLoss.apply(
-            self.hidden, self.weight, self.bias, tokens.keep_T, self.places_N, self.targets,
+            self.hidden, self.weight, self.bias, tokens.keep_T, self.indices_N, self.targets,
             tokens.inverse_temperature_T, log_p_TK, coef_T, Call(kernels, objective, want, self.source, names),
         )  # fmt: skip
         return found
 
 
 class HeadModule(LossModule):
-    """A loss of hidden states and the weights of heads: in which dtype products are made, and of which tokens."""
+    """A loss of hidden states and the weights of heads: the dtype of their products, and the tokens in them."""
 
     ignore_index: int
-    # Where the config has no such field.
+    # Defaults for configs without such a field.
     sequence_parallel: bool = False
     skip_ignored: bool | None = None
     chunk_len: int = 0
@@ -98,32 +98,31 @@ class HeadModule(LossModule):
     _vocab_dim = 0
 
     def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """Dtype in which the logits' gradient enters its two matrix products, for hidden states of a dtype."""
+        """Dtype in which the gradient of the logits enters its two matrix products, for hidden states of a dtype."""
         kernels = self._kernels
         return compute_dtype(dtype) if isinstance(kernels, WholeLosses) else kernels.operand_dtype(dtype, device)
 
-    def _places(self, tokens: Tokens, num_valid: int | None = None) -> Tensor | None:
-        """The tokens that take part in matrix products, [N] int64 in ascending order; None for all of them.
+    def _product_indices(self, tokens: Tokens, num_valid: int | None = None) -> Tensor | None:
+        """Indices of the tokens in the matrix products, [N] int64, ascending; None for all tokens.
 
-        Their number must be on the host: for nothing on a CPU, or where the caller knows it (a larger one then repeats
-        token 0, a smaller one loses tokens, and the loss is NaN); else for one sync.
+        N must be known on the host. It is on a CPU, or with num_valid; skip_ignored=True costs one sync elsewhere. A
+        num_valid above the number of valid tokens repeats token 0, one below it drops tokens; the loss is NaN then.
         """
         keep_T = tokens.keep_T
         if keep_T is None:
             return None
         if num_valid is not None:
             return torch.nonzero_static(keep_T, size=num_valid, fill_value=0)[:, 0]
-        if not (may_read(keep_T) if self.skip_ignored is None else self.skip_ignored):
+        if not (is_readable(keep_T) if self.skip_ignored is None else self.skip_ignored):
             return None
         return keep_T.nonzero()[:, 0]
 
     @staticmethod
     def materialize_lm_weight(lm_weight: Any, *, grad_reduce_group: dist.ProcessGroup | None = None) -> Any:
-        """The whole weight of a sharded head, with a backward that gives each shard its right gradient.
+        """The full weight of a sharded head, whose backward reduces the gradient over the ranks.
 
-        Every rank has tokens of its own, so the shard's gradient is a sum over ranks, not a slice of
-        this rank's. As FSDP does, the mean over the ranks is given: scale the loss by the group's size
-        where a sum is meant.
+        Every rank has other tokens, so the gradient of a shard is a sum over ranks, not a slice of this rank's. As in
+        FSDP, it is the mean over the ranks: scale the loss by the size of the group for a sum.
 
         Args:
             lm_weight: [V, H]; a plain tensor is returned as it is, a DTensor is gathered.
@@ -142,7 +141,7 @@ class HeadModule(LossModule):
 class LinearModule(RowModule, HeadModule):
     """A loss of one distribution of hidden_states @ lm_weight.T, without the [T, V] logits."""
 
-    # Their time is that of matrix products, which are no compiler's to make faster.
+    # No "compile": the time is that of the matrix products, which a compiler does not make faster.
     kernel_names: ClassVar[tuple[str, ...]] = ("plain", "eager", "triton")
 
     def _evaluate(
@@ -151,27 +150,23 @@ class LinearModule(RowModule, HeadModule):
         labels: Any,
         lm_weight: Any,
         lm_bias: Any,
-        given: Mapping[str, Any],
+        args: Mapping[str, Any],
         grad_reduce_group: Any = None,
     ) -> Any:
-        """What the module returns for a call.
-
-        Args:
-            given: the other arguments by name.
-        """
+        """The result of a call; `args` are the other arguments by name."""
         kernels = self._kernels_for(hidden_states, lm_weight)
-        if self.sequence_parallel or not is_whole(self.tp_group, hidden_states, lm_weight):
-            return self._sharded(kernels, hidden_states, labels, lm_weight, lm_bias, given, grad_reduce_group)
+        if self.sequence_parallel or not is_unsharded(self.tp_group, hidden_states, lm_weight):
+            return self._sharded(kernels, hidden_states, labels, lm_weight, lm_bias, args, grad_reduce_group)
         hidden, weight = inputs.floats("hidden_states", hidden_states), inputs.floats("lm_weight", lm_weight)
         check_operands(hidden, weight, lm_bias)
         inputs.not_empty("lm_weight", "vocabulary (first dimension)", weight, 0)
         vocab = weight.shape[0]
-        tokens = self._tokens("hidden_states", hidden, hidden.shape[:-1], labels, given, vocab)
-        tokens, source = self._settled(tokens, vocab), self._source(hidden, weight)
-        places_N = self._places(tokens, given.get("num_valid_tokens"))
-        return self._loss(LinearCall(kernels, tokens, vocab, None, (), hidden, weight, lm_bias, places_N, source))
+        tokens = self._tokens("hidden_states", hidden, hidden.shape[:-1], labels, args, vocab)
+        tokens, source = self._validated(tokens, vocab), self._source(hidden, weight)
+        indices_N = self._product_indices(tokens, args.get("num_valid_tokens"))
+        return self._loss(LinearCall(kernels, tokens, vocab, None, (), hidden, weight, lm_bias, indices_N, source))
 
-    # Hosts exchange messages there, which no graph can hold.
+    # Not traceable: hosts exchange messages.
     @compat.outside_of_graphs
     def _sharded(
         self,
@@ -180,13 +175,13 @@ class LinearModule(RowModule, HeadModule):
         labels: Any,
         lm_weight: Any,
         lm_bias: Any,
-        given: Mapping[str, Any],
+        args: Mapping[str, Any],
         grad_reduce_group: Any,
     ) -> Any:
         from loss_core_torch.parallel import placement_linear
 
         linear = placement_linear.of_linear(hidden, lm_weight, self.tp_group, grad_reduce_group, self.sequence_parallel)
-        if linear.placed:
+        if linear.redistribute:
             weight = placement_linear.local_weight(linear, lm_weight)
         else:
             weight = self.materialize_lm_weight(lm_weight, grad_reduce_group=grad_reduce_group)
@@ -195,23 +190,23 @@ class LinearModule(RowModule, HeadModule):
 
         def check() -> Tokens:
             check_operands(inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight), lm_bias)
-            lead = placement_linear.whole_lead(linear, hidden)
-            own = {name: layout.token_values(name, given[name], lead) for name in self._values}
-            own_labels = layout.token_values("labels", labels, lead)
-            return self._tokens("hidden_states", hidden, lead, own_labels, {**given, **own})
+            lead = placement_linear.full_lead(linear, hidden)
+            local = {name: layout.token_values(name, args[name], lead) for name in self._token_arguments}
+            local_labels = layout.token_values("labels", labels, lead)
+            return self._tokens("hidden_states", hidden, lead, local_labels, {**args, **local})
 
         trains = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
-        num_valid = given.get("num_valid_tokens")
-        alike = {"num_valid_tokens": num_valid, "a lm_bias": lm_bias is not None}
-        tokens, shards = self._agree(layout.ranks, weight, check, alike, hidden_states_require_grad=trains)
+        num_valid = args.get("num_valid_tokens")
+        must_match = {"num_valid_tokens": num_valid, "a lm_bias": lm_bias is not None}
+        tokens, shards = self._agree(layout.ranks, weight, check, must_match, hidden_states_require_grad=trains)
         vocab = weight.shape[0] if shards is None else shards.total
-        tokens = self._settled(tokens, vocab)
+        tokens = self._validated(tokens, vocab)
         hidden, weight = inputs.floats("hidden_states", hidden), inputs.floats("lm_weight", weight)
-        source, places_N = self._source(hidden, weight, shards, linear.sequence_dim), self._places(tokens, num_valid)
-        groups = layout.ranks.tokens
-        call = LinearCall(kernels, tokens, vocab, shards, groups, hidden, weight, lm_bias, places_N, source)
+        source, groups = self._source(hidden, weight, shards, linear.sequence_dim), layout.ranks.tokens
+        indices_N = self._product_indices(tokens, num_valid)
+        call = LinearCall(kernels, tokens, vocab, shards, groups, hidden, weight, lm_bias, indices_N, source)
         found = self._loss(call)
-        return layout.token_results(found, labels) if self._of_tokens() else found
+        return layout.token_results(found, labels) if self._returns_tokens() else found
 
     def _source(self, hidden: Tensor, weight: Tensor, shards: Any = None, sequence_dim: int | None = None) -> Source:
         start, group = (0, None) if shards is None else (shards.start, shards.group)
@@ -223,7 +218,7 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Any, of: str = "") -> N
     """Refuse hidden states, a weight and a bias (or None) that do not fit each other.
 
     Args:
-        of: what the names of hidden states and weight begin with.
+        of: prefix of the names of hidden states and weight.
     """
     product_dtype(hidden, weight, of)
     inputs.not_empty(f"{of}hidden_states", "hidden dimension", hidden)
@@ -245,11 +240,16 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Any, of: str = "") -> N
 
 
 def product_dtype(hidden: Tensor, weight: Tensor, of: str = "") -> torch.dtype:
-    """Dtype to which the operands are rounded: autocast's where it is on, else that of the hidden states."""
+    """Dtype to which the operands are rounded: that of autocast where it is on, else that of the hidden states.
+
+    Raises:
+        ValueError: hidden states and weight are on different devices.
+        TypeError: their dtypes do not fit.
+    """
     device = hidden.device
     if weight.device != device:
         raise ValueError(f"{of}hidden_states is on {device} but {of}lm_weight is on {weight.device}; they must match.")
-    # "meta" (shapes without values, as the bridge asks for) is unknown to autocast.
+    # Autocast does not accept "meta", on which the bridge computes shapes.
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device.type)

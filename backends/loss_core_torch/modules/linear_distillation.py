@@ -12,21 +12,21 @@ from torch import Tensor
 from loss_core import FusedLinearKDConfig
 from loss_core.row_terms import beta_of
 from loss_core_torch import compat, inputs
-from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation, both_given, linear_pairs
+from loss_core_torch.autograd.linear_distillation import Call, LinearDistillation, both_inputs, linear_pairs
 from loss_core_torch.autograd.linear_source import Source
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import BothWanted, Wanted, WholeLosses
-from loss_core_torch.modules.base import Kernels, check_shards, is_whole
+from loss_core_torch.modules.base import Kernels, check_shards, is_unsharded
 from loss_core_torch.modules.linear import HeadModule, check_operands, product_dtype
 from loss_core_torch.reduction import coefficients, reduce_tokens
 from loss_core_torch.tracing import compute_dtype, is_differentiated
 
 
 class Head(NamedTuple):
-    """Hidden states [..., H] and weight [V, H] of one of the two, of this rank.
+    """Hidden states [..., H] and weight [V, H] of student or teacher, of this rank.
 
     Attributes:
-        name: what the names of its arguments begin with.
+        name: prefix of the names of its arguments.
         sequence_dim: as in `Source`.
     """
 
@@ -36,7 +36,7 @@ class Head(NamedTuple):
     sequence_dim: int | None = None
 
     def source(self, shards: Any) -> Source:
-        """Where its logits come from, with shards of the vocabulary or None."""
+        """How its logits are computed, with shards of the vocabulary or None."""
         group, start = (None, 0) if shards is None else (shards.group, shards.start)
         return Source(0.0, product_dtype(self.hidden, self.weight, self.name), start, group, self.sequence_dim)
 
@@ -47,7 +47,7 @@ class Head(NamedTuple):
 class FusedLinearKDLoss(HeadModule):
     """Divergence of hidden_states @ lm_weight.T of a student from those of a teacher, without the [T, V] logits.
 
-    Config: `loss_core.FusedLinearKDConfig`. On a CPU, ignored tokens take part in no product.
+    Config: `loss_core.FusedLinearKDConfig`. On a CPU, ignored tokens are excluded from the products.
     """
 
     config_class = FusedLinearKDConfig
@@ -57,7 +57,7 @@ class FusedLinearKDLoss(HeadModule):
     beta: float
 
     def operand_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-        """As of the other fused losses; of float16, which can't hold any gradient of logits, that of the arithmetic."""
+        """As for the other fused losses; float32 for float16, in which gradients of logits may be out of range."""
         return compute_dtype(dtype) if dtype == torch.float16 else super().operand_dtype(dtype, device)
 
     def forward(
@@ -75,10 +75,10 @@ class FusedLinearKDLoss(HeadModule):
         Args:
             student_hidden_states: [..., H] float; as hidden_states in FusedLinearCrossEntropy.
             student_lm_weight: [V, H]; as lm_weight there.
-            teacher_hidden_states: [..., H_t] float, of a hidden size and a dtype of its own if need be; gets a gradient
-                when it requires one, for one more product. Over ranks as the student's.
+            teacher_hidden_states: [..., H_t] float, whose hidden size and dtype may differ; gets a gradient when it
+                requires one, for one more product. Sharded as the student's.
             teacher_lm_weight: [V, H_t]; likewise.
-            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
+            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other value is valid.
             num_batch_labels: divides the sum; None: the mean over valid positions. 0 gives 0.
             loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
@@ -91,17 +91,17 @@ class FusedLinearKDLoss(HeadModule):
         """
         student = Head("student_", student_hidden_states, student_lm_weight)
         teacher = Head("teacher_", teacher_hidden_states, teacher_lm_weight)
-        given = (*student[1:3], *teacher[1:3])
-        kernels = self._kernels_for(*given)
-        if self.sequence_parallel or not is_whole(self.tp_group, *given):
+        operands = (*student[1:3], *teacher[1:3])
+        kernels = self._kernels_for(*operands)
+        if self.sequence_parallel or not is_unsharded(self.tp_group, *operands):
             return self._sharded(kernels, student, teacher, labels, num_batch_labels, loss_weights)
         _check(student, teacher)
         inputs.not_empty("student_lm_weight", "vocabulary (first dimension)", student_lm_weight, 0)
         lead = _lead(student, teacher, student_hidden_states.shape[:-1], teacher_hidden_states.shape[:-1])
         tokens = self._tokens(student_hidden_states, lead, labels, num_batch_labels, loss_weights)
-        return self._loss(kernels, student, teacher, inputs.settled(tokens))
+        return self._loss(kernels, student, teacher, inputs.resolve_keep(tokens))
 
-    # Hosts exchange messages there, which no graph can hold.
+    # Not traceable: hosts exchange messages.
     @compat.outside_of_graphs
     def _sharded(
         self, kernels: Kernels, student: Head, teacher: Head, labels: Any, count: Any, loss_weights: Any
@@ -114,7 +114,7 @@ class FusedLinearKDLoss(HeadModule):
             head._replace(
                 hidden=linear.tokens.local(head.hidden),
                 weight=placement_linear.local_weight(linear, head.weight)
-                if linear.placed
+                if linear.redistribute
                 else self.materialize_lm_weight(head.weight),
                 sequence_dim=linear.sequence_dim,
             )
@@ -124,18 +124,15 @@ class FusedLinearKDLoss(HeadModule):
         def check() -> Tokens:
             _check(student, teacher)
             leads = (
-                placement_linear.whole_lead(linear, head.hidden)
+                placement_linear.full_lead(linear, head.hidden)
                 for head, linear in zip((student, teacher), layouts, strict=True)
             )
             lead = _lead(student, teacher, *leads)
-            own = (
-                layout.token_values(name, value, lead)
-                for name, value in (("labels", labels), ("loss_weights", loss_weights))
-            )
-            own_labels, own_weights = own
-            return self._tokens(student.hidden, lead, own_labels, count, own_weights)
+            local_labels = layout.token_values("labels", labels, lead)
+            local_weights = layout.token_values("loss_weights", loss_weights, lead)
+            return self._tokens(student.hidden, lead, local_labels, count, local_weights)
 
-        # Each is a collective of the backward.
+        # The backward has one collective for each that requires a gradient.
         trains = [
             torch.is_grad_enabled() and isinstance(head.hidden, Tensor) and head.hidden.requires_grad
             for head in (student, teacher)
@@ -143,10 +140,10 @@ class FusedLinearKDLoss(HeadModule):
         tokens, shards = self._agree(layout.ranks, student.weight, check, hidden_states_require_grad=trains)
         if shards is None:
             inputs.not_empty("student_lm_weight", "vocabulary (first dimension)", student.weight, 0)
-        return self._loss(kernels, student, teacher, inputs.settled(tokens), shards, layout.ranks.tokens)
+        return self._loss(kernels, student, teacher, inputs.resolve_keep(tokens), shards, layout.ranks.tokens)
 
     def _tokens(self, hidden: Tensor, lead: torch.Size, labels: Any, count: Any, loss_weights: Any) -> Tokens:
-        return inputs.tokens_of_distillation(
+        return inputs.distillation_tokens(
             "student_hidden_states", lead, hidden.device, self.ignore_index, labels, count, loss_weights
         )
 
@@ -159,23 +156,23 @@ class FusedLinearKDLoss(HeadModule):
         shards: Any = None,
         token_groups: tuple[Any, ...] = (),
     ) -> Tensor:
-        heads = _wide(student, teacher)
+        heads = _promoted(student, teacher)
         temperature, reduction = float(self.temperature), "mean" if tokens.num_tokens is None else "sum"
         beta = beta_of(self)
         if beta == 1:
             # KL(student || teacher) is KL(teacher || student) with the roles exchanged.
             heads, beta = heads[::-1], 0.0
         sources = [head.source(shards) for head in heads]
-        given, coef_T = (*heads[0][1:3], *heads[1][1:3], tokens.keep_T), None
+        tensors, coef_T = (*heads[0][1:3], *heads[1][1:3], tokens.keep_T), None
         if isinstance(kernels, WholeLosses):
             check_shards(kernels, shards)
-            loss = kernels.divergence(linear_pairs(both_given(*given, None), sources, temperature), beta)
+            loss = kernels.divergence(linear_pairs(both_inputs(*tensors, None), sources, temperature), beta)
         else:
             if shards is None and not token_groups:
-                # The factor of each token in the result is known before its divergence, so that gradients can be made.
+                # The coefficient of each token is known before its divergence: the forward may compute gradients.
                 coef_T = coefficients(tokens, reduction, heads[0].hidden.dtype) * temperature**2
             call = Call(kernels, temperature, beta, BothWanted(*(head.wanted() for head in heads)), sources)
-            loss = LinearDistillation.apply(*given, self._places(tokens), coef_T, call)[0]
+            loss = LinearDistillation.apply(*tensors, self._product_indices(tokens), coef_T, call)[0]
         return loss if coef_T is not None else reduce_tokens(loss * temperature**2, tokens, reduction, token_groups)
 
 
@@ -196,7 +193,7 @@ def _check(student: Head, teacher: Head) -> None:
 
 
 def _lead(student: Head, teacher: Head, of_student: torch.Size, of_teacher: torch.Size) -> torch.Size:
-    """The leading shape of both hidden states, of all ranks."""
+    """The common leading shape of both hidden states, over all ranks."""
     if of_student != of_teacher:
         raise ValueError(
             f"student_hidden_states has shape {tuple(student.hidden.shape)} but teacher_hidden_states has shape "
@@ -205,7 +202,7 @@ def _lead(student: Head, teacher: Head, of_student: torch.Size, of_teacher: torc
     return of_student
 
 
-def _wide(student: Head, teacher: Head) -> tuple[Head, Head]:
+def _promoted(student: Head, teacher: Head) -> tuple[Head, Head]:
     """Both heads, in float64 where one of them is."""
     heads = tuple(
         head._replace(

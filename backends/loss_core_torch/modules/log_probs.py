@@ -23,22 +23,22 @@ from loss_core_torch.tracing import compute_dtype
 
 
 class _LogProbs(RowModule):
-    """What the two share."""
+    """Log-probabilities over logits or hidden states."""
 
     temperature: float
     entropy: bool
-    _values = ("temperature",)
+    _token_arguments = ("temperature",)
 
     def _tokens(
-        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, args: Mapping[str, Any], vocab: int | None = None
     ) -> Tokens:
         tokens = inputs.tokens(of, lead, like.device, "none", self.ignore_index, labels, vocab=vocab)
         inverse_T = inverse_temperature(
-            given["temperature"], self.temperature, tokens.labels_T, lead, compute_dtype(like.dtype)
+            args["temperature"], self.temperature, tokens.labels_T, lead, compute_dtype(like.dtype)
         )
         return tokens._replace(inverse_temperature_T=inverse_T)
 
-    def _of_tokens(self) -> bool:
+    def _returns_tokens(self) -> bool:
         return True
 
     def _loss(self, call: RowCall) -> TokenLogProbs:
@@ -58,10 +58,10 @@ class LogProbs(_LogProbs, LogitsModule):
             logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as in MaskedCrossEntropy.
             labels: [...] integers: a class in [0, V over all ranks) or ignore_index; not changed.
             temperature: > 0, a number, or a tensor of one number or [...]; not differentiated. None: the config's.
-                Below 2**-63 it is taken for that.
+                Values below 2**-63 are raised to it.
         Returns:
-            Log-probabilities [...], and entropies [...] in nats where the config asks for them; float32 (float64 for
-            float64 logits), 0 where ignored. Both are differentiable, each with an upstream gradient of its own.
+            Log-probabilities [...], and entropies [...] in nats with entropy=True; float32 (float64 for float64
+            logits), 0 where ignored. Both are differentiable.
         Raises:
             ValueError: shapes that do not fit, no classes; a label that is no class, a temperature that is not > 0 (on
                 a CPU; elsewhere that token is NaN).
@@ -74,7 +74,7 @@ class LogProbs(_LogProbs, LogitsModule):
 class FusedLinearLogProbs(_LogProbs, LinearModule):
     """Log-probabilities and entropies of hidden_states @ lm_weight.T without the [T, V] logits.
 
-    Config: `loss_core.FusedLinearLogProbsConfig`. On a CPU, ignored tokens take part in no product.
+    Config: `loss_core.FusedLinearLogProbsConfig`. On a CPU, ignored tokens are excluded from the products.
     """
 
     config_class = FusedLinearLogProbsConfig

@@ -1,4 +1,4 @@
-"""What the losses over logits of one distribution share as torch modules, up to the loss itself."""
+"""Base class of the losses over the logits of one distribution: checks, on one rank or sharded, and their operands."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
 
@@ -16,7 +16,7 @@ from loss_core_torch import compat, inplace, inputs
 from loss_core_torch.autograd import rows as autograd
 from loss_core_torch.inputs import Tokens
 from loss_core_torch.kernels import Rows, WholeLosses
-from loss_core_torch.modules.base import Kernels, has_known_factors, is_whole
+from loss_core_torch.modules.base import Kernels, has_known_coefficients, is_unsharded
 from loss_core_torch.modules.rows import RowCall, RowModule
 from loss_core_torch.tracing import compute_dtype
 
@@ -27,8 +27,8 @@ class LogitsCall(RowCall):
 
     Attributes:
         logits: [..., V] of this rank.
-        softcap: of them; 0 is off.
-        overwrite: the backward writes over them.
+        softcap: of the logits; 0 is off.
+        overwrite: the backward writes over the logits.
     """
 
     logits: Tensor
@@ -39,25 +39,25 @@ class LogitsCall(RowCall):
     def dtype(self) -> torch.dtype:
         return self.logits.dtype
 
-    def wide(self, other: torch.dtype) -> LogitsCall:
+    def promoted(self, other: torch.dtype) -> LogitsCall:
         dtype = torch.promote_types(compute_dtype(self.dtype), compute_dtype(other))
         return replace(self, logits=self.logits.to(dtype)) if dtype == torch.float64 else self
 
-    def whole(self) -> Rows:
+    def operands(self) -> Rows:
         tokens, start = self.tokens, 0 if self.shards is None else self.shards.start
         return Rows(self.logits, self.targets, tokens.keep_T, start, self.softcap, tokens.inverse_temperature_T)
 
-    def knows_factors(self) -> bool:
+    def has_known_coefficients(self) -> bool:
         teacher = self.tokens.teacher
         others = () if teacher is None else (teacher.log_p_TK,)
-        return has_known_factors(self.tokens, self.group, self.token_groups, self.logits, *others)
+        return has_known_coefficients(self.tokens, self.group, self.token_groups, self.logits, *others)
 
     def apply(
         self, objective: Objective, log_p_TK: Tensor | None, coef_T: Tensor | None, names: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
         kernels = self.kernels
         assert not isinstance(kernels, WholeLosses)
-        logits, labels_T, keep_T, start, softcap, inverse_T = self.whole()
+        logits, labels_T, keep_T, start, softcap, inverse_T = self.operands()
         in_forward = coef_T is not None and not self.overwrite and kernels.grad_in_forward(logits.device)
         call = autograd.Call(kernels, objective, softcap, start, self.group, self.overwrite, in_forward, names)
         found: tuple[Tensor, ...] = autograd.RowLoss.apply(logits, labels_T, keep_T, inverse_T, log_p_TK, coef_T, call)
@@ -67,49 +67,50 @@ class LogitsCall(RowCall):
 class LogitsModule(RowModule):
     """A loss of one distribution over logits [..., V]."""
 
-    # The name of the argument.
+    # Name of the argument.
     _logits = "logits"
     inplace_grad: bool = False
 
-    def _evaluate(self, logits: Any, labels: Any, given: Mapping[str, Any], *others: Any) -> Any:
-        """What the module returns for a call.
+    def _evaluate(self, logits: Any, labels: Any, args: Mapping[str, Any], *others: Any) -> Any:
+        """The result of a call.
 
         Args:
-            given: the other arguments by name; others: those of them that are floating and may be DTensors.
+            args: the other arguments by name.
+            others: those of them that are floating and may be DTensors.
         """
         kernels = self._kernels_for(logits, None, *others)
-        if not is_whole(self.tp_group, logits, *others):
-            return self._sharded(kernels, logits, labels, given)
+        if not is_unsharded(self.tp_group, logits, *others):
+            return self._sharded(kernels, logits, labels, args)
         logits = inputs.floats(self._logits, logits)
         self._check(logits)
         self._not_empty(logits)
         vocab = logits.shape[-1]
-        tokens = self._tokens(self._logits, logits, logits.shape[:-1], labels, given, vocab)
-        return self._loss(self._call(kernels, logits, self._settled(tokens, vocab), vocab))
+        tokens = self._tokens(self._logits, logits, logits.shape[:-1], labels, args, vocab)
+        return self._loss(self._call(kernels, logits, self._validated(tokens, vocab), vocab))
 
-    # Hosts exchange messages there, which no graph can hold.
+    # Not traceable: hosts exchange messages.
     @compat.outside_of_graphs
-    def _sharded(self, kernels: Kernels, given_logits: Any, labels: Any, given: Mapping[str, Any]) -> Any:
+    def _sharded(self, kernels: Kernels, sharded_logits: Any, labels: Any, args: Mapping[str, Any]) -> Any:
         from loss_core_torch.parallel import placement
 
-        layout = placement.of_logits(self._logits, given_logits, self.tp_group)
-        logits = layout.local(given_logits)
+        layout = placement.of_logits(self._logits, sharded_logits, self.tp_group)
+        logits = layout.local(sharded_logits)
 
         def check() -> Tokens:
             lead = inputs.floats(self._logits, logits).shape[:-1]
-            self._check(given_logits)
-            own = {name: layout.token_values(name, given[name], lead) for name in self._values}
-            own_labels = layout.token_values("labels", labels, lead)
-            return self._tokens(self._logits, logits, lead, own_labels, {**given, **own})
+            self._check(sharded_logits)
+            local = {name: layout.token_values(name, args[name], lead) for name in self._token_arguments}
+            local_labels = layout.token_values("labels", labels, lead)
+            return self._tokens(self._logits, logits, lead, local_labels, {**args, **local})
 
         tokens, shards = self._agree(layout.ranks, logits, check)
         if shards is None:
             self._not_empty(logits)
         logits = inputs.floats(self._logits, logits)
         vocab = logits.shape[-1] if shards is None else shards.total
-        call = self._call(kernels, logits, self._settled(tokens, vocab), vocab, shards, layout.ranks.tokens)
+        call = self._call(kernels, logits, self._validated(tokens, vocab), vocab, shards, layout.ranks.tokens)
         found = self._loss(call)
-        return layout.token_results(found, labels) if self._of_tokens() else found
+        return layout.token_results(found, labels) if self._returns_tokens() else found
 
     def _call(
         self,
@@ -125,7 +126,7 @@ class LogitsModule(RowModule):
         return LogitsCall(kernels, tokens, vocab, shards, token_groups, logits, softcap, overwrite)
 
     def _check(self, logits: Any) -> None:
-        """Refuse logits, as they were given, that can't be overwritten where they are to be."""
+        """With inplace_grad, refuse the caller's logits where they can't be overwritten."""
         if self.inplace_grad and inplace.applies(logits):
             inplace.check(logits)
 

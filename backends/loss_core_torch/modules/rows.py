@@ -1,4 +1,4 @@
-"""What the losses of one distribution per token share, over logits and over hidden states: from checked tokens on."""
+"""Base classes of the losses of one distribution per token: from checked arguments to the result."""
 
 # T = tokens (all leading dimensions of labels, flattened), V = vocabulary
 
@@ -20,46 +20,46 @@ from loss_core_torch.reduction import coefficients, reduce_tokens, zero_where_ig
 
 
 class RowModule(LossModule):
-    """A loss that is an `Objective` of each token's distribution. A subclass has `_tokens` and `_loss`."""
+    """A loss that is an `Objective` of each token's distribution. A subclass defines `_tokens` and `_loss`."""
 
     ignore_index: int
     logit_softcapping: float = 0.0
     fp32_upcast: bool = True
-    # Arguments with one value per token, beside labels.
-    _values: tuple[str, ...] = ()
+    # Arguments with one value per token, other than labels.
+    _token_arguments: tuple[str, ...] = ()
 
     def _tokens(
-        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, args: Mapping[str, Any], vocab: int | None = None
     ) -> Tokens:
-        """What a call says of its tokens, checked.
+        """The per-token arguments of a call, checked.
 
         Args:
-            of: name of the tensor `like`, from which the leading shape `lead` comes.
-            given: the other arguments by name.
+            of: name of the tensor `like`, whose leading shape is `lead`.
+            args: the other arguments by name.
             vocab: number of classes, where it is known yet.
         """
         raise NotImplementedError
 
-    def _settled(self, tokens: Tokens, vocab: int) -> Tokens:
-        """The tokens, once what does not fit a vocabulary of this size has been refused."""
-        return inputs.settled(inputs.in_range(tokens, vocab, self.ignore_index))
+    def _validated(self, tokens: Tokens, vocab: int) -> Tokens:
+        """The tokens after checks against the size of the vocabulary."""
+        return inputs.resolve_keep(inputs.in_range(tokens, vocab, self.ignore_index))
 
     def _loss(self, call: RowCall) -> Any:
-        """What the module returns, of this rank's tokens."""
+        """The result of the module for this rank's tokens."""
         raise NotImplementedError
 
-    def _of_tokens(self) -> bool:
-        """Whether it returns one number per token."""
+    def _returns_tokens(self) -> bool:
+        """Whether the result has one value per token."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class RowCall:
-    """A call whose arguments have been checked. A subclass says where the logits come from.
+    """A call with checked arguments. A subclass holds the tensors from which the logits come.
 
     Attributes:
         num_classes: of all ranks.
-        shards: of the vocabulary, as `parallel.agreement` has them, or None.
+        shards: `parallel.agreement.Shards` of the vocabulary, or None.
         token_groups: process groups over which the tokens are sharded.
     """
 
@@ -71,52 +71,53 @@ class RowCall:
 
     @property
     def group(self) -> Any:
-        """Over which the vocabulary is sharded, or None."""
+        """Process group over which the vocabulary is sharded, or None."""
         return None if self.shards is None else self.shards.group
 
     @property
     def targets(self) -> Tensor:
-        """The targets of each row: [T], or [T, K] where a teacher names K classes."""
+        """The targets of each row: labels [T], or a teacher's classes [T, K]."""
         return self.tokens.labels_T if self.tokens.teacher is None else self.tokens.teacher.index_TK
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits, or of the hidden states."""
+        """Dtype of the logits, or of the hidden states."""
         raise NotImplementedError
 
     def with_tokens(self, **changes: Any) -> Self:
         """The call with other attributes of its tokens."""
         return replace(self, tokens=self.tokens._replace(**changes))
 
-    def wide(self, other: torch.dtype) -> Self:
-        """The call in float64 where its dtype or another one is."""
+    def promoted(self, other: torch.dtype) -> Self:
+        """The call with logits in float64 where these or `other` are float64."""
         raise NotImplementedError
 
-    def whole(self) -> Rows | Linear:
-        """The operands for kernels that make a loss whole."""
+    def operands(self) -> Rows | Linear:
+        """The operands of the kernels; with a head, those of a `WholeLosses`."""
         raise NotImplementedError
 
-    def knows_factors(self) -> bool:
-        """Whether kernels can be given the factor of each token in a sum or mean, to make gradients with it."""
+    def has_known_coefficients(self) -> bool:
+        """Whether the coefficient of each token in the result is known before its loss, for kernels to use it."""
         raise NotImplementedError
 
     def apply(
         self, objective: Objective, log_p_TK: Tensor | None, coef_T: Tensor | None, names: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
-        """Results of the autograd function: values of tokens, or the sum with factors; and at the end the metrics.
+        """Results of the autograd function: token values, or their weighted sum with coef_T; at the end the metrics.
 
         Args:
-            objective: without the arrays of a `TopK`; log_p_TK: these, or None.
-            names: of metrics of tokens.
+            objective: of a `TopK` without the log-probabilities.
+            log_p_TK: these log-probabilities, or None.
+            names: of token metrics.
         """
         raise NotImplementedError
 
     def values(self, objective: Objective, names: tuple[str, ...] = ()) -> tuple[list[Tensor], list[Tensor]]:
         """Values of the objective, and metrics, [T] each; 0 for ignored tokens."""
         if not isinstance(self.kernels, WholeLosses):
-            return self._applied(objective, None, names)
+            return self._values_and_metrics(objective, None, names)
         check_shards(self.kernels, self.shards)
-        rows, keep_T = self.whole(), self.tokens.keep_T
+        rows, keep_T = self.operands(), self.tokens.keep_T
         values = self.kernels.values(rows, objective, self.group)
         metrics: list[Tensor] = []
         if names:
@@ -126,26 +127,26 @@ class RowCall:
     def reduced(
         self, objective: Objective, reduction: str, names: tuple[str, ...] = (), factor: float = 1.0
     ) -> tuple[Tensor, list[Tensor]]:
-        """The one value of the objective times a factor, reduced; and metrics of tokens as of `values`."""
+        """The reduced value of an objective with one value, times a factor; and token metrics as in `values`."""
         tokens, groups = self.tokens, self.token_groups
         if reduction != "none" and isinstance(self.kernels, WholeLosses):
-            if not names and not groups and inputs.all_alike(tokens):
+            if not names and not groups and inputs.equally_weighted(tokens):
                 check_shards(self.kernels, self.shards)
-                (loss,) = self.kernels.values(self.whole(), objective, self.group, reduction)
+                (loss,) = self.kernels.values(self.operands(), objective, self.group, reduction)
                 return loss if factor == 1 else loss * factor, []
-        elif reduction != "none" and self.knows_factors():
+        elif reduction != "none" and self.has_known_coefficients():
             coef_T = coefficients(tokens, reduction, self.dtype)
-            (loss,), metrics = self._applied(objective, coef_T if factor == 1 else coef_T * factor, names)
+            (loss,), metrics = self._values_and_metrics(objective, coef_T if factor == 1 else coef_T * factor, names)
             return loss, metrics
         (loss_T,), metrics = self.values(objective, names)
         return reduce_tokens(loss_T if factor == 1 else loss_T * factor, tokens, reduction, groups), metrics
 
-    def _applied(
+    def _values_and_metrics(
         self, objective: Objective, coef_T: Tensor | None, names: tuple[str, ...]
     ) -> tuple[list[Tensor], list[Tensor]]:
         log_p_TK = None
         if isinstance(objective, TopK):
-            # An input of the function, so that it has a gradient, and is saved as one.
+            # An input of the autograd function: it may need a gradient, and is saved for the backward.
             log_p_TK, objective = objective.log_p, objective._replace(log_p=None)
         found = self.apply(objective, log_p_TK, coef_T, names)
         return list(found[: objective.num_values]), list(found[len(found) - len(names) :])

@@ -23,39 +23,39 @@ from loss_core_torch.tracing import compute_dtype
 
 
 class _TopKDistillation(RowModule):
-    """What the two share."""
+    """Distillation from a teacher's K log-probabilities, over logits or hidden states."""
 
     _labels_are_classes = False
     temperature: float
     tail: bool
-    _values = ("teacher_indices", "teacher_logprobs", "loss_weights")
+    _token_arguments = ("teacher_indices", "teacher_logprobs", "loss_weights")
 
     def _tokens(
-        self, of: str, like: Tensor, lead: torch.Size, labels: Any, given: Mapping[str, Any], vocab: int | None = None
+        self, of: str, like: Tensor, lead: torch.Size, labels: Any, args: Mapping[str, Any], vocab: int | None = None
     ) -> Tokens:
-        count, weights = given["num_batch_labels"], given["loss_weights"]
-        tokens = inputs.tokens_of_distillation(of, lead, like.device, self.ignore_index, labels, count, weights)
-        teacher = top_k_teacher.checked(given["teacher_indices"], given["teacher_logprobs"], of, lead, like.device)
+        count, weights = args["num_batch_labels"], args["loss_weights"]
+        tokens = inputs.distillation_tokens(of, lead, like.device, self.ignore_index, labels, count, weights)
+        teacher = top_k_teacher.checked(args["teacher_indices"], args["teacher_logprobs"], of, lead, like.device)
         return tokens._replace(teacher=teacher)
 
-    def _settled(self, tokens: Tokens, vocab: int) -> Tokens:
-        return top_k_teacher.in_order(inputs.settled(tokens), vocab)
+    def _validated(self, tokens: Tokens, vocab: int) -> Tokens:
+        return top_k_teacher.in_order(inputs.resolve_keep(tokens), vocab)
 
-    def _of_tokens(self) -> bool:
+    def _returns_tokens(self) -> bool:
         return False
 
     def _loss(self, call: RowCall) -> Tensor:
-        teacher, given_dtype = call.tokens.teacher, call.dtype
+        teacher, result_dtype = call.tokens.teacher, call.dtype
         assert teacher is not None
-        call = call.wide(teacher.log_p_TK.dtype)
+        call = call.promoted(teacher.log_p_TK.dtype)
         tokens, dtype, temperature = call.tokens, compute_dtype(call.dtype), float(self.temperature)
         inverse_T = inverse_temperature(None, temperature, tokens.labels_T, tokens.shape, dtype)
-        # Where all classes are the teacher's, there are no others.
+        # Without a tail where the teacher has all classes.
         objective = TopK(teacher.log_p_TK.to(dtype), self.tail and teacher.index_TK.shape[1] < call.num_classes)
         reduction = "mean" if tokens.num_tokens is None else "sum"
         call = call.with_tokens(inverse_temperature_T=inverse_T)
         loss, _ = call.reduced(objective, reduction, factor=temperature**2)
-        return cast(loss, self.fp32_upcast, given_dtype)
+        return cast(loss, self.fp32_upcast, result_dtype)
 
 
 class TopKDistillation(_TopKDistillation, LogitsModule):
@@ -81,11 +81,11 @@ class TopKDistillation(_TopKDistillation, LogitsModule):
         Args:
             student_logits: [..., V] float, any strides; not changed. With tp_group, or as a DTensor: as logits in
                 MaskedCrossEntropy.
-            teacher_indices: [..., K] integers: classes in [0, V over all ranks), in any order, that differ in each
-                token; not changed. The same on every rank of the group, as all that follow.
+            teacher_indices: [..., K] integers: classes in [0, V over all ranks), in any order, distinct within a token;
+                not changed. As the arguments below, the same on every rank of the group.
             teacher_logprobs: [..., K] float: the teacher's log-probabilities of these classes at this temperature; -inf
                 for a probability of 0. Gets a gradient when it requires one, through the tail's probability too.
-            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other number counts.
+            labels: [...] integers; not changed. Positions of ignore_index are ignored, any other value is valid.
             num_batch_labels: divides the sum; None: the mean over valid positions. 0 gives 0.
             loss_weights: [...] factor of each token's loss, differentiable; with num_batch_labels only.
         Returns:
@@ -97,18 +97,18 @@ class TopKDistillation(_TopKDistillation, LogitsModule):
                 are NaN), see `top_k_teacher.in_order`; over a group on every rank.
             TypeError: labels or indices that are no integers, logits or log-probabilities that are no floats.
         """
-        given = {
+        args = {
             "teacher_indices": teacher_indices, "teacher_logprobs": teacher_logprobs,
             "num_batch_labels": num_batch_labels, "loss_weights": loss_weights,
         }  # fmt: skip
-        loss: Tensor = self._evaluate(student_logits, labels, given, teacher_logprobs)
+        loss: Tensor = self._evaluate(student_logits, labels, args, teacher_logprobs)
         return loss
 
 
 class FusedLinearTopKDistillation(_TopKDistillation, LinearModule):
     """TopKDistillation of hidden_states @ lm_weight.T without the [T, V] logits.
 
-    Config: `loss_core.FusedLinearTopKDistillationConfig`. On a CPU, ignored tokens take part in no product.
+    Config: `loss_core.FusedLinearTopKDistillationConfig`. On a CPU, ignored tokens are excluded from the products.
     """
 
     config_class = FusedLinearTopKDistillationConfig
@@ -140,9 +140,9 @@ class FusedLinearTopKDistillation(_TopKDistillation, LinearModule):
         Raises:
             ValueError, TypeError: as FusedLinearCrossEntropy and TopKDistillation.
         """
-        given = {
+        args = {
             "teacher_indices": teacher_indices, "teacher_logprobs": teacher_logprobs,
             "num_batch_labels": num_batch_labels, "loss_weights": loss_weights,
         }  # fmt: skip
-        loss: Tensor = self._evaluate(hidden_states, labels, lm_weight, lm_bias, given)
+        loss: Tensor = self._evaluate(hidden_states, labels, lm_weight, lm_bias, args)
         return loss

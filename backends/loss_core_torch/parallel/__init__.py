@@ -1,1 +1,1 @@
-"""Losses over process groups: where tensors lie, what the ranks agree on, and the collectives of a call."""
+"""Losses over process groups: layouts of tensors, agreement of the ranks on a call, and its collectives."""

@@ -1,4 +1,4 @@
-"""The collectives of a call: an all-gather of row terms or tokens, sums over ranks, and the sharded head's weight.
+"""The collectives of a call: all-gathers of row terms and of hidden states, sums over ranks, and the sharded weight.
 
 Every rank folds the same terms in the same order, so the loss is bitwise the same on all of them.
 """
@@ -22,26 +22,26 @@ from loss_core_torch import compat
 Terms = TypeVar("Terms", RowTerms, PairTerms)
 
 
-def added(parts: MixtureTerms, group: Any) -> MixtureTerms:
-    """Sums over the whole row on every rank, from one all-gather; otherwise as `fold`."""
+def fold_mixture(terms: MixtureTerms, group: Any) -> MixtureTerms:
+    """Mixture terms of full rows on every rank, from one all-gather; None as in `fold`."""
     if group is None:
-        return parts
-    return MixtureTerms(*reduce(torch.add, gather_equal(torch.stack(tuple(parts)), group)))
+        return terms
+    return MixtureTerms(*reduce(torch.add, gather_equal(torch.stack(tuple(terms)), group)))
 
 
 def fold(terms: Terms, group: Any, bad_T: Tensor | None = None) -> Terms:
-    """Terms of the whole row on every rank, from one all-gather.
+    """Terms of full rows on every rank, from one all-gather.
 
     Args:
-        terms: this rank's, [T] each, or [T, K]; as many tokens on every rank. Those that are None stay None.
-        group: None: this rank's rows are whole.
-        bad_T: [T] bool, tokens that are to be NaN on every rank, or None.
+        terms: of this rank's part of the rows, [T] each, or [T, K], with the same T on every rank. None stays None.
+        group: over which the rows are sharded; None: they are full.
+        bad_T: [T] bool, tokens whose terms become NaN on every rank, or None.
     """
     if group is None:
         return terms
     combine: Any = row_terms.combine if isinstance(terms, RowTerms) else row_terms.combine_pairs
     present = {name: value for name, value in zip(terms._fields, terms, strict=True) if value is not None}
-    # K numbers of a row as K rows of numbers.
+    # [T, K] terms are packed as K rows of [T].
     flat = [x_T.t() if x_T.dim() == 2 else x_T[None] for x_T in present.values()]
     packed = torch.cat(flat)
     if bad_T is not None:
@@ -55,7 +55,7 @@ def fold(terms: Terms, group: Any, bad_T: Tensor | None = None) -> Terms:
 
 
 def gather_equal(part: Tensor, group: Any) -> Tensor:
-    """[R, ...]: the tensors of all ranks, which have one shape, in rank order. One collective."""
+    """The tensors of all ranks, which have the same shape, as [R, ...] in rank order. One collective."""
     part = part.contiguous()
     gathered = part.new_empty((dist.get_world_size(group), *part.shape))
     compat.all_gather(gathered.view(-1), part.view(-1), group)
@@ -63,25 +63,26 @@ def gather_equal(part: Tensor, group: Any) -> Tensor:
 
 
 def gather_shares(share: Tensor, dim: int, group: Any) -> Tensor:
-    """The whole tensor, from the equal shares of the ranks along `dim`, in rank order. One collective."""
+    """The full tensor, from the equal shares of the ranks along `dim`, in rank order. One collective."""
     return gather_equal(share, group).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def reduce_scatter_shares(whole: Tensor, shape: torch.Size, dim: int, group: Any) -> Tensor:
+def reduce_scatter_shares(full: Tensor, shape: torch.Size, dim: int, group: Any) -> Tensor:
     """The sum over the ranks of this rank's share: the reverse of `gather_shares`. One collective.
 
     Args:
-        whole: the whole tensor, in any shape; shape: that of a share.
+        full: the full tensor, in any shape.
+        shape: of a share.
     """
     ranks = dist.get_world_size(group)
-    shares_R = whole.view(*shape[:dim], ranks, *shape[dim:]).movedim(dim, 0).contiguous()
-    share = whole.new_empty(shape)
+    shares_R = full.view(*shape[:dim], ranks, *shape[dim:]).movedim(dim, 0).contiguous()
+    share = full.new_empty(shape)
     compat.reduce_scatter(share.view(-1), shares_R.view(-1), group)
     return share
 
 
 class SumOverRanks(Function):
-    """Sum over the ranks of groups, in rank order. Each rank's part gets the gradient of the sum as it is."""
+    """Sum over the ranks of groups, in rank order. The gradient of each rank's part is that of the sum."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, groups: tuple[Any, ...]) -> Tensor:
@@ -95,7 +96,7 @@ class SumOverRanks(Function):
 
 
 def materialize(lm_weight: Any, grad_reduce_group: Any) -> Any:
-    """The whole weight of a sharded head; see FusedLinearCrossEntropy.materialize_lm_weight."""
+    """The full weight of a sharded head; see FusedLinearCrossEntropy.materialize_lm_weight."""
     if not hasattr(lm_weight, "full_tensor"):
         return lm_weight
     if not (torch.is_grad_enabled() and lm_weight.requires_grad):
@@ -113,11 +114,12 @@ def materialize(lm_weight: Any, grad_reduce_group: Any) -> Any:
 
 
 def check_reduce_group(group: Any, size: int, of: str, where: str) -> None:
-    """Refuse a grad_reduce_group of another size than the part of a mesh over which the weight's gradient is summed.
+    """Refuse a grad_reduce_group whose size is not `size`, the number of ranks that reduce the weight's gradient.
 
     Args:
         group: None is one process.
-        of, where: names of that size, and of the group to pass, for the message.
+        of: name of the size, for the message.
+        where: what the ranks of the right group have in common, for the message.
     """
     group_size = 1 if group is None else dist.get_world_size(group)
     if group_size != size:

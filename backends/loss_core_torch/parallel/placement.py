@@ -1,4 +1,4 @@
-"""What a DTensor's placements say of a call: who holds which classes and which tokens."""
+"""The layout of a call over ranks: which classes and tokens they hold, by the placements of DTensors or tp_group."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -18,35 +18,31 @@ from loss_core_torch import compat
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who takes part in a call.
+    """The process groups of a call.
 
     Attributes:
         vocab: group over which the vocabulary is sharded, or None.
-        place: of this rank's part in the order of the parts.
+        shard_index: index of this rank's shard, in the order of the vocabulary.
         tokens: groups over which the tokens are sharded, whose losses are added up.
-        others: groups that must not part when a rank fails: those of further collectives.
-        classes: of all ranks, where a DTensor tells; else None.
+        grad_reduce: groups that reduce the weight's gradient in the backward: an error must reach their ranks as well.
+        classes: number of classes of all ranks, where a DTensor defines it; else None.
     """
 
     vocab: Any = None
-    place: int = 0
+    shard_index: int = 0
     tokens: tuple[Any, ...] = ()
-    others: tuple[Any, ...] = ()
+    grad_reduce: tuple[Any, ...] = ()
     classes: int | None = None
-
-    def alone(self) -> bool:
-        """Whether nobody else needs to know what this rank does."""
-        return self.vocab is None and not self.tokens and not self.others
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tensors of a call lie on the ranks.
+    """How the tensors of a call are sharded over the ranks.
 
     Attributes:
-        ranks: who takes part.
+        ranks: the process groups.
         mesh: of the DTensors, or None where all tensors are plain.
-        tokens: placements, one for each dimension of the mesh, of a tensor with one value per token.
+        tokens: placements of a tensor with one value per token, one for each dimension of the mesh.
         lead: shape of such a tensor over all ranks.
     """
 
@@ -56,40 +52,40 @@ class Layout:
     lead: tuple[int, ...] = ()
 
     def local(self, value: Any) -> Any:
-        """This rank's part of a DTensor; its gradient comes back as a DTensor of the same placement."""
+        """This rank's part of a DTensor, whose gradient is a DTensor with the same placements."""
         return value.to_local() if is_dtensor(value) else value
 
     def token_values(self, name: str, value: Any, local_lead: torch.Size) -> Any:
-        """This rank's part of labels, mask, weights or what has more dimensions behind those of the tokens.
+        """This rank's part of an argument with values per token, such as labels [...] or a teacher's classes [..., K].
 
-        A DTensor, a plain tensor of its own tokens, or of all of them.
-
-
+        Args:
+            value: a DTensor, or a plain tensor of this rank's tokens or of all tokens.
+            local_lead: shape of this rank's tokens.
         Raises:
-            ValueError: a DTensor that lies elsewhere than the tokens do.
+            ValueError: a DTensor on another mesh, or sharded in another way than the tokens.
         """
         if self.mesh is None or not isinstance(value, Tensor):
             return value
         from torch.distributed.tensor import DTensor, Replicate
 
-        placed: Any = value
+        dtensor: Any = value
         if not is_dtensor(value):
             lead = value.shape[: len(self.lead)]
             if lead == local_lead or tuple(lead) != self.lead:
                 return value
-            placed = DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
-        elif placed.device_mesh != self.mesh:
+            dtensor = DTensor.from_local(value, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        elif dtensor.device_mesh != self.mesh:
             raise ValueError(f"{name} is a DTensor on another mesh; pass {name}.to_local() or put it on {self.mesh}.")
-        for found, wanted in zip(placed.placements, self.tokens, strict=True):
+        for found, wanted in zip(dtensor.placements, self.tokens, strict=True):
             if found != wanted and not found.is_replicate():
                 raise ValueError(
-                    f"{name} has the placements {placed.placements}; {self.tokens} or replicated are accepted."
+                    f"{name} has the placements {dtensor.placements}; {self.tokens} or replicated are accepted."
                 )
         # Replicated to sharded: a slice, no communication.
-        return placed.redistribute(self.mesh, self.tokens).to_local()
+        return dtensor.redistribute(self.mesh, self.tokens).to_local()
 
     def token_results(self, found: Any, labels: Any) -> Any:
-        """As `token_result`, of each tensor of a tuple, or of a dict of metrics."""
+        """As `token_result`, for each tensor of a tuple and each token metric of a dict."""
         if isinstance(found, Tensor):
             return self.token_result(found, labels)
         if isinstance(found, dict):
@@ -98,7 +94,7 @@ class Layout:
         return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
 
     def token_result(self, loss: Tensor, labels: Any) -> Tensor:
-        """The loss of each token in the form in which the labels came."""
+        """The loss of each token: a DTensor where labels are one or hold all tokens, else this rank's part."""
         if self.mesh is None or not (is_dtensor(labels) or labels.shape != loss.shape):
             return loss
         from torch.distributed.tensor import DTensor
@@ -110,7 +106,7 @@ class Layout:
 
 
 def resolve_group(tp_group: Any) -> tuple[Any, int]:
-    """The process group of a `tp_group`, None where it has one rank only, and this rank's place in it.
+    """The process group of a `tp_group`, None for a single rank, and the index of this rank in it.
 
     Raises:
         ValueError: it is no group, not initialised, of several dimensions, or this rank is not in it.
@@ -145,7 +141,7 @@ def resolve_group(tp_group: Any) -> tuple[Any, int]:
 
 
 def mesh_group(mesh: Any, dim: int) -> tuple[Any, int]:
-    """As `resolve_group`, for a dimension of a mesh. A mesh may list its ranks in an order of its own."""
+    """As `resolve_group`, for a mesh dimension; the index is that in the mesh, whose order of ranks may differ."""
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(_not_a_member())
@@ -160,19 +156,19 @@ def _not_a_member() -> str:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether a value is a DTensor; asks without importing the module."""
+    """Whether a value is a DTensor, without importing the module."""
     return hasattr(value, "full_tensor")
 
 
 def of_logits(name: str, logits: Any, tp_group: Any) -> Layout:
-    """The layout of logits [..., V], by their placements where they are a DTensor, else by tp_group.
+    """The layout of logits [..., V]: from the placements of a DTensor, else from tp_group.
 
     Raises:
-        ValueError: on every rank, for placements that can't be served, or that disagree with tp_group.
+        ValueError: on every rank, for placements that are not supported, or that contradict tp_group.
     """
-    group, place = resolve_group(tp_group)
+    group, index = resolve_group(tp_group)
     if not is_dtensor(logits):
-        return Layout(Ranks(group, place))
+        return Layout(Ranks(group, index))
     last = logits.dim() - 1
     vocab_dims, tokens = sorted_dims(name, logits, last)
     if len(vocab_dims) > 1:
@@ -185,24 +181,23 @@ def of_logits(name: str, logits: Any, tp_group: Any) -> Layout:
         found = mesh_group(mesh, vocab_dims[0])
         if group is not None and found[0] is not None and not same_ranks(found[0], group):
             raise ValueError(f"{name} shards its vocabulary over another group than tp_group; leave tp_group out.")
-        group, place = found
+        group, index = found
     elif group is not None:
         raise ValueError(
             f"tp_group is given, but {name} has the placements {logits.placements}: no sharded vocabulary."
         )
-    ranks = Ranks(group, place, token_groups(mesh, tokens), classes=logits.shape[-1])
+    ranks = Ranks(group, index, token_groups(mesh, tokens), classes=logits.shape[-1])
     return Layout(ranks, mesh, tokens, tuple(logits.shape[:-1]))
 
 
 def of_both(student: Any, teacher: Any, tp_group: Any) -> Layout:
-    """The layout of two logits, which must lie alike."""
+    """The common layout of two logits; ValueError where they differ."""
     layout = of_logits("student_logits", student, tp_group)
     if is_dtensor(student) != is_dtensor(teacher):
         raise ValueError("student_logits and teacher_logits must both be DTensors, or both plain tensors.")
     if is_dtensor(student):
         of_logits("teacher_logits", teacher, tp_group)
-        lies = [(x.device_mesh, x.placements) for x in (student, teacher)]
-        if lies[0] != lies[1]:
+        if (student.device_mesh, student.placements) != (teacher.device_mesh, teacher.placements):
             raise ValueError(
                 f"student_logits has the placements {student.placements} but teacher_logits {teacher.placements}; "
                 "they must match, on one mesh."
@@ -211,7 +206,7 @@ def of_both(student: Any, teacher: Any, tp_group: Any) -> Layout:
 
 
 def sorted_dims(name: str, value: Any, last: int) -> tuple[list[int], tuple[Any, ...]]:
-    """Mesh dimensions that shard the last dimension, and the placements of a tensor with the others alone."""
+    """Mesh dimensions that shard the last dimension, and the placements of a tensor without that dimension."""
     from torch.distributed.tensor import Replicate, Shard
 
     vocab_dims, tokens = [], []
@@ -234,7 +229,7 @@ def token_groups(mesh: Any, tokens: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def shards_dim(found: Any, dim: int) -> bool:
-    """Whether a placement shards a dimension, in FSDP's strided way or plainly."""
+    """Whether a placement is a Shard, or FSDP's strided shard, of a tensor dimension."""
     return bool((found.is_shard() or compat.is_strided_shard(found)) and found.dim == dim)
 
 

@@ -1,4 +1,4 @@
-"""How hidden states and the head's weight lie on the ranks: tensor parallel, FSDP, both, or neither."""
+"""The layout of hidden states and the head's weight over ranks: tensor parallel, FSDP, both, or neither."""
 
 # V = vocabulary, H = hidden
 
@@ -15,7 +15,7 @@ from loss_core_torch.parallel import placement
 from loss_core_torch.parallel.collectives import check_reduce_group
 from loss_core_torch.parallel.placement import Layout, Ranks, is_dtensor
 
-# The name by which a mesh dimension says that it is the tensor-parallel one.
+# The mesh dimension of this name is the tensor-parallel one.
 _TENSOR_PARALLEL = "tp"
 
 
@@ -24,16 +24,16 @@ class LinearLayout:
     """Layout of a fused call.
 
     Attributes:
-        tokens: the layout, as of logits.
-        placed: the weight is a DTensor of which `local_weight` takes what this rank multiplies with.
+        tokens: the layout of the tokens, as for logits.
+        redistribute: the weight is a DTensor whose rows of this rank `local_weight` returns.
         vocab_dim: dimension of the weight's mesh over which its rows stay sharded, or None.
         sequence_dim: dimension of hidden_states that is sharded over the group of the vocabulary, or None.
-        partial_dims: dimensions of the weight's mesh over which the ranks' tokens, so their gradients, differ.
-        mean_size: what divides the sum of these gradients.
+        partial_dims: dimensions of the weight's mesh over which the tokens, and so the ranks' gradients, differ.
+        mean_size: divisor of the sum of these gradients.
     """
 
     tokens: Layout
-    placed: bool = False
+    redistribute: bool = False
     vocab_dim: int | None = None
     sequence_dim: int | None = None
     partial_dims: tuple[int, ...] = ()
@@ -44,21 +44,21 @@ def of_linear(hidden: Any, weight: Any, tp_group: Any, grad_reduce_group: Any, s
     """The layout of hidden_states [..., H] and lm_weight [V, H].
 
     Raises:
-        ValueError: on every rank, for placements that can't be served, or that disagree with the groups.
+        ValueError: on every rank, for placements that are not supported, or that contradict the groups.
     """
-    group, place = placement.resolve_group(tp_group)
+    group, index = placement.resolve_group(tp_group)
     hidden_tokens = _token_placements(hidden) if is_dtensor(hidden) else ()
     if not is_dtensor(weight):
-        return _with_plain_weight(hidden, hidden_tokens, Ranks(group, place), sequence_parallel)
+        return _with_plain_weight(hidden, hidden_tokens, Ranks(group, index), sequence_parallel)
     _check_weight(weight)
     mesh = weight.device_mesh
     if is_dtensor(hidden) and group is None and hidden.device_mesh.ndim == 1:
-        group, place = placement.mesh_group(hidden.device_mesh, 0)
+        group, index = placement.mesh_group(hidden.device_mesh, 0)
     dim = _vocab_dim(weight, hidden, group, tp_group is not None)
-    group, place = (None, 0) if dim is None else placement.mesh_group(mesh, dim)
-    ranks = Ranks(group, place, classes=weight.shape[0])
+    group, index = (None, 0) if dim is None else placement.mesh_group(mesh, dim)
+    ranks = Ranks(group, index, classes=weight.shape[0])
     if is_dtensor(hidden) and hidden.device_mesh == mesh:
-        return _on_one_mesh(hidden, hidden_tokens, weight, dim, ranks, sequence_parallel)
+        return _on_same_mesh(hidden, hidden_tokens, weight, dim, ranks, sequence_parallel)
     if dim is None:
         if is_dtensor(hidden):
             raise ValueError(
@@ -72,42 +72,43 @@ def of_linear(hidden: Any, weight: Any, tp_group: Any, grad_reduce_group: Any, s
     gathered = any(not weight.placements[d].is_replicate() for d in others)
     trainable = torch.is_grad_enabled() and weight.requires_grad
     if not (others and trainable and (gathered or grad_reduce_group is not None)):
-        return replace(plain, placed=True, vocab_dim=dim)
+        return replace(plain, redistribute=True, vocab_dim=dim)
     size = mesh.size() // mesh.size(dim)
     check_reduce_group(grad_reduce_group, size, "mesh size without its tensor-parallel dimension", "the tokens differ")
-    tokens = replace(plain.tokens, ranks=replace(plain.tokens.ranks, others=(grad_reduce_group,)))
-    return replace(plain, tokens=tokens, placed=True, vocab_dim=dim, partial_dims=others, mean_size=size)
+    tokens = replace(plain.tokens, ranks=replace(plain.tokens.ranks, grad_reduce=(grad_reduce_group,)))
+    return replace(plain, tokens=tokens, redistribute=True, vocab_dim=dim, partial_dims=others, mean_size=size)
 
 
 def of_heads(
     student: tuple[Any, Any], teacher: tuple[Any, Any], tp_group: Any, sequence_parallel: bool
 ) -> tuple[LinearLayout, LinearLayout]:
-    """The layouts of hidden states and weight of a student and a teacher, who must share vocabulary and tokens alike.
+    """The layouts of hidden states and weight of student and teacher.
 
     Raises:
-        ValueError: as `of_linear`, or where the two do not.
+        ValueError: as `of_linear`, or where the two shard vocabulary or tokens differently.
     """
     layouts = tuple(of_linear(*head, tp_group, None, sequence_parallel) for head in (student, teacher))
     ranks = [layout.tokens.ranks for layout in layouts]
     groups = [[r.vocab, *r.tokens] for r in ranks]
     members = [[None if g is None else dist.get_process_group_ranks(g) for g in of_head] for of_head in groups]
-    if members[0] != members[1] or ranks[0].place != ranks[1].place:
+    if members[0] != members[1] or ranks[0].shard_index != ranks[1].shard_index:
         raise ValueError(
-            f"The student's hidden_states and lm_weight lie as {_lie(student)}, but the teacher's as {_lie(teacher)}; "
-            "both must shard the vocabulary over the same ranks, and the tokens over the same ranks."
+            f"The student's hidden_states and lm_weight lie as {_placements(student)}, but the teacher's as "
+            f"{_placements(teacher)}; both must shard the vocabulary over the same ranks, and the tokens over the same "
+            "ranks."
         )
     return layouts[0], layouts[1]
 
 
-def _lie(head: tuple[Any, Any]) -> str:
-    """Where hidden states and weight lie, for messages."""
+def _placements(head: tuple[Any, Any]) -> str:
+    """The placements of hidden states and weight, for messages."""
     return " and ".join(str(x.placements) if is_dtensor(x) else "a plain tensor" for x in head)
 
 
-def _on_one_mesh(
+def _on_same_mesh(
     hidden: Any, hidden_tokens: tuple[Any, ...], weight: Any, dim: int | None, ranks: Ranks, sequence_parallel: bool
 ) -> LinearLayout:
-    """Both are DTensors of one mesh: the loss is that of all tokens, wherever they lie."""
+    """The layout of DTensors on one mesh: the loss is that of the tokens of all ranks."""
     mesh = hidden.device_mesh
     sequence_dim = None if dim is None else _sequence_dim(hidden_tokens[dim], sequence_parallel)
     tokens = tuple(_replicate() if at == dim else p for at, p in enumerate(hidden_tokens))
@@ -117,27 +118,28 @@ def _on_one_mesh(
 
 
 def local_weight(layout: LinearLayout, weight: Any) -> Any:
-    """This rank's rows, gathered over all dimensions of the mesh but that of the vocabulary.
+    """This rank's rows of the weight, gathered over all mesh dimensions but that of the vocabulary.
 
-    The gradient is reduced over the dimensions over which the tokens differ: summed where the hidden states are a
-    DTensor of the same mesh, whose loss is that of all tokens; as a mean elsewhere, as FSDP does.
+    The gradient is reduced over the mesh dimensions over which the tokens differ: a sum where the hidden states are a
+    DTensor on the same mesh, whose loss is that of all tokens; else a mean, as in FSDP.
     """
     from torch.distributed.tensor import Partial, Replicate
 
     rows = [p if at == layout.vocab_dim else Replicate() for at, p in enumerate(weight.placements)]
-    # Also where nothing is to be gathered: its backward is what reduces a partial gradient.
-    whole = weight.redistribute(weight.device_mesh, rows)
-    local = whole.to_local(grad_placements=[Partial() if at in layout.partial_dims else p for at, p in enumerate(rows)])
+    # Needed without a gather as well: the backward of redistribute reduces a partial gradient.
+    gathered = weight.redistribute(weight.device_mesh, rows)
+    grads = [Partial() if at in layout.partial_dims else p for at, p in enumerate(rows)]
+    local = gathered.to_local(grad_placements=grads)
     if layout.mean_size > 1:
         local.register_hook(lambda grad: grad / layout.mean_size)
     return local
 
 
-def whole_lead(layout: LinearLayout, hidden: Any) -> torch.Size:
-    """Leading shape of the hidden states once their shares of the sequence are together.
+def full_lead(layout: LinearLayout, hidden: Any) -> torch.Size:
+    """Leading shape of the hidden states of the full sequence.
 
     Raises:
-        ValueError: the ranks do not hold equal shares.
+        ValueError: the ranks do not hold equal shares of the sequence.
     """
     lead = list(hidden.shape[:-1])
     dim, tokens = layout.sequence_dim, layout.tokens
@@ -160,7 +162,7 @@ def _with_plain_weight(
 ) -> LinearLayout:
     group = ranks.vocab
     if sequence_parallel and group is None and not is_dtensor(hidden):
-        # One rank: its share of the sequence is all of it.
+        # One rank holds the full sequence.
         return LinearLayout(Layout(Ranks()))
     if not is_dtensor(hidden):
         return LinearLayout(Layout(ranks), sequence_dim=0 if sequence_parallel else None)
@@ -198,7 +200,8 @@ def _vocab_dim(weight: Any, hidden: Any, group: Any, named: bool) -> int | None:
     """The dimension of the weight's mesh over which the loss is tensor parallel; None for a weight to be gathered.
 
     Args:
-        group: of tp_group, or of the mesh of hidden states; named: it is that of tp_group.
+        group: of tp_group, or of the mesh of hidden states.
+        named: the group is that of tp_group.
     """
     mesh, names = weight.device_mesh, weight.device_mesh.mesh_dim_names or ()
     rows = [d for d, p in enumerate(weight.placements) if placement.shards_dim(p, 0) and mesh.size(d) > 1]
@@ -222,7 +225,7 @@ def _vocab_dim(weight: Any, hidden: Any, group: Any, named: bool) -> int | None:
             )
     plain = [d for d in rows if not compat.is_strided_shard(weight.placements[d])]
     if len(plain) == 1 and len(rows) > 1:
-        # FSDP marks the dimensions over which it cuts what is already sharded.
+        # FSDP marks with a strided shard the mesh dimensions over which it shards a dimension that was sharded already.
         return plain[0]
     if is_dtensor(hidden) and hidden.device_mesh == mesh:
         replicated = [d for d in rows if hidden.placements[d].is_replicate()]

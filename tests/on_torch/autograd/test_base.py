@@ -1,4 +1,4 @@
-"""What a forward has made is handed on by the first backward, where the upstream gradient is 1."""
+"""The first backward returns the gradient computed in the forward where the upstream gradient is 1."""
 
 import inspect
 
@@ -34,7 +34,7 @@ def test_no_kernel_runs_again_where_the_upstream_gradient_is_1(name):
     with observing() as seen:
         (of_one,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert names(seen) == ""
-    # It was handed on in its own memory, so another backward computes its own.
+    # It was returned without a copy, so another backward recomputes it.
     kept = of_one.clone()
     with observing() as seen:
         (again,) = torch.autograd.grad(loss, logits, retain_graph=True)
@@ -44,7 +44,7 @@ def test_no_kernel_runs_again_where_the_upstream_gradient_is_1(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_another_upstream_gradient_is_in_the_result(name):
+def test_another_upstream_gradient_scales_the_result(name):
     logits, loss = call(name)
     with observing() as seen:
         (of_three,) = torch.autograd.grad(3.0 * loss, logits)
@@ -53,8 +53,8 @@ def test_another_upstream_gradient_is_in_the_result(name):
     torch.testing.assert_close(of_three, 3.0 * torch.autograd.grad(loss, logits)[0])
 
 
-def test_the_signature_of_a_forward_is_at_hand():
-    """PyTorch would make it anew in each call."""
+def test_the_signature_of_a_forward_is_cached():
+    """PyTorch would inspect it in each call."""
 
     class Doubled(Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""Old line -> new line of docs/coming-from.md: both are run, with the old library itself, and give the same."""
+"""Old line -> new line of docs/coming-from.md: both are run, with the old library itself, and return the same."""
 
 import importlib.util
 import json
@@ -165,18 +165,18 @@ def needs(library):
 
 
 @pytest.mark.parametrize(("old", "new"), [pair for pairs in PAIRS.values() for pair in pairs])
-def test_the_page_has_it(old, new):
+def test_the_page_contains_both_lines(old, new):
     assert re.search(rf"^\| `{re.escape(old)}` \| `{re.escape(new)}`", PAGE, re.MULTILINE), (old, new)
 
 
 @pytest.mark.parametrize(("library", "old", "new"), ROWS)
-def test_both_lines_give_the_same(library, old, new):
+def test_both_lines_give_the_same_result(library, old, new):
     needs(library)
     same(library, old, new)
 
 
-def test_ligers_lines_give_the_same():
-    # Its kernels are Triton's, which interprets them on a CPU, if it is told so before it is imported.
+def test_ligers_lines_give_the_same_result():
+    # Its kernels are Triton's, which interprets them on a CPU if TRITON_INTERPRET is set before the import.
     needs("liger_kernel")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(

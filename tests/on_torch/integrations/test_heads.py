@@ -81,7 +81,7 @@ def test_arguments_reach_the_loss():
     torch.testing.assert_close(call_in_head(model.lm_head, hidden, labels, loss, num_label_tokens=4), whole / 4)
 
 
-def test_the_forward_is_back_also_after_an_error():
+def test_the_forward_is_restored_after_an_error():
     head, hidden = nn.Linear(H, V, bias=False), torch.randn(T, H)
     with pytest.raises(ValueError, match="labels has shape"):
         call_in_head(head, hidden, torch.zeros(T + 1, dtype=torch.long), mean_loss())
@@ -89,7 +89,7 @@ def test_the_forward_is_back_also_after_an_error():
     assert "forward" not in vars(head)
 
 
-def test_a_forward_that_was_replaced_is_back_afterwards():
+def test_a_replaced_forward_is_restored():
     head, hidden = nn.Linear(H, V, bias=False), torch.randn(T, H)
 
     def own(x):

@@ -22,7 +22,7 @@ def trainer_of(model, folder, steps=1, **arguments):
         save_strategy="no", disable_tqdm=True, eval_strategy="steps", eval_steps=5, prediction_loss_only=False, seed=0,
         dataloader_pin_memory=False, max_grad_norm=0.0,
     )  # fmt: skip
-    # One column that no forward takes, which Trainer must go on dropping.
+    # A column that is no argument of the forward: Trainer must still drop it.
     rows = [{**row, "unused": 1} for row in ROWS]
     return transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:3], **arguments)
 
@@ -69,7 +69,7 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
         torch.testing.assert_close(parameter, other, rtol=0, atol=1e-5)
 
 
-def test_metrics_get_logits_in_evaluation(tmp_path):
+def test_metrics_receive_logits_in_evaluation(tmp_path):
     model, seen = made(), []
     use_fused_loss(model)
 
@@ -82,7 +82,7 @@ def test_metrics_get_logits_in_evaluation(tmp_path):
 
 
 def test_accelerates_hook_around_the_head():
-    # As device_map and CPU offload put it: the head's forward on the instance is accelerate's own.
+    # With device_map and CPU offload the forward attribute of the head is accelerate's.
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     model, own, seen = made(), made(), []
@@ -111,13 +111,13 @@ def test_without_a_count_it_is_the_mean(config):
     outputs, labels, total, number = outputs_and_labels()
     loss = causal_lm_loss(config)(outputs, labels)
     torch.testing.assert_close(loss, total / number)
-    # A loss with reduction="sum" of one's own, in its place, gives the sum.
+    # A custom loss with reduction="sum" returns the sum instead.
     assert abs(total - loss) > 10
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_the_sum_over_the_count(shape, reduction):
+def test_the_sum_divided_by_the_count(shape, reduction):
     outputs, labels, total, _ = outputs_and_labels()
     loss = causal_lm_loss(MaskedCrossEntropyConfig(reduction=reduction))
     torch.testing.assert_close(loss(outputs, labels, num_items_in_batch=torch.full(shape, 100)), total / 100)
@@ -125,7 +125,7 @@ def test_the_sum_over_the_count(shape, reduction):
 
 
 def test_data_parallel_multiplies_by_the_number_of_devices():
-    # Trainer hands on the count once for each device, and multiplies the loss by their number.
+    # Trainer passes the count once for each device, and multiplies the loss by their number.
     outputs, labels, total, _ = outputs_and_labels()
     loss = causal_lm_loss()(outputs, labels, num_items_in_batch=torch.tensor(100).unsqueeze(0).expand(2, -1))
     torch.testing.assert_close(loss * 2, total / 100)

@@ -63,7 +63,7 @@ def test_no_tensor_of_the_size_of_the_logits():
     assert 0 < largest.numel < tokens["labels"].numel() * 2**14
 
 
-def test_evaluation_gives_logits_and_the_same_loss():
+def test_evaluation_returns_logits_and_the_same_loss():
     ours, own = made().eval(), made().eval()
     use_fused_loss(ours)
     outputs, expected = ours(**batch()), own(**batch())
@@ -102,10 +102,10 @@ def test_labels_by_position_and_a_tuple_of_outputs():
     torch.testing.assert_close(loss[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_shift_labels_are_taken_as_they_are():
+def test_shift_labels_are_used_unchanged():
     ours, own = made(), made()
     use_fused_loss(ours)
-    # Of other tokens than the labels, so that they can't be taken for them.
+    # Other tokens than the labels, so that using these instead would show.
     shifted = batch(seed=1)["input_ids"]
     losses = [model(**batch(), shift_labels=shifted).loss for model in (ours, own)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
@@ -133,7 +133,7 @@ def test_undo():
     use_fused_loss(model)
 
 
-def test_after_an_error_the_head_is_back():
+def test_the_head_is_restored_after_an_error():
     model = made()
     use_fused_loss(model)
     with pytest.raises(ValueError, match="labels has shape"):
@@ -250,7 +250,7 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused():
 
 
 def with_forward(function):
-    """A model with a forward of its own, from hidden states to a loss."""
+    """A model with a custom forward, from hidden states to a loss."""
     from transformers import LlamaForCausalLM
     from transformers.modeling_outputs import CausalLMOutput
 

@@ -48,7 +48,7 @@ def ours(name, **fields):
 @pytest.mark.parametrize("name", ["masked_ce", "fused_ce"])
 @over_processes(1, 2)
 def test_in_its_recipe(world, name):
-    # Four batches a step, over two ranks two on each: the recipe multiplies by the ranks, and DDP divides by them.
+    # Four batches a step, two on each of two ranks: the recipe multiplies by the ranks, and DDP divides by them.
     kept = {"masked_ce": "MaskedCE", "fused_ce": "FusedCE"}[name]
     assert_same_training(world, {"loss_fn": ours(name, reduction="sum")}, {"loss_fn": NEMOS}, kept)
 
@@ -70,7 +70,7 @@ def test_distillation_in_its_recipe(world):
 
 @over_processes(1)
 def test_a_model_without_logits_to_keep(world):
-    # The recipe then keeps a loss over logits that is an instance of its own, and replaces any other by its own.
+    # The recipe then accepts only a loss over logits that is an instance of NeMo's class, and replaces any other.
     for name, kept in (("masked_ce", "MaskedCE"), ("fused_ce", "MaskedCrossEntropy")):
         assert_same_training(world, {"loss_fn": ours(name)}, {"loss_fn": NEMOS}, kept, without_logits_to_keep=True)
 
@@ -103,7 +103,7 @@ def test_calculate_loss_passes_counts_and_weights(factory):
     got = calculate_loss(loss_fn, **inputs, num_label_tokens=19, loss_weights=weights)
     expected = calculate_loss(MaskedCrossEntropy(), **inputs, num_label_tokens=19, loss_weights=weights)
     torch.testing.assert_close(got, expected)
-    # The marker of its datasets stands for any label that a loss ignores.
+    # The ignored label of its datasets is replaced by the ignore_index of the loss.
     other, _ = problem()
     torch.testing.assert_close(calculate_loss(factory(ignore_index=-1), **other), calculate_loss(loss_fn, **inputs))
 
@@ -119,7 +119,7 @@ def test_unshifted_labels_give_another_number(factory):
     assert (right - wrong).abs() > 0.01
 
 
-def test_names_of_classes_become_nemos():
+def test_nemo_replaces_classes_by_name():
     from nemo_automodel.components.loss.loss import LossFromFactoryConfig, build_loss_config
 
     from loss_core_torch.modules.cross_entropy import MaskedCrossEntropy

@@ -16,7 +16,7 @@ from helpers.process_group import over_processes
 if importlib.util.find_spec("torchtitan") is None:
     pytest.skip("torchtitan is not installed", allow_module_level=True)
 
-# Before torchtitan, which else takes the accelerator to be a GPU.
+# Before torchtitan, which otherwise assumes that the accelerator is a GPU.
 from helpers.titan_trainer import trained
 
 # isort: split
@@ -102,7 +102,7 @@ def fused(head, **fields):
 
 
 def test_a_factor_on_the_loss_reaches_every_gradient():
-    # torchtitan's own wrapper makes its gradients in the forward, and leaves the factor out.
+    # torchtitan's own wrapper computes its gradients in the forward, without the factor.
     head, hidden, labels, _ = problem()
     count = (labels != -100).sum()
     loss, metrics = fused(head)(hidden, labels, count, positions=None)

@@ -103,7 +103,7 @@ def test_what_is_refused(tmp_path):
 
 @pytest.fixture
 def fused_log_probs():
-    """Ours in TRL's place for the lines of a `with`."""
+    """Context in which TRL's function is replaced by ours."""
 
     @contextlib.contextmanager
     def taken(backend="torch:eager"):
@@ -210,7 +210,7 @@ def test_log_probs_under_fsdp2(world):
 
 
 def test_labels_that_are_shifted_already_give_other_log_probs(fused_log_probs):
-    # The same number of them, so that they differ by their tokens alone.
+    # The same number of valid labels, so that only the tokens differ.
     shifted = batch()["input_ids"].roll(-1, dims=1).masked_fill(batch()["labels"] == -100, -100)
     with fused_log_probs():
         right, wrong = called(made())[0]["loss"], called(made(), shifted)[0]["loss"]

@@ -25,7 +25,7 @@ def trainer_of(folder, student, teacher, **settings):
 
 
 def teacher():
-    """Of another width than the student, and of other weights."""
+    """A teacher with another width and other weights than the student."""
     return made(hidden_size=24)
 
 
@@ -64,7 +64,7 @@ def arguments(**changed):
 
 
 def called(given):
-    """Results of TRL's function and gradients, by whichever is in its place."""
+    """Results and gradients of TRL's function, or of its replacement."""
     from trl.trainer import distillation_trainer
 
     loss, entropy, count = distillation_trainer._chunked_divergence_loss(**given)
@@ -123,7 +123,7 @@ def test_heads_that_are_refused(fused, tmp_path):
         called(arguments(teacher_lm_head_weight=partitioned))
 
 
-def test_taking_it_twice_and_undoing_it(monkeypatch):
+def test_patching_twice_and_undoing(monkeypatch):
     from trl.trainer import distillation_trainer
 
     theirs = distillation_trainer._chunked_divergence_loss

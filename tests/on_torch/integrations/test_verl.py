@@ -73,7 +73,7 @@ def test_over_ranks(world):
     mine = weight.detach().split(parts)[world.rank].clone().requires_grad_()
     results = linear_cross_entropy(hidden, mine, labels, 0.7, "none", world.group, backend=world.flag)
     by_hidden, by_weight = torch.autograd.grad(results, (hidden, mine), upstream.flatten(1).unbind())
-    # As verl's, the gradient of the hidden states is to be added up.
+    # As in verl, the gradient of the hidden states is summed over the ranks.
     torch.distributed.all_reduce(by_hidden)
     expected = by_formula(0.7)
     close((*results, by_hidden, by_weight), (*expected[:3], expected[3].split(parts)[world.rank]))
@@ -87,7 +87,7 @@ def test_over_megatrons_sequence_parallel(world):
     hidden, weight, labels, upstream = problem()
     mine = weight.detach().tensor_split(2)[world.rank].clone().requires_grad_()
     share = hidden.detach().flatten(0, 1).tensor_split(2)[world.rank].clone().requires_grad_()
-    # Its collectives ask for the current GPU.
+    # Its collectives read the current GPU.
     with mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")):
         gathered = mappings.gather_from_sequence_parallel_region(share, group=world.group)
         results = linear_cross_entropy(gathered, mine, labels, 0.7, "none", world.group, backend=world.flag)

@@ -1,4 +1,4 @@
-"""What ranks agree on before a call, in real processes (gloo): no rank waits for another, all get the same error."""
+"""Agreement of the ranks before a call, in real processes (gloo): no rank hangs, and all raise the same error."""
 
 # T = tokens, V = vocabulary, H = hidden
 
@@ -20,13 +20,13 @@ from loss_core_torch.parallel.placement import Ranks
 def _refused(match, call, error=ValueError):
     with pytest.raises(error, match=match):
         call()
-    # The ranks are still in step.
+    # The ranks still have the same count of exchanges.
     dist.barrier()
 
 
 @over_processes(2, 3, 4)
 def test_arguments_of_one_rank(world):
-    """What can't be right on all ranks together is a ValueError on every one of them, and no rank waits for another."""
+    """Arguments that do not fit together are a ValueError on every rank, and no rank hangs."""
     last = world.rank == world.ranks - 1
     own_type = TypeError if last else ValueError
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
@@ -84,7 +84,7 @@ def test_shares_of_the_sequence_that_differ(world):
 
 @over_processes(4)
 def test_refusals_across_replicas(world):
-    """dp x tp: a mistake in one replica stops all of them, wherever their tokens meet."""
+    """dp x tp: an error in one replica is raised in all of them where tokens are sharded over the replicas."""
     mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=("dp", "tp"))
     logits = distribute_tensor(torch.randn(6, 8), mesh, [Shard(0), Shard(1)])
     labels = torch.tensor([0, 9 if world.rank == 0 else 1, 2])
@@ -101,8 +101,8 @@ def test_refusals_across_replicas(world):
 
 
 @over_processes(2, 3)
-def test_a_rank_that_does_not_come(world):
-    """The others give up after the timeout of the process group and name it. All are in step at the next call."""
+def test_a_rank_that_makes_no_call(world):
+    """The others raise after the timeout of the process group and name it. The next call works on all ranks."""
     store = compat.group_store(world.group)
     before = store.timeout
     loss_fn = TEParallelCEConfig(tp_group=world.group).build()
@@ -112,14 +112,14 @@ def test_a_rank_that_does_not_come(world):
             with pytest.raises(ValueError, match=rf"Ranks \[.*{late}.*\] of the group did not come"):
                 loss_fn(torch.randn(3, 5), torch.tensor([0, 1, 2]))
         dist.barrier()
-        # Those who come may take their time.
+        # The ranks that make the call may be slow.
         store.set_timeout(before)
         assert loss_fn(torch.randn(3, 5), torch.tensor([0, 1, 2])).isfinite()
 
 
 @over_processes(4)
 def test_a_rank_whose_placements_are_refused(world):
-    """It raises before it could tell the others, who do not wait beyond the timeout."""
+    """It raises before it publishes a message; the others wait no longer than the timeout."""
     store = compat.group_store(world.group)
     before = store.timeout
     store.set_timeout(timedelta(seconds=1))
@@ -135,7 +135,7 @@ def test_a_rank_whose_placements_are_refused(world):
 
 
 @over_processes(2)
-def test_keys_do_not_pile_up(world):
+def test_keys_are_deleted(world):
     loss_fn = TEParallelCEConfig(tp_group=world.group).build()
     numbers = []
     for _ in range(3):
@@ -146,11 +146,11 @@ def test_keys_do_not_pile_up(world):
     assert numbers == numbers[:1] * 3
 
 
-# --- where no value may be read, as on an accelerator
+# --- where values are not readable, as on an accelerator
 
 
 def _agreed(world, like, labels, read_values=False, check=None, what="loss()"):
-    """The shards that `agree` tells for logits on this rank."""
+    """The shards that `agree` returns for logits on this rank."""
     tokens = agreement.Tokens(labels.shape, labels, labels != -100, None, None)
     ranks = Ranks(world.group, world.rank)
     return agreement.agree(ranks, what, like, -1, -100, check or (lambda: tokens), read_values=read_values)[1]
@@ -158,8 +158,8 @@ def _agreed(world, like, labels, read_values=False, check=None, what="loss()"):
 
 @pytest.mark.parametrize("read_values", [False, True])
 @over_processes(4)
-def test_heads_that_differ_on_some_ranks_alone(world, read_values):
-    """Most ranks hold as many classes of several heads: they can't tell them apart, and yet no rank waits."""
+def test_heads_that_differ_only_on_some_ranks(world, read_values):
+    """Heads whose shards have the same size on most ranks: these can't distinguish them, and yet no rank hangs."""
     labels = torch.zeros(3, dtype=torch.int64)
     for _ in range(2):
         for sizes in ((3, 3, 3, 1), (3, 3, 3, 2), (2, 3, 3, 1), (3, 3, 2, 1), (3, 0, 3, 3)):
@@ -168,7 +168,7 @@ def test_heads_that_differ_on_some_ranks_alone(world, read_values):
 
 
 @over_processes(4)
-def test_losses_over_heads_that_differ_on_some_ranks_alone(world):
+def test_losses_over_heads_that_differ_only_on_some_ranks(world):
     torch.manual_seed(0)
     loss_fn = TEParallelCEConfig(tp_group=world.group).build()
     for sizes in ((3, 3, 3, 1), (3, 3, 3, 2), (2, 3, 3, 2), (3, 3, 2, 2)):
@@ -179,7 +179,7 @@ def test_losses_over_heads_that_differ_on_some_ranks_alone(world):
 
 @over_processes(2, 3)
 def test_mismatches_without_reading_values(world):
-    """Also for shapes that were seen before, each is a ValueError on every rank, and the ranks stay in step."""
+    """Each is a ValueError on every rank, also for shapes of earlier calls, and the next call works."""
     last = world.rank == world.ranks - 1
     labels, like = torch.zeros(3, dtype=torch.int64), torch.empty(3, 5)
     for _ in range(2):
@@ -191,7 +191,7 @@ def test_mismatches_without_reading_values(world):
 
 @over_processes(2, 3)
 def test_a_rank_that_fails_its_own_checks(world):
-    """It raises what it found, the others a ValueError that names it, whatever was agreed on before."""
+    """It raises its own error, the others a ValueError that names it, whatever earlier calls agreed on."""
     labels, like = torch.zeros(3, dtype=torch.int64), torch.empty(3, 5)
 
     def check():
@@ -208,7 +208,7 @@ def test_a_rank_that_fails_its_own_checks(world):
 
 
 @over_processes(2)
-def test_labels_that_differ_where_values_may_be_read(world):
+def test_labels_that_differ_where_values_are_readable(world):
     labels, like = torch.tensor([0, 1, 2 - world.rank]), torch.empty(3, 5)
     _refused("labels must be the same", lambda: _agreed(world, like, labels, read_values=True))
     _agreed(world, like, labels)
@@ -216,7 +216,7 @@ def test_labels_that_differ_where_values_may_be_read(world):
 
 @over_processes(4)
 def test_numbers_of_valid_tokens_that_differ(world):
-    """num_valid_tokens is one replica's own number, the same on its ranks alone, and may change at each call."""
+    """num_valid_tokens must be equal only on the ranks of a replica, and may change at each call."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2, 2))
     weight = torch.randn(8, 4)

@@ -6,12 +6,12 @@ from loss_core_torch.kernels import Blocks
 from loss_core_torch.kernels.eager import EagerKernels
 from loss_core_torch.kernels.eager.sizes import Sizes
 
-# A budget that not all tokens fit: the fused loss goes over its blocks twice, in small pieces.
+# A budget below all tokens: the fused loss goes over its blocks twice, in small pieces.
 SMALL = Sizes(elements_cpu=80, logits_bytes_cpu=0, min_tokens=5, max_tokens=5, tile_columns_cpu=7)
 
 
 @over_processes(2)
-def test_logits_computed_again(world):
+def test_recomputed_logits(world):
     for loss in LOSSES:
         for case in cases(loss):
             for sizes in splits(41, world.ranks)[1:3]:
@@ -19,7 +19,7 @@ def test_logits_computed_again(world):
 
 
 @over_processes(2, flag="torch:triton")
-def test_with_triton_in_pieces(world):
+def test_triton_in_small_blocks(world):
     """The same in blocks of 16 columns, chunks of two tokens, and tiles of 20 columns."""
     from loss_core_torch.kernels.gpu import GpuKernels
     from loss_core_torch.kernels.gpu.launch import Launcher

@@ -1,4 +1,4 @@
-"""The losses over a sharded vocabulary, in real processes (gloo), against the oracle on the whole problem."""
+"""The losses over a sharded vocabulary, in real processes (gloo), against the oracle on the unsharded problem."""
 
 # V = vocabulary, H = hidden, T = tokens
 
@@ -70,7 +70,7 @@ def test_backward_twice(world, loss):
 
 
 @over_processes(2)
-def test_gradient_over_the_logits(world):
+def test_inplace_grad(world):
     """inplace_grad: this rank's part of the gradient in the memory of its logits."""
     for loss in ("MaskedCrossEntropy", "TEParallelCrossEntropy"):
         for case in cases(loss, only=("basic", "none")):
@@ -94,7 +94,7 @@ def test_compiled(world):
     assert torch.equal(step(logits), loss_fn(2 * logits, labels) * 3)
 
 
-# TEParallelCrossEntropy is computed by what computes MaskedCrossEntropy.
+# TEParallelCrossEntropy runs the code of MaskedCrossEntropy.
 @pytest.mark.parametrize(
     ("loss", "dtype"),
     [("MaskedCrossEntropy", "bfloat16"), ("FusedLinearCrossEntropy", "bfloat16"), ("KDLoss", "bfloat16"),
@@ -115,7 +115,7 @@ def test_triton_with_empty_parts(world):
 
 
 class _Sizes(TorchDispatchMode):
-    """Collectives of a call: name and number of elements that this rank gives."""
+    """Collectives of a call: name and number of elements that this rank sends."""
 
     def __init__(self):
         super().__init__()
@@ -152,11 +152,11 @@ def test_number_and_size_of_collectives(world, vocab):
     assert collectives_of("MaskedCrossEntropy")[:2] == ([(gather, 3 * 12)], [])
     assert collectives_of("TEParallelCrossEntropy")[:2] == ([(gather, 3 * 12)], [])
     assert collectives_of("KDLoss")[:2] == ([(gather, 5 * 12)], [])
-    # The sums to the mixture need both distributions' terms first.
+    # The mixture terms need the pair terms of all ranks first.
     assert collectives_of("KDLoss", ("jsd",))[:2] == ([(gather, 5 * 12), (gather, 2 * 12)], [])
     forward, backward, inputs, kept = collectives_of("FusedLinearCrossEntropy")
     whole = inputs["hidden_states"].numel()
-    # Ignored tokens take part in no product, so there is nothing to gather of them.
+    # Ignored tokens are excluded from the products, so no terms of them are gathered.
     assert kept < 12
     assert (forward, backward) == ([(gather, 3 * kept)], [(reduce, whole)])
     forward, backward, *_ = collectives_of("FusedLinearCrossEntropy", sequence_parallel=True)
@@ -166,7 +166,7 @@ def test_number_and_size_of_collectives(world, vocab):
 @pytest.mark.parametrize("with_others", [False, True])
 @over_processes(2, 3)
 def test_fold_row_terms(world, with_others):
-    """Terms of the whole row, in which one rank has no class; a token that one rank calls bad is NaN on all of them."""
+    """Terms of full rows, one rank without a class; a token in bad_T of one rank is NaN on all of them."""
     torch.manual_seed(0)
     sizes = [4] * (world.ranks - 1) + [0]
     z_TV, labels_T = torch.randn(5, sum(sizes)), torch.tensor([0, 1, 2, 3, 0])

@@ -72,7 +72,7 @@ def _inputs(config, vocab):
 
 
 def _placed(inputs, mesh):
-    """Over two dimensions the tokens are sharded as well; over one the vocabulary alone."""
+    """Over a mesh of two dimensions the tokens are sharded as well; over one only the vocabulary."""
     by_token = [Shard(0)] if mesh.ndim == 2 else []
     placements = {"states": [*by_token, Replicate()], "weight": [*(Replicate() for _ in by_token), Shard(0)]}
     found = {
@@ -87,7 +87,7 @@ def _meshes():
 
 
 def _trains(loss_fn, inputs):
-    """Forward and backward give what has the right shape and placement."""
+    """Results of forward and backward have the right shapes and placements."""
     loss = loss_fn(**inputs, labels=_labels())
     assert loss.shape == (TOKENS,) or loss.shape == ()
     loss.sum().backward()
@@ -119,7 +119,7 @@ def _dry_run(config, mode, vocab):
 
 
 def test_dtensors_of_the_last_rank():
-    """9 classes leave it none. In a process of its own: DTensor remembers which rank it is."""
+    """9 classes leave it none. In a separate process: DTensor caches the rank."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "backends", "tests"))
     run = subprocess.run(
         [sys.executable, __file__], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120
@@ -145,7 +145,7 @@ def test_arguments_are_checked(fake_group):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 def test_simulated_ranks(fake_group, config, reduction):
-    """LocalTensorMode: loss and gradients are those of the whole tensors."""
+    """LocalTensorMode: loss and gradients are those of the unsharded tensors."""
     torch.manual_seed(0)
     inputs = _inputs(config, 20)
     whole = {name: value.clone().requires_grad_() for name, value in inputs.items()}
@@ -165,7 +165,7 @@ def test_simulated_ranks(fake_group, config, reduction):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_simulated_ranks_of_a_group(fake_group, config):
-    """A process group does not tell which of the simulated ranks is meant: shapes alone are right."""
+    """A process group does not identify the simulated rank: only shapes are right."""
     with local_tensor.LocalTensorMode(RANKS):
         inputs = {name: value.requires_grad_() for name, value in _inputs(config, 5).items()}
         _trains(config(tp_group=fake_group).build(backend="torch:eager"), inputs)

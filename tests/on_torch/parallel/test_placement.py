@@ -1,4 +1,4 @@
-"""DTensors and meshes, in real processes (gloo): the placements tell the group, and gradients come back placed."""
+"""DTensors and meshes, in real processes (gloo): placements define the group, and gradients have them too."""
 
 # V = vocabulary, H = hidden, T = tokens
 
@@ -48,7 +48,7 @@ def _placed(world, problem, mesh, placements, **fields):
 
 @over_processes(2, 3)
 def test_a_mesh_as_group(world):
-    """A 1-D mesh, with its ranks in reverse: the parts are in the mesh's order."""
+    """A 1-D mesh with its ranks in reverse: the shards are in the order of the mesh."""
     mesh = DeviceMesh("cpu", list(range(world.ranks))[::-1])
     place, sizes = world.ranks - 1 - world.rank, splits(41, world.ranks)[0]
     for loss in LOSSES:
@@ -63,7 +63,7 @@ def test_a_mesh_as_group(world):
 
 
 @over_processes(1, 2, 3, 4)
-def test_placed_on_one_dimension(world):
+def test_a_mesh_of_one_dimension(world):
     """The group from the placement; V = 9 over 4 ranks leaves the last one empty."""
     mesh = init_device_mesh("cpu", (world.ranks,), mesh_dim_names=("tp",))
     for loss in LOSSES:
@@ -81,7 +81,7 @@ def test_placed_on_one_dimension(world):
 
 
 @over_processes(4)
-def test_placed_on_two_dimensions(world):
+def test_a_mesh_of_two_dimensions(world):
     """dp x tp: tokens over one dimension, unevenly, classes over the other. The loss is that of all tokens."""
     mesh = init_device_mesh("cpu", (2, world.ranks // 2))
     for loss in LOSSES:
@@ -121,8 +121,8 @@ def test_a_batch_of_sequences(world):
 
 
 @over_processes(4)
-def test_tokens_elsewhere(world):
-    """dp x tp with plain local tensors: each row of the mesh is a problem of its own, and one has no label at all."""
+def test_tokens_of_other_replicas(world):
+    """dp x tp with plain local tensors: each row of the mesh is a separate problem, one of them without a label."""
     mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=("dp", "tp"))
     replica, place = mesh.get_coordinate()
     inner = World(place, world.ranks // 2, world.flag)
@@ -139,7 +139,7 @@ def test_tokens_elsewhere(world):
 
 
 @over_processes(2, 3)
-def test_a_rank_outside(world):
+def test_a_rank_outside_of_the_group(world):
     """The group of all ranks but the last: an error there, the loss everywhere else."""
     group = dist.new_group(list(range(world.ranks - 1)))
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
@@ -152,7 +152,7 @@ def test_a_rank_outside(world):
 
 
 @over_processes(2, 3)
-def test_what_is_no_group(world):
+def test_invalid_groups(world):
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
     two = init_device_mesh("cpu", (world.ranks, 1), mesh_dim_names=("dp", "tp"))
     for group, match in ((two, "1-D DeviceMesh"), ("tp", "ProcessGroup")):
@@ -162,7 +162,7 @@ def test_what_is_no_group(world):
 
 @over_processes(2)
 def test_metrics_of_tokens_that_are_sharded(world):
-    """Of all tokens, the same on every rank; per token they are placed as the loss is."""
+    """Over all tokens, the same on every rank; per token they have the placements of the loss."""
     mesh, labels = init_device_mesh("cpu", (world.ranks,)), torch.tensor([1, -100, 2, 3, -100, -100])
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     placed = distribute_tensor(logits, mesh, [Shard(0)])

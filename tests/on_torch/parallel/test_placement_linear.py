@@ -31,14 +31,14 @@ def _three_steps(world, mesh, data, sharded, plain, **fields):
     loss_fn, whole_fn = FusedLinearCEConfig(**fields).build(), FusedLinearCEConfig().build()
     x, labels = torch.randn(3, 4 * replicas, 8), torch.randint(0, VOCAB, (3, 4 * replicas))
     labels[:, 1] = -100
-    # One replica has no label at all in the last step.
+    # One replica has no valid label in the last step.
     labels[2, :4] = -100
     steps = [torch.optim.SGD(model.parameters(), lr=0.5, foreach=False) for model in (plain, sharded)]
     for x_B, labels_B in zip(x, labels, strict=True):
         count = int((labels_B != -100).sum())
         whole_fn(plain(x_B), labels_B, plain.head.weight, num_label_tokens=count).backward()
         mine = slice(replica * 4, (replica + 1) * 4)
-        # FSDP averages gradients over its ranks; times these, it is the sum that the global count wants.
+        # FSDP averages gradients over its ranks; times their number it is the sum that the global count divides.
         loss = loss_fn(
             sharded(x_B[mine]), labels_B[mine], sharded.head.weight, num_label_tokens=count,
             grad_reduce_group=mesh.get_group(data),
@@ -62,7 +62,7 @@ def _twins():
 
 @over_processes(1, 2, 3)
 def test_sequence_parallel(world):
-    """Hidden states as equal shares of the sequence, labels whole."""
+    """Hidden states as equal shares of the sequence, labels of the full sequence."""
     sizes = splits(41, world.ranks)[0]
     share = slice(world.rank * 12 // world.ranks, (world.rank + 1) * 12 // world.ranks)
 
@@ -96,7 +96,7 @@ def test_fsdp(world):
 
 @over_processes(4)
 def test_fsdp_and_tensor_parallel(world):
-    """FSDP x tensor parallel: the head's vocabulary is cut by both; whichever way the loss learns which is which."""
+    """FSDP x tensor parallel: both shard the head's vocabulary; by each way of naming the tensor-parallel dimension."""
     for names, with_group in ((("dp", "tp"), False), (("dp", "model"), True), (("data", "model"), False)):
         plain, sharded = _twins()
         mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=names)
@@ -113,7 +113,7 @@ def test_fsdp_and_tensor_parallel(world):
 
 
 @over_processes(4)
-def test_a_head_alone_with_shares_of_the_sequence(world):
+def test_a_sharded_head_with_shares_of_the_sequence(world):
     """FSDP x tensor parallel with shares of the sequence, plain or as DTensors of the tensor-parallel mesh."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2, world.ranks // 2), mesh_dim_names=("dp", "tp"))
@@ -123,7 +123,7 @@ def test_a_head_alone_with_shares_of_the_sequence(world):
     fully_shard(head, mesh=mesh["dp"])
     x, labels = torch.randn(2, 6, 8), torch.randint(0, VOCAB, (2, 6))
     whole = x.clone().requires_grad_()
-    # The mean over replicas, which is what grad_reduce_group gives, of their sums.
+    # The mean over replicas, as with grad_reduce_group, of their sums.
     (FusedLinearCEConfig().build()(whole, labels, plain.weight) / 2).backward()
     replica, place = mesh.get_coordinate()
     share = slice(place * 3, place * 3 + 3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loss_core.row_terms import Coefficients
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -35,7 +35,7 @@ def log2_exp(z_BC: Tensor, factor: float, m_B: Tensor, out_BC: Tensor) -> Tensor
     Returns:
         n [B], with exp(factor z - m) = 2^(y - n); None if it is 0 in all rows.
     """
-    if not may_read(m_B):
+    if not is_readable(m_B):
         shifted(z_BC, factor, m_B, out_BC).mul_(_LOG2_E)
         return None
     # NaN and infinities fail the comparison.

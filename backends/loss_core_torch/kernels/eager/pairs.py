@@ -30,7 +30,7 @@ from loss_core_torch.kernels import PairCoefficients, Pairs
 from loss_core_torch.kernels.eager.exponentials import log2_exp, remove_offset, row_dots, row_sums, shifted
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, zero_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
-from loss_core_torch.tracing import compute_dtype, may_read
+from loss_core_torch.tracing import compute_dtype, is_readable
 
 _LN_2 = math.log(2.0)
 
@@ -165,10 +165,10 @@ class _Workspace:
         e_s_BV, e_t_BV = self.exponentials(s, t)
         sum_s_B, sum_t_B = row_sums(e_s_BV), row_sums(e_t_BV)
         a_B = row_dots(e_t_BV, gap_BV)
-        finite_B = torch.isfinite(a_B) if may_read(a_B) else torch.zeros_like(a_B, dtype=torch.bool)
+        finite_B = torch.isfinite(a_B) if is_readable(a_B) else torch.zeros_like(a_B, dtype=torch.bool)
         a_B += sum_t_B * ((0.0 if s.offset_B is None else s.offset_B) - (0.0 if t.offset_B is None else t.offset_B))
         a_B *= _LN_2 / GAP_UNIT
-        if not (may_read(a_B) and bool(finite_B.all())):
+        if not (is_readable(a_B) and bool(finite_B.all())):
             gap_BV = self.natural_gap(block, m_s_B, m_t_B)
             # A class of probability 0 adds 0, even if its gap is inf or NaN.
             natural_B = row_sums(gap_BV.masked_fill_(e_t_BV == 0, 0.0).mul_(1.0 / GAP_UNIT).mul_(e_t_BV))

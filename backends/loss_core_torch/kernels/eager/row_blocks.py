@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loss_core_torch.tracing import may_read
+from loss_core_torch.tracing import is_readable
 
 # Elements: a multiple of any CPU's vector length, and of that times a few threads.
 _ALIGNMENT = 256
@@ -80,7 +80,7 @@ def blocks(max_rows: int, keep_T: Tensor | None, *tensors: Tensor) -> Iterator[B
     if tensors[0].numel() == 0:
         return
     if all(view_2d(x) is not None for x in tensors):
-        if keep_T is not None and may_read(keep_T):
+        if keep_T is not None and is_readable(keep_T):
             indices_N = keep_T.nonzero()[:, 0]
             yield from (Block(indices_B, None) for indices_B in indices_N.split(max_rows) if indices_B.numel())
         else:
@@ -131,5 +131,5 @@ class Buffer:
 def zero_ignored(out: Tensor, keep_T: Tensor | None) -> None:
     """Zero the ignored rows of out, if `blocks` skips them."""
     out_TV = view_2d(out) if out.numel() else None
-    if keep_T is not None and out_TV is not None and may_read(keep_T):
+    if keep_T is not None and out_TV is not None and is_readable(keep_T):
         out_TV.index_fill_(0, (~keep_T).nonzero()[:, 0], 0.0)

@@ -28,7 +28,7 @@ from loss_core_torch.kernels.eager.exponentials import (
 from loss_core_torch.kernels.eager.row_blocks import Block, Buffer, blocks, zero_ignored
 from loss_core_torch.kernels.eager.sizes import Sizes
 from loss_core_torch.kernels.terms import Targets, filled_terms, folded, logit_coefficients, no_coefficients, with_zeros
-from loss_core_torch.tracing import compute_dtype, may_read
+from loss_core_torch.tracing import compute_dtype, is_readable
 
 
 class RowKernels:
@@ -145,7 +145,7 @@ class _Workspace:
         keep_T = self._rows.keep_T
         # A block of gathered rows holds no ignored row.
         keep_B = keep_T[block.rows] if keep_T is not None and isinstance(block.rows, slice) else None
-        if coef_B is not None and not (may_read(coef_B) and bool(coef_B.all())):
+        if coef_B is not None and not (is_readable(coef_B) and bool(coef_B.all())):
             keep_B = coef_B != 0 if keep_B is None else keep_B & (coef_B != 0)
         return keep_B
 
