@@ -56,7 +56,7 @@ def test_losses_lists_fields_types_defaults_and_meaning():
     flat = re.sub(r" +", " ", run("losses", env={"COLUMNS": "200"}).stdout)
     assert "KDLoss (KDLossConfig)\n Knowledge distillation: a divergence of the student from the teacher" in flat
     assert "temperature float 1.0 softmax temperature T" in flat
-    assert 'reduction str \'sum\' "sum", "mean" (over valid positions) or "none".' in flat
+    assert 'reduction str \'sum\' "sum", "mean" (over valid tokens) or "none".' in flat
 
 
 def test_every_field_of_our_configs_has_a_meaning():

@@ -15,7 +15,7 @@ from loss_core import (
     register_loss,
     unregister_loss,
 )
-from loss_core.check.calls import Call, rounded
+from loss_core.check.calls import Call, rounded_inputs
 from loss_core.dtypes import FORMATS, TF32_BITS, round_bits, round_to
 from loss_core.losses import LABELS, Argument, LossDef, allowances, evaluate, named_cases
 from loss_core.losses.bounds.errors import errors_before_rounding
@@ -37,7 +37,7 @@ def results(config, arrays, upstream=None):
 
 def undetected(case, loss, dtype, product_dtype=None):
     """Names of the lower arithmetics that pass a comparison with float64, and of all."""
-    arrays, upstream = rounded(Call(loss, loss, case, dtype, "", None, captured=False))
+    arrays, upstream = rounded_inputs(Call(loss, loss, case, dtype, "", None, captured=False))
     expected = evaluate(case.config, arrays, upstream)
     allowed = allowances(case.config, arrays, expected, dtype, upstream=upstream, product_dtype=product_dtype)
     exact, dtypes = results(case.config, arrays, upstream), result_dtypes(case.config, dtype, expected.grads)
