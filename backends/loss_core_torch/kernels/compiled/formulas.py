@@ -53,7 +53,7 @@ def _masked(out_TV: Tensor, keep_T: Tensor) -> Tensor:
     return torch.where(keep_T[:, None], out_TV, 0.0)
 
 
-def read(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
+def _read(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float) -> tuple[Tensor, Tensor | None]:
     """z of the logits, and the derivative of the softcap if there is one."""
     x_TV, slope_TV = _upcast(logits_TV), None
     if softcap:
@@ -84,8 +84,9 @@ def _gradient(exp_TV: Tensor, shifted_TV: Tensor, slope_TV: Tensor | None, coeff
 
 def row_terms(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float, z_sum: bool, e: bool) -> tuple[Tensor, ...]:
     """m, s, then z_sum and e if requested."""
-    x_TV, _ = read(logits_TV, inverse_T, softcap)
-    m_T = x_TV.amax(-1)
+    # The maximum of the logits, through the softcap: z would be used twice, and TorchInductor would store it.
+    m_T = _read(logits_TV.amax(-1, keepdim=True), inverse_T, softcap)[0][:, 0]
+    x_TV, _ = _read(logits_TV, inverse_T, softcap)
     shifted_TV = _shifted(x_TV, m_T)
     exp_TV = shifted_TV.exp()
     terms = [m_T, exp_TV.sum(-1)]
@@ -113,7 +114,7 @@ def row_grad(
     softcap: float,
 ) -> None:
     """Write the gradient, without the target's column, into out; 0 where keep is False."""
-    x_TV, slope_TV = read(logits_TV, inverse_T, softcap)
+    x_TV, slope_TV = _read(logits_TV, inverse_T, softcap)
     shifted_TV = _shifted(x_TV, m_T)
     coefficients = Coefficients(scale_T, scale_T, uniform_T, slope_T)
     out_TV.copy_(_masked(_gradient(shifted_TV.exp(), shifted_TV, slope_TV, coefficients), keep_T))
@@ -128,7 +129,6 @@ def row_terms_and_grad(
     m_T: Tensor | None,
     out_TV: Tensor,
     num_classes: int,
-    softcap: float,
     *options: Any,
 ) -> tuple[Tensor, ...]:
     """m, s, then z_sum and e if requested; the gradient, without the target's column, is written into out.
@@ -138,7 +138,7 @@ def row_terms_and_grad(
             store the exponentials of all rows.
         num_classes, options: fields of the `CrossEntropy`.
     """
-    x_TV, slope_TV = read(logits_TV, inverse_T, softcap)
+    x_TV, _ = _read(logits_TV, inverse_T, 0.0)
     objective = CrossEntropy(num_classes, *options)
     if m_T is None:
         m_T = x_TV.amax(-1)
@@ -152,7 +152,7 @@ def row_terms_and_grad(
     coefficients = objective.coefficients(torch, RowTerms(m_T, s_T, t_T, z_sum_T, e_T), [coef_T])
     if inverse_T is not None:
         coefficients = scale_coefficients(coefficients, inverse_T)
-    out_TV.copy_(_masked(_gradient(exp_TV, shifted_TV, slope_TV, coefficients), keep_T))
+    out_TV.copy_(_masked(_gradient(exp_TV, shifted_TV, None, coefficients), keep_T))
     return tuple(x_T for x_T in (m_T, s_T, z_sum_T, e_T) if x_T is not None)
 
 

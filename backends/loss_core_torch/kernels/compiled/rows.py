@@ -16,7 +16,7 @@ from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.compiled import approximate_maximum, formulas, one_column
 from loss_core_torch.kernels.compiled.matrices import MAX_COPIED_ELEMENTS, matrices, padded_rows, write
 from loss_core_torch.kernels.compiled.programs import run
-from loss_core_torch.kernels.eager.row_blocks import Block
+from loss_core_torch.kernels.eager.row_blocks import Block, Buffer
 from loss_core_torch.kernels.eager.sizes import SIZES
 from loss_core_torch.kernels.terms import Targets, concatenate_terms, filled_terms, folded, logit_coefficients, per_row
 from loss_core_torch.tracing import compute_dtype
@@ -31,9 +31,9 @@ class RowKernels:
             return self.row_terms(one_column.apply_softcap(rows)[0], sums)
         parts, targets = [], _Targets(rows)
         if rows.labels_T.dim() == 2:
-            parts = [_non_target_terms(z_BV, block, rows, targets, sums) for block, z_BV in _blocks(rows, stored=True)]
+            parts = [part for part, *_ in _non_target_terms(rows, targets, sums)]
             return _concatenated(parts, rows, sums)
-        for block, z_BV in _blocks(rows, stored=rows.softcap != 0):
+        for block, z_BV in _blocks(rows):
             t_B = targets.logits(z_BV, block.rows)
             inverse_B = _padded(rows.inverse_temperature_T, block)
             results = _terms(z_BV, inverse_B, padded_rows(t_B), rows.softcap, sums)
@@ -50,7 +50,7 @@ class RowKernels:
         targets, inverse_T = _Targets(rows), rows.inverse_temperature_T
         coefficients = logit_coefficients(folded(coefficients), terms.t, rows.softcap, inverse_T)
         row_args = (targets.keep_T, terms.m, coefficients.scale, coefficients.uniform, coefficients.slope)
-        for block, z_BV in _blocks(rows, stored=rows.softcap != 0, aliased=aliased):
+        for block, z_BV in _blocks(rows, max_elements=MAX_COPIED_ELEMENTS if aliased else None):
             args: list[Any] = [z_BV, _padded(inverse_T, block), *(_padded(x_T, block) for x_T in row_args)]
             write(out, block, aliased, partial(run, formulas.row_grad, *args, static=(rows.softcap,)))
         targets.write(out, coefficients.target)
@@ -62,59 +62,58 @@ class RowKernels:
         """Terms, the gradient of the sum of coef * loss, and its coefficients."""
         if rows.labels_T.dim() == 2:
             return _multi_target_terms_and_grad(rows, coef_T, objective)
-        if not isinstance(objective, CrossEntropy):
-            # The program for both is compiled for cross entropy alone.
+        if not isinstance(objective, CrossEntropy) or objective.z_loss or rows.softcap:
+            # One program for both would store [T, V]: TorchInductor stores the result of an expensive function with
+            # two uses (tanh; exp, if the loss has a logarithm of the row's sum) that it can't keep in a row's buffer.
             terms = self.row_terms(rows, objective.sums)
             coefficients = objective.coefficients(torch, terms, [coef_T])
             return terms, self.row_grad(rows, terms, coefficients), coefficients
-        if one_column.applies(rows):
-            capped, slope_TV = one_column.apply_softcap(rows)
-            terms, grad_TV, coefficients = self.row_terms_and_grad(capped, coef_T, objective)
-            return terms, one_column.softcap_backward(grad_TV, slope_TV, rows), coefficients
         parts, results = list[RowTerms](), list[tuple[Tensor, ...]]()
         out, targets = _new_grad(rows), _Targets(rows)
-        for block, z_BV in _blocks(rows, stored=rows.softcap != 0 or objective.z_loss != 0):
+        for block, z_BV in _blocks(rows):
             t_B = targets.logits(z_BV, block.rows)
             row_args = (rows.inverse_temperature_T, targets.keep_T, coef_T)
             inverse_B, keep_B, coef_B = (_padded(x_T, block) for x_T in row_args)
             args = [z_BV, inverse_B, keep_B, padded_rows(t_B), coef_B]
 
             def program(grad_BV: Tensor, args: list[Any] = args) -> None:
-                results.append(_terms_and_grad(args, grad_BV, rows.softcap, objective))
+                results.append(_terms_and_grad(args, grad_BV, objective))
 
             write(out, block, False, program)
             parts.append(_block_terms(block, rows, t_B, results.pop(), objective.sums))
         terms = _concatenated(parts, rows, objective.sums)
         coefficients = objective.coefficients(torch, terms, [coef_T])
-        target_T = logit_coefficients(coefficients, terms.t, rows.softcap, rows.inverse_temperature_T).target
-        targets.write(out, target_T)
+        targets.write(out, logit_coefficients(coefficients, terms.t, 0.0, rows.inverse_temperature_T).target)
         return terms, out, coefficients
 
 
-def _blocks(rows: Rows, stored: bool, aliased: bool = False) -> Iterator[tuple[Block, Tensor]]:
-    """Blocks of rows, as few as possible.
-
-    Args:
-        stored: a second matrix per block will exist, so that blocks must stay in cache. TorchInductor stores the result
-            of an expensive function with two uses (tanh; exp, if the loss has a logarithm of the row's sum).
-        aliased: the gradient overwrites the logits, so that a block of it is computed in a copy.
-    """
-    max_elements = MAX_COPIED_ELEMENTS if aliased else None
-    if stored:
-        in_cache = SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
-        max_elements = min(in_cache, max_elements or in_cache)
+def _blocks(rows: Rows, max_elements: int | None = None) -> Iterator[tuple[Block, Tensor]]:
+    """Blocks of rows, as few as possible; `max_elements` as in `matrices`."""
     for block, (z_BV,) in matrices(rows.logits, max_elements=max_elements):
         yield block, z_BV
 
 
-def _non_target_terms(z_BV: Tensor, block: Block, rows: Rows, targets: _Targets, sums: Sums) -> RowTerms:
-    """Terms of rows with K targets, which exclude the targets' columns: these are -inf in a copy of z."""
-    z_BV, slope_BV = formulas.read(z_BV, _padded(rows.inverse_temperature_T, block), rows.softcap)
-    z_BV = z_BV.clone() if slope_BV is None else z_BV
-    # A softcap has made the column added by `matrices` finite.
-    z_BV[:, rows.logits.shape[-1] :] = -torch.inf
-    t_B = targets.extract(z_BV, block.rows)
-    return _block_terms(block, rows, t_B, run(formulas.row_terms, z_BV, None, static=(0.0, *sums)), sums)
+def _non_target_terms(rows: Rows, targets: _Targets, sums: Sums) -> Iterator[tuple[RowTerms, Block, Tensor]]:
+    """Terms of rows with K targets, which exclude the targets' columns: these are -inf in a copy of z.
+
+    Yields:
+        Terms of a block that is in cache, the block, and its logits.
+    """
+    in_cache = SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
+    buffer: Buffer | None = None
+    for block, logits_BV in _blocks(rows, in_cache):
+        buffer = buffer or Buffer(len(logits_BV), logits_BV, compute_dtype(logits_BV.dtype))
+        z_BV = buffer.view_as(logits_BV).copy_(logits_BV)
+        if rows.softcap:
+            z_BV.div_(rows.softcap).tanh_().mul_(rows.softcap)
+        inverse_B = _padded(rows.inverse_temperature_T, block)
+        if inverse_B is not None:
+            z_BV.mul_(inverse_B[:, None])
+        # A softcap has made the column added by `matrices` finite.
+        z_BV[:, rows.logits.shape[-1] :] = -torch.inf
+        t_B = targets.extract(z_BV, block.rows)
+        results = run(formulas.row_terms, z_BV, None, static=(0.0, *sums))
+        yield _block_terms(block, rows, t_B, results, sums), block, logits_BV
 
 
 def _multi_target_terms_and_grad(
@@ -123,14 +122,13 @@ def _multi_target_terms_and_grad(
     """Terms, gradient and its coefficients of rows with K targets, by two programs while a block is in cache."""
     out, targets, inverse_T = _new_grad(rows), _Targets(rows), rows.inverse_temperature_T
     parts, target_grads = list[RowTerms](), list[Tensor]()
-    for block, z_BV in _blocks(rows, stored=True):
-        part = _non_target_terms(z_BV, block, rows, targets, objective.sums)
+    for part, block, logits_BV in _non_target_terms(rows, targets, objective.sums):
         coefficients = objective.of_rows(block.rows).coefficients(torch, part, [coef_T[block.rows]])
         inverse_B = None if inverse_T is None else inverse_T[block.rows]
         coefficients = logit_coefficients(coefficients, part.t, rows.softcap, inverse_B)
         row_args = (targets.keep_T[block.rows], part.m, coefficients.scale, coefficients.uniform, coefficients.slope)
         padded = [None if x_B is None else padded_rows(x_B) for x_B in row_args]
-        args: list[Any] = [z_BV, _padded(inverse_T, block), *padded]
+        args: list[Any] = [logits_BV, _padded(inverse_T, block), *padded]
         write(out, block, False, partial(run, formulas.row_grad, *args, static=(rows.softcap,)))
         parts.append(part)
         target_grads.append(coefficients.target)
@@ -150,7 +148,7 @@ def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, 
     return tuple(run(formulas.row_terms, z_BV, inverse_B, static=(softcap, *sums)))
 
 
-def _terms_and_grad(args: list[Any], grad_BV: Tensor, softcap: float, objective: CrossEntropy) -> tuple[Tensor, ...]:
+def _terms_and_grad(args: list[Any], grad_BV: Tensor, objective: CrossEntropy) -> tuple[Tensor, ...]:
     """m, s, and the other sums that are needed; the gradient, without the targets' columns, is written to grad_BV.
 
     Args:
@@ -158,8 +156,8 @@ def _terms_and_grad(args: list[Any], grad_BV: Tensor, softcap: float, objective:
     """
     z_BV, inverse_B, keep_B, t_B, _ = args
     vocab, *options = objective
-    static = (softcap, *options)
-    if not (softcap or objective.metrics) and inverse_B is None and approximate_maximum.applies(z_BV):
+    static = tuple(options)
+    if not objective.metrics and inverse_B is None and approximate_maximum.applies(z_BV):
         m_B = approximate_maximum.compute(z_BV, t_B)
         results = run(formulas.row_terms_and_grad, *args, m_B, grad_BV, vocab=vocab, static=static)
         if approximate_maximum.is_accurate(results[1], keep_B):
