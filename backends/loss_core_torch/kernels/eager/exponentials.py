@@ -84,19 +84,26 @@ def row_dots(x_BC: Tensor, y_BC: Tensor) -> Tensor:
     return torch.linalg.vecdot(x_BC.expand(2, -1), y_BC.expand(2, -1))[:1]
 
 
-def natural_exponents(y_BC: Tensor, offset_B: Tensor | None, out_BC: Tensor) -> Tensor:
-    """x from y and offset of `log2_exp`, finite where exp(x) is 0; written to out, which must not be y."""
-    torch.clamp(y_BC, min=_MIN_EXPONENT, out=out_BC)
-    if offset_B is not None:
-        out_BC.sub_(offset_B[:, None])
-    return out_BC.mul_(_LN_2)
+def finite_exponents(y_BC: Tensor, out_BC: Tensor) -> Tensor:
+    """y of `log2_exp`, but finite where exp2 of it is 0; written to out."""
+    return torch.clamp(y_BC, min=_MIN_EXPONENT, out=out_BC)
+
+
+def exponent_sums(exp2_BC: Tensor, y_BC: Tensor, offset_B: Tensor | None, s_B: Tensor) -> Tensor:
+    """Sum of exp(x) x of each row.
+
+    Args:
+        y_BC: `finite_exponents`, with x = ln(2) (y - offset); s_B: sums of exp(x).
+    """
+    e_B = remove_offset(row_dots(exp2_BC, y_BC), offset_B)
+    return (e_B if offset_B is None else e_B - offset_B * s_B) * _LN_2
 
 
 def write_gradient(
     exp2_BC: Tensor,
     offset_B: Tensor | None,
     coefficients: Coefficients,
-    x_BC: Tensor | None,
+    y_BC: Tensor | None,
     slope_BC: Tensor | None,
     out_BC: Tensor,
 ) -> None:
@@ -104,15 +111,19 @@ def write_gradient(
 
     Args:
         exp2_BC, offset_B: exp(x) = exp2 / 2^offset.
-        x_BC: if coefficients have a slope; overwritten.
+        y_BC: if coefficients have a slope, x = ln(2) (y - offset); overwritten.
         slope_BC: derivative of the softcap, if there is one.
         out_BC: receives the gradient; may be exp2_BC.
     """
-    scale_B1 = remove_offset(coefficients.scale, offset_B)[:, None]
-    if x_BC is None or coefficients.slope is None:
+    scale_B, by_y_B = coefficients.scale, None
+    if y_BC is not None and coefficients.slope is not None:
+        by_y_B = coefficients.slope * _LN_2
+        scale_B = scale_B if offset_B is None else scale_B - offset_B * by_y_B
+    scale_B1 = remove_offset(scale_B, offset_B)[:, None]
+    if y_BC is None or by_y_B is None:
         torch.mul(exp2_BC, scale_B1, out=out_BC)
     else:
-        weights_BC = x_BC.mul_(remove_offset(coefficients.slope, offset_B)[:, None]).add_(scale_B1)
+        weights_BC = y_BC.mul_(remove_offset(by_y_B, offset_B)[:, None]).add_(scale_B1)
         torch.mul(exp2_BC, weights_BC, out=out_BC)
     if coefficients.uniform is not None:
         out_BC.sub_(coefficients.uniform[:, None])
@@ -122,4 +133,4 @@ def write_gradient(
 
 def softcap_slope(tanh: Tensor, out: Tensor) -> Tensor:
     """1 - tanh^2, the derivative of the softcap."""
-    return torch.mul(tanh, tanh, out=out).neg_().add_(1.0)
+    return torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1, out=out)

@@ -17,10 +17,10 @@ from torch import Tensor
 from loss_core.row_terms import EMPTY_ROW, IGNORED_ROW, Coefficients, Objective, RowTerms, Sums
 from loss_core_torch.kernels import Rows
 from loss_core_torch.kernels.eager.exponentials import (
+    exponent_sums,
+    finite_exponents,
     log2_exp,
-    natural_exponents,
     remove_offset,
-    row_dots,
     row_sums,
     softcap_slope,
     write_gradient,
@@ -48,7 +48,7 @@ class RowKernels:
         out, work, coefficients = _initial_grad(rows, out), _Workspace(rows, self.sizes), folded(coefficients)
         for block in work.blocks():
             z_BV, slope_BV = work.read(block, for_gradient=True)
-            exps = work.exponentials(block, z_BV, terms.m[block.rows], with_x=coefficients.slope is not None)
+            exps = work.exponentials(block, z_BV, terms.m[block.rows], with_exponents=coefficients.slope is not None)
             of_block, t_B = coefficients.of_rows(block.rows), terms.t[block.rows]
             work.write_grad(block, out, exps, slope_BV, of_block, t_B, work.keep(block))
         return out
@@ -72,11 +72,11 @@ class RowKernels:
 
 
 class _Exponentials(NamedTuple):
-    """exp(z - m) of a block as exp2 / 2^offset, in the buffer; and x = z - m where it was asked for."""
+    """exp(z - m) of a block as exp2 / 2^offset, in the buffer; and, if requested, its `finite_exponents`."""
 
     exp2_BV: Tensor
     offset_B: Tensor | None
-    x_BV: Tensor | None
+    exponents_BV: Tensor | None
 
 
 class _Workspace:
@@ -115,12 +115,12 @@ class _Workspace:
             z_BV = torch.mul(z_BV, rows.inverse_temperature_T[block.rows, None], out=self._buffer.view_as(raw_BV))
         return z_BV, slope_BV
 
-    def exponentials(self, block: Block, z_BV: Tensor, m_B: Tensor, with_x: bool) -> _Exponentials:
+    def exponentials(self, block: Block, z_BV: Tensor, m_B: Tensor, with_exponents: bool) -> _Exponentials:
         """Exponentials of a block, in place of the z / factor from `read`."""
         y_BV = self._buffer.view_as(z_BV)
         offset_B = log2_exp(z_BV, self._factor, m_B, y_BV)
-        x_BV = natural_exponents(y_BV, offset_B, self._exponents.view_as(y_BV)) if with_x else None
-        return _Exponentials(self._buffer.exp2_(y_BV), offset_B, x_BV)
+        exponents_BV = finite_exponents(y_BV, self._exponents.view_as(y_BV)) if with_exponents else None
+        return _Exponentials(self._buffer.exp2_(y_BV), offset_B, exponents_BV)
 
     def terms(
         self, block: Block, sums: Sums, for_gradient: bool = False
@@ -134,10 +134,10 @@ class _Workspace:
             targets.write(z_BV, -torch.inf)
         m_B = z_BV.amax(-1) * self._factor
         z_sum_B = row_sums(z_BV) * self._factor if sums.z_sum else None
-        exps = self.exponentials(block, z_BV, m_B, with_x=sums.e)
-        exp2_BV, offset_B, x_BV = exps
+        exps = self.exponentials(block, z_BV, m_B, with_exponents=sums.e)
+        exp2_BV, offset_B, exponents_BV = exps
         s_B = remove_offset(row_sums(exp2_BV), offset_B)
-        e_B = None if x_BV is None else remove_offset(row_dots(exp2_BV, x_BV), offset_B)
+        e_B = None if exponents_BV is None else exponent_sums(exp2_BV, exponents_BV, offset_B, s_B)
         return RowTerms(m_B, s_B, t_B, z_sum_B, e_B), exps, slope_BV
 
     def keep(self, block: Block, coef_B: Tensor | None = None) -> Tensor | None:
@@ -167,10 +167,10 @@ class _Workspace:
         inverse_T = self._rows.inverse_temperature_T
         inverse_B = None if inverse_T is None else inverse_T[block.rows]
         coefficients = logit_coefficients(coefficients, t_B, self._rows.softcap, inverse_B)
-        exp2_BV, offset_B, x_BV = exps
+        exp2_BV, offset_B, exponents_BV = exps
         view_BV = block.view(out)
         grad_BV = view_BV if view_BV is not None and view_BV.dtype == exp2_BV.dtype else exp2_BV
-        write_gradient(exp2_BV, offset_B, coefficients, x_BV, slope_BV, grad_BV)
+        write_gradient(exp2_BV, offset_B, coefficients, exponents_BV, slope_BV, grad_BV)
         self._targets.of_rows(block.rows).write(grad_BV, coefficients.target)
         if keep_B is not None:
             # Not a product with 0: such a row may hold inf or NaN.

@@ -43,16 +43,17 @@ def test_a_class_of_probability_zero_adds_zero(dtype, offset):
     z_BC = torch.tensor([[0.0, -1.0, -math.inf, -1e30], [5.0, 5.0, 5.0, -2000.0]], dtype=dtype) + offset
     m_B = z_BC.amax(-1)
     offset_B = log2_exp(z_BC, 1.0, m_B, y_BC := torch.empty_like(z_BC))
-    x_BC = exponentials.natural_exponents(y_BC, offset_B, torch.empty_like(y_BC))
+    exponents_BC = exponentials.finite_exponents(y_BC, torch.empty_like(y_BC))
     exp2_BC = y_BC.exp2()
+    s_B = remove_offset(row_sums(exp2_BC), offset_B)
     want_BC = z_BC.double() - m_B.double()[:, None]
     terms_BC = torch.where(want_BC.exp() == 0, 0.0, want_BC.exp() * want_BC)
     rtol = 32 * torch.finfo(dtype).eps
-    got_B = remove_offset(row_dots(exp2_BC, x_BC), offset_B)
+    got_B = exponentials.exponent_sums(exp2_BC, exponents_BC, offset_B, s_B)
     torch.testing.assert_close(got_B.double(), terms_BC.sum(-1), rtol=rtol, atol=rtol)
     scale_B, slope_B, uniform_B = (torch.tensor(x, dtype=dtype) for x in ([0.5, -1.0], [2.0, 3.0], [0.0, 0.25]))
     exponentials.write_gradient(
-        exp2_BC, offset_B, Coefficients(scale_B, scale_B, uniform_B, slope_B), x_BC, None, exp2_BC
+        exp2_BC, offset_B, Coefficients(scale_B, scale_B, uniform_B, slope_B), exponents_BC, None, exp2_BC
     )
     expected_BC = want_BC.exp() * scale_B[:, None] + terms_BC * slope_B[:, None] - uniform_B[:, None]
     torch.testing.assert_close(exp2_BC.double(), expected_BC, rtol=rtol, atol=rtol)
