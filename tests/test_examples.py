@@ -42,6 +42,7 @@ LESS_TEXT = """
 import runpy, sys, byte_lm
 byte_lm.MAX_BYTES = 30_000
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])  # as in `python FILE`
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -191,9 +192,10 @@ def test_script_prints_its_result(tmp_path, name, line):
 
 # Runs a script without the libraries of the command line, which a machine with a GPU may lack.
 WITHOUT_CLI = """
-import runpy, sys
+import os, runpy, sys
 sys.modules |= dict.fromkeys(("typer", "rich", "yaml", "jinja2", "matplotlib", "safetensors"))
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])  # as in `python FILE`
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
