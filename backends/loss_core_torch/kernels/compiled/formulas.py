@@ -82,11 +82,16 @@ def _gradient(exp_TV: Tensor, shifted_TV: Tensor, slope_TV: Tensor | None, coeff
     return grad_TV if slope_TV is None else grad_TV * slope_TV
 
 
-def row_terms(logits_TV: Tensor, inverse_T: Tensor | None, softcap: float, z_sum: bool, e: bool) -> tuple[Tensor, ...]:
-    """m, s, then z_sum and e if requested."""
-    # The maximum of the logits, through the softcap: z would be used twice, and TorchInductor would store it.
-    m_T = _read(logits_TV.amax(-1, keepdim=True), inverse_T, softcap)[0][:, 0]
+def row_terms(
+    logits_TV: Tensor, inverse_T: Tensor | None, m_T: Tensor | None, softcap: float, z_sum: bool, e: bool
+) -> tuple[Tensor, ...]:
+    """m, s, then z_sum and e if requested.
+
+    Args:
+        m_T: the maximum of z; None: computed here, without a softcap, whose result TorchInductor would store.
+    """
     x_TV, _ = _read(logits_TV, inverse_T, softcap)
+    m_T = x_TV.amax(-1) if m_T is None else m_T
     shifted_TV = _shifted(x_TV, m_T)
     exp_TV = shifted_TV.exp()
     terms = [m_T, exp_TV.sum(-1)]

@@ -112,7 +112,7 @@ def _non_target_terms(rows: Rows, targets: _Targets, sums: Sums) -> Iterator[tup
         # A softcap has made the column added by `matrices` finite.
         z_BV[:, rows.logits.shape[-1] :] = -torch.inf
         t_B = targets.extract(z_BV, block.rows)
-        results = run(formulas.row_terms, z_BV, None, static=(0.0, *sums))
+        results = run(formulas.row_terms, z_BV, None, None, static=(0.0, *sums))
         yield _block_terms(block, rows, t_B, results, sums), block, logits_BV
 
 
@@ -145,7 +145,17 @@ def _terms(z_BV: Tensor, inverse_B: Tensor | None, t_B: Tensor, softcap: float, 
         s_B = run(formulas.row_sum_around, z_BV, m_B)
         if approximate_maximum.is_accurate(s_B):
             return m_B, s_B
-    return tuple(run(formulas.row_terms, z_BV, inverse_B, static=(softcap, *sums)))
+    # Not compiled: a compiled tanh of [B] values rounds the last ones differently, so that m would depend on the batch.
+    max_B = _capped(z_BV.amax(-1), inverse_B, softcap) if softcap else None
+    return tuple(run(formulas.row_terms, z_BV, inverse_B, max_B, static=(softcap, *sums)))
+
+
+def _capped(logits_B: Tensor, inverse_B: Tensor | None, softcap: float) -> Tensor:
+    """z of one logit of each row, in the dtype of the arithmetic."""
+    z_B = logits_B.to(compute_dtype(logits_B.dtype))
+    if softcap:
+        z_B = softcap * (z_B / softcap).tanh()
+    return z_B if inverse_B is None else z_B * inverse_B
 
 
 def _terms_and_grad(args: list[Any], grad_BV: Tensor, objective: CrossEntropy) -> tuple[Tensor, ...]:
@@ -196,11 +206,8 @@ class _Targets:
     def logits(self, z_BV: Tensor, rows: slice | Tensor) -> Tensor:
         """z of the target of each row of a block, in the dtype of the arithmetic; -inf for an absent target."""
         targets = self._targets.of_rows(rows)
-        t_B = targets.read(z_BV[: len(targets.column_TK)], 0.0).to(compute_dtype(z_BV.dtype))
-        if self._softcap:
-            t_B = self._softcap * (t_B / self._softcap).tanh()
-        if self._inverse_T is not None:
-            t_B = t_B * self._inverse_T[rows]
+        inverse_B = None if self._inverse_T is None else self._inverse_T[rows]
+        t_B = _capped(targets.read(z_BV[: len(targets.column_TK)], 0.0), inverse_B, self._softcap)
         # After the softcap, which would make -inf finite.
         return targets.fill_absent(t_B, -torch.inf)
 
