@@ -42,7 +42,6 @@ LESS_TEXT = """
 import runpy, sys, byte_lm
 byte_lm.MAX_BYTES = 30_000
 sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])  # as in `python FILE`
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
