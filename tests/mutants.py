@@ -35,7 +35,7 @@ KNOWN = (ROOT / "tests" / "mutants.md").read_text()
 # Sources -> the fastest tests that concern them, for pytest. Of a folder the test named as the source runs first.
 TESTS = {
     # The same code over NumPy, torch and JAX.
-    "loss_core/row_terms/*.py": ["tests/core/test_row_terms.py", "-k", "not torch and not jax"],
+    "loss_core/row_terms/*.py": ["tests/core/row_terms", "-k", "not torch and not jax"],
     "loss_core/losses/**/*.py": ["tests/losses", "loss_core/losses", "-k", "not users_loss and not with_torch"],
     "loss_core/workers/vocab_split.py": ["tests/workers/test_vocab_split.py"],
     "backends/loss_core_torch/reduction.py": [
