@@ -82,7 +82,8 @@ class Products(Protocol):
 
         Args:
             turned: `turned(b_KN)`.
-            first, last: whether this is the first, the last, of the sum. Until the last, out holds internal data.
+            first: whether this is the first product of the sum.
+            last: whether it is the last; until then, out holds internal data.
         """
         ...
 
