@@ -33,7 +33,9 @@ class RowKernels:
         if rows.labels_T.dim() == 2:
             parts = [part for part, *_ in _non_target_terms(rows, targets, sums)]
             return _concatenated(parts, rows, sums)
-        for block, z_BV in _blocks(rows):
+        # z is used twice, so that TorchInductor may store it.
+        max_elements = _elements_in_cache(rows) if rows.softcap and any(sums) else None
+        for block, z_BV in _blocks(rows, max_elements):
             t_B = targets.logits(z_BV, block.rows)
             inverse_B = _padded(rows.inverse_temperature_T, block)
             results = _terms(z_BV, inverse_B, padded_rows(t_B), rows.softcap, sums)
@@ -93,15 +95,19 @@ def _blocks(rows: Rows, max_elements: int | None = None) -> Iterator[tuple[Block
         yield block, z_BV
 
 
+def _elements_in_cache(rows: Rows) -> int:
+    """Logits of a block for which a second matrix is allocated."""
+    return SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
+
+
 def _non_target_terms(rows: Rows, targets: _Targets, sums: Sums) -> Iterator[tuple[RowTerms, Block, Tensor]]:
     """Terms of rows with K targets, which exclude the targets' columns: these are -inf in a copy of z.
 
     Yields:
         Terms of a block that is in cache, the block, and its logits.
     """
-    in_cache = SIZES.elements_cpu if rows.logits.device.type == "cpu" else SIZES.elements
     buffer: Buffer | None = None
-    for block, logits_BV in _blocks(rows, in_cache):
+    for block, logits_BV in _blocks(rows, _elements_in_cache(rows)):
         buffer = buffer or Buffer(len(logits_BV), logits_BV, compute_dtype(logits_BV.dtype))
         z_BV = buffer.view_as(logits_BV).copy_(logits_BV)
         if rows.softcap:
